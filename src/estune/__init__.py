@@ -1,0 +1,24 @@
+"""estune: fine-tune all parameters of a language model with evolution strategies.
+
+`ESTrainer` and `ESConfig` are the Python interface; importing the package loads neither torch nor transformers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["ESConfig", "ESTrainer", "UserError", "__version__"]
+
+if TYPE_CHECKING:
+    from estune.config import ESConfig
+    from estune.errors import UserError
+    from estune.trainer import ESTrainer
+
+_HOMES = {"ESConfig": "estune.config", "ESTrainer": "estune.trainer", "UserError": "estune.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'estune' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,149 @@
+"""Checkpoints in the Hugging Face layout: whole or absent, loadable by `from_pretrained`, resumable by estune.
+
+`checkpoint-<step>/` holds the float32 master; the run directory's root holds theta cast once to the compute dtype.
+A checkpoint is written under a hidden name, put on disk, and renamed; the root's files are moved into place one by
+one with `es_state.json` last, so its presence says that the model beside it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from estune.engines.base import Engine, ParameterSpec
+from estune.errors import UserError
+from estune.files import sync_directory, sync_tree, write_json, writing
+from estune.master import AnchorReader, Master
+from estune.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
+
+ES_STATE = "es_state.json"
+TRAINER_STATE = "trainer_state.json"
+BASE_DIRECTORY = "base"  # theta_0, kept in the run directory where no base files could be read again
+_PARTIAL = ".partial-"
+
+
+def checkpoint_path(run_dir: Path, steps_done: int) -> Path:
+    """Return the directory of the checkpoint after ``steps_done`` steps."""
+    return run_dir / f"checkpoint-{steps_done}"
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return the run's checkpoints as (steps done, directory), oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run_dir.glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in found if match and (path / ES_STATE).exists())
+
+
+def write_model(directory: Path, engine: Engine, dtype: str) -> None:
+    """Write the model as Hugging Face files: assets, and weights cast once from the master to ``dtype``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        engine.save_assets(directory)
+    write_tensors(directory / WEIGHTS_FILE, engine.master.arrays, engine.master.buffers, dtype)
+
+
+def save_checkpoint(
+    run_dir: Path, steps_done: int, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
+) -> Path:
+    """Write ``checkpoint-<steps_done>`` with the float32 master; it appears whole or not at all.
+
+    Raises:
+        UserError: no space left; nothing that was there is touched.
+    """
+    target = checkpoint_path(run_dir, steps_done)
+    partial = run_dir / f"{_PARTIAL}{target.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_whole(partial, engine, "float32", state, trainer_state)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync_directory(run_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def save_final(
+    run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any], dtype: str
+) -> None:
+    """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
+    partial = run_dir / f"{_PARTIAL}final"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_whole(partial, engine, dtype, state, trainer_state)
+        (run_dir / ES_STATE).unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: (path.name == ES_STATE, path.name)):
+            destination = run_dir / path.name
+            if path.is_dir():
+                shutil.rmtree(destination, ignore_errors=True)
+            path.rename(destination)
+        sync_directory(run_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_whole(
+    directory: Path, engine: Engine, dtype: str, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
+) -> None:
+    write_model(directory, engine, dtype)
+    write_json(directory / TRAINER_STATE, trainer_state)
+    write_json(directory / ES_STATE, state)
+    sync_tree(directory)
+
+
+def read_state(directory: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's (or a finished run's) `es_state.json`; ``None`` where there is none."""
+    try:
+        state = json.loads((directory / ES_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Delete what a killed save left behind."""
+    for path in run_dir.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints (0: keep all), each by a rename first, so none is left half."""
+    if keep <= 0:
+        return
+    for _, path in checkpoints(run_dir)[:-keep]:
+        doomed = run_dir / f"{_PARTIAL}{path.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def load_master(directory: Path, master: Master) -> None:
+    """Read a checkpoint's float32 weights into theta.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds other tensors.
+    """
+    file = TensorFile(directory / WEIGHTS_FILE)
+    arrays: dict[str, np.ndarray] = {}
+    for spec in master.specs:
+        if spec.name not in file.entries or file.shape(spec.name) != tuple(spec.shape):
+            raise UserError(f"{directory} holds no tensor {spec.name!r} of shape {tuple(spec.shape)}")
+        arrays[spec.name] = file.read(spec.name).reshape(spec.shape)
+    master.load(arrays)
+
+
+def anchor_reader(directory: Path, specs: list[ParameterSpec]) -> AnchorReader | None:
+    """Return a reader of theta_0 from a model directory's files, memory-mapped; ``None`` if they are not all there."""
+    files = open_model_files(directory) if directory.is_dir() else {}
+    for spec in specs:
+        if spec.name not in files or files[spec.name].shape(spec.name) != tuple(spec.shape):
+            return None
+    return lambda name, start, count: files[name].read(name, start, count)

@@ -1,0 +1,196 @@
+"""The `estune` command: parse first, import torch later.
+
+Flags are the field names of `ESConfig` (`-` and `_` alike). A config file comes first, flags win. An unknown flag is
+an error that names the nearest known one; every user error is one sentence and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from estune import __version__
+from estune.config import FIELD_TYPES, FIELDS, ESConfig, nearest, read_config_file
+from estune.errors import UserError
+
+DEMO_PRESET = "demo"
+# The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
+EVALUATE_FIELDS = (
+    "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
+    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation apply_chat_template "
+    "chat_template_kwargs system_prompt response_prefix stop_strings seed max_completion_length num_generations "
+    "temperature top_p top_k prompts_per_batch num_threads"
+).split()
+SCORE_FIELDS = "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation".split()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    try:
+        return _run([_normalised(word) for word in (sys.argv[1:] if argv is None else argv)])
+    except UserError as error:
+        print(f"estune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    parser, commands = _build()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands)}; commands: {', '.join(commands)}")
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = [flag for action in commands[options.command]._actions for flag in action.option_strings]
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown option {flag}{nearest(flag, known)}")
+    if options.command is None:
+        parser.print_help()
+        return 0
+    handler: Callable[[dict[str, Any]], int] = options.handler
+    values = vars(options)
+    del values["command"], values["handler"]
+    return handler(values)
+
+
+def _normalised(word: str) -> str:
+    """Read ``--max-steps`` as ``--max_steps``; the value behind ``=`` stays."""
+    if not word.startswith("--") or word == "--":
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(prog="estune", description="Fine-tune all parameters of a language model with evolution strategies.",
+                     allow_abbrev=False)  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"estune {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, handler: Callable[[dict[str, Any]], int], help: str) -> argparse.ArgumentParser:
+        commands[name] = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
+        commands[name].set_defaults(handler=handler)
+        return commands[name]
+
+    train = command("train", _train, "Fine-tune a model. Without arguments: the demo on the embedded model.")
+    train.add_argument("--config", help="YAML file of these options, or a preset (demo); flags win over it.")
+    _add_fields(train, FIELDS)
+    evaluate = command("evaluate", _evaluate, "Evaluate a model on held-out rows, with 95 %% intervals.")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"), help="Split of the task.")
+    evaluate.add_argument("--n_samples", type=int, default=0,
+                          help="Samples per row for pass@k; needs temperature > 0.")  # fmt: skip
+    evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only the first rows; 0: all.")
+    evaluate.add_argument("--reference", help="Model to measure the KL divergence to, per token.")
+    evaluate.add_argument("--rows", help="File to write the rows to, as JSON lines.")
+    _add_json(evaluate)
+    _add_fields(evaluate, EVALUATE_FIELDS)
+    score = command("score", _score, "Score completions that are already there.")
+    score.add_argument("--completions", required=True, help="JSON lines with `completion` and the task's columns.")
+    _add_json(score)
+    _add_fields(score, SCORE_FIELDS)
+    replay = command("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.")
+    replay.add_argument("--run", required=True, help="Run directory.")
+    replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
+    replay.add_argument("--model", help="Where the base model lies now. Default: where the run found it.")
+    replay.add_argument("--output_dir", required=True, help="Directory for the rebuilt model.")
+    env = command("env", _env, "Show versions and machine.")
+    _add_json(env)
+    return parser, commands
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print one JSON object and nothing else on stdout.")
+
+
+def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str, Any]) -> None:
+    """Add one flag per field; values stay text, `ESConfig` gives them their type."""
+    for name in names:
+        spec = FIELDS[name]
+        flags = [f"--{word}" for word in (name, *spec.metadata["aliases"])]
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        choices = spec.metadata["choices"]
+        default = None if spec.default is dataclasses.MISSING else spec.default
+        shown = "" if default in (None, "") else f" [{str(default).lower() if default in (True, False) else default}]"
+        options["help"] = (spec.metadata["help"] + shown).replace("%", "%%")
+        options["metavar"] = "|".join(choices) if choices else name.split("_")[-1].upper()
+        if FIELD_TYPES[name] is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+            parser.add_argument(f"--no_{name}", dest=name, action="store_const", const="false",
+                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
+        elif "list" in str(FIELD_TYPES[name]):
+            options |= {"nargs": "+"}
+        parser.add_argument(*flags, **options)
+
+
+def _train(values: dict[str, Any]) -> int:
+    args = train_config(values)
+    from estune.trainer import ESTrainer
+
+    trainer = ESTrainer(args=args)
+    if args.dry_run:
+        trainer.prepare()
+        print(trainer.args.to_json(), end="")
+        print(f"estune: {trainer.engine.master.num_parameters:,} parameters, {len(trainer.train_rows)} training rows, "
+              f"{len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
+        return 0
+    trainer.train()
+    return 0
+
+
+def train_config(values: dict[str, Any]) -> ESConfig:
+    """Return the configuration of `estune train`: the run's own on a resume, else preset or file, then flags."""
+    flags = dict(values)
+    file = flags.pop("config", None)
+    given = {**(read_config_file(file) if file else {}), **flags}
+    base: dict[str, Any] = {}
+    resuming = str(given.get("resume", "false")).lower() == "true" and given.get("output_dir")
+    if resuming and (Path(str(given["output_dir"])) / "es_config.json").exists():
+        from estune.run import read_config
+
+        base = read_config(Path(str(given["output_dir"])))
+    elif file is None and not given.keys() & {"model", "task", "dataset_name", "engine"}:
+        base = read_config_file(DEMO_PRESET)
+        print(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
+    return ESConfig.from_mapping({**base, **given})
+
+
+def _evaluate(values: dict[str, Any]) -> int:
+    from estune.commands import evaluate_command
+
+    extras = {name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json")}
+    return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **values}), **extras)
+
+
+def _score(values: dict[str, Any]) -> int:
+    from estune.commands import score_command
+
+    completions, as_json = Path(values.pop("completions")), values.pop("json")
+    return score_command(ESConfig.from_mapping(values), completions, as_json)
+
+
+def _default_task(values: dict[str, Any]) -> str | None:
+    """Countdown for the embedded model alone; a dataset or a model of one's own wants its task named."""
+    alone = "dataset_name" not in values and values.get("model", "tiny") == "tiny" and "engine" not in values
+    return "countdown" if alone else None
+
+
+def _replay(values: dict[str, Any]) -> int:
+    from estune.commands import replay_command
+
+    return replay_command(Path(values["run"]), values["step"], Path(values["output_dir"]), values["model"])
+
+
+def _env(values: dict[str, Any]) -> int:
+    from estune.commands import env_command
+
+    return env_command(values["json"])

@@ -1,0 +1,202 @@
+"""What `estune evaluate`, `score`, `replay` and `env` do, behind the parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from estune import inputs
+from estune.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
+from estune.config import ESConfig
+from estune.data import load_rows, reward_inputs
+from estune.engines.base import Engine, Prompt, Sampling
+from estune.environment import environment
+from estune.errors import UserError
+from estune.evaluation import Evaluation, evaluate, evaluation_sampling, interval, kl_k3
+from estune.fitness import mean, weigh
+from estune.inputs import Rewards
+from estune.journal import Journal
+from estune.metrics import write_rows
+from estune.rewards import RewardBatch, RewardPool
+from estune.rollouts import Evaluator
+from estune.run import JOURNAL_FILE, check_base, replay_steps
+
+
+def evaluate_command(
+    args: ESConfig, *, split: str, n_samples: int, limit: int, reference: str | None, rows: str | None, json: bool
+) -> int:
+    """Evaluate a model on held-out rows and print the result."""
+    if n_samples:
+        if args.num_generations > 1:
+            raise UserError("give n_samples (for pass@k) or num_generations (for the mean), not both")
+        if n_samples < 0 or (n_samples > 1 and args.temperature == 0):
+            raise UserError("n_samples needs temperature above 0: greedy completions would all be equal")
+        args = dataclasses.replace(args, num_generations=n_samples)
+    task = inputs.task_of(args)
+    rewards = inputs.resolve_rewards(args, None, task)
+    if n_samples and rewards.accuracy is None:
+        raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
+    data = inputs.resolve_rows(args, None, task, split, rewards)[: limit or None]
+    args = inputs.resolve_config(args, len(data))
+    with ExitStack() as stack:
+        pool = stack.enter_context(_pool(args, rewards.funcs, rewards.names))
+        grader = stack.enter_context(_pool(args, [rewards.accuracy], ["accuracy"])) if rewards.accuracy else None
+        engine = inputs.load_engine(args)
+        prompts = inputs.build_prompts(args, engine, data, task is not None)
+        evaluator = Evaluator(engine, pool, args.response_prefix)
+
+        def progress(done: int) -> None:
+            if not json and sys.stderr.isatty():
+                print(f"\restune: {done}/{len(data)} rows", end="", file=sys.stderr, flush=True)
+
+        evaluation = evaluate(
+            evaluator, data, prompts, sampling_of(args), rewards.weights, grader,
+            batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0}, progress=progress,
+        )  # fmt: skip
+        result: dict[str, Any] = {"task": args.task or args.dataset_name, "model": args.model}
+        result["split"] = split if task and not args.dataset_name else args.dataset_test_split
+        result |= evaluation.summary()
+        if n_samples:
+            result["pass_at_k"] = evaluation.pass_at_k()
+        if reference is not None:
+            result["kl"] = _divergence(engine, args, reference, prompts, evaluation)
+        if rows:
+            write_rows(Path(rows), evaluation)
+    _print_result(result, json)
+    return 0
+
+
+def sampling_of(args: ESConfig) -> Sampling:
+    """Return the evaluation's sampling settings."""
+    return evaluation_sampling(
+        Sampling(
+            seed=args.seed, step=0, max_completion_length=args.max_completion_length,
+            num_generations=args.num_generations, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+            stop_strings=tuple(args.stop_strings),
+        )  # fmt: skip
+    )
+
+
+def _pool(args: ESConfig, funcs: list[Any], names: list[str]) -> RewardPool:
+    workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
+    return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers,
+                      isolation=args.reward_isolation)  # type: ignore[arg-type]  # fmt: skip
+
+
+def _divergence(
+    engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
+) -> float:
+    """Return KL(model || reference) per token, by the k3 estimator on the model's own completions."""
+    repeated = [prompt for prompt, row in zip(prompts, evaluation.rows, strict=True) for _ in row.token_ids]
+    token_ids = [ids for row in evaluation.rows for ids in row.token_ids]
+    own = engine.token_logprobs(repeated, token_ids)
+    other_engine = inputs.load_engine(dataclasses.replace(args, model=reference))
+    other = other_engine.token_logprobs(repeated, token_ids)
+    return kl_k3(own, other)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        if name == "accuracy":
+            low, high = result["accuracy_ci95"]
+            print(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
+        elif name != "accuracy_ci95":
+            print(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
+
+
+def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
+    """Score given completions with a task's reward and accuracy (or with rewards of one's own)."""
+    task = inputs.task_of(args)
+    rewards = inputs.resolve_rewards(args, None, task)
+    rows = load_rows(str(completions))
+    for index, row in enumerate(rows):
+        if "completion" not in row:
+            raise UserError(f"row {index} of {completions} has no column 'completion'")
+    texts = [str(row["completion"]) for row in rows]
+    columns = [{name: value for name, value in row.items() if name != "completion"} for row in rows]
+    if task is not None:
+        columns = [task.prepare_row(row) for row in columns]
+    columns = [{"prompt": "", **row} for row in columns]
+    result, accuracy = _scored(args, rewards, columns, texts)
+    values = weigh(np.where(result.failed, np.nan, result.rewards), rewards.weights)  # (rows,)
+    output: dict[str, Any] = {"n": len(rows), "reward": _or_none(mean(values))}
+    if accuracy is not None:
+        output["accuracy"] = mean(accuracy)
+        output["accuracy_ci95"] = list(interval(accuracy.tolist()))
+    output["rewards"] = [_or_none(value) for value in values.tolist()]
+    output["errors"] = int(result.failed.any(axis=1).sum())
+    if as_json:
+        print(json.dumps(output))
+    else:
+        _print_result({name: value for name, value in output.items() if name != "rewards"}, False)
+        for message in result.errors:
+            print(f"estune: {message}", file=sys.stderr)
+    return 0
+
+
+def _scored(args: ESConfig, rewards: Rewards, columns: list[dict[str, Any]], texts: list[str]) -> Any:
+    """Return the reward result and the accuracy (rows,) or None, both from killable workers."""
+    prompts, answers, named = reward_inputs(columns, texts, "")
+    batch = RewardBatch(prompts, answers, [[] for _ in texts], named, {"global_step": 0, "max_steps": 0})
+    with _pool(args, rewards.funcs, rewards.names) as pool:
+        result = pool.submit(batch).result()
+    if rewards.accuracy is None:
+        return result, None
+    with _pool(args, [rewards.accuracy], ["accuracy"]) as pool:
+        graded = pool.submit(batch).result()
+    return result, np.where(graded.failed, 0.0, np.nan_to_num(graded.rewards))[:, 0]
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else value
+
+
+def replay_command(run: Path, step: int | None, output_dir: Path, model: str | None) -> int:
+    """Rebuild the weights after ``step`` steps from base model and journal, verify them, save them."""
+    journal = Journal.open(run / JOURNAL_FILE, repair=False)
+    if journal is None:
+        raise UserError(f"{run} holds no journal to replay")
+    step = len(journal.steps) if step is None else step
+    if not 0 <= step <= len(journal.steps):
+        raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir {output_dir} is not empty")
+    config = dict(journal.header["config"])
+    if model is not None:
+        config["model"] = model
+    args = ESConfig.from_mapping(config, f"the journal of {run}")
+    engine = inputs.load_engine(args)
+    check_base(journal, engine.master.fingerprint(), args.model)
+    anchor = None
+    if args.weight_decay_anchor == "base":
+        own = run / BASE_DIRECTORY
+        source = own if own.exists() else inputs.local_directory(args.model)
+        anchor = anchor_reader(source, engine.master.specs) if source else None
+    replay_steps(journal, engine, 0, step, anchor)
+    write_model(output_dir, engine, engine.compute_dtype)
+    print(f"estune: {step} steps replayed and verified, fingerprint {engine.master.fingerprint()}, saved to {output_dir}")
+    return 0
+
+
+def env_command(as_json: bool) -> int:
+    """Print versions and machine."""
+    facts = environment()
+    if as_json:
+        print(json.dumps(facts))
+        return 0
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            for package, version in value.items():
+                print(f"{package:20} {version}")
+        else:
+            print(f"{name:20} {value}")
+    return 0

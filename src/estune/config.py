@@ -1,0 +1,311 @@
+"""ESConfig: one dataclass that says what a run is. YAML in, JSON out; the command line's flags are its field names.
+
+Three checks stand between a typo and a wasted night: every value is coerced to its field's type (YAML reads `1e-3` as
+a string), an unknown name is an error that tells the nearest known one, and `validate` refuses what cannot work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from estune.errors import UserError
+from estune.optimizer import SCHEDULES, SIGMA_SCHEDULES
+
+PRESETS = Path(__file__).parent / "presets"
+
+# What a resumed run may change; everything else defines the trajectory and is written into the journal's header.
+RESUMABLE = frozenset(
+    "max_steps save_steps save_total_limit eval_steps eval_rows logging_steps report_to log_completions "
+    "output_dir run_name resume overwrite dry_run".split()
+)
+
+
+def _option(default: Any, help: str, choices: Iterable[str] = (), aliases: Iterable[str] = ()) -> Any:
+    """Declare a field with its help text; lists and dicts become default factories."""
+    metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ESConfig:
+    """The configuration of a run. Defaults are those of arXiv 2509.24372."""
+
+    # Model
+    model: str = _option("tiny", "Model id on the hub, a local directory, or the embedded `tiny`.",
+                         aliases=("model_name_or_path",))
+    revision: str | None = _option(None, "Revision of the model on the hub.")
+    trust_remote_code: bool = _option(False, "Run the Python code that comes with the model.")
+    dtype: str = _option("auto", "Compute dtype; theta itself is always float32. auto: float32 on CPU.",
+                         ("auto", "float32", "bfloat16", "float16"))
+    device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
+    engine: str = _option("hf", "Generation backend: hf (transformers), toy (a function of a vector).", ("hf", "toy"))
+    trainable_parameters: list[str] | None = _option(
+        None, "Regular expressions; only parameters whose stored name matches one are perturbed. Default: all.")
+
+    # Task, data, reward
+    task: str | None = _option(None, "Built-in task (countdown, quadratic). Without it, give --dataset_name and --reward_funcs.")
+    dataset_name: str | None = _option(None, "Rows: a JSONL or parquet file, a directory, or a dataset id on the hub.")
+    dataset_config: str | None = _option(None, "Configuration name of the dataset.")
+    dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_split: str = _option("test", "Split to evaluate on, for your own dataset.")
+    reward_funcs: list[str] | None = _option(
+        None, "Rewards as package.module:function or path/file.py:function. Default: the task's.")
+    reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
+    reward_timeout_s: float = _option(60.0, "Seconds one reward call may take before its worker is killed.")
+    reward_workers: int | Literal["auto"] = _option("auto", "Worker processes for rewards. auto: cores - 1, 1 to 4.")
+    reward_isolation: str = _option("process", "process: rewards run in killable workers; inline: no limits at all.",
+                                    ("process", "inline"))
+
+    # Prompt
+    apply_chat_template: str = _option(
+        "auto", "auto: conversational rows and built-in tasks, where the tokenizer has a template; true: always.",
+        ("auto", "true", "false"))
+    chat_template_kwargs: dict[str, Any] = _option({}, "JSON object of extra arguments for the chat template.")
+    system_prompt: str | None = _option(None, "System message, or text before a plain prompt.")
+    response_prefix: str = _option("", "Text the response starts with; rewards see it as part of the completion.")
+    stop_strings: list[str] = _option([], "Generation ends after any of these strings.")
+
+    # Evolution strategy
+    max_steps: int = _option(500, "Number of steps (updates).")
+    population_size: int = _option(30, "Members per step, N; mirrored ones counted.")
+    sigma: float = _option(1e-3, "Standard deviation of the perturbations.")
+    learning_rate: float | None = _option(None, "Step size alpha; 1/sigma is folded in. Default: sigma / 2.")
+    batch_size: int | Literal["auto"] = _option("auto", "Prompts per step, B. auto: 32, or all rows if fewer.")
+    antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
+    noise: str = _option("full", "Rank of the noise: full (every element of its own).", ("full",))
+    noise_distribution: str = _option("normal", "Distribution of the noise.", ("normal", "rademacher"))
+    fitness_shaping: str = _option("z_score", "How fitness becomes utilities.",
+                                   ("z_score", "centered_rank", "per_prompt_z", "none"))
+    lr_scheduler_type: str = _option("constant", "Schedule of the learning rate over max_steps.", SCHEDULES)
+    warmup_steps: int = _option(0, "Steps over which the learning rate rises to its full value.")
+    sigma_scheduler_type: str = _option("constant", "Schedule of sigma over max_steps.", SIGMA_SCHEDULES)
+    weight_decay: float = _option(0.0, "Lambda of theta -= learning_rate * lambda * (theta - anchor).")
+    weight_decay_anchor: str = _option("zero", "What weight decay pulls towards: zero, or base (theta_0).",
+                                       ("zero", "base"))
+    seed: int = _option(0, "Run seed of noise, row order and sampling; 0 is a seed like any other.")
+
+    # Generation
+    max_completion_length: int = _option(256, "Most tokens a completion may have.")
+    num_generations: int = _option(1, "Completions per prompt and member, G; more than 1 needs temperature > 0.")
+    temperature: float = _option(0.0, "Sampling temperature; 0 decodes greedily.")
+    top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
+    top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")
+    prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass. auto: B up to 64.")
+    num_threads: int | Literal["auto"] = _option("auto", "CPU threads of the engine. auto: the cores at first start.")
+
+    # Run
+    output_dir: str | None = _option(None, "Run directory. Default: runs/<run_name>.")
+    run_name: str | None = _option(None, "Default: task-model-date-time.")
+    resume: bool = _option(False, "Continue the run in --output_dir.")
+    overwrite: bool = _option(False, "Delete the run in --output_dir first.")
+    dry_run: bool = _option(False, "Resolve everything, print it, write nothing.")
+    logging_steps: int = _option(1, "Steps between lines on the terminal and in metrics.jsonl.")
+    log_completions: bool = _option(False, "Keep the population's completions every logging_steps.")
+    eval_steps: int = _option(0, "Steps between held-out evaluations, theta before the first step included; 0: none.")
+    eval_rows: int = _option(0, "Rows of the held-out split in evaluations within a run; 0: all.")
+    save_steps: int = _option(0, "Steps between checkpoints; 0: only the final model.")
+    save_total_limit: int = _option(0, "Checkpoints to keep, newest first; 0: all.")
+    report_to: list[str] = _option(["plot"], "Extras beside metrics.jsonl: plot (PNG curves), or none.")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            setattr(self, spec.name, coerce(spec.name, getattr(self, spec.name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise UserError for values that cannot work together or at all."""
+        for spec in dataclasses.fields(self):
+            value, choices = getattr(self, spec.name), spec.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{spec.name} is {value!r}; it can be {', '.join(choices)}{nearest(value, choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{spec.name} must be a finite number, not {value}")
+        positive = ("sigma", "reward_timeout_s", "max_completion_length", "num_generations", "logging_steps",
+                    "batch_size", "prompts_per_batch", "num_threads", "reward_workers", "top_p")
+        for name in positive:
+            value = getattr(self, name)
+            if value != "auto" and value <= 0:
+                raise UserError(f"{name} must be greater than 0, not {value}")
+        for name in ("max_steps", "learning_rate", "warmup_steps", "weight_decay", "temperature", "top_k", "eval_steps",
+                     "eval_rows", "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} must not be negative, not {value}")
+        if self.population_size < 2:
+            raise UserError(f"population_size must be at least 2, not {self.population_size}")
+        if self.antithetic and self.population_size % 2:
+            raise UserError(f"antithetic needs an even population_size, not {self.population_size}")
+        if self.population_size >= 1 << 26:
+            raise UserError("population_size must be below 2^26, where integer utilities would lose all precision")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"seed must be an unsigned 64-bit integer, not {self.seed}")
+        if self.top_p > 1:
+            raise UserError(f"top_p must be at most 1, not {self.top_p}")
+        if self.num_generations > 1 and self.temperature == 0:
+            raise UserError("num_generations above 1 needs temperature above 0: greedy completions would all be equal")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise UserError("top_p and top_k need temperature above 0: greedy decoding ignores them")
+        if self.weight_decay_anchor == "base" and self.weight_decay == 0:
+            raise UserError("weight_decay_anchor base needs weight_decay above 0")
+        if self.lr_scheduler_type == "constant_with_warmup" and self.warmup_steps == 0:
+            raise UserError("lr_scheduler_type constant_with_warmup needs warmup_steps above 0")
+        if self.chat_template_kwargs and self.apply_chat_template == "false":
+            raise UserError("chat_template_kwargs have no effect with apply_chat_template false")
+        if self.resume and self.overwrite:
+            raise UserError("resume and overwrite exclude each other")
+        if self.resume and self.output_dir is None:
+            raise UserError("resume needs output_dir, the directory of the run to continue")
+        if self.reward_weights is not None:
+            n_funcs = len(self.reward_funcs) if self.reward_funcs is not None else 1
+            if self.reward_funcs is not None and len(self.reward_weights) != n_funcs:
+                raise UserError(f"reward_weights has {len(self.reward_weights)} numbers for {n_funcs} reward functions")
+            if not any(self.reward_weights):
+                raise UserError("reward_weights are all 0: nothing would be learned")
+        for pattern in self.trainable_parameters or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"trainable_parameters has {pattern!r}, not a regular expression: {error}") from None
+        unknown = set(self.report_to) - {"plot", "none"}
+        if unknown:
+            raise UserError(f"report_to has {sorted(unknown)[0]!r}; it can be plot or none")
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """The learning rate, sigma / 2 where none is given (the paper's rule)."""
+        return self.sigma / 2 if self.learning_rate is None else self.learning_rate
+
+    def trajectory(self) -> dict[str, Any]:
+        """Return the fields that define the trajectory, for the journal's header."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
+
+    def to_json(self) -> str:
+        """Return the whole configuration as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> ESConfig:
+        """Build from names and values; UserError names the nearest field for an unknown name."""
+        return cls(**{canonical_name(name, source): value for name, value in values.items()})
+
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(ESConfig)}
+FIELD_TYPES = typing.get_type_hints(ESConfig)
+
+
+def canonical_name(name: str, source: str) -> str:
+    """Return the field that ``name`` stands for (`-` reads as `_`, aliases resolved); UserError if none does."""
+    wanted = name.replace("-", "_")
+    for spec in FIELDS.values():
+        if wanted == spec.name or wanted in spec.metadata["aliases"]:
+            return spec.name
+    raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, FIELDS)}")
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def coerce(name: str, value: Any) -> Any:
+    """Return ``value`` in the type of field ``name``; UserError where it does not fit."""
+    options = _alternatives(FIELD_TYPES[name])
+    for kind in options:
+        converted = _convert(value, kind)
+        if converted is not _MISFIT:
+            return converted
+    wanted = " or ".join(_describe(kind) for kind in options if kind is not type(None))
+    raise UserError(f"{name} must be {wanted}, not {value!r}")
+
+
+_MISFIT = object()
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return list(typing.get_args(hint)) if union else [hint]
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """Convert a YAML, JSON or command-line value to one type, or return the misfit mark."""
+    origin = typing.get_origin(kind)
+    if kind is type(None):
+        return None if value is None or value in ("none", "null", "None") else _MISFIT
+    if origin is Literal:
+        return value if value in typing.get_args(kind) else _MISFIT
+    if origin is list:
+        items = [value] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+        if not isinstance(items, (list, tuple)):
+            return _MISFIT
+        converted = [_convert(item, typing.get_args(kind)[0]) for item in items]
+        return _MISFIT if any(item is _MISFIT for item in converted) else converted
+    if origin is dict:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return _MISFIT
+        return dict(value) if isinstance(value, Mapping) else _MISFIT
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        return words.get(str(value).lower(), _MISFIT)
+    if kind is str:
+        return ("true" if value else "false") if isinstance(value, bool) else (
+            str(value) if isinstance(value, (str, int, float, Path)) else _MISFIT)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return _MISFIT
+    try:
+        number = float(value)
+        if kind is float:
+            return number
+        return int(value) if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value)) else (
+            int(number) if number.is_integer() else _MISFIT)
+    except (ValueError, OverflowError):
+        return _MISFIT
+
+
+def _describe(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    if origin is list:
+        return f"a list of {_describe(typing.get_args(kind)[0]).split(' ', 1)[-1]}s"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    return "a JSON object" if origin is dict else names.get(kind, str(kind))
+
+
+def read_config_file(name: str) -> dict[str, Any]:
+    """Read a YAML file, or a preset by its name (``demo``), into field names and raw values.
+
+    Raises:
+        UserError: it is missing, not YAML, not a mapping, or has an unknown name.
+    """
+    import yaml
+
+    path = Path(name)
+    if not path.suffix and not path.exists() and (PRESETS / f"{name}.yaml").exists():
+        path = PRESETS / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise UserError(f"config {name!r} cannot be read ({error.strerror}); presets: {presets}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {name!r} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {name!r} must be a mapping of option names to values")
+    return {canonical_name(str(key), f"config {name!r}"): value for key, value in values.items()}

@@ -1,0 +1,124 @@
+"""What the trainer needs of a generation backend, and the plain values that cross that line.
+
+An engine owns a replica of theta (`master`) and answers prompts with theta or with a perturbed member of it. It takes
+and returns token ids; prompts are built once, in `estune.data`. What crosses the line is small on purpose (seeds,
+scalars, token ids), so that a remote engine differs from a local one in transport only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from estune.population import SAMPLE_PERSON, Member
+
+if TYPE_CHECKING:
+    from estune.master import Master
+
+
+class Interrupted(Exception):
+    """The run was asked to stop: the member being evaluated was dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter as ``save_pretrained`` writes it; ``perturbed`` parameters are perturbed and updated."""
+
+    name: str
+    shape: tuple[int, ...]
+    perturbed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """``theta + scale * sign * n``: a member at the rounded scale ``s`` of DESIGN section 2."""
+
+    member: Member
+    scale: float
+    distribution: str = "normal"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row, tokenised; the response prefix is part of ``token_ids``."""
+
+    row_id: int  # the row's index in its split
+    text: str
+    token_ids: tuple[int, ...]  # (P,)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are decoded; ``temperature`` 0 is greedy.
+
+    Sampled tokens are a pure function of (seed, step, row, completion, token position), the same for every member.
+    """
+
+    seed: int
+    step: int
+    max_completion_length: int  # tokens
+    num_generations: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    stop_strings: tuple[str, ...] = ()
+    person: bytes = SAMPLE_PERSON
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Generated tokens, the end-of-sequence token included; ``finished`` is false where the limit cut them off."""
+
+    token_ids: tuple[int, ...]  # (T,)
+    finished: bool
+
+
+class Engine(Protocol):
+    """A replica of theta that answers prompts."""
+
+    master: Master
+    max_context: int | None  # tokens; None: unlimited
+    tokenizer: Any  # None where prompts are bytes (the toy engine)
+    compute_dtype: str  # float32, bfloat16 or float16
+    perturb_s: float  # seconds spent so far in writing members' weights
+
+    def generate(
+        self,
+        perturbation: Perturbation | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Completion]]:
+        """Answer ``prompts`` (B) with one member, or with theta itself (``None``): (B, G) completions.
+
+        Raises:
+            Interrupted: ``should_stop`` turned true between two tokens.
+        """
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, special tokens left out."""
+
+    def token_logprobs(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return the natural log-probability under theta of every token of one completion per prompt."""
+
+    def master_changed(self) -> None:
+        """Theta was written: forget everything derived from it."""
+
+    def save_assets(self, directory: Path) -> None:
+        """Write what a checkpoint holds beside its weights (configuration, tokenizer); no times, no paths."""
+
+    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
+        """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""
+
+    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
+        """Run one member twice under different load; say whether the tokens were equal."""
+
+    def info(self) -> dict[str, Any]:
+        """Return what a journal's header should say of the engine: device, model type and the like."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""

@@ -1,0 +1,364 @@
+"""The Hugging Face engine: any causal language model of transformers, on CPU, CUDA or MPS, through plain torch.
+
+One float32 master on the host, one working model in the compute dtype. A member is written into the working model's
+own memory from the master, never added to or subtracted from what was there, so theta cannot drift.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from estune.engines import decoding
+from estune.engines.base import Completion, Perturbation, Prompt, Sampling
+from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
+from estune.engines.hf_parameters import Binding, bindings
+from estune.errors import UserError
+from estune.master import Master
+from estune.noise import noise_ints, perturbation_scale
+from estune.population import Member
+
+_COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` looks at
+_PROBE_TOKENS = 16  # tokens per completion in `check_reproducible`
+
+
+class HFEngine:
+    """Answers prompts with theta or a member of it; see `estune.engines.base.Engine`.
+
+    ``stored_dtypes`` maps stored names to the dtype the working model holds them in ("bfloat16", ...): some models
+    keep a few parameters in float32 whatever the compute dtype.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        bound: Sequence[Binding],
+        master: Master,
+        *,
+        prompts_per_batch: int,
+    ) -> None:
+        """Take parts that belong together; use `load` or `from_model`."""
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.master = master
+        self.prompts_per_batch = prompts_per_batch
+        self.device = model.device
+        self.compute_dtype = _name(model.dtype)
+        self.stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
+        text_config = model.config.get_text_config(decoder=True)
+        self.max_context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._bindings = list(bound)
+        self._trained = {spec.name for spec in master.specs if spec.perturbed}
+        self._live = {b.name: b.direct.numpy() for b in bound if self._written_in_place(b)}
+        largest = max((b.pieces[0].parameter.numel() for b in bound if b.name not in self._live), default=0)
+        largest = max([largest, *(int(np.prod(b.shape)) for b in bound if b.name not in self._live)])
+        self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        self._loaded: tuple[Perturbation | None, int] | None = None  # what the working model holds, master version
+        self._fixed_version = -1  # master version at which the parameters that are not trained were written
+        self._eos, self._pad = _end_ids(model, tokenizer)
+        self._stop = decoding.StopStrings(tokenizer, ())
+        self._attention = decoding.uses_attention_caller(model)
+        self._load(None)
+        self._wide_mask = self._attention and decoding.takes_wide_mask(model)
+        self._batching = "padded" if self._attention else decoding.safe_batching(model, self._caller)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        num_threads: int = 1,
+        prompts_per_batch: int = 8,
+        trainable_parameters: Sequence[str] | None = None,
+    ) -> HFEngine:
+        """Load a directory, a hub id or the embedded model ``tiny``.
+
+        Args:
+            model: what to load.
+            dtype: compute dtype; ``auto`` is float32, on CUDA bfloat16 for a checkpoint of 16 bits.
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            revision: the hub revision.
+            trust_remote_code: run code that comes with the model.
+            num_threads: threads that torch and the noise kernels use.
+            prompts_per_batch: prompts in one forward pass, each with all its completions.
+            trainable_parameters: regexes searched in stored names; only matching parameters are perturbed.
+
+        Raises:
+            UserError: the model cannot be used as it is; the sentence says why.
+        """
+        torch.set_num_threads(num_threads)
+        place = resolve_device(device)
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        working, bound, master = load_model(
+            model,
+            dtype=dtype,
+            device=place,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            num_threads=num_threads,
+            trainable_parameters=trainable_parameters,
+        )
+        return cls(working, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        num_threads: int = 1,
+        prompts_per_batch: int = 8,
+        trainable_parameters: Sequence[str] | None = None,
+    ) -> HFEngine:
+        """Use a model that is already in memory, in its dtype and on its device; its weights become theta.
+
+        The model is the engine's from here on: its weights are overwritten by every member.
+        """
+        torch.set_num_threads(num_threads)
+        bound, buffers = bindings(model)
+        master = master_of(bound, buffers, trainable_parameters, num_threads, type(model).__name__)
+        return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
+
+    def generate(
+        self,
+        perturbation: Perturbation | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Completion]]:
+        """Answer prompts (B) with one member, or theta itself: completions (B, G). See `Engine.generate`.
+
+        Raises:
+            Interrupted: ``should_stop()`` turned true between two tokens.
+            UserError: a prompt is empty, or does not leave room for a completion in the model's context.
+        """
+        self._check_lengths(prompts, sampling)
+        self._load(perturbation)
+        if self._stop.strings != sampling.stop_strings:
+            self._stop = decoding.StopStrings(self.tokenizer, sampling.stop_strings)
+        copies = 1 if sampling.temperature == 0.0 else sampling.num_generations  # greedy completions are all equal
+        rows = [decoding.Row(p.token_ids, p.row_id, g) for p in prompts for g in range(copies)]
+        size = self.prompts_per_batch * copies
+        completions: list[Completion | None] = [None] * len(rows)
+        for start in range(0, len(rows), size):
+            for batch in self._batches(range(start, min(start + size, len(rows))), rows):
+                done = decoding.complete(
+                    self._caller(),
+                    [rows[i] for i in batch],
+                    sampling,
+                    self._eos,
+                    self._pad,
+                    self._stop,
+                    should_stop,
+                    self.device,
+                )
+                for i, completion in zip(batch, done, strict=True):
+                    completions[i] = completion
+        answers = [c for c in completions if c is not None]
+        groups = [answers[i : i + copies] for i in range(0, len(answers), copies)]
+        return [group * sampling.num_generations if copies == 1 else group for group in groups]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def master_changed(self) -> None:
+        """Theta was written: the next `generate` writes the working model anew."""
+        self._loaded = None
+        self._fixed_version = -1
+
+    def save_assets(self, directory: Path) -> None:
+        """Write configuration, generation configuration and tokenizer; see `Engine.save_assets`."""
+        save_assets(self.model, self.tokenizer, self.compute_dtype, Path(directory))
+
+    @torch.inference_mode()
+    def token_logprobs(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return the log-probability of every completion token under theta, at temperature 1.
+
+        Args:
+            prompts: (B,).
+            completions: token ids, one completion per prompt.
+
+        Returns:
+            For each prompt one value per completion token: float32 log-softmax, as Python floats.
+        """
+        self._load(None)
+        result: list[list[float]] = []
+        for start in range(0, len(prompts), self.prompts_per_batch):
+            end = start + self.prompts_per_batch
+            result += self._batch_logprobs([p.token_ids for p in prompts[start:end]], completions[start:end])
+        return result
+
+    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
+        """Return, per kind of parameter, the cosine of ``cast(W) - cast(theta)`` with ``scale * sign * n``.
+
+        It says how much of the perturbation survives the compute dtype; computed in float64 from the first 65,536
+        elements of every perturbed parameter.
+        """
+        sums: dict[str, np.ndarray] = {}
+        member = perturbation.member
+        for binding in self._bindings:
+            if binding.name not in self._trained:
+                continue
+            theta = self.master.arrays[binding.name].reshape(-1)[:_COSINE_ELEMENTS]  # (d,)
+            n = noise_ints(member.seed, binding.name, 0, theta.size, perturbation.distribution)
+            exact = np.float32(perturbation.scale * member.sign) * n.astype(np.float32)  # (d,)
+            moved, still = (
+                torch.from_numpy(values).to(binding.dtype).double().numpy() for values in (theta + exact, theta)
+            )
+            change, wanted = moved - still, exact.astype(np.float64)
+            parts = np.array([change @ wanted, change @ change, wanted @ wanted])
+            sums[binding.kind] = sums.get(binding.kind, 0.0) + parts
+        return {
+            kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0
+            for kind, (dot, a, b) in sorted(sums.items())
+        }
+
+    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
+        """Run one member twice, the second time beside a busy thread; say whether the tokens were equal."""
+        short = Sampling(
+            seed=sampling.seed,
+            step=sampling.step,
+            max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length),
+            num_generations=sampling.num_generations,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_strings=sampling.stop_strings,
+            person=sampling.person,
+        )
+        member = Perturbation(Member(seed=1, sign=1), perturbation_scale(1e-3))
+        few = list(prompts[: self.prompts_per_batch])
+        alone = self.generate(member, few, short)
+        stop = threading.Event()
+        load = threading.Thread(target=_keep_busy, args=(stop,), daemon=True)
+        load.start()
+        try:
+            self.master_changed()  # write the weights again, too
+            loaded = self.generate(member, few, short)
+        finally:
+            stop.set()
+            load.join()
+        return alone == loaded
+
+    def info(self) -> dict[str, Any]:
+        """Return what a journal's header says of the engine."""
+        return {
+            "engine": "hf",
+            "device": self.device.type,
+            "dtype": self.compute_dtype,
+            "model_type": self.model.config.model_type,
+            "architecture": type(self.model).__name__,
+            "num_parameters": self.master.num_parameters,
+            "max_context": self.max_context,
+            "prompts_per_batch": self.prompts_per_batch,
+        }
+
+    def close(self) -> None:
+        """Nothing to release: memory goes with the object."""
+
+    def _caller(self) -> decoding.Caller:
+        """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
+        if self._attention:
+            return decoding.AttentionCaller(self.model, self._wide_mask)
+        return decoding.GenericCaller(self.model)
+
+    def _batches(self, indices: Sequence[int], rows: Sequence[decoding.Row]) -> list[list[int]]:
+        """Return one batch, or several for a model that cannot take padding or batches; see `safe_batching`."""
+        if self._batching == "padded":
+            return [list(indices)]
+        if self._batching == "single":
+            return [[i] for i in indices]
+        lengths = sorted({len(rows[i].token_ids) for i in indices})
+        return [[i for i in indices if len(rows[i].token_ids) == length] for length in lengths]
+
+    def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        for prompt in prompts:
+            length, new = len(prompt.token_ids), sampling.max_completion_length
+            if not length:
+                raise UserError(f"the prompt of row {prompt.row_id} has no tokens")
+            if self.max_context is not None and length + new > self.max_context:
+                raise UserError(
+                    f"the prompt of row {prompt.row_id} has {length} tokens, which with {new} for the completion "
+                    f"passes the model's context of {self.max_context}"
+                )
+
+    def _written_in_place(self, binding: Binding) -> bool:
+        return self.device.type == "cpu" and binding.dtype == torch.float32 and binding.direct is not None
+
+    @torch.inference_mode()
+    def _load(self, perturbation: Perturbation | None) -> None:
+        """Write a member, or theta, into the working model, unless it is what the model holds."""
+        wanted = (perturbation, self.master.version)
+        if self._loaded == wanted:
+            return
+        self._loaded = None
+        for binding in self._bindings:
+            name = binding.name
+            if name not in self._trained and self._fixed_version == self.master.version:
+                continue
+            if name in self._live:
+                self.master.perturb(name, perturbation, out=self._live[name])
+            elif perturbation is None or name not in self._trained:
+                binding.write(torch.from_numpy(self.master.arrays[name]))
+            else:
+                size = self.master.arrays[name].size
+                self.master.perturb(name, perturbation, out=self._staging[:size].numpy())
+                binding.write(self._staging[:size].view(binding.shape))
+        self._fixed_version = self.master.version
+        self._loaded = wanted
+
+    def _batch_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        length = max(len(row) for row in rows)
+        if length == 0:
+            return [[] for _ in rows]
+        # padded on the right: with causal models nothing a row needs comes after its own tokens
+        ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (R, T, V)
+        result = []
+        for row, prompt, completion in zip(logits, prompts, completions, strict=True):
+            first = len(prompt) - 1
+            scores = row[first : first + len(completion)].float().log_softmax(-1)  # (C, V)
+            tokens = torch.tensor(list(completion), dtype=torch.int64, device=self.device)
+            result.append(scores.gather(-1, tokens[:, None])[:, 0].double().tolist())
+        return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[frozenset[int], int]:
+    """Return the end-of-sequence ids and the padding id; nothing else of generation_config is ever used."""
+    settings = getattr(model, "generation_config", None)
+    eos = getattr(settings, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    for pad in (getattr(settings, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), *ends, 0):
+        if pad is not None:
+            return frozenset(ends), int(pad)
+    raise AssertionError("0 is a padding id")
+
+
+def _keep_busy(stop: threading.Event) -> None:
+    values = np.ones((256, 256))
+    while not stop.is_set():
+        values = np.tanh(values @ values * 1e-3)

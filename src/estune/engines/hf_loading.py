@@ -1,0 +1,264 @@
+"""From a model's name to a checked working model with its float32 master, and back to the files beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+from estune.engines.base import ParameterSpec
+from estune.engines.hf_parameters import Binding, bindings
+from estune.errors import UserError
+from estune.master import Master
+
+EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+_PRIVATE_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "cache_dir", "local_files_only", "is_local")
+
+
+def resolve_model(model: str) -> str:
+    """Return what transformers loads for ``model``: the embedded model's directory for its name, else ``model``.
+
+    Raises:
+        UserError: it looks like a path and is not a directory.
+    """
+    if not os.path.isdir(model) and (EMBEDDED_MODELS / model / "config.json").is_file():
+        return str(EMBEDDED_MODELS / model)
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise UserError(f"model {model!r} is a file, not a directory")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model:
+        raise UserError(f"model directory {model!r} does not exist")
+    return model
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``mps``; UserError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in there:
+        raise UserError(f"unknown device {device!r}; known: auto, cpu, cuda, mps")
+    if not there[kind]:
+        raise UserError(f"device {device!r} was asked for, but torch {torch.__version__} finds none on this machine")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | None) -> torch.dtype:
+    """Return the compute dtype: as asked, or for ``auto`` float32, on CUDA bfloat16 for a checkpoint of 16 bits."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type == "cuda" and checkpoint in (torch.bfloat16, torch.float16):
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the model's tokenizer; UserError where there is none."""
+    path = resolve_model(model)
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(model, path, error, "tokenizer") from error
+
+
+def load_model(
+    model: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    revision: str | None,
+    trust_remote_code: bool,
+    num_threads: int,
+    trainable_parameters: Sequence[str] | None,
+) -> tuple[PreTrainedModel, list[Binding], Master]:
+    """Load the working model, bind its parameters, and copy its float32 weights into a master.
+
+    The master is read in float32 whatever the compute dtype; a working model of another dtype is loaded a second
+    time, so that transformers decides what it keeps in float32 (some parameters, rope frequencies).
+
+    Raises:
+        UserError: one sentence with the model's path and what is wrong with it.
+    """
+    path = resolve_model(model)
+    if os.path.isdir(path):
+        _check_files(model, Path(path))
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path, **options)
+            if getattr(config, "quantization_config", None) is not None:
+                raise UserError(f"model {model!r} is quantized; estune moves full weights, so dequantize it first")
+            working, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, **options
+            )
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(model, path, error, "model") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model {model!r} lacks the weights {missing[0]}{more}; its files do not hold the whole model")
+    bound, buffers = bindings(working)
+    master = master_of(bound, buffers, trainable_parameters, num_threads, model)
+    compute = resolve_dtype(dtype, device, _dtype_of(config))
+    if compute != torch.float32:
+        del bound, buffers, working
+        with _quiet():
+            working = AutoModelForCausalLM.from_pretrained(path, dtype=compute, **options)
+    if compute != torch.float32 or device.type != "cpu":
+        working = working.to(device)
+        bound, _ = bindings(working)
+    return working, bound, master
+
+
+def master_of(
+    bound: Sequence[Binding],
+    buffers: Mapping[str, torch.Tensor],
+    trainable_parameters: Sequence[str] | None,
+    num_threads: int,
+    model: str,
+) -> Master:
+    """Copy the stored parameters into a float32 master.
+
+    Raises:
+        UserError: a weight is NaN or infinite, or a regex of ``trainable_parameters`` is bad or matches nothing.
+    """
+    chosen = _select([binding.name for binding in bound if binding.requires_grad], trainable_parameters)
+    arrays: dict[str, np.ndarray] = {}
+    for binding in bound:
+        array = np.empty(binding.shape, dtype=np.float32)
+        source = binding.direct if binding.direct is not None else binding.read()
+        torch.from_numpy(array).copy_(source)
+        # the smallest and largest value say it without a temporary of the tensor's size
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+            raise UserError(f"model {model!r} has NaN or infinite values in {binding.name}")
+        arrays[binding.name] = array
+    specs = [ParameterSpec(binding.name, binding.shape, binding.name in chosen) for binding in bound]
+    kept = {name: _as_numpy(buffer) for name, buffer in buffers.items()}
+    return Master(specs, arrays, kept, num_threads)
+
+
+def save_assets(model: PreTrainedModel, tokenizer: Any, dtype: str, directory: Path) -> None:
+    """Write config.json, generation_config.json, the tokenizer and code that came with the model.
+
+    The same model gives the same bytes wherever it was loaded from: no path or time is written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    if model.is_remote_code():
+        custom_object_save(model, directory, config=config)
+    config.save_pretrained(directory)
+    if model.can_generate() and model.generation_config is not None:
+        # written as it is: save_pretrained of a GenerationConfig refuses some that the hub serves
+        text = model.generation_config.to_json_string(use_diff=True)
+        (directory / "generation_config.json").write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        _strip_private(directory / name)
+
+
+def _strip_private(path: Path) -> None:
+    if not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in _PRIVATE_KEYS:
+        values.pop(key, None)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _select(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
+    """Return the names that any regex finds, all without regexes."""
+    if patterns is None:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UserError(f"trainable_parameters: {pattern!r} is not a regular expression: {error}") from error
+        if not found:
+            raise UserError(f"trainable_parameters: {pattern!r} matches no parameter, for example not {names[0]}")
+        chosen |= found
+    return chosen
+
+
+def _check_files(model: str, path: Path) -> None:
+    """Check a model directory's files before transformers reads them: its messages name no file."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"model directory {model!r} has no config.json")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model directory {model!r} has a damaged {index.name}") from error
+        for shard in shards:
+            if not (path / shard).is_file():
+                raise UserError(f"model directory {model!r} lacks the weight file {shard}")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights and not any(path.glob("*.bin")):
+        raise UserError(f"model directory {model!r} holds no weights (no *.safetensors file)")
+    for file in weights:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model directory {model!r}: {file.name} is truncated or damaged ({error})") from error
+
+
+def _cannot_load(model: str, path: str, error: Exception, what: str) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) <= 200 else reason[:200] + "..."
+    if os.path.isdir(path):
+        return UserError(f"cannot load the {what} in directory {model!r}: {reason}")
+    return UserError(
+        f"cannot load the {what} {model!r}: it is no directory, and the hub does not have it or cannot be reached ({reason})"
+    )
+
+
+def _dtype_of(config: Any) -> torch.dtype | None:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _as_numpy(buffer: torch.Tensor) -> np.ndarray:
+    value = buffer.detach().cpu()
+    if value.dtype == torch.bfloat16:
+        value = value.float()  # numpy has no bfloat16
+    return value.numpy().copy()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and reports away: what matters in them becomes a UserError."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

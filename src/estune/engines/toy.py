@@ -1,0 +1,95 @@
+"""The toy engine: a function of a vector instead of a language model, for the whole loop without torch.
+
+theta is a vector split over a few named parameters. A row asks for the value at one coordinate; the answer is the
+decimal text of that coordinate, as bytes. `estune.tasks.quadratic` rewards answers close to the row's wanted value, so
+the run descends a quadratic, and every number of the trainer, the journal and the update can be checked by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from estune.engines.base import Completion, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
+from estune.errors import UserError
+from estune.master import Master
+
+SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
+MODEL_TYPE = "estune-toy"
+
+
+class ToyEngine:
+    """Answers prompt ``x[i]`` with the text of the i-th coordinate of theta (or of a member)."""
+
+    tokenizer = None
+    max_context: int | None = None
+    compute_dtype = "float32"
+    perturb_s = 0.0  # part of the answer's time here
+
+    def __init__(self, num_threads: int = 1) -> None:
+        specs = [ParameterSpec(name, shape, not name.startswith("frozen")) for name, shape in SHAPES.items()]
+        arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
+        self.master = Master(specs, arrays, num_threads=num_threads)
+
+    @property
+    def coordinates(self) -> int:
+        """Number of coordinates that can be asked for."""
+        return sum(int(np.prod(spec.shape)) for spec in self.master.specs if spec.perturbed)
+
+    def vector(self, perturbation: Perturbation | None) -> np.ndarray:
+        """Return the perturbed parameters of a member as one vector, in name order: float32 (d,)."""
+        parts = [self.master.perturb(s.name, perturbation).reshape(-1) for s in self.master.specs if s.perturbed]
+        return np.concatenate(parts)
+
+    def generate(
+        self,
+        perturbation: Perturbation | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Completion]]:
+        """Answer prompts of the form ``x[i]``."""
+        vector = self.vector(perturbation)
+        answers = []
+        for prompt in prompts:
+            if should_stop():
+                raise Interrupted
+            text = repr(float(vector[int(prompt.text.split("[")[1].split("]")[0])]))
+            tokens = tuple(text.encode()[: sampling.max_completion_length])
+            answers.append([Completion(tokens, len(tokens) < sampling.max_completion_length)] * sampling.num_generations)
+        return answers
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of bytes."""
+        return bytes(token_ids).decode()
+
+    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """A function of a vector has no token probabilities: UserError."""
+        raise UserError("the toy engine has no token probabilities, so no KL")
+
+    def master_changed(self) -> None:
+        """Nothing is derived from theta."""
+
+    def save_assets(self, directory: Path) -> None:
+        """Write a config.json that names the toy."""
+        text = json.dumps({"model_type": MODEL_TYPE, "dtype": "float32"}, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+
+    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
+        """Return 1 per kind: float32 holds the perturbation to rounding."""
+        return {"matrix": 1.0}
+
+    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
+        """A function of a vector is reproducible."""
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """Return the facts for the journal's header."""
+        return {"engine": "toy", "model_type": MODEL_TYPE, "device": "cpu", "dtype": self.compute_dtype}
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,55 @@
+"""What machine and versions this is: `estune env`, a run's `env.json`, and the versions in a journal's header."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("estune", "torch", "transformers", "numba", "numpy", "tokenizers", "safetensors", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions that can change a bit of a run; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cores() -> int:
+    """Return the CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, platform, processor, cores and memory as a JSON-able dict."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_gib": round(_memory_bytes() / 2**30, 1),
+        "executable_bits": 64 if sys.maxsize > 1 << 32 else 32,
+        "byteorder": sys.byteorder,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0

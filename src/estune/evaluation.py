@@ -1,0 +1,176 @@
+"""Held-out evaluation: accuracy with a 95 % interval, reward, length, pass@k and KL to a reference.
+
+The same function serves the evaluations inside a run and `estune evaluate`, so the two agree row by row. Sampled
+evaluations draw their uniforms from (seed, row, completion, position) alone, whatever the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from estune.engines.base import Prompt, Sampling
+from estune.fitness import weigh
+from estune.population import EVAL_PERSON
+from estune.rewards import RewardPool
+from estune.rollouts import Completions, Evaluator, Group
+
+Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
+RESAMPLES = 2000
+
+
+@dataclass
+class EvaluatedRow:
+    """One held-out row: its completions, their rewards and whether they were right."""
+
+    row_id: int
+    completions: list[str]  # (G,)
+    rewards: list[float | None]  # (G,), weighed; None: failed or not applicable
+    accuracy: list[float] | None  # (G,)
+    lengths: list[int]  # (G,), tokens
+    finished: list[bool]  # (G,)
+    token_ids: list[list[int]]  # (G, T)
+
+
+@dataclass
+class Evaluation:
+    """The rows of an evaluation and their summary."""
+
+    rows: list[EvaluatedRow]
+
+    def summary(self) -> dict[str, Any]:
+        """Return n, accuracy with its interval, reward, mean length and the share of clipped completions."""
+        rewards = [reward for row in self.rows for reward in row.rewards if reward is not None]
+        lengths = [length for row in self.rows for length in row.lengths]
+        finished = [done for row in self.rows for done in row.finished]
+        result: dict[str, Any] = {"n": len(self.rows)}
+        if self.rows and self.rows[0].accuracy is not None:
+            means = [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
+            result["accuracy"] = math.fsum(means) / len(means)
+            result["accuracy_ci95"] = list(interval(means))
+        result["reward"] = math.fsum(rewards) / len(rewards) if rewards else None
+        result["reward_failures"] = len(lengths) - len(rewards)
+        result["mean_length_tokens"] = sum(lengths) / len(lengths)
+        result["clipped_ratio"] = 1 - sum(finished) / len(finished)
+        return result
+
+    def pass_at_k(self) -> dict[str, float]:
+        """Return the unbiased pass@k for k = 1, 2, 4, ... up to the samples per row (Chen et al. 2021)."""
+        samples = len(self.rows[0].lengths)
+        ks = [1 << power for power in range(samples.bit_length()) if 1 << power <= samples]
+        right = [sum(value > 0.5 for value in row.accuracy or []) for row in self.rows]
+        return {str(k): math.fsum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of per-row accuracies in [0, 1].
+
+    Wilson's score interval where every value is 0 or 1; otherwise (several samples a row) a percentile bootstrap over
+    rows with a fixed seed.
+    """
+    n = len(values)
+    center = math.fsum(values) / n
+    if all(value in (0.0, 1.0) for value in values):
+        spread = Z_95 * math.sqrt(center * (1 - center) / n + Z_95**2 / (4 * n * n))
+        middle = center + Z_95**2 / (2 * n)
+        denominator = 1 + Z_95**2 / n
+        return max(0.0, (middle - spread) / denominator), min(1.0, (middle + spread) / denominator)
+    rng = np.random.default_rng(0)
+    array = np.asarray(values)
+    means = [array[rng.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def evaluation_sampling(sampling: Sampling) -> Sampling:
+    """Return the sampling of an evaluation: step 0 and a person of its own."""
+    return Sampling(
+        seed=sampling.seed, step=0, max_completion_length=sampling.max_completion_length,
+        num_generations=sampling.num_generations, temperature=sampling.temperature, top_p=sampling.top_p,
+        top_k=sampling.top_k, stop_strings=sampling.stop_strings, person=EVAL_PERSON,
+    )  # fmt: skip
+
+
+def evaluate(
+    evaluator: Evaluator,
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    weights: Sequence[float],
+    accuracy_pool: RewardPool | None,
+    *,
+    batch: int,
+    trainer_state: dict[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Evaluate theta on ``rows``; scores are computed while the next ``batch`` of prompts is generated.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    sampling = evaluation_sampling(sampling)
+    running = []
+    grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
+    for start in range(0, len(rows), batch):
+        part, part_prompts = rows[start : start + batch], prompts[start : start + batch]
+        group, completions, future = evaluator.start(None, part, part_prompts, sampling, trainer_state, True)
+        graded = grader.score(part, completions, trainer_state) if grader else None
+        running.append((part_prompts, completions, group, future, graded))
+        progress(min(start + batch, len(rows)))
+    evaluated: list[EvaluatedRow] = []
+    for part_prompts, completions, group, future, graded in running:
+        evaluator.finish(group, future.result(), sampling.num_generations)
+        accuracy = None
+        if graded is not None:
+            result = graded.result()
+            accuracy = np.where(result.failed | np.isnan(result.rewards), 0.0, result.rewards)
+            accuracy = accuracy.reshape(len(part_prompts), sampling.num_generations)  # (b, G)
+        evaluated += _rows(part_prompts, completions, group, weights, accuracy)
+    return Evaluation(evaluated)
+
+
+def _rows(
+    prompts: Sequence[Prompt],
+    completions: Completions,
+    group: Group,
+    weights: Sequence[float],
+    accuracy: np.ndarray | None,
+) -> list[EvaluatedRow]:
+    weighed = weigh(np.array(group.rewards, dtype=np.float64), weights)  # (b, G)
+    for b, g, _ in group.failed:
+        weighed[b, g] = np.nan
+    assert group.completions is not None
+    return [
+        EvaluatedRow(
+            row_id=prompt.row_id,
+            completions=group.completions[b],
+            rewards=[None if math.isnan(value) else value for value in weighed[b].tolist()],
+            accuracy=accuracy[b].tolist() if accuracy is not None else None,
+            lengths=group.lengths[b],
+            finished=group.finished[b],
+            token_ids=[list(completion.token_ids) for completion in completions[b]],
+        )
+        for b, prompt in enumerate(prompts)
+    ]
+
+
+def kl_k3(tuned: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> float:
+    """Return the mean per token of KL(tuned || reference) by the k3 estimator r - log r - 1, r = p_ref / p_tuned.
+
+    Both are log-probabilities (natural) of the tuned model's own tokens, completion by completion.
+    """
+    terms = [
+        math.expm1(ref - own) - (ref - own)
+        for own_row, ref_row in zip(tuned, reference, strict=True)
+        for own, ref in zip(own_row, ref_row, strict=True)
+    ]
+    return math.fsum(terms) / len(terms) if terms else 0.0

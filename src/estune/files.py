@@ -1,0 +1,101 @@
+"""Files that survive a crash: appends that are on disk when they return, and replacements that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from estune.errors import UserError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def full_disk_message(error: OSError, path: Path) -> str:
+    """Return the sentence for a write that found no room."""
+    return f"no space left to write {path} ({error.strerror}); what was there is intact: make room, then --resume"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` for want of space into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise UserError(full_disk_message(error, path)) from None
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and fsync; where the disk is full the file is cut back to what it was.
+
+    Raises:
+        UserError: no space left.
+    """
+    with writing(path):
+        fresh = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, line.encode("utf-8") + b"\n")
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+        if fresh:
+            sync_directory(path.parent)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file beside ``path``, fsync it and rename it over ``path``: readers see the old or the new one, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path):
+            with partial.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by the JSON of ``value``, indented."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, lambda file: file.write(text.encode("utf-8")) and None)
+
+
+def sync_directory(path: Path) -> None:
+    """Put a directory's entries (a rename, a new file) on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Put every file below a directory, and its entries, on disk."""
+    for child in sorted(path.rglob("*")):
+        descriptor = os.open(child, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_directory(path)

@@ -1,0 +1,184 @@
+"""From a configuration to what a run works on: resolved values, rows, reward functions, and the engine.
+
+Everything torch-free comes first (rows, rewards, the reward pool's processes); the engine is loaded last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estune import environment
+from estune.config import ESConfig
+from estune.data import PromptBuilder, check_columns, load_rows
+from estune.engines.base import Engine, Prompt
+from estune.errors import UserError
+from estune.rewards import load_reward
+from estune.tasks import Task, get_task
+
+RewardFunc = Callable[..., Any]
+EMBEDDED_MODELS = Path(__file__).parent / "models"
+DEFAULT_BATCH = 32
+DEFAULT_PROMPTS_PER_BATCH = 64
+
+
+@dataclass
+class Rewards:
+    """The reward functions of a run, their names and weights, and the accuracy that evaluations report."""
+
+    funcs: list[RewardFunc]
+    names: list[str]
+    weights: list[float]
+    accuracy: RewardFunc | None
+
+
+def task_of(args: ESConfig) -> Task | None:
+    """Return the configured built-in task, if any; UserError for an unknown one or an impossible pairing."""
+    task = get_task(args.task) if args.task else None
+    if (args.engine == "toy") != (args.task == "quadratic"):
+        raise UserError("engine toy and task quadratic belong together: give both or neither")
+    return task
+
+
+def resolve_rewards(args: ESConfig, given: Any, task: Task | None) -> Rewards:
+    """Return the run's rewards: those ``given`` from Python, else the configuration's, else the task's.
+
+    Raises:
+        UserError: there is none, one does not import, or the weights do not fit.
+    """
+    if given is None:
+        given = args.reward_funcs
+    if given is None:
+        if task is None:
+            raise UserError("a dataset of your own needs --reward_funcs (package.module:function or file.py:function)")
+        given = task.reward
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+    funcs = [load_reward(item) if isinstance(item, str) else item for item in listed]
+    if not funcs:
+        raise UserError("reward_funcs is empty: at least one reward function is needed")
+    for func in funcs:
+        if not callable(func):
+            raise UserError(f"a reward must be a callable or package.module:function, not {type(func).__name__}")
+    names: list[str] = []
+    for func in funcs:
+        name = getattr(func, "__name__", type(func).__name__)
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    weights = args.reward_weights or [1.0] * len(funcs)
+    if len(weights) != len(funcs):
+        raise UserError(f"reward_weights has {len(weights)} numbers for {len(funcs)} reward functions")
+    return Rewards(funcs, names, weights, task.accuracy if task else None)
+
+
+def resolve_rows(
+    args: ESConfig, given: Any, task: Task | None, split: str, rewards: Rewards
+) -> list[dict[str, Any]]:
+    """Return the rows of ``split`` (``train``, ``validation`` or ``test``), ready for prompts and rewards.
+
+    Raises:
+        UserError: no rows, no prompt column, or a column that a reward needs is missing.
+    """
+    if given is not None or args.dataset_name is not None:
+        source = given if given is not None else args.dataset_name
+        name = args.dataset_train_split if split == "train" else args.dataset_test_split
+        rows = load_rows(source, args.dataset_config, name)
+        if task is not None:
+            rows = [task.prepare_row(row) for row in rows]
+    elif task is not None:
+        rows = task.load(split)
+    else:
+        raise UserError("give --task, or --dataset_name with --reward_funcs")
+    if not rows:
+        raise UserError(f"the {split} split has no rows")
+    for index, row in enumerate(rows):
+        if "prompt" not in row:
+            raise UserError(f"row {index} of the {split} split has no column 'prompt' (it has {', '.join(row)})")
+    check_columns(rows, rewards.funcs, rewards.names)
+    return rows
+
+
+def resolve_config(args: ESConfig, n_rows: int) -> ESConfig:
+    """Return the configuration with every ``auto`` and every default that depends on others filled in, once."""
+    auto: dict[str, Any] = {"learning_rate": args.effective_learning_rate}
+    if args.batch_size == "auto":
+        auto["batch_size"] = min(DEFAULT_BATCH, n_rows)
+    if args.prompts_per_batch == "auto":
+        auto["prompts_per_batch"] = DEFAULT_PROMPTS_PER_BATCH
+    if args.num_threads == "auto":
+        auto["num_threads"] = environment.cores()
+    if args.reward_workers == "auto":
+        auto["reward_workers"] = min(4, max(1, environment.cores() - 1))
+    if args.engine == "toy" and args.model == "tiny":
+        auto["model"] = "toy"
+    return dataclasses.replace(args, **auto)
+
+
+def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Engine:
+    """Load the engine of a resolved configuration; ``model`` may be a module from Python.
+
+    Raises:
+        UserError: the model is missing, damaged, or not a model.
+    """
+    assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
+    if args.engine == "toy" or (model is None and _is_toy(args.model)):
+        from estune.checkpoint import load_master
+        from estune.engines.toy import ToyEngine
+
+        toy = ToyEngine(args.num_threads)
+        if args.model != "toy":
+            load_master(Path(args.model), toy.master)
+        return toy
+    from estune.engines.hf import HFEngine
+
+    options: dict[str, Any] = dict(
+        dtype=args.dtype,
+        device=args.device,
+        num_threads=args.num_threads,
+        prompts_per_batch=args.prompts_per_batch,
+        trainable_parameters=args.trainable_parameters,
+    )
+    if model is not None and not isinstance(model, str):
+        return HFEngine.from_model(model, tokenizer, **options)
+    return HFEngine.load(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, **options)
+
+
+def local_directory(model: str) -> Path | None:
+    """Return the directory of a local or embedded model; ``None`` for a hub id or the toy."""
+    for path in (Path(model).expanduser(), EMBEDDED_MODELS / model):
+        if (path / "config.json").is_file():
+            return path
+    return None
+
+
+def _is_toy(model: str) -> bool:
+    from estune.engines.toy import MODEL_TYPE
+
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def build_prompts(
+    args: ESConfig, engine: Engine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
+) -> list[Prompt]:
+    """Tokenise rows once: (rows,) prompts with ``row_id`` the index.
+
+    Raises:
+        UserError: a prompt with its completion does not fit the model's context.
+    """
+    builder = PromptBuilder(
+        engine.tokenizer,
+        apply_chat_template=args.apply_chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+        system_prompt=args.system_prompt,
+        response_prefix=args.response_prefix,
+        max_context=engine.max_context,
+        max_completion_length=args.max_completion_length,
+        is_builtin_task=is_builtin_task,
+    )
+    return [builder.build(row, index) for index, row in enumerate(rows)]

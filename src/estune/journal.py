@@ -1,0 +1,223 @@
+"""The write-ahead journal: base model + journal = any step's weights, bit for bit.
+
+`journal.jsonl` holds a header, then step and checkpoint lines only, in order, without times or worker ids. Each line
+carries a hash chained to the line before, so damage is found and named. A step line is on disk (fsync) before theta
+moves; a crash leaves at most a torn last line, which opening repairs. Finished groups of the running step wait in
+`pending.jsonl`, tied to the journal's last hash, until their step line is written.
+
+Floats that decide bits (`s`, `a`, `decay`) are written as hexadecimal; fitness as decimal that reads back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from estune.errors import UserError
+from estune.files import append_line
+from estune.optimizer import Update
+from estune.population import Member
+
+FORMAT_VERSION = 1
+_GENESIS = "0" * 32
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN; parsing and dumping gives it again."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def _chained(previous: str, body: str) -> str:
+    return blake2b((previous + body).encode("ascii"), digest_size=16).hexdigest()
+
+
+@dataclass
+class Journal:
+    """The journal of one run, open for appending."""
+
+    path: Path
+    header: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: dict[int, str] = field(default_factory=dict)  # steps done -> fingerprint
+    head: str = _GENESIS  # hash of the last line
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+        """Write a new journal that holds ``header`` alone."""
+        journal = cls(path, {})
+        record = {"kind": "header", "format": FORMAT_VERSION, **header}
+        journal._append(record)
+        journal.header = record
+        return journal
+
+    @classmethod
+    def open(cls, path: Path, repair: bool = True) -> Journal | None:
+        """Read and verify a journal; ``None`` if nothing (or only a torn header) was written.
+
+        A torn last line is cut off (``repair=False`` leaves the file as it is and only ignores it).
+
+        Raises:
+            UserError: a line before the last is damaged, or any line was changed; the step is named.
+        """
+        if not path.exists():
+            return None
+        journal = cls(path, {})
+        raw = path.read_bytes()
+        lines = raw.split(b"\n")
+        good = 0  # bytes that hold verified lines
+        for index, line in enumerate(lines):
+            is_last = good + len(line) + 1 >= len(raw)
+            if not line and index == len(lines) - 1:
+                break
+            torn = index == len(lines) - 1  # no newline behind it
+            record = None if torn else _parse(line)
+            if record is None:
+                if is_last:
+                    break
+                raise UserError(f"{path} is damaged at line {index + 1} ({journal._where()}); it cannot be resumed")
+            journal._accept(record, index)
+            good += len(line) + 1
+        if good < len(raw) and repair:
+            os.truncate(path, good)
+        return journal if journal.header else None
+
+    def append_step(self, record: Mapping[str, Any]) -> None:
+        """Write a step line; when this returns it is on disk."""
+        line = {"kind": "step", **record}
+        self._append(line)
+        self.steps.append(line)
+
+    def append_checkpoint(self, steps_done: int, fingerprint: str) -> None:
+        """Write a checkpoint line: theta after ``steps_done`` steps has this fingerprint."""
+        self._append({"kind": "checkpoint", "step": steps_done, "fingerprint": fingerprint})
+        self.checkpoints[steps_done] = fingerprint
+
+    def _append(self, record: dict[str, Any]) -> None:
+        body = canonical_json(record)
+        head = _chained(self.head, body)
+        append_line(self.path, f'{body[:-1]},"hash":"{head}"}}')
+        self.head = head
+
+    def _accept(self, record: dict[str, Any], index: int) -> None:
+        """Verify one parsed line against the chain and take it in."""
+        claimed = record.pop("hash", None)
+        expected = _chained(self.head, canonical_json(record))
+        if claimed != expected:
+            raise UserError(f"{self.path} is damaged at line {index + 1} ({self._where()}): its hash does not match")
+        self.head = expected
+        if record["kind"] == "header":
+            if record["format"] != FORMAT_VERSION:
+                raise UserError(f"{self.path} has journal format {record['format']}, this estune reads {FORMAT_VERSION}")
+            self.header = record
+        elif record["kind"] == "step":
+            self.steps.append(record)
+        else:
+            self.checkpoints[record["step"]] = record["fingerprint"]
+
+    def _where(self) -> str:
+        return f"step {len(self.steps)}" if self.header else "the header"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+def step_record(
+    step: int,
+    rows: Sequence[int],
+    fitness: Sequence[float],
+    scale: float,
+    update: Update,
+    checksum: str,
+    *,
+    failures: int,
+    tokens: int,
+) -> dict[str, Any]:
+    """Return the step line: what was evaluated, what came out, and the exact update about to be applied.
+
+    Args:
+        step: 0-based.
+        rows: (B,) row ids.
+        fitness: (N,), NaN where no reward applied.
+        scale: the rounded perturbation scale ``s``.
+        update: seeds (N,), integer utilities (N,), e, a, decay.
+        checksum: of theta before the update.
+        failures: failed rewards of the step.
+        tokens: prompt and completion tokens of the step.
+    """
+    return {
+        "step": step,
+        "rows": list(rows),
+        "seeds": [f"{member.seed:016x}" for member in update.members],
+        "fitness": [None if math.isnan(value) else float(value) for value in fitness],
+        "failures": failures,
+        "tokens": tokens,
+        "q": list(update.q),
+        "e": update.e,
+        "s": scale.hex(),
+        "a": update.a.hex(),
+        "decay": update.decay.hex(),
+        "checksum": checksum,
+    }
+
+
+def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Update:
+    """Return the update that a step line records; ``config`` is the header's."""
+    signs = (+1, -1) if config["antithetic"] else (+1, +1)
+    members = tuple(Member(int(seed, 16), signs[index % 2]) for index, seed in enumerate(record["seeds"]))
+    return Update(
+        members=members,
+        q=tuple(record["q"]),
+        e=record["e"],
+        a=float.fromhex(record["a"]),
+        decay=float.fromhex(record["decay"]),
+        anchored=config["weight_decay_anchor"] == "base",
+        distribution=config["noise_distribution"],
+    )
+
+
+class Pending:
+    """Finished groups of the running step, so that a killed run does not evaluate them again.
+
+    Each line names the journal's head at that time; lines of another step, and a torn last line, are ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, head: str) -> dict[int, dict[str, Any]]:
+        """Return the finished groups of the step that follows ``head``, by group index."""
+        groups: dict[int, dict[str, Any]] = {}
+        if not self.path.exists():
+            return groups
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            os.truncate(self.path, len(whole))
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+                if record["after"] == head:
+                    groups[record["group"]] = record["result"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a damaged line costs one group's evaluation, nothing else
+        return groups
+
+    def append(self, head: str, group: int, result: Mapping[str, Any]) -> None:
+        """Put a finished group on disk."""
+        append_line(self.path, json.dumps({"after": head, "group": group, "result": result}, separators=(",", ":")))
+
+    def clear(self) -> None:
+        """Forget the groups: their step line is on disk."""
+        self.path.unlink(missing_ok=True)
+

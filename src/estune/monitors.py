@@ -1,0 +1,177 @@
+"""What a run tells while it runs: one line a step on a terminal, `metrics.jsonl`, and PNG curves.
+
+A monitor that cannot start is an error; one that breaks later is warned about once and never ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from estune.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Monitor(Protocol):
+    """Takes metric records as they come: training steps, and evaluations (their names begin with ``eval_``)."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Take one record; ``record["step"]`` counts steps done."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class JsonlMonitor:
+    """Appends every record to `metrics.jsonl`; unlike the others it is part of the run and may fail it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record as a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class ConsoleMonitor:
+    """One line a step, plain text: it works on a terminal, in a log file and over a pipe."""
+
+    def __init__(self, max_steps: int, first_step: int) -> None:
+        self.max_steps = max_steps
+        self._times: list[float] = []
+        self._width = len(str(max_steps))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Print one line."""
+        step = f"step {record['step']:>{self._width}}/{self.max_steps}"
+        if "eval_reward" in record:
+            accuracy = record.get("eval_accuracy")
+            low, high = record.get("eval_accuracy_ci95", (0.0, 0.0))
+            right = "" if accuracy is None else f"  accuracy {accuracy:6.1%} [{low:.1%}, {high:.1%}]"
+            reward = record["eval_reward"]
+            text = f"{step}  held-out ({record['eval_rows']} rows){right}" + (
+                f"  reward {reward:.3f}" if reward is not None else "  reward: all failed")
+            print(text, flush=True)
+            return
+        self._times = [*self._times[-9:], record["step_time"]]
+        left = (self.max_steps - record["step"]) * sum(self._times) / len(self._times)
+        failures = f"  failed {record['es/reward_errors']}" if record["es/reward_errors"] else ""
+        print(
+            f"{step}  reward {_number(record['reward'])} ± {_number(record['es/fitness_std'])}"
+            f"  best {_number(record['es/fitness_best'])}  length {record['completions/mean_length']:.0f}"
+            f"  moved {record['es/update_ratio']:.1e}  {record['step_time']:.1f} s{failures}  left {duration(left)}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class PlotMonitor:
+    """Redraws the run's curves after each evaluation and at the end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from estune.report.plots import plot_run
+        except ImportError as error:
+            raise UserError(f"report_to plot needs matplotlib ({error})") from None
+        self._draw: Callable[[Path], object] = plot_run
+        self.run_dir = run_dir
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Redraw where an evaluation has come in."""
+        if "eval_reward" in record:
+            self._draw(self.run_dir)
+
+    def close(self) -> None:
+        """Draw the last state."""
+        if (self.run_dir / METRICS_FILE).exists():
+            self._draw(self.run_dir)
+
+
+class Monitors:
+    """All monitors of a run; those beside `metrics.jsonl` may break without harm."""
+
+    def __init__(self, required: Iterable[Monitor], optional: Iterable[Monitor]) -> None:
+        self.required = list(required)
+        self.optional = list(optional)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hand a record to every monitor."""
+        for monitor in self.required:
+            monitor.log(record)
+        for monitor in list(self.optional):
+            self._guard(monitor, lambda monitor=monitor: monitor.log(record))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close every monitor."""
+        for monitor in self.required:
+            monitor.close()
+        for monitor in list(self.optional):
+            self._guard(monitor, monitor.close)
+
+    def _guard(self, monitor: Monitor, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a broken monitor must never end a run
+            self.optional.remove(monitor)
+            name = type(monitor).__name__
+            print(f"estune: warning: {name} broke and is off for the rest of the run: {error}", file=sys.stderr)
+
+
+def cut_back(run_dir: Path, steps_done: int) -> None:
+    """Drop metrics and completions of steps after ``steps_done``, and evaluations whose rows were not written."""
+    path = run_dir / METRICS_FILE
+    if path.exists():
+        kept = [line for line in path.read_bytes().splitlines() if _keep(line, run_dir, steps_done)]
+        text = b"".join(line + b"\n" for line in kept)
+        if text != path.read_bytes():
+            partial = path.with_name(".metrics.jsonl.partial")
+            partial.write_bytes(text)
+            os.replace(partial, path)
+    for folder in ("completions", "eval"):
+        for file in (run_dir / folder).glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > steps_done:
+                file.unlink()
+
+
+def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
+    try:
+        record = json.loads(line)
+        step = record["step"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    if "eval_reward" in record and not (run_dir / "eval" / f"step_{step:05d}.jsonl").exists():
+        return False
+    return step <= steps_done
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's `metrics.jsonl`, a torn last line left out."""
+    records = []
+    for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def duration(seconds: float) -> str:
+    """Return 75 as ``1:15`` and 3700 as ``1:01:40``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _number(value: float | None) -> str:
+    return "   n/a" if value is None else f"{value:6.3f}"

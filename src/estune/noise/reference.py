@@ -1,0 +1,99 @@
+"""What the noise is: the readable definition that every fast implementation must equal bit for bit.
+
+`key(seed, name)` hashes a member's seed and a parameter's stored name into two words; `mix` is a 32-bit integer hash
+(the finaliser constants are those of DESIGN section 2). Element `i` of the full, unsharded tensor is the popcount of
+a mixed word minus 16: a sum of 32 fair bits, so an integer in [-16, 16] of variance 8 (kurtosis 2.94).
+The Rademacher variant takes the top bit of the same word: -1 or +1, variance 1.
+
+Where an element's index passes 2^32 the key is drawn again under the name `name#<block>`, block = index >> 32.
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+
+import numpy as np
+
+NOISE_VERSION = 1
+NOISE_PERSON = b"estune-noise-v1"
+BLOCK_SIZE = 1 << 32  # elements that share one key
+DISTRIBUTIONS = ("normal", "rademacher")
+_VARIANCE = {"normal": 8.0, "rademacher": 1.0}
+
+
+def noise_key(seed: int, name: str) -> tuple[int, int]:
+    """Return the two 32-bit key words of one member's noise for one parameter (or block of one)."""
+    message = seed.to_bytes(8, "little") + name.encode("utf-8")
+    digest = blake2b(message, digest_size=8, person=NOISE_PERSON).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def block_name(name: str, block: int) -> str:
+    """Return the name under which block ``block`` (of 2^32 elements) of a parameter draws its key."""
+    return name if block == 0 else f"{name}#{block}"
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Mix uint32 words; a bijection. Shape and dtype are kept."""
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x21F0AAAD)  # wraps modulo 2^32, as intended
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0xD35A2D97)
+    return x ^ (x >> np.uint32(15))
+
+
+def noise_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
+    """Return the mixed words of elements ``start .. start + count``: uint32 (count,)."""
+    words = np.empty(count, dtype=np.uint32)  # (count,)
+    done = 0
+    while done < count:
+        block, offset = divmod(start + done, BLOCK_SIZE)
+        n = min(count - done, BLOCK_SIZE - offset)
+        k0, k1 = noise_key(seed, block_name(name, block))
+        index = np.arange(offset, offset + n, dtype=np.uint64).astype(np.uint32)  # (n,)
+        words[done : done + n] = mix(mix(index ^ np.uint32(k0)) + np.uint32(k1))
+        done += n
+    return words
+
+
+def noise_ints(seed: int, name: str, start: int, count: int, distribution: str = "normal") -> np.ndarray:
+    """Return the noise integers ``n_i`` of elements ``start .. start + count``: int32 (count,).
+
+    ``eps_i = n_i / noise_deviation(distribution)`` has mean 0 and variance 1.
+
+    Args:
+        seed: the member's seed, unsigned 64-bit.
+        name: the parameter's name as ``save_pretrained`` writes it.
+        start: flat row-major index of the first element in the full stored tensor.
+        count: number of elements.
+        distribution: ``normal`` (popcount, [-16, 16]) or ``rademacher`` (-1 or +1).
+    """
+    words = noise_words(seed, name, start, count)
+    if distribution == "rademacher":
+        return np.where(words >> np.uint32(31), np.int32(1), np.int32(-1)).astype(np.int32)
+    if distribution != "normal":
+        raise ValueError(f"unknown noise distribution {distribution!r}; known: {', '.join(DISTRIBUTIONS)}")
+    return np.bitwise_count(words).astype(np.int32) - np.int32(16)
+
+
+def noise_deviation(distribution: str = "normal") -> float:
+    """Return ``n_i / eps_i``: the standard deviation of the noise integers."""
+    return math.sqrt(_VARIANCE[distribution])
+
+
+def round_to_bits(value: float, bits: int) -> float:
+    """Round to ``bits`` significant binary digits, half to even; 0 and non-finite values are returned as they are."""
+    if value == 0.0 or not math.isfinite(value):
+        return value
+    mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent, 0.5 <= |mantissa| < 1
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
+
+
+def perturbation_scale(sigma: float, distribution: str = "normal") -> float:
+    """Return ``s``: sigma over the noise's standard deviation, rounded to 16 significant bits.
+
+    With 16 bits ``s * n`` (|n| <= 16) is exact in float32, so neither the order of a multiplication and an addition
+    nor their fusion can change a bit of a member's weights.
+    """
+    return round_to_bits(sigma / noise_deviation(distribution), 16)

@@ -1,0 +1,120 @@
+"""How a reward function is found by its name, and how it travels to a worker process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from estune import reward_worker
+from estune.errors import UserError
+
+INLINE_HINT = "run it inside the trainer with --reward_isolation inline"
+
+# Reward files loaded by path: module name -> (path, text). Workers run the same text, whatever the file says by then.
+_loaded_files: dict[str, tuple[str, str]] = {}
+
+
+def load_reward(spec: str) -> Callable[..., Any]:
+    """Return the function that ``package.module:function`` or ``path/file.py:function`` names.
+
+    Modules are looked for in the current directory too, after the installed ones; a file may import its neighbours.
+
+    Raises:
+        UserError: there is no such thing, it does not import, or it cannot be called.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        raise UserError(f"reward {spec!r} is neither package.module:function nor path/file.py:function")
+    is_file = where.endswith(".py") or os.sep in where
+    _add_to_path(Path(where).expanduser().resolve().parent if is_file else Path.cwd())
+    try:
+        module: Any = _load_file(where) if is_file else importlib.import_module(where)
+    except FileNotFoundError as error:
+        if not is_file or Path(where).expanduser().exists():
+            raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
+        raise UserError(f"reward {spec!r}: there is no file {where}") from None
+    except ModuleNotFoundError as error:
+        if not is_file and error.name and (where == error.name or where.startswith(f"{error.name}.")):
+            raise UserError(f"reward {spec!r}: there is no module {error.name!r}") from None
+        raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], n=1)
+            raise UserError(f"reward {spec!r}: {where} has no {part!r}" + (f"; it has {near[0]!r}" if near else ""))
+        found = getattr(found, part)
+    if not callable(found) or isinstance(found, type):
+        raise UserError(f"reward {spec!r} is a {'class' if isinstance(found, type) else type(found).__name__}, "
+                        "not a function")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _add_to_path(directory: Path) -> None:
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
+
+
+def _load_file(where: str) -> Any:
+    path = str(Path(where).expanduser().resolve())
+    name = f"reward_file_{blake2b(path.encode(), digest_size=6).hexdigest()}"
+    if name not in _loaded_files:
+        source = Path(path).read_text("utf-8")
+        reward_worker.module_from_source(name, path, source)
+        _loaded_files[name] = (path, source)
+    return sys.modules[name]
+
+
+def _import_problem(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({os.path.basename(error.filename or '?')}:{error.lineno})"
+    last, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "importlib" not in file and file not in (__file__, reward_worker.__file__):
+            last = f" ({os.path.basename(file)}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error}{last}"
+
+
+def load_request(functions: Sequence[Callable[..., Any]], names: Sequence[str]) -> bytes:
+    """Return the message that makes a worker load the functions: by name where it can import them, else by value.
+
+    Raises:
+        UserError: a function holds something that cannot be copied into another process, such as a lock.
+    """
+    modules = {getattr(function, "__module__", None) or type(function).__module__ for function in functions}
+    by_value = [sys.modules[name] for name in modules if name in sys.modules and not _importable(name)]
+    for module in by_value:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        for function, name in zip(functions, names, strict=True):
+            try:
+                cloudpickle.dumps(function)
+            except Exception as error:
+                raise UserError(
+                    f"reward function {name!r} cannot be sent to a worker process ({error}); {INLINE_HINT}"
+                ) from error
+        request: bytes = cloudpickle.dumps(("load", list(sys.path), _loaded_files, cloudpickle.dumps(list(functions))))
+        return request
+    finally:
+        for module in by_value:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _importable(name: str) -> bool:
+    """Whether a fresh process with our sys.path finds the module (one that a tool put into sys.modules is not found)."""
+    if name == "__main__" or name in _loaded_files:
+        return True  # cloudpickle takes __main__ by value anyway; workers know the files
+    top = name.partition(".")[0]
+    return any(finder.find_spec(top, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))

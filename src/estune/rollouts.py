@@ -1,0 +1,195 @@
+"""One step's rollouts: every member answers the step's prompts, and the answers are scored meanwhile.
+
+The unit of work is the group: one member with all B prompts of the step (the engine may cut them into several forward
+passes). Scoring runs in the reward pool while the engine generates for the next group. Each finished group goes to
+`pending.jsonl` at once; a group found there is not evaluated again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from estune.data import reward_inputs
+from estune.engines.base import Completion, Engine, Interrupted, Perturbation, Prompt, Sampling
+from estune.journal import Pending
+from estune.population import Member
+from estune.rewards import RewardBatch, RewardPool, RewardResult
+
+
+Completions = list[list[Completion]]  # (B, G)
+
+
+@dataclass
+class Group:
+    """What one member's rollouts came to; JSON in and out without loss."""
+
+    rewards: list[list[list[float | None]]]  # (B, G, F); None: not applicable, or failed
+    failed: list[list[int]]  # (b, g, f) of every failure
+    lengths: list[list[int]]  # (B, G), generated tokens
+    finished: list[list[bool]]  # (B, G); False: clipped
+    prompt_tokens: int
+    generate_s: float  # without perturb_s
+    perturb_s: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    completions: list[list[str]] | None = None  # (B, G), kept only where completions are logged
+    extra: dict[str, list[Any]] | None = None  # log_extra columns, (B * G,) each
+
+
+@dataclass
+class Rollouts:
+    """The groups of a step, stacked."""
+
+    groups: list[Group]  # (N,)
+    rewards: np.ndarray  # (N, B, G, F), NaN: not applicable or failed
+    failed: np.ndarray  # (N, B, G, F), bool
+    score_wait_s: float  # how long the engine waited for scores
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Generated tokens per completion, (N, B, G)."""
+        return np.array([group.lengths for group in self.groups])
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens of the step."""
+        return sum(group.prompt_tokens for group in self.groups) + int(self.lengths.sum())
+
+    @property
+    def clipped_ratio(self) -> float:
+        """Share of completions that the length limit cut off."""
+        return 1.0 - float(np.mean([group.finished for group in self.groups]))
+
+
+@dataclass
+class Evaluator:
+    """Evaluates members (or theta) on prompts; shared by training steps and held-out evaluations."""
+
+    engine: Engine
+    pool: RewardPool
+    response_prefix: str
+    should_stop: Callable[[], bool] = lambda: False
+
+    def start(
+        self,
+        perturbation: Perturbation | None,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        trainer_state: dict[str, Any],
+        keep_text: bool,
+    ) -> tuple[Group, Completions, Future[RewardResult]]:
+        """Generate one group's completions (B, G) and hand them to the reward pool; see `finish`."""
+        started, perturbed = time.perf_counter(), self.engine.perturb_s
+        completions = self.engine.generate(perturbation, prompts, sampling, self.should_stop)  # (B, G)
+        perturb_s = self.engine.perturb_s - perturbed
+        group = Group(
+            rewards=[],
+            failed=[],
+            lengths=[[len(c.token_ids) for c in row] for row in completions],
+            finished=[[c.finished for c in row] for row in completions],
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
+            generate_s=time.perf_counter() - started - perturb_s,
+            perturb_s=perturb_s,
+            completions=[[self._text(c) for c in row] for row in completions] if keep_text else None,
+        )
+        return group, completions, self.score(rows, completions, trainer_state)
+
+    def finish(self, group: Group, result: RewardResult, num_generations: int) -> Group:
+        """Put a group's scores into it."""
+        shape = (-1, num_generations, result.rewards.shape[1])
+        rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
+        unknown = np.isnan(rewards) | failed
+        group.rewards = np.where(unknown, None, rewards.astype(object)).tolist()
+        group.failed = np.argwhere(failed).tolist()
+        group.metrics, group.errors = result.metrics, result.errors
+        if group.completions is not None:
+            group.extra = result.extra or None
+        return group
+
+    def _text(self, completion: Completion) -> str:
+        return self.response_prefix + self.engine.decode(completion.token_ids)
+
+    def score(
+        self, rows: Sequence[dict[str, Any]], completions: Completions, trainer_state: dict[str, Any]
+    ) -> Future[RewardResult]:
+        """Hand completions (B, G) to the reward pool, row by row in order."""
+        flat_rows = [row for row, answers in zip(rows, completions, strict=True) for _ in answers]  # (B * G,)
+        token_ids = [list(c.token_ids) for row in completions for c in row]
+        texts = [self.engine.decode(ids) for ids in token_ids]
+        prompts, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
+        return self.pool.submit(RewardBatch(prompts, answers, token_ids, columns, trainer_state))
+
+    def theta(
+        self,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        trainer_state: dict[str, Any],
+    ) -> Rollouts:
+        """Evaluate theta itself on a step's prompts: (1, B, G) rollouts."""
+        group, _, future = self.start(None, rows, prompts, sampling, trainer_state, False)
+        return stack([self.finish(group, future.result(), sampling.num_generations)])
+
+    def population(
+        self,
+        members: Sequence[Member],
+        scale: float,
+        distribution: str,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        trainer_state: dict[str, Any],
+        *,
+        pending: Pending,
+        head: str,
+        keep_text: bool = False,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Rollouts:
+        """Evaluate all members of a step: (N, B, G) rollouts.
+
+        Raises:
+            Interrupted: the run was asked to stop; groups that were finished are in ``pending``.
+        """
+        known = {index: Group(**result) for index, result in pending.read(head).items() if index < len(members)}
+        groups: dict[int, Group] = dict(known)
+        scoring: list[tuple[int, Group, Future[RewardResult]]] = []
+        score_wait_s = 0.0
+
+        def collect(wait: bool) -> None:
+            while scoring and (wait or scoring[0][2].done()):
+                index, group, future = scoring.pop(0)
+                groups[index] = self.finish(group, future.result(), sampling.num_generations)
+                pending.append(head, index, vars(groups[index]))
+                progress(len(groups))
+
+        try:
+            for index, member in enumerate(members):
+                if index not in known:
+                    perturbation = Perturbation(member, scale, distribution)
+                    group, _, future = self.start(perturbation, rows, prompts, sampling, trainer_state, keep_text)
+                    scoring.append((index, group, future))
+                    collect(wait=False)
+        except Interrupted:
+            collect(wait=True)
+            raise
+        started = time.perf_counter()
+        collect(wait=True)
+        score_wait_s += time.perf_counter() - started
+        return stack([groups[index] for index in range(len(members))], score_wait_s)
+
+
+def stack(groups: list[Group], score_wait_s: float = 0.0) -> Rollouts:
+    """Stack groups into arrays: rewards and failures (N, B, G, F)."""
+    rewards = np.array([group.rewards for group in groups], dtype=np.float64)  # None becomes NaN
+    failed = np.zeros(rewards.shape, dtype=bool)
+    for index, group in enumerate(groups):
+        for b, g, f in group.failed:
+            failed[index, b, g, f] = True
+    return Rollouts(groups, rewards, failed, score_wait_s)

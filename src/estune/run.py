@@ -1,0 +1,266 @@
+"""One run on disk: its directory, journal, checkpoints and metrics, opened fresh or where a killed run left off.
+
+The order of writes is what makes a kill at any instant harmless. A step: step line (fsync), theta in memory, metrics,
+pending removed. Afterwards, each only if it is not there yet: evaluation, checkpoint, checkpoint line. `Run.recover`
+rebuilds theta from the newest checkpoint and the journal, then takes the same path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from estune import checkpoint
+from estune.config import RESUMABLE, ESConfig
+from estune.engines.base import Engine
+from estune.environment import environment, versions
+from estune.errors import UserError
+from estune.files import write_json
+from estune.journal import Journal, Pending, recorded_update
+from estune.master import AnchorReader
+from estune.monitors import cut_back
+from estune.noise import NOISE_VERSION
+
+CONFIG_FILE = "es_config.json"
+JOURNAL_FILE = "journal.jsonl"
+PENDING_FILE = "pending.jsonl"
+
+
+@dataclass
+class Run:
+    """An open run directory; ``steps_done`` steps are in its journal."""
+
+    path: Path
+    args: ESConfig
+    lock: int  # descriptor that holds the directory's lock
+    found: Journal | None = None  # the journal as opened; None for a new run, until `begin` writes its header
+    anchor: AnchorReader | None = None
+    pending: Pending = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pending = Pending(self.path / PENDING_FILE)
+
+    @property
+    def is_new(self) -> bool:
+        """Say whether no journal was begun yet."""
+        return self.found is None
+
+    @property
+    def journal(self) -> Journal:
+        """The journal; `begin` must have run."""
+        assert self.found is not None, "the journal is not begun"
+        return self.found
+
+    @property
+    def steps_done(self) -> int:
+        """Steps whose line is in the journal."""
+        return len(self.found.steps) if self.found else 0
+
+    def begin(self, engine: Engine, reproducible: bool | None, extra: Mapping[str, Any]) -> None:
+        """Write a new run's configuration, environment and journal header; check an old one's base model.
+
+        Raises:
+            UserError: the base model is not the one of the journal.
+        """
+        fingerprint = engine.master.fingerprint()
+        if self.found is None:
+            write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
+            write_json(self.path / "env.json", environment())
+            header = {
+                "noise_version": NOISE_VERSION,
+                "base": {"model": self.args.model, "fingerprint": fingerprint},
+                "config": self.args.trajectory(),
+                "engine": engine.info(),
+                "rollouts": "reproducible" if reproducible else "not reproducible",
+                "parameters": [[spec.name, list(spec.shape), spec.perturbed] for spec in engine.master.specs],
+                "versions": versions(),
+                **extra,
+            }
+            self.found = Journal.create(self.path / JOURNAL_FILE, header)
+        else:
+            check_base(self.found, fingerprint, self.args.model)
+            write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
+
+    def recover(self, engine: Engine) -> int:
+        """Bring theta to the journal's last step; return how many journalled steps were replayed.
+
+        The newest checkpoint that passes its fingerprint is the start, else the base model that the engine holds.
+        """
+        checkpoint.remove_partial(self.path)
+        cut_back(self.path, self.steps_done)
+        start = 0
+        for steps_done, directory in reversed(checkpoint.checkpoints(self.path)):
+            state = checkpoint.read_state(directory)
+            if state is None or steps_done > self.steps_done or not self._belongs(state, steps_done):
+                continue
+            checkpoint.load_master(directory, engine.master)
+            if engine.master.fingerprint() != state["fingerprint"]:
+                raise UserError(f"{directory} does not hold the weights its es_state.json says; delete it to go on")
+            start = steps_done
+            break
+        replay_steps(self.journal, engine, start, self.steps_done, self.anchor)
+        return self.steps_done - start
+
+    def _belongs(self, state: Mapping[str, Any], steps_done: int) -> bool:
+        """Say whether a checkpoint's weights are those before the journal's next step."""
+        if steps_done == len(self.journal.steps):
+            return True
+        return bool(self.journal.steps[steps_done]["checksum"] == state["checksum"])
+
+    def save(self, engine: Engine, final: bool) -> None:
+        """Write the checkpoint of ``steps_done`` (or the finished model to the root)."""
+        state = {"step": self.steps_done, "fingerprint": engine.master.fingerprint(),
+                 "checksum": engine.master.checksum()}  # fmt: skip
+        trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
+        if final:
+            checkpoint.save_final(self.path, engine, state, trainer_state, engine.compute_dtype)
+        else:
+            checkpoint.save_checkpoint(self.path, self.steps_done, engine, state, trainer_state)
+
+    def record_checkpoint(self, engine: Engine) -> None:
+        """Write the checkpoint line of ``steps_done``, once."""
+        if self.steps_done not in self.journal.checkpoints:
+            self.journal.append_checkpoint(self.steps_done, engine.master.fingerprint())
+
+    def has_checkpoint(self) -> bool:
+        """Say whether the checkpoint of ``steps_done`` is written and journalled."""
+        return (
+            self.steps_done in self.journal.checkpoints
+            and checkpoint.checkpoint_path(self.path, self.steps_done).exists()
+        )
+
+    def tokens_before(self) -> int:
+        """Tokens that the journalled steps have processed."""
+        return sum(record["tokens"] for record in self.journal.steps)
+
+    def close(self) -> None:
+        """Give up the directory's lock."""
+        os.close(self.lock)
+
+
+def open_run(args: ESConfig) -> Run:
+    """Open ``args.output_dir`` for a new run, or for the one that it holds with ``resume``.
+
+    Raises:
+        UserError: it holds another run and neither resume nor overwrite was given, another process runs it, the
+            journal is damaged, or the configuration differs in what a resume must not change.
+    """
+    assert args.output_dir is not None
+    path = Path(args.output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir {path} is a file")
+    if args.overwrite and path.exists():
+        if any(path.iterdir()) and not (path / CONFIG_FILE).exists():
+            raise UserError(f"output_dir {path} is not an estune run, so --overwrite will not delete it")
+        os.close(lock_directory(path))
+        shutil.rmtree(path)
+    occupied = path.exists() and any(path.iterdir())
+    if occupied and not args.resume:
+        what = "another run" if (path / JOURNAL_FILE).exists() else "other files"
+        raise UserError(f"output_dir {path} holds {what}: give --resume, --overwrite or another --output_dir")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = lock_directory(path)
+    try:
+        journal = Journal.open(path / JOURNAL_FILE)
+        if journal is None:
+            if (path / JOURNAL_FILE).exists():
+                (path / JOURNAL_FILE).unlink()
+            return Run(path, args, lock)
+        args = adopt(args, journal.header["config"])
+        if len(journal.steps) > args.max_steps:
+            raise UserError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
+        return Run(path, args, lock, journal)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def is_finished(path: Path, max_steps: int) -> bool:
+    """Say whether a run directory holds a finished run of ``max_steps`` steps; reads only."""
+    state = checkpoint.read_state(path)
+    if state is None or state.get("step") != max_steps:
+        return False
+    journal = Journal.open(path / JOURNAL_FILE, repair=False)
+    return journal is not None and len(journal.steps) == max_steps and max_steps in journal.checkpoints
+
+
+def lock_directory(path: Path) -> int:
+    """Take the directory's lock, held until the descriptor closes or the process dies."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process is running {path}") from None
+    return descriptor
+
+
+def adopt(args: ESConfig, stored: Mapping[str, Any]) -> ESConfig:
+    """Return ``args`` with what a resume must keep taken from the journal's header.
+
+    Raises:
+        UserError: a value was given that differs from the run's.
+    """
+    taken: dict[str, Any] = {}
+    for name, value in stored.items():
+        now = getattr(args, name)
+        if now == value:
+            continue
+        if now not in (None, "auto"):
+            free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
+            raise UserError(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
+        taken[name] = value
+    return dataclasses.replace(args, **taken)
+
+
+def stored_config(args: ESConfig) -> ESConfig:
+    """Return the configuration as `es_config.json` keeps it: the run, not how it was started."""
+    return dataclasses.replace(args, resume=False, overwrite=False, dry_run=False)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's `es_config.json`; UserError where there is none."""
+    try:
+        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE})") from None
+    except ValueError:
+        raise UserError(f"{path / CONFIG_FILE} is not JSON") from None
+    return dict(values)
+
+
+def check_base(journal: Journal, fingerprint: str, model: str) -> None:
+    """Raise UserError where the base model is not the one the journal was written on."""
+    wanted = journal.header["base"]["fingerprint"]
+    if fingerprint != wanted:
+        raise UserError(f"model {model} has fingerprint {fingerprint}, the journal was written on {wanted}")
+
+
+def replay_steps(
+    journal: Journal, engine: Engine, start: int, stop: int, anchor: AnchorReader | None
+) -> None:
+    """Apply the journal's steps ``start .. stop`` to theta, verifying its checksum before each.
+
+    Raises:
+        UserError: theta is not what the journal says; the step is named.
+    """
+    master = engine.master
+    checksum = master.checksum()
+    for record in journal.steps[start:stop]:
+        if checksum != record["checksum"]:
+            raise UserError(f"theta before step {record['step']} is not what the journal says it was")
+        checksum = master.update(recorded_update(record, journal.header["config"]), anchor).checksum
+        if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
+            raise UserError(f"theta after step {record['step']} is not what the journal says it was")
+    if stop in journal.checkpoints and master.fingerprint() != journal.checkpoints[stop]:
+        raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
+    engine.master_changed()
+
+

@@ -1,0 +1,43 @@
+"""The toy engine's task: move every coordinate of a vector to a wanted value. No language, no model.
+
+The reward of an answer is minus its squared distance to the row's wanted value, so the fitness of a member is minus
+the mean squared distance over the step's coordinates: a quadratic whose ES gradient is known in closed form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from estune.errors import UserError
+
+COORDINATES = 46  # those of `estune.engines.toy` that are perturbed
+TOLERANCE = 0.05
+
+
+def wanted(index: int) -> float:
+    """Return the wanted value of a coordinate, in [-0.5, 0.5]."""
+    return (index * 7 % 11) / 10 - 0.5
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """Return the coordinates as rows: every third one is held out for validation and test."""
+    held_out = split != "train"
+    indices = [i for i in range(COORDINATES) if (i % 3 == 2) == held_out]
+    return [{"prompt": f"x[{i}]", "wanted": wanted(i)} for i in indices]
+
+
+def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Check a foreign row; it needs ``prompt`` and ``wanted``."""
+    if "prompt" not in row or "wanted" not in row:
+        raise UserError("task quadratic needs the columns prompt and wanted")
+    return row
+
+
+def reward(completions: list[str], wanted: list[float], **_: Any) -> list[float]:
+    """Return minus the squared distance of each answer to the wanted value."""
+    return [-((float(text) - value) ** 2) for text, value in zip(completions, wanted, strict=True)]
+
+
+def accuracy(completions: list[str], wanted: list[float], **_: Any) -> list[float]:
+    """Return 1 where an answer lies within 0.05 of the wanted value."""
+    return [float(abs(float(text) - value) <= TOLERANCE) for text, value in zip(completions, wanted, strict=True)]

@@ -1,0 +1,136 @@
+"""safetensors files, written tensor by tensor and read by memory map, so that saving a model needs no second copy.
+
+The library's own writer turns every tensor into bytes before the first is written, which would double the memory of a
+save; the format itself is a length, a JSON header and raw little-endian data.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from estune.errors import UserError
+from estune.files import replace_file
+
+CHUNK = 1 << 20  # elements cast at a time
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_STORED = {np.dtype(code): name for name, code in _NUMPY.items() if name != "BF16"}
+_TARGET = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16, half to even; returns the bit patterns as uint16. NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 values of bfloat16 bit patterns (uint16)."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def write_tensors(path: Path, parameters: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray],
+                  dtype: str) -> None:  # fmt: skip
+    """Write a safetensors file: float32 ``parameters`` cast once to ``dtype``, ``buffers`` as they are.
+
+    The file appears whole or not at all, and holds no times: equal tensors give equal bytes.
+
+    Raises:
+        UserError: no space left.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    tensors = {**parameters, **buffers}
+    offset = 0
+    for name in sorted(tensors):
+        array = tensors[name]
+        stored = _TARGET[dtype] if name in parameters else _STORED[array.dtype]
+        size = array.size * np.dtype(_NUMPY[stored]).itemsize
+        header[name] = {"dtype": stored, "shape": list(array.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+
+    def write(file) -> None:  # type: ignore[no-untyped-def]
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in sorted(tensors):
+            flat = np.ascontiguousarray(tensors[name]).reshape(-1)
+            for start in range(0, flat.size, CHUNK):
+                chunk = flat[start : start + CHUNK]
+                if name in parameters and dtype != "float32":
+                    chunk = to_bfloat16(chunk) if dtype == "bfloat16" else chunk.astype(np.float16)
+                file.write(chunk.data)
+
+    replace_file(path, write)
+
+
+class TensorFile:
+    """A safetensors file, memory-mapped: any run of elements of any tensor, as float32, without loading the rest.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+            length = struct.unpack("<Q", self._bytes[:8].tobytes())[0]
+            header = json.loads(self._bytes[8 : 8 + length].tobytes())
+            header.pop("__metadata__", None)
+            self._start = 8 + length
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except (ValueError, struct.error, KeyError, TypeError, AttributeError, OSError):
+            raise UserError(f"{path} is not a safetensors file") from None
+        if self._start + end > self._bytes.size:
+            raise UserError(f"{path} is truncated: {self._bytes.size} bytes of {self._start + end}")
+        self.entries: dict[str, dict] = header  # type: ignore[type-arg]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self.entries[name]["shape"])
+
+    def raw(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Return ``count`` stored elements from ``start`` (flat), a view of the map; bfloat16 as uint16."""
+        entry = self.entries[name]
+        dtype = np.dtype(_NUMPY[entry["dtype"]])
+        low, high = entry["data_offsets"]
+        first = low + start * dtype.itemsize
+        last = high if count is None else first + count * dtype.itemsize
+        return self._bytes[self._start + first : self._start + last].view(dtype)
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray:
+        """Return ``count`` elements from ``start`` (flat) as float32; a view where they are stored so."""
+        values = self.raw(name, start, count)
+        if self.entries[name]["dtype"] == "BF16":
+            return from_bfloat16(np.asarray(values))
+        return np.asarray(values, dtype=np.float32)
+
+
+def open_model_files(directory: Path) -> dict[str, TensorFile]:
+    """Map every stored tensor of a model directory, sharded or not, to the file that holds it; empty if none."""
+    if (directory / INDEX_FILE).exists():
+        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        files = {shard: TensorFile(directory / shard) for shard in set(index.values())}
+        return {name: files[shard] for name, shard in index.items()}
+    if (directory / WEIGHTS_FILE).exists():
+        file = TensorFile(directory / WEIGHTS_FILE)
+        return dict.fromkeys(file.entries, file)
+    return {}
+
+
+def total_bytes(tensors: Iterable[np.ndarray]) -> int:
+    """Return the bytes that tensors take."""
+    return sum(tensor.nbytes for tensor in tensors)

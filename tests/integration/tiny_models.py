@@ -1,0 +1,113 @@
+"""Builders of tiny random models, one per family, and of a small tokenizer: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 300
+PAD, BOS, EOS = 256, 257, 258
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+_DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def _build(name: str, **settings: Any) -> PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**{**_COMMON, **settings})
+    return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def _gemma3() -> PreTrainedModel:
+    config = transformers.Gemma3TextConfig(
+        **_COMMON,
+        **{**_DECODER, "num_hidden_layers": 3},
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: _build("GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "llama": lambda: _build("Llama", **_DECODER, tie_word_embeddings=False),
+    "qwen2": lambda: _build("Qwen2", **_DECODER, tie_word_embeddings=True),
+    "qwen3": lambda: _build("Qwen3", **_DECODER, head_dim=8),
+    "gemma": lambda: _build("Gemma", **_DECODER, head_dim=8),
+    "gemma3": _gemma3,
+    "opt": lambda: _build(
+        "OPT",
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+    ),
+    "mixtral": lambda: _build("Mixtral", **_DECODER, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: _build(
+        "Qwen2Moe",
+        **_DECODER,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    ),
+    "mamba": lambda: _build("Mamba", hidden_size=32, num_hidden_layers=2, state_size=8),
+}
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Build a family's random model; weights are spread so that greedy answers vary and no parameter is constant."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+    torch.set_rng_state(state)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a byte-level tokenizer of 256 bytes, three special tokens and a few merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
+    vocabulary |= {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
+    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("<", "/"), ("e", "r"), ("1", "2"), ("Ġ", "=")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    while len(vocabulary) < VOCAB_SIZE:
+        vocabulary[f"<unused{len(vocabulary)}>"] = len(vocabulary)
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def save_tiny(family: str, directory: Path, seed: int = 0) -> PreTrainedModel:
+    """Write a family's model and tokenizer to ``directory``; return the model."""
+    model = tiny_model(family, seed)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return model

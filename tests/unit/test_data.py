@@ -1,0 +1,256 @@
+"""Rows, batches, prompts and reward inputs: real files, a real tokenizer, no network."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from estune.data import Batches, PromptBuilder, check_columns, load_rows, reward_inputs
+from estune.errors import UserError
+
+ROWS = [{"prompt": f"p{i}", "target": i, "numbers": [i, 1.5, None], "text": "é\u2028"} for i in range(5)]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% if thinking is defined %}think {% endif %}{% endif %}"
+)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A word tokenizer with a BOS that it puts in front by default, as Llama's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "<user>", "<assistant>", "<system>", "hello", "be", "brief", "think", "ok"]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", unk_token="<unk>")
+
+
+def builder(tokenizer, **changes):
+    options = dict(
+        apply_chat_template="auto", chat_template_kwargs={}, system_prompt=None, response_prefix="",
+        max_context=None, max_completion_length=8, is_builtin_task=False,
+    )  # fmt: skip
+    return PromptBuilder(tokenizer, **(options | changes))
+
+
+# --- reading
+
+
+def test_files_give_equal_rows_with_exact_types(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS), "utf-8")
+    write_lines(tmp_path / "b.json", ROWS)
+    lines = write_lines(tmp_path / "a.jsonl", ROWS)
+    for name in ("a.parquet", "a.json", "b.json", "a.jsonl"):
+        assert load_rows(str(tmp_path / name)) == ROWS, name
+    lines.write_bytes(b"\xef\xbb\xbf" + lines.read_bytes() + b"\n\n")  # a BOM, blank lines
+    rows = load_rows(lines)
+    assert rows == ROWS
+    assert [type(value) for value in rows[0]["numbers"]] == [int, float, type(None)]
+
+
+def test_rows_get_every_column(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b", "target": 1}])
+    assert load_rows(path) == [{"prompt": "a", "target": None}, {"prompt": "b", "target": 1}]
+
+
+def test_directories(tmp_path):
+    import datasets
+
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([0, 1])}).save_to_disk(tmp_path / "two")
+    (tmp_path / "three").mkdir()
+    write_lines(tmp_path / "three" / "train.jsonl", ROWS)
+    write_lines(tmp_path / "three" / "test.jsonl", ROWS[:2])
+    assert load_rows(tmp_path / "one") == load_rows(saved) == ROWS
+    for name in ("two", "three"):
+        assert load_rows(tmp_path / name, split="train") == ROWS
+        assert load_rows(str(tmp_path / name), split="test") == ROWS[:2]
+        with pytest.raises(UserError, match="validation"):
+            load_rows(tmp_path / name, split="validation")
+    assert load_rows(ROWS) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"prompt": 1}\n{"prompt": \n', "line 2"),
+        ("a.jsonl", '{"prompt": 1}\n\n[3]\n', "line 3 is a JSON list"),
+        ("a.jsonl", "\n", "no rows"),
+        ("a.json", "[1, 2]", "list of objects"),
+        ("a.json", "[{]", "not JSON"),
+        ("a.parquet", "not parquet", "not a readable parquet"),
+        ("a.csv", "a,b", "should end in"),
+    ],
+)
+def test_bad_files_are_told_in_one_sentence(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_rows(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_dataset_and_wrong_kinds(tmp_path, monkeypatch):
+    for name in ("gone.jsonl", "./gone", "/gone", "~/gone"):
+        with pytest.raises(UserError, match="no dataset file"):
+            load_rows(name)
+    with pytest.raises(UserError, match="sequence of dicts"):
+        load_rows([1, 2])
+    with pytest.raises(UserError, match="no rows"):
+        load_rows([])
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_rows(tmp_path / "x")
+
+
+def test_hub_dataset_without_network():
+    code = "from estune.data import load_rows\nfrom estune.errors import UserError\n"
+    code += "try: load_rows('nobody/nothing-here')\nexcept UserError as error: print(error)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "nobody/nothing-here" in done.stdout and "cannot be loaded" in done.stdout, done.stderr
+
+
+# --- batches
+
+
+def test_batches_are_disjoint_within_an_epoch():
+    batches = Batches(10, 3, seed=7)
+    stream = [row for step in range(20) for row in batches.rows_for_step(step)]
+    for epoch in range(6):
+        assert sorted(stream[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert stream[:10] != stream[10:20]
+    assert stream[:10] != [row for step in range(4) for row in Batches(10, 3, seed=8).rows_for_step(step)][:10]
+
+
+def test_batches_depend_on_the_step_alone():
+    one, other = Batches(11, 4, seed=3), Batches(11, 4, seed=3)
+    forward = {step: one.rows_for_step(step) for step in range(30)}
+    assert all(other.rows_for_step(step) == forward[step] for step in reversed(range(30)))
+    code = "from estune.data import Batches; print([Batches(11, 4, 3).rows_for_step(s) for s in (0, 17, 29)])"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(text) == [forward[0], forward[17], forward[29]]
+
+
+def test_batch_larger_than_the_dataset_names_the_number():
+    assert sorted(Batches(4, 4, 0).rows_for_step(5)) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="--batch_size 4"):
+        Batches(4, 5, 0)
+
+
+# --- prompts
+
+
+def test_no_second_bos(tokenizer):
+    messages = [{"role": "user", "content": "hello"}]
+    assert builder(tokenizer).build({"prompt": messages}, 3).token_ids == (1, 2, 5, 3)
+    assert builder(tokenizer).build({"prompt": "hello"}, 3).token_ids == (1, 5)  # its own string, the default BOS
+    assert builder(tokenizer).build({"prompt": "<s> hello"}, 3).token_ids == (1, 5)
+
+
+def test_when_templates_apply(tokenizer, plain_tokenizer):
+    row = {"prompt": "hello"}
+    assert builder(tokenizer, is_builtin_task=True).build(row, 0).text == "<s><user> hello <assistant> "
+    assert builder(tokenizer, apply_chat_template="true").build(row, 0).text == "<s><user> hello <assistant> "
+    assert builder(tokenizer).build(row, 0).text == "hello"
+    assert builder(tokenizer, apply_chat_template="false", is_builtin_task=True).build(row, 0).text == "hello"
+    assert builder(plain_tokenizer, is_builtin_task=True).build(row, 0).text == "hello"
+    with pytest.raises(UserError, match="no chat template"):
+        builder(plain_tokenizer, apply_chat_template="true")
+    messages = {"prompt": [{"role": "user", "content": "hello"}]}
+    with pytest.raises(UserError, match="row 4.*no chat template"):
+        builder(plain_tokenizer).build(messages, 4)
+    with pytest.raises(UserError, match="row 4.*apply_chat_template is false"):
+        builder(tokenizer, apply_chat_template="false").build(messages, 4)
+
+
+def test_system_prompt_prefix_and_template_arguments(tokenizer):
+    options = dict(system_prompt="be brief", response_prefix="ok", chat_template_kwargs={"thinking": True})
+    user = {"role": "user", "content": "hello"}
+    prompt = builder(tokenizer, **options).build({"prompt": [user]}, 0)
+    assert prompt.text == "<s><system> be brief <user> hello <assistant> think ok"
+    assert prompt.token_ids == (1, 4, 6, 7, 2, 5, 3, 8, 9)
+    with_system = [{"role": "system", "content": "ok"}, user]
+    assert "<system> be brief\n\nok <user>" in builder(tokenizer, **options).build({"prompt": with_system}, 0).text
+    assert builder(tokenizer, **options).build({"prompt": "hello"}, 0).text == "be brief\n\nhellook"
+    begun = [user, {"role": "assistant", "content": "ok"}]
+    assert builder(tokenizer).build({"prompt": begun}, 0).text == "<s><user> hello <assistant> ok"
+
+
+def test_context_limit_names_row_and_lengths(tokenizer):
+    long = {"prompt": "hello " * 20}
+    assert len(builder(tokenizer, max_context=29).build(long, 2).token_ids) == 21
+    with pytest.raises(UserError, match=r"row 2: prompt \(21 tokens\) and completion \(up to 8\).*28"):
+        builder(tokenizer, max_context=28).build(long, 2)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], ["hello"], [{"role": "user"}], [{"role": "user", "content": [1]}]])
+def test_bad_prompts(tokenizer, prompt):
+    with pytest.raises(UserError, match="row 7"):
+        builder(tokenizer).build({"prompt": prompt}, 7)
+
+
+def test_refusals(tokenizer):
+    with pytest.raises(UserError, match="row 1.*no tools here"):
+        builder(tokenizer).build({"prompt": [{"role": "tool", "content": "x"}]}, 1)
+    with pytest.raises(UserError, match="tools and images are not supported"):
+        builder(tokenizer).build({"prompt": "hello", "images": ["x"]}, 1)
+    with pytest.raises(UserError, match="empty"):
+        builder(None).build({"prompt": ""}, 1)
+
+
+def test_bytes_without_a_tokenizer():
+    prompt = builder(None, is_builtin_task=True, response_prefix="!").build({"prompt": "é"}, 9)
+    assert (prompt.row_id, prompt.text, prompt.token_ids) == (9, "é!", (0xC3, 0xA9, 0x21))
+
+
+# --- rewards
+
+
+def test_reward_inputs_and_columns():
+    messages = [{"role": "user", "content": "b"}]
+    rows = [{"prompt": "a", "target": 1, "completion": "x"}, {"prompt": messages, "other": 2, "completion_ids": []}]
+    prompts, completions, columns = reward_inputs(rows, ["one", "two"], "> ")
+    assert prompts == ["a", messages]
+    assert completions == ["> one", [{"role": "assistant", "content": "> two"}]]
+    assert columns == {"target": [1, None], "other": [None, 2]}
+
+
+def test_missing_columns_are_named():
+    def needs(completions, target, tests, weight=1.0, *, log_metric, **kwargs):
+        return [0.0]
+
+    rows = [{"prompt": "a", "target": 1}]
+    check_columns([{**rows[0], "tests": 1}], [needs], ["needs"])
+    with pytest.raises(UserError, match="lacks the column tests that reward needs needs .it has target."):
+        check_columns(rows, [needs], ["needs"])
+
+
+def test_importing_data_and_rewards_brings_no_heavy_library():
+    code = "import sys, estune.data, estune.rewards\n"
+    code += "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numba') if m in sys.modules])"
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert text.strip() == "[]"

@@ -1,0 +1,542 @@
+"""Reward functions in real processes: killed for real, with real (short) time limits."""
+
+import asyncio
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from estune.errors import UserError
+from estune.rewards import RewardBatch, RewardPool, load_reward
+
+GENEROUS_S = 30.0
+
+
+def batch(completions=("a", "bb", "ccc"), **columns):
+    n = len(completions)
+    prompts = [f"p{row}" for row in range(n)]
+    return RewardBatch(prompts, list(completions), [[1, 2]] * n, columns, {"global_step": 4, "max_steps": 9})
+
+
+def score(*functions, given=None, timeout_s=GENEROUS_S, isolation="process"):
+    names = [f"f{index}" for index in range(len(functions))]
+    with RewardPool(functions, names, timeout_s=timeout_s, workers=1, isolation=isolation) as pool:
+        return pool.submit(given or batch()).result(timeout=60)
+
+
+def ours():
+    """Processes that reward pools of this process have: pid -> command line, workers and what they started included."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if f"REWARD_TEST={os.getpid()}".encode() in environment and state != "Z":
+                found[int(entry.name)] = b" ".join(words).decode()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(monkeypatch):
+    monkeypatch.setenv("REWARD_TEST", str(os.getpid()))
+    yield
+    assert not ours()
+
+
+def gone_within(pids, limit_s):
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if not any(_running(pid) for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def length(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+# --- TRL's contract
+
+BOTH = pytest.mark.parametrize("isolation", ["process", "inline"])
+
+
+@BOTH
+def test_trl_keywords_several_functions_and_logs(isolation):
+    def everything(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, target, **kwargs):
+        assert trainer_state.global_step == 4 and completion_ids == [[1, 2]] * 3 and kwargs == {"other": "xyz"}
+        log_metric("mean_target", 1)
+        log_metric("mean_target", 2)
+        log_extra("seen", [text.upper() for text in completions])
+        return [t + len(p) for p, t in zip(prompts, target)]
+
+    given = batch(target=[1, 2, 3], other=["x", "y", "z"])
+    everything_kwargs = everything
+
+    def wrapped(other, **kwargs):  # other is a list of one string per row
+        return everything_kwargs(other="".join(other), **kwargs)
+
+    result = score(wrapped, length, lambda completions: np.array([True, False, True]), given=given, isolation=isolation)
+    assert result.errors == []
+    assert result.rewards.tolist() == [[3, 1, 1], [4, 2, 0], [5, 3, 1]]
+    assert result.rewards.dtype == np.float64 and not result.failed.any()
+    assert result.metrics == {"mean_target": 1.5}
+    assert result.extra == {"seen": ["A", "BB", "CCC"]}
+
+
+@BOTH
+def test_async_functions_share_one_event_loop(isolation):
+    loops = []
+
+    async def slow(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0.01)
+        return [float(loops[0] is loops[-1])] * len(completions)
+
+    with RewardPool([slow], ["slow"], timeout_s=GENEROUS_S, workers=1, isolation=isolation) as pool:
+        for _ in range(2):
+            assert pool.submit(batch()).result().rewards[:, 0].tolist() == [1, 1, 1]
+
+
+def test_inline_async_works_inside_a_running_loop():
+    async def reward(completions):
+        return [1.0] * len(completions)
+
+    async def cell():
+        return score(reward, isolation="inline")
+
+    assert asyncio.run(cell()).rewards[:, 0].tolist() == [1, 1, 1]
+
+
+@BOTH
+def test_none_is_not_applicable_and_nan_or_inf_fail_alone(isolation):
+    calls = []
+
+    def reward(completions):
+        calls.append(len(completions))
+        assert calls == [4], "a good answer with a NaN in it is not repeated"
+        return [None, math.nan, -math.inf, 1]
+
+    result = score(reward, given=batch("abcd"), isolation=isolation)
+    assert result.failed[:, 0].tolist() == [False, True, True, False]
+    np.testing.assert_array_equal(result.rewards[:, 0], [math.nan, math.nan, math.nan, 1])
+    assert result.errors == ["f0: returned nan"]
+
+
+@BOTH
+def test_only_the_guilty_row_fails(isolation):
+    def reward(completions, log_extra, log_metric):
+        log_metric("calls", 1)
+        log_extra("n", [len(text) for text in completions])
+        if "bb" in completions:
+            raise KeyError("bb is bad")
+        return [1.0] * len(completions)
+
+    result = score(reward, length, isolation=isolation)
+    assert result.failed.tolist() == [[False, False], [True, False], [False, False]]
+    assert result.rewards[[0, 2], 0].tolist() == [1, 1]
+    assert len(result.errors) == 1 and result.errors[0].startswith("f0: KeyError: 'bb is bad' (test_rewards.py:")
+    assert result.metrics == {"calls": 1.0}
+    assert result.extra == {"n": [1, None, 3]}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([1.0] * 3, "returned 3 rewards for 2 completions"),
+        (None, "returned NoneType"),
+        ("12", "returned str"),
+        (["1", 2], "'1' .str., which is not a number"),
+        ([[1], 2], "not a number"),
+        ([10**400, 2], "not a number"),
+        (3.0, "returned float"),
+    ],
+)
+def test_answers_that_are_not_one_number_each_fail(isolation, answer, words):
+    result = score(lambda completions: answer, given=batch("ab"), isolation=isolation)
+    assert result.failed.any()
+    assert re.search(words, result.errors[0])
+
+
+def test_torch_and_numpy_numbers():
+    torch = pytest.importorskip("torch")
+    result = score(
+        lambda completions: torch.tensor([1.5, 2.5, 3.5]),
+        lambda completions, log_extra: (log_extra("x", list(np.arange(3))), [np.float32(0.5), np.int64(2), True])[1],
+    )
+    assert result.rewards.tolist() == [[1.5, 0.5], [2.5, 2], [3.5, 1]]
+    assert result.extra == {"x": [0, 1, 2]}
+
+
+def test_no_rows():
+    assert score(length, given=batch(())).rewards.shape == (0, 1)
+
+
+# --- time limits and deaths
+
+
+def spin(completions, **kwargs):
+    if "bb" in completions:
+        while True:
+            pass
+    return [1.0] * len(completions)
+
+
+def hang_in_c(completions, **kwargs):
+    import ctypes
+
+    if "bb" in completions:
+        ctypes.PyDLL(None).sleep(60)  # holds the GIL
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [spin, hang_in_c])
+def test_a_call_over_its_time_is_killed(function):
+    started = time.monotonic()
+    result = score(function, length, timeout_s=0.6)
+    assert time.monotonic() - started < 10
+    assert result.failed[:, 0].tolist() == [False, True, False]
+    assert result.rewards[:, 1].tolist() == [1, 2, 3]
+    assert result.errors == ["f0: took longer than 0.6 s and was killed"]
+
+
+def test_a_batch_of_one_row_is_not_repeated(tmp_path):
+    def reward(completions):
+        with open(tmp_path / "calls", "a") as file:
+            file.write("x")
+        return spin(completions)
+
+    assert score(reward, given=batch(["bb"]), timeout_s=0.5).failed.all()
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("death", "cause"),
+    [
+        (lambda: os._exit(3), "exit status 3"),
+        (lambda: os.kill(os.getpid(), 11), "SIGSEGV"),
+        (lambda: os.kill(os.getpid(), 9), "SIGKILL"),
+    ],
+)
+def test_a_dead_worker_is_a_failure(death, cause):
+    def reward(completions):
+        if "bb" in completions:
+            death()
+        return [1.0] * len(completions)
+
+    result = score(reward)
+    assert result.failed[:, 0].tolist() == [False, True, False]
+    assert result.errors == [f"f0: worker process died ({cause})"]
+
+
+def test_sys_exit_and_signals_do_not_end_a_worker():
+    def reward(completions):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if "bb" in completions:
+            sys.exit(1)
+        return [float(os.getpid())] * len(completions)
+
+    result = score(reward)
+    assert result.failed[:, 0].tolist() == [False, True, False]
+    assert result.rewards[0, 0] == result.rewards[2, 0]
+    assert result.errors[0].startswith("f0: SystemExit: 1")
+
+
+def test_what_a_reward_forks_can_be_terminated():
+    def reward(completions):
+        import multiprocessing
+
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(10)
+        return [float(child.exitcode)] * len(completions)
+
+    assert score(reward).rewards[:, 0].tolist() == [-15] * 3
+
+
+def test_subprocesses_and_threads_go_with_their_worker():
+    def reward(completions):
+        threading.Thread(target=time.sleep, args=(60,), daemon=False).start()
+        subprocess.Popen(["sleep", "61"])
+        subprocess.Popen(["sleep", "62"], start_new_session=True)
+        subprocess.Popen("(sleep 63 &)", shell=True, start_new_session=True).wait()
+        return [1.0] * len(completions)
+
+    with RewardPool([reward], ["r"], timeout_s=GENEROUS_S, workers=2) as pool:
+        assert not pool.submit(batch()).result().failed.any()
+        deadline = time.monotonic() + 10
+        while not {"sleep 61", "sleep 62", "sleep 63"} <= {words.strip() for words in ours().values()}:
+            assert time.monotonic() < deadline
+    assert not ours()
+
+
+def test_printing_breaks_nothing(capfd):
+    def reward(completions):
+        print("x" * 10_000_000)
+        os.write(1, b"raw")
+        print("unfinished line", end="")
+        return [1.0] * len(completions)
+
+    assert score(reward).rewards[:, 0].tolist() == [1, 1, 1]
+    captured = capfd.readouterr()
+    assert captured.out == "" and len(captured.err) > 10_000_000
+
+
+def test_big_payloads():
+    given = batch(["x" * 3_000_000] * 8, blob=[b"y" * 1_000_000] * 8)
+    result = score(lambda completions, blob: [len(c) + len(b) for c, b in zip(completions, blob)], given=given)
+    assert result.rewards[:, 0].tolist() == [4_000_000] * 8
+
+
+def test_the_fork_server_can_die_too():
+    with RewardPool([length], ["length"], timeout_s=GENEROUS_S, workers=2) as pool:
+        pool.wait_until_loaded()
+        before = ours()
+        server = pool._server._process.pid
+        os.kill(server, signal.SIGKILL)
+        assert gone_within(before, 5)  # its workers went with it
+        results = [pool.submit(batch()) for _ in range(4)]
+        for future in results:
+            future.result(timeout=30)
+        assert pool.submit(batch()).result().rewards[:, 0].tolist() == [1, 2, 3]
+
+
+# --- the pool
+
+
+def test_scoring_runs_beside_the_caller_and_in_parallel():
+    def reward(completions):
+        time.sleep(0.6)
+        return [1.0] * len(completions)
+
+    with RewardPool([reward], ["r"], timeout_s=GENEROUS_S, workers=2) as pool:
+        pool.wait_until_loaded()
+        started = time.monotonic()
+        futures = [pool.submit(batch()) for _ in range(2)]
+        assert time.monotonic() - started < 0.5
+        for future in futures:
+            assert future.result().rewards[0, 0] == 1
+        assert time.monotonic() - started < 1.1
+
+
+def test_close_is_quick_idempotent_and_cancels():
+    pool = RewardPool([spin], ["spin"], timeout_s=GENEROUS_S, workers=1)
+    running, waiting = pool.submit(batch()), pool.submit(batch())
+    pool.wait_until_loaded()
+    time.sleep(0.2)
+    started = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - started < 3
+    assert waiting.cancelled()
+    with pytest.raises(BaseException, match="closed"):
+        running.result(timeout=1)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(batch())
+
+
+def test_our_own_mistakes_propagate():
+    with pytest.raises(ValueError, match="column 'target' has 1 values for 3"):
+        score(length, given=batch(target=[1]), isolation="inline")
+    with pytest.raises(UserError, match="reward_isolation is"):
+        RewardPool([length], ["length"], timeout_s=1, workers=1, isolation="none")
+
+
+# --- how functions travel
+
+
+def test_what_cannot_travel_names_the_way_out():
+    lock = threading.Lock()
+
+    def reward(completions):
+        with lock:
+            return [1.0] * len(completions)
+
+    with pytest.raises(UserError, match="'locked' cannot be sent.*--reward_isolation inline"):
+        RewardPool([reward], ["locked"], timeout_s=1, workers=1)
+    assert score(reward, isolation="inline").rewards[0, 0] == 1
+
+
+class Unloadable:
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+def test_what_does_not_load_in_a_worker_is_told():
+    with RewardPool([Unloadable()], ["u"], timeout_s=1, workers=1) as pool:
+        with pytest.raises(UserError, match="do not load.*ValueError.*--reward_isolation inline"):
+            pool.wait_until_loaded()
+        with pytest.raises(UserError, match="do not load"):
+            pool.submit(batch()).result(timeout=10)
+
+
+def test_files_and_their_neighbours(tmp_path, monkeypatch):
+    (tmp_path / "neighbour_of_reward.py").write_text("import threading\nLOCK = threading.Lock()\nVALUE = 2.0\n")
+    file = tmp_path / "my reward.py"
+    source = "import neighbour_of_reward as n\nLOCK = n.LOCK\ndef r(completions, **kwargs):\n"
+    source += "    with LOCK: return [n.VALUE] * len(completions)\n"
+    file.write_text(source)
+    function = load_reward(f"{file}:r")
+    assert load_reward(f"{file}:r") is function
+    with RewardPool([function], ["r"], timeout_s=GENEROUS_S, workers=1) as pool:
+        file.write_text("an edit while the run goes on")
+        assert pool.submit(batch()).result().rewards[:, 0].tolist() == [2, 2, 2]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "module_in_cwd.py").write_text("class A:\n  @staticmethod\n  def r(completions): return [3] * 3\n")
+    assert score(load_reward("module_in_cwd:A.r")).rewards[:, 0].tolist() == [3, 3, 3]
+
+
+def test_a_module_that_only_this_process_knows_travels_by_value():
+    import types
+
+    module = types.ModuleType("made_up_module")
+    exec("W = 5.0\ndef r(completions): return [W] * len(completions)", module.__dict__)
+    sys.modules["made_up_module"] = module
+    try:
+        assert score(module.r).rewards[:, 0].tolist() == [5, 5, 5]
+    finally:
+        del sys.modules["made_up_module"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("nocolon", "neither package.module:function nor"),
+        ("no_such_package.module:f", "there is no module 'no_such_package'"),
+        ("json.nothing:f", "there is no module 'json.nothing'"),
+        ("json:dumpz", "json has no 'dumpz'; it has 'dump'"),
+        ("json:__doc__", "is a str, not a function"),
+        ("json:JSONDecoder", "is a class"),
+        ("gone/file.py:f", "there is no file gone/file.py"),
+        ("syntax.py:f", r"does not import: .*\(syntax.py:2\)"),
+        ("raises.py:f", r"does not import: ZeroDivisionError: division by zero \(raises.py:2\)"),
+        ("imports.py:f", "does not import: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("opens.py:f", "does not import: FileNotFoundError"),
+        ("exits.py:f", "does not import: SystemExit"),
+    ],
+)
+def test_load_reward_tells_what_is_wrong(tmp_path, monkeypatch, spec, words):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "syntax": "\ndef f(:\n", "raises": "\n1 / 0\n", "imports": "import no_such_thing",
+        "opens": "open('gone')", "exits": "raise SystemExit(3)",
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load_reward(spec)
+    assert "\n" not in str(caught.value)
+
+
+# --- whole programs
+
+SCRIPT = """
+import os, sys, time
+{torch}
+from estune.rewards import RewardBatch, RewardPool
+print("started", flush=True)
+weight = 2.0
+class Scale:
+    def __call__(self, x): return weight * x
+scale = Scale()
+def reward(completions, **kwargs):
+    return [scale(len(text)) for text in completions]
+pool = RewardPool([reward, lambda completions: [1] * len(completions)], ["a", "b"], timeout_s=20, workers=2)
+print(pool.submit(RewardBatch(["p"] * 2, ["x", "yy"], [[1]] * 2)).result().rewards.tolist())
+heavy = lambda completions: [float("torch" in sys.modules or "numpy" in sys.modules)] * len(completions)
+import cloudpickle
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "-c", "stdin", "torch"])
+def test_scripts_without_a_main_guard(tmp_path, how):
+    text = SCRIPT.format(torch="import torch; torch.ones(600, 600) @ torch.ones(600, 600)" if how == "torch" else "")
+    (tmp_path / "script.py").write_text(text)
+    words = {"-c": ["-c", text], "stdin": ["-"]}.get(how, [str(tmp_path / "script.py")])
+    done = subprocess.run(
+        [sys.executable, *words], input=text if how == "stdin" else None, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines() == ["started", "[[2.0, 1.0], [4.0, 1.0]]"], done.stderr
+    assert done.stderr == "" and done.returncode == 0
+
+
+def test_workers_import_nothing_heavy():
+    def loaded(completions):
+        heavy = {"torch", "numpy", "numba", "transformers"} & set(sys.modules)
+        return [float(len(heavy))] * len(completions)
+
+    code = "import sys\nfrom estune.rewards import *\n"
+    code += "f = lambda completions: [len({'torch', 'numpy', 'numba', 'estune'} & set(sys.modules))]\n"
+    code += "with RewardPool([f], 'f', timeout_s=9, workers=1) as p: "
+    code += "print(p.submit(RewardBatch(['p'], ['c'], [[1]])).result().rewards[0, 0])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0.0"
+
+
+HANGING = """
+import ctypes, os, subprocess, sys, time
+from estune.rewards import RewardBatch, RewardPool
+def hang(completions, folder):
+    child = subprocess.Popen(["sleep", "60"])
+    open(f"{folder[0]}/{os.getpid()}-{child.pid}", "w").close()
+    ctypes.PyDLL(None).sleep(60)
+pool = RewardPool([hang], ["hang"], timeout_s=50, workers=2)
+for _ in range(2):
+    pool.submit(RewardBatch(["p"], ["c"], [[1]], {"folder": [sys.argv[1]]}))
+if os.fork() == 0:  # a process that holds every line to the fork server open, as a data loader would
+    os.setsid()
+    os.closerange(0, 3)
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.05)
+    os._exit(0)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_die_with_the_trainer_even_while_they_hang(tmp_path, number):
+    (tmp_path / "pids").mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HANGING, str(tmp_path / "pids"), str(tmp_path / "stop")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        pids = [int(pid) for file in (tmp_path / "pids").iterdir() for pid in file.name.split("-")]
+        assert len(pids) == 4 and all(_running(pid) for pid in pids)
+        os.killpg(parent.pid, number)
+        out, err = parent.communicate(timeout=20)
+        assert gone_within(pids, 5)
+        (tmp_path / "stop").touch()
+        assert gone_within(ours(), 5)
+        assert err == "" and (number != signal.SIGINT or out == "interrupted\n")
+    finally:
+        parent.kill()
