@@ -108,10 +108,16 @@ def read_state(directory: Path) -> dict[str, Any] | None:
 
 def remove_partial(run_dir: Path) -> None:
     """Delete what a killed save left behind."""
-    for path in run_dir.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in run_dir.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+    for path in leftovers(run_dir):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """Return what a killed save left behind."""
+    return [*run_dir.glob(f"{_PARTIAL}*"), *run_dir.glob(".*.partial")]
 
 
 def prune(run_dir: Path, keep: int) -> None:

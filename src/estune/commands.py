@@ -42,7 +42,7 @@ def evaluate_command(
     rewards = inputs.resolve_rewards(args, None, task)
     if n_samples and rewards.accuracy is None:
         raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
-    data = inputs.resolve_rows(args, None, task, split, rewards)[: limit or None]
+    data = inputs.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
     args = inputs.resolve_config(args, len(data))
     with ExitStack() as stack:
         pool = stack.enter_context(_pool(args, rewards.funcs, rewards.names))
@@ -86,7 +86,7 @@ def sampling_of(args: ESConfig) -> Sampling:
 def _pool(args: ESConfig, funcs: list[Any], names: list[str]) -> RewardPool:
     workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
     return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers,
-                      isolation=args.reward_isolation)  # type: ignore[arg-type]  # fmt: skip
+                      isolation=args.reward_isolation)  # fmt: skip
 
 
 def _divergence(

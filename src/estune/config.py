@@ -130,8 +130,9 @@ class ESConfig:
             value, choices = getattr(self, spec.name), spec.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"{spec.name} is {value!r}; it can be {', '.join(choices)}{nearest(value, choices)}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{spec.name} must be a finite number, not {value}")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{spec.name} must be a finite number, not {number}")
         positive = ("sigma", "reward_timeout_s", "max_completion_length", "num_generations", "logging_steps",
                     "batch_size", "prompts_per_batch", "num_threads", "reward_workers", "top_p")
         for name in positive:
@@ -198,7 +199,7 @@ class ESConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> ESConfig:
         """Build from names and values; UserError names the nearest field for an unknown name."""
-        return cls(**{canonical_name(name, source): value for name, value in values.items()})
+        return cls(**canonical(values, source))
 
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(ESConfig)}
@@ -212,6 +213,17 @@ def canonical_name(name: str, source: str) -> str:
         if wanted == spec.name or wanted in spec.metadata["aliases"]:
             return spec.name
     raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, FIELDS)}")
+
+
+def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return values by field name; UserError for an unknown name, or a field given under two names."""
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        key = canonical_name(str(name), source)
+        if key in named:
+            raise UserError(f"{source} gives {key} twice, once as {name!r}")
+        named[key] = value
+    return named
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
@@ -257,7 +269,10 @@ def _convert(value: Any, kind: Any) -> Any:
                 value = json.loads(value)
             except ValueError:
                 return _MISFIT
-        return dict(value) if isinstance(value, Mapping) else _MISFIT
+        try:  # what JSON cannot hold (dates, NaN) does not fit; keys become strings, as the journal reads them back
+            return json.loads(json.dumps(value, allow_nan=False)) if isinstance(value, Mapping) else _MISFIT
+        except (TypeError, ValueError):
+            return _MISFIT
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         return words.get(str(value).lower(), _MISFIT)
@@ -308,4 +323,4 @@ def read_config_file(name: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"config {name!r} must be a mapping of option names to values")
-    return {canonical_name(str(key), f"config {name!r}"): value for key, value in values.items()}
+    return canonical(values, f"config {name!r}")

@@ -30,7 +30,8 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
 
     ``source`` is a JSONL, JSON or parquet file (one set of rows, whatever ``split`` says), a directory (saved by
     ``datasets``, or with files named after their splits, or any other that ``load_dataset`` reads), a dataset id on the
-    hub, or rows in memory (a list of dicts, a ``datasets.Dataset``). Every row has every column, None where it had none.
+    hub, or rows in memory (a list of dicts, a ``datasets.Dataset``). Every row gets every column, None where it had
+    none.
 
     Raises:
         UserError: it does not exist, cannot be read, or has no rows.
@@ -136,7 +137,8 @@ def _from_hub(name: str, config: str | None, split: str) -> list[Row]:
         rows: list[Row] = datasets.load_dataset(name, config, split=split).to_list()
     except Exception as error:  # many kinds: not found, offline, no such split, no such configuration
         message = " ".join(str(error).split())[:300]
-        raise UserError(f"dataset {name} (split {split}) cannot be loaded: {type(error).__name__}: {message}") from error
+        problem = f"{type(error).__name__}: {message}"
+        raise UserError(f"dataset {name} (split {split}) cannot be loaded: {problem}") from error
     return rows
 
 

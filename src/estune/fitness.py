@@ -5,8 +5,9 @@
     fitness (N,)          mean over prompts and completions, in row order, by `math.fsum`
     utilities (N,)        shaped fitness of zero mean: what the update multiplies the noise with
 
-A failure (a reward that raised, hung, or was not a finite number) never pays: it gets the lowest finite reward that
-the same function gave any member for the same row; where nobody got one the row is left out for all (DESIGN section 1).
+A failure (a reward that raised, hung, or was not a finite number) never pays: it gets the lowest finite reward (the
+highest, if the function's weight is negative) that the same function gave any member for the same row; where nobody
+got one the row is left out for all (DESIGN section 1).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 TIE_TOLERANCE = 1e-9
 
 
-def fill_failures(rewards: np.ndarray, failed: np.ndarray) -> np.ndarray:
+def fill_failures(rewards: np.ndarray, failed: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
     """Return rewards (N, B, G, F) with failures replaced by the row's lowest finite reward of that function.
 
+    Where a function's weight is negative its highest finite reward is the worst one, and taken instead.
     A row for which a function failed and gave nobody a finite reward becomes NaN for all members and functions.
     """
     filled = np.where(failed, np.nan, rewards)  # (N, B, G, F)
@@ -29,7 +31,7 @@ def fill_failures(rewards: np.ndarray, failed: np.ndarray) -> np.ndarray:
         given = filled[:, b, :, f][np.isfinite(filled[:, b, :, f])]
         if given.size:
             column = filled[:, b, :, f]
-            column[failed[:, b, :, f]] = given.min()
+            column[failed[:, b, :, f]] = given.max() if weights is not None and weights[f] < 0 else given.min()
         else:
             filled[:, b] = np.nan
     return filled
@@ -53,7 +55,16 @@ def weigh(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 def mean(values: np.ndarray) -> float:
     """Return the mean of the values that are not NaN, exactly rounded before the division; NaN where none is left."""
     kept = [float(value) for value in values.reshape(-1) if not math.isnan(value)]
-    return math.fsum(kept) / len(kept) if kept else math.nan
+    if not kept:
+        return math.nan
+    scaled, exponent = _scaled(kept)
+    return math.ldexp(math.fsum(scaled) / len(kept), exponent)
+
+
+def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
+    """Return values / 2^exponent within [-1, 1], exactly, so that sums and squares of huge rewards do not overflow."""
+    exponent = math.frexp(max(map(abs, values)))[1]
+    return [math.ldexp(value, -exponent) for value in values], exponent
 
 
 def population_fitness(rows: np.ndarray) -> np.ndarray:
@@ -71,9 +82,10 @@ def z_score(values: Sequence[float]) -> list[float]:
     """Return (f - mean) / population standard deviation, or zeros for a tie: the paper's shaping."""
     if is_tie(values):
         return [0.0] * len(values)
-    center = math.fsum(values) / len(values)
-    deviation = math.sqrt(math.fsum((value - center) ** 2 for value in values) / len(values))
-    return [(value - center) / deviation for value in values]
+    scaled, _ = _scaled(values)
+    center = math.fsum(scaled) / len(scaled)
+    deviation = math.sqrt(math.fsum((value - center) ** 2 for value in scaled) / len(scaled))
+    return [(value - center) / deviation for value in scaled]
 
 
 def centered_rank(values: Sequence[float]) -> list[float]:

@@ -74,7 +74,7 @@ def resolve_rewards(args: ESConfig, given: Any, task: Task | None) -> Rewards:
 
 
 def resolve_rows(
-    args: ESConfig, given: Any, task: Task | None, split: str, rewards: Rewards
+    args: ESConfig, given: Any, task: Task | None, split: str, rewards: Rewards, *, for_training: bool = True
 ) -> list[dict[str, Any]]:
     """Return the rows of ``split`` (``train``, ``validation`` or ``test``), ready for prompts and rewards.
 
@@ -83,6 +83,9 @@ def resolve_rows(
     """
     if given is not None or args.dataset_name is not None:
         source = given if given is not None else args.dataset_name
+        if split != "train" and given is None and for_training and Path(str(source)).is_file():
+            raise UserError(f"{source} is one file: its rows would be trained on and held out; give a directory with "
+                            "train.jsonl and test.jsonl, or an eval_dataset from Python")  # fmt: skip
         name = args.dataset_train_split if split == "train" else args.dataset_test_split
         rows = load_rows(source, args.dataset_config, name)
         if task is not None:

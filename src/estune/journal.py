@@ -46,6 +46,7 @@ class Journal:
     steps: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: dict[int, str] = field(default_factory=dict)  # steps done -> fingerprint
     head: str = _GENESIS  # hash of the last line
+    head_before_step: str = _GENESIS  # hash of the line before the last step line
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
@@ -102,6 +103,8 @@ class Journal:
         body = canonical_json(record)
         head = _chained(self.head, body)
         append_line(self.path, f'{body[:-1]},"hash":"{head}"}}')
+        if record["kind"] == "step":
+            self.head_before_step = self.head
         self.head = head
 
     def _accept(self, record: dict[str, Any], index: int) -> None:
@@ -110,6 +113,8 @@ class Journal:
         expected = _chained(self.head, canonical_json(record))
         if claimed != expected:
             raise UserError(f"{self.path} is damaged at line {index + 1} ({self._where()}): its hash does not match")
+        if record["kind"] == "step":
+            self.head_before_step = self.head
         self.head = expected
         if record["kind"] == "header":
             if record["format"] != FORMAT_VERSION:
@@ -197,9 +202,17 @@ class Pending:
 
     def read(self, head: str) -> dict[int, dict[str, Any]]:
         """Return the finished groups of the step that follows ``head``, by group index."""
-        groups: dict[int, dict[str, Any]] = {}
+        return {record["group"]: record["result"] for record in self._records(head) if "group" in record}
+
+    def read_note(self, head: str) -> dict[str, Any] | None:
+        """Return the metrics of the step that follows ``head``, if it got as far as its update."""
+        notes = [record["metrics"] for record in self._records(head) if "metrics" in record]
+        return notes[-1] if notes else None
+
+    def _records(self, head: str) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
         if not self.path.exists():
-            return groups
+            return records
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
@@ -208,14 +221,18 @@ class Pending:
             try:
                 record = json.loads(line)
                 if record["after"] == head:
-                    groups[record["group"]] = record["result"]
+                    records.append(record)
             except (ValueError, KeyError, TypeError):
                 continue  # a damaged line costs one group's evaluation, nothing else
-        return groups
+        return records
 
     def append(self, head: str, group: int, result: Mapping[str, Any]) -> None:
         """Put a finished group on disk."""
         append_line(self.path, json.dumps({"after": head, "group": group, "result": result}, separators=(",", ":")))
+
+    def note(self, head: str, metrics: Mapping[str, Any]) -> None:
+        """Put the step's metrics on disk: its update may be all that is left to do."""
+        append_line(self.path, json.dumps({"after": head, "metrics": metrics}, separators=(",", ":")))
 
     def clear(self) -> None:
         """Forget the groups: their step line is on disk."""

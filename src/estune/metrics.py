@@ -37,9 +37,9 @@ class Timing:
 
 
 def step_metrics(
-    rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollouts: Rollouts, moved: Moved, timing: Timing
+    rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollouts: Rollouts
 ) -> dict[str, Any]:
-    """Return a training step's metrics from filled rewards (N, B, G, F) and fitness (N,)."""
+    """Return a training step's metrics before its update, from filled rewards (N, B, G, F) and fitness (N,)."""
     weighed = weigh(rewards, spec.weights)  # (N, B, G)
     lengths = rollouts.lengths  # (N, B, G)
     generate_s = sum(group.generate_s for group in rollouts.groups)
@@ -52,17 +52,13 @@ def step_metrics(
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": rollouts.clipped_ratio,
-        "step_time": timing.ended - timing.started,
         "es/fitness_best": _number(float(known.max()) if known.size else np.nan),
         "es/fitness_mean": _number(mean(fitness)),
         "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
-        "es/update_norm": moved.norm,
-        "es/update_ratio": moved.ratio,
         "es/reward_errors": int(rollouts.failed.sum()),
         "es/perturb_s": perturb_s,
         "es/generate_s": generate_s,
         "es/score_s": rollouts.score_wait_s,
-        "es/update_s": timing.ended - timing.update_started,
         "es/tokens_per_s": float(lengths.sum()) / max(generate_s + perturb_s, 1e-9),
     }
     for name in sorted({name for group in rollouts.groups for name in group.metrics}):
@@ -71,9 +67,20 @@ def step_metrics(
     return record
 
 
+def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None) -> dict[str, Any]:
+    """Return what is known once theta has moved; without ``timing`` (a killed run's last step) the time of its parts."""
+    parts_s = measured["es/perturb_s"] + measured["es/generate_s"] + measured["es/score_s"]
+    return {
+        "es/update_norm": moved.norm,
+        "es/update_ratio": moved.ratio,
+        "es/update_s": timing.ended - timing.update_started if timing else None,
+        "step_time": timing.ended - timing.started if timing else parts_s,
+    }
+
+
 def mean_reward(rollouts: Rollouts, weights: Sequence[float]) -> float:
     """Return the mean weighed reward of rollouts, failures filled within them."""
-    return mean(weigh(fill_failures(rollouts.rewards, rollouts.failed), weights))
+    return mean(weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights))
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:

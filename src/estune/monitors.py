@@ -157,7 +157,9 @@ def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records of a run's `metrics.jsonl`, a torn last line left out."""
-    records = []
+    records: list[dict[str, Any]] = []
+    if not (run_dir / METRICS_FILE).exists():
+        return records
     for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))

@@ -86,7 +86,7 @@ def make_update(
         distribution: of the noise.
     """
     q, e = integer_utilities(utilities)
-    a = round_to_bits(learning_rate / (len(members) * noise_deviation(distribution) * 2.0**e), SCALE_BITS)
+    a = round_to_bits(math.ldexp(learning_rate / (len(members) * noise_deviation(distribution)), -e), SCALE_BITS)
     decay = float(np.float32(learning_rate * weight_decay))
     return Update(tuple(members), tuple(q), e, a, decay, anchored, distribution)
 

@@ -54,8 +54,9 @@ def load_reward(spec: str) -> Callable[..., Any]:
             raise UserError(f"reward {spec!r}: {where} has no {part!r}" + (f"; it has {near[0]!r}" if near else ""))
         found = getattr(found, part)
     if not callable(found) or isinstance(found, type):
-        raise UserError(f"reward {spec!r} is a {'class' if isinstance(found, type) else type(found).__name__}, "
-                        "not a function")
+        raise UserError(
+            f"reward {spec!r} is a {'class' if isinstance(found, type) else type(found).__name__}, not a function"
+        )
     function: Callable[..., Any] = found
     return function
 
@@ -113,7 +114,7 @@ def load_request(functions: Sequence[Callable[..., Any]], names: Sequence[str]) 
 
 
 def _importable(name: str) -> bool:
-    """Whether a fresh process with our sys.path finds the module (one that a tool put into sys.modules is not found)."""
+    """Whether a fresh process with our sys.path finds the module; not one that a tool put into sys.modules."""
     if name == "__main__" or name in _loaded_files:
         return True  # cloudpickle takes __main__ by value anyway; workers know the files
     top = name.partition(".")[0]

@@ -23,7 +23,7 @@ LOAD_LIMIT_S = 120.0  # for a worker to import what the reward functions need, a
 SERVER_LIMIT_S = 30.0  # the fork server answers in milliseconds; past this it counts as dead
 
 
-class CallFailed(Exception):
+class CallError(Exception):
     """The worker gave no answer: too late, or dead."""
 
 
@@ -50,7 +50,7 @@ class Worker:
         self._has_batch = b""
         try:
             error = self._request(self._setup, LOAD_LIMIT_S).get("error")
-        except CallFailed as failure:
+        except CallError as failure:
             error = f"it {failure}"
         if error is None:
             self._was_loaded = True
@@ -59,7 +59,7 @@ class Worker:
         if self._server.closed:
             raise CancelledError("the reward pool was closed")
         if self._was_loaded:
-            raise CallFailed(f"could not be restarted: {error}")
+            raise CallError(f"could not be restarted: {error}")
         raise UserError(f"the reward functions do not load in a worker process ({error}); {INLINE_HINT}")
 
     def call(self, function: int, rows: list[int]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Worker:
                     return reply
                 self._has_batch = self.batch
             return self._request(pickle.dumps(("call", function, rows)), self._timeout_s)
-        except CallFailed as failure:
+        except CallError as failure:
             if self._server.closed:
                 raise CancelledError("the reward pool was closed") from None
             return {"error": str(failure)}
@@ -88,15 +88,23 @@ class Worker:
             return reply
         except TimeoutError:
             self._drop(b"k")
-            raise CallFailed(f"took longer than {limit_s:g} s and was killed") from None
+            raise CallError(f"took longer than {limit_s:g} s and was killed") from None
         except (EOFError, OSError, ValueError):
-            raise CallFailed(f"worker process died{_cause(self._drop(b'd'))}") from None
+            raise CallError(f"worker process died{_cause(self._drop(b'd'))}") from None
 
     def close(self) -> None:
         """Hang up; an idle worker then ends."""
+        self.interrupt()
         if self._channel is not None:
             self._channel.close()
         self._channel = None
+
+    def interrupt(self) -> None:
+        """Wake the thread that waits for an answer; for other threads. Death wakes it too, but not where a process
+        that the trainer forked meanwhile still holds the worker's end."""
+        if (channel := self._channel) is not None:
+            with suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
 
     def _drop(self, how: bytes) -> int:
         self.close()
@@ -177,6 +185,8 @@ class ForkServer:
             self._stop()
 
     def _stop(self) -> None:
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)  # also where a forked copy of the trainer still holds the line
         self._line.close()
         try:
             self._process.wait(timeout=5.0)

@@ -44,7 +44,7 @@ MAX_REPLY_BYTES = 1 << 30
 IGNORED = (signal.SIGINT, signal.SIGTERM)
 
 
-class BadAnswer(Exception):
+class AnswerError(Exception):
     """A reward function returned something that is not one number or None per completion."""
 
 
@@ -84,7 +84,7 @@ def call_function(
     ``columns`` holds ``prompts``, ``completions``, ``completion_ids`` and every dataset column, one value per row;
     ``run`` finishes the coroutine of an ``async def``, always on one event loop, as clients cached by it expect.
     Returns ``rewards`` (a float or None per row), ``metrics`` (name -> values logged) and ``extra`` (column -> values).
-    Raises whatever the function raises, and `BadAnswer`.
+    Raises whatever the function raises, and `AnswerError`.
     """
     metrics: dict[str, list[float]] = {}
     extra: dict[str, list[Any]] = {}
@@ -116,10 +116,10 @@ async def _await(awaitable: Any) -> Any:
 
 def _numbers(answer: Any, n_rows: int) -> list[float | None]:
     if answer is None or isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
-        raise BadAnswer(f"returned {type(answer).__name__} instead of a list of numbers")
+        raise AnswerError(f"returned {type(answer).__name__} instead of a list of numbers")
     values = list(answer)
     if len(values) != n_rows:
-        raise BadAnswer(f"returned {len(values)} rewards for {n_rows} completions")
+        raise AnswerError(f"returned {len(values)} rewards for {n_rows} completions")
     return [None if value is None else _number(value) for value in values]
 
 
@@ -129,11 +129,11 @@ def _number(value: Any) -> float:
             return float(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise BadAnswer(f"returned {str(value)[:40]!r} ({type(value).__name__}), which is not a number")
+    raise AnswerError(f"returned {str(value)[:40]!r} ({type(value).__name__}), which is not a number")
 
 
 def to_json(reply: dict[str, Any]) -> str:
-    """Return a reply as JSON; numbers of other libraries become numbers, anything else it does not know becomes text."""
+    """Return a reply as JSON: numbers of other libraries become numbers, what JSON does not know becomes text."""
 
     def plain(value: Any) -> Any:
         try:
@@ -150,7 +150,7 @@ def describe(error: BaseException, function: Callable[..., Any]) -> str:
         message = " ".join(str(error).split())[:300]
     except Exception:  # an exception class of the user's whose __str__ raises
         message = ""
-    if isinstance(error, BadAnswer):
+    if isinstance(error, AnswerError):
         return message
     code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
     where, trace = "", error.__traceback__
@@ -337,7 +337,7 @@ def _fork_worker(descriptor: int, control: socket.socket, libc: ctypes.CDLL) -> 
 
 
 def _become_ordinary(channel: socket.socket) -> None:
-    """In a process that a reward forks: let signals stop it, also one already on its way; let go of the trainer's line."""
+    """In a process that a reward forks: let go of the trainer's line, and let signals end it, one on its way too."""
     channel.close()
     for number in IGNORED:
         signal.signal(number, signal.SIG_DFL)
@@ -380,7 +380,7 @@ def main() -> None:
     """Run the fork server on the socket whose descriptor is the argument."""
     with suppress(OSError):
         os.dup2(2, 1)  # what rewards print goes to stderr: stdout is for the command's own output
-    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
     for number in IGNORED:  # by a handler, not SIG_IGN: programs that a reward starts get the default back
         signal.signal(number, lambda *_: None)
     with suppress(ImportError):

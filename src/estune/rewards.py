@@ -1,8 +1,9 @@
 """Reward functions with TRL's contract, run where they can be timed and killed.
 
 A `RewardPool` has one thread per worker process, so scoring overlaps generation. The workers come from a fork server
-(`reward_worker.py`) started with the pool; build the pool early, so that its workers load while the model does.
-Functions travel by cloudpickle, so lambdas, closures, notebooks and scripts without a main guard work.
+that starts with the pool (`reward_processes.py` on this side, `reward_worker.py` on theirs); build the pool early, so
+that its workers load while the model does. Functions travel by cloudpickle (`reward_loading.py`), so lambdas,
+closures, notebooks and scripts without a main guard work.
 
 What counts as a failure (DESIGN section 1): a raise, a timeout, a dead worker, an answer that is not one number or
 None per completion, NaN, inf. A failed call is repeated row by row, so that only guilty rows fail. None is no failure:
@@ -23,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import cloudpickle
 import numpy as np
@@ -40,6 +41,7 @@ INLINE_WARNING = (
     "reward functions run inside the trainer (--reward_isolation inline): no time limit, and a reward that hangs or "
     "crashes takes the run with it"
 )
+
 
 @dataclass
 class RewardBatch:
@@ -84,7 +86,7 @@ class RewardPool:
         *,
         timeout_s: float,
         workers: int,
-        isolation: Literal["process", "inline"] = "process",
+        isolation: str = "process",
     ) -> None:
         if len(reward_funcs) != len(names):
             raise ValueError(f"{len(reward_funcs)} reward functions, {len(names)} names")
@@ -93,6 +95,7 @@ class RewardPool:
         self._closed = False
         self._queue: queue.SimpleQueue[tuple[RewardBatch, Future[RewardResult]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._workers: list[Worker] = []
         self._loaded: list[Future[None]] = []
         self._server: ForkServer | None = None
         self._runner = asyncio.Runner()
@@ -110,6 +113,7 @@ class RewardPool:
             worker, loaded = Worker(self._server, setup, timeout_s), Future[None]()
             thread = threading.Thread(target=self._work, args=(worker, loaded), name=f"reward-{index}", daemon=True)
             self._threads.append(thread)
+            self._workers.append(worker)
             self._loaded.append(loaded)
             thread.start()
         atexit.register(self.close)
@@ -190,6 +194,8 @@ class RewardPool:
             for _ in self._threads:
                 self._queue.put(None)
             self._server.close()
+            for worker in self._workers:
+                worker.interrupt()
             for thread in self._threads:
                 thread.join(timeout=5.0)
             self._cancel_waiting()  # what another thread submitted meanwhile
@@ -259,5 +265,3 @@ def _pickle_batch(batch: RewardBatch) -> bytes:
         return request
     except Exception as error:
         raise UserError(f"a dataset column cannot be sent to a reward worker ({error}); {INLINE_HINT}") from error
-
-

@@ -24,8 +24,8 @@ from estune.environment import environment, versions
 from estune.errors import UserError
 from estune.files import write_json
 from estune.journal import Journal, Pending, recorded_update
-from estune.master import AnchorReader
-from estune.monitors import cut_back
+from estune.master import AnchorReader, Moved
+from estune.monitors import cut_back, read_metrics
 from estune.noise import NOISE_VERSION
 
 CONFIG_FILE = "es_config.json"
@@ -88,8 +88,8 @@ class Run:
             check_base(self.found, fingerprint, self.args.model)
             write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
 
-    def recover(self, engine: Engine) -> int:
-        """Bring theta to the journal's last step; return how many journalled steps were replayed.
+    def recover(self, engine: Engine) -> tuple[int, Moved | None]:
+        """Bring theta to the journal's last step; return how many journalled steps were replayed, and the last move.
 
         The newest checkpoint that passes its fingerprint is the start, else the base model that the engine holds.
         """
@@ -105,8 +105,14 @@ class Run:
                 raise UserError(f"{directory} does not hold the weights its es_state.json says; delete it to go on")
             start = steps_done
             break
-        replay_steps(self.journal, engine, start, self.steps_done, self.anchor)
-        return self.steps_done - start
+        moved = replay_steps(self.journal, engine, start, self.steps_done, self.anchor)
+        return self.steps_done - start, moved
+
+    def unlogged_step(self) -> dict[str, Any] | None:
+        """Return the last step's metrics where the run was killed between its step line and their line."""
+        note = self.pending.read_note(self.journal.head_before_step) if self.steps_done else None
+        logged = {record["step"] for record in read_metrics(self.path) if "eval_reward" not in record}
+        return None if self.steps_done in logged else note
 
     def _belongs(self, state: Mapping[str, Any], steps_done: int) -> bool:
         """Say whether a checkpoint's weights are those before the journal's next step."""
@@ -141,7 +147,9 @@ class Run:
         return sum(record["tokens"] for record in self.journal.steps)
 
     def close(self) -> None:
-        """Give up the directory's lock."""
+        """Give up the directory's lock; a directory in which nothing was written goes."""
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
         os.close(self.lock)
 
 
@@ -185,7 +193,7 @@ def open_run(args: ESConfig) -> Run:
 def is_finished(path: Path, max_steps: int) -> bool:
     """Say whether a run directory holds a finished run of ``max_steps`` steps; reads only."""
     state = checkpoint.read_state(path)
-    if state is None or state.get("step") != max_steps:
+    if state is None or state.get("step") != max_steps or checkpoint.leftovers(path):
         return False
     journal = Journal.open(path / JOURNAL_FILE, repair=False)
     return journal is not None and len(journal.steps) == max_steps and max_steps in journal.checkpoints
@@ -245,22 +253,25 @@ def check_base(journal: Journal, fingerprint: str, model: str) -> None:
 
 def replay_steps(
     journal: Journal, engine: Engine, start: int, stop: int, anchor: AnchorReader | None
-) -> None:
-    """Apply the journal's steps ``start .. stop`` to theta, verifying its checksum before each.
+) -> Moved | None:
+    """Apply the journal's steps ``start .. stop`` to theta, verifying its checksum before each; return the last move.
 
     Raises:
         UserError: theta is not what the journal says; the step is named.
     """
     master = engine.master
     checksum = master.checksum()
+    moved = None
     for record in journal.steps[start:stop]:
         if checksum != record["checksum"]:
             raise UserError(f"theta before step {record['step']} is not what the journal says it was")
-        checksum = master.update(recorded_update(record, journal.header["config"]), anchor).checksum
+        moved = master.update(recorded_update(record, journal.header["config"]), anchor)
+        checksum = moved.checksum
         if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
             raise UserError(f"theta after step {record['step']} is not what the journal says it was")
     if stop in journal.checkpoints and master.fingerprint() != journal.checkpoints[stop]:
         raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
     engine.master_changed()
+    return moved
 
 

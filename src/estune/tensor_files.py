@@ -68,7 +68,8 @@ def write_tensors(path: Path, parameters: Mapping[str, np.ndarray], buffers: Map
             for start in range(0, flat.size, CHUNK):
                 chunk = flat[start : start + CHUNK]
                 if name in parameters and dtype != "float32":
-                    chunk = to_bfloat16(chunk) if dtype == "bfloat16" else chunk.astype(np.float16)
+                    with np.errstate(over="ignore"):  # beyond float16's range is inf, as torch casts it
+                        chunk = to_bfloat16(chunk) if dtype == "bfloat16" else chunk.astype(np.float16)
                 file.write(chunk.data)
 
     replace_file(path, write)

@@ -106,7 +106,7 @@ class ESTrainer:
                     sigma, learning_rate = self._schedule(step)
                     scale = perturbation_scale(sigma, args.noise_distribution)
                     rollouts = self._evaluate_population(run, step, rows, members, scale)
-                    rewards = fill_failures(rollouts.rewards, rollouts.failed)  # (N, B, G, F)
+                    rewards = fill_failures(rollouts.rewards, rollouts.failed, self.rewards.weights)  # (N, B, G, F)
                     fitness, utilities = shape_fitness(weigh(rewards, self.rewards.weights), args.fitness_shaping)  # (N,)
                     update = make_update(
                         members, utilities, learning_rate,
@@ -118,11 +118,14 @@ class ESTrainer:
                         step, rows, fitness.tolist(), scale, update, self._checksum,
                         failures=int(rollouts.failed.sum()), tokens=rollouts.tokens,
                     )  # fmt: skip
+                    measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+                    measured |= {"learning_rate": learning_rate, "es/sigma": sigma} | theta_rank
+                    self._note_step(run, step, measured, rollouts)
                     run.journal.append_step(record)  # on disk before theta moves
                     update_started = time.perf_counter()
                     moved = self._move(run, update)
                     timing = metrics.Timing(started, update_started, time.perf_counter())
-                    self._log_step(run, rewards, fitness, rollouts, moved, sigma, learning_rate, theta_rank, timing)
+                    self._log_step(run, measured, moved, timing)
                     run.pending.clear()
                     self._after_step(run)
                 self._finish(run)
@@ -182,9 +185,10 @@ class ESTrainer:
                 evaluation = self._evaluate_held_out(done)
                 self._monitors.log({"step": done, **metrics.evaluation_record(evaluation)})
                 metrics.write_rows(path, evaluation)
-        if args.save_steps and done and done % args.save_steps == 0 and not run.has_checkpoint():
-            run.save(self.engine, final=False)
-            run.record_checkpoint(self.engine)
+        if args.save_steps and done and done % args.save_steps == 0:
+            if not run.has_checkpoint():
+                run.save(self.engine, final=False)
+                run.record_checkpoint(self.engine)
             prune(run.path, args.save_total_limit)
 
     def _evaluate_held_out(self, done: int) -> Evaluation:
@@ -206,23 +210,21 @@ class ESTrainer:
             run.save(self.engine, final=False)
         print(f"estune: stopped after {run.steps_done} steps; go on with --resume --output_dir {run.path}", flush=True)
 
-    def _log_step(
-        self, run: Run, rewards: Any, fitness: Any, rollouts: Rollouts, moved: Moved, sigma: float,
-        learning_rate: float, theta_rank: dict[str, float], timing: metrics.Timing,
-    ) -> None:  # fmt: skip
-        done = run.steps_done
+    def _note_step(self, run: Run, step: int, measured: dict[str, Any], rollouts: Rollouts) -> None:
+        """Keep what a kill right behind the step line would lose: its metrics, and its completions."""
         self._tokens += rollouts.tokens
-        if done % self.args.logging_steps and done != self.args.max_steps:
-            return
-        record = metrics.step_metrics(rewards, self.rewards, fitness, rollouts, moved, timing)
-        record |= {"step": done, "num_tokens": self._tokens, "learning_rate": learning_rate, "es/sigma": sigma}
-        record |= theta_rank
-        if done == 1:
-            record |= {f"es/perturb_cos/{kind}": value for kind, value in self._perturb_cos.items()}
-        self._monitors.log(record)
-        if self.args.log_completions:
-            rows = [self._prompts[row] for row in self.batches.rows_for_step(done - 1)]
-            metrics.write_completions(run.path / "completions" / f"step_{done:05d}.jsonl", rollouts, rows)
+        measured["num_tokens"] = self._tokens
+        if step == 0:
+            measured |= {f"es/perturb_cos/{kind}": value for kind, value in self._perturb_cos.items()}
+        run.pending.note(run.journal.head, measured)
+        if self.args.log_completions and (step + 1) % self.args.logging_steps == 0:
+            rows = [self._prompts[row] for row in self.batches.rows_for_step(step)]
+            metrics.write_completions(run.path / "completions" / f"step_{step + 1:05d}.jsonl", rollouts, rows)
+
+    def _log_step(self, run: Run, measured: dict[str, Any], moved: Moved, timing: metrics.Timing | None) -> None:
+        done = run.steps_done
+        if done % self.args.logging_steps == 0 or done == self.args.max_steps:
+            self._monitors.log({"step": done} | measured | metrics.update_metrics(measured, moved, timing))
 
     def _schedule(self, step: int) -> tuple[float, float]:
         """Return sigma and the learning rate of a step."""
@@ -291,17 +293,20 @@ class ESTrainer:
         if run.is_new:
             reproducible = self.engine.check_reproducible(self._prompts[:2], self._sampling(0))
         run.begin(self.engine, reproducible, {"reward_funcs": self.rewards.names, "reward_weights": self.rewards.weights})
-        replayed = run.recover(self.engine)
+        replayed, last_move = run.recover(self.engine)
         self._checksum = self.engine.master.checksum()
         self._tokens = run.tokens_before()
         self._monitors = self._make_monitors(run)
         stack.callback(self._monitors.close)
         metrics.announce(self, run, replayed)
+        unlogged = run.unlogged_step()
+        if unlogged is not None and last_move is not None:
+            self._log_step(run, unlogged, last_move, None)
         return run
 
     def _pool(self, funcs: list[Any], names: list[str], workers: int) -> RewardPool:
         return RewardPool(
-            funcs, names, timeout_s=self.args.reward_timeout_s, workers=workers, isolation=self.args.reward_isolation  # type: ignore[arg-type]
+            funcs, names, timeout_s=self.args.reward_timeout_s, workers=workers, isolation=self.args.reward_isolation
         )
 
     def _prepare_base(self, run: Run) -> None:

@@ -71,6 +71,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         moe_intermediate_size=24,
         shared_expert_intermediate_size=40,
     ),
+    "deepseek_v3": lambda: _build(  # a persistent buffer, the router's correction
+        "DeepseekV3",
+        **{**_DECODER, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=24,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+    "hrm_text": lambda: _build("HrmText", **_DECODER),  # stored fused, split in memory
     "mamba": lambda: _build("Mamba", hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 
@@ -100,9 +116,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 def save_tiny(family: str, directory: Path, seed: int = 0) -> PreTrainedModel:

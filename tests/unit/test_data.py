@@ -45,10 +45,10 @@ def plain_tokenizer(tokenizer):
 
 
 def builder(tokenizer, **changes):
-    options = dict(
-        apply_chat_template="auto", chat_template_kwargs={}, system_prompt=None, response_prefix="",
-        max_context=None, max_completion_length=8, is_builtin_task=False,
-    )  # fmt: skip
+    options = {
+        "apply_chat_template": "auto", "chat_template_kwargs": {}, "system_prompt": None, "response_prefix": "",
+        "max_context": None, "max_completion_length": 8, "is_builtin_task": False,
+    }  # fmt: skip
     return PromptBuilder(tokenizer, **(options | changes))
 
 
@@ -181,14 +181,14 @@ def test_when_templates_apply(tokenizer, plain_tokenizer):
     with pytest.raises(UserError, match="no chat template"):
         builder(plain_tokenizer, apply_chat_template="true")
     messages = {"prompt": [{"role": "user", "content": "hello"}]}
-    with pytest.raises(UserError, match="row 4.*no chat template"):
+    with pytest.raises(UserError, match=r"row 4.*no chat template"):
         builder(plain_tokenizer).build(messages, 4)
-    with pytest.raises(UserError, match="row 4.*apply_chat_template is false"):
+    with pytest.raises(UserError, match=r"row 4.*apply_chat_template is false"):
         builder(tokenizer, apply_chat_template="false").build(messages, 4)
 
 
 def test_system_prompt_prefix_and_template_arguments(tokenizer):
-    options = dict(system_prompt="be brief", response_prefix="ok", chat_template_kwargs={"thinking": True})
+    options = {"system_prompt": "be brief", "response_prefix": "ok", "chat_template_kwargs": {"thinking": True}}
     user = {"role": "user", "content": "hello"}
     prompt = builder(tokenizer, **options).build({"prompt": [user]}, 0)
     assert prompt.text == "<s><system> be brief <user> hello <assistant> think ok"
@@ -214,7 +214,7 @@ def test_bad_prompts(tokenizer, prompt):
 
 
 def test_refusals(tokenizer):
-    with pytest.raises(UserError, match="row 1.*no tools here"):
+    with pytest.raises(UserError, match=r"row 1.*no tools here"):
         builder(tokenizer).build({"prompt": [{"role": "tool", "content": "x"}]}, 1)
     with pytest.raises(UserError, match="tools and images are not supported"):
         builder(tokenizer).build({"prompt": "hello", "images": ["x"]}, 1)
@@ -245,7 +245,7 @@ def test_missing_columns_are_named():
 
     rows = [{"prompt": "a", "target": 1}]
     check_columns([{**rows[0], "tests": 1}], [needs], ["needs"])
-    with pytest.raises(UserError, match="lacks the column tests that reward needs needs .it has target."):
+    with pytest.raises(UserError, match=r"lacks the column tests that reward needs needs .it has target."):
         check_columns(rows, [needs], ["needs"])
 
 

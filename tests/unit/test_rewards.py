@@ -87,13 +87,12 @@ def test_trl_keywords_several_functions_and_logs(isolation):
         log_metric("mean_target", 1)
         log_metric("mean_target", 2)
         log_extra("seen", [text.upper() for text in completions])
-        return [t + len(p) for p, t in zip(prompts, target)]
+        return [t + len(p) for p, t in zip(prompts, target, strict=True)]
 
     given = batch(target=[1, 2, 3], other=["x", "y", "z"])
-    everything_kwargs = everything
 
     def wrapped(other, **kwargs):  # other is a list of one string per row
-        return everything_kwargs(other="".join(other), **kwargs)
+        return everything(other="".join(other), **kwargs)
 
     result = score(wrapped, length, lambda completions: np.array([True, False, True]), given=given, isolation=isolation)
     assert result.errors == []
@@ -305,8 +304,10 @@ def test_printing_breaks_nothing(capfd):
 
 
 def test_big_payloads():
-    given = batch(["x" * 3_000_000] * 8, blob=[b"y" * 1_000_000] * 8)
-    result = score(lambda completions, blob: [len(c) + len(b) for c, b in zip(completions, blob)], given=given)
+    def reward(completions, blob):
+        return [len(c) + len(b) for c, b in zip(completions, blob, strict=True)]
+
+    result = score(reward, given=batch(["x" * 3_000_000] * 8, blob=[b"y" * 1_000_000] * 8))
     assert result.rewards[:, 0].tolist() == [4_000_000] * 8
 
 
@@ -374,7 +375,7 @@ def test_what_cannot_travel_names_the_way_out():
         with lock:
             return [1.0] * len(completions)
 
-    with pytest.raises(UserError, match="'locked' cannot be sent.*--reward_isolation inline"):
+    with pytest.raises(UserError, match=r"'locked' cannot be sent.*--reward_isolation inline"):
         RewardPool([reward], ["locked"], timeout_s=1, workers=1)
     assert score(reward, isolation="inline").rewards[0, 0] == 1
 
@@ -389,7 +390,7 @@ class Unloadable:
 
 def test_what_does_not_load_in_a_worker_is_told():
     with RewardPool([Unloadable()], ["u"], timeout_s=1, workers=1) as pool:
-        with pytest.raises(UserError, match="do not load.*ValueError.*--reward_isolation inline"):
+        with pytest.raises(UserError, match=r"do not load.*ValueError.*--reward_isolation inline"):
             pool.wait_until_loaded()
         with pytest.raises(UserError, match="do not load"):
             pool.submit(batch()).result(timeout=10)
@@ -467,8 +468,6 @@ def reward(completions, **kwargs):
     return [scale(len(text)) for text in completions]
 pool = RewardPool([reward, lambda completions: [1] * len(completions)], ["a", "b"], timeout_s=20, workers=2)
 print(pool.submit(RewardBatch(["p"] * 2, ["x", "yy"], [[1]] * 2)).result().rewards.tolist())
-heavy = lambda completions: [float("torch" in sys.modules or "numpy" in sys.modules)] * len(completions)
-import cloudpickle
 """
 
 
@@ -485,10 +484,6 @@ def test_scripts_without_a_main_guard(tmp_path, how):
 
 
 def test_workers_import_nothing_heavy():
-    def loaded(completions):
-        heavy = {"torch", "numpy", "numba", "transformers"} & set(sys.modules)
-        return [float(len(heavy))] * len(completions)
-
     code = "import sys\nfrom estune.rewards import *\n"
     code += "f = lambda completions: [len({'torch', 'numpy', 'numba', 'estune'} & set(sys.modules))]\n"
     code += "with RewardPool([f], 'f', timeout_s=9, workers=1) as p: "

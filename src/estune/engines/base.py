@@ -100,9 +100,7 @@ class Engine(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion's tokens, special tokens left out."""
 
-    def token_logprobs(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
-    ) -> list[list[float]]:
+    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the natural log-probability under theta of every token of one completion per prompt."""
 
     def master_changed(self) -> None:

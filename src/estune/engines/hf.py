@@ -7,15 +7,16 @@ own memory from the master, never added to or subtracted from what was there, so
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from estune.engines import decoding
+from estune.engines import decoding, hf_callers
 from estune.engines.base import Completion, Perturbation, Prompt, Sampling
 from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
 from estune.engines.hf_parameters import Binding, bindings
@@ -37,7 +38,7 @@ class HFEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: hf_callers.Model,
         tokenizer: Any,
         bound: Sequence[Binding],
         master: Master,
@@ -51,12 +52,16 @@ class HFEngine:
         self.prompts_per_batch = prompts_per_batch
         self.device = model.device
         self.compute_dtype = _name(model.dtype)
+        self.perturb_s = 0.0  # seconds spent so far in writing members' weights
         self.stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
         text_config = model.config.get_text_config(decoder=True)
-        self.max_context: int | None = getattr(text_config, "max_position_embeddings", None)
+        limits = [
+            getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+        ]
+        self.max_context: int | None = next((limit for limit in limits if limit and limit > 0), None)
         self._bindings = list(bound)
         self._trained = {spec.name for spec in master.specs if spec.perturbed}
-        self._live = {b.name: b.direct.numpy() for b in bound if self._written_in_place(b)}
+        self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
         largest = max((b.pieces[0].parameter.numel() for b in bound if b.name not in self._live), default=0)
         largest = max([largest, *(int(np.prod(b.shape)) for b in bound if b.name not in self._live)])
         self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=self.device.type == "cuda")
@@ -64,10 +69,10 @@ class HFEngine:
         self._fixed_version = -1  # master version at which the parameters that are not trained were written
         self._eos, self._pad = _end_ids(model, tokenizer)
         self._stop = decoding.StopStrings(tokenizer, ())
-        self._attention = decoding.uses_attention_caller(model)
+        self._attention = hf_callers.uses_attention_caller(model)
         self._load(None)
-        self._wide_mask = self._attention and decoding.takes_wide_mask(model)
-        self._batching = "padded" if self._attention else decoding.safe_batching(model, self._caller)
+        self._wide_mask = self._attention and hf_callers.takes_wide_mask(model)
+        self._batching = "padded" if self._attention else hf_callers.safe_batching(model, self._caller)
 
     @classmethod
     def load(
@@ -114,7 +119,7 @@ class HFEngine:
     @classmethod
     def from_model(
         cls,
-        model: PreTrainedModel,
+        model: hf_callers.Model,
         tokenizer: Any,
         *,
         num_threads: int = 1,
@@ -143,7 +148,7 @@ class HFEngine:
             Interrupted: ``should_stop()`` turned true between two tokens.
             UserError: a prompt is empty, or does not leave room for a completion in the model's context.
         """
-        self._check_lengths(prompts, sampling)
+        self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
         self._load(perturbation)
         if self._stop.strings != sampling.stop_strings:
             self._stop = decoding.StopStrings(self.tokenizer, sampling.stop_strings)
@@ -183,9 +188,7 @@ class HFEngine:
         save_assets(self.model, self.tokenizer, self.compute_dtype, Path(directory))
 
     @torch.inference_mode()
-    def token_logprobs(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
-    ) -> list[list[float]]:
+    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the log-probability of every completion token under theta, at temperature 1.
 
         Args:
@@ -194,11 +197,16 @@ class HFEngine:
 
         Returns:
             For each prompt one value per completion token: float32 log-softmax, as Python floats.
+
+        Raises:
+            UserError: a prompt is empty, or a row is longer than the model's context.
         """
+        self._check_lengths(prompts, [len(completion) for completion in completions])
         self._load(None)
         result: list[list[float]] = []
-        for start in range(0, len(prompts), self.prompts_per_batch):
-            end = start + self.prompts_per_batch
+        size = 1 if self._batching == "single" else self.prompts_per_batch
+        for start in range(0, len(prompts), size):
+            end = start + size
             result += self._batch_logprobs([p.token_ids for p in prompts[start:end]], completions[start:end])
         return result
 
@@ -223,23 +231,12 @@ class HFEngine:
             parts = np.array([change @ wanted, change @ change, wanted @ wanted])
             sums[binding.kind] = sums.get(binding.kind, 0.0) + parts
         return {
-            kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0
-            for kind, (dot, a, b) in sorted(sums.items())
+            kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0 for kind, (dot, a, b) in sorted(sums.items())
         }
 
     def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
         """Run one member twice, the second time beside a busy thread; say whether the tokens were equal."""
-        short = Sampling(
-            seed=sampling.seed,
-            step=sampling.step,
-            max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length),
-            num_generations=sampling.num_generations,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_strings=sampling.stop_strings,
-            person=sampling.person,
-        )
+        short = replace(sampling, max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length))
         member = Perturbation(Member(seed=1, sign=1), perturbation_scale(1e-3))
         few = list(prompts[: self.prompts_per_batch])
         alone = self.generate(member, few, short)
@@ -270,11 +267,11 @@ class HFEngine:
     def close(self) -> None:
         """Nothing to release: memory goes with the object."""
 
-    def _caller(self) -> decoding.Caller:
+    def _caller(self) -> hf_callers.Caller:
         """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
         if self._attention:
-            return decoding.AttentionCaller(self.model, self._wide_mask)
-        return decoding.GenericCaller(self.model)
+            return hf_callers.AttentionCaller(self.model, self._wide_mask)
+        return hf_callers.GenericCaller(self.model)
 
     def _batches(self, indices: Sequence[int], rows: Sequence[decoding.Row]) -> list[list[int]]:
         """Return one batch, or several for a model that cannot take padding or batches; see `safe_batching`."""
@@ -285,9 +282,9 @@ class HFEngine:
         lengths = sorted({len(rows[i].token_ids) for i in indices})
         return [[i for i in indices if len(rows[i].token_ids) == length] for length in lengths]
 
-    def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        for prompt in prompts:
-            length, new = len(prompt.token_ids), sampling.max_completion_length
+    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: Sequence[int]) -> None:
+        for prompt, new in zip(prompts, new_tokens, strict=True):
+            length = len(prompt.token_ids)
             if not length:
                 raise UserError(f"the prompt of row {prompt.row_id} has no tokens")
             if self.max_context is not None and length + new > self.max_context:
@@ -296,15 +293,13 @@ class HFEngine:
                     f"passes the model's context of {self.max_context}"
                 )
 
-    def _written_in_place(self, binding: Binding) -> bool:
-        return self.device.type == "cpu" and binding.dtype == torch.float32 and binding.direct is not None
-
     @torch.inference_mode()
     def _load(self, perturbation: Perturbation | None) -> None:
         """Write a member, or theta, into the working model, unless it is what the model holds."""
         wanted = (perturbation, self.master.version)
         if self._loaded == wanted:
             return
+        started = time.perf_counter()
         self._loaded = None
         for binding in self._bindings:
             name = binding.name
@@ -320,21 +315,22 @@ class HFEngine:
                 binding.write(self._staging[:size].view(binding.shape))
         self._fixed_version = self.master.version
         self._loaded = wanted
+        self.perturb_s += time.perf_counter() - started
 
     def _batch_logprobs(
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
     ) -> list[list[float]]:
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         length = max(len(row) for row in rows)
-        if length == 0:
-            return [[] for _ in rows]
         # padded on the right: with causal models nothing a row needs comes after its own tokens
         ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (R, T, V)
+        skipped = min(len(prompt) for prompt in prompts) - 1 if self._attention else 0  # positions without a use
+        keep = {"logits_to_keep": length - skipped} if self._attention else {}
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits  # (R, T - skipped, V)
         result = []
         for row, prompt, completion in zip(logits, prompts, completions, strict=True):
-            first = len(prompt) - 1
+            first = len(prompt) - 1 - skipped
             scores = row[first : first + len(completion)].float().log_softmax(-1)  # (C, V)
             tokens = torch.tensor(list(completion), dtype=torch.int64, device=self.device)
             result.append(scores.gather(-1, tokens[:, None])[:, 0].double().tolist())
@@ -345,7 +341,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[frozenset[int], int]:
+def _live_memory(binding: Binding) -> np.ndarray | None:
+    """Return the parameter's own memory where a member can be written straight into it: float32, dense, on the CPU."""
+    live = binding.direct
+    return live.numpy() if live is not None and live.device.type == "cpu" and live.dtype == torch.float32 else None
+
+
+def _end_ids(model: hf_callers.Model, tokenizer: Any) -> tuple[frozenset[int], int]:
     """Return the end-of-sequence ids and the padding id; nothing else of generation_config is ever used."""
     settings = getattr(model, "generation_config", None)
     eos = getattr(settings, "eos_token_id", None)

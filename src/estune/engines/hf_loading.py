@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import re
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import logging
+from transformers.utils import logging as _logging
 
 from estune.engines.base import ParameterSpec
 from estune.engines.hf_parameters import Binding, bindings
@@ -26,7 +29,15 @@ from estune.master import Master
 EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-_PRIVATE_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "cache_dir", "local_files_only", "is_local")
+_PRIVATE_KEYS = (
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "cache_dir",
+    "local_files_only",
+    "is_local",
+)
 
 
 def resolve_model(model: str) -> str:
@@ -35,7 +46,7 @@ def resolve_model(model: str) -> str:
     Raises:
         UserError: it looks like a path and is not a directory.
     """
-    if not os.path.isdir(model) and (EMBEDDED_MODELS / model / "config.json").is_file():
+    if re.fullmatch(r"[\w-]+", model) and (EMBEDDED_MODELS / model / "config.json").is_file():
         return str(EMBEDDED_MODELS / model)
     path = os.path.expanduser(model)
     if os.path.isdir(path):
@@ -45,6 +56,30 @@ def resolve_model(model: str) -> str:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model:
         raise UserError(f"model directory {model!r} does not exist")
     return model
+
+
+def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
+    """Return the options that load ``path``: nothing for a directory, the cache alone where the hub is out of reach.
+
+    One quick request says whether the hub answers; transformers would retry for a minute per file.
+
+    Raises:
+        UserError: the model is neither a directory nor in the cache, and the hub lacks it or cannot be reached.
+    """
+    if os.path.isdir(path):
+        return {}
+    try:
+        HfApi().model_info(path, revision=revision, timeout=10)
+    except HFValidationError as error:
+        raise UserError(f"model {model!r} is neither a directory nor the name of a model on the hub") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(f"model {model!r} is no directory, and the hub has no such model{at}") from error
+    except Exception as error:  # the hub client has changed its transport, and with it the errors, several times
+        if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+            return {"local_files_only": True}
+        raise UserError(f"model {model!r} is no directory, and the hub cannot be reached to look for it") from error
+    return {}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -74,11 +109,14 @@ def resolve_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | No
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the model's tokenizer; UserError where there is none."""
     path = resolve_model(model)
+    options = hub_options(model, path, revision)
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                path, revision=revision, trust_remote_code=trust_remote_code, **options
+            )
     except _LOADING_ERRORS as error:
-        raise _cannot_load(model, path, error, "tokenizer") from error
+        raise _cannot_load(model, error, "tokenizer") from error
 
 
 def load_model(
@@ -90,7 +128,7 @@ def load_model(
     trust_remote_code: bool,
     num_threads: int,
     trainable_parameters: Sequence[str] | None,
-) -> tuple[PreTrainedModel, list[Binding], Master]:
+) -> tuple[Any, list[Binding], Master]:
     """Load the working model, bind its parameters, and copy its float32 weights into a master.
 
     The master is read in float32 whatever the compute dtype; a working model of another dtype is loaded a second
@@ -102,17 +140,17 @@ def load_model(
     path = resolve_model(model)
     if os.path.isdir(path):
         _check_files(model, Path(path))
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    auto_model: Any = AutoModelForCausalLM
+    options = hub_options(model, path, revision)
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(path, **options)
             if getattr(config, "quantization_config", None) is not None:
                 raise UserError(f"model {model!r} is quantized; estune moves full weights, so dequantize it first")
-            working, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **options
-            )
+            working, report = auto_model.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
-        raise _cannot_load(model, path, error, "model") from error
+        raise _cannot_load(model, error, "model") from error
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -122,8 +160,9 @@ def load_model(
     compute = resolve_dtype(dtype, device, _dtype_of(config))
     if compute != torch.float32:
         del bound, buffers, working
+        gc.collect()
         with _quiet():
-            working = AutoModelForCausalLM.from_pretrained(path, dtype=compute, **options)
+            working = auto_model.from_pretrained(path, dtype=compute, **options)
     if compute != torch.float32 or device.type != "cpu":
         working = working.to(device)
         bound, _ = bindings(working)
@@ -157,7 +196,7 @@ def master_of(
     return Master(specs, arrays, kept, num_threads)
 
 
-def save_assets(model: PreTrainedModel, tokenizer: Any, dtype: str, directory: Path) -> None:
+def save_assets(model: Any, tokenizer: Any, dtype: str, directory: Path) -> None:
     """Write config.json, generation_config.json, the tokenizer and code that came with the model.
 
     The same model gives the same bytes wherever it was loaded from: no path or time is written.
@@ -206,6 +245,8 @@ def _select(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
 
 def _check_files(model: str, path: Path) -> None:
     """Check a model directory's files before transformers reads them: its messages name no file."""
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"model directory {model!r} holds a PEFT adapter; merge it into its base model first")
     if not (path / "config.json").is_file():
         raise UserError(f"model directory {model!r} has no config.json")
     index = path / "model.safetensors.index.json"
@@ -228,14 +269,9 @@ def _check_files(model: str, path: Path) -> None:
             raise UserError(f"model directory {model!r}: {file.name} is truncated or damaged ({error})") from error
 
 
-def _cannot_load(model: str, path: str, error: Exception, what: str) -> UserError:
+def _cannot_load(model: str, error: Exception, what: str) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) <= 200 else reason[:200] + "..."
-    if os.path.isdir(path):
-        return UserError(f"cannot load the {what} in directory {model!r}: {reason}")
-    return UserError(
-        f"cannot load the {what} {model!r}: it is no directory, and the hub does not have it or cannot be reached ({reason})"
-    )
+    return UserError(f"cannot load the {what} of {model!r}: {reason if len(reason) <= 300 else reason[:300] + '...'}")
 
 
 def _dtype_of(config: Any) -> torch.dtype | None:
@@ -253,6 +289,7 @@ def _as_numpy(buffer: torch.Tensor) -> np.ndarray:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and reports away: what matters in them becomes a UserError."""
+    logging: Any = _logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

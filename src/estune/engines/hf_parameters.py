@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def bindings(model: PreTrainedModel) -> tuple[list[Binding], dict[str, torch.Ten
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(
-            "the model is quantized, and estune moves full weights; dequantize it first and drop its quantization_config"
+            "the model is quantized, and estune moves full weights: dequantize it and drop its quantization_config"
         )
     memory = _kept_in_memory(model)
     parameters = {name: value for name, value in memory.items() if isinstance(value, nn.Parameter)}
@@ -187,9 +188,7 @@ def _bind_by_tags(
     return found
 
 
-def _pieces_of(
-    name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]
-) -> tuple[Piece, ...]:
+def _pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]) -> tuple[Piece, ...]:
     """Turn the addresses of a stored tensor into pieces, one per run of a parameter along one dimension."""
     for first, last, parameter in spans:
         if first <= addresses.flat[0] < last and addresses.min() >= first and addresses.max() < last:
@@ -205,7 +204,7 @@ def _pieces_of(
         if len(cuts) == 2:
             continue
         pieces = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             part = addresses[tuple(slice(start, end) if d == dim else slice(None) for d in range(addresses.ndim))]
             first = int(owner[start])
             view = _view_at(name, np.ascontiguousarray(part), first, by_start[first])
@@ -245,15 +244,13 @@ def _not_a_view(name: str) -> UserError:
     return UserError(f"the stored tensor {name!r} is not a strided view of the model's parameters: cannot perturb it")
 
 
-def _strided(
-    parameter: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-) -> torch.Tensor:
+def _strided(parameter: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
     data = parameter.detach()
     return data.as_strided(shape, strides, data.storage_offset() + offset)
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _check_complete(

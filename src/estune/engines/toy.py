@@ -1,13 +1,15 @@
 """The toy engine: a function of a vector instead of a language model, for the whole loop without torch.
 
-theta is a vector split over a few named parameters. A row asks for the value at one coordinate; the answer is the
-decimal text of that coordinate, as bytes. `estune.tasks.quadratic` rewards answers close to the row's wanted value, so
-the run descends a quadratic, and every number of the trainer, the journal and the update can be checked by hand.
+theta is a vector split over a few named parameters. A row asks for a coordinate, or for a sum of several; the answer
+is its decimal text, as bytes. `estune.tasks.quadratic` rewards answers close to the row's wanted value, so the run
+descends a quadratic, and every number of the trainer, the journal and the update can be checked by hand.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ MODEL_TYPE = "estune-toy"
 
 
 class ToyEngine:
-    """Answers prompt ``x[i]`` with the text of the i-th coordinate of theta (or of a member)."""
+    """Answers prompt ``x[i]``, or ``x[i]+x[j]``, with the text of that coordinate, or sum, of theta or of a member."""
 
     tokenizer = None
     max_context: int | None = None
@@ -52,15 +54,17 @@ class ToyEngine:
         sampling: Sampling,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Completion]]:
-        """Answer prompts of the form ``x[i]``."""
+        """Answer prompts of the form ``x[i]`` or ``x[i]+x[j]``."""
         vector = self.vector(perturbation)
         answers = []
         for prompt in prompts:
             if should_stop():
                 raise Interrupted
-            text = repr(float(vector[int(prompt.text.split("[")[1].split("]")[0])]))
+            text = repr(math.fsum(float(vector[int(index)]) for index in re.findall(r"x\[(\d+)\]", prompt.text)))
             tokens = tuple(text.encode()[: sampling.max_completion_length])
-            answers.append([Completion(tokens, len(tokens) < sampling.max_completion_length)] * sampling.num_generations)
+            answers.append(
+                [Completion(tokens, len(tokens) < sampling.max_completion_length)] * sampling.num_generations
+            )
         return answers
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -67,7 +67,8 @@ def perturb_into(out, theta, start, k0, k1, scale, rademacher):  # type: ignore[
     base = np.uint32(start)
     for j in range(out.size):
         n = _noise(np.uint32(base + np.uint32(j)), k0, k1, rademacher)
-        out[j] = theta[j] + scale * np.float32(n)
+        # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
+        out[j] = theta[j] + (scale * np.float32(n) + np.float32(0.0))
 
 
 @njit(nogil=True, cache=True, boundscheck=False)

@@ -1,0 +1,80 @@
+"""PNG curves of a run, from its `metrics.jsonl` alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure  # noqa: E402
+
+from estune.monitors import read_metrics  # noqa: E402
+
+PLOT_FILE = Path("plots") / "curves.png"
+REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
+
+
+def plot_run(run_dir: Path) -> Path:
+    """Draw the population's reward and the held-out curve of a run; return the PNG's path.
+
+    Left: mean fitness over the population, a band of one standard deviation, and the best member. Right: held-out
+    accuracy of theta with its 95 % interval (held-out reward where the task has no accuracy).
+    """
+    records = read_metrics(run_dir)
+    steps = [record for record in records if record.get("reward") is not None]
+    evaluations = [record for record in records if "eval_reward" in record]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _reward_curve(left, steps)
+    _held_out_curve(right, evaluations)
+    path = run_dir / PLOT_FILE
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=130)
+    os.replace(partial, path)
+    return path
+
+
+def _reward_curve(axes: Any, steps: list[dict[str, Any]]) -> None:
+    x = [record["step"] for record in steps]
+    mean = [record["es/fitness_mean"] for record in steps]
+    spread = [record["es/fitness_std"] for record in steps]
+    axes.fill_between(
+        x, [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)],
+        color=SPREAD, alpha=0.6, linewidth=0, label="± 1 standard deviation",
+    )  # fmt: skip
+    axes.plot(x, mean, color=REWARD, label="population mean")
+    axes.plot(x, [record["es/fitness_best"] for record in steps], color=REWARD, linewidth=0.8, linestyle=":",
+              label="best member")  # fmt: skip
+    axes.set(title="Training reward", xlabel="step", ylabel="fitness")
+    _finish(axes, bool(x))
+
+
+def _held_out_curve(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+    x = [record["step"] for record in evaluations]
+    rows = evaluations[-1]["eval_rows"] if evaluations else 0
+    if evaluations and "eval_accuracy" in evaluations[0]:
+        y = [100 * record["eval_accuracy"] for record in evaluations]
+        bounds = [record["eval_accuracy_ci95"] for record in evaluations]
+        axes.fill_between(x, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=HELD_OUT,
+                          alpha=0.2, linewidth=0, label="95 % interval")  # fmt: skip
+        axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
+        axes.set(title=f"Held-out accuracy ({rows} rows)", xlabel="step", ylabel="%")
+        axes.set_ylim(bottom=0)
+    else:
+        y = [record["eval_reward"] for record in evaluations]
+        axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
+        axes.set(title=f"Held-out reward ({rows} rows)", xlabel="step", ylabel="reward")
+    _finish(axes, bool(x))
+
+
+def _finish(axes: Any, has_data: bool) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if has_data:
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="gray")

@@ -1,0 +1,344 @@
+"""Starts `estune` commands for tests: in fresh interpreters, or forked from one that has estune imported already.
+
+A forked command runs `estune.cli.main` in a process of its own, with its own directory, environment and output; all it
+saves is the imports. It can be told to die (SIGKILL) at its k-th write to the file system.
+"""
+
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+TOY = ("train", "--engine", "toy", "--task", "quadratic", "--report_to", "none", "--output_dir", "run")
+MARK = "ESTUNE_TEST_RUN"  # in the environment of every process that a run starts
+TIMES = ("step_time", "es/perturb_s", "es/generate_s", "es/score_s", "es/update_s", "es/tokens_per_s")
+
+REWARDS = '''
+"""Rewards of the toy task that say when they are called, and those that misbehave."""
+
+import os
+import threading
+import time
+
+
+def _log(*words):
+    if "CALLS" in os.environ:
+        with open(os.environ["CALLS"], "a") as file:
+            file.write(" ".join(map(str, words)) + "\\n")
+
+
+def _distance(completions, wanted):
+    return [-((float(text) - value) ** 2) for text, value in zip(completions, wanted)]
+
+
+def logged(completions, wanted, trainer_state, **_):
+    _log(trainer_state.global_step, len(completions), os.getpid(), threading.active_count(), os.getppid())
+    return _distance(completions, wanted)
+
+
+def slow(completions, wanted, trainer_state, **_):
+    _log(trainer_state.global_step, len(completions), os.getpid())
+    time.sleep(float(os.environ.get("REWARD_S", "0.02")))
+    return _distance(completions, wanted)
+
+
+def extra(completions, wanted, log_extra, log_metric, **_):
+    log_extra("twice", [2 * value for value in wanted])
+    log_metric("mine", 0.25)
+    return _distance(completions, wanted)
+
+
+def second(completions, **_):
+    return [float(text) for text in completions]
+
+
+def _guilty(wanted):
+    return [value == -0.5 for value in wanted]  # a few rows of every step
+
+
+def raising(completions, wanted, **_):
+    if any(_guilty(wanted)):
+        raise ValueError("this row is too much for me")
+    return _distance(completions, wanted)
+
+
+def hanging(completions, wanted, **_):
+    if any(_guilty(wanted)):
+        time.sleep(1000)
+    return _distance(completions, wanted)
+
+
+def dying(completions, wanted, **_):
+    if any(_guilty(wanted)):
+        os.kill(os.getpid(), 9)
+    return _distance(completions, wanted)
+
+
+def nan(completions, wanted, **_):
+    return [float("nan") if bad else r for bad, r in zip(_guilty(wanted), _distance(completions, wanted))]
+
+
+def infinite(completions, wanted, **_):
+    return [float("inf") if bad else r for bad, r in zip(_guilty(wanted), _distance(completions, wanted))]
+
+
+def inapplicable(completions, wanted, **_):
+    return [None if bad else r for bad, r in zip(_guilty(wanted), _distance(completions, wanted))]
+
+
+def always_raising(completions, **_):
+    raise RuntimeError("never")
+
+
+def vowels(completions, **_):
+    return [sum(letter in "aeiou" for letter in text) + len(text) / 100 for text in completions]
+
+
+def needs_target(completions, target, **_):
+    return [0.0] * len(completions)
+'''
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended: exit status (negative: the signal that ended it), stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def write_rewards(directory):
+    (directory / "rewards.py").write_text(REWARDS, encoding="utf-8")
+
+
+def estune(*words, cwd, env=None, **options):
+    """Run `estune` in a fresh interpreter."""
+    words = [sys.executable, "-m", "estune", *map(str, words)]
+    done = subprocess.run(
+        words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, **options
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(done, *parts):
+    """Check for one sentence on stderr, a non-zero exit and no traceback; return the sentence."""
+    assert done.code == 2, done
+    assert done.out.count("\n") <= 1, done.out  # at most the line that names the preset
+    lines = done.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("estune: error: "), done.err
+    for part in parts:
+        assert str(part).lower() in lines[0].lower(), (part, lines[0])
+    return lines[0]
+
+
+# --- what a run left ------------------------------------------------------------------------------------------------
+
+
+def tree(directory, without=()):
+    """Return every file below a directory as relative path -> bytes; metrics without their times."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_file() and not any(name.startswith(prefix) for prefix in without):
+            found[name] = metrics(directory) if name == "metrics.jsonl" else path.read_bytes()
+    return found
+
+
+def assert_same_tree(found, wanted):
+    assert sorted(found) == sorted(wanted)
+    for name, data in wanted.items():
+        assert found[name] == data, name
+
+
+def metrics(run_dir, times=False):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return records if times else [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def journal(run_dir):
+    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+
+
+def steps(run_dir, without=("hash",)):
+    """Return the journal's step lines without their hashes, which chain in the header's configuration."""
+    kept = [line for line in journal(run_dir) if line["kind"] == "step"]
+    return [{k: v for k, v in line.items() if k not in without} for line in kept]
+
+
+def weights(run_dir):
+    return (run_dir / "model.safetensors").read_bytes()
+
+
+def processes(mark):
+    """Return the pids of processes that a run with this mark started and that still live."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if f"{MARK}={mark}".encode() in environment and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def assert_no_process(mark, limit_s=5.0):
+    deadline = time.monotonic() + limit_s
+    while processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not processes(mark)
+
+
+# --- the process that forks -----------------------------------------------------------------------------------------
+
+
+class Zygote:
+    """Our side: sends one request at a time as a line of JSON, gets the pid and then the exit status."""
+
+    def __init__(self, *, torch=False):
+        self._arguments = ["torch"] if torch else []
+
+    def __enter__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *self._arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+    def start(self, words, cwd, *, env=None, kill_at=0, file_limit=None, script=None, cores=None):
+        """Start a command; returns its pid. ``kill_at``: see `count_writes`. ``file_limit``: bytes per file."""
+        self._cwd = Path(cwd)
+        request = dict(words=[str(word) for word in words], cwd=str(cwd), env=env or {}, kill_at=kill_at, file_limit=file_limit,
+                       script=script and str(script), cores=cores)  # fmt: skip
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self):
+        """Wait for the command that was started."""
+        code = int(self._process.stdout.readline())
+        out, err = self._cwd / ".out", self._cwd / ".err"
+        return Done(code, out.read_text(), err.read_text())
+
+    def run(self, words, cwd, **options):
+        self.start(words, cwd, **options)
+        return self.wait()
+
+
+def count_writes(kill_at):
+    """Number every call that changes what other processes see of the file system; die just before the ``kill_at``-th.
+
+    A write counts twice: the second time half of it is written. fsync is not counted (to those who outlive the process
+    a file is the same before and after it), nor is the removal of what is not there. Returns the counter's reader.
+    """
+    calls = 0
+
+    def tick():
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function):
+        def call(path, *args, **kwargs):
+            if kwargs.get("dir_fd") is not None or isinstance(path, int) or os.path.lexists(path) or function is mkdir:
+                tick()
+            return function(path, *args, **kwargs)
+
+        return call
+
+    def write(descriptor, data, plain=os.write):
+        tick()
+        if calls + 1 == kill_at:
+            plain(descriptor, data[: len(data) // 2])
+        tick()
+        return plain(descriptor, data)
+
+    mkdir = os.mkdir
+    for name in ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "truncate", "ftruncate"):
+        setattr(os, name, counted(getattr(os, name)))
+    os.write = write
+    return lambda: calls
+
+
+def _main():
+    """The far side: import and warm up once, then fork a command line per request."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
+    import estune.commands
+    import estune.trainer  # noqa: F401
+    from estune.cli import main
+    from estune.engines.base import Perturbation
+    from estune.engines.toy import ToyEngine
+    from estune.optimizer import make_update
+    from estune.population import Member
+
+    toy, pair = ToyEngine(), (Member(1, 1), Member(2, 1))
+    for distribution in ("normal", "rademacher"):  # load the compiled kernels
+        toy.vector(Perturbation(pair[0], 0.1, distribution))
+        toy.master.update(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
+    assert not {"torch", "transformers"} & set(sys.modules)
+    if "torch" in sys.argv:
+        import transformers
+
+        import estune.engines.hf  # noqa: F401
+
+        for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
+            getattr(transformers, name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_child(main, request))
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _child(main, request):
+    os.setpgid(0, 0)
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    for descriptor, name in ((0, os.devnull), (1, ".out"), (2, ".err")):
+        flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(name, flags, 0o600), descriptor)
+    sys.stdin = open(0, closefd=False)
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
+    if request["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+    calls = count_writes(request["kill_at"]) if request["kill_at"] else None
+    code = 99
+    try:
+        if request["script"]:
+            sys.argv = [request["script"], *request["words"]]
+            runpy.run_path(request["script"], run_name="__main__")
+            code = 0
+        else:
+            code = main(request["words"])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        if calls:
+            print(f"writes {calls()}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,78 @@
+"""Fixtures that start the real command line; see `command_line.py`.
+
+Nothing here reaches the network: the hub is offline, and every cache lies in a directory that ends with the session.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_CACHE = tempfile.mkdtemp(prefix="estune-tests-")
+os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
+sys.path.append(str(Path(__file__).parent / "integration"))  # tiny_models
+
+from command_line import Zygote, write_rewards  # noqa: E402
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """A process that has estune imported and forks a fresh command line for every request."""
+    with Zygote() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def torch_zygote():
+    """The same, with torch and transformers imported (and none of their threads started)."""
+    with Zygote(torch=True) as process:
+        yield process
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory of the test's own, in memory where there is such a file system: fsync costs nothing there."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="estune-test-", dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def run(zygote, place):
+    """``run(*words)``: an `estune` command in ``place``, in a process of its own."""
+    write_rewards(place)
+
+    def start(*words, cwd=place, **options):
+        return zygote.run(words, cwd, **options)
+
+    return start
+
+
+@pytest.fixture
+def run_model(torch_zygote, place):
+    """``run`` for commands that load a language model."""
+    write_rewards(place)
+
+    def start(*words, cwd=place, **options):
+        return torch_zygote.run(words, cwd, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A directory with a random Llama of two layers and a byte-level tokenizer."""
+    from tiny_models import save_tiny
+
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    save_tiny("llama", directory)
+    return directory

@@ -1,0 +1,166 @@
+"""Killed at any instant, a resumed run ends in the same bytes as an uninterrupted one (invariant 5)."""
+
+import os
+import random
+import re
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+from command_line import (
+    MARK,
+    TOY,
+    assert_no_process,
+    assert_same_tree,
+    journal,
+    metrics,
+    tree,
+    write_rewards,
+)
+
+NEVER = 1 << 30
+
+
+def assert_whole(run_dir, max_steps):
+    """Nothing half-written, nothing missing, nothing twice."""
+    assert [r["step"] for r in metrics(run_dir) if "reward" in r] == list(range(1, max_steps + 1))
+    evaluated = [r["step"] for r in metrics(run_dir) if "eval_reward" in r]
+    assert evaluated == sorted(set(evaluated))
+    assert not (run_dir / "pending.jsonl").exists()
+    assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+
+
+def test_dying_at_every_write_to_the_file_system(zygote, place):
+    """A run of 3 steps is killed before each of its writes, and in the middle of each append; then resumed."""
+    options = (*TOY, "--max_steps", 3, "--population_size", 2, "--batch_size", 2, "--num_threads", 1, "--sigma", 0.1,
+               "--reward_isolation", "inline", "--eval_steps", 2, "--eval_rows", 2, "--log_completions",
+               "--save_steps", 1, "--save_total_limit", 2)  # fmt: skip
+    whole = place / "whole"
+    whole.mkdir()
+    done = zygote.run(options, whole, kill_at=NEVER)
+    assert done.code == 0, done
+    n_writes = int(re.search(r"writes (\d+)", done.out)[1])
+    assert n_writes > 60
+    wanted = tree(whole / "run")
+    assert_whole(whole / "run", 3)
+    for kill_at in range(1, n_writes + 1):
+        at = place / f"at_{kill_at}"
+        at.mkdir()
+        assert zygote.run(options, at, kill_at=kill_at).code == -signal.SIGKILL, kill_at
+        done = zygote.run([*options, "--resume"], at)
+        assert done.code == 0, (kill_at, done)
+        assert_whole(at / "run", 3)
+        assert_same_tree(tree(at / "run"), wanted)
+
+
+def test_twenty_kills_at_random_instants(zygote, place):
+    """Slow rewards in worker processes, checkpoints and evaluations; killed 20 times, over as many runs as it takes."""
+    options = (*TOY, "--max_steps", 6, "--population_size", 6, "--batch_size", 3, "--sigma", 0.1, "--reward_workers", 2,
+               "--reward_funcs", "rewards.py:slow", "--save_steps", 2, "--eval_steps", 3, "--eval_rows", 4)  # fmt: skip
+    whole = place / "whole"
+    whole.mkdir()
+    write_rewards(whole)
+    started = time.monotonic()
+    assert zygote.run(options, whole).code == 0
+    wanted, takes_s = tree(whole / "run"), time.monotonic() - started
+    chance = random.Random(20)
+    mark = f"crash-{os.getpid()}"
+    kills = finished = 0
+    while kills < 20 or (place / f"run_{finished}").exists():
+        at = place / f"run_{finished}"
+        if not at.exists():
+            at.mkdir()
+            write_rewards(at)
+        pid = zygote.start([*options, "--resume"], at, env={MARK: mark})
+        if kills < 20:
+            time.sleep(chance.uniform(0, 0.6 * takes_s))
+            with suppress(ProcessLookupError):  # it has just finished
+                os.killpg(pid, signal.SIGKILL)
+        done = zygote.wait()
+        assert done.code in (0, -signal.SIGKILL), done
+        kills += done.code != 0
+        if done.code == 0:
+            assert_whole(at / "run", 6)
+            assert_same_tree(tree(at / "run"), wanted)
+            finished += 1
+    assert finished >= 2
+    assert_no_process(mark)
+
+
+def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, place):
+    write_rewards(place)
+    options = (*TOY, "--max_steps", 2, "--population_size", 8, "--batch_size", 3,
+                                      "--reward_funcs", "rewards.py:slow")  # fmt: skip
+    first, second = place / "first", place / "second"
+    pid = zygote.start(options, place, env={"CALLS": str(first), "REWARD_S": "0.1"})
+    pending = place / "run" / "pending.jsonl"
+    while not pending.exists() or pending.read_bytes().count(b"\n") < 3:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert zygote.wait().code == -signal.SIGKILL
+    finished = pending.read_bytes().count(b"\n")
+    with pending.open("ab") as file:
+        file.write(b'{"after":"0123')  # and the line that was being written
+    assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
+    assert finished < 8  # in the first step
+    assert len(second.read_text().splitlines()) == (8 - finished) + 8
+    assert len(first.read_text().splitlines()) >= finished
+
+
+def test_a_torn_line_of_metrics_costs_nothing(zygote, place):
+    options = (*TOY, "--max_steps", 3, "--population_size", 4)
+    assert zygote.run(options, place).code == 0
+    wanted = metrics(place / "run")
+    path = place / "run" / "metrics.jsonl"
+    longer = [*options, "--max_steps", "4", "--resume"]
+    path.write_bytes(path.read_bytes() + b'{"reward": 0.2')
+    assert zygote.run(longer, place).code == 0
+    assert metrics(place / "run")[:3] == wanted
+    assert_whole(place / "run", 4)
+
+
+def test_a_checkpoint_of_a_step_that_the_journal_lost_is_not_believed(zygote, place):
+    """The journal's last lines are cut off (a disk that lied about fsync): the run goes on from what is proven."""
+    options = (*TOY, "--max_steps", 4, "--population_size", 4, "--save_steps", 1)
+    assert zygote.run(options, place).code == 0
+    wanted = tree(place / "run")
+    path = place / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [line["kind"] for line in journal(place / "run")] == ["header"] + ["step", "checkpoint"] * 4
+    path.write_bytes(b"".join(lines[:4]))
+    assert zygote.run([*options, "--resume"], place).code == 0
+    assert_same_tree(tree(place / "run"), wanted)
+
+
+@pytest.mark.parametrize("model", ["llama", "tiny"])
+def test_three_kills_of_a_language_model(torch_zygote, place, request, model):
+    if model == "tiny":
+        task = ("--task", "countdown", "--eval_steps", 4, "--eval_rows", 3)
+    else:
+        write_rewards(place)
+        (place / "rows.jsonl").write_text("".join(f'{{"prompt": "count to {i}: "}}\n' for i in range(6)))
+        task = ("--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels")
+        model = request.getfixturevalue("tiny_llama")
+    options = ("train", "--model", model, *task, "--max_steps", 6, "--population_size", 4, "--batch_size", 3, "--sigma",
+               0.05, "--max_completion_length", 12, "--save_steps", 2, "--report_to", "none", "--num_threads", 1,
+               "--output_dir", "run", "--resume")  # fmt: skip
+    whole, killed = place / "whole", place / "killed"
+    for at in (whole, killed):
+        at.mkdir()
+        for file in place.glob("r*.*"):
+            (at / file.name).write_bytes(file.read_bytes())
+    assert torch_zygote.run(options, whole).code == 0
+    mark = f"model-{os.getpid()}"
+    path = killed / "run" / "journal.jsonl"
+    for kill in range(3):  # at a point of the run that its journal shows, and a random moment later
+        pid = torch_zygote.start(options, killed, env={MARK: mark})
+        while not (path.exists() and path.read_bytes().count(b'"kind":"step"') > kill):
+            time.sleep(0.002)
+        time.sleep(random.Random(kill).uniform(0, 0.05))
+        os.killpg(pid, signal.SIGKILL)
+        assert torch_zygote.wait().code == -signal.SIGKILL
+    assert torch_zygote.run(options, killed).code == 0
+    assert_whole(killed / "run", 6)
+    assert_same_tree(tree(killed / "run"), tree(whole / "run"))
+    assert_no_process(mark)

@@ -1,0 +1,229 @@
+"""The noise, bit for bit: DESIGN's check values, plain Python integers, the reference and the numba kernels."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_noise import (
+    nearest_float32,
+    plain_key,
+    plain_mix,
+    plain_noise,
+    same_bits,
+    wide_checksum,
+    wide_noise,
+)
+
+from estune.noise import NOISE_VERSION, block_name, cpu, noise_deviation, noise_ints, noise_key, perturbation_scale
+from estune.noise.reference import mix, noise_words, round_to_bits
+
+# DESIGN section 2: seed, name, key, n_0 .. n_15, n_1000000 .. n_1000007
+CHECK_VALUES = [
+    (0, "w", (0x4E621213, 0xD7B48FDC),
+     [1, -5, -3, 3, 2, 8, 2, -1, 4, 5, -1, 1, 3, -1, -5, 2], [-1, 0, 4, -2, -5, -3, 1, -1]),
+    (1, "w", (0x01CF964C, 0x77ADEE50),
+     [1, 0, 0, 1, 0, 0, -1, -1, 1, 2, 0, -3, -2, 0, 3, -3], [-1, -3, 1, -4, -2, -6, 2, -2]),
+    (42, "model.layers.0.self_attn.q_proj.weight", (0x760A2EA5, 0x6011E2D6),
+     [-4, 4, 0, 0, 3, -2, 2, 1, 2, 3, -1, 0, 3, -2, 2, 2], [2, 1, -4, 0, -2, 4, 5, 7]),
+    (2**64 - 1, "model.norm.weight", (0xFFEB6A17, 0x6D1ED2E1),
+     [-4, 1, 2, -4, -3, -5, -1, 2, 0, 4, -2, 2, 0, 1, -3, 1], [2, -3, -3, -1, 2, 0, 3, 0]),
+]  # fmt: skip
+
+# (start, count) within one key block; the last element of a block has index 2^32 - 1.
+SLICES = [(0, 1), (0, 31), (0, 1_000_000), (2**31 - 7, 1000), (2**31 + 123, 4099), (2**32 - 1000, 1000)]
+
+
+def fast_noise(seed: int, name: str, start: int, count: int, distribution: str) -> np.ndarray:
+    """Noise integers by the numba kernel, for a slice within one block."""
+    block, offset = divmod(start, 1 << 32)
+    k0, k1 = noise_key(seed, block_name(name, block))
+    out = np.empty(count, dtype=np.int32)
+    cpu.noise_into(out, offset, np.uint32(k0), np.uint32(k1), distribution == "rademacher")
+    return out
+
+
+@pytest.mark.parametrize(("seed", "name", "key", "first", "far"), CHECK_VALUES)
+def test_check_values(seed: int, name: str, key: tuple[int, int], first: list[int], far: list[int]) -> None:
+    assert noise_key(seed, name) == plain_key(seed, name) == key
+    assert noise_ints(seed, name, 0, 16).tolist() == first
+    assert noise_ints(seed, name, 1_000_000, 8).tolist() == far
+    assert [plain_noise(seed, name, i) for i in range(16)] == first
+    assert fast_noise(seed, name, 0, 16, "normal").tolist() == first
+    assert fast_noise(seed, name, 1_000_000, 8, "normal").tolist() == far
+
+
+def test_public_shape_and_version() -> None:
+    noise = noise_ints(3, "w", 5, 7)
+    assert noise.dtype == np.int32 and noise.shape == (7,)
+    assert noise_ints(3, "w", 0, 0).shape == (0,)
+    assert NOISE_VERSION == 1
+    assert noise_deviation() == math.sqrt(8) and noise_deviation("rademacher") == 1.0
+    with pytest.raises(ValueError, match="unknown noise distribution"):
+        noise_ints(0, "w", 0, 1, "gaussian")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_mix_equals_python_integers(x: int) -> None:
+    assert int(mix(np.array([x], dtype=np.uint32))[0]) == plain_mix(x)
+
+
+def test_mix_is_a_bijection_on_a_dense_range() -> None:
+    words = mix(np.arange(1 << 20, dtype=np.uint32))
+    assert np.unique(words).size == words.size
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**64 - 1), st.text(max_size=30).filter(lambda s: s.isprintable()), st.integers(0, 2**34),
+    st.sampled_from(["normal", "rademacher"]),
+)  # fmt: skip
+def test_reference_equals_python_integers(seed: int, name: str, start: int, distribution: str) -> None:
+    expected = [plain_noise(seed, name, start + j, distribution) for j in range(5)]
+    assert noise_ints(seed, name, start, 5, distribution).tolist() == expected
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize(("start", "count"), SLICES)
+def test_numba_equals_reference_and_definition(start: int, count: int, distribution: str) -> None:
+    seed, name = 0xDEADBEEF12345678, "model.embed_tokens.weight"
+    reference = noise_ints(seed, name, start, count, distribution)
+    assert same_bits(fast_noise(seed, name, start, count, distribution), reference)
+    assert np.array_equal(reference, wide_noise(plain_key(seed, name), start, count, distribution))
+    assert reference[0] == plain_noise(seed, name, start, distribution)
+    assert reference[-1] == plain_noise(seed, name, start + count - 1, distribution)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("start", [2**32, 2**32 + 2**31 + 5, 3 * 2**32 + 17])
+def test_blocks_past_2_to_the_32_have_keys_of_their_own(start: int, distribution: str) -> None:
+    seed, name, count = 7, "experts.down_proj", 501
+    block, offset = divmod(start, 2**32)
+    assert block_name(name, block) == f"{name}#{block}" and block_name(name, 0) == name
+    reference = noise_ints(seed, name, start, count, distribution)
+    assert np.array_equal(reference, wide_noise(plain_key(seed, f"{name}#{block}"), offset, count, distribution))
+    assert same_bits(fast_noise(seed, name, start, count, distribution), reference)
+    assert not np.array_equal(reference, noise_ints(seed, name, offset, count, distribution))
+
+
+def test_a_slice_across_the_block_boundary_is_its_two_halves() -> None:
+    start = 2**32 - 10
+    whole = noise_ints(5, "w", start, 25)
+    assert np.array_equal(whole[:10], noise_ints(5, "w", start, 10))
+    assert np.array_equal(whole[10:], noise_ints(5, "w", 2**32, 15))
+    assert whole.tolist() == [plain_noise(5, "w", start + j) for j in range(25)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 5000), st.integers(0, 5000))
+def test_any_slice_is_a_part_of_the_whole(start: int, count: int) -> None:
+    whole = noise_ints(11, "w", 0, 10_000)
+    assert np.array_equal(noise_ints(11, "w", start, count), whole[start : start + count])
+
+
+def test_the_extremes_of_the_noise_are_reached() -> None:
+    """popcount - 16 lies in [-16, 16]; the fast kernel shares the range with the reference on chosen words."""
+    words = noise_words(0, "w", 0, 2_000_000)
+    noise = noise_ints(0, "w", 0, 2_000_000)
+    assert noise.min() >= -16 and noise.max() <= 16
+    assert noise.min() <= -12 and noise.max() >= 12  # P(|n| >= 12) is 2e-5 a side
+    assert np.array_equal(noise, np.array([bin(w).count("1") - 16 for w in words[:5000].tolist()] + noise[5000:].tolist()))
+
+
+def theta_values(count: int, seed: int = 0) -> np.ndarray:
+    """Weights of every kind: normal, zeros of both signs, tiny, huge, subnormal."""
+    rng = np.random.default_rng(seed)
+    theta = (rng.standard_normal(count) * 10.0 ** rng.integers(-8, 3, count)).astype(np.float32)
+    special = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, 1.0, -1.0], dtype=np.float32)
+    theta[rng.integers(0, count, count // 20 + 1)] = rng.choice(special, count // 20 + 1)
+    return theta
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("start", "count"), [*SLICES, (2**32 + 2**31 + 5, 777)])
+def test_perturb_kernel_equals_reference(start: int, count: int, sign: int, distribution: str) -> None:
+    seed, name = 99, "w"
+    block, offset = divmod(start, 2**32)
+    theta = theta_values(count)
+    scale = perturbation_scale(1e-3, distribution)
+    k0, k1 = (np.uint32(word) for word in noise_key(seed, block_name(name, block)))
+    out = np.empty_like(theta)
+    cpu.perturb_into(out, theta, offset, k0, k1, np.float32(scale * sign), distribution == "rademacher")
+    noise = (sign * noise_ints(seed, name, start, count, distribution)).astype(np.float32)
+    assert same_bits(out, theta + np.float32(scale) * noise)
+    for j in range(0, count, max(1, count // 300)):
+        exact = Fraction(float(theta[j])) + Fraction(scale) * sign * plain_noise(seed, name, start + j, distribution)
+        assert out[j] == nearest_float32(exact)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize(("start", "count"), [*SLICES, (2**32 + 2**31 + 5, 777)])
+def test_update_kernel_equals_reference(start: int, count: int, distribution: str) -> None:
+    name, seeds = "w", [3, 2**64 - 1, 12345678901234567]
+    block, offset = divmod(start, 2**32)
+    stored = block_name(name, block)
+    theta = theta_values(count, seed=1)
+    q = np.array([32767, -1234, 15], dtype=np.int32)
+    a = round_to_bits(3.7e-9, 22)
+    acc = sum(
+        int(weight) * wide_noise(plain_key(seed, stored), offset, count, distribution)
+        for weight, seed in zip(q, seeds, strict=True)
+    )
+    expected = np.where(acc == 0, theta, (theta.astype(np.float64) + a * acc.astype(np.float64)).astype(np.float32))
+    keys = np.array([noise_key(seed, stored) for seed in seeds], dtype=np.uint32)
+    moved = theta.copy()
+    checksum, change, size = cpu.update_into(
+        moved, offset, keys, q, a, distribution == "rademacher", np.float32(0.0), np.empty(0, dtype=np.float32)
+    )
+    assert same_bits(moved, expected)
+    assert int(checksum) == int(cpu.checksum_of(moved, offset)) == wide_checksum(moved, offset)
+    difference = moved.astype(np.float64) - theta.astype(np.float64)
+    assert change == pytest.approx(math.fsum((difference**2).tolist()), rel=1e-9)
+    assert size == pytest.approx(math.fsum((moved.astype(np.float64) ** 2).tolist()), rel=1e-9)
+
+
+def test_checksum_shards_add_up() -> None:
+    theta = theta_values(100_003)
+    start = 2**31 - 50_000
+    whole = int(cpu.checksum_of(theta, start))
+    cuts = [0, 1, 2047, 2048, 50_000, 99_999, 100_003]
+    parts = [int(cpu.checksum_of(theta[lo:hi], start + lo)) for lo, hi in zip(cuts, cuts[1:], strict=False)]
+    assert sum(parts) % 2**64 == whole == wide_checksum(theta, start)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(min_value=1e-300, max_value=1e300), st.integers(1, 40))
+def test_round_to_bits_is_the_nearest_half_to_even(value: float, bits: int) -> None:
+    rounded = Fraction(round_to_bits(value, bits))
+    exponent = math.frexp(value)[1]
+    assert rounded == round(Fraction(value) / Fraction(2) ** (exponent - bits)) * Fraction(2) ** (exponent - bits)
+    assert round_to_bits(-value, bits) == -float(rounded)
+
+
+def test_round_to_bits_leaves_what_has_no_digits() -> None:
+    assert round_to_bits(0.0, 16) == 0.0
+    assert round_to_bits(math.inf, 16) == math.inf
+    assert math.isnan(round_to_bits(math.nan, 16))
+    assert round_to_bits(float(2**17 + 1), 16) == 2**17  # a tie goes to the even neighbour
+    assert round_to_bits(float(2**17 + 3 * 2), 16) == 2**17 + 8
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_fused_multiply_add_cannot_change_a_member(distribution: str) -> None:
+    """s has at most 16 significant bits, so s * n is exact in float32 for every |n| <= 16."""
+    rng = np.random.default_rng(0)
+    sigmas = [1e-30, 1e-10, 5e-4, 1e-3, 1.5e-3, 0.1, 1.0, 1e3, *(10.0 ** rng.uniform(-30, 3, 200)).tolist()]
+    for sigma in sigmas:
+        s = perturbation_scale(sigma, distribution)
+        assert Fraction(s) == Fraction(float(np.float32(s)))
+        numerator = Fraction(s).numerator
+        assert (numerator >> ((numerator & -numerator).bit_length() - 1)).bit_length() <= 16
+        assert abs(s * math.sqrt({"normal": 8, "rademacher": 1}[distribution]) / sigma - 1) <= 2.0**-16 * 1.001
+        for n in range(-16, 17):
+            assert Fraction(float(np.float32(s) * np.float32(n))) == Fraction(s) * n

@@ -1,0 +1,181 @@
+"""The update's scalars: integer utilities, the exact scale `a`, schedules. Checked with integers and fractions."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from estune.noise.reference import noise_deviation
+from estune.optimizer import SCHEDULES, SIGMA_SCHEDULES, integer_utilities, make_update, scheduled
+from estune.population import Member, members_for_step
+
+INT32_BOUND = 2**31
+
+
+def scaled(utilities: list[float], exponent: int) -> list[int]:
+    """rint(u * 2^exponent), half to even, in exact arithmetic."""
+    return [round(Fraction(u) * Fraction(2) ** exponent) for u in utilities]
+
+
+def fits(utilities: list[float], exponent: int) -> bool:
+    top = max(abs(q) for q in scaled(utilities, exponent))
+    return top <= 32767 and top * 16 * len(utilities) < INT32_BOUND
+
+
+def significant_bits(value: float) -> int:
+    numerator = abs(Fraction(value).numerator)
+    return (numerator // (numerator & -numerator)).bit_length() if numerator else 0
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(finite, min_size=2, max_size=40).filter(any))
+@example([5e-324, -5e-324])
+@example([1.7976931348623157e308, -1e308])
+@example([32767.5, -32767.5])
+@example([32767.4999, 0.0])
+@example([0.5, 1.5, 2.5, -0.5, -1.5, 16384.0])
+def test_integer_utilities_take_the_largest_exponent_that_fits(utilities: list[float]) -> None:
+    q, e = integer_utilities(utilities)
+    assert q == scaled(utilities, e)
+    assert fits(utilities, e)
+    assert not any(fits(utilities, e + more) for more in range(1, 8))
+    assert max(abs(x) for x in q) >= 16384  # for these N the precision is 14 to 15 bits
+
+
+@pytest.mark.parametrize("size", [2, 30, 4096, 4097, 8192, 100_000, 1_000_000])
+def test_int32_never_overflows_and_the_exponent_is_the_largest(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for values in (rng.standard_normal(size), np.array([1.0, -1.0] + [0.0] * (size - 2)), np.full(size, 3.3)):
+        utilities = values.tolist()
+        q, e = integer_utilities(utilities)
+        top = max(abs(x) for x in q)
+        assert sum(abs(x) for x in q) * 16 <= top * 16 * size < INT32_BOUND
+        assert top <= 32767 and top > 0
+        largest = [max(utilities, key=abs)] + [0.0] * (size - 1)
+        assert not any(fits(largest[:1] * 1, e + more) and top_fits(largest[0], e + more, size) for more in (1, 2, 3))
+
+
+def top_fits(largest: float, exponent: int, size: int) -> bool:
+    top = abs(scaled([largest], exponent)[0])
+    return top <= 32767 and top * 16 * size < INT32_BOUND
+
+
+def test_half_goes_to_even() -> None:
+    """With 16384 the exponent is 0, so halves stay halves."""
+    q, e = integer_utilities([16384.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5])
+    assert (q, e) == ([16384, 0, 2, 2, 4, 0, -2, -2], 0)
+
+
+def test_a_largest_utility_that_rounds_up_to_32768_lowers_the_exponent() -> None:
+    assert integer_utilities([32767.5, 1.0]) == ([16384, 0], -1)  # rint(32767.5) = 32768 does not fit; 0.5 -> 0
+    assert integer_utilities([32767.25, 1.0]) == ([32767, 1], 0)
+
+
+def test_ties_and_bad_utilities() -> None:
+    assert integer_utilities([0.0] * 30) == ([0] * 30, 0)
+    assert integer_utilities([-0.0, 0.0]) == ([0, 0], 0)
+    for bad in (math.inf, -math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            integer_utilities([1.0, bad])
+    with pytest.raises(ValueError, match=r"finite|NaN"):
+        integer_utilities([math.nan, math.nan])
+    with pytest.raises(ValueError, match=r"finite|NaN"):
+        integer_utilities([1.0, math.nan])
+
+
+def test_integer_utilities_do_not_depend_on_order_or_sign() -> None:
+    utilities = np.random.default_rng(0).standard_normal(31).tolist()
+    q, e = integer_utilities(utilities)
+    assert integer_utilities(utilities[::-1]) == (q[::-1], e)
+    assert integer_utilities([-u for u in utilities]) == ([-x for x in q], e)
+    assert integer_utilities([u * 2.0**-40 for u in utilities]) == (q, e + 40)
+
+
+LEARNING_RATES = [1e-30, 1e-12, 5e-4, 7.5e-4, 0.05, 1.0, 1e3]
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("learning_rate", LEARNING_RATES)
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-3, 1.7, 1e6, 1e12])
+@pytest.mark.parametrize("size", [2, 30, 1_000_000])
+def test_scale_a_is_right_and_its_products_are_exact(
+    size: int, magnitude: float, learning_rate: float, distribution: str
+) -> None:
+    """a has 22 bits and |acc| < 2^31, so a * acc is exact in float64 and a fused multiply-add cannot change a bit."""
+    rng = np.random.default_rng(1)
+    utilities = (rng.standard_normal(30) * magnitude).tolist()
+    members = members_for_step(0, 0, 30, False)
+    if size == 1_000_000:
+        utilities, members = utilities + [0.0] * (size - 30), members * (size // 30) + members[: size % 30]
+    elif size == 2:
+        utilities, members = utilities[:2], members[:2]
+    update = make_update(members, utilities, learning_rate, distribution=distribution)
+    assert update.q == tuple(scaled(utilities, update.e))
+    assert significant_bits(update.a) <= 22
+    deviation = Fraction(8 if distribution == "normal" else 1)
+    wanted_squared = (Fraction(learning_rate) / (len(members) * Fraction(2) ** update.e)) ** 2 / deviation
+    assert abs(Fraction(update.a) ** 2 / wanted_squared - 1) < Fraction(1, 2**21)  # relative error of a below 2^-22
+    top = max(abs(x) for x in update.q) * 16 * len(members)
+    for acc in (1, -1, 3, 2**31 - 1, -(2**31 - 1), 0x55555555, top, -top, *rng.integers(-top, top, 10).tolist()):
+        product = update.a * float(acc)
+        assert Fraction(product) == Fraction(update.a) * acc
+        for theta in (0.7312345, -1e-6, 1e30):
+            theta32 = float(np.float32(theta))
+            fused = float(Fraction(theta32) + Fraction(update.a) * acc)
+            assert theta32 + product == fused
+
+
+@pytest.mark.parametrize("utility", [5e-324, 1e-320, 1e-300, 1e-200, 1e200, 1e300])
+def test_absurd_utilities_give_a_finite_scale(utility: float) -> None:
+    """`none` shaping hands on whatever scale the reward has; 2^e alone would not fit a float64 here."""
+    members = [Member(1, 1), Member(2, 1)]
+    update = make_update(members, [utility, -utility], 5e-4)
+    assert update.q[0] == -update.q[1] > 0
+    assert math.isfinite(update.a)
+    wanted = Fraction(5e-4) / (2 * Fraction(math.sqrt(8)) * Fraction(2) ** update.e)
+    assert update.a == pytest.approx(float(wanted), rel=2**-21, abs=5e-324)
+
+
+def test_the_update_is_the_papers_rule_to_15_bits() -> None:
+    utilities = np.random.default_rng(3).standard_normal(30)
+    update = make_update(members_for_step(0, 0, 30, False), utilities.tolist(), 5e-4)
+    implied = np.array(update.q) * update.a * 30 * noise_deviation() / 5e-4
+    assert np.abs(implied - utilities).max() <= np.abs(utilities).max() * 2.0**-15 + 2.0**-20
+
+
+def test_decay_is_a_float32_number_and_ties_are_zero_updates() -> None:
+    members = members_for_step(0, 0, 4, True)
+    update = make_update(members, [1.0, -1.0, 0.5, -0.5], 5e-4, weight_decay=10.0, anchored=True)
+    assert update.decay == float(np.float32(5e-4 * 10.0)) and update.anchored and not update.is_zero
+    assert update.members == tuple(members) and update.distribution == "normal"
+    tie = make_update(members, [0.0] * 4, 5e-4, weight_decay=10.0)
+    assert tie.is_zero and tie.q == (0, 0, 0, 0)
+    assert make_update(members, [1.0, 0.0, 0.0, 0.0], 5e-4).decay == 0.0
+
+
+def test_schedules() -> None:
+    assert [scheduled("constant", step, 4) for step in range(5)] == [1.0] * 5
+    assert [scheduled("linear", step, 4) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [scheduled("linear", step, 6, 2) for step in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [scheduled("constant_with_warmup", step, 9, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = [scheduled("cosine", step, 4) for step in range(5)]
+    assert cosine == pytest.approx([1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0.0], abs=1e-15)
+    with pytest.raises(ValueError, match="unknown schedule"):
+        scheduled("cosinus", 3, 10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 3, 20])
+def test_schedules_are_positive_on_every_step_and_bounded(schedule: str, warmup: int) -> None:
+    factors = [scheduled(schedule, step, 10, warmup) for step in range(10)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert all(scheduled(schedule, step, 10, warmup) >= 0 for step in range(10, 40))
+    assert set(SIGMA_SCHEDULES) <= set(SCHEDULES)
