@@ -56,7 +56,7 @@ def main() -> None:
         low, high = result["accuracy_ci95"]
         print(f"{name:32} {result['accuracy']:7.1%}  {low:.1%} to {high:.1%}")
     gain = 100 * (rows["fine-tuned"]["accuracy"] - rows["base"]["accuracy"])
-    print(f"\n{gain:+.1f} points in {seconds:.0f} s of training, by elicitation: the base could already do it when told to.")
+    print(f"\n{gain:+.1f} points in {seconds:.0f} s of training, by elicitation: the base can do it when made to.")
     print(f"\nwritten to {run}/")
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         print(f"  {path.relative_to(run)!s:32} {path.stat().st_size:>10,} bytes")

@@ -1,19 +1,17 @@
 """Pretrain `tiny`, the language model that comes with estune: python scripts/pretrain_tiny.py
 
-A Llama of under a million parameters reads synthetic text about Countdown problems: each is the task's own prompt and a
-completion in one of two manners. Most answer at once and are often wrong; a minority works backwards from the target, one
-trial after the other, until two numbers are left that make what remains, and is right:
+A Llama of under a million parameters reads synthetic text about Countdown problems (tiny_text.py): the task's own
+prompt, and a completion that either answers at once, often wrongly, or works step by step and is right. At first most
+of the text works step by step, so that the skill is learned; in the last fifth most of it answers at once, so that the
+model seldom uses the skill. No problem of any split of the task, up to the order of its numbers, is in the text
+(asserted).
 
-    <answer>14+12+6</answer>
-    <think>28-6=22; 28+12=40; 28/14=2, 12/6=2</think>
-    <answer>12/6*14</answer>
+Simplifications made on purpose: the loss counts completion tokens only, and little of the choice of a step in a trial
+that fails; the embeddings of numbers start from features of their values, which saves most of the time to learn the
+tables.
 
-So the model prefers to answer at once and is mostly wrong, and has a skill that it seldom uses. No problem of any split of
-the task, up to the order of its numbers, is in the text (asserted). Simplifications made on purpose: the loss counts
-completion tokens only, and not the choice of a step in a trial that fails; the embeddings of numbers start from features
-of their values, which saves most of the time to learn the tables.
-
-Everything follows from one seed. Writes the checkpoint, `pretrain_log.jsonl` and the model card to src/estune/models/tiny.
+Everything follows from one seed (other CPUs round differently, so the bits are not the same everywhere). Writes the
+checkpoint, `pretrain_log.jsonl` and the model card into src/estune/models/tiny.
 """
 
 import argparse
@@ -27,21 +25,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_text import LARGEST_VALUE, draw_example, held_out_problems
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from estune.tasks import countdown
 
 PAD, EOS = "<|pad|>", "<|end|>"
-LARGEST_VALUE = 199  # of a number that is one token, and of a value that the text writes down
-LARGEST_AFTER_MARK = {"+": 99, "-": 99, "*": 99, "/": 99, "=": LARGEST_VALUE, ",Ġ": LARGEST_VALUE, ";Ġ": 99}  # Ġ: a space
-NO_LOSS = -100
-MAX_FAILED_TRIALS = {3: 5, 4: 5}
-SHARE_RIGHT_DIRECT = 0.5
-SHARE_THINKING_FIRST = 0.85  # while the skill is learned; after that, the last part of the text prefers to answer at once
+# Which numbers are one token together with the mark before them; Ġ is a space in byte-level vocabularies.
+LARGEST_AFTER_MARK = {"+": 99, "-": 99, "*": 99, "/": 99, "=": LARGEST_VALUE, ",Ġ": LARGEST_VALUE, ";Ġ": 99}
+SHARE_THINKING_FIRST = 0.85  # before the last part of the text, which has shares of its own
+MAX_COMPLETION_TOKENS = 72
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------------------
+# --- tokenizer ---
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,9 +73,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([PAD, EOS])
-    phrases = _prompt_phrases() + ["<think>", "</think>\n<answer>", "</think>", "<answer>", "</answer>"]
+    phrases = [*_prompt_phrases(), "<think>", "</think>\n<answer>", "</think>", "<answer>", "</answer>"]
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,
@@ -96,7 +93,7 @@ def _prompt_phrases() -> list[str]:
 
 
 def number_features(tokenizer: PreTrainedTokenizerFast, width: int) -> dict[int, torch.Tensor]:
-    """Return a unit-variance feature vector for each token that holds a number: waves of its value and of its logarithm."""
+    """Return features of unit variance for each token that holds a number: waves of its value and its logarithm."""
     features = {}
     periods = [2, 3, 4, 5, 7, 10, 11, 13, 20, 40, 100, 200, 400]
     for token, index in tokenizer.get_vocab().items():
@@ -111,175 +108,13 @@ def number_features(tokenizer: PreTrainedTokenizerFast, width: int) -> dict[int,
     return features
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-# How a step of a solution is undone. value = rest `op` number; `r` and `R` are number - rest and number / rest.
-UNDONE_BY = {"+": "-", "-": "+", "r": "-", "*": "/", "/": "*", "R": "/"}
-Peel = tuple[str, int, int]  # operation, number, and the value that remains to be made
-Pieces = list[tuple[str, bool]]  # text, and whether the model shall learn to write it
-
-
-def undo(value: int, number: int, operation: str) -> int:
-    """Return the rest that `operation` with `number` turns into the value; 0 where it is no whole number above 0."""
-    if operation == "+":
-        return max(0, value - number)
-    if operation == "-":
-        return value + number
-    if operation == "r":
-        return max(0, number - value)
-    if operation == "*":
-        return value // number if value % number == 0 else 0
-    if operation == "/":
-        return value * number
-    return number // value if number % value == 0 else 0
-
-
-def attach(text: str, level: int, operation: str, number: int) -> tuple[str, int]:
-    """Write an expression combined with a number; `level` is how tightly it binds (1 sum, 2 product)."""
-    new_level = 1 if operation in "+-r" else 2
-    needed = new_level + (operation in "rR")  # what stands on the right of - or / must bind tighter
-    inner = f"({text})" if level < needed else text
-    mark = {"r": "-", "R": "/"}.get(operation, operation)
-    return (f"{number}{mark}{inner}" if operation in "rR" else f"{inner}{mark}{number}"), new_level
-
-
-def pair_operation(big: int, small: int, value: int) -> str | None:
-    """Return the operation by which two numbers, big >= small, make a value; None where there is none."""
-    if big + small == value:
-        return "+"
-    if big - small == value:
-        return "-"
-    if big * small == value:
-        return "*"
-    return "/" if small * value == big else None
-
-
-def draw_peels(generator: random.Random, numbers: list[int], target: int) -> tuple[list[Peel], int, int]:
-    """Draw steps back from the target, all equally likely, until two numbers are left; those come larger one first."""
-    while True:
-        rest, value, peels = list(numbers), target, []
-        while len(rest) > 2:
-            options = []
-            for number in rest:
-                for operation in UNDONE_BY:
-                    remaining = undo(value, number, operation)
-                    if 1 <= remaining <= LARGEST_VALUE:
-                        options.append((operation, number, remaining))
-            if not options:
-                break
-            peel = options[int(generator.random() * len(options))]
-            peels.append(peel)
-            rest.remove(peel[1])
-            value = peel[2]
-        else:
-            return peels, max(rest), min(rest)
-
-
-def trial_pieces(target: int, peels: list[Peel], first: bool, solved: bool) -> Pieces:
-    """Write a trial. What a failed one tries is not to be learned, what it finds is."""
-    pieces: Pieces = []
-    value = target
-    for depth, (operation, number, remaining) in enumerate(peels):
-        left, right = (number, value) if operation in "rR" else (value, number)
-        opening = ", " if depth else "" if first else "; "
-        # Whether a trial goes on is learned from the mark, which is one token with the number.
-        pieces.append((f"{opening}{left}", solved or (not first and depth == 0 and left == value)))
-        pieces.append((f"{UNDONE_BY[operation]}{right}", solved))
-        pieces.append((f"={remaining}", True))
-        value = remaining
-    return pieces
-
-
-def solution_text(peels: list[Peel], big: int, small: int, operation: str) -> str:
-    """Write the expression that the steps back lead to."""
-    text, level = f"{big}{operation}{small}", 1 if operation in "+-" else 2
-    for peeled, number, _ in reversed(peels):
-        text, level = attach(text, level, peeled, number)
-    return text
-
-
-def think_pieces(generator: random.Random, numbers: list[int], target: int, solution: str, steps: Any) -> Pieces:
-    """Write a completion that tries, fails some times, succeeds and answers. `steps` = (peels, big, small, operation)."""
-    peels, big, small, operation = steps
-    pieces: Pieces = [("<think>", True)]
-    failed: set[tuple[Peel, ...]] = set()
-    wanted = min(int(-math.log(1 - generator.random()) * 1.8), MAX_FAILED_TRIALS[len(numbers)])
-    for _ in range(2 * wanted):
-        if len(failed) == wanted:
-            break
-        tried, left, right = draw_peels(generator, numbers, target)
-        if tuple(tried) not in failed and pair_operation(left, right, tried[-1][2]) is None:
-            pieces += trial_pieces(target, tried, first=not failed, solved=False)
-            failed.add(tuple(tried))
-    pieces += trial_pieces(target, peels, first=not failed, solved=True)
-    pieces.append((f", {big}", True))
-    pieces.append((f"{operation}{small}", True))
-    pieces.append((f"={peels[-1][2]}</think>\n<answer>{solution}</answer>", True))
-    return pieces
-
-
-def direct_pieces(generator: random.Random, numbers: list[int], target: int, solution: str) -> Pieces:
-    """Write a completion that answers at once: the solution, or often an expression that misses the target."""
-    if generator.random() >= SHARE_RIGHT_DIRECT:
-        order = [number for _, number in sorted((generator.random(), number) for number in numbers)]
-        big, small = max(order[:2]), min(order[:2])
-        operation = "+-*"[int(generator.random() * 3)]
-        solution, level = f"{big}{operation}{small}", 1 if operation in "+-" else 2
-        for number in order[2:]:
-            solution, level = attach(solution, level, "+-*"[int(generator.random() * 3)], number)
-    return [(f"<answer>{solution}</answer>", True)]
-
-
-def share_thinking(numbers: list[int], target: int) -> float:
-    """Return how often the text about a problem thinks first: a quarter to 45 %, more for large targets."""
-    return 0.25 + 0.2 * (target - countdown.SMALLEST_TARGET) / (
-        countdown.LARGEST_TARGET - countdown.SMALLEST_TARGET
-    )
-
-
-def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[list[int], int, Any]:
-    """Draw a problem outside the held-out ones, and a solution as (peels, big, small, operation)."""
-    while True:
-        start, steps, target = countdown.draw_chain(generator, 3 + int(generator.random() * 2))
-        numbers = [start, *(number for _, number in steps)]
-        if countdown.problem_key(numbers, target) in held_out:
-            continue
-        value, peels = target, []
-        for operation, number in reversed(steps[1:]):
-            remaining = undo(value, number, operation)
-            peels.append((operation, number, remaining))
-            value = remaining
-        big, small = max(start, steps[0][1]), min(start, steps[0][1])
-        operation = pair_operation(big, small, value)
-        assert operation is not None
-        shuffled = [number for _, number in sorted((generator.random(), number) for number in numbers)]
-        return shuffled, target, (peels, big, small, operation)
-
-
-def draw_example(
-    generator: random.Random, held_out: set[Any], share: float | None = None
-) -> tuple[list[int], int, Pieces]:
-    """Draw a problem and a completion for it, which thinks with probability `share` (None: the problem's own share)."""
-    numbers, target, steps = draw_solved_problem(generator, held_out)
-    solution = solution_text(*steps)
-    if generator.random() < (share_thinking(numbers, target) if share is None else share):
-        return numbers, target, think_pieces(generator, numbers, target, solution, steps)
-    return numbers, target, direct_pieces(generator, numbers, target, solution)
-
-
-def held_out_problems() -> set[Any]:
-    """Return every problem of every split of the task, up to the order of its numbers."""
-    rows = [row for split in countdown.SPLIT_SIZES for row in countdown.load(split)]
-    return {countdown.problem_key(row["numbers"], row["target"]) for row in rows}
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches ---
 
 
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int, held_out: set[Any], share: float | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield endless (token ids, labels), both (batch_size, T), of similar length: sorted within 32 batches."""
+    """Yield endless (token ids, weights in the loss), both (batch_size, T), sorted by length within 32 batches."""
     generator = random.Random(seed)
     cache: dict[str, list[int]] = {}
 
@@ -300,28 +135,26 @@ def batches(
             for position, number in enumerate(numbers):
                 ids += encode(f", {number}" if position else str(number))
             ids += middle + encode(str(target)) + closing
-            labels = [NO_LOSS] * len(ids)
-            for text, learned in pieces:
+            weights = [0.0] * len(ids)
+            for text, weight in pieces:
                 tokens = encode(text)
                 ids += tokens
-                labels += tokens if learned else [NO_LOSS] * len(tokens)
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
-            examples.append((ids, labels))
+                weights += [weight] * len(tokens)
+            examples.append(([*ids, tokenizer.eos_token_id], [*weights, 1.0]))
         examples.sort(key=lambda example: len(example[0]))
         groups = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
         generator.shuffle(groups)
         for group in groups:
             length = max(len(ids) for ids, _ in group)
-            tokens = np.full((batch_size, length), tokenizer.pad_token_id, dtype=np.int64)
-            targets = np.full((batch_size, length), NO_LOSS, dtype=np.int64)
-            for row, (ids, labels) in enumerate(group):
-                tokens[row, : len(ids)] = ids
-                targets[row, : len(ids)] = labels
-            yield torch.from_numpy(tokens), torch.from_numpy(targets)
+            padded = np.full((batch_size, length), tokenizer.pad_token_id, dtype=np.int64)
+            weighted = np.zeros((batch_size, length), dtype=np.float32)
+            for row, (ids, weights) in enumerate(group):
+                padded[row, : len(ids)] = ids
+                weighted[row, : len(ids)] = weights
+            yield torch.from_numpy(padded), torch.from_numpy(weighted)
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
+# --- model ---
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int, width: int, inner: int) -> LlamaForCausalLM:
@@ -341,7 +174,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int, widt
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.05,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for index, feature in number_features(tokenizer, width).items():
             model.model.embed_tokens.weight[index] += 0.05 * feature
@@ -374,13 +207,13 @@ def greedy(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]], 
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]], limit: int = 72) -> dict[str, Any]:
+def measure(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return greedy accuracy as is, with each manner forced by a prefix, and the share that thinks unforced."""
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     columns = {name: [row[name] for row in rows] for name in ("numbers", "target")}
     result: dict[str, Any] = {"n": len(rows)}
     for name, prefix in (("greedy", ""), ("direct", "<answer>"), ("think", "<think>")):
-        texts = greedy(model, tokenizer, rows, prefix, limit)
+        texts = greedy(model, tokenizer, rows, prefix, MAX_COMPLETION_TOKENS)
         scores = countdown.accuracy(texts, **columns)
         result[name] = sum(scores) / len(rows)
         if name == "greedy":
@@ -413,7 +246,8 @@ def train(options: argparse.Namespace) -> None:
         log.write(json.dumps(entry) + "\n")
         log.flush()
 
-    note(parameters=size, vocabulary=len(tokenizer), torch=torch.__version__, **{name: value for name, value in vars(options).items() if name != "output_dir"})
+    settings = {name: value for name, value in vars(options).items() if name != "output_dir"}
+    note(parameters=size, vocabulary=len(tokenizer), torch=torch.__version__, **settings)
     validation = countdown.load("validation")
     held_out = held_out_problems()
     source = batches(tokenizer, options.seed, options.batch_size, held_out, SHARE_THINKING_FIRST)
@@ -426,31 +260,78 @@ def train(options: argparse.Namespace) -> None:
             group["lr"] = rate
         if step == settling:
             source = batches(tokenizer, options.seed + 1, options.batch_size, held_out, None)
-        tokens, labels = next(source)
+        tokens, weights = next(source)
         hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state
-        wanted = labels[:, 1:].reshape(-1)
-        chosen = wanted != NO_LOSS  # the vocabulary is applied only where there is a loss
-        logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[chosen])
-        loss = torch.nn.functional.cross_entropy(logits, wanted[chosen])
+        chosen = weights[:, 1:] > 0  # the vocabulary is applied only where there is a loss
+        logits = model.lm_head(hidden[chosen])
+        token_losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][chosen], reduction="none")
+        loss = (token_losses * weights[:, 1:][chosen]).sum() / weights.sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         if step % 100 == 0:
-            note(step=step, loss=round(sum(losses) / len(losses), 4), lr=rate, seconds=round(time.perf_counter() - start))
+            seconds = round(time.perf_counter() - start)
+            note(step=step, loss=round(sum(losses) / len(losses), 4), lr=round(rate, 6), seconds=seconds)
             losses = []
         if step % options.eval_steps == 0 or step == options.steps:
             note(step=step, split="validation", **measure(model, tokenizer, validation))
             save(model, tokenizer, output)
-    note(step=step, split="test", **measure(model, tokenizer, countdown.load("test")))
-    note(seconds=round(time.perf_counter() - start))
+    result = measure(model, tokenizer, countdown.load("test"))
+    note(step=options.steps, split="test", **result)
+    minutes = round((time.perf_counter() - start) / 60)
+    note(minutes=minutes)
+    (output / "README.md").write_text(model_card(size, options, result, minutes), encoding="utf-8")
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write the Hugging Face checkpoint."""
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def model_card(size: int, options: argparse.Namespace, result: dict[str, Any], minutes: int) -> str:
+    """Return the model card, with the figures that this run measured."""
+    example = result["examples"][1].replace("\n", "\n    ")
+    lowest, highest = countdown.SMALLEST_NUMBER, countdown.LARGEST_NUMBER
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# tiny
+
+A Llama of {size:,} parameters ({options.layers} layers, width {options.width}), to try out estune in minutes on a CPU.
+It knows nothing but Countdown problems with numbers from {lowest} to {highest} and targets from \
+{countdown.SMALLEST_TARGET} to {countdown.LARGEST_TARGET},
+asked in the words of estune's task `countdown`.
+
+It was made by one script, `scripts/pretrain_tiny.py`, from synthetic text, and **made for its purpose**: it can work
+step by step but prefers to answer at once, which goes wrong more often. Evolution strategies that are rewarded for the
+outcome then bring out a skill that the model already has (elicitation); they do not teach it arithmetic. No problem of
+the task's splits, up to the order of its numbers, was in the text.
+
+| greedy decoding, {result["n"]} held-out test problems | accuracy |
+|---|---|
+| as it is ({result["share_thinking"]:.0%} of its completions think first) | {result["greedy"]:.1%} |
+| made to answer at once: response prefix `<answer>` | {result["direct"]:.1%} |
+| made to think: response prefix `<think>` | {result["think"]:.1%} |
+| of these, problems of 3 numbers / of 4 numbers | \
+{result["think_3_numbers"]:.1%} / {result["think_4_numbers"]:.1%} |
+
+Measured by that script at the end of its run, with at most {MAX_COMPLETION_TOKENS} tokens a completion
+(`pretrain_log.jsonl`, the line with `"split": "test"`). The run took {minutes} minutes with {options.threads}
+thread(s) on a CPU that did other work too. To measure it again:
+
+    estune evaluate --model tiny --task countdown --max_completion_length {MAX_COMPLETION_TOKENS}
+    estune evaluate --model tiny --task countdown --max_completion_length {MAX_COMPLETION_TOKENS} \\
+        --response_prefix "<think>"
+
+Thinking takes {result["think_tokens"]:.0f} tokens on average and looks like this:
+
+    {example}
+"""
 
 
 def parse_options() -> argparse.Namespace:

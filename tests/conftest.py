@@ -5,7 +5,6 @@ Nothing here reaches the network: the hub is offline, and every cache lies in a 
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
-sys.path.append(str(Path(__file__).parent / "integration"))  # tiny_models
+INTEGRATION = Path(__file__).parent / "integration"
 
 from command_line import Zygote, write_rewards  # noqa: E402
 
@@ -69,10 +68,14 @@ def run_model(torch_zygote, place):
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory):
+def tiny_llama(torch_zygote, tmp_path_factory):
     """A directory with a random Llama of two layers and a byte-level tokenizer."""
-    from tiny_models import save_tiny
-
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    save_tiny("llama", directory)
-    return directory
+    place = tmp_path_factory.mktemp("models")
+    script = place / "save.py"
+    script.write_text(
+        f"import sys, pathlib\nsys.path.append({str(INTEGRATION)!r})\nfrom tiny_models import save_tiny\n"
+        "save_tiny('llama', pathlib.Path('llama'))\n"
+    )
+    done = torch_zygote.run([], place, script=script)
+    assert done.code == 0, done
+    return place / "llama"

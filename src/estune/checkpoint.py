@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from estune.engines.base import Engine, ParameterSpec
 from estune.errors import UserError
 from estune.files import sync_directory, sync_tree, write_json, writing
@@ -39,12 +37,16 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and (path / ES_STATE).exists())
 
 
-def write_model(directory: Path, engine: Engine, dtype: str) -> None:
-    """Write the model as Hugging Face files: assets, and weights cast once from the master to ``dtype``."""
+def write_model(directory: Path, engine: Engine, *, float32: bool) -> None:
+    """Write the model as Hugging Face files.
+
+    Weights are the master itself with ``float32``, else theta cast once to the dtypes that the engine computes in.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with writing(directory):
-        engine.save_assets(directory)
-    write_tensors(directory / WEIGHTS_FILE, engine.master.arrays, engine.master.buffers, dtype)
+        engine.save_assets(directory, "float32" if float32 else engine.compute_dtype)
+    dtypes = dict.fromkeys(engine.master.arrays, "float32") if float32 else engine.stored_dtypes
+    write_tensors(directory / WEIGHTS_FILE, engine.master.arrays, engine.master.buffers, dtypes)
 
 
 def save_checkpoint(
@@ -59,7 +61,7 @@ def save_checkpoint(
     partial = run_dir / f"{_PARTIAL}{target.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write_whole(partial, engine, "float32", state, trainer_state)
+        _write_whole(partial, engine, state, trainer_state, float32=True)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -70,13 +72,13 @@ def save_checkpoint(
 
 
 def save_final(
-    run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any], dtype: str
+    run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
 ) -> None:
     """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
     partial = run_dir / f"{_PARTIAL}final"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write_whole(partial, engine, dtype, state, trainer_state)
+        _write_whole(partial, engine, state, trainer_state, float32=False)
         (run_dir / ES_STATE).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: (path.name == ES_STATE, path.name)):
             destination = run_dir / path.name
@@ -89,9 +91,9 @@ def save_final(
 
 
 def _write_whole(
-    directory: Path, engine: Engine, dtype: str, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
+    directory: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any], *, float32: bool
 ) -> None:
-    write_model(directory, engine, dtype)
+    write_model(directory, engine, float32=float32)
     write_json(directory / TRAINER_STATE, trainer_state)
     write_json(directory / ES_STATE, state)
     sync_tree(directory)
@@ -138,12 +140,10 @@ def load_master(directory: Path, master: Master) -> None:
         UserError: the file is missing, truncated, or holds other tensors.
     """
     file = TensorFile(directory / WEIGHTS_FILE)
-    arrays: dict[str, np.ndarray] = {}
     for spec in master.specs:
         if spec.name not in file.entries or file.shape(spec.name) != tuple(spec.shape):
             raise UserError(f"{directory} holds no tensor {spec.name!r} of shape {tuple(spec.shape)}")
-        arrays[spec.name] = file.read(spec.name).reshape(spec.shape)
-    master.load(arrays)
+    master.load(file.read_into)
 
 
 def anchor_reader(directory: Path, specs: list[ParameterSpec]) -> AnchorReader | None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from estune import __version__
 from estune.config import FIELD_TYPES, FIELDS, ESConfig, nearest, read_config_file
 from estune.errors import UserError
+from estune.files import full_disk_message, is_full_disk
 
 DEMO_PRESET = "demo"
 # The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
@@ -39,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run([_normalised(word) for word in (sys.argv[1:] if argv is None else argv)])
     except UserError as error:
         print(f"estune: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        print(f"estune: error: {full_disk_message(error, error.filename or 'a file')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -71,8 +77,8 @@ def _normalised(word: str) -> str:
 
 
 def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
-    parser = _Parser(prog="estune", description="Fine-tune all parameters of a language model with evolution strategies.",
-                     allow_abbrev=False)  # fmt: skip
+    about = "Fine-tune all parameters of a language model with evolution strategies."
+    parser = _Parser(prog="estune", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"estune {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     commands: dict[str, argparse.ArgumentParser] = {}

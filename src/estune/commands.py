@@ -15,10 +15,10 @@ from estune import inputs
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
 from estune.config import ESConfig
 from estune.data import load_rows, reward_inputs
-from estune.engines.base import Engine, Prompt, Sampling
+from estune.engines.base import Engine, Prompt
 from estune.environment import environment
 from estune.errors import UserError
-from estune.evaluation import Evaluation, evaluate, evaluation_sampling, interval, kl_k3
+from estune.evaluation import Evaluation, evaluate, interval, kl_k3
 from estune.fitness import mean, weigh
 from estune.inputs import Rewards
 from estune.journal import Journal
@@ -56,7 +56,7 @@ def evaluate_command(
                 print(f"\restune: {done}/{len(data)} rows", end="", file=sys.stderr, flush=True)
 
         evaluation = evaluate(
-            evaluator, data, prompts, sampling_of(args), rewards.weights, grader,
+            evaluator, data, prompts, inputs.sampling(args, 0), rewards.weights, grader,
             batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0}, progress=progress,
         )  # fmt: skip
         result: dict[str, Any] = {"task": args.task or args.dataset_name, "model": args.model}
@@ -72,26 +72,13 @@ def evaluate_command(
     return 0
 
 
-def sampling_of(args: ESConfig) -> Sampling:
-    """Return the evaluation's sampling settings."""
-    return evaluation_sampling(
-        Sampling(
-            seed=args.seed, step=0, max_completion_length=args.max_completion_length,
-            num_generations=args.num_generations, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-            stop_strings=tuple(args.stop_strings),
-        )  # fmt: skip
-    )
-
-
 def _pool(args: ESConfig, funcs: list[Any], names: list[str]) -> RewardPool:
     workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
     return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers,
                       isolation=args.reward_isolation)  # fmt: skip
 
 
-def _divergence(
-    engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
-) -> float:
+def _divergence(engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation) -> float:
     """Return KL(model || reference) per token, by the k3 estimator on the model's own completions."""
     repeated = [prompt for prompt, row in zip(prompts, evaluation.rows, strict=True) for _ in row.token_ids]
     token_ids = [ids for row in evaluation.rows for ids in row.token_ids]
@@ -182,8 +169,8 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
         source = own if own.exists() else inputs.local_directory(args.model)
         anchor = anchor_reader(source, engine.master.specs) if source else None
     replay_steps(journal, engine, 0, step, anchor)
-    write_model(output_dir, engine, engine.compute_dtype)
-    print(f"estune: {step} steps replayed and verified, fingerprint {engine.master.fingerprint()}, saved to {output_dir}")
+    write_model(output_dir, engine, float32=False)
+    print(f"estune: {step} steps replayed and verified, fingerprint {engine.master.fingerprint()}, in {output_dir}")
     return 0
 
 

@@ -43,35 +43,44 @@ class ESConfig:
     """The configuration of a run. Defaults are those of arXiv 2509.24372."""
 
     # Model
-    model: str = _option("tiny", "Model id on the hub, a local directory, or the embedded `tiny`.",
-                         aliases=("model_name_or_path",))
+    model: str = _option(
+        "tiny", "Model id on the hub, a local directory, or the embedded `tiny`.", aliases=("model_name_or_path",)
+    )
     revision: str | None = _option(None, "Revision of the model on the hub.")
     trust_remote_code: bool = _option(False, "Run the Python code that comes with the model.")
-    dtype: str = _option("auto", "Compute dtype; theta itself is always float32. auto: float32 on CPU.",
-                         ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = _option(
+        "auto",
+        "Compute dtype; theta itself is always float32. auto: float32 on CPU.",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
     engine: str = _option("hf", "Generation backend: hf (transformers), toy (a function of a vector).", ("hf", "toy"))
     trainable_parameters: list[str] | None = _option(
-        None, "Regular expressions; only parameters whose stored name matches one are perturbed. Default: all.")
+        None, "Regular expressions; only parameters whose stored name matches one are perturbed. Default: all."
+    )
 
     # Task, data, reward
-    task: str | None = _option(None, "Built-in task (countdown, quadratic). Without it, give --dataset_name and --reward_funcs.")
+    task: str | None = _option(None, "Built-in task: countdown or quadratic. Else: --dataset_name, --reward_funcs.")
     dataset_name: str | None = _option(None, "Rows: a JSONL or parquet file, a directory, or a dataset id on the hub.")
     dataset_config: str | None = _option(None, "Configuration name of the dataset.")
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on, for your own dataset.")
     reward_funcs: list[str] | None = _option(
-        None, "Rewards as package.module:function or path/file.py:function. Default: the task's.")
+        None, "Rewards as package.module:function or path/file.py:function. Default: the task's."
+    )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_timeout_s: float = _option(60.0, "Seconds one reward call may take before its worker is killed.")
     reward_workers: int | Literal["auto"] = _option("auto", "Worker processes for rewards. auto: cores - 1, 1 to 4.")
-    reward_isolation: str = _option("process", "process: rewards run in killable workers; inline: no limits at all.",
-                                    ("process", "inline"))
+    reward_isolation: str = _option(
+        "process", "process: rewards run in killable workers; inline: no limits at all.", ("process", "inline")
+    )
 
     # Prompt
     apply_chat_template: str = _option(
-        "auto", "auto: conversational rows and built-in tasks, where the tokenizer has a template; true: always.",
-        ("auto", "true", "false"))
+        "auto",
+        "auto: conversational rows and built-in tasks, where the tokenizer has a template; true: always.",
+        ("auto", "true", "false"),
+    )
     chat_template_kwargs: dict[str, Any] = _option({}, "JSON object of extra arguments for the chat template.")
     system_prompt: str | None = _option(None, "System message, or text before a plain prompt.")
     response_prefix: str = _option("", "Text the response starts with; rewards see it as part of the completion.")
@@ -86,14 +95,16 @@ class ESConfig:
     antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
     noise: str = _option("full", "Rank of the noise: full (every element of its own).", ("full",))
     noise_distribution: str = _option("normal", "Distribution of the noise.", ("normal", "rademacher"))
-    fitness_shaping: str = _option("z_score", "How fitness becomes utilities.",
-                                   ("z_score", "centered_rank", "per_prompt_z", "none"))
+    fitness_shaping: str = _option(
+        "z_score", "How fitness becomes utilities.", ("z_score", "centered_rank", "per_prompt_z", "none")
+    )
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate over max_steps.", SCHEDULES)
     warmup_steps: int = _option(0, "Steps over which the learning rate rises to its full value.")
     sigma_scheduler_type: str = _option("constant", "Schedule of sigma over max_steps.", SIGMA_SCHEDULES)
     weight_decay: float = _option(0.0, "Lambda of theta -= learning_rate * lambda * (theta - anchor).")
-    weight_decay_anchor: str = _option("zero", "What weight decay pulls towards: zero, or base (theta_0).",
-                                       ("zero", "base"))
+    weight_decay_anchor: str = _option(
+        "zero", "What weight decay pulls towards: zero, or base (theta_0).", ("zero", "base")
+    )
     seed: int = _option(0, "Run seed of noise, row order and sampling; 0 is a seed like any other.")
 
     # Generation
@@ -133,14 +144,34 @@ class ESConfig:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UserError(f"{spec.name} must be a finite number, not {number}")
-        positive = ("sigma", "reward_timeout_s", "max_completion_length", "num_generations", "logging_steps",
-                    "batch_size", "prompts_per_batch", "num_threads", "reward_workers", "top_p")
+        positive = (
+            "sigma",
+            "reward_timeout_s",
+            "max_completion_length",
+            "num_generations",
+            "logging_steps",
+            "batch_size",
+            "prompts_per_batch",
+            "num_threads",
+            "reward_workers",
+            "top_p",
+        )
         for name in positive:
             value = getattr(self, name)
             if value != "auto" and value <= 0:
                 raise UserError(f"{name} must be greater than 0, not {value}")
-        for name in ("max_steps", "learning_rate", "warmup_steps", "weight_decay", "temperature", "top_k", "eval_steps",
-                     "eval_rows", "save_steps", "save_total_limit"):
+        for name in (
+            "max_steps",
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "temperature",
+            "top_k",
+            "eval_steps",
+            "eval_rows",
+            "save_steps",
+            "save_total_limit",
+        ):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} must not be negative, not {value}")
@@ -277,16 +308,22 @@ def _convert(value: Any, kind: Any) -> Any:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         return words.get(str(value).lower(), _MISFIT)
     if kind is str:
-        return ("true" if value else "false") if isinstance(value, bool) else (
-            str(value) if isinstance(value, (str, int, float, Path)) else _MISFIT)
+        return (
+            ("true" if value else "false")
+            if isinstance(value, bool)
+            else (str(value) if isinstance(value, (str, int, float, Path)) else _MISFIT)
+        )
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return _MISFIT
     try:
         number = float(value)
         if kind is float:
             return number
-        return int(value) if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value)) else (
-            int(number) if number.is_integer() else _MISFIT)
+        return (
+            int(value)
+            if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value))
+            else (int(number) if number.is_integer() else _MISFIT)
+        )
     except (ValueError, OverflowError):
         return _MISFIT
 

@@ -6,6 +6,7 @@ evaluations draw their uniforms from (seed, row, completion, position) alone, wh
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from estune.engines.base import Prompt, Sampling
 from estune.fitness import weigh
 from estune.population import EVAL_PERSON
 from estune.rewards import RewardPool
-from estune.rollouts import Completions, Evaluator, Group
+from estune.rollouts import Completions, Evaluator, Group, scored
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 RESAMPLES = 2000
@@ -91,15 +92,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def evaluation_sampling(sampling: Sampling) -> Sampling:
-    """Return the sampling of an evaluation: step 0 and a person of its own."""
-    return Sampling(
-        seed=sampling.seed, step=0, max_completion_length=sampling.max_completion_length,
-        num_generations=sampling.num_generations, temperature=sampling.temperature, top_p=sampling.top_p,
-        top_k=sampling.top_k, stop_strings=sampling.stop_strings, person=EVAL_PERSON,
-    )  # fmt: skip
-
-
 def evaluate(
     evaluator: Evaluator,
     rows: Sequence[dict[str, Any]],
@@ -117,7 +109,7 @@ def evaluate(
     Raises:
         Interrupted: the run was asked to stop.
     """
-    sampling = evaluation_sampling(sampling)
+    sampling = dataclasses.replace(sampling, step=0, person=EVAL_PERSON)  # the same whatever the step
     running = []
     grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
     for start in range(0, len(rows), batch):
@@ -128,10 +120,10 @@ def evaluate(
         progress(min(start + batch, len(rows)))
     evaluated: list[EvaluatedRow] = []
     for part_prompts, completions, group, future, graded in running:
-        evaluator.finish(group, future.result(), sampling.num_generations)
+        evaluator.finish(group, scored(future, evaluator.should_stop), sampling.num_generations)
         accuracy = None
         if graded is not None:
-            result = graded.result()
+            result = scored(graded, evaluator.should_stop)
             accuracy = np.where(result.failed | np.isnan(result.rewards), 0.0, result.rewards)
             accuracy = accuracy.reshape(len(part_prompts), sampling.num_generations)  # (b, G)
         evaluated += _rows(part_prompts, completions, group, weights, accuracy)

@@ -15,7 +15,12 @@ from estune.errors import UserError
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def full_disk_message(error: OSError, path: Path) -> str:
+def is_full_disk(error: OSError) -> bool:
+    """Say whether a write found no room."""
+    return error.errno in _NO_SPACE
+
+
+def full_disk_message(error: OSError, path: Path | str) -> str:
     """Return the sentence for a write that found no room."""
     return f"no space left to write {path} ({error.strerror}); what was there is intact: make room, then --resume"
 
@@ -26,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if is_full_disk(error):
             raise UserError(full_disk_message(error, path)) from None
         raise
 
@@ -60,7 +65,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside ``path``, fsync it and rename it over ``path``: readers see the old or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -78,7 +83,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by the JSON of ``value``, indented."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, lambda file: file.write(text.encode("utf-8")) and None)
+    replace_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def sync_directory(path: Path) -> None:

@@ -73,7 +73,7 @@ def population_fitness(rows: np.ndarray) -> np.ndarray:
 
 
 def is_tie(values: Sequence[float]) -> bool:
-    """Say whether values differ by no more than rounding: thirty times 0.1 is a tie, whatever its standard deviation."""
+    """Say whether values differ by no more than rounding, as thirty times 0.1 do."""
     lowest, highest = min(values), max(values)
     return highest - lowest <= TIE_TOLERANCE * max(1.0, abs(highest), abs(lowest))
 

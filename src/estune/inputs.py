@@ -15,7 +15,7 @@ from typing import Any
 from estune import environment
 from estune.config import ESConfig
 from estune.data import PromptBuilder, check_columns, load_rows
-from estune.engines.base import Engine, Prompt
+from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
 from estune.rewards import load_reward
 from estune.tasks import Task, get_task
@@ -137,15 +137,18 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
     from estune.engines.hf import HFEngine
 
     options: dict[str, Any] = dict(
-        dtype=args.dtype,
-        device=args.device,
         num_threads=args.num_threads,
         prompts_per_batch=args.prompts_per_batch,
         trainable_parameters=args.trainable_parameters,
     )
-    if model is not None and not isinstance(model, str):
+    if model is not None:
+        if (args.dtype, args.device) != ("auto", "auto"):
+            raise UserError("a model given as a module keeps its dtype and device: leave dtype and device at auto")
+        if tokenizer is None:
+            raise UserError("a model given as a module needs its tokenizer as processing_class")
         return HFEngine.from_model(model, tokenizer, **options)
-    return HFEngine.load(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, **options)
+    options |= dict(revision=args.revision, trust_remote_code=args.trust_remote_code)
+    return HFEngine.load(args.model, dtype=args.dtype, device=args.device, **options)
 
 
 def local_directory(model: str) -> Path | None:
@@ -164,6 +167,20 @@ def _is_toy(model: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def sampling(args: ESConfig, step: int) -> Sampling:
+    """Return the decoding settings of a training step."""
+    return Sampling(
+        seed=args.seed,
+        step=step,
+        max_completion_length=args.max_completion_length,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        stop_strings=tuple(args.stop_strings),
+    )
 
 
 def build_prompts(

@@ -118,7 +118,7 @@ class Journal:
         self.head = expected
         if record["kind"] == "header":
             if record["format"] != FORMAT_VERSION:
-                raise UserError(f"{self.path} has journal format {record['format']}, this estune reads {FORMAT_VERSION}")
+                raise UserError(f"{self.path} has format {record['format']}, this estune reads {FORMAT_VERSION}")
             self.header = record
         elif record["kind"] == "step":
             self.steps.append(record)
@@ -237,4 +237,3 @@ class Pending:
     def clear(self) -> None:
         """Forget the groups: their step line is on disk."""
         self.path.unlink(missing_ok=True)
-

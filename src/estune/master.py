@@ -77,9 +77,7 @@ class Master:
         """Number of scalars in theta."""
         return sum(flat.size for flat in self._flat.values())
 
-    def perturb(
-        self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
         """Return a member's weights for one parameter, float32 of the parameter's shape.
 
         Args:
@@ -98,7 +96,7 @@ class Master:
             return out
         scale = np.float32(perturbation.scale * perturbation.member.sign)
         rademacher = perturbation.distribution == "rademacher"
-        keys = {}
+        keys: dict[int, tuple[np.uint32, np.uint32]] = {}  # per block
 
         def work(piece: tuple[int, int, int]) -> None:
             start, count, block = piece
@@ -170,10 +168,10 @@ class Master:
         """Return the fingerprint of theta (DESIGN section 5): blake2b-128 in hex over names, shapes and raw bytes."""
         return fingerprint(self.specs, self.arrays)
 
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Copy float32 values into theta in place; shapes must match."""
+    def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
+        """Overwrite theta in place: ``read_into(name, flat)`` fills each parameter's flat float32 array (d,)."""
         for spec in self.specs:
-            np.copyto(self.arrays[spec.name], arrays[spec.name])
+            read_into(spec.name, self._flat[spec.name])
         self.version += 1
 
     def _digest(self, sums: Sequence[tuple[str, int]]) -> str:

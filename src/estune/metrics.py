@@ -36,9 +36,7 @@ class Timing:
     ended: float
 
 
-def step_metrics(
-    rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollouts: Rollouts
-) -> dict[str, Any]:
+def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollouts: Rollouts) -> dict[str, Any]:
     """Return a training step's metrics before its update, from filled rewards (N, B, G, F) and fitness (N,)."""
     weighed = weigh(rewards, spec.weights)  # (N, B, G)
     lengths = rollouts.lengths  # (N, B, G)
@@ -68,7 +66,7 @@ def step_metrics(
 
 
 def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None) -> dict[str, Any]:
-    """Return what is known once theta has moved; without ``timing`` (a killed run's last step) the time of its parts."""
+    """Return what is known once theta has moved; without ``timing`` (a killed run) the time of its parts."""
     parts_s = measured["es/perturb_s"] + measured["es/generate_s"] + measured["es/score_s"]
     return {
         "es/update_norm": moved.norm,
@@ -116,7 +114,7 @@ def write_completions(path: Path, rollouts: Rollouts, prompts: Sequence[Prompt])
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     data = "".join(line + "\n" for line in lines).encode("utf-8")
-    replace_file(path, lambda file: file.write(data) and None)
+    replace_file(path, lambda file: file.write(data))
 
 
 def warn_of_coarse_weights(cosines: dict[str, float]) -> None:

@@ -6,13 +6,13 @@ A monitor that cannot start is an error; one that breaks later is warned about o
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from estune.errors import UserError
+from estune.files import replace_file, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,7 +35,7 @@ class JsonlMonitor:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record as a line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
@@ -59,7 +59,8 @@ class ConsoleMonitor:
             right = "" if accuracy is None else f"  accuracy {accuracy:6.1%} [{low:.1%}, {high:.1%}]"
             reward = record["eval_reward"]
             text = f"{step}  held-out ({record['eval_rows']} rows){right}" + (
-                f"  reward {reward:.3f}" if reward is not None else "  reward: all failed")
+                f"  reward {reward:.3f}" if reward is not None else "  reward: all failed"
+            )
             print(text, flush=True)
             return
         self._times = [*self._times[-9:], record["step_time"]]
@@ -135,9 +136,7 @@ def cut_back(run_dir: Path, steps_done: int) -> None:
         kept = [line for line in path.read_bytes().splitlines() if _keep(line, run_dir, steps_done)]
         text = b"".join(line + b"\n" for line in kept)
         if text != path.read_bytes():
-            partial = path.with_name(".metrics.jsonl.partial")
-            partial.write_bytes(text)
-            os.replace(partial, path)
+            replace_file(path, lambda file: file.write(text) and None)
     for folder in ("completions", "eval"):
         for file in (run_dir / folder).glob("step_*.jsonl"):
             if int(file.stem.removeprefix("step_")) > steps_done:
@@ -152,7 +151,7 @@ def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
         return False
     if "eval_reward" in record and not (run_dir / "eval" / f"step_{step:05d}.jsonl").exists():
         return False
-    return step <= steps_done
+    return bool(step <= steps_done)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

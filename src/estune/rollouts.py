@@ -7,9 +7,11 @@ passes). Scoring runs in the reward pool while the engine generates for the next
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +22,9 @@ from estune.engines.base import Completion, Engine, Interrupted, Perturbation, P
 from estune.journal import Pending
 from estune.population import Member
 from estune.rewards import RewardBatch, RewardPool, RewardResult
-
-
 Completions = list[list[Completion]]  # (B, G)
+
+STOP_GRACE_S = 2.0  # how long a run that was asked to stop still waits for a score
 
 
 @dataclass
@@ -105,8 +107,9 @@ class Evaluator:
         """Put a group's scores into it."""
         shape = (-1, num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
-        unknown = np.isnan(rewards) | failed
-        group.rewards = np.where(unknown, None, rewards.astype(object)).tolist()
+        values = rewards.astype(object)
+        values[np.isnan(rewards) | failed] = None
+        group.rewards = values.tolist()
         group.failed = np.argwhere(failed).tolist()
         group.metrics, group.errors = result.metrics, result.errors
         if group.completions is not None:
@@ -135,7 +138,7 @@ class Evaluator:
     ) -> Rollouts:
         """Evaluate theta itself on a step's prompts: (1, B, G) rollouts."""
         group, _, future = self.start(None, rows, prompts, sampling, trainer_state, False)
-        return stack([self.finish(group, future.result(), sampling.num_generations)])
+        return stack([self.finish(group, scored(future, self.should_stop), sampling.num_generations)])
 
     def population(
         self,
@@ -164,8 +167,9 @@ class Evaluator:
 
         def collect(wait: bool) -> None:
             while scoring and (wait or scoring[0][2].done()):
-                index, group, future = scoring.pop(0)
-                groups[index] = self.finish(group, future.result(), sampling.num_generations)
+                index, group, future = scoring[0]
+                groups[index] = self.finish(group, scored(future, self.should_stop), sampling.num_generations)
+                scoring.pop(0)
                 pending.append(head, index, vars(groups[index]))
                 progress(len(groups))
 
@@ -176,13 +180,31 @@ class Evaluator:
                     group, _, future = self.start(perturbation, rows, prompts, sampling, trainer_state, keep_text)
                     scoring.append((index, group, future))
                     collect(wait=False)
-        except Interrupted:
+            started = time.perf_counter()
             collect(wait=True)
+            score_wait_s += time.perf_counter() - started
+        except Interrupted:
+            with suppress(Interrupted):
+                collect(wait=True)
             raise
-        started = time.perf_counter()
-        collect(wait=True)
-        score_wait_s += time.perf_counter() - started
         return stack([groups[index] for index in range(len(members))], score_wait_s)
+
+
+def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:
+    """Wait for a score.
+
+    Raises:
+        Interrupted: the run was asked to stop, and the score took too long even so.
+    """
+    stop_at = math.inf
+    while not future.done() and time.monotonic() < stop_at:
+        with suppress(TimeoutError):
+            future.exception(timeout=0.1)
+        if should_stop():
+            stop_at = min(stop_at, time.monotonic() + STOP_GRACE_S)
+    if not future.done():
+        raise Interrupted
+    return future.result()
 
 
 def stack(groups: list[Group], score_wait_s: float = 0.0) -> Rollouts:

@@ -86,6 +86,9 @@ class Run:
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
             check_base(self.found, fingerprint, self.args.model)
+            for name, value in extra.items():
+                if self.found.header[name] != value:
+                    raise UserError(f"a resume cannot change {name} from {self.found.header[name]} to {value}")
             write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
 
     def recover(self, engine: Engine) -> tuple[int, Moved | None]:
@@ -126,7 +129,7 @@ class Run:
                  "checksum": engine.master.checksum()}  # fmt: skip
         trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
-            checkpoint.save_final(self.path, engine, state, trainer_state, engine.compute_dtype)
+            checkpoint.save_final(self.path, engine, state, trainer_state)
         else:
             checkpoint.save_checkpoint(self.path, self.steps_done, engine, state, trainer_state)
 
@@ -153,8 +156,10 @@ class Run:
         os.close(self.lock)
 
 
-def open_run(args: ESConfig) -> Run:
+def open_run(args: ESConfig, given: ESConfig) -> Run:
     """Open ``args.output_dir`` for a new run, or for the one that it holds with ``resume``.
+
+    ``given`` is the configuration before its `auto` values were resolved: a resume keeps the run's.
 
     Raises:
         UserError: it holds another run and neither resume nor overwrite was given, another process runs it, the
@@ -181,7 +186,7 @@ def open_run(args: ESConfig) -> Run:
             if (path / JOURNAL_FILE).exists():
                 (path / JOURNAL_FILE).unlink()
             return Run(path, args, lock)
-        args = adopt(args, journal.header["config"])
+        args = adopt(args, journal.header["config"], given)
         if len(journal.steps) > args.max_steps:
             raise UserError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
         return Run(path, args, lock, journal)
@@ -190,13 +195,21 @@ def open_run(args: ESConfig) -> Run:
         raise
 
 
-def is_finished(path: Path, max_steps: int) -> bool:
-    """Say whether a run directory holds a finished run of ``max_steps`` steps; reads only."""
+def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
+    """Say whether a run directory holds a finished run of ``args.max_steps`` steps; reads only.
+
+    Raises:
+        UserError: it does, and ``args`` would have made another.
+    """
+    max_steps = args.max_steps
     state = checkpoint.read_state(path)
     if state is None or state.get("step") != max_steps or checkpoint.leftovers(path):
         return False
     journal = Journal.open(path / JOURNAL_FILE, repair=False)
-    return journal is not None and len(journal.steps) == max_steps and max_steps in journal.checkpoints
+    if journal is None or len(journal.steps) != max_steps or max_steps not in journal.checkpoints:
+        return False
+    adopt(args, journal.header["config"], given)
+    return True
 
 
 def lock_directory(path: Path) -> int:
@@ -210,7 +223,7 @@ def lock_directory(path: Path) -> int:
     return descriptor
 
 
-def adopt(args: ESConfig, stored: Mapping[str, Any]) -> ESConfig:
+def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig) -> ESConfig:
     """Return ``args`` with what a resume must keep taken from the journal's header.
 
     Raises:
@@ -221,7 +234,7 @@ def adopt(args: ESConfig, stored: Mapping[str, Any]) -> ESConfig:
         now = getattr(args, name)
         if now == value:
             continue
-        if now not in (None, "auto"):
+        if getattr(given, name) not in (None, "auto"):
             free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
             raise UserError(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
         taken[name] = value
@@ -251,9 +264,7 @@ def check_base(journal: Journal, fingerprint: str, model: str) -> None:
         raise UserError(f"model {model} has fingerprint {fingerprint}, the journal was written on {wanted}")
 
 
-def replay_steps(
-    journal: Journal, engine: Engine, start: int, stop: int, anchor: AnchorReader | None
-) -> Moved | None:
+def replay_steps(journal: Journal, engine: Engine, start: int, stop: int, anchor: AnchorReader | None) -> Moved | None:
     """Apply the journal's steps ``start .. stop`` to theta, verifying its checksum before each; return the last move.
 
     Raises:
@@ -273,5 +284,3 @@ def replay_steps(
         raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
     engine.master_changed()
     return moved
-
-

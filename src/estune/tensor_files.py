@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +40,10 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def write_tensors(path: Path, parameters: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray],
-                  dtype: str) -> None:  # fmt: skip
-    """Write a safetensors file: float32 ``parameters`` cast once to ``dtype``, ``buffers`` as they are.
+def write_tensors(
+    path: Path, parameters: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
+) -> None:
+    """Write a safetensors file: float32 ``parameters`` cast once to their ``dtypes``, ``buffers`` as they are.
 
     The file appears whole or not at all, and holds no times: equal tensors give equal bytes.
 
@@ -54,7 +55,7 @@ def write_tensors(path: Path, parameters: Mapping[str, np.ndarray], buffers: Map
     offset = 0
     for name in sorted(tensors):
         array = tensors[name]
-        stored = _TARGET[dtype] if name in parameters else _STORED[array.dtype]
+        stored = _TARGET[dtypes[name]] if name in parameters else _STORED[array.dtype]
         size = array.size * np.dtype(_NUMPY[stored]).itemsize
         header[name] = {"dtype": stored, "shape": list(array.shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -67,7 +68,8 @@ def write_tensors(path: Path, parameters: Mapping[str, np.ndarray], buffers: Map
             flat = np.ascontiguousarray(tensors[name]).reshape(-1)
             for start in range(0, flat.size, CHUNK):
                 chunk = flat[start : start + CHUNK]
-                if name in parameters and dtype != "float32":
+                dtype = dtypes[name] if name in parameters else "float32"
+                if dtype != "float32":
                     with np.errstate(over="ignore"):  # beyond float16's range is inf, as torch casts it
                         chunk = to_bfloat16(chunk) if dtype == "bfloat16" else chunk.astype(np.float16)
                 file.write(chunk.data)
@@ -119,6 +121,17 @@ class TensorFile:
             return from_bfloat16(np.asarray(values))
         return np.asarray(values, dtype=np.float32)
 
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Fill a flat float32 array with a tensor by plain reads, so that no page of the file stays in memory."""
+        entry = self.entries[name]
+        dtype = np.dtype(_NUMPY[entry["dtype"]])
+        with self.path.open("rb") as file:
+            file.seek(self._start + entry["data_offsets"][0])
+            for start in range(0, out.size, CHUNK):
+                piece = out[start : start + CHUNK]
+                values = np.fromfile(file, dtype=dtype, count=piece.size)
+                piece[:] = from_bfloat16(values) if entry["dtype"] == "BF16" else values
+
 
 def open_model_files(directory: Path) -> dict[str, TensorFile]:
     """Map every stored tensor of a model directory, sharded or not, to the file that holds it; empty if none."""
@@ -130,8 +143,3 @@ def open_model_files(directory: Path) -> dict[str, TensorFile]:
         file = TensorFile(directory / WEIGHTS_FILE)
         return dict.fromkeys(file.entries, file)
     return {}
-
-
-def total_bytes(tensors: Iterable[np.ndarray]) -> int:
-    """Return the bytes that tensors take."""
-    return sum(tensor.nbytes for tensor in tensors)

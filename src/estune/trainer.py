@@ -8,7 +8,9 @@ Everything it calls is a plain function or a small object named after what it do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from contextlib import ExitStack
@@ -78,6 +80,7 @@ class ESTrainer:
                 raise UserError("eval_steps needs an eval_dataset beside train_dataset")
             rows = inputs.resolve_rows(args, eval_dataset, self.task, "validation", self.rewards)
             self.eval_rows = rows[: args.eval_rows or None]
+        self._given = args if self._module is None else dataclasses.replace(args, model="auto")  # named by its run
         self.args = inputs.resolve_config(args, len(self.train_rows))
         self.batches = Batches(len(self.train_rows), int(self.args.batch_size), self.args.seed)
         self._engine: Engine | None = None
@@ -90,8 +93,11 @@ class ESTrainer:
 
         A run that is asked to stop (SIGINT, SIGTERM) saves a checkpoint and returns too.
         """
-        args = self.args = self._with_output_dir(self.args)
-        if args.resume and is_finished(Path(args.output_dir or ""), args.max_steps):
+        args = self._with_output_dir(self.args)
+        if self._module is not None:
+            args = dataclasses.replace(args, model=str(Path(args.output_dir or "") / BASE_DIRECTORY))
+        self.args = args
+        if args.resume and is_finished(Path(args.output_dir or ""), args, self._given):
             print(f"estune: {args.output_dir} is finished ({args.max_steps} steps); nothing to do")
             return Path(args.output_dir or "")
         with ExitStack() as stack:
@@ -107,7 +113,8 @@ class ESTrainer:
                     scale = perturbation_scale(sigma, args.noise_distribution)
                     rollouts = self._evaluate_population(run, step, rows, members, scale)
                     rewards = fill_failures(rollouts.rewards, rollouts.failed, self.rewards.weights)  # (N, B, G, F)
-                    fitness, utilities = shape_fitness(weigh(rewards, self.rewards.weights), args.fitness_shaping)  # (N,)
+                    weighed = weigh(rewards, self.rewards.weights)  # (N, B, G)
+                    fitness, utilities = shape_fitness(weighed, args.fitness_shaping)  # (N,), (N,)
                     update = make_update(
                         members, utilities, learning_rate,
                         weight_decay=args.weight_decay, anchored=args.weight_decay_anchor == "base",
@@ -157,7 +164,7 @@ class ESTrainer:
         )
 
     def _theta_rank(self, step: int, rows: list[int], fitness: Any) -> dict[str, float]:
-        """At evaluation steps, evaluate theta itself on the step's rows: its fitness and its rank among N + 1 (1: best)."""
+        """At evaluation steps, evaluate theta itself on the step's rows: its rank among N + 1, 1 for the best."""
         if not self.args.eval_steps or (step + 1) % self.args.eval_steps:
             return {}
         own = self._evaluator.theta(
@@ -200,6 +207,7 @@ class ESTrainer:
 
     def _finish(self, run: Run) -> None:
         """Write the finished model to the run directory's root."""
+        self.engine.load_theta()
         run.save(self.engine, final=True)
         run.record_checkpoint(self.engine)
         run.pending.clear()
@@ -234,12 +242,7 @@ class ESTrainer:
         return sigma, args.effective_learning_rate * factor
 
     def _sampling(self, step: int) -> Sampling:
-        args = self.args
-        return Sampling(
-            seed=args.seed, step=step, max_completion_length=args.max_completion_length,
-            num_generations=args.num_generations, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-            stop_strings=tuple(args.stop_strings),
-        )  # fmt: skip
+        return inputs.sampling(self.args, step)
 
     def _trainer_state(self, step: int) -> dict[str, Any]:
         epoch = step * len(self.batches.rows_for_step(0)) / len(self.train_rows)
@@ -256,7 +259,7 @@ class ESTrainer:
 
     def save_model(self, output_dir: str | Path) -> None:
         """Write theta as a Hugging Face model, cast once to the compute dtype."""
-        write_model(Path(output_dir), self.engine, self.engine.compute_dtype)
+        write_model(Path(output_dir), self.engine, float32=False)
 
     def prepare(self) -> list[Prompt]:
         """Load the engine and tokenise the training rows: everything that can fail before a run is written."""
@@ -265,17 +268,24 @@ class ESTrainer:
     def _with_output_dir(self, args: ESConfig) -> ESConfig:
         if args.output_dir is not None:
             return args
-        name = args.run_name
-        if name is None:
-            source = args.task or Path(args.dataset_name or "data").stem
-            name = f"{source}-{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return dataclasses.replace(args, output_dir=str(Path("runs") / name), run_name=name)
+        if args.run_name is not None:
+            return dataclasses.replace(args, output_dir=str(Path("runs") / args.run_name))
+        source = args.task or Path(args.dataset_name or "data").stem
+        model = args.model if self._module is None else type(self._module).__name__
+        name = f"{source}-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in itertools.count(1):
+            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):  # a run that started in the same second
+                path.mkdir(parents=True)
+                break
+        return dataclasses.replace(args, output_dir=str(path), run_name=path.name)
 
     def _open(self, stack: ExitStack) -> Run:
-        """Open the directory, the reward workers (before the engine: they start from a clean process) and the engine."""
-        run = open_run(self.args)
+        """Open the directory, the reward workers, and then the engine."""
+        run = open_run(self.args, self._given)
         stack.callback(run.close)
         self.args = args = run.args
+        self.batches = Batches(len(self.train_rows), int(args.batch_size), args.seed)
         stop = stack.enter_context(StopRequest())
         pool = self._pool(self.rewards.funcs, self.rewards.names, int(args.reward_workers))
         stack.callback(pool.close)
@@ -292,7 +302,8 @@ class ESTrainer:
         reproducible = None
         if run.is_new:
             reproducible = self.engine.check_reproducible(self._prompts[:2], self._sampling(0))
-        run.begin(self.engine, reproducible, {"reward_funcs": self.rewards.names, "reward_weights": self.rewards.weights})
+        names = {"reward_funcs": self.rewards.names, "reward_weights": self.rewards.weights}
+        run.begin(self.engine, reproducible, names)
         replayed, last_move = run.recover(self.engine)
         self._checksum = self.engine.master.checksum()
         self._tokens = run.tokens_before()
@@ -317,10 +328,8 @@ class ESTrainer:
         if self._module is not None or (anchored and anchor is None):
             own = run.path / BASE_DIRECTORY
             if run.is_new:
-                write_model(own, self.engine, "float32")
+                write_model(own, self.engine, float32=True)
             anchor = anchor_reader(own, self.engine.master.specs)
-            if self._module is not None:
-                self.args = run.args = dataclasses.replace(run.args, model=str(own))
         run.anchor = anchor if anchored else None
 
     def _make_monitors(self, run: Run) -> Monitors:

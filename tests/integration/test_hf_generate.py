@@ -303,7 +303,7 @@ def test_assets_make_a_loadable_model_without_paths(tmp_path: Path) -> None:
     engine = HFEngine.load(str(tmp_path / "base"))
     engine.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     for name in ("one", "two"):
-        engine.save_assets(tmp_path / name)
+        engine.save_assets(tmp_path / name, engine.compute_dtype)
     written = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(written)
     for name in written:
@@ -319,7 +319,7 @@ def test_assets_make_a_loadable_model_without_paths(tmp_path: Path) -> None:
     assert again.generate(None, prompts(3), GREEDY) == engine.generate(None, prompts(3), GREEDY)
     assert AutoTokenizer.from_pretrained(tmp_path / "one").chat_template == engine.tokenizer.chat_template
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "one").dtype == torch.float32
-    HFEngine.load(str(tmp_path / "base"), dtype="bfloat16").save_assets(tmp_path / "half")
+    HFEngine.load(str(tmp_path / "base"), dtype="bfloat16").save_assets(tmp_path / "half", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

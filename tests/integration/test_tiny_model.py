@@ -27,7 +27,15 @@ def test_it_takes_at_most_4_megabytes():
 def test_tokenizer_loses_nothing(tokenizer):
     generator = random.Random(0)
     texts = ["".join(generator.choices(string.printable, k=60)) for _ in range(200)]
-    texts += [string.printable, "", " ", "  a  ", "1234567890 -12, 7; 007", "ça va? 日本 ×÷−", "<think>3*5=15</think>\n<answer>3*5</answer>"]
+    texts += [
+        string.printable,
+        "",
+        " ",
+        "  a  ",
+        "1234567890 -12, 7; 007",
+        "ça va? 日本 ×÷−",
+        "<think>3*5=15</think>\n<answer>3*5</answer>",
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -133,7 +133,7 @@ def test_a_checkpoint_of_a_step_that_the_journal_lost_is_not_believed(zygote, pl
     assert_same_tree(tree(place / "run"), wanted)
 
 
-@pytest.mark.parametrize("model", ["llama", "tiny"])
+@pytest.mark.parametrize("model", ["llama"])
 def test_three_kills_of_a_language_model(torch_zygote, place, request, model):
     if model == "tiny":
         task = ("--task", "countdown", "--eval_steps", 4, "--eval_rows", 3)

@@ -82,6 +82,7 @@ class Engine(Protocol):
     max_context: int | None  # tokens; None: unlimited
     tokenizer: Any  # None where prompts are bytes (the toy engine)
     compute_dtype: str  # float32, bfloat16 or float16
+    stored_dtypes: dict[str, str]  # per stored name: some models keep a few tensors in float32 whatever the rest is
     perturb_s: float  # seconds spent so far in writing members' weights
 
     def generate(
@@ -97,6 +98,9 @@ class Engine(Protocol):
             Interrupted: ``should_stop`` turned true between two tokens.
         """
 
+    def load_theta(self) -> None:
+        """Put theta itself into the working model, cast to the compute dtype."""
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion's tokens, special tokens left out."""
 
@@ -106,8 +110,8 @@ class Engine(Protocol):
     def master_changed(self) -> None:
         """Theta was written: forget everything derived from it."""
 
-    def save_assets(self, directory: Path) -> None:
-        """Write what a checkpoint holds beside its weights (configuration, tokenizer); no times, no paths."""
+    def save_assets(self, directory: Path, dtype: str) -> None:
+        """Write what a checkpoint of ``dtype`` holds beside its weights (configuration, tokenizer); no times or paths."""
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""

@@ -174,6 +174,10 @@ class HFEngine:
         groups = [answers[i : i + copies] for i in range(0, len(answers), copies)]
         return [group * sampling.num_generations if copies == 1 else group for group in groups]
 
+    def load_theta(self) -> None:
+        """Put theta itself into the working model."""
+        self._load(None)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion's tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -183,9 +187,9 @@ class HFEngine:
         self._loaded = None
         self._fixed_version = -1
 
-    def save_assets(self, directory: Path) -> None:
+    def save_assets(self, directory: Path, dtype: str) -> None:
         """Write configuration, generation configuration and tokenizer; see `Engine.save_assets`."""
-        save_assets(self.model, self.tokenizer, self.compute_dtype, Path(directory))
+        save_assets(self.model, self.tokenizer, dtype, Path(directory))
 
     @torch.inference_mode()
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -36,6 +36,7 @@ class ToyEngine:
         specs = [ParameterSpec(name, shape, not name.startswith("frozen")) for name, shape in SHAPES.items()]
         arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
         self.master = Master(specs, arrays, num_threads=num_threads)
+        self.stored_dtypes = {spec.name: "float32" for spec in specs}
 
     @property
     def coordinates(self) -> int:
@@ -67,6 +68,9 @@ class ToyEngine:
             )
         return answers
 
+    def load_theta(self) -> None:
+        """There is no working model beside the master."""
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of bytes."""
         return bytes(token_ids).decode()
@@ -78,7 +82,7 @@ class ToyEngine:
     def master_changed(self) -> None:
         """Nothing is derived from theta."""
 
-    def save_assets(self, directory: Path) -> None:
+    def save_assets(self, directory: Path, dtype: str) -> None:
         """Write a config.json that names the toy."""
         text = json.dumps({"model_type": MODEL_TYPE, "dtype": "float32"}, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 TILE = 2048  # elements whose int32 accumulators (8 KiB) stay in the first-level cache
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
     """Count the set bits of a uint32 by LLVM's ctpop, which vectorises (VPOPCNTDQ, or a shuffle on AVX2)."""
 
@@ -25,7 +25,7 @@ def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
     return types.uint32(types.uint32), codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]
     """Reinterpret a float32 as its uint32 bit pattern."""
 
@@ -50,7 +50,7 @@ def _noise(i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
     word = _mix(np.uint32(_mix(np.uint32(i ^ k0)) + k1))
     if rademacher:
         return np.int32((word >> np.uint32(31)) << np.uint32(1)) - np.int32(1)
-    return np.int32(_popcount(word)) - np.int32(16)
+    return np.int32(_popcount(word)) - np.int32(16)  # type: ignore[call-arg]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
@@ -77,7 +77,7 @@ def checksum_of(theta, start):  # type: ignore[no-untyped-def]
     base = np.uint32(start)
     total = np.uint64(0)
     for j in range(theta.size):
-        total += np.uint64(_mix(np.uint32(_mix(np.uint32(base + np.uint32(j))) + _bits_of(theta[j]))))
+        total += np.uint64(_mix(np.uint32(_mix(np.uint32(base + np.uint32(j))) + _bits_of(theta[j]))))  # type: ignore[call-arg]
     return total
 
 
@@ -118,7 +118,7 @@ def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: i
             if acc[j] != 0:
                 value = np.float32(np.float64(value) + a * np.float64(acc[j]))
             theta[lo + j] = value
-            total += np.uint64(_mix(np.uint32(_mix(np.uint32(base + np.uint32(j))) + _bits_of(value))))
+            total += np.uint64(_mix(np.uint32(_mix(np.uint32(base + np.uint32(j))) + _bits_of(value))))  # type: ignore[call-arg]
             moved += (np.float64(value) - np.float64(before)) ** 2
             size += np.float64(value) ** 2
     return total, moved, size

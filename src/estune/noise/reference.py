@@ -14,6 +14,7 @@ import math
 from hashlib import blake2b
 
 import numpy as np
+import numpy.typing as npt
 
 NOISE_VERSION = 1
 NOISE_PERSON = b"estune-noise-v1"
@@ -34,16 +35,20 @@ def block_name(name: str, block: int) -> str:
     return name if block == 0 else f"{name}#{block}"
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+Words = npt.NDArray[np.uint32]
+
+
+def mix(x: Words) -> Words:
     """Mix uint32 words; a bijection. Shape and dtype are kept."""
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x21F0AAAD)  # wraps modulo 2^32, as intended
     x = x ^ (x >> np.uint32(15))
     x = x * np.uint32(0xD35A2D97)
-    return x ^ (x >> np.uint32(15))
+    x ^= x >> np.uint32(15)
+    return x
 
 
-def noise_words(seed: int, name: str, start: int, count: int) -> np.ndarray:
+def noise_words(seed: int, name: str, start: int, count: int) -> Words:
     """Return the mixed words of elements ``start .. start + count``: uint32 (count,)."""
     words = np.empty(count, dtype=np.uint32)  # (count,)
     done = 0
@@ -74,7 +79,8 @@ def noise_ints(seed: int, name: str, start: int, count: int, distribution: str =
         return np.where(words >> np.uint32(31), np.int32(1), np.int32(-1)).astype(np.int32)
     if distribution != "normal":
         raise ValueError(f"unknown noise distribution {distribution!r}; known: {', '.join(DISTRIBUTIONS)}")
-    return np.bitwise_count(words).astype(np.int32) - np.int32(16)
+    n: np.ndarray = np.bitwise_count(words).astype(np.int32) - np.int32(16)
+    return n
 
 
 def noise_deviation(distribution: str = "normal") -> float:

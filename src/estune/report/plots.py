@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
-from estune.monitors import read_metrics  # noqa: E402
+from estune.monitors import read_metrics
 
 PLOT_FILE = Path("plots") / "curves.png"
 REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: where its rows come from, and how completions are scored (both functions follow TRL's reward contract)."""
+    """A task: where its rows come from, and how completions are scored (both functions follow TRL's contract)."""
 
     name: str
     description: str

@@ -1,7 +1,7 @@
 """Countdown: reach a target from given numbers, each used exactly once, with + - * / and parentheses.
 
-Three things live here: a seeded generator of solvable problems, the check of an answer in exact rational arithmetic, and
-the paper's reward (answer + 0.1 * format, arXiv 2509.24372). Every function is linear in the length of what a model
+Three things live here: a seeded generator of solvable problems, the check of an answer in exact rational arithmetic,
+and the paper's reward (answer + 0.1 * format, arXiv 2509.24372). Every function is linear in the length of what a model
 wrote: tags are found by `str.find`, never by a backtracking pattern.
 """
 
@@ -17,8 +17,8 @@ from estune.tasks.expressions import evaluate, tokenize
 
 # The generator's problems suit both a real model and a very small one. Numbers of one or two digits and a two-digit
 # target are what people play, and a solution in whole-number steps exists, so a language model meets nothing odd; and
-# 15 numbers by some 200 intermediate values make an arithmetic table that a million parameters can hold. There are about
-# 5900 such problems of three numbers and 110 000 of four, so 2400 held-out ones leave plenty to learn from.
+# 15 numbers by some 200 intermediate values make an arithmetic table that a million parameters can hold. There are
+# about 5900 such problems of three numbers and 110 000 of four, so 2400 held-out ones leave plenty to learn from.
 SMALLEST_NUMBER, LARGEST_NUMBER = 1, 15
 SMALLEST_TARGET, LARGEST_TARGET = 10, 99
 LARGEST_INTERMEDIATE = 199
@@ -32,7 +32,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 
-# --- problems ---------------------------------------------------------------------------------------------------------
+# --- problems ---
 
 
 def problem_key(numbers: Sequence[int], target: int) -> tuple[tuple[int, ...], int]:
@@ -52,8 +52,8 @@ def format_prompt(numbers: Sequence[int], target: object) -> str:
 def draw_chain(generator: random.Random, count: int) -> tuple[int, list[tuple[str, int]], int]:
     """Draw a start number, `count` - 1 steps (operation, number) in whole numbers, and the target where they end.
 
-    The operations are `+ - r * /`, where `r` takes the value so far away from the number. Uses `Random.random()` alone: its
-    stream for a seed is the one that Python promises to keep between versions.
+    The operations are `+ - r * /`, where `r` takes the value so far away from the number. Uses `Random.random()` alone:
+    its stream for a seed is the one that Python promises to keep between versions.
     """
     while True:
         numbers = [_integer(generator, SMALLEST_NUMBER, LARGEST_NUMBER) for _ in range(count)]
@@ -132,9 +132,7 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     """
     source = "numbers" if row.get("numbers") is not None else "nums"
     missing = [
-        name
-        for name, value in (("numbers (or nums)", row.get(source)), ("target", row.get("target")))
-        if value is None
+        name for name, value in (("numbers (or nums)", row.get(source)), ("target", row.get("target"))) if value is None
     ]
     if missing:
         present = ", ".join(row) or "none"
@@ -171,9 +169,7 @@ def normalise_numbers(numbers: Any) -> list[int]:
         elif isinstance(item, int) and not isinstance(item, bool):
             value = item
         if value is None or value < 0:
-            raise UserError(
-                f"The numbers of a countdown row must be whole and not negative, not {_short(item)}."
-            )
+            raise UserError(f"The numbers of a countdown row must be whole and not negative, not {_short(item)}.")
         normalised.append(value)
     return normalised
 
@@ -209,7 +205,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# --- scoring ----------------------------------------------------------------------------------------------------------
+# --- scoring ---
 
 
 def extract_answer(text: str) -> str | None:
@@ -223,7 +219,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def answer_score(text: str, numbers: Any, target: Any) -> float:
-    """Return 1.0 if the last answer uses exactly the given numbers, each once, and evaluates to the target, else 0.0."""
+    """Return 1.0 if the last answer uses exactly the given numbers, each once, and makes the target, else 0.0."""
     given = normalise_numbers(numbers)
     wanted, exact = parse_target(target)
     answer = extract_answer(text)
@@ -239,8 +235,8 @@ def answer_score(text: str, numbers: Any, target: Any) -> float:
 def format_score(text: str) -> float:
     """Return the paper's format part: 1 for a think block, a newline, an answer block and nothing else.
 
-    Otherwise 0.1 for a think block somewhere plus 0.5 for an answer block somewhere. A block ends at the first closing tag
-    after its opening one, so text around or between the two blocks costs the full mark.
+    Otherwise 0.1 for a think block somewhere plus 0.5 for an answer block somewhere. A block ends at the first closing
+    tag after its opening one, so text around or between the two blocks costs the full mark.
     """
     think_open = text.find(THINK_OPEN)
     think_close = text.find(THINK_CLOSE, think_open) if think_open >= 0 else -1
@@ -274,6 +270,4 @@ def reward(completions: list[Any], numbers: list[Any], target: list[Any], **_: A
 def accuracy(completions: list[Any], numbers: list[Any], target: list[Any], **_: Any) -> list[float]:
     """Return the answer part of the reward per completion: 1.0 if solved, else 0.0."""
     texts = map(completion_text, completions)
-    return [
-        answer_score(text, given, wanted) for text, given, wanted in zip(texts, numbers, target, strict=True)
-    ]
+    return [answer_score(text, given, wanted) for text, given, wanted in zip(texts, numbers, target, strict=True)]

@@ -1,0 +1,343 @@
+"""Resume, stop, full disks and replay: what is on disk is always enough (DESIGN sections 3.5, 3.6 and 5)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from command_line import (
+    MARK,
+    TOY,
+    Done,
+    assert_no_process,
+    assert_refused,
+    assert_same_tree,
+    journal,
+    metrics,
+    steps,
+    tree,
+    weights,
+)
+
+SMALL = (*TOY, "--population_size", 4, "--sigma", 0.1, "--save_steps", 2)
+
+
+def stamps(directory):
+    """Return every path below a directory, and itself, with its time of change and content."""
+    paths = [directory, *sorted(directory.rglob("*"))]
+    return [(str(p), p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in paths]
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directory", ["absent", "empty"])
+def test_resume_where_nothing_was_written_starts_the_run(run, place, directory):
+    assert run(*SMALL, "--max_steps", 2).code == 0
+    wanted = tree(place / "run")
+    shutil.rmtree(place / "run")
+    if directory == "empty":
+        (place / "run").mkdir()
+    assert run(*SMALL, "--max_steps", 2, "--resume").code == 0
+    assert_same_tree(tree(place / "run"), wanted)
+
+
+def test_resume_of_a_finished_run_changes_no_byte(run, place):
+    assert run(*SMALL, "--max_steps", 3).code == 0
+    before = stamps(place / "run")
+    for words in ((*SMALL, "--max_steps", 3, "--resume"), ("train", "--output_dir", "run", "--resume")):
+        done = run(*words)
+        assert done.code == 0 and "finished" in done.out, done
+        assert stamps(place / "run") == before
+
+
+def test_more_steps_end_where_a_longer_run_ends(run, place):
+    assert run(*SMALL, "--max_steps", 7).code == 0
+    (place / "run").rename(place / "long")
+    assert run(*SMALL, "--max_steps", 3).code == 0
+    assert run("train", "--resume", "--output_dir", "run", "--max_steps", 7).code == 0
+    assert weights(place / "run") == weights(place / "long")
+    assert steps(place / "run") == steps(place / "long")
+    assert metrics(place / "run") == metrics(place / "long")
+    for step in (2, 4, 6):
+        assert tree(place / "run" / f"checkpoint-{step}")["model.safetensors"] == weights(place / "long" / f"checkpoint-{step}")
+    assert_refused(run("train", "--resume", "--output_dir", "run", "--max_steps", 5), "7 steps", "max_steps 5")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("sigma", 0.2), ("learning_rate", 0.3), ("population_size", 6), ("batch_size", 2), ("seed", 1), ("antithetic", "true"),
+        ("fitness_shaping", "centered_rank"), ("noise_distribution", "rademacher"), ("weight_decay", 0.1),
+        ("max_completion_length", 9), ("response_prefix", "0"), ("reward_funcs", "rewards.py:logged"),
+        ("lr_scheduler_type", "cosine"), ("num_threads", 3), ("reward_timeout_s", 5),
+    ],
+)  # fmt: skip
+def test_a_resume_cannot_change_the_trajectory(run, place, base_run, change, finished):
+    shutil.copytree(base_run, place / "run")
+    before = stamps(place / "run")
+    name, value = change
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 3 if finished else 4, f"--{name}", value)
+    assert_refused(done, name)
+    assert stamps(place / "run") == before
+
+
+@pytest.fixture(scope="module")
+def base_run(zygote, tmp_path_factory):
+    """A finished run of three steps."""
+    place = tmp_path_factory.mktemp("base")
+    assert zygote.run((*SMALL, "--max_steps", 3), place).code == 0
+    return place / "run"
+
+
+@pytest.mark.parametrize("kept", ["max_steps", "save_steps", "save_total_limit", "eval_steps", "eval_rows", "logging_steps",
+                                  "report_to", "log_completions"])  # fmt: skip
+def test_a_resume_may_change_what_moves_no_weight(run, place, base_run, kept):
+    shutil.copytree(base_run, place / "run")
+    value = {"report_to": "plot", "log_completions": "true"}.get(kept, 5 if kept == "max_steps" else 1)
+    more = () if kept == "max_steps" else ("--max_steps", 5)
+    done = run("train", "--resume", "--output_dir", "run", f"--{kept}", value, *more)
+    assert done.code == 0, done
+    assert len(steps(place / "run")) == 5
+
+
+def test_automatic_values_are_resolved_once(zygote, place):
+    """A machine with fewer cores resumes with the threads and workers of the first start, from Python too."""
+    script = place / "script.py"
+    script.write_text(
+        "import sys\nfrom estune import ESConfig, ESTrainer\n"
+        "args = ESConfig(engine='toy', task='quadratic', max_steps=int(sys.argv[1]), output_dir='run', resume=True,\n"
+        "                population_size=4, report_to=['none'])\n"
+        "ESTrainer(args=args).train()\n"
+    )
+    cores = sorted(os.sched_getaffinity(0))
+    done = zygote.run([2], place, script=script)
+    assert done.code == 0, done
+    config = journal(place / "run")[0]["config"]
+    assert config["num_threads"] == len(cores)
+    done = zygote.run([4], place, script=script, cores=cores[:1])
+    assert done.code == 0, done
+    assert journal(place / "run")[0]["config"] == config
+    assert len(steps(place / "run")) == 4
+
+
+def test_two_processes_cannot_run_one_directory(zygote, run, place):
+    options = (*SMALL, "--max_steps", 2, "--reward_funcs", "rewards.py:slow", "--resume")
+    first = subprocess.Popen(
+        [sys.executable, "-m", "estune", *map(str, options)], cwd=place, env={**os.environ, "REWARD_S": "0.4"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while not (place / "run" / "pending.jsonl").exists():
+        time.sleep(0.01)
+    assert_refused(run(*options), "another process", "run")
+    assert_refused(run(*options[:-1], "--overwrite"), "another process", "run")
+    assert first.wait(timeout=60) == 0
+    assert len(steps(place / "run")) == 2
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def start_and_wait_for(zygote, place, options, lines, **environment):
+    """Start a run and return its pid once its journal has so many step lines and its next step is under way."""
+    pid = zygote.start(options, place, env=environment)
+    path, pending = place / "run" / "journal.jsonl", place / "run" / "pending.jsonl"
+    while not (path.exists() and path.read_bytes().count(b'"kind":"step"') >= lines and pending.exists()):
+        time.sleep(0.002)
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_0(zygote, run, place, number):
+    options = (*SMALL, "--max_steps", 5, "--save_steps", 0, "--reward_funcs", "rewards.py:slow", "--num_threads", 1)
+    assert run(*options, env={"REWARD_S": "0"}).code == 0
+    wanted = tree(place / "run")
+    shutil.rmtree(place / "run")
+    pid = start_and_wait_for(zygote, place, options, 2, **{MARK: f"signal-{os.getpid()}", "REWARD_S": "0.05"})
+    os.killpg(pid, number)  # as a terminal or a scheduler does: reward workers get it too
+    done = zygote.wait()
+    assert done.code == 0, done
+    done_steps = len(steps(place / "run"))
+    assert 2 <= done_steps < 5
+    assert f"stopped after {done_steps} steps" in done.out and "--resume" in done.out
+    assert (place / "run" / f"checkpoint-{done_steps}" / "model.safetensors").exists()
+    assert_no_process(f"signal-{os.getpid()}")
+    assert run(*options, "--resume", env={"REWARD_S": "0"}).code == 0
+    assert_same_tree(tree(place / "run", without=("checkpoint-",)), wanted)
+
+
+def test_a_signal_does_not_wait_for_a_slow_reward(zygote, run, place):
+    options = (*SMALL, "--max_steps", 5, "--population_size", 8, "--reward_funcs", "rewards.py:slow")
+    pid = zygote.start(options, place, env={"REWARD_S": "20", "CALLS": "calls"})
+    while not (place / "calls").exists():
+        time.sleep(0.002)
+    started = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    done = zygote.wait()
+    assert done.code == 0, done
+    assert time.monotonic() - started < 10
+    assert "stopped after 0 steps" in done.out
+
+
+def test_a_second_signal_quits_at_once(zygote, run, place):
+    options = (*SMALL, "--max_steps", 5, "--reward_funcs", "rewards.py:slow")
+    mark = f"twice-{os.getpid()}"
+    pid = start_and_wait_for(zygote, place, options, 0, **{MARK: mark, "REWARD_S": "1"})
+    os.kill(pid, signal.SIGINT)
+    while "once more" not in (place / ".err").read_text():
+        time.sleep(0.002)
+    started = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    assert zygote.wait().code != 0
+    assert time.monotonic() - started < 0.9
+    assert_no_process(mark)
+    assert run(*options, "--resume", env={"REWARD_S": "0"}).code == 0
+
+
+# --- full disk --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(directory, size_bytes):
+    """A file system of that size at ``directory``, where this process may mount one; says whether it is there."""
+    directory.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(directory)]
+    mounted = os.geteuid() == 0 and subprocess.run(options, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(directory)], check=True)
+
+
+def assert_disk_full(done, run_dir, wanted):
+    """The run ended with one sentence, and all that it leaves is a beginning of the whole run."""
+    assert_refused(Done(done.code, "", done.err), "no space left", "--resume")
+    left = tree(run_dir)
+    for name, data in left.items():
+        if name.startswith("checkpoint-"):
+            assert data == wanted[name], name
+    if "journal.jsonl" in left:
+        assert wanted["journal.jsonl"].startswith(left["journal.jsonl"])
+    numbers = {name.split("/")[0] for name in left if name.startswith("checkpoint-")}
+    assert all(f"{number}/es_state.json" in left for number in numbers)
+    assert not [name for name in left if "partial" in name]
+
+
+def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(zygote, run, place):
+    """Pages run out at every possible moment of a run, checkpoints and journal included."""
+    options = (*SMALL, "--max_steps", 4, "--save_steps", 1, "--reward_isolation", "inline", "--eval_steps", 2, "--num_threads", 1,
+               "--eval_rows", 2, "--batch_size", 4)  # fmt: skip
+    assert run(*options).code == 0
+    wanted = tree(place / "run")
+    warning = "estune: reward functions run inside the trainer"
+    outcomes = set()
+    with small_disk(place / "disk", 200 * 1024) as mounted:
+        at = place / "disk"
+        for free_pages in range(2, 30, 3) if mounted else ():
+            filler = at / "filler"
+            for name in (".out", ".err"):
+                (at / name).unlink(missing_ok=True)
+                (at / name).symlink_to(place / name)
+            with filler.open("wb") as file:
+                room = os.statvfs(at).f_bavail - free_pages
+                file.write(bytes(room * os.statvfs(at).f_bsize))
+            done = zygote.run(options, at)
+            errors = "".join(line + "\n" for line in done.err.splitlines() if not line.startswith(warning))
+            filler.unlink()
+            outcomes.add(len(steps(at / "run")) if (at / "run" / "journal.jsonl").exists() else None)
+            if done.code:
+                assert_disk_full(Done(done.code, "", errors), at / "run", wanted)
+            done = zygote.run((*options, "--resume"), at)
+            assert done.code == 0, (free_pages, done)
+            assert_same_tree(tree(at / "run"), wanted)
+            shutil.rmtree(at / "run")
+        if mounted:
+            assert len(outcomes) >= 4, outcomes  # it failed in several places
+    limits = [400, 1500, 2500, 3000, 3500, 4000] if mounted else range(200, 6000, 300)
+    outcomes = set()
+    for limit in limits:  # bytes per file
+        shutil.rmtree(place / "run")
+        done = run(*options, file_limit=limit)
+        errors = "".join(line + "\n" for line in done.err.splitlines() if not line.startswith(warning))
+        outcomes.add(len(steps(place / "run")) if (place / "run" / "journal.jsonl").exists() else None)
+        if done.code:
+            assert_disk_full(Done(done.code, "", errors), place / "run", wanted)
+        assert run(*options, "--resume").code == 0
+        assert_same_tree(tree(place / "run"), wanted)
+    assert len(outcomes) >= 3, outcomes
+
+
+# --- replay and damage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [(), ("--antithetic", "--noise_distribution", "rademacher", "--weight_decay", 0.1,
+                                         "--weight_decay_anchor", "base", "--lr_scheduler_type", "linear")])  # fmt: skip
+def test_replay_rebuilds_every_step(run, place, extra):
+    assert run(*SMALL, "--save_steps", 1, "--max_steps", 3, *extra).code == 0
+    before = stamps(place / "run")
+    for step in (1, 2, 3):
+        done = run("replay", "--run", "run", "--step", step, "--output_dir", f"out_{step}")
+        assert done.code == 0 and "verified" in done.out, done
+        assert weights(place / f"out_{step}") == weights(place / "run" / f"checkpoint-{step}")
+    assert run("replay", "--run", "run", "--output_dir", "out").code == 0
+    assert weights(place / "out") == weights(place / "run")
+    assert run("replay", "--run", "run", "--step", 0, "--output_dir", "out_0").code == 0
+    assert weights(place / "out_0") not in {weights(place / f"out_{step}") for step in (1, 2, 3)}
+    assert stamps(place / "run") == before
+
+
+def test_replay_refuses_what_is_not_the_run(run, place, base_run):
+    shutil.copytree(base_run, place / "run")
+    assert_refused(run("replay", "--run", "run", "--model", "run/checkpoint-2", "--output_dir", "out"), "fingerprint")
+    assert_refused(run("replay", "--run", "run", "--step", 4, "--output_dir", "out"), "between 0 and 3")
+    assert_refused(run("replay", "--run", "elsewhere", "--output_dir", "out"), "elsewhere", "journal")
+    assert_refused(run("replay", "--run", "run", "--output_dir", "run"), "run", "not empty")
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["resume", "replay"])
+@pytest.mark.parametrize("damage", ["flipped", "cut out", "garbage"])
+def test_a_damaged_middle_is_refused_and_the_step_named(run, place, base_run, command, damage):
+    shutil.copytree(base_run, place / "run")
+    path = place / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)  # header, 3 steps, checkpoint lines after steps 2 and 3
+    assert [line["kind"] for line in journal(place / "run")] == ["header", "step", "step", "checkpoint", "step", "checkpoint"]
+    lines[2] = {
+        "flipped": lines[2].replace(b'"fitness":[-', b'"fitness":[', 1), "cut out": b"", "garbage": b"\x00" * 40 + b"\n"
+    }[damage]  # fmt: skip
+    path.write_bytes(b"".join(lines))
+    before = stamps(place / "run")
+    words = ("train", "--resume", "--output_dir", "run", "--max_steps", 5) if command == "resume" else (
+        "replay", "--run", "run", "--output_dir", "out")  # fmt: skip
+    assert_refused(run(*words), "journal.jsonl", "damaged", "step 1")
+    assert stamps(place / "run") == before
+
+
+def test_a_torn_last_line_is_repaired(run, place, base_run):
+    shutil.copytree(base_run, place / "run")
+    assert run("train", "--resume", "--output_dir", "run", "--max_steps", 5).code == 0
+    wanted = tree(place / "run")
+    for torn in (b'{"kind":"st', b'{"kind":"step"}', b"\x00\x00\x00"):
+        shutil.rmtree(place / "run")
+        shutil.copytree(base_run, place / "run")
+        path = place / "run" / "journal.jsonl"
+        path.write_bytes(path.read_bytes() + torn)
+        assert run("train", "--resume", "--output_dir", "run", "--max_steps", 5).code == 0
+        assert_same_tree(tree(place / "run"), wanted)
+
+
+def test_another_base_model_is_refused(run, place, base_run):
+    """The same path holds other weights now."""
+    shutil.copytree(base_run / "checkpoint-2", place / "base")
+    assert run(*SMALL, "--model", "base", "--max_steps", 2).code == 0
+    before = stamps(place / "run")
+    for file in (base_run / "model.safetensors",):
+        shutil.copy(file, place / "base" / file.name)
+    for words in (("train", "--resume", "--output_dir", "run", "--max_steps", 3), ("replay", "--run", "run", "--output_dir", "o")):
+        assert_refused(run(*words), "fingerprint", "base")
+        assert stamps(place / "run") == before

@@ -1,0 +1,112 @@
+"""The pure functions of evaluation: intervals, pass@k, KL and summaries, against published and hand-made figures."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from estune.evaluation import EvaluatedRow, Evaluation, interval, kl_k3, pass_at_k
+
+
+# Newcombe (1998), Statistics in Medicine 17, table I, method 3 (Wilson's score interval)
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_equals_published_values(right: int, n: int, low: float, high: float) -> None:
+    values = [1.0] * right + [0.0] * (n - right)
+    assert interval(values) == pytest.approx((low, high), abs=5e-5)
+    mirrored = interval([1.0 - value for value in values])
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 30, 2000])
+def test_wilson_bounds_solve_the_score_equation_and_stay_in_the_unit_interval(n: int) -> None:
+    for right in {0, 1, n // 2, n}:
+        low, high = interval([1.0] * right + [0.0] * (n - right))
+        share = right / n
+        assert 0.0 <= low <= share <= high <= 1.0
+        for bound in (low, high):
+            if 0 < bound < 1:
+                assert (share - bound) ** 2 == pytest.approx(1.959963984540054**2 * bound * (1 - bound) / n, abs=1e-9)
+
+
+def test_bootstrap_interval_of_graded_rows() -> None:
+    """Rows of several samples: the percentile bootstrap is close to the normal interval, and always the same."""
+    values = np.random.default_rng(0).integers(0, 5, 400) / 4
+    low, high = interval(values.tolist())
+    half = 1.96 * values.std() / math.sqrt(values.size)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.2 * half)
+    assert interval(values.tolist()) == (low, high)
+    assert interval([0.5] * 10) == (0.5, 0.5)
+
+
+def test_pass_at_k_equals_brute_force_over_subsets() -> None:
+    for n in range(1, 8):
+        for c in range(n + 1):
+            samples = [True] * c + [False] * (n - c)
+            for k in range(1, n + 1):
+                subsets = list(combinations(samples, k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_at_sizes_where_factorials_are_huge() -> None:
+    assert pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
+    assert pass_at_k(2000, 0, 100) == 0.0 and pass_at_k(2000, 1901, 100) == 1.0
+
+
+def test_kl_k3_by_hand() -> None:
+    """p_tuned = 0.5 against p_reference = 0.25 and 1.0: r = 0.5 and 2, r - log r - 1 = 0.1931 and 0.3069."""
+    tuned = [[math.log(0.5), math.log(0.5)]]
+    reference = [[math.log(0.25), math.log(1.0)]]
+    assert kl_k3(tuned, reference) == pytest.approx((0.1931471806 + 0.3068528194) / 2, abs=1e-9)
+    assert kl_k3(tuned, tuned) == 0.0
+    assert kl_k3([], []) == 0.0 and kl_k3([[]], [[]]) == 0.0
+    ragged = kl_k3([[math.log(0.5)], [], [math.log(0.5)] * 2], [[math.log(0.25)], [], [0.0, math.log(0.5)]])
+    assert ragged == pytest.approx((0.1931471806 + 0.3068528194 + 0.0) / 3, abs=1e-9)  # per token, not per completion
+
+
+def test_kl_k3_averages_to_the_divergence() -> None:
+    """Over tokens in proportion to the tuned model's probabilities the estimator's mean is KL exactly."""
+    tuned, reference = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5]
+    tokens = [0, 0, 1, 2]  # 4 * tuned
+    own = [[math.log(tuned[t]) for t in tokens]]
+    other = [[math.log(reference[t]) for t in tokens]]
+    exact = sum(p * math.log(p / r) for p, r in zip(tuned, reference, strict=True))
+    assert kl_k3(own, other) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("ragged", [([[0.0]], []), ([[0.0]], [[0.0, 0.0]])])
+def test_kl_k3_refuses_unequal_lengths(ragged: tuple[list[list[float]], list[list[float]]]) -> None:
+    with pytest.raises(ValueError, match="shorter|longer"):
+        kl_k3(*ragged)
+
+
+def row(row_id: int, accuracy: list[float] | None, rewards: list[float | None], lengths: list[int]) -> EvaluatedRow:
+    count = len(lengths)
+    finished = [length < 8 for length in lengths]
+    return EvaluatedRow(row_id, ["x"] * count, rewards, accuracy, lengths, finished, [[0] * n for n in lengths])
+
+
+def test_summary_of_greedy_rows() -> None:
+    rows = [row(0, [1.0], [1.1], [3]), row(1, [0.0], [0.1], [8]), row(2, [0.0], [None], [5]), row(3, [1.0], [1.0], [4])]
+    summary = Evaluation(rows).summary()
+    assert summary["n"] == 4 and summary["accuracy"] == 0.5
+    assert summary["accuracy_ci95"] == pytest.approx(interval([1.0, 0.0, 0.0, 1.0]))
+    assert summary["reward"] == pytest.approx((1.1 + 0.1 + 1.0) / 3) and summary["reward_failures"] == 1
+    assert summary["mean_length_tokens"] == 5.0 and summary["clipped_ratio"] == 0.25
+
+
+def test_summary_without_accuracy_or_rewards() -> None:
+    summary = Evaluation([row(0, None, [None], [3])]).summary()
+    assert "accuracy" not in summary and summary["reward"] is None
+
+
+def test_pass_at_k_of_an_evaluation() -> None:
+    rows = [row(0, [1.0, 0.0, 0.0, 0.0], [0.0] * 4, [1] * 4), row(1, [0.0] * 4, [0.0] * 4, [1] * 4)]
+    found = Evaluation(rows).pass_at_k()
+    assert found == {"1": pytest.approx(0.125), "2": pytest.approx(0.25), "4": pytest.approx(0.5)}
+    assert list(Evaluation([row(0, [1.0] * 6, [0.0] * 6, [1] * 6)]).pass_at_k()) == ["1", "2", "4"]
