@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from estune import __version__
-from estune.config import FIELD_TYPES, FIELDS, ESConfig, nearest, read_config_file
+from estune.config import FIELD_TYPES, FIELDS, ESConfig, coerce, nearest, read_config_file
 from estune.errors import UserError
 from estune.files import full_disk_message, is_full_disk
 
@@ -56,7 +56,7 @@ def _run(words: list[str]) -> int:
         raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands)}; commands: {', '.join(commands)}")
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        known = [flag for action in commands[options.command]._actions for flag in action.option_strings]
+        known = [flag for action in commands.get(options.command, parser)._actions for flag in action.option_strings]
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown option {flag}{nearest(flag, known)}")
     if options.command is None:
@@ -159,7 +159,7 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     file = flags.pop("config", None)
     given = {**(read_config_file(file) if file else {}), **flags}
     base: dict[str, Any] = {}
-    resuming = str(given.get("resume", "false")).lower() == "true" and given.get("output_dir")
+    resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
     if resuming and (Path(str(given["output_dir"])) / "es_config.json").exists():
         from estune.run import read_config
 

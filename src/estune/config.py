@@ -195,6 +195,10 @@ class ESConfig:
             raise UserError("lr_scheduler_type constant_with_warmup needs warmup_steps above 0")
         if self.chat_template_kwargs and self.apply_chat_template == "false":
             raise UserError("chat_template_kwargs have no effect with apply_chat_template false")
+        if self.dataset_name is None:
+            for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+                if getattr(self, name) != FIELDS[name].default:
+                    raise UserError(f"{name} needs dataset_name")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other")
         if self.resume and self.output_dir is None:

@@ -24,6 +24,11 @@ RewardFunc = Callable[..., Any]
 EMBEDDED_MODELS = Path(__file__).parent / "models"
 DEFAULT_BATCH = 32
 DEFAULT_PROMPTS_PER_BATCH = 64
+# Options that the toy engine would ignore, with the values that ask nothing of it.
+NOT_FOR_THE_TOY: dict[str, tuple[Any, ...]] = {
+    "dtype": ("auto", "float32"), "device": ("auto", "cpu"), "trainable_parameters": (None,), "revision": (None,),
+    "trust_remote_code": (False,), "temperature": (0.0,), "stop_strings": ([],),
+}  # fmt: skip
 
 
 @dataclass
@@ -83,7 +88,13 @@ def resolve_rows(
     """
     if given is not None or args.dataset_name is not None:
         source = given if given is not None else args.dataset_name
-        if split != "train" and given is None and for_training and Path(str(source)).is_file():
+        one_file = given is None and Path(str(source)).expanduser().is_file()
+        named = (args.dataset_config, args.dataset_train_split, args.dataset_test_split)
+        if one_file and named != (None, "train", "test"):
+            raise UserError(f"dataset {source} is one file: it has no configurations and no splits")
+        if split != "train" and given is None and for_training and args.dataset_train_split == args.dataset_test_split:
+            raise UserError(f"the split {args.dataset_train_split} would be trained on and held out")
+        if split != "train" and for_training and one_file:
             raise UserError(f"{source} is one file: its rows would be trained on and held out; give a directory with "
                             "train.jsonl and test.jsonl, or an eval_dataset from Python")  # fmt: skip
         name = args.dataset_train_split if split == "train" else args.dataset_test_split
@@ -130,6 +141,9 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         from estune.checkpoint import load_master
         from estune.engines.toy import ToyEngine
 
+        for name, harmless in NOT_FOR_THE_TOY.items():
+            if getattr(args, name) not in harmless:
+                raise UserError(f"the toy engine has no use for {name}")
         toy = ToyEngine(args.num_threads)
         if args.model != "toy":
             load_master(Path(args.model), toy.master)
@@ -147,6 +161,8 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         if tokenizer is None:
             raise UserError("a model given as a module needs its tokenizer as processing_class")
         return HFEngine.from_model(model, tokenizer, **options)
+    if args.revision is not None and local_directory(args.model) is not None:
+        raise UserError(f"revision names a version on the hub, and model {args.model} is a directory")
     options |= dict(revision=args.revision, trust_remote_code=args.trust_remote_code)
     return HFEngine.load(args.model, dtype=args.dtype, device=args.device, **options)
 
@@ -201,4 +217,10 @@ def build_prompts(
         max_completion_length=args.max_completion_length,
         is_builtin_task=is_builtin_task,
     )
+    if args.chat_template_kwargs and rows and not (
+        args.apply_chat_template == "true"
+        or (is_builtin_task and getattr(engine.tokenizer, "chat_template", None))
+        or any(not isinstance(row["prompt"], str) for row in rows)
+    ):
+        raise UserError("chat_template_kwargs have no effect: no prompt goes through a chat template")
     return [builder.build(row, index) for index, row in enumerate(rows)]

@@ -33,8 +33,13 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
-def _chained(previous: str, body: str) -> str:
-    return blake2b((previous + body).encode("ascii"), digest_size=16).hexdigest()
+def _chained(previous: str, body: bytes) -> str:
+    return blake2b(previous.encode("ascii") + body, digest_size=16).hexdigest()
+
+
+def _sealed(body: bytes, head: str) -> bytes:
+    """Return a line: the JSON object ``body`` with its hash as the last key."""
+    return body[:-1] + f',"hash":"{head}"}}'.encode("ascii")
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Journal:
                 if is_last:
                     break
                 raise UserError(f"{path} is damaged at line {index + 1} ({journal._where()}); it cannot be resumed")
-            journal._accept(record, index)
+            journal._accept(line, record, index)
             good += len(line) + 1
         if good < len(raw) and repair:
             os.truncate(path, good)
@@ -100,22 +105,22 @@ class Journal:
         self.checkpoints[steps_done] = fingerprint
 
     def _append(self, record: dict[str, Any]) -> None:
-        body = canonical_json(record)
+        body = canonical_json(record).encode("ascii")
         head = _chained(self.head, body)
-        append_line(self.path, f'{body[:-1]},"hash":"{head}"}}')
+        append_line(self.path, _sealed(body, head).decode("ascii"))
         if record["kind"] == "step":
             self.head_before_step = self.head
         self.head = head
 
-    def _accept(self, record: dict[str, Any], index: int) -> None:
-        """Verify one parsed line against the chain and take it in."""
-        claimed = record.pop("hash", None)
-        expected = _chained(self.head, canonical_json(record))
-        if claimed != expected:
+    def _accept(self, line: bytes, record: dict[str, Any], index: int) -> None:
+        """Verify one line against the chain, to the byte, and take in what it says."""
+        body = line[: -len(_sealed(b"}", _GENESIS))] + b"}"
+        expected = _chained(self.head, body)
+        if line != _sealed(body, expected):
             raise UserError(f"{self.path} is damaged at line {index + 1} ({self._where()}): its hash does not match")
         if record["kind"] == "step":
             self.head_before_step = self.head
-        self.head = expected
+        self.head = record.pop("hash")
         if record["kind"] == "header":
             if record["format"] != FORMAT_VERSION:
                 raise UserError(f"{self.path} has format {record['format']}, this estune reads {FORMAT_VERSION}")

@@ -8,6 +8,7 @@ passes). Scoring runs in the reward pool while the engine generates for the next
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -77,6 +78,7 @@ class Evaluator:
     pool: RewardPool
     response_prefix: str
     should_stop: Callable[[], bool] = lambda: False
+    complained: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
 
     def start(
         self,
@@ -112,6 +114,11 @@ class Evaluator:
         group.rewards = values.tolist()
         group.failed = np.argwhere(failed).tolist()
         group.metrics, group.errors = result.metrics, result.errors
+        for error in result.errors:
+            name = error.partition(":")[0]
+            if name not in self.complained:
+                self.complained.add(name)
+                print(f"estune: warning: reward {' '.join(error.split())} (shown once; all are counted)", file=sys.stderr)
         if group.completions is not None:
             group.extra = result.extra or None
         return group

@@ -1,9 +1,9 @@
-"""Invariants 1, 2 and 3: evaluations leave theta alone, noise differs, and the update is one number whoever computes it."""
+"""Invariants 1, 2 and 3: evaluations leave theta alone, noise differs, the update is the same whoever computes it."""
 
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from estune.engines.base import ParameterSpec, Perturbation
 from estune.master import PIECE, Master
-from estune.noise import cpu, noise_deviation, noise_ints, perturbation_scale
+from estune.noise import cpu, noise_deviation, noise_ints, noise_key, perturbation_scale
 from estune.optimizer import Update, make_update
 from estune.population import members_for_step
 
@@ -73,9 +73,7 @@ def test_noise_differs_between_tensors_members_steps_and_run_seeds() -> None:
 @given(st.permutations(range(N)))
 def test_update_is_invariant_to_the_order_of_members(order: list[int]) -> None:
     update = some_update()
-    shuffled = Update(
-        tuple(update.members[i] for i in order), tuple(update.q[i] for i in order), update.e, update.a
-    )
+    shuffled = Update(tuple(update.members[i] for i in order), tuple(update.q[i] for i in order), update.e, update.a)
     assert moved_bytes(shuffled) == moved_bytes(update)
 
 
@@ -110,23 +108,17 @@ def test_update_is_invariant_to_sharding_within_a_tensor() -> None:
     master = master_of([name])
     whole = master.update(update)
     flat = theta_0()[name].reshape(-1)
-    keys = np.array([_key(member.seed, name) for member in update.members], dtype=np.uint32)
+    keys = np.array([noise_key(member.seed, name) for member in update.members], dtype=np.uint32)
     q = np.array([m.sign * q for m, q in zip(update.members, update.q, strict=True)], dtype=np.int32)
     cuts = [0, 1, 2047, 2049, 100_000, PIECE - 1, PIECE + 1, flat.size]
     total = 0
-    for lo, hi in zip(cuts[:-1], cuts[1:], strict=True):
+    for lo, hi in pairwise(cuts):
         none = np.empty(0, dtype=np.float32)
         part, _, _ = cpu.update_into(flat[lo:hi], lo, keys, q, update.a, False, np.float32(0.0), none)
         total += int(part)
     assert flat.tobytes() == master.arrays[name].tobytes()
     assert total % 2**64 == int(cpu.checksum_of(master.arrays[name].reshape(-1), 0))
     assert whole.checksum == master.checksum()
-
-
-def _key(seed: int, name: str) -> tuple[int, int]:
-    from estune.noise import noise_key
-
-    return noise_key(seed, name)
 
 
 def test_the_accumulated_sum_equals_the_sum_over_workers() -> None:
@@ -151,9 +143,9 @@ def test_the_update_points_where_the_paper_says() -> None:
     before = master.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1)
     moved = master.update(make_update(members, utilities.tolist(), learning_rate))
     change = master.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1) - before
-    eps = np.stack([
-        m.sign * noise_ints(m.seed, "model.layers.0.mlp.weight", 0, before.size) / noise_deviation() for m in members
-    ])  # (N, d)
+    eps = np.stack(
+        [m.sign * noise_ints(m.seed, "model.layers.0.mlp.weight", 0, before.size) / noise_deviation() for m in members]
+    )  # (N, d)
     wanted = learning_rate / N * (utilities @ eps)
     assert np.abs(change - wanted).max() < 1e-3
     assert np.linalg.norm(change - wanted) / np.linalg.norm(wanted) < 1e-4

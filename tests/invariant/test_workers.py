@@ -5,11 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from command_line import TOY, estune, journal, steps, tree, weights
+from command_line import MARK, TOY, assert_no_process, estune, journal, metrics, steps, tree, weights, write_rewards
 
 from estune.engines.toy import ToyEngine
 from estune.optimizer import make_update
 from estune.population import Member, members_for_step
+from estune.tasks.quadratic import wanted
 
 OPTIONS = (*TOY, "--max_steps", 3, "--population_size", 6, "--sigma", 0.1, "--eval_steps", 2, "--reward_funcs", "rewards.py:logged")
 
@@ -30,8 +31,6 @@ WAYS = [
 
 @pytest.fixture(scope="module")
 def one_worker(zygote, tmp_path_factory):
-    from command_line import write_rewards
-
     place = tmp_path_factory.mktemp("one")
     write_rewards(place)
     assert zygote.run((*OPTIONS, "--reward_workers", 1, "--num_threads", 1), place).code == 0
@@ -122,3 +121,74 @@ def test_the_journal_stays_small(run, place, antithetic):
     assert run(*TOY, "--max_steps", 10, "--reward_isolation", "inline", "--antithetic", str(antithetic).lower()).code == 0
     lines = (place / "run" / "journal.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines[0]) + 500 * max(map(len, lines[1:])) <= 2_000_000
+
+
+# --- rewards that misbehave never end a run, and never pay ------------------------------------------------------------
+
+# reward -> what the user is told of it
+MISBEHAVIOUR = {
+    "raising": "this row is too much for me", "hanging": "took longer than", "dying": "worker process died", "nan": "nan",
+    "infinite": "inf",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reward", MISBEHAVIOUR)
+def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker, reward):
+    mark = f"{reward}-{place.name}"
+    words = (*TOY, "--max_steps", 1, "--population_size", 3, "--sigma", 0.1, "--batch_size", 8, "--reward_timeout_s",
+             0.3 if reward == "hanging" else 30)  # fmt: skip
+    assert run(*words, "--reward_funcs", "rewards.py:logged").code == 0
+    fitness = steps(place / "run")[0]["fitness"]
+    rows = steps(place / "run")[0]["rows"]
+    n_guilty = sum(wanted(row) == -0.5 for row in rows)
+    assert 0 < n_guilty < 8
+    done = run(*words, "--reward_funcs", f"rewards.py:{reward}", "--overwrite", env={MARK: mark})
+    assert done.code == 0, done
+    (line,), (record,) = steps(place / "run"), metrics(place / "run")
+    assert line["failures"] == record["es/reward_errors"] == 3 * n_guilty
+    assert f"failed {3 * n_guilty}" in done.out
+    assert MISBEHAVIOUR[reward] in done.out + done.err
+    # nobody got a reward for those rows, so they are left out for all members
+    assert line["fitness"] != fitness and any(line["q"])
+    assert_no_process(mark)
+
+
+def test_a_reward_that_does_not_apply_is_no_failure(run, place):
+    words = (*TOY, "--max_steps", 1, "--population_size", 3, "--sigma", 0.1)
+    assert run(*words, "--reward_funcs", "rewards.py:inapplicable").code == 0
+    assert steps(place / "run")[0]["failures"] == 0 and any(steps(place / "run")[0]["q"])
+
+
+def test_a_reward_that_always_fails_moves_nothing(run, place):
+    words = (*TOY, "--max_steps", 2, "--population_size", 3, "--batch_size", 2, "--eval_steps", 1, "--eval_rows", 2)
+    done = run(*words, "--reward_funcs", "rewards.py:always_raising", "--model", "toy")
+    assert done.code == 0, done
+    for line in steps(place / "run"):
+        assert line["failures"] == 6 and line["fitness"] == [None] * 3 and line["q"] == [0] * 3
+    assert "RuntimeError: never" in done.out + done.err
+    assert run("train", "--resume", "--output_dir", "run", "--max_steps", 3).code == 0
+    assert run("replay", "--run", "run", "--output_dir", "out").code == 0
+    evaluated = [record for record in metrics(place / "run") if "eval_reward" in record]
+    assert evaluated and all(record["eval_reward"] is None and record["eval_reward_failures"] == 2 for record in evaluated)
+
+
+def test_what_a_reward_logs_is_kept(run, place):
+    words = (*TOY, "--max_steps", 1, "--population_size", 2, "--batch_size", 3, "--log_completions")
+    assert run(*words, "--reward_funcs", "rewards.py:extra").code == 0
+    assert metrics(place / "run")[0]["mine"] == 0.25
+    lines = [json.loads(line) for line in (place / "run" / "completions" / "step_00001.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and all(line["twice"] == 2 * wanted(line["row"]) for line in lines)
+
+
+def test_nothing_runs_what_a_model_wrote(run, place):
+    """A completion that is a program: scored as text by the embedded task, nothing happens."""
+    program = "<answer>__import__('os').system('touch {0}')</answer> <answer>open('{0}', 'w')</answer>"
+    rows = [program.format(place / "proof"), f"<answer>().__class__ and exec(\"open('{place}/proof','w')\")</answer>",
+            "<answer>9**9**9**9</answer>", "<answer>" + "(" * 5000 + "1" + ")" * 5000 + "</answer>"]  # fmt: skip
+    with (place / "c.jsonl").open("w") as file:
+        for text in rows:
+            file.write(json.dumps({"completion": text, "numbers": [1, 2, 3], "target": 6}) + "\n")
+    done = run("score", "--task", "countdown", "--completions", "c.jsonl", "--json", "--reward_timeout_s", 5)
+    assert done.code == 0, done
+    assert json.loads(done.out)["accuracy"] == 0.0
+    assert not (place / "proof").exists()

@@ -46,9 +46,7 @@ def wide_mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(15))
 
 
-def wide_noise(
-    key: tuple[int, int], start: int, count: int, distribution: str = "normal"
-) -> np.ndarray:
+def wide_noise(key: tuple[int, int], start: int, count: int, distribution: str = "normal") -> np.ndarray:
     """Noise integers of elements of one key block: int64 (count,)."""
     index = np.arange(start, start + count, dtype=np.uint64)
     word = wide_mix((wide_mix(index ^ np.uint64(key[0])) + np.uint64(key[1])) & np.uint64(MASK))

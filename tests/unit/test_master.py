@@ -142,9 +142,7 @@ def test_update_equals_the_definition(num_threads: int, distribution: str) -> No
     before = {name: array.copy() for name, array in master.arrays.items()}
     update = make_update(MEMBERS, [1.3, -0.2, 0.0, 0.7, -2.1, 0.3], 5e-4, distribution=distribution)
     moved = master.update(update)
-    after = {
-        name: before[name] if name in FROZEN else expected_update(name, before[name], update) for name in SHAPES
-    }
+    after = {name: before[name] if name in FROZEN else expected_update(name, before[name], update) for name in SHAPES}
     for name in SHAPES:
         assert same_bits(master.arrays[name], after[name]), name
         assert np.isfinite(master.arrays[name]).all()
@@ -241,7 +239,7 @@ def test_members_of_zero_utility_are_skipped_without_a_trace() -> None:
 
 
 def test_the_largest_sums_do_not_overflow() -> None:
-    """4096 members of the largest |q|, all with one noise, come as near to int32's bound as noise of |n| = 12 allows."""
+    """4096 members of the largest |q|, all with one noise, come near to int32's bound: |n| reaches 12 here."""
     size, count = 4096, 100_000
     members = [Member(7, 1)] * size
     update = make_update(members, [1.0] * size, 1.0)

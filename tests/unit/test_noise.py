@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -132,7 +133,9 @@ def test_the_extremes_of_the_noise_are_reached() -> None:
     noise = noise_ints(0, "w", 0, 2_000_000)
     assert noise.min() >= -16 and noise.max() <= 16
     assert noise.min() <= -12 and noise.max() >= 12  # P(|n| >= 12) is 2e-5 a side
-    assert np.array_equal(noise, np.array([bin(w).count("1") - 16 for w in words[:5000].tolist()] + noise[5000:].tolist()))
+    assert np.array_equal(
+        noise, np.array([bin(w).count("1") - 16 for w in words[:5000].tolist()] + noise[5000:].tolist())
+    )
 
 
 def theta_values(count: int, seed: int = 0) -> np.ndarray:
@@ -193,7 +196,7 @@ def test_checksum_shards_add_up() -> None:
     start = 2**31 - 50_000
     whole = int(cpu.checksum_of(theta, start))
     cuts = [0, 1, 2047, 2048, 50_000, 99_999, 100_003]
-    parts = [int(cpu.checksum_of(theta[lo:hi], start + lo)) for lo, hi in zip(cuts, cuts[1:], strict=False)]
+    parts = [int(cpu.checksum_of(theta[lo:hi], start + lo)) for lo, hi in pairwise(cuts)]
     assert sum(parts) % 2**64 == whole == wide_checksum(theta, start)
 
 

@@ -1,0 +1,303 @@
+"""Bad input gets one clear sentence and a non-zero exit, and nothing is lost: every entry through the command line."""
+
+import json
+import shutil
+import struct
+
+import pytest
+from command_line import TOY, assert_refused, estune, journal, tree
+
+RUN = (*TOY, "--max_steps", 1, "--population_size", 4)
+DATA = ("--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels")
+
+
+def files(place):
+    """Return what lies in the test's directory, without the output that the harness puts there."""
+    return tree(place, without=(".out", ".err", "__pycache__"))
+
+
+@pytest.fixture
+def refused(run, place):
+    """``refused(words, *parts)``: the command is refused with these words in its sentence, and writes nothing."""
+
+    def check(words, *parts, run=run):
+        before = files(place)
+        sentence = assert_refused(run(*words), *parts)
+        assert files(place) == before
+        assert not (place / "run").exists() or "run/es_config.json" in before
+        return sentence
+
+    return check
+
+
+# --- words on the command line ----------------------------------------------------------------------------------------
+
+WORDS = {
+    "unknown flag": (("train", "--sgima", "1"), "unknown option --sgima", "'--sigma'"),
+    "unknown flag with =": (("train", "--population-sise=4"), "--population_sise", "'--population_size'"),
+    "unknown flag of evaluate": (("evaluate", "--limt", "4"), "--limt", "'--limit'"),
+    "a training flag of evaluate": (("evaluate", "--sigma", "4"), "--sigma"),
+    "unknown flag without a command": (("--vesion",), "--vesion", "'--version'"),
+    "unknown flag that is far from all": (("train", "--qqqqqqqqqqqq", "1"), "--qqqqqqqqqqqq"),
+    "abbreviated flag": (("train", "--popul", "4"), "--popul", "--population_size"),
+    "unknown command": (("trian",), "trian", "'train'"),
+    "a word too many": (("train", "now"), "now"),
+    "flag without its value": ((*RUN, "--sigma"), "sigma"),
+    "score without completions": (("score", "--task", "countdown"), "--completions"),
+    "replay without a run": (("replay", "--output_dir", "out"), "--run"),
+    "unknown task": (("train", "--task", "cuontdown"), "cuontdown", "'countdown'"),
+    "unknown task of evaluate": (("evaluate", "--task", "countdwon"), "countdwon", "'countdown'"),
+    "unknown split": (("evaluate", "--split", "tset"), "tset", "test"),
+    "unknown engine": ((*RUN, "--engine", "tyo"), "engine", "tyo", "'toy'"),
+    "unknown shaping": ((*RUN, "--fitness_shaping", "zscore"), "fitness_shaping", "'z_score'"),
+    "unknown monitor": ((*RUN, "--report_to", "plto"), "report_to", "plto", "plot"),
+    "unknown noise": ((*RUN, "--noise", "fulll"), "noise", "'full'"),
+    "unknown schedule": ((*RUN, "--lr_scheduler_type", "cosin"), "lr_scheduler_type", "'cosine'"),
+    "sigma 0": ((*RUN, "--sigma", "0"), "sigma", "greater than 0", "0"),
+    "negative sigma": ((*RUN, "--sigma", "-0.1"), "sigma", "greater than 0", "-0.1"),
+    "negative sigma with an exponent": ((*RUN, "--sigma=-1e-3"), "sigma", "greater than 0", "-0.001"),
+    "sigma NaN": ((*RUN, "--sigma", "nan"), "sigma", "finite"),
+    "sigma inf": ((*RUN, "--sigma", "inf"), "sigma", "finite"),
+    "sigma text": ((*RUN, "--sigma", "big"), "sigma", "number", "'big'"),
+    "population of 1": ((*RUN, "--population_size", "1"), "population_size", "at least 2"),
+    "odd population in pairs": ((*RUN, "--population_size", "5", "--antithetic"), "antithetic", "even", "5"),
+    "fraction of a step": ((*RUN, "--max_steps", "1.5"), "max_steps", "whole number", "1.5"),
+    "negative steps": ((*RUN, "--max_steps", "-1"), "max_steps", "negative"),
+    "batch of 0": ((*RUN, "--batch_size", "0"), "batch_size", "greater than 0"),
+    "batch larger than the data": ((*RUN, "--batch_size", "99"), "batch_size 99", "rows"),
+    "negative seed": ((*RUN, "--seed", "-1"), "seed", "unsigned"),
+    "seed of 65 bits": ((*RUN, "--seed", str(2**64)), "seed", "64"),
+    "bool that is neither": ((*RUN, "--antithetic", "maybe"), "antithetic", "true or false"),
+    "several completions, greedily": ((*RUN, "--num_generations", "2"), "num_generations", "temperature"),
+    "top_p, greedily": ((*RUN, "--top_p", "0.5"), "top_p", "temperature"),
+    "anchor without decay": ((*RUN, "--weight_decay_anchor", "base"), "weight_decay"),
+    "warmup schedule without warmup": ((*RUN, "--lr_scheduler_type", "constant_with_warmup"), "warmup_steps"),
+    "two weights for one reward": ((*RUN, "--reward_weights", "1", "2"), "reward_weights", "2", "1"),
+    "weights of 0": ((*RUN, "--reward_weights", "0"), "reward_weights", "0"),
+    "bad regular expression": ((*RUN, "--trainable_parameters", "layers.("), "trainable_parameters", "layers.("),
+    "template arguments that are not JSON": ((*RUN, "--chat_template_kwargs", "{a"), "chat_template_kwargs", "JSON"),
+    "resume without a directory": (("train", "--engine", "toy", "--task", "quadratic", "--resume"), "output_dir"),
+    "resume and overwrite": ((*RUN, "--resume", "--overwrite"), "resume", "overwrite"),
+    "toy engine with another task": ((*RUN, "--task", "countdown"), "toy", "quadratic"),
+    "toy task without its engine": (("train", "--task", "quadratic"), "toy", "quadratic"),
+    "missing config": (("train", "--config", "no.yaml"), "no.yaml"),
+    "missing preset": (("train", "--config", "dmeo"), "dmeo", "demo"),
+    "samples, greedily": (("evaluate", "--engine", "toy", "--task", "quadratic", "--n_samples", "4"), "temperature"),
+    "replay of nothing": (("replay", "--run", "nowhere", "--output_dir", "out"), "nowhere"),
+    "no reward for one's own data": (("train", "--dataset_name", "rows.jsonl"), "reward_funcs"),
+    "no data for one's own reward": (("train", "--model", "tiny", "--reward_funcs", "rewards.py:vowels", "--dataset_name", "no.jsonl"),
+                                     "no.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words, parts", [(w, p) for w, *p in WORDS.values()], ids=list(WORDS))
+def test_words(refused, place, words, parts):
+    (place / "rows.jsonl").write_text('{"prompt": "x[0]"}\n')
+    refused(words, *parts)
+
+
+# --- configuration files ----------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "unknown name": ("sigmaa: 1\n", "sigmaa", "'sigma'"),
+    "not a mapping": ("- sigma\n", "mapping"),
+    "not YAML": ("sigma: [1\n", "not YAML"),
+    "a value of the wrong type": ("warmup_steps: many\n", "warmup_steps", "whole number", "'many'"),
+    "a list for a number": ("sigma: [1, 2]\n", "sigma", "number"),
+    "a bad value": ("sigma: -1e-3\n", "sigma", "greater than 0"),
+}
+
+
+@pytest.mark.parametrize("text, parts", [(t, p) for t, *p in CONFIGS.values()], ids=list(CONFIGS))
+def test_config_files(refused, place, text, parts):
+    (place / "my.yaml").write_text(text)
+    refused((*RUN, "--config", "my.yaml"), *parts)
+
+
+def test_yaml_numbers_read_as_strings_are_coerced(run, place):
+    """YAML 1.1 reads 1e-3 as a string."""
+    (place / "my.yaml").write_text("sigma: 1e-3\nlearning-rate: 2e-2\nmax_steps: 1e0\npopulation_size: '4'\nantithetic: yes\n")
+    done = run(*TOY, "--config", "my.yaml")
+    assert done.code == 0, done
+    config = journal(place / "run")[0]["config"]
+    assert (config["sigma"], config["learning_rate"], config["population_size"], config["antithetic"]) == (1e-3, 2e-2, 4, True)
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+REWARDS = {
+    "no colon": ("rewards.py", "rewards.py", "module:function"),
+    "no file": ("reward.py:logged", "reward.py", "no file"),
+    "no function": ("rewards.py:loged", "'loged'", "'logged'"),
+    "no module": ("no_such_package.rewards:f", "no_such_package"),
+    "not a function": ("broken.py:NUMBER", "int", "not a function"),
+    "syntax": ("syntax.py:f", "syntax.py"),
+    "raises while it loads": ("raises.py:f", "ZeroDivisionError"),
+    "exits while it loads": ("exits.py:f", "exits.py", "SystemExit"),
+}
+
+
+@pytest.mark.parametrize("reward, parts", [(r, p) for r, *p in REWARDS.values()], ids=list(REWARDS))
+def test_rewards_that_do_not_load(refused, place, reward, parts):
+    for name, text in {"broken": "NUMBER = 3", "syntax": "def f(:", "raises": "1 / 0", "exits": "raise SystemExit(0)"}.items():
+        (place / f"{name}.py").write_text(text)
+    refused((*RUN, "--reward_funcs", reward), reward, *parts)
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+DATASETS = {
+    "empty": ("", "no rows"),
+    "not JSON": ('{"prompt": "a"}\n{"prompt"\n', "line 2", "JSON"),
+    "not objects": ("[1, 2]\n", "line 1", "object"),
+    "without prompts": ('{"question": "a", "wanted": 1}\n', "prompt"),
+    "without the column that the reward needs": ('{"prompt": "x[0]"}\n', "wanted"),
+    "a prompt that is a number": ('{"prompt": 3, "wanted": 1}\n', "row 0", "prompt"),
+    "an empty prompt": ('{"prompt": "", "wanted": 1}\n', "row 0", "empty"),
+    "messages for a model without a template": (
+        '{"prompt": [{"role": "user", "content": "x[0]"}], "wanted": 1}\n', "row 0", "template"),
+    "images": ('{"prompt": "x[0]", "wanted": 1, "images": ["a.png"]}\n', "images", "not supported"),
+    "tools": ('{"prompt": "x[0]", "wanted": 1, "tools": [{"name": "f"}]}\n', "tools", "not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, parts", [(t, p) for t, *p in DATASETS.values()], ids=list(DATASETS))
+def test_datasets(refused, place, text, parts):
+    (place / "rows.jsonl").write_text(text)
+    refused((*RUN, "--dataset_name", "rows.jsonl"), *parts)
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("none.jsonl", ("none.jsonl", "no dataset")), ("none.parquet", ("none.parquet",)), ("rewards.py", ("rewards.py", ".jsonl")),
+    ("./nowhere", ("nowhere",)), ("bad.parquet", ("bad.parquet", "parquet")),
+])  # fmt: skip
+def test_datasets_that_are_not_there(refused, place, name, parts):
+    (place / "bad.parquet").write_text("no parquet")
+    refused((*RUN, "--dataset_name", name), *parts)
+
+
+def test_missing_columns_are_named_with_the_reward(refused, place):
+    (place / "rows.jsonl").write_text('{"prompt": "a", "answer": 2}\n')
+    words = ("train", "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:needs_target")
+    refused(words, "target", "needs_target", "answer")
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("", ("no rows",)), ('{"completion": "1"\n', ("line 1", "JSON")), ('{"numbers": [1, 2], "target": 3}\n', ("row 0", "completion")),
+    ('{"completion": "1", "target": 3}\n', ("numbers",)), ('{"completion": "1", "numbers": [1, 2], "target": "x"}\n', ("target",)),
+])  # fmt: skip
+def test_completions_to_score(refused, place, text, parts):
+    (place / "c.jsonl").write_text(text)
+    refused(("score", "--task", "countdown", "--completions", "c.jsonl"), *parts)
+    refused(("score", "--task", "countdown", "--completions", "c.jsonl", "--json"), *parts)
+    refused(("score", "--task", "countdown", "--completions", "d.jsonl"), "d.jsonl")
+
+
+# --- directories ------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_holds_another_run(run, refused, place):
+    assert run(*RUN).code == 0
+    before = files(place)
+    sentence = refused(RUN, "run", "another run", "--resume", "--overwrite")
+    assert files(place) == before, sentence
+    assert run(*RUN, "--sigma", 0.5, "--overwrite").code == 0
+    assert journal(place / "run")[0]["config"]["sigma"] == 0.5
+
+
+def test_a_directory_that_holds_something_else(run, place):
+    (place / "run").mkdir()
+    (place / "run" / "es_config.json.txt").write_text("mine")
+    before = files(place)
+    for extra in ((), ("--overwrite",)):
+        assert_refused(run(*RUN, *extra), "run")
+        assert files(place) == before
+    shutil.rmtree(place / "run")
+    (place / "run").write_text("a file")
+    assert_refused(run(*RUN), "run", "file")
+    assert (place / "run").read_text() == "a file"
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tiny_llama, place):
+    """``broken(how)``: a copy of the tiny Llama with one thing wrong."""
+
+    def make(how):
+        directory = place / "model"
+        shutil.copytree(tiny_llama, directory)
+        weights, config = directory / "model.safetensors", directory / "config.json"
+        data = weights.read_bytes()
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        if how == "truncated":
+            weights.write_bytes(data[: len(data) // 2])
+        elif how == "NaN":
+            header = json.loads(data[8:start])
+            begin = start + header["model.norm.weight"]["data_offsets"][0]
+            weights.write_bytes(data[:begin] + struct.pack("<f", float("nan")) + data[begin + 4 :])
+        elif how == "no weights":
+            weights.unlink()
+        elif how == "no config":
+            config.unlink()
+        elif how == "bad config":
+            config.write_text("{")
+        elif how == "unknown architecture":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "unheard-of"}))
+        elif how == "no tokenizer":
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (directory / name).unlink()
+        elif how == "adapter":
+            (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
+            (directory / "adapter_model.safetensors").write_bytes(data)
+            weights.unlink()
+            config.unlink()
+        return directory
+
+    return make
+
+
+MODELS = {
+    "truncated": ("model.safetensors", "truncated"), "NaN": ("NaN", "model.norm.weight"), "no weights": ("weights",),
+    "no config": ("config.json",), "bad config": ("config",), "unknown architecture": ("unheard-of",),
+    "no tokenizer": ("tokenizer",), "adapter": ("adapter",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MODELS)
+def test_models(refused, run_model, place, broken, how):
+    (place / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    broken(how)
+    sentence = refused(("train", "--model", "model", *DATA, "--output_dir", "run"), "model", *MODELS[how], run=run_model)
+    assert len(sentence) < 400
+
+
+@pytest.mark.parametrize("model, parts", [
+    ("./nowhere", ("nowhere", "does not exist")), ("no-such-model-here", ("no-such-model-here",)), ("rows.jsonl", ("rows.jsonl",)),
+])  # fmt: skip
+def test_models_that_are_not_there(refused, run_model, place, model, parts):
+    (place / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    for command in (("train", "--output_dir", "run"), ("evaluate",)):
+        refused((*command, "--model", model, *DATA), *parts, run=run_model)
+
+
+def test_a_prompt_longer_than_the_context(refused, run_model, place, tiny_llama):
+    """The random Llama has room for 128 tokens."""
+    (place / "rows.jsonl").write_text('{"prompt": "short"}\n' + json.dumps({"prompt": "q" * 120}) + "\n")
+    words = ("--model", tiny_llama, *DATA, "--max_completion_length", 20)
+    refused(("train", *words, "--output_dir", "run"), "row 1", "120", "20", "128", run=run_model)
+    refused(("evaluate", *words), "row 1", "128", run=run_model)
+
+
+def test_a_pattern_that_matches_no_parameter(refused, run_model, place, tiny_llama):
+    (place / "rows.jsonl").write_text('{"prompt": "short"}\n')
+    words = ("train", "--model", tiny_llama, *DATA, "--trainable_parameters", "atention", "--output_dir", "run")
+    refused(words, "atention", "no parameter", run=run_model)
+
+
+def test_through_a_real_interpreter(place):
+    """The same as a user sees it, in a process of its own."""
+    assert_refused(estune("train", "--sgima", "1", cwd=place), "--sigma")
+    assert_refused(estune(*RUN, "--antithetic", "--population_size", 5, cwd=place), "even")
+    assert not list(place.iterdir())

@@ -1,0 +1,220 @@
+"""The command line: help in an instant, one JSON object, and evaluations that agree wherever they are made."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import pytest
+from command_line import TOY, assert_refused, estune, journal, metrics, write_rewards
+
+COMMANDS = ("train", "evaluate", "score", "replay", "env")
+
+
+def one_object(done):
+    """Return the only thing on stdout, one JSON object on one line."""
+    assert done.code == 0, done
+    assert done.out.count("\n") == 1 and done.out.endswith("}\n"), done.out
+    return json.loads(done.out)
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_at_once_and_loads_nothing_heavy(place, command):
+    code = (
+        "import sys\nfrom estune.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('LOADED', *sorted({'torch', 'transformers', 'numba', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)))\n"
+    )
+    words = [*([command] if command else []), "--help"]
+    took_s = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
+        took_s.append(time.perf_counter() - started)
+        assert done.returncode == 0, done
+        *text, last = done.stdout.splitlines()
+        loaded = set(last.split()[1:])
+        assert not loaded & {"torch", "transformers", "numba", "datasets", "matplotlib"}, loaded
+        assert text[0].startswith("usage: estune")
+    assert statistics.median(took_s) < 2  # under a second on a machine that does nothing else
+
+
+def test_help_names_every_command(place):
+    done = estune("--help", cwd=place)
+    assert done.code == 0 and all(command in done.out for command in COMMANDS)
+    assert estune(cwd=place).out == done.out  # no command: the same
+
+
+def test_the_installed_command_is_the_module(place):
+    version = subprocess.run(["estune", "--version"], capture_output=True, text=True, cwd=place, env=_with_scripts())
+    assert version.stdout == estune("--version", cwd=place).out == f"estune {metadata.version('estune')}\n"
+
+
+def _with_scripts():
+    import os
+    from pathlib import Path
+
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def test_env(run):
+    facts = one_object(run("env", "--json"))
+    assert facts["versions"]["estune"] == metadata.version("estune")
+    assert facts["versions"]["torch"] == metadata.version("torch")
+    assert facts["cores"] >= 1 and facts["memory_gib"] > 0
+    assert facts["versions"]["numba"] in run("env").out
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+THINK = "<think>hm</think>\n"
+SCORED = [  # completion, numbers, target, reward, right
+    (THINK + "<answer>(1 + 2) * 3</answer>", [1, 2, 3], 9, 1.1, True),
+    (THINK + "<answer>(1 + 2) * 3</answer>", [1, 2, 3], "9", 1.1, True),
+    (THINK + "<answer>(1 + 2) * 3</answer>", [1, 2, 3], 9.0, 1.1, True),
+    (THINK + "<answer>55 / 2</answer>", [55, 2], "27.5", 1.1, True),
+    (THINK + "<answer>3 + 3 + 3</answer>", [1, 2, 3], 9, 0.1, False),
+    ("<answer>(1 + 2) * 3</answer>", [1, 2, 3], 9, 1.05, True),
+    ("(1 + 2) * 3", [1, 2, 3], 9, 0.0, False),
+    ("", [1, 2, 3], 9, 0.0, False),
+]
+
+
+def test_score(run, place):
+    with (place / "c.jsonl").open("w") as file:
+        for completion, numbers, target, *_ in SCORED:
+            file.write(json.dumps({"completion": completion, "numbers": numbers, "target": target}) + "\n")
+    result = one_object(run("score", "--task", "countdown", "--completions", "c.jsonl", "--json"))
+    assert set(result) >= {"n", "reward", "accuracy", "rewards", "errors"}
+    assert result["n"] == len(SCORED) and result["errors"] == 0
+    assert result["rewards"] == pytest.approx([reward for *_, reward, _ in SCORED])
+    assert result["reward"] == pytest.approx(math.fsum(result["rewards"]) / len(SCORED))
+    assert result["accuracy"] == pytest.approx(sum(right for *_, right in SCORED) / len(SCORED))
+    assert f"{result['accuracy']:.1%}" in run("score", "--task", "countdown", "--completions", "c.jsonl").out
+
+
+def test_score_with_rewards_of_ones_own(run, place):
+    rows = [{"completion": text, "wanted": wanted} for text, wanted in (("0.5", 0.5), ("1", -0.5), ("0", 0.25), ("x", 0.1))]
+    (place / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("score", "--completions", "c.jsonl", "--json", "--reward_funcs", "rewards.py:raising", "rewards.py:inapplicable",
+             "--reward_weights", 1, 2)  # fmt: skip
+    result = one_object(run(*words))
+    assert result["n"] == 4 and "accuracy" not in result
+    # row 1: raising fails, inapplicable says None; row 3: both raise
+    assert result["rewards"][0] == 0 and result["rewards"][2] == pytest.approx(3 * -0.0625)
+    assert result["rewards"][1] is None and result["rewards"][3] is None
+    assert result["errors"] == 2
+    assert result["reward"] == pytest.approx((0 + 3 * -0.0625) / 2)
+
+
+def test_score_needs_to_know_what(run, place):
+    (place / "c.jsonl").write_text('{"completion": "1"}\n')
+    assert_refused(run("score", "--completions", "c.jsonl"), "reward_funcs")
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toy_run(zygote, tmp_path_factory):
+    """A run with an evaluation for every checkpoint."""
+    place = tmp_path_factory.mktemp("toy")
+    words = (*TOY, "--max_steps", 4, "--population_size", 8, "--sigma", 0.1, "--learning_rate", 0.2, "--eval_steps", 2,
+             "--save_steps", 2)  # fmt: skip
+    assert zygote.run(words, place).code == 0
+    return place
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_an_evaluation_in_a_run_is_that_of_its_checkpoint(zygote, toy_run, step):
+    model = f"run/checkpoint-{step}" if step else "toy"
+    words = ("evaluate", "--engine", "toy", "--task", "quadratic", "--model", model, "--split", "validation", "--json")
+    result = one_object(zygote.run((*words, "--rows", "rows.jsonl", "--prompts_per_batch", 7), toy_run))
+    assert rows_of(toy_run / "rows.jsonl") == rows_of(toy_run / "run" / "eval" / f"step_{step:05d}.jsonl")
+    (logged,) = [record for record in metrics(toy_run / "run") if "eval_reward" in record and record["step"] == step]
+    assert (result["n"], result["reward"], result["accuracy"]) == (
+        logged["eval_rows"], logged["eval_reward"], logged["eval_accuracy"])  # fmt: skip
+    assert set(result) >= {"task", "n", "accuracy", "accuracy_ci95", "reward", "mean_length_tokens"}
+    low, high = result["accuracy_ci95"]
+    assert 0 <= low <= result["accuracy"] <= high <= 1
+
+
+def test_evaluate_takes_what_a_run_says_of_its_model(zygote, toy_run):
+    config = json.loads((toy_run / "run" / "es_config.json").read_text())
+    words = ("evaluate", "--engine", config["engine"], "--task", config["task"], "--json")
+    base = one_object(zygote.run((*words, "--model", config["model"]), toy_run))
+    tuned = one_object(zygote.run((*words, "--model", "run"), toy_run))
+    assert tuned["reward"] > base["reward"]
+
+
+def test_evaluate_options(zygote, toy_run):
+    words = ("evaluate", "--engine", "toy", "--task", "quadratic", "--model", "run", "--json")
+    whole = {split: one_object(zygote.run((*words, "--split", split), toy_run)) for split in ("train", "validation", "test")}
+    assert len({result["reward"] for result in whole.values()}) == 3
+    assert one_object(zygote.run(words, toy_run)) == whole["test"]
+    assert one_object(zygote.run((*words, "--limit", 3), toy_run))["n"] == 3
+    text = zygote.run(words[:-1], toy_run)
+    assert text.code == 0 and "accuracy" in text.out and "95 %" in text.out
+    assert_refused(zygote.run((*words, "--reference", "toy"), toy_run), "KL")
+    assert_refused(zygote.run((*words, "--limit", -1), toy_run), "limit")
+
+
+def test_evaluate_with_data_and_rewards_of_ones_own(zygote, toy_run):
+    write_rewards(toy_run)
+    (toy_run / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"x[{i}]", "wanted": 0.5}) + "\n" for i in range(5)))
+    words = ("evaluate", "--engine", "toy", "--task", "quadratic", "--model", "toy", "--dataset_name", "rows.jsonl", "--json")
+    assert one_object(zygote.run(words, toy_run))["reward"] == -0.25
+    second = one_object(zygote.run((*words, "--reward_funcs", "rewards.py:second"), toy_run))
+    assert (second["n"], second["reward"]) == (5, 0.0)
+
+
+# --- a language model -------------------------------------------------------------------------------------------------
+
+LENGTH = ("--max_completion_length", 24)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(torch_zygote, tmp_path_factory):
+    """A short run on the embedded model."""
+    place = tmp_path_factory.mktemp("tiny")
+    words = ("train", "--task", "countdown", "--output_dir", "run", "--max_steps", 2, "--population_size", 2, "--batch_size", 4,
+             "--sigma", 0.02, "--eval_steps", 2, "--eval_rows", 12, "--save_steps", 2, "--report_to", "none", *LENGTH)  # fmt: skip
+    done = torch_zygote.run(words, place)
+    assert done.code == 0, done
+    return place
+
+
+def test_an_evaluation_of_a_language_model_in_a_run_is_that_of_its_checkpoint(torch_zygote, tiny_run):
+    config = json.loads((tiny_run / "run" / "es_config.json").read_text())
+    assert config["model"] == "tiny"
+    assert journal(tiny_run / "run")[0]["base"]["model"] == "tiny"
+    found = {}
+    for step, model in ((0, config["model"]), (2, "run/checkpoint-2"), (2, "run")):
+        words = ("evaluate", "--model", model, "--task", "countdown", "--split", "validation", "--limit", 12, "--json", *LENGTH)
+        found[model] = one_object(torch_zygote.run((*words, "--rows", "rows.jsonl"), tiny_run))
+        assert rows_of(tiny_run / "rows.jsonl") == rows_of(tiny_run / "run" / "eval" / f"step_{step:05d}.jsonl")
+    assert found["run"] | {"model": ""} == found["run/checkpoint-2"] | {"model": ""}
+
+
+def test_sampled_evaluation_and_divergence(torch_zygote, tiny_run):
+    words = ("evaluate", "--model", "run", "--task", "countdown", "--limit", 4, "--temperature", 1, "--json", *LENGTH)
+    result = one_object(torch_zygote.run((*words, "--n_samples", 4, "--reference", "tiny"), tiny_run))
+    assert list(result["pass_at_k"]) == ["1", "2", "4"]
+    assert result["pass_at_k"]["1"] <= result["pass_at_k"]["2"] <= result["pass_at_k"]["4"]
+    assert result["pass_at_k"]["1"] == pytest.approx(result["accuracy"])
+    assert result["kl"] > 0
+    again = one_object(torch_zygote.run((*words, "--n_samples", 4, "--prompts_per_batch", 1), tiny_run))
+    assert again["accuracy"] == result["accuracy"]
+    assert one_object(torch_zygote.run((*words, "--reference", "run"), tiny_run))["kl"] == 0

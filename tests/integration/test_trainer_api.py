@@ -1,0 +1,235 @@
+"""`ESTrainer` from Python, with TRL's keywords, on a tiny random Llama; and what a run directory is good for."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from command_line import assert_same_tree, journal, metrics, steps, tree, weights
+from tiny_models import save_tiny, tiny_tokenizer
+
+from estune import ESConfig, ESTrainer
+from estune.errors import UserError
+
+ROWS = [{"prompt": f"count to {i}: ", "bonus": i / 10} for i in range(6)]
+SMALL = {"max_steps": 2, "population_size": 4, "batch_size": 3, "max_completion_length": 10, "sigma": 0.05, "num_threads": 1,
+         "report_to": ["none"], "reward_workers": 1}  # fmt: skip
+
+
+def vowels(completions, bonus, **_):
+    return [sum(letter in "aeiou" for letter in text) + value for text, value in zip(completions, bonus, strict=True)]
+
+
+async def length(completions, **_):
+    return [-len(text) / 10 for text in completions]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    save_tiny("llama", directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def somewhere(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def train(llama, output_dir="run", **changes):
+    trainer = ESTrainer(
+        model=str(llama),
+        reward_funcs=changes.pop("reward_funcs", vowels),
+        args=ESConfig(output_dir=output_dir, **{**SMALL, **changes}),
+        train_dataset=ROWS,
+    )
+    return trainer.train(), trainer
+
+
+def test_train_and_load(llama):
+    run_dir, _ = train(llama, save_steps=1)
+    assert run_dir == Path("run")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir)
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    names = [name for name, _ in base.named_parameters()]
+    moved = [name for name in names if not torch.equal(model.get_parameter(name), base.get_parameter(name))]
+    assert moved == names  # all parameters
+    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "checkpoint-2")
+    for name in names:
+        assert torch.equal(model.get_parameter(name), checkpoint.get_parameter(name))
+    inputs = tokenizer("count to 3: ", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+    assert {path.name for path in run_dir.iterdir() if path.is_file()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "es_config.json", "es_state.json", "env.json",
+        "journal.jsonl", "metrics.jsonl", "trainer_state.json",
+    }  # fmt: skip
+    assert json.loads((run_dir / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_saved_files_hold_no_paths_and_equal_runs_equal_bytes(llama, place):
+    (place / "elsewhere").mkdir()
+    train(llama)
+    train(llama, "elsewhere/run")
+    apart = ("es_config.json",)
+    assert_same_tree(tree(place / "elsewhere" / "run", apart), tree(place / "run", apart))
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors", "es_state.json", "trainer_state.json"):
+        assert str(place).encode() not in (place / "run" / name).read_bytes()
+        assert str(llama).encode() not in (place / "run" / name).read_bytes()
+
+
+def test_python_and_the_command_line_write_the_same(llama, place, run_model):
+    train(llama, reward_funcs="rewards.py:vowels")
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = [word for name, value in SMALL.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    done = run_model("train", "--model", llama, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels", *words,
+                     "--output_dir", "cli")  # fmt: skip
+    assert done.code == 0, done
+    assert weights(place / "cli") == weights(place / "run")
+    assert steps(place / "cli") == steps(place / "run")
+
+
+def test_several_rewards_with_weights(llama, place):
+    train(llama, reward_funcs=[vowels, length, lambda completions, **_: [0.5] * len(completions)], reward_weights=[1, 0.5, 2])
+    record = metrics(place / "run")[0]
+    parts = [record["rewards/vowels/mean"], record["rewards/length/mean"], record["rewards/<lambda>/mean"]]
+    assert record["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2])
+    assert journal(place / "run")[0]["reward_weights"] == [1.0, 0.5, 2.0]
+    for name in ("reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "num_tokens",
+                 "learning_rate", "es/fitness_best", "es/fitness_mean", "es/fitness_std", "es/sigma", "es/update_norm",
+                 "es/update_ratio", "es/reward_errors"):  # fmt: skip
+        assert isinstance(record[name], (int, float)), name
+    timed = metrics(place / "run", times=True)[0]
+    assert all(timed[name] >= 0 for name in ("step_time", "es/perturb_s", "es/generate_s", "es/score_s", "es/update_s"))
+
+
+def test_what_a_reward_is_called_with(llama, place):
+    seen = place / "seen.jsonl"
+
+    def reward(prompts, completions, completion_ids, bonus, trainer_state, log_extra, log_metric, **others):
+        import json
+
+        log_metric("mean_bonus", sum(bonus) / len(bonus))
+        line = {"prompts": prompts, "completions": completions, "ids": completion_ids, "bonus": bonus, "others": sorted(others),
+                "step": trainer_state.global_step, "max_steps": trainer_state.max_steps}  # fmt: skip
+        with open(seen, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return [None if value > 0.4 else value for value in bonus]
+
+    train(llama, reward_funcs=reward)
+    calls = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert len(calls) == 2 * 4  # one per member and step
+    for call in calls:
+        assert len(call["prompts"]) == len(call["completions"]) == len(call["ids"]) == len(call["bonus"]) == 3
+        assert all(isinstance(text, str) for text in call["prompts"] + call["completions"])
+        assert not any(text.startswith(prompt) for prompt, text in zip(call["prompts"], call["completions"], strict=True))
+        assert call["others"] == [] and call["max_steps"] == 2
+    assert [call["step"] for call in calls] == [0] * 4 + [1] * 4
+    assert "mean_bonus" in metrics(place / "run")[0]
+
+
+def test_a_datasets_dataset_and_held_out_rows(llama, place):
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    trainer = ESTrainer(
+        model=str(llama), reward_funcs=vowels, train_dataset=rows, eval_dataset=rows.select(range(2)),
+        args=ESConfig(output_dir="run", eval_steps=1, **SMALL),
+    )  # fmt: skip
+    trainer.train()
+    assert [record["step"] for record in metrics(place / "run") if "eval_reward" in record] == [0, 1, 2]
+    with pytest.raises(UserError, match="eval_dataset"):
+        ESTrainer(model=str(llama), reward_funcs=vowels, train_dataset=rows, args=ESConfig(eval_steps=1, **SMALL))
+
+
+def test_a_model_in_memory(llama, place, run_model):
+    """Its weights at the start go into the run, so that the run can be resumed, replayed and evaluated without it."""
+    given = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+
+    def trainer(max_steps, **changes):
+        model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+        args = ESConfig(**{**SMALL, "output_dir": "run", "max_steps": max_steps, **changes})
+        return ESTrainer(model=model, processing_class=tokenizer, reward_funcs=vowels, args=args, train_dataset=ROWS)
+
+    trainer(2).train()
+    trainer(3, resume=True).train()
+    config = json.loads((place / "run" / "es_config.json").read_text())
+    stored = transformers.AutoModelForCausalLM.from_pretrained(config["model"])
+    assert all(torch.equal(parameter, given.get_parameter(name)) for name, parameter in stored.named_parameters())
+    train(llama, "other", max_steps=3)
+    assert weights(place / "run") == weights(place / "other")
+    done = run_model("replay", "--run", "run", "--output_dir", "out")
+    assert done.code == 0, done
+    assert weights(place / "out") == weights(place / "run")
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for model in (config["model"], "run"):
+        done = run_model("evaluate", "--model", model, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels", "--json",
+                         "--max_completion_length", 10)  # fmt: skip
+        assert done.code == 0 and json.loads(done.out)["n"] == 6, done
+
+
+def test_resume_from_python(llama, place):
+    train(llama, "whole", max_steps=4)
+    train(llama, max_steps=2)
+    train(llama, max_steps=4, resume=True)
+    assert weights(place / "run") == weights(place / "whole")
+    before = hashlib.blake2b(repr(sorted(tree(place / "run").items())).encode()).hexdigest()
+    train(llama, max_steps=4, resume=True)
+    assert hashlib.blake2b(repr(sorted(tree(place / "run").items())).encode()).hexdigest() == before
+    with pytest.raises(UserError, match="reward_funcs"):
+        train(llama, max_steps=5, resume=True, reward_funcs=length)
+
+
+def test_save_model_is_theta(llama, place):
+    _, trainer = train(llama)
+    trainer.save_model(place / "saved")
+    assert weights(place / "saved") == weights(place / "run")
+
+
+def test_theta_survives_any_number_of_evaluations(llama):
+    """Nothing is restored by subtraction (invariant 1)."""
+    trainer = ESTrainer(model=str(llama), reward_funcs=vowels, args=ESConfig(**SMALL), train_dataset=ROWS)
+    prompts = trainer.prepare()
+    master = trainer.engine.master
+    before = {name: array.copy() for name, array in master.arrays.items()}
+    from estune.engines.base import Perturbation
+    from estune.inputs import sampling
+    from estune.population import members_for_step
+
+    first = trainer.engine.generate(None, prompts, sampling(trainer.args, 0))
+    for member in members_for_step(0, 0, 6, True):
+        trainer.engine.generate(Perturbation(member, 0.3), prompts, sampling(trainer.args, 0))
+    assert trainer.engine.generate(None, prompts, sampling(trainer.args, 0)) == first
+    assert all(np.array_equal(before[name], array) for name, array in master.arrays.items())
+
+
+def test_user_errors_come_before_anything_is_written(llama, place):
+    for arguments, words in (
+        (dict(reward_funcs=None), "reward_funcs"), (dict(reward_funcs=[]), "reward"), (dict(reward_funcs=3), "callable"),
+        (dict(train_dataset=[]), "no rows"), (dict(train_dataset=[{"text": "a"}]), "prompt"),
+        (dict(train_dataset=[{"prompt": "a"}]), "bonus"), (dict(train_dataset=["a"]), "dicts"),
+    ):  # fmt: skip
+        given = dict(model=str(llama), reward_funcs=vowels, args=ESConfig(output_dir="run", **{**SMALL, "batch_size": 1}),
+                     train_dataset=ROWS) | arguments  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            ESTrainer(**given).train()
+    with pytest.raises(TypeError):
+        ESTrainer(str(llama))  # keywords only
+    for values, words in ((dict(sgima=1), "sigma"), (dict(sigma=-1), "sigma"), (dict(population_size=1), "population_size")):
+        with pytest.raises(UserError, match=words):
+            ESConfig.from_mapping(values)
+    assert not (place / "run").exists()
+
+
+def test_the_default_run_name_says_what_runs(llama, place):
+    names = set()
+    for _ in range(2):
+        args = ESConfig(**{**SMALL, "max_steps": 0})
+        names.add(ESTrainer(model=str(llama), reward_funcs=vowels, args=args, train_dataset=ROWS).train())
+    assert len(names) == 2
+    assert all(path.parent == Path("runs") and "llama" in path.name for path in names)

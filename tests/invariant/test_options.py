@@ -1,0 +1,482 @@
+"""An option that is accepted has an effect (invariant 9), and configurations that mean the same give one trajectory.
+
+Every field of `ESConfig` has an entry in `EFFECTS`: options for a run, the change, and what must differ. A new field
+without an entry fails `test_every_field_has_an_entry`.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+
+import pytest
+from command_line import TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
+
+from estune.config import FIELDS, ESConfig
+
+RUN = (*TOY, "--max_steps", 2, "--population_size", 4, "--sigma", 0.1, "--learning_rate", 0.1, "--num_threads", 1)
+
+
+# --- what differs; each takes a finished run's place (the directory that holds `run`) ---------------------------------
+
+
+def theta(place):
+    return weights(place / "run")
+
+
+def of_steps(*names):
+    return lambda place: [[line[name] for name in names] for line in steps(place / "run")]
+
+
+def header(*names):
+    return lambda place: [journal(place / "run")[0][name] for name in names]
+
+
+def names(prefix=""):
+    return lambda place: [name for name in tree(place / "run") if name.startswith(prefix)]
+
+
+def contents(prefix):
+    return lambda place: {name: data for name, data in tree(place / "run").items() if name.startswith(prefix)}
+
+
+def logged(*names):
+    return lambda place: [[record.get(name) for name in names] for record in metrics(place / "run")]
+
+
+def calls(column):
+    """Distinct values that the reward `logged` saw: 0 step, 1 completions, 2 pid, 3 threads, 5 in the trainer."""
+    return lambda place: sorted({line.split()[column] for line in (place / "calls").read_text().splitlines()})
+
+
+def n_calls(place):
+    return len((place / "calls").read_text().splitlines())
+
+
+def in_trainer(place):
+    """Whether rewards were computed in the trainer's own process, which has the trainer imported."""
+    return calls(5)(place) == ["True"]
+
+
+def n_workers(place):
+    return len(calls(2)(place))
+
+
+LOGGED = ("--reward_funcs", "rewards.py:logged")
+SLOW = ("--reward_funcs", "rewards.py:slow")
+DATA = ("--dataset_name", "data")
+# field: (options of both runs, options of the changed run, what differs)
+TOY_EFFECTS = {
+    "model": ((), ("--model", "base"), header("base")),
+    "dataset_name": ((), DATA, of_steps("fitness")),
+    "dataset_train_split": (DATA, ("--dataset_train_split", "other"), of_steps("fitness")),
+    "dataset_test_split": ((*DATA, "--eval_steps", 1), ("--dataset_test_split", "other"), contents("eval/")),
+    "dataset_config": (("--dataset_name", "configs"), ("--dataset_config", "two"), of_steps("fitness")),
+    "reward_funcs": ((), ("--reward_funcs", "rewards.py:second"), of_steps("fitness", "q")),
+    "reward_weights": (("--reward_funcs", "rewards.py:logged", "rewards.py:second"), ("--reward_weights", 1, 0.5), of_steps("q")),
+    "reward_timeout_s": ((*SLOW, "--batch_size", 2), ("--reward_timeout_s", 0.005), of_steps("failures")),
+    "reward_workers": ((*SLOW, "--reward_workers", 1), ("--reward_workers", 3), n_workers),
+    "reward_isolation": (LOGGED, ("--reward_isolation", "inline"), in_trainer),
+    "system_prompt": (("--log_completions",), ("--system_prompt", "Be brief."), contents("completions/")),
+    "response_prefix": ((), ("--response_prefix", "1"), of_steps("fitness")),
+    "max_steps": ((), ("--max_steps", 3), of_steps("step")),
+    "population_size": ((), ("--population_size", 6), of_steps("seeds")),
+    "sigma": ((), ("--sigma", 0.2), of_steps("s", "fitness")),
+    "learning_rate": ((), ("--learning_rate", 0.2), of_steps("a", "checksum")),
+    "batch_size": ((), ("--batch_size", 3), of_steps("rows", "fitness")),
+    "antithetic": ((), ("--antithetic",), of_steps("seeds", "fitness")),
+    "noise_distribution": ((), ("--noise_distribution", "rademacher"), of_steps("s", "fitness")),
+    "fitness_shaping": ((), ("--fitness_shaping", "centered_rank"), of_steps("q")),
+    "lr_scheduler_type": ((), ("--lr_scheduler_type", "linear"), of_steps("a")),
+    "warmup_steps": ((), ("--warmup_steps", 2), of_steps("a")),
+    "sigma_scheduler_type": ((), ("--sigma_scheduler_type", "linear"), of_steps("s")),
+    "weight_decay": ((), ("--weight_decay", 0.5), of_steps("decay")),
+    "weight_decay_anchor": (("--weight_decay", 0.5, "--model", "base"), ("--weight_decay_anchor", "base"), theta),
+    "seed": ((), ("--seed", 1), of_steps("seeds", "rows")),
+    "max_completion_length": ((), ("--max_completion_length", 5), logged("completions/clipped_ratio", "completions/mean_length")),
+    "prompts_per_batch": ((*LOGGED, "--eval_steps", 2), ("--prompts_per_batch", 5), n_calls),
+    "num_threads": ((*LOGGED, "--reward_isolation", "inline"), ("--num_threads", 2), calls(3)),
+    "logging_steps": ((), ("--logging_steps", 2), logged("step")),
+    "log_completions": ((), ("--log_completions",), names("completions/")),
+    "eval_steps": ((), ("--eval_steps", 1), names("eval/")),
+    "eval_rows": (("--eval_steps", 1), ("--eval_rows", 3), logged("eval_rows")),
+    "save_steps": ((), ("--save_steps", 1), names("checkpoint-")),
+    "save_total_limit": (("--save_steps", 1), ("--save_total_limit", 1), names("checkpoint-")),
+    "report_to": ((), ("--report_to", "plot"), names("plots/")),
+}  # fmt: skip
+
+TEXT = ("--log_completions", "--sigma", 0.02)
+WARM = (*TEXT, "--temperature", 1)
+# The same for a random Llama on six rows of data, rewards in the trainer's process.
+MODEL_EFFECTS = {
+    "dtype": ((), ("--dtype", "bfloat16"), lambda place: (theta(place)[:400], header("engine")(place))),
+    "trainable_parameters": ((), ("--trainable_parameters", r"layers\.1\.", "norm"), header("parameters")),
+    "apply_chat_template": (("--model", "templated", *TEXT), ("--apply_chat_template", "true"), contents("completions/")),
+    "chat_template_kwargs": (("--model", "templated", *TEXT, "--apply_chat_template", "true"),
+                             ("--chat_template_kwargs", '{"mood": "calm"}'), contents("completions/")),
+    "stop_strings": (TEXT, ("--stop_strings", *"aeiouthnr0123456789"), logged("completions/mean_length")),
+    "num_generations": (WARM, ("--num_generations", 2), contents("completions/")),
+    "temperature": (TEXT, ("--temperature", 1), contents("completions/")),
+    "top_p": (WARM, ("--top_p", 0.3), contents("completions/")),
+    "top_k": (WARM, ("--top_k", 2), contents("completions/")),
+}  # fmt: skip
+
+OTHERWISE = {  # field -> the test below that shows its effect
+    "task": "test_task", "engine": "test_engine", "device": "test_device", "revision": "test_revision",
+    "trust_remote_code": "test_trust_remote_code", "noise": "test_noise", "output_dir": "test_output_dir",
+    "run_name": "test_run_name", "resume": "test_resume", "overwrite": "test_overwrite", "dry_run": "test_dry_run",
+}  # fmt: skip
+
+
+def test_every_field_has_an_entry():
+    covered = [*TOY_EFFECTS, *MODEL_EFFECTS, *OTHERWISE]
+    assert sorted(covered) == sorted(FIELDS)
+    assert all(callable(globals()[test]) for test in OTHERWISE.values())
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+def rows(shift, n=8):
+    return "".join(json.dumps({"prompt": f"x[{i}]", "wanted": i / 10 + shift}) + "\n" for i in range(n))
+
+
+def furnish(place, base=None, llama=None):
+    """Put what the options above name into a directory."""
+    write_rewards(place)
+    (place / "data").mkdir()
+    for number, split in enumerate(("train", "test", "other")):
+        (place / "data" / f"{split}.jsonl").write_text(rows(number))
+    (place / "configs").mkdir()
+    for number, name in enumerate(("one", "two")):
+        (place / "configs" / f"{name}.jsonl").write_text(rows(number))
+    (place / "configs" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n  default: true\n- config_name: two\n  data_files: two.jsonl\n---\n"
+    )
+    (place / "rows.jsonl").write_text("".join(f'{{"prompt": "count to {i}: "}}\n' for i in range(6)))
+    if base is not None:
+        shutil.copytree(base, place / "base")
+    if llama is not None:
+        shutil.copytree(llama, place / "templated")
+        (place / "templated" / "chat_template.jinja").write_text(
+            "{{ mood | default('plain') }} {% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+        )
+
+
+@pytest.fixture(scope="module")
+def toy_base(zygote, tmp_path_factory):
+    """A toy model whose weights are not 0."""
+    place = tmp_path_factory.mktemp("base")
+    assert zygote.run((*RUN, "--max_steps", 1, "--seed", 99), place).code == 0
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(zygote, torch_zygote, toy_base, tiny_llama, tmp_path_factory):
+    """``finished(options)``: the place of a finished run; the runs that changes are compared with are run once."""
+    places = {}
+
+    def run(options, model=False):
+        key = (*map(str, options), model)
+        if key not in places:
+            place = places[key] = tmp_path_factory.mktemp("run")
+            furnish(place, toy_base, tiny_llama)
+            words, process = (*RUN, *options), zygote
+            if model:
+                words, process = (*MODEL, "--model", tiny_llama, *options), torch_zygote
+            done = process.run(words, place, env={"CALLS": "calls"})
+            assert done.code == 0, done
+        return places[key]
+
+    return run
+
+
+MODEL = ("train", "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels", "--max_steps", 2, "--population_size", 2,
+         "--batch_size", 3, "--max_completion_length", 10, "--num_threads", 1, "--report_to", "none", "--reward_isolation", "inline",
+         "--output_dir", "run")  # fmt: skip
+
+
+@pytest.mark.parametrize("field", TOY_EFFECTS)
+def test_toy(finished, field):
+    options, change, observed = TOY_EFFECTS[field]
+    plain, changed = finished(options), finished((*options, *change))
+    assert observed(plain) != observed(changed)
+
+
+@pytest.mark.parametrize("field", MODEL_EFFECTS)
+def test_language_model(finished, field):
+    options, change, observed = MODEL_EFFECTS[field]
+    plain, changed = finished(options, model=True), finished((*options, *change), model=True)
+    assert observed(plain) != observed(changed)
+
+
+def test_only_trainable_parameters_move(finished):
+    from safetensors.numpy import load_file
+
+    options, change, _ = MODEL_EFFECTS["trainable_parameters"]
+    place = finished((*options, *change), model=True)
+    moving = {name for name, _, perturbed in header("parameters")(place)[0] if perturbed}
+    before = load_file(journal(place / "run")[0]["base"]["model"] + "/model.safetensors")
+    after = load_file(place / "run" / "model.safetensors")
+    assert {name for name in after if (before[name] != after[name]).any()} == moving
+    assert 0 < len(moving) < len(after)
+
+
+def test_completions_end_with_a_stop_string(finished):
+    options, change, _ = MODEL_EFFECTS["stop_strings"]
+    place = finished((*options, *change), model=True)
+    for data in contents("completions/")(place).values():
+        for text in (json.loads(line)["completion"] for line in data.decode().splitlines()):
+            first = min((text.find(stop) for stop in change[1:] if stop in text), default=len(text))
+            assert first >= len(text) - len("<unused299>"), text  # in the last token
+
+
+def test_the_prompt_is_what_the_options_say(finished):
+    options, change, _ = MODEL_EFFECTS["chat_template_kwargs"]
+    place = finished((*options, *change), model=True)
+    assert b"calm" in contents("completions/")(place)["completions/step_00001.jsonl"]
+
+
+def test_task(run):
+    assert_refused(run("train", "--engine", "toy", "--task", "countdown", "--output_dir", "run"), "quadratic")
+
+
+def test_engine(run, place):
+    assert run(*RUN).code == 0
+    assert journal(place / "run")[0]["engine"]["engine"] == "toy"
+    assert_refused(run("train", "--task", "quadratic", "--output_dir", "hf"), "engine toy")
+
+
+def test_device(run_model, place, tiny_llama):
+    import torch
+
+    furnish(place)
+    done = run_model(*MODEL, "--model", tiny_llama, "--device", "cuda")
+    if torch.cuda.is_available():
+        assert journal(place / "run")[0]["engine"]["device"].startswith("cuda")
+    else:
+        assert_refused(done, "device", "cuda")
+
+
+def test_revision(run_model, place, tiny_llama):
+    furnish(place)
+    assert_refused(run_model(*MODEL, "--model", tiny_llama, "--revision", "v2"), "revision", "directory")
+    hub = place / "hub" / "models--me--llama"  # the hub's cache, with two versions
+    (hub / "refs").mkdir(parents=True)
+    for name, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        (hub / "refs" / name).write_text(commit)
+        shutil.copytree(tiny_llama, hub / "snapshots" / commit)
+    data = bytearray(weights(hub / "snapshots" / ("2" * 40)))
+    data[-4:] = b"\x00\x00\x80\x3f"
+    (hub / "snapshots" / ("2" * 40) / "model.safetensors").write_bytes(data)
+    found = []
+    script = place / "script.py"  # the cache's place is read at import, which a forked command has behind it
+    script.write_text(
+        "import sys\nimport huggingface_hub.constants as c\nfor m in list(sys.modules.values()):\n"
+        "    if 'HF_HUB_CACHE' in vars(m): m.HF_HUB_CACHE = sys.argv[1]\n"
+        "from estune.cli import main\nsys.exit(main(sys.argv[2:]))\n"
+    )
+    for extra in ((), ("--revision", "v2")):
+        done = run_model(place / "hub", *MODEL, "--model", "me/llama", *extra, "--max_steps", 0, "--overwrite", script=script)
+        assert done.code == 0, done
+        found.append(journal(place / "run")[0]["base"]["fingerprint"])
+    assert found[0] != found[1]
+
+
+def test_trust_remote_code(run_model, place, tiny_llama):
+    furnish(place)
+    model = place / "model"
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Mine"],
+               "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.Mine"}}  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MyConfig(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+        "class Mine(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    assert_refused(run_model(*MODEL, "--model", "model", "--max_steps", 0), "model", "code")
+    done = run_model(*MODEL, "--model", "model", "--max_steps", 0, "--trust_remote_code")
+    assert done.code == 0, done
+    assert (place / "run" / "model.safetensors").exists()
+
+
+def test_noise(run):
+    assert_refused(run(*RUN, "--noise", "lowrank"), "noise", "full")
+
+
+def test_output_dir(run, place):
+    assert run(*RUN, "--output_dir", "elsewhere/deep").code == 0
+    assert (place / "elsewhere" / "deep" / "model.safetensors").exists() and not (place / "run").exists()
+
+
+def test_run_name(run, place):
+    words = RUN[: RUN.index("--output_dir")] + RUN[RUN.index("--output_dir") + 2 :]
+    assert run(*words, "--run_name", "mine").code == 0
+    assert (place / "runs" / "mine" / "model.safetensors").exists()
+
+
+def test_resume(run, place):
+    assert run(*RUN).code == 0
+    assert_refused(run(*RUN, "--max_steps", 3), "--resume")
+    assert run(*RUN, "--max_steps", 3, "--resume").code == 0
+    assert len(steps(place / "run")) == 3
+
+
+def test_overwrite(run, place):
+    assert run(*RUN, "--save_steps", 1).code == 0
+    assert run(*RUN, "--seed", 3, "--overwrite").code == 0
+    assert journal(place / "run")[0]["config"]["seed"] == 3 and not list((place / "run").glob("checkpoint-*"))
+
+
+def test_dry_run(run, place):
+    done = run(*RUN, "--dry_run")
+    assert done.code == 0 and '"population_size": 4' in done.out
+    assert not (place / "run").exists()
+
+
+# --- how options are written ------------------------------------------------------------------------------------------
+
+
+def first_words(run, *words):
+    """Return the resolved configuration that words lead to."""
+    done = run(*RUN, "--population_size", 4, *words, "--dry_run")
+    assert done.code == 0, done
+    return json.loads(done.out[: done.out.rindex("}") + 1])
+
+
+def test_booleans(run):
+    for words, value in (
+        ((), False), (("--antithetic",), True), (("--antithetic", "true"), True), (("--antithetic", "false"), False),
+        (("--antithetic=false",), False), (("--antithetic", "True"), True), (("--no_antithetic",), False),
+        (("--no-antithetic",), False), (("--antithetic", "--no_antithetic"), False), (("--no_antithetic", "--antithetic"), True),
+        (("--antithetic", "0"), False), (("--antithetic", "yes"), True),
+    ):  # fmt: skip
+        assert first_words(run, *words)["antithetic"] is value, words
+
+
+def test_dashes_and_underscores(run, place):
+    (place / "a.yaml").write_text("population-size: 6\nlearning_rate: 0.3\n")
+    one = first_words(run, "--weight-decay", 0.5, "--weight-decay-anchor=base", "--response_prefix=--a-b")
+    other = first_words(run, "--weight_decay=0.5", "--weight_decay_anchor", "base", "--response-prefix=--a-b")
+    assert one == other
+    assert (one["weight_decay"], one["weight_decay_anchor"], one["response_prefix"]) == (0.5, "base", "--a-b")
+
+
+def test_flags_win_over_the_file(run, place):
+    (place / "a.yaml").write_text("sigma: 0.7\nwarmup_steps: 5\n")
+    config = first_words(run, "--config", "a.yaml")
+    assert (config["sigma"], config["warmup_steps"]) == (0.1, 5)
+
+
+def test_aliases(run, place, toy_base):
+    shutil.copytree(toy_base, place / "base")
+    assert first_words(run, "--model_name_or_path", "base")["model"] == "base"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_a_flag_that_help_explains(field, help_of_train):
+    assert f"--{field} " in help_of_train
+    assert FIELDS[field].metadata["help"]
+
+
+@pytest.fixture(scope="module")
+def help_of_train(zygote, tmp_path_factory):
+    done = zygote.run(["train", "--help"], tmp_path_factory.mktemp("help"))
+    assert done.code == 0
+    return done.out
+
+
+@pytest.mark.parametrize("words", [
+    ("--dtype", "bfloat16"), ("--device", "cuda"), ("--trainable_parameters", "head"), ("--revision", "v2"), ("--trust_remote_code",),
+    ("--temperature", 1), ("--stop_strings", "."), ("--chat_template_kwargs", '{"a": 1}'), ("--apply_chat_template", "true"),
+], ids=lambda words: words[0])  # fmt: skip
+def test_what_the_toy_would_ignore_is_refused(run, place, words):
+    assert_refused(run(*RUN, *words))
+    assert not (place / "run").exists()
+
+
+def test_held_out_rows_are_never_the_training_rows(run, place):
+    furnish(place)
+    (place / "toy.jsonl").write_text(rows(0))
+    assert_refused(run(*RUN, "--dataset_name", "toy.jsonl", "--eval_steps", 1), "one file", "toy.jsonl")
+    assert_refused(run(*RUN, "--dataset_name", "toy.jsonl", "--dataset_test_split", "other"), "toy.jsonl")
+    assert_refused(run(*RUN, "--dataset_name", "data", "--dataset_test_split", "train", "--eval_steps", 1), "train")
+    assert_refused(run(*RUN, "--dataset_train_split", "other"), "dataset_name")
+
+
+# --- configurations that must give one trajectory ---------------------------------------------------------------------
+
+CLASS = {"engine": "toy", "task": "quadratic", "max_steps": 3, "population_size": 6, "sigma": 0.05, "learning_rate": 0.02,
+         "antithetic": True, "fitness_shaping": "centered_rank", "weight_decay": 0.01, "batch_size": 5, "seed": 7,
+         "num_threads": 1, "report_to": ["none"], "output_dir": "run"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wanted(zygote, tmp_path_factory):
+    place = tmp_path_factory.mktemp("wanted")
+    words = [word for name, value in CLASS.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    assert zygote.run(("train", *words), place).code == 0
+    return tree(place / "run")
+
+
+def test_file_flags_and_python_mean_the_same(zygote, run, place, wanted):
+    lines = [f"{name.replace('_', '-')}: {json.dumps(value)}" for name, value in CLASS.items()]
+    (place / "all.yaml").write_text("\n".join(lines))
+    (place / "half.yaml").write_text("\n".join(lines[:7]))
+    (place / "strings.yaml").write_text("\n".join(f"{k}: '{v}'" for k, v in CLASS.items() if k != "report_to"))
+    (place / "script.py").write_text(
+        f"from estune import ESConfig, ESTrainer\nESTrainer(args=ESConfig(**{CLASS!r})).train()\n"
+    )
+    flags = [word for name, value in list(CLASS.items())[7:-2] for word in (f"--{name}", value)]
+    ways = {
+        "file": dict(words=("train", "--config", "all.yaml")),
+        "half and half": dict(words=("train", *flags, "--config", "half.yaml", "--report_to", "none", "--output_dir=run")),
+        "strings": dict(words=("train", "--config", "strings.yaml", "--report-to", "none")),
+        "the run's own configuration": dict(words=("train", "--config", "run.yaml", "--overwrite")),
+        "python": dict(words=(), script=place / "script.py"),
+    }
+    for name, way in ways.items():
+        done = run(*way.pop("words"), **way)
+        assert done.code == 0, (name, done)
+        assert tree(place / "run") == wanted, name
+        (place / "run.yaml").write_bytes((place / "run" / "es_config.json").read_bytes())  # JSON is YAML
+        shutil.rmtree(place / "run")
+
+
+@pytest.mark.parametrize("words", [
+    ("--eval_steps", 1), ("--eval_steps", 2, "--eval_rows", 3), ("--save_steps", 1), ("--save_steps", 1, "--save_total_limit", 1),
+    ("--logging_steps", 3), ("--log_completions", "true"), ("--report_to", "plot"), ("--prompts_per_batch", 2),
+    ("--reward_timeout_s", 30), ("--max_completion_length", 100),
+], ids=lambda words: " ".join(map(str, words)))  # fmt: skip
+def test_watching_a_run_does_not_change_it(run, place, wanted, words):
+    (place / "all.yaml").write_text(json.dumps(CLASS))
+    assert run("train", "--config", "all.yaml", *words).code == 0
+    assert weights(place / "run") == wanted["model.safetensors"]
+    expected = [json.loads(line) for line in wanted["journal.jsonl"].decode().splitlines()]
+    assert steps(place / "run") == [{k: v for k, v in line.items() if k != "hash"} for line in expected if line["kind"] == "step"]
+
+
+def test_two_runs_without_a_name_never_share_a_directory(zygote, place):
+    """Four in the same second."""
+    words = ("train", "--engine", "toy", "--task", "quadratic", "--max_steps", 0, "--report_to", "none")
+    time.sleep(1 - time.time() % 1)
+    for _ in range(4):
+        assert zygote.run(words, place).code == 0
+    found = sorted((place / "runs").iterdir())
+    assert len(found) == 4 and all((path / "model.safetensors").exists() for path in found)
+    assert all(path.name.startswith("quadratic-toy-20") for path in found)
+
+
+def test_defaults_are_those_of_the_paper():
+    config = ESConfig(model="m", task="countdown")
+    assert (config.population_size, config.sigma, config.effective_learning_rate) == (30, 1e-3, 5e-4)
+    assert (config.fitness_shaping, config.temperature, config.antithetic, config.weight_decay) == ("z_score", 0.0, False, 0.0)
+    assert dataclasses.replace(config, sigma=4e-3).effective_learning_rate == 2e-3
+
+
+def test_through_a_real_interpreter(place, wanted):
+    (place / "all.yaml").write_text(json.dumps(CLASS))
+    done = estune("train", "--config", "all.yaml", cwd=place)
+    assert done.code == 0, done
+    assert tree(place / "run") == wanted
