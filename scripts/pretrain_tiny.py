@@ -34,7 +34,8 @@ from estune.tasks import countdown
 PAD, EOS = "<|pad|>", "<|end|>"
 # Which numbers are one token together with the mark before them; Ġ is a space in byte-level vocabularies.
 LARGEST_AFTER_MARK = {"+": 99, "-": 99, "*": 99, "/": 99, "=": LARGEST_VALUE, ",Ġ": LARGEST_VALUE, ";Ġ": 99}
-SHARE_THINKING_FIRST = 0.85  # before the last part of the text, which has shares of its own
+# Log odds that a text thinks first: while the skill is learned (85 %), and in the last part of the text (35 %).
+PREFERENCE_LEARNING, PREFERENCE_SETTLING = 1.7, -0.6
 MAX_COMPLETION_TOKENS = 72
 
 
@@ -112,9 +113,18 @@ def number_features(tokenizer: PreTrainedTokenizerFast, width: int) -> dict[int,
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int, held_out: set[Any], share: float | None
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    batch_size: int,
+    held_out: set[Any],
+    preference: float,
+    window: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield endless (token ids, weights in the loss), both (batch_size, T), sorted by length within 32 batches."""
+    """Yield endless (token ids, weights in the loss), both (batch_size, T), sorted by length within `window` batches.
+
+    Sorting saves padding. But batches of short texts weigh more per token, and short texts are those that answer at
+    once: where the preference must come out right, the window is 1.
+    """
     generator = random.Random(seed)
     cache: dict[str, list[int]] = {}
 
@@ -128,8 +138,8 @@ def batches(
     opening, middle, closing = (encode(phrase) for phrase in _prompt_phrases())
     while True:
         examples = []
-        for _ in range(32 * batch_size):
-            numbers, target, pieces = draw_example(generator, held_out, share)
+        for _ in range(window * batch_size):
+            numbers, target, pieces = draw_example(generator, held_out, preference)
             assert countdown.problem_key(numbers, target) not in held_out
             ids = list(opening)
             for position, number in enumerate(numbers):
@@ -250,7 +260,7 @@ def train(options: argparse.Namespace) -> None:
     note(parameters=size, vocabulary=len(tokenizer), torch=torch.__version__, **settings)
     validation = countdown.load("validation")
     held_out = held_out_problems()
-    source = batches(tokenizer, options.seed, options.batch_size, held_out, SHARE_THINKING_FIRST)
+    source = batches(tokenizer, options.seed, options.batch_size, held_out, PREFERENCE_LEARNING, 32)
     settling = options.steps - int(options.settling * options.steps)
     losses = []
     for step in range(1, options.steps + 1):
@@ -259,7 +269,7 @@ def train(options: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         if step == settling:
-            source = batches(tokenizer, options.seed + 1, options.batch_size, held_out, None)
+            source = batches(tokenizer, options.seed + 1, options.batch_size, held_out, PREFERENCE_SETTLING, 1)
         tokens, weights = next(source)
         hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state
         chosen = weights[:, 1:] > 0  # the vocabulary is applied only where there is a loss
@@ -289,6 +299,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     """Write the Hugging Face checkpoint."""
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    path = output / "tokenizer_config.json"  # under the name that every version of transformers knows
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(size: int, options: argparse.Namespace, result: dict[str, Any], minutes: int) -> str:
@@ -347,7 +360,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--inner", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval_steps", type=int, default=1000)
-    parser.add_argument("--settling", type=float, default=0.2, help="last part of the text, with its own shares")
+    parser.add_argument(
+        "--settling", type=float, default=0.2, help="last part of the text, which mostly answers at once"
+    )
     return parser.parse_args()
 
 

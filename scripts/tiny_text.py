@@ -19,6 +19,7 @@ from estune.tasks import countdown
 
 SHARE_RIGHT_DIRECT = 0.5  # of the answers given at once
 MAX_FAILED_TRIALS = {3: 5, 4: 5}  # per count of numbers
+SPREAD_OF_PREFERENCE = 0.8  # log odds, see share_thinking
 FAILED_CHOICE_WEIGHT = 0.2  # in the loss, of what a trial that fails tries
 LARGEST_VALUE = 199  # of a value that the text writes down
 
@@ -140,9 +141,14 @@ def direct_pieces(generator: random.Random, numbers: list[int], target: int, sol
     return [(f"<answer>{solution}</answer>", 1.0)]
 
 
-def share_thinking(numbers: list[int], target: int) -> float:
-    """Return how often the text about a problem thinks first: a quarter to 45 %, more for large targets."""
-    return 0.25 + 0.2 * (target - countdown.SMALLEST_TARGET) / (countdown.LARGEST_TARGET - countdown.SMALLEST_TARGET)
+def share_thinking(numbers: list[int], preference: float) -> float:
+    """Return how often the text about a problem thinks first: the logistic function of the preference, give or take.
+
+    It depends a little on the number that is listed first, so that a small change of the model turns the preference for
+    some problems and not for others: the reward then changes smoothly with the weights.
+    """
+    middle = (countdown.SMALLEST_NUMBER + countdown.LARGEST_NUMBER) / 2
+    return 1 / (1 + math.exp(-preference - SPREAD_OF_PREFERENCE * (numbers[0] - middle) / middle))
 
 
 def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[list[int], int, Any]:
@@ -164,13 +170,11 @@ def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[l
         return shuffled, target, (peels, big, small, pair)
 
 
-def draw_example(
-    generator: random.Random, held_out: set[Any], share: float | None = None
-) -> tuple[list[int], int, Pieces]:
-    """Draw a problem and a completion for it, which thinks with probability `share` (None: the problem's own share)."""
+def draw_example(generator: random.Random, held_out: set[Any], preference: float) -> tuple[list[int], int, Pieces]:
+    """Draw a problem and a completion for it; `preference` is the log odds that it thinks first, on average."""
     numbers, target, steps = draw_solved_problem(generator, held_out)
     solution = solution_text(*steps)
-    if generator.random() < (share_thinking(numbers, target) if share is None else share):
+    if generator.random() < share_thinking(numbers, preference):
         return numbers, target, think_pieces(generator, numbers, target, solution, steps)
     return numbers, target, direct_pieces(generator, numbers, target, solution)
 

@@ -41,7 +41,8 @@ def _distance(completions, wanted):
 
 
 def logged(completions, wanted, trainer_state, **_):
-    _log(trainer_state.global_step, len(completions), os.getpid(), threading.active_count(), os.getppid(), "estune.trainer" in sys.modules)
+    in_trainer = "estune.trainer" in sys.modules
+    _log(trainer_state.global_step, len(completions), os.getpid(), threading.active_count(), in_trainer)
     return _distance(completions, wanted)
 
 
@@ -141,6 +142,17 @@ def assert_refused(done, *parts):
     return lines[0]
 
 
+# --- rewards for ESTrainer; here because a worker imports the module that holds them, and this one loads fast ---------
+
+
+def vowels(completions, bonus, **_):
+    return [sum(letter in "aeiou" for letter in text) + value for text, value in zip(completions, bonus, strict=True)]
+
+
+async def length(completions, **_):
+    return [-len(text) / 10 for text in completions]
+
+
 # --- what a run left ------------------------------------------------------------------------------------------------
 
 
@@ -161,8 +173,13 @@ def assert_same_tree(found, wanted):
 
 
 def metrics(run_dir, times=False):
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=not_json) for line in lines]
     return records if times else [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def not_json(constant):
+    raise ValueError(f"{constant} is not JSON")
 
 
 def journal(run_dir):
@@ -224,8 +241,15 @@ class Zygote:
     def start(self, words, cwd, *, env=None, kill_at=0, file_limit=None, script=None, cores=None):
         """Start a command; returns its pid. ``kill_at``: see `count_writes`. ``file_limit``: bytes per file."""
         self._cwd = Path(cwd)
-        request = dict(words=[str(word) for word in words], cwd=str(cwd), env=env or {}, kill_at=kill_at, file_limit=file_limit,
-                       script=script and str(script), cores=cores)  # fmt: skip
+        request = dict(
+            words=[str(word) for word in words],
+            cwd=str(cwd),
+            env=env or {},
+            kill_at=kill_at,
+            file_limit=file_limit,
+            script=script and str(script),
+            cores=cores,
+        )
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -281,7 +305,7 @@ def _main():
     """The far side: import and warm up once, then fork a command line per request."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
     import estune.commands
-    import estune.trainer  # noqa: F401
+    import estune.trainer
     from estune.cli import main
     from estune.engines.base import Perturbation
     from estune.engines.toy import ToyEngine
@@ -316,7 +340,7 @@ def _child(main, request):
     for descriptor, name in ((0, os.devnull), (1, ".out"), (2, ".err")):
         flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(name, flags, 0o600), descriptor)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = None
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
     if request["file_limit"]:

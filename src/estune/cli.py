@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,10 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"estune: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
-        if not is_full_disk(error):
+        if is_full_disk(error):
+            print(f"estune: error: {full_disk_message(error, error.filename or 'a file')}", file=sys.stderr)
+        elif error.filename is not None:
+            print(f"estune: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
             raise
-        print(f"estune: error: {full_disk_message(error, error.filename or 'a file')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -32,12 +32,16 @@ def evaluate_command(
     args: ESConfig, *, split: str, n_samples: int, limit: int, reference: str | None, rows: str | None, json: bool
 ) -> int:
     """Evaluate a model on held-out rows and print the result."""
+    if limit < 0 or n_samples < 0:
+        raise UserError(f"limit and n_samples must not be negative, not {min(limit, n_samples)}")
     if n_samples:
         if args.num_generations > 1:
             raise UserError("give n_samples (for pass@k) or num_generations (for the mean), not both")
-        if n_samples < 0 or (n_samples > 1 and args.temperature == 0):
+        if n_samples > 1 and args.temperature == 0:
             raise UserError("n_samples needs temperature above 0: greedy completions would all be equal")
         args = dataclasses.replace(args, num_generations=n_samples)
+    if rows:
+        Path(rows).parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     task = inputs.task_of(args)
     rewards = inputs.resolve_rewards(args, None, task)
     if n_samples and rewards.accuracy is None:
@@ -155,8 +159,8 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     step = len(journal.steps) if step is None else step
     if not 0 <= step <= len(journal.steps):
         raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"output_dir {output_dir} is not empty")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"output_dir {output_dir} is not an empty directory")
     config = dict(journal.header["config"])
     if model is not None:
         config["model"] = model

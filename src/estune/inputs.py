@@ -217,10 +217,14 @@ def build_prompts(
         max_completion_length=args.max_completion_length,
         is_builtin_task=is_builtin_task,
     )
-    if args.chat_template_kwargs and rows and not (
-        args.apply_chat_template == "true"
-        or (is_builtin_task and getattr(engine.tokenizer, "chat_template", None))
-        or any(not isinstance(row["prompt"], str) for row in rows)
+    if (
+        args.chat_template_kwargs
+        and rows
+        and not (
+            args.apply_chat_template == "true"
+            or (is_builtin_task and getattr(engine.tokenizer, "chat_template", None))
+            or any(not isinstance(row["prompt"], str) for row in rows)
+        )
     ):
         raise UserError("chat_template_kwargs have no effect: no prompt goes through a chat template")
     return [builder.build(row, index) for index, row in enumerate(rows)]

@@ -6,6 +6,7 @@ A monitor that cannot start is an error; one that breaks later is warned about o
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ class JsonlMonitor:
     def log(self, record: dict[str, Any]) -> None:
         """Append one record as a line."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -172,6 +173,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _finite(value: Any) -> Any:
+    """Return a value that JSON has: None for NaN and infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> str:

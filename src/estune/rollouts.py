@@ -23,6 +23,7 @@ from estune.engines.base import Completion, Engine, Interrupted, Perturbation, P
 from estune.journal import Pending
 from estune.population import Member
 from estune.rewards import RewardBatch, RewardPool, RewardResult
+
 Completions = list[list[Completion]]  # (B, G)
 
 STOP_GRACE_S = 2.0  # how long a run that was asked to stop still waits for a score
@@ -118,7 +119,8 @@ class Evaluator:
             name = error.partition(":")[0]
             if name not in self.complained:
                 self.complained.add(name)
-                print(f"estune: warning: reward {' '.join(error.split())} (shown once; all are counted)", file=sys.stderr)
+                error = " ".join(error.split())
+                print(f"estune: warning: reward {error} (shown once; all are counted)", file=sys.stderr)
         if group.completions is not None:
             group.extra = result.extra or None
         return group
@@ -187,13 +189,13 @@ class Evaluator:
                     group, _, future = self.start(perturbation, rows, prompts, sampling, trainer_state, keep_text)
                     scoring.append((index, group, future))
                     collect(wait=False)
-            started = time.perf_counter()
-            collect(wait=True)
-            score_wait_s += time.perf_counter() - started
         except Interrupted:
             with suppress(Interrupted):
                 collect(wait=True)
             raise
+        started = time.perf_counter()
+        collect(wait=True)
+        score_wait_s += time.perf_counter() - started
         return stack([groups[index] for index in range(len(members))], score_wait_s)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from estune import checkpoint
+from estune.checkpoint import BASE_DIRECTORY
 from estune.config import RESUMABLE, ESConfig
 from estune.engines.base import Engine
 from estune.environment import environment, versions
@@ -62,6 +63,18 @@ class Run:
     def steps_done(self) -> int:
         """Steps whose line is in the journal."""
         return len(self.found.steps) if self.found else 0
+
+    def clear(self) -> None:
+        """Empty a new run's directory: of a run to overwrite, or of what a killed start left.
+
+        The journal goes first and the configuration last, so that a kill in between leaves a directory to start in.
+        """
+        order = {JOURNAL_FILE: 0, CONFIG_FILE: 2}
+        for child in sorted(self.path.iterdir(), key=lambda child: order.get(child.name, 1)):
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()
 
     def begin(self, engine: Engine, reproducible: bool | None, extra: Mapping[str, Any]) -> None:
         """Write a new run's configuration, environment and journal header; check an old one's base model.
@@ -169,22 +182,17 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file")
-    if args.overwrite and path.exists():
-        if any(path.iterdir()) and not (path / CONFIG_FILE).exists():
-            raise UserError(f"output_dir {path} is not an estune run, so --overwrite will not delete it")
-        os.close(lock_directory(path))
-        shutil.rmtree(path)
     occupied = path.exists() and any(path.iterdir())
-    if occupied and not args.resume:
+    if occupied and not (args.resume or args.overwrite):
         what = "another run" if (path / JOURNAL_FILE).exists() else "other files"
         raise UserError(f"output_dir {path} holds {what}: give --resume, --overwrite or another --output_dir")
     path.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(path)
     try:
-        journal = Journal.open(path / JOURNAL_FILE)
+        journal = None if args.overwrite else Journal.open(path / JOURNAL_FILE)
         if journal is None:
-            if (path / JOURNAL_FILE).exists():
-                (path / JOURNAL_FILE).unlink()
+            if not is_ours(path):
+                raise UserError(f"output_dir {path} holds other files and no estune run: give another --output_dir")
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given)
         if len(journal.steps) > args.max_steps:
@@ -193,6 +201,12 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
     except BaseException:
         os.close(lock)
         raise
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a directory holds a run, or nothing but what a start leaves that was killed early."""
+    names = {child.name for child in path.iterdir() if not child.name.startswith(".")}
+    return names <= {BASE_DIRECTORY} or bool(names & {CONFIG_FILE, JOURNAL_FILE})
 
 
 def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:

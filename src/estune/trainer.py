@@ -298,6 +298,8 @@ class ESTrainer:
         self._prompts = self.prepare()
         self._eval_prompts = inputs.build_prompts(args, self.engine, self.eval_rows, self.task is not None)
         self._evaluator = Evaluator(self.engine, pool, args.response_prefix, stop.requested)
+        if run.is_new:
+            run.clear()  # only now, when all that the user gave has been found to work
         self._prepare_base(run)
         reproducible = None
         if run.is_new:

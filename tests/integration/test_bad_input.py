@@ -85,12 +85,14 @@ WORDS = {
     "samples, greedily": (("evaluate", "--engine", "toy", "--task", "quadratic", "--n_samples", "4"), "temperature"),
     "replay of nothing": (("replay", "--run", "nowhere", "--output_dir", "out"), "nowhere"),
     "no reward for one's own data": (("train", "--dataset_name", "rows.jsonl"), "reward_funcs"),
-    "no data for one's own reward": (("train", "--model", "tiny", "--reward_funcs", "rewards.py:vowels", "--dataset_name", "no.jsonl"),
-                                     "no.jsonl"),
-}  # fmt: skip
+    "no data for one's own reward": (
+        ("train", "--model", "tiny", "--reward_funcs", "rewards.py:vowels", "--dataset_name", "no.jsonl"),
+        "no.jsonl",
+    ),
+}
 
 
-@pytest.mark.parametrize("words, parts", [(w, p) for w, *p in WORDS.values()], ids=list(WORDS))
+@pytest.mark.parametrize(("words", "parts"), [(w, p) for w, *p in WORDS.values()], ids=list(WORDS))
 def test_words(refused, place, words, parts):
     (place / "rows.jsonl").write_text('{"prompt": "x[0]"}\n')
     refused(words, *parts)
@@ -108,7 +110,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("text, parts", [(t, p) for t, *p in CONFIGS.values()], ids=list(CONFIGS))
+@pytest.mark.parametrize(("text", "parts"), [(t, p) for t, *p in CONFIGS.values()], ids=list(CONFIGS))
 def test_config_files(refused, place, text, parts):
     (place / "my.yaml").write_text(text)
     refused((*RUN, "--config", "my.yaml"), *parts)
@@ -116,11 +118,18 @@ def test_config_files(refused, place, text, parts):
 
 def test_yaml_numbers_read_as_strings_are_coerced(run, place):
     """YAML 1.1 reads 1e-3 as a string."""
-    (place / "my.yaml").write_text("sigma: 1e-3\nlearning-rate: 2e-2\nmax_steps: 1e0\npopulation_size: '4'\nantithetic: yes\n")
+    (place / "my.yaml").write_text(
+        "sigma: 1e-3\nlearning-rate: 2e-2\nmax_steps: 1e0\npopulation_size: '4'\nantithetic: yes\n"
+    )
     done = run(*TOY, "--config", "my.yaml")
     assert done.code == 0, done
     config = journal(place / "run")[0]["config"]
-    assert (config["sigma"], config["learning_rate"], config["population_size"], config["antithetic"]) == (1e-3, 2e-2, 4, True)
+    assert (config["sigma"], config["learning_rate"], config["population_size"], config["antithetic"]) == (
+        1e-3,
+        2e-2,
+        4,
+        True,
+    )
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -137,9 +146,14 @@ REWARDS = {
 }
 
 
-@pytest.mark.parametrize("reward, parts", [(r, p) for r, *p in REWARDS.values()], ids=list(REWARDS))
+@pytest.mark.parametrize(("reward", "parts"), [(r, p) for r, *p in REWARDS.values()], ids=list(REWARDS))
 def test_rewards_that_do_not_load(refused, place, reward, parts):
-    for name, text in {"broken": "NUMBER = 3", "syntax": "def f(:", "raises": "1 / 0", "exits": "raise SystemExit(0)"}.items():
+    for name, text in {
+        "broken": "NUMBER = 3",
+        "syntax": "def f(:",
+        "raises": "1 / 0",
+        "exits": "raise SystemExit(0)",
+    }.items():
         (place / f"{name}.py").write_text(text)
     refused((*RUN, "--reward_funcs", reward), reward, *parts)
 
@@ -155,22 +169,31 @@ DATASETS = {
     "a prompt that is a number": ('{"prompt": 3, "wanted": 1}\n', "row 0", "prompt"),
     "an empty prompt": ('{"prompt": "", "wanted": 1}\n', "row 0", "empty"),
     "messages for a model without a template": (
-        '{"prompt": [{"role": "user", "content": "x[0]"}], "wanted": 1}\n', "row 0", "template"),
+        '{"prompt": [{"role": "user", "content": "x[0]"}], "wanted": 1}\n',
+        "row 0",
+        "template",
+    ),
     "images": ('{"prompt": "x[0]", "wanted": 1, "images": ["a.png"]}\n', "images", "not supported"),
     "tools": ('{"prompt": "x[0]", "wanted": 1, "tools": [{"name": "f"}]}\n', "tools", "not supported"),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("text, parts", [(t, p) for t, *p in DATASETS.values()], ids=list(DATASETS))
+@pytest.mark.parametrize(("text", "parts"), [(t, p) for t, *p in DATASETS.values()], ids=list(DATASETS))
 def test_datasets(refused, place, text, parts):
     (place / "rows.jsonl").write_text(text)
     refused((*RUN, "--dataset_name", "rows.jsonl"), *parts)
 
 
-@pytest.mark.parametrize("name, parts", [
-    ("none.jsonl", ("none.jsonl", "no dataset")), ("none.parquet", ("none.parquet",)), ("rewards.py", ("rewards.py", ".jsonl")),
-    ("./nowhere", ("nowhere",)), ("bad.parquet", ("bad.parquet", "parquet")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("none.jsonl", ("none.jsonl", "no dataset")),
+        ("none.parquet", ("none.parquet",)),
+        ("rewards.py", ("rewards.py", ".jsonl")),
+        ("./nowhere", ("nowhere",)),
+        ("bad.parquet", ("bad.parquet", "parquet")),
+    ],
+)
 def test_datasets_that_are_not_there(refused, place, name, parts):
     (place / "bad.parquet").write_text("no parquet")
     refused((*RUN, "--dataset_name", name), *parts)
@@ -182,10 +205,16 @@ def test_missing_columns_are_named_with_the_reward(refused, place):
     refused(words, "target", "needs_target", "answer")
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("", ("no rows",)), ('{"completion": "1"\n', ("line 1", "JSON")), ('{"numbers": [1, 2], "target": 3}\n', ("row 0", "completion")),
-    ('{"completion": "1", "target": 3}\n', ("numbers",)), ('{"completion": "1", "numbers": [1, 2], "target": "x"}\n', ("target",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("no rows",)),
+        ('{"completion": "1"\n', ("line 1", "JSON")),
+        ('{"numbers": [1, 2], "target": 3}\n', ("row 0", "completion")),
+        ('{"completion": "1", "target": 3}\n', ("numbers",)),
+        ('{"completion": "1", "numbers": [1, 2], "target": "x"}\n', ("target",)),
+    ],
+)
 def test_completions_to_score(refused, place, text, parts):
     (place / "c.jsonl").write_text(text)
     refused(("score", "--task", "countdown", "--completions", "c.jsonl"), *parts)
@@ -205,16 +234,31 @@ def test_a_directory_that_holds_another_run(run, refused, place):
     assert journal(place / "run")[0]["config"]["sigma"] == 0.5
 
 
+def test_overwrite_deletes_nothing_before_all_else_is_known_to_work(run, place):
+    assert run(*RUN).code == 0
+    before = files(place)
+    for extra in (
+        ("--model", "./nowhere"),
+        ("--reward_funcs", "rewards.py:none"),
+        ("--batch_size", 999),
+        ("--sigma", 0),
+    ):
+        assert_refused(run(*RUN, "--overwrite", *extra))
+        assert files(place) == before
+
+
 def test_a_directory_that_holds_something_else(run, place):
     (place / "run").mkdir()
     (place / "run" / "es_config.json.txt").write_text("mine")
     before = files(place)
-    for extra in ((), ("--overwrite",)):
-        assert_refused(run(*RUN, *extra), "run")
+    for extra in ((), ("--overwrite",), ("--resume",)):
+        assert_refused(run(*RUN, *extra), "run", "other files")
         assert files(place) == before
     shutil.rmtree(place / "run")
     (place / "run").write_text("a file")
     assert_refused(run(*RUN), "run", "file")
+    assert_refused(run(*RUN, "--output_dir", "run/deeper"), "run")
+    assert_refused(run(*RUN, "--output_dir", "/proc/nowhere/run"), "/proc/nowhere")
     assert (place / "run").read_text() == "a file"
 
 
@@ -259,23 +303,35 @@ def broken(tiny_llama, place):
 
 
 MODELS = {
-    "truncated": ("model.safetensors", "truncated"), "NaN": ("NaN", "model.norm.weight"), "no weights": ("weights",),
-    "no config": ("config.json",), "bad config": ("config",), "unknown architecture": ("unheard-of",),
-    "no tokenizer": ("tokenizer",), "adapter": ("adapter",),
-}  # fmt: skip
+    "truncated": ("model.safetensors", "truncated"),
+    "NaN": ("NaN", "model.norm.weight"),
+    "no weights": ("weights",),
+    "no config": ("config.json",),
+    "bad config": ("config",),
+    "unknown architecture": ("unheard-of",),
+    "no tokenizer": ("tokenizer",),
+    "adapter": ("adapter",),
+}
 
 
 @pytest.mark.parametrize("how", MODELS)
 def test_models(refused, run_model, place, broken, how):
     (place / "rows.jsonl").write_text('{"prompt": "a"}\n')
     broken(how)
-    sentence = refused(("train", "--model", "model", *DATA, "--output_dir", "run"), "model", *MODELS[how], run=run_model)
+    sentence = refused(
+        ("train", "--model", "model", *DATA, "--output_dir", "run"), "model", *MODELS[how], run=run_model
+    )
     assert len(sentence) < 400
 
 
-@pytest.mark.parametrize("model, parts", [
-    ("./nowhere", ("nowhere", "does not exist")), ("no-such-model-here", ("no-such-model-here",)), ("rows.jsonl", ("rows.jsonl",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("./nowhere", ("nowhere", "does not exist")),
+        ("no-such-model-here", ("no-such-model-here",)),
+        ("rows.jsonl", ("rows.jsonl",)),
+    ],
+)
 def test_models_that_are_not_there(refused, run_model, place, model, parts):
     (place / "rows.jsonl").write_text('{"prompt": "a"}\n')
     for command in (("train", "--output_dir", "run"), ("evaluate",)):

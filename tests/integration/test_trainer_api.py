@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from command_line import assert_same_tree, journal, metrics, steps, tree, weights
+from command_line import assert_same_tree, journal, length, metrics, steps, tree, vowels, weights
 from tiny_models import save_tiny, tiny_tokenizer
 
 from estune import ESConfig, ESTrainer
 from estune.errors import UserError
 
 ROWS = [{"prompt": f"count to {i}: ", "bonus": i / 10} for i in range(6)]
-SMALL = {"max_steps": 2, "population_size": 4, "batch_size": 3, "max_completion_length": 10, "sigma": 0.05, "num_threads": 1,
-         "report_to": ["none"], "reward_workers": 1}  # fmt: skip
-
-
-def vowels(completions, bonus, **_):
-    return [sum(letter in "aeiou" for letter in text) + value for text, value in zip(completions, bonus, strict=True)]
-
-
-async def length(completions, **_):
-    return [-len(text) / 10 for text in completions]
+SMALL = {
+    "max_steps": 2,
+    "population_size": 4,
+    "batch_size": 3,
+    "max_completion_length": 10,
+    "sigma": 0.05,
+    "num_threads": 1,
+    "report_to": ["none"],
+    "reward_workers": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,17 @@ def test_train_and_load(llama):
     inputs = tokenizer("count to 3: ", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
     assert {path.name for path in run_dir.iterdir() if path.is_file()} >= {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "es_config.json", "es_state.json", "env.json",
-        "journal.jsonl", "metrics.jsonl", "trainer_state.json",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "es_config.json",
+        "es_state.json",
+        "env.json",
+        "journal.jsonl",
+        "metrics.jsonl",
+        "trainer_state.json",
+    }
     assert json.loads((run_dir / "config.json").read_text())["model_type"] == "llama"
 
 
@@ -77,7 +85,14 @@ def test_saved_files_hold_no_paths_and_equal_runs_equal_bytes(llama, place):
     train(llama, "elsewhere/run")
     apart = ("es_config.json",)
     assert_same_tree(tree(place / "elsewhere" / "run", apart), tree(place / "run", apart))
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors", "es_state.json", "trainer_state.json"):
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "es_state.json",
+        "trainer_state.json",
+    ):
         assert str(place).encode() not in (place / "run" / name).read_bytes()
         assert str(llama).encode() not in (place / "run" / name).read_bytes()
 
@@ -85,23 +100,53 @@ def test_saved_files_hold_no_paths_and_equal_runs_equal_bytes(llama, place):
 def test_python_and_the_command_line_write_the_same(llama, place, run_model):
     train(llama, reward_funcs="rewards.py:vowels")
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    words = [word for name, value in SMALL.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    done = run_model("train", "--model", llama, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels", *words,
-                     "--output_dir", "cli")  # fmt: skip
+    words = [
+        word
+        for name, value in SMALL.items()
+        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    done = run_model(
+        "train",
+        "--model",
+        llama,
+        "--dataset_name",
+        "rows.jsonl",
+        "--reward_funcs",
+        "rewards.py:vowels",
+        *words,
+        "--output_dir",
+        "cli",
+    )
     assert done.code == 0, done
     assert weights(place / "cli") == weights(place / "run")
     assert steps(place / "cli") == steps(place / "run")
 
 
 def test_several_rewards_with_weights(llama, place):
-    train(llama, reward_funcs=[vowels, length, lambda completions, **_: [0.5] * len(completions)], reward_weights=[1, 0.5, 2])
+    train(
+        llama,
+        reward_funcs=[vowels, length, lambda completions, **_: [0.5] * len(completions)],
+        reward_weights=[1, 0.5, 2],
+    )
     record = metrics(place / "run")[0]
     parts = [record["rewards/vowels/mean"], record["rewards/length/mean"], record["rewards/<lambda>/mean"]]
     assert record["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2])
     assert journal(place / "run")[0]["reward_weights"] == [1.0, 0.5, 2.0]
-    for name in ("reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "num_tokens",
-                 "learning_rate", "es/fitness_best", "es/fitness_mean", "es/fitness_std", "es/sigma", "es/update_norm",
-                 "es/update_ratio", "es/reward_errors"):  # fmt: skip
+    for name in (
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "num_tokens",
+        "learning_rate",
+        "es/fitness_best",
+        "es/fitness_mean",
+        "es/fitness_std",
+        "es/sigma",
+        "es/update_norm",
+        "es/update_ratio",
+        "es/reward_errors",
+    ):
         assert isinstance(record[name], (int, float)), name
     timed = metrics(place / "run", times=True)[0]
     assert all(timed[name] >= 0 for name in ("step_time", "es/perturb_s", "es/generate_s", "es/score_s", "es/update_s"))
@@ -114,8 +159,15 @@ def test_what_a_reward_is_called_with(llama, place):
         import json
 
         log_metric("mean_bonus", sum(bonus) / len(bonus))
-        line = {"prompts": prompts, "completions": completions, "ids": completion_ids, "bonus": bonus, "others": sorted(others),
-                "step": trainer_state.global_step, "max_steps": trainer_state.max_steps}  # fmt: skip
+        line = {
+            "prompts": prompts,
+            "completions": completions,
+            "ids": completion_ids,
+            "bonus": bonus,
+            "others": sorted(others),
+            "step": trainer_state.global_step,
+            "max_steps": trainer_state.max_steps,
+        }
         with open(seen, "a") as file:
             file.write(json.dumps(line) + "\n")
         return [None if value > 0.4 else value for value in bonus]
@@ -126,7 +178,9 @@ def test_what_a_reward_is_called_with(llama, place):
     for call in calls:
         assert len(call["prompts"]) == len(call["completions"]) == len(call["ids"]) == len(call["bonus"]) == 3
         assert all(isinstance(text, str) for text in call["prompts"] + call["completions"])
-        assert not any(text.startswith(prompt) for prompt, text in zip(call["prompts"], call["completions"], strict=True))
+        assert not any(
+            text.startswith(prompt) for prompt, text in zip(call["prompts"], call["completions"], strict=True)
+        )
         assert call["others"] == [] and call["max_steps"] == 2
     assert [call["step"] for call in calls] == [0] * 4 + [1] * 4
     assert "mean_bonus" in metrics(place / "run")[0]
@@ -137,9 +191,12 @@ def test_a_datasets_dataset_and_held_out_rows(llama, place):
 
     rows = datasets.Dataset.from_list(ROWS)
     trainer = ESTrainer(
-        model=str(llama), reward_funcs=vowels, train_dataset=rows, eval_dataset=rows.select(range(2)),
+        model=str(llama),
+        reward_funcs=vowels,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(2)),
         args=ESConfig(output_dir="run", eval_steps=1, **SMALL),
-    )  # fmt: skip
+    )
     trainer.train()
     assert [record["step"] for record in metrics(place / "run") if "eval_reward" in record] == [0, 1, 2]
     with pytest.raises(UserError, match="eval_dataset"):
@@ -168,8 +225,18 @@ def test_a_model_in_memory(llama, place, run_model):
     assert weights(place / "out") == weights(place / "run")
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for model in (config["model"], "run"):
-        done = run_model("evaluate", "--model", model, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels", "--json",
-                         "--max_completion_length", 10)  # fmt: skip
+        done = run_model(
+            "evaluate",
+            "--model",
+            model,
+            "--dataset_name",
+            "rows.jsonl",
+            "--reward_funcs",
+            "rewards.py:vowels",
+            "--json",
+            "--max_completion_length",
+            10,
+        )
         assert done.code == 0 and json.loads(done.out)["n"] == 6, done
 
 
@@ -210,17 +277,32 @@ def test_theta_survives_any_number_of_evaluations(llama):
 
 def test_user_errors_come_before_anything_is_written(llama, place):
     for arguments, words in (
-        (dict(reward_funcs=None), "reward_funcs"), (dict(reward_funcs=[]), "reward"), (dict(reward_funcs=3), "callable"),
-        (dict(train_dataset=[]), "no rows"), (dict(train_dataset=[{"text": "a"}]), "prompt"),
-        (dict(train_dataset=[{"prompt": "a"}]), "bonus"), (dict(train_dataset=["a"]), "dicts"),
-    ):  # fmt: skip
-        given = dict(model=str(llama), reward_funcs=vowels, args=ESConfig(output_dir="run", **{**SMALL, "batch_size": 1}),
-                     train_dataset=ROWS) | arguments  # fmt: skip
+        (dict(reward_funcs=None), "reward_funcs"),
+        (dict(reward_funcs=[]), "reward"),
+        (dict(reward_funcs=3), "callable"),
+        (dict(train_dataset=[]), "no rows"),
+        (dict(train_dataset=[{"text": "a"}]), "prompt"),
+        (dict(train_dataset=[{"prompt": "a"}]), "bonus"),
+        (dict(train_dataset=["a"]), "dicts"),
+    ):
+        given = (
+            dict(
+                model=str(llama),
+                reward_funcs=vowels,
+                args=ESConfig(output_dir="run", **{**SMALL, "batch_size": 1}),
+                train_dataset=ROWS,
+            )
+            | arguments
+        )
         with pytest.raises(UserError, match=words):
             ESTrainer(**given).train()
     with pytest.raises(TypeError):
         ESTrainer(str(llama))  # keywords only
-    for values, words in ((dict(sgima=1), "sigma"), (dict(sigma=-1), "sigma"), (dict(population_size=1), "population_size")):
+    for values, words in (
+        (dict(sgima=1), "sigma"),
+        (dict(sigma=-1), "sigma"),
+        (dict(population_size=1), "population_size"),
+    ):
         with pytest.raises(UserError, match=words):
             ESConfig.from_mapping(values)
     assert not (place / "run").exists()

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -33,9 +34,30 @@ def assert_whole(run_dir, max_steps):
 
 def test_dying_at_every_write_to_the_file_system(zygote, place):
     """A run of 3 steps is killed before each of its writes, and in the middle of each append; then resumed."""
-    options = (*TOY, "--max_steps", 3, "--population_size", 2, "--batch_size", 2, "--num_threads", 1, "--sigma", 0.1,
-               "--reward_isolation", "inline", "--eval_steps", 2, "--eval_rows", 2, "--log_completions",
-               "--save_steps", 1, "--save_total_limit", 2)  # fmt: skip
+    options = (
+        *TOY,
+        "--max_steps",
+        3,
+        "--population_size",
+        2,
+        "--batch_size",
+        2,
+        "--num_threads",
+        1,
+        "--sigma",
+        0.1,
+        "--reward_isolation",
+        "inline",
+        "--eval_steps",
+        2,
+        "--eval_rows",
+        2,
+        "--log_completions",
+        "--save_steps",
+        1,
+        "--save_total_limit",
+        2,
+    )
     whole = place / "whole"
     whole.mkdir()
     done = zygote.run(options, whole, kill_at=NEVER)
@@ -54,10 +76,72 @@ def test_dying_at_every_write_to_the_file_system(zygote, place):
         assert_same_tree(tree(at / "run"), wanted)
 
 
+@pytest.mark.parametrize("again", ["--overwrite", "--resume"])
+def test_dying_while_another_run_is_overwritten(zygote, place, again):
+    options = (
+        *TOY,
+        "--max_steps",
+        1,
+        "--population_size",
+        2,
+        "--num_threads",
+        1,
+        "--reward_isolation",
+        "inline",
+        "--eval_steps",
+        1,
+        "--eval_rows",
+        2,
+        "--sigma",
+        0.1,
+        "--learning_rate",
+        0.1,
+        "--save_steps",
+        0,
+        "--no_log_completions",
+    )
+    old, whole = place / "old", place / "whole"
+    for at, extra in ((old, ("--sigma", 0.7, "--log_completions", "--save_steps", 1)), (whole, ())):
+        at.mkdir()
+        assert zygote.run((*options, *extra), at).code == 0
+    wanted = tree(whole / "run")
+    for kill_at in range(1, 60, 2):
+        at = place / f"at_{kill_at}"
+        shutil.copytree(old, at)
+        if zygote.run((*options, "--overwrite"), at, kill_at=kill_at).code != -signal.SIGKILL:
+            break
+        done = zygote.run((*options, again), at)
+        if again == "--resume" and "sigma from 0.7" in done.err:  # nothing was deleted yet: the old run is whole
+            assert_same_tree(tree(at / "run"), tree(old / "run"))
+            continue
+        assert done.code == 0, (kill_at, done)
+        assert_same_tree(tree(at / "run"), wanted)
+    assert kill_at > 20, "the run ended before it was killed"
+
+
 def test_twenty_kills_at_random_instants(zygote, place):
     """Slow rewards in worker processes, checkpoints and evaluations; killed 20 times, over as many runs as it takes."""
-    options = (*TOY, "--max_steps", 6, "--population_size", 6, "--batch_size", 3, "--sigma", 0.1, "--reward_workers", 2,
-               "--reward_funcs", "rewards.py:slow", "--save_steps", 2, "--eval_steps", 3, "--eval_rows", 4)  # fmt: skip
+    options = (
+        *TOY,
+        "--max_steps",
+        6,
+        "--population_size",
+        6,
+        "--batch_size",
+        3,
+        "--sigma",
+        0.1,
+        "--reward_workers",
+        2,
+        "--reward_funcs",
+        "rewards.py:slow",
+        "--save_steps",
+        2,
+        "--eval_steps",
+        3,
+        "--eval_rows",
+        4,
+    )
     whole = place / "whole"
     whole.mkdir()
     write_rewards(whole)
@@ -90,8 +174,7 @@ def test_twenty_kills_at_random_instants(zygote, place):
 
 def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, place):
     write_rewards(place)
-    options = (*TOY, "--max_steps", 2, "--population_size", 8, "--batch_size", 3,
-                                      "--reward_funcs", "rewards.py:slow")  # fmt: skip
+    options = (*TOY, "--max_steps", 2, "--population_size", 8, "--batch_size", 3, "--reward_funcs", "rewards.py:slow")
     first, second = place / "first", place / "second"
     pid = zygote.start(options, place, env={"CALLS": str(first), "REWARD_S": "0.1"})
     pending = place / "run" / "pending.jsonl"
@@ -133,7 +216,7 @@ def test_a_checkpoint_of_a_step_that_the_journal_lost_is_not_believed(zygote, pl
     assert_same_tree(tree(place / "run"), wanted)
 
 
-@pytest.mark.parametrize("model", ["llama"])
+@pytest.mark.parametrize("model", ["tiny"])
 def test_three_kills_of_a_language_model(torch_zygote, place, request, model):
     if model == "tiny":
         task = ("--task", "countdown", "--eval_steps", 4, "--eval_rows", 3)
@@ -142,9 +225,31 @@ def test_three_kills_of_a_language_model(torch_zygote, place, request, model):
         (place / "rows.jsonl").write_text("".join(f'{{"prompt": "count to {i}: "}}\n' for i in range(6)))
         task = ("--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels")
         model = request.getfixturevalue("tiny_llama")
-    options = ("train", "--model", model, *task, "--max_steps", 6, "--population_size", 4, "--batch_size", 3, "--sigma",
-               0.05, "--max_completion_length", 12, "--save_steps", 2, "--report_to", "none", "--num_threads", 1,
-               "--output_dir", "run", "--resume")  # fmt: skip
+    options = (
+        "train",
+        "--model",
+        model,
+        *task,
+        "--max_steps",
+        6,
+        "--population_size",
+        4,
+        "--batch_size",
+        3,
+        "--sigma",
+        0.05,
+        "--max_completion_length",
+        12,
+        "--save_steps",
+        2,
+        "--report_to",
+        "none",
+        "--num_threads",
+        1,
+        "--output_dir",
+        "run",
+        "--resume",
+    )
     whole, killed = place / "whole", place / "killed"
     for at in (whole, killed):
         at.mkdir()

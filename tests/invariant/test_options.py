@@ -14,7 +14,21 @@ from command_line import TOY, assert_refused, estune, journal, metrics, steps, t
 
 from estune.config import FIELDS, ESConfig
 
-RUN = (*TOY, "--max_steps", 2, "--population_size", 4, "--sigma", 0.1, "--learning_rate", 0.1, "--num_threads", 1)
+RUN = (
+    *TOY,
+    "--max_steps",
+    2,
+    "--population_size",
+    4,
+    "--sigma",
+    0.1,
+    "--learning_rate",
+    0.1,
+    "--num_threads",
+    1,
+    "--reward_isolation",
+    "inline",
+)
 
 
 # --- what differs; each takes a finished run's place (the directory that holds `run`) ---------------------------------
@@ -45,7 +59,7 @@ def logged(*names):
 
 
 def calls(column):
-    """Distinct values that the reward `logged` saw: 0 step, 1 completions, 2 pid, 3 threads, 5 in the trainer."""
+    """Distinct values that the reward `logged` saw: 0 step, 1 completions, 2 pid, 3 threads, 4 in the trainer."""
     return lambda place: sorted({line.split()[column] for line in (place / "calls").read_text().splitlines()})
 
 
@@ -55,7 +69,7 @@ def n_calls(place):
 
 def in_trainer(place):
     """Whether rewards were computed in the trainer's own process, which has the trainer imported."""
-    return calls(5)(place) == ["True"]
+    return calls(4)(place) == ["True"]
 
 
 def n_workers(place):
@@ -63,7 +77,7 @@ def n_workers(place):
 
 
 LOGGED = ("--reward_funcs", "rewards.py:logged")
-SLOW = ("--reward_funcs", "rewards.py:slow")
+SLOW = ("--reward_funcs", "rewards.py:slow", "--reward_isolation", "process")
 DATA = ("--dataset_name", "data")
 # field: (options of both runs, options of the changed run, what differs)
 TOY_EFFECTS = {
@@ -73,10 +87,14 @@ TOY_EFFECTS = {
     "dataset_test_split": ((*DATA, "--eval_steps", 1), ("--dataset_test_split", "other"), contents("eval/")),
     "dataset_config": (("--dataset_name", "configs"), ("--dataset_config", "two"), of_steps("fitness")),
     "reward_funcs": ((), ("--reward_funcs", "rewards.py:second"), of_steps("fitness", "q")),
-    "reward_weights": (("--reward_funcs", "rewards.py:logged", "rewards.py:second"), ("--reward_weights", 1, 0.5), of_steps("q")),
+    "reward_weights": (
+        ("--reward_funcs", "rewards.py:logged", "rewards.py:second"),
+        ("--reward_weights", 1, 0.5),
+        of_steps("q"),
+    ),
     "reward_timeout_s": ((*SLOW, "--batch_size", 2), ("--reward_timeout_s", 0.005), of_steps("failures")),
     "reward_workers": ((*SLOW, "--reward_workers", 1), ("--reward_workers", 3), n_workers),
-    "reward_isolation": (LOGGED, ("--reward_isolation", "inline"), in_trainer),
+    "reward_isolation": (LOGGED, ("--reward_isolation", "process"), in_trainer),
     "system_prompt": (("--log_completions",), ("--system_prompt", "Be brief."), contents("completions/")),
     "response_prefix": ((), ("--response_prefix", "1"), of_steps("fitness")),
     "max_steps": ((), ("--max_steps", 3), of_steps("step")),
@@ -93,9 +111,13 @@ TOY_EFFECTS = {
     "weight_decay": ((), ("--weight_decay", 0.5), of_steps("decay")),
     "weight_decay_anchor": (("--weight_decay", 0.5, "--model", "base"), ("--weight_decay_anchor", "base"), theta),
     "seed": ((), ("--seed", 1), of_steps("seeds", "rows")),
-    "max_completion_length": ((), ("--max_completion_length", 5), logged("completions/clipped_ratio", "completions/mean_length")),
+    "max_completion_length": (
+        (),
+        ("--max_completion_length", 5),
+        logged("completions/clipped_ratio", "completions/mean_length"),
+    ),
     "prompts_per_batch": ((*LOGGED, "--eval_steps", 2), ("--prompts_per_batch", 5), n_calls),
-    "num_threads": ((*LOGGED, "--reward_isolation", "inline"), ("--num_threads", 2), calls(3)),
+    "num_threads": (LOGGED, ("--num_threads", 2), calls(3)),
     "logging_steps": ((), ("--logging_steps", 2), logged("step")),
     "log_completions": ((), ("--log_completions",), names("completions/")),
     "eval_steps": ((), ("--eval_steps", 1), names("eval/")),
@@ -103,7 +125,7 @@ TOY_EFFECTS = {
     "save_steps": ((), ("--save_steps", 1), names("checkpoint-")),
     "save_total_limit": (("--save_steps", 1), ("--save_total_limit", 1), names("checkpoint-")),
     "report_to": ((), ("--report_to", "plot"), names("plots/")),
-}  # fmt: skip
+}
 
 TEXT = ("--log_completions", "--sigma", 0.02)
 WARM = (*TEXT, "--temperature", 1)
@@ -111,21 +133,36 @@ WARM = (*TEXT, "--temperature", 1)
 MODEL_EFFECTS = {
     "dtype": ((), ("--dtype", "bfloat16"), lambda place: (theta(place)[:400], header("engine")(place))),
     "trainable_parameters": ((), ("--trainable_parameters", r"layers\.1\.", "norm"), header("parameters")),
-    "apply_chat_template": (("--model", "templated", *TEXT), ("--apply_chat_template", "true"), contents("completions/")),
-    "chat_template_kwargs": (("--model", "templated", *TEXT, "--apply_chat_template", "true"),
-                             ("--chat_template_kwargs", '{"mood": "calm"}'), contents("completions/")),
+    "apply_chat_template": (
+        ("--model", "templated", *TEXT),
+        ("--apply_chat_template", "true"),
+        contents("completions/"),
+    ),
+    "chat_template_kwargs": (
+        ("--model", "templated", *TEXT, "--apply_chat_template", "true"),
+        ("--chat_template_kwargs", '{"mood": "calm"}'),
+        contents("completions/"),
+    ),
     "stop_strings": (TEXT, ("--stop_strings", *"aeiouthnr0123456789"), logged("completions/mean_length")),
     "num_generations": (WARM, ("--num_generations", 2), contents("completions/")),
     "temperature": (TEXT, ("--temperature", 1), contents("completions/")),
     "top_p": (WARM, ("--top_p", 0.3), contents("completions/")),
     "top_k": (WARM, ("--top_k", 2), contents("completions/")),
-}  # fmt: skip
+}
 
 OTHERWISE = {  # field -> the test below that shows its effect
-    "task": "test_task", "engine": "test_engine", "device": "test_device", "revision": "test_revision",
-    "trust_remote_code": "test_trust_remote_code", "noise": "test_noise", "output_dir": "test_output_dir",
-    "run_name": "test_run_name", "resume": "test_resume", "overwrite": "test_overwrite", "dry_run": "test_dry_run",
-}  # fmt: skip
+    "task": "test_task",
+    "engine": "test_engine",
+    "device": "test_device",
+    "revision": "test_revision",
+    "trust_remote_code": "test_trust_remote_code",
+    "noise": "test_noise",
+    "output_dir": "test_output_dir",
+    "run_name": "test_run_name",
+    "resume": "test_resume",
+    "overwrite": "test_overwrite",
+    "dry_run": "test_dry_run",
+}
 
 
 def test_every_field_has_an_entry():
@@ -151,7 +188,8 @@ def furnish(place, base=None, llama=None):
     for number, name in enumerate(("one", "two")):
         (place / "configs" / f"{name}.jsonl").write_text(rows(number))
     (place / "configs" / "README.md").write_text(
-        "---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n  default: true\n- config_name: two\n  data_files: two.jsonl\n---\n"
+        "---\nconfigs:\n- config_name: one\n  data_files: one.jsonl\n  default: true\n"
+        "- config_name: two\n  data_files: two.jsonl\n---\n"
     )
     (place / "rows.jsonl").write_text("".join(f'{{"prompt": "count to {i}: "}}\n' for i in range(6)))
     if base is not None:
@@ -159,7 +197,7 @@ def furnish(place, base=None, llama=None):
     if llama is not None:
         shutil.copytree(llama, place / "templated")
         (place / "templated" / "chat_template.jinja").write_text(
-            "{{ mood | default('plain') }} {% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+            "{{ mood | default('plain') }} {% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         )
 
 
@@ -191,9 +229,29 @@ def finished(zygote, torch_zygote, toy_base, tiny_llama, tmp_path_factory):
     return run
 
 
-MODEL = ("train", "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels", "--max_steps", 2, "--population_size", 2,
-         "--batch_size", 3, "--max_completion_length", 10, "--num_threads", 1, "--report_to", "none", "--reward_isolation", "inline",
-         "--output_dir", "run")  # fmt: skip
+MODEL = (
+    "train",
+    "--dataset_name",
+    "rows.jsonl",
+    "--reward_funcs",
+    "rewards.py:vowels",
+    "--max_steps",
+    2,
+    "--population_size",
+    2,
+    "--batch_size",
+    3,
+    "--max_completion_length",
+    10,
+    "--num_threads",
+    1,
+    "--report_to",
+    "none",
+    "--reward_isolation",
+    "inline",
+    "--output_dir",
+    "run",
+)
 
 
 @pytest.mark.parametrize("field", TOY_EFFECTS)
@@ -277,7 +335,9 @@ def test_revision(run_model, place, tiny_llama):
         "from estune.cli import main\nsys.exit(main(sys.argv[2:]))\n"
     )
     for extra in ((), ("--revision", "v2")):
-        done = run_model(place / "hub", *MODEL, "--model", "me/llama", *extra, "--max_steps", 0, "--overwrite", script=script)
+        done = run_model(
+            place / "hub", *MODEL, "--model", "me/llama", *extra, "--max_steps", 0, "--overwrite", script=script
+        )
         assert done.code == 0, done
         found.append(journal(place / "run")[0]["base"]["fingerprint"])
     assert found[0] != found[1]
@@ -288,11 +348,15 @@ def test_trust_remote_code(run_model, place, tiny_llama):
     model = place / "model"
     shutil.copytree(tiny_llama, model)
     config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "mine", "architectures": ["Mine"],
-               "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.Mine"}}  # fmt: skip
+    config |= {
+        "model_type": "mine",
+        "architectures": ["Mine"],
+        "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.Mine"},
+    }
     (model / "config.json").write_text(json.dumps(config))
     (model / "mine.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass MyConfig(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n\n"
         "class Mine(LlamaForCausalLM):\n    config_class = MyConfig\n"
     )
     assert_refused(run_model(*MODEL, "--model", "model", "--max_steps", 0), "model", "code")
@@ -347,11 +411,19 @@ def first_words(run, *words):
 
 def test_booleans(run):
     for words, value in (
-        ((), False), (("--antithetic",), True), (("--antithetic", "true"), True), (("--antithetic", "false"), False),
-        (("--antithetic=false",), False), (("--antithetic", "True"), True), (("--no_antithetic",), False),
-        (("--no-antithetic",), False), (("--antithetic", "--no_antithetic"), False), (("--no_antithetic", "--antithetic"), True),
-        (("--antithetic", "0"), False), (("--antithetic", "yes"), True),
-    ):  # fmt: skip
+        ((), False),
+        (("--antithetic",), True),
+        (("--antithetic", "true"), True),
+        (("--antithetic", "false"), False),
+        (("--antithetic=false",), False),
+        (("--antithetic", "True"), True),
+        (("--no_antithetic",), False),
+        (("--no-antithetic",), False),
+        (("--antithetic", "--no_antithetic"), False),
+        (("--no_antithetic", "--antithetic"), True),
+        (("--antithetic", "0"), False),
+        (("--antithetic", "yes"), True),
+    ):
         assert first_words(run, *words)["antithetic"] is value, words
 
 
@@ -387,10 +459,21 @@ def help_of_train(zygote, tmp_path_factory):
     return done.out
 
 
-@pytest.mark.parametrize("words", [
-    ("--dtype", "bfloat16"), ("--device", "cuda"), ("--trainable_parameters", "head"), ("--revision", "v2"), ("--trust_remote_code",),
-    ("--temperature", 1), ("--stop_strings", "."), ("--chat_template_kwargs", '{"a": 1}'), ("--apply_chat_template", "true"),
-], ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--dtype", "bfloat16"),
+        ("--device", "cuda"),
+        ("--trainable_parameters", "head"),
+        ("--revision", "v2"),
+        ("--trust_remote_code",),
+        ("--temperature", 1),
+        ("--stop_strings", "."),
+        ("--chat_template_kwargs", '{"a": 1}'),
+        ("--apply_chat_template", "true"),
+    ],
+    ids=lambda words: words[0],
+)
 def test_what_the_toy_would_ignore_is_refused(run, place, words):
     assert_refused(run(*RUN, *words))
     assert not (place / "run").exists()
@@ -407,15 +490,33 @@ def test_held_out_rows_are_never_the_training_rows(run, place):
 
 # --- configurations that must give one trajectory ---------------------------------------------------------------------
 
-CLASS = {"engine": "toy", "task": "quadratic", "max_steps": 3, "population_size": 6, "sigma": 0.05, "learning_rate": 0.02,
-         "antithetic": True, "fitness_shaping": "centered_rank", "weight_decay": 0.01, "batch_size": 5, "seed": 7,
-         "num_threads": 1, "report_to": ["none"], "output_dir": "run"}  # fmt: skip
+CLASS = {
+    "engine": "toy",
+    "task": "quadratic",
+    "max_steps": 3,
+    "population_size": 6,
+    "sigma": 0.05,
+    "learning_rate": 0.02,
+    "antithetic": True,
+    "fitness_shaping": "centered_rank",
+    "weight_decay": 0.01,
+    "batch_size": 5,
+    "seed": 7,
+    "num_threads": 1,
+    "reward_isolation": "inline",
+    "report_to": ["none"],
+    "output_dir": "run",
+}
 
 
 @pytest.fixture(scope="module")
 def wanted(zygote, tmp_path_factory):
     place = tmp_path_factory.mktemp("wanted")
-    words = [word for name, value in CLASS.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    words = [
+        word
+        for name, value in CLASS.items()
+        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
     assert zygote.run(("train", *words), place).code == 0
     return tree(place / "run")
 
@@ -431,7 +532,9 @@ def test_file_flags_and_python_mean_the_same(zygote, run, place, wanted):
     flags = [word for name, value in list(CLASS.items())[7:-2] for word in (f"--{name}", value)]
     ways = {
         "file": dict(words=("train", "--config", "all.yaml")),
-        "half and half": dict(words=("train", *flags, "--config", "half.yaml", "--report_to", "none", "--output_dir=run")),
+        "half and half": dict(
+            words=("train", *flags, "--config", "half.yaml", "--report_to", "none", "--output_dir=run")
+        ),
         "strings": dict(words=("train", "--config", "strings.yaml", "--report-to", "none")),
         "the run's own configuration": dict(words=("train", "--config", "run.yaml", "--overwrite")),
         "python": dict(words=(), script=place / "script.py"),
@@ -444,17 +547,30 @@ def test_file_flags_and_python_mean_the_same(zygote, run, place, wanted):
         shutil.rmtree(place / "run")
 
 
-@pytest.mark.parametrize("words", [
-    ("--eval_steps", 1), ("--eval_steps", 2, "--eval_rows", 3), ("--save_steps", 1), ("--save_steps", 1, "--save_total_limit", 1),
-    ("--logging_steps", 3), ("--log_completions", "true"), ("--report_to", "plot"), ("--prompts_per_batch", 2),
-    ("--reward_timeout_s", 30), ("--max_completion_length", 100),
-], ids=lambda words: " ".join(map(str, words)))  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--eval_steps", 1),
+        ("--eval_steps", 2, "--eval_rows", 3),
+        ("--save_steps", 1),
+        ("--save_steps", 1, "--save_total_limit", 1),
+        ("--logging_steps", 3),
+        ("--log_completions", "true"),
+        ("--report_to", "plot"),
+        ("--prompts_per_batch", 2),
+        ("--reward_timeout_s", 30),
+        ("--max_completion_length", 100),
+    ],
+    ids=lambda words: " ".join(map(str, words)),
+)
 def test_watching_a_run_does_not_change_it(run, place, wanted, words):
     (place / "all.yaml").write_text(json.dumps(CLASS))
     assert run("train", "--config", "all.yaml", *words).code == 0
     assert weights(place / "run") == wanted["model.safetensors"]
     expected = [json.loads(line) for line in wanted["journal.jsonl"].decode().splitlines()]
-    assert steps(place / "run") == [{k: v for k, v in line.items() if k != "hash"} for line in expected if line["kind"] == "step"]
+    assert steps(place / "run") == [
+        {k: v for k, v in line.items() if k != "hash"} for line in expected if line["kind"] == "step"
+    ]
 
 
 def test_two_runs_without_a_name_never_share_a_directory(zygote, place):
@@ -471,7 +587,12 @@ def test_two_runs_without_a_name_never_share_a_directory(zygote, place):
 def test_defaults_are_those_of_the_paper():
     config = ESConfig(model="m", task="countdown")
     assert (config.population_size, config.sigma, config.effective_learning_rate) == (30, 1e-3, 5e-4)
-    assert (config.fitness_shaping, config.temperature, config.antithetic, config.weight_decay) == ("z_score", 0.0, False, 0.0)
+    assert (config.fitness_shaping, config.temperature, config.antithetic, config.weight_decay) == (
+        "z_score",
+        0.0,
+        False,
+        0.0,
+    )
     assert dataclasses.replace(config, sigma=4e-3).effective_learning_rate == 2e-3
 
 

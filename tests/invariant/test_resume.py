@@ -23,7 +23,8 @@ from command_line import (
     weights,
 )
 
-SMALL = (*TOY, "--population_size", 4, "--sigma", 0.1, "--save_steps", 2)
+WORKERS = (*TOY, "--population_size", 4, "--sigma", 0.1, "--save_steps", 2)
+SMALL = (*WORKERS, "--reward_isolation", "inline")
 
 
 def stamps(directory):
@@ -64,27 +65,40 @@ def test_more_steps_end_where_a_longer_run_ends(run, place):
     assert steps(place / "run") == steps(place / "long")
     assert metrics(place / "run") == metrics(place / "long")
     for step in (2, 4, 6):
-        assert tree(place / "run" / f"checkpoint-{step}")["model.safetensors"] == weights(place / "long" / f"checkpoint-{step}")
+        assert tree(place / "run" / f"checkpoint-{step}")["model.safetensors"] == weights(
+            place / "long" / f"checkpoint-{step}"
+        )
     assert_refused(run("train", "--resume", "--output_dir", "run", "--max_steps", 5), "7 steps", "max_steps 5")
 
 
-@pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
     "change",
     [
-        ("sigma", 0.2), ("learning_rate", 0.3), ("population_size", 6), ("batch_size", 2), ("seed", 1), ("antithetic", "true"),
-        ("fitness_shaping", "centered_rank"), ("noise_distribution", "rademacher"), ("weight_decay", 0.1),
-        ("max_completion_length", 9), ("response_prefix", "0"), ("reward_funcs", "rewards.py:logged"),
-        ("lr_scheduler_type", "cosine"), ("num_threads", 3), ("reward_timeout_s", 5),
+        ("sigma", 0.2),
+        ("learning_rate", 0.3),
+        ("population_size", 6),
+        ("batch_size", 2),
+        ("seed", 1),
+        ("antithetic", "true"),
+        ("fitness_shaping", "centered_rank"),
+        ("noise_distribution", "rademacher"),
+        ("weight_decay", 0.1),
+        ("max_completion_length", 9),
+        ("response_prefix", "0"),
+        ("reward_funcs", "rewards.py:logged"),
+        ("lr_scheduler_type", "cosine"),
+        ("num_threads", 3),
+        ("reward_timeout_s", 5),
     ],
-)  # fmt: skip
-def test_a_resume_cannot_change_the_trajectory(run, place, base_run, change, finished):
+)
+def test_a_resume_cannot_change_the_trajectory(run, place, base_run, change):
     shutil.copytree(base_run, place / "run")
     before = stamps(place / "run")
     name, value = change
-    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 3 if finished else 4, f"--{name}", value)
-    assert_refused(done, name)
-    assert stamps(place / "run") == before
+    for max_steps in (3, 4):  # it is finished, or not
+        done = run("train", "--resume", "--output_dir", "run", "--max_steps", max_steps, f"--{name}", value)
+        assert_refused(done, name)
+        assert stamps(place / "run") == before
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +109,19 @@ def base_run(zygote, tmp_path_factory):
     return place / "run"
 
 
-@pytest.mark.parametrize("kept", ["max_steps", "save_steps", "save_total_limit", "eval_steps", "eval_rows", "logging_steps",
-                                  "report_to", "log_completions"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "max_steps",
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "eval_rows",
+        "logging_steps",
+        "report_to",
+        "log_completions",
+    ],
+)
 def test_a_resume_may_change_what_moves_no_weight(run, place, base_run, kept):
     shutil.copytree(base_run, place / "run")
     value = {"report_to": "plot", "log_completions": "true"}.get(kept, 5 if kept == "max_steps" else 1)
@@ -127,10 +152,14 @@ def test_automatic_values_are_resolved_once(zygote, place):
 
 
 def test_two_processes_cannot_run_one_directory(zygote, run, place):
-    options = (*SMALL, "--max_steps", 2, "--reward_funcs", "rewards.py:slow", "--resume")
+    options = (*WORKERS, "--max_steps", 2, "--reward_funcs", "rewards.py:slow", "--resume")
     first = subprocess.Popen(
-        [sys.executable, "-m", "estune", *map(str, options)], cwd=place, env={**os.environ, "REWARD_S": "0.4"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        [sys.executable, "-m", "estune", *map(str, options)],
+        cwd=place,
+        env={**os.environ, "REWARD_S": "0.2"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (place / "run" / "pending.jsonl").exists():
         time.sleep(0.01)
     assert_refused(run(*options), "another process", "run")
@@ -153,7 +182,7 @@ def start_and_wait_for(zygote, place, options, lines, **environment):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_0(zygote, run, place, number):
-    options = (*SMALL, "--max_steps", 5, "--save_steps", 0, "--reward_funcs", "rewards.py:slow", "--num_threads", 1)
+    options = (*WORKERS, "--max_steps", 5, "--save_steps", 0, "--reward_funcs", "rewards.py:slow", "--num_threads", 1)
     assert run(*options, env={"REWARD_S": "0"}).code == 0
     wanted = tree(place / "run")
     shutil.rmtree(place / "run")
@@ -171,7 +200,7 @@ def test_a_signal_saves_and_exits_0(zygote, run, place, number):
 
 
 def test_a_signal_does_not_wait_for_a_slow_reward(zygote, run, place):
-    options = (*SMALL, "--max_steps", 5, "--population_size", 8, "--reward_funcs", "rewards.py:slow")
+    options = (*WORKERS, "--max_steps", 5, "--population_size", 8, "--reward_funcs", "rewards.py:slow")
     pid = zygote.start(options, place, env={"REWARD_S": "20", "CALLS": "calls"})
     while not (place / "calls").exists():
         time.sleep(0.002)
@@ -184,7 +213,7 @@ def test_a_signal_does_not_wait_for_a_slow_reward(zygote, run, place):
 
 
 def test_a_second_signal_quits_at_once(zygote, run, place):
-    options = (*SMALL, "--max_steps", 5, "--reward_funcs", "rewards.py:slow")
+    options = (*WORKERS, "--max_steps", 5, "--reward_funcs", "rewards.py:slow")
     mark = f"twice-{os.getpid()}"
     pid = start_and_wait_for(zygote, place, options, 0, **{MARK: mark, "REWARD_S": "1"})
     os.kill(pid, signal.SIGINT)
@@ -230,8 +259,21 @@ def assert_disk_full(done, run_dir, wanted):
 
 def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(zygote, run, place):
     """Pages run out at every possible moment of a run, checkpoints and journal included."""
-    options = (*SMALL, "--max_steps", 4, "--save_steps", 1, "--reward_isolation", "inline", "--eval_steps", 2, "--num_threads", 1,
-               "--eval_rows", 2, "--batch_size", 4)  # fmt: skip
+    options = (
+        *SMALL,
+        "--max_steps",
+        4,
+        "--save_steps",
+        1,
+        "--eval_steps",
+        2,
+        "--num_threads",
+        1,
+        "--eval_rows",
+        2,
+        "--batch_size",
+        4,
+    )
     assert run(*options).code == 0
     wanted = tree(place / "run")
     outcomes = set()
@@ -272,8 +314,23 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(zygote, run, place):
 # --- replay and damage ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [(), ("--antithetic", "--noise_distribution", "rademacher", "--weight_decay", 0.1,
-                                         "--weight_decay_anchor", "base", "--lr_scheduler_type", "linear")])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        (
+            "--antithetic",
+            "--noise_distribution",
+            "rademacher",
+            "--weight_decay",
+            0.1,
+            "--weight_decay_anchor",
+            "base",
+            "--lr_scheduler_type",
+            "linear",
+        ),
+    ],
+)
 def test_replay_rebuilds_every_step(run, place, extra):
     assert run(*SMALL, "--save_steps", 1, "--max_steps", 3, *extra).code == 0
     before = stamps(place / "run")
@@ -293,7 +350,7 @@ def test_replay_refuses_what_is_not_the_run(run, place, base_run):
     assert_refused(run("replay", "--run", "run", "--model", "run/checkpoint-2", "--output_dir", "out"), "fingerprint")
     assert_refused(run("replay", "--run", "run", "--step", 4, "--output_dir", "out"), "between 0 and 3")
     assert_refused(run("replay", "--run", "elsewhere", "--output_dir", "out"), "elsewhere", "journal")
-    assert_refused(run("replay", "--run", "run", "--output_dir", "run"), "run", "not empty")
+    assert_refused(run("replay", "--run", "run", "--output_dir", "run"), "run", "not an empty")
     assert not (place / "out").exists()
 
 
@@ -303,14 +360,26 @@ def test_a_damaged_middle_is_refused_and_the_step_named(run, place, base_run, co
     shutil.copytree(base_run, place / "run")
     path = place / "run" / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)  # header, 3 steps, checkpoint lines after steps 2 and 3
-    assert [line["kind"] for line in journal(place / "run")] == ["header", "step", "step", "checkpoint", "step", "checkpoint"]
+    assert [line["kind"] for line in journal(place / "run")] == [
+        "header",
+        "step",
+        "step",
+        "checkpoint",
+        "step",
+        "checkpoint",
+    ]
     lines[2] = {
-        "flipped": lines[2].replace(b'"fitness":[-', b'"fitness":[', 1), "cut out": b"", "garbage": b"\x00" * 40 + b"\n"
-    }[damage]  # fmt: skip
+        "flipped": lines[2].replace(b'"fitness":[-', b'"fitness":[', 1),
+        "cut out": b"",
+        "garbage": b"\x00" * 40 + b"\n",
+    }[damage]
     path.write_bytes(b"".join(lines))
     before = stamps(place / "run")
-    words = ("train", "--resume", "--output_dir", "run", "--max_steps", 5) if command == "resume" else (
-        "replay", "--run", "run", "--output_dir", "out")  # fmt: skip
+    words = (
+        ("train", "--resume", "--output_dir", "run", "--max_steps", 5)
+        if command == "resume"
+        else ("replay", "--run", "run", "--output_dir", "out")
+    )
     assert_refused(run(*words), "journal.jsonl", "damaged", "step 1")
     assert stamps(place / "run") == before
 
@@ -328,6 +397,23 @@ def test_a_torn_last_line_is_repaired(run, place, base_run):
         assert_same_tree(tree(place / "run"), wanted)
 
 
+def test_a_damaged_checkpoint_is_refused_and_can_be_deleted(run, place, base_run):
+    shutil.copytree(base_run, place / "run")
+    assert run("train", "--resume", "--output_dir", "run", "--max_steps", 5).code == 0
+    wanted = weights(place / "run")
+    for damage in ("flipped", "truncated"):
+        shutil.rmtree(place / "run")
+        shutil.copytree(base_run, place / "run")
+        path = place / "run" / "checkpoint-2" / "model.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage == "flipped" else data[:-8])
+        words = ("train", "--resume", "--output_dir", "run", "--max_steps", 5)
+        assert_refused(run(*words), "checkpoint-2")
+        shutil.rmtree(path.parent)
+        assert run(*words).code == 0
+        assert weights(place / "run") == wanted
+
+
 def test_another_base_model_is_refused(run, place, base_run):
     """The same path holds other weights now."""
     shutil.copytree(base_run / "checkpoint-2", place / "base")
@@ -335,6 +421,9 @@ def test_another_base_model_is_refused(run, place, base_run):
     before = stamps(place / "run")
     for file in (base_run / "model.safetensors",):
         shutil.copy(file, place / "base" / file.name)
-    for words in (("train", "--resume", "--output_dir", "run", "--max_steps", 3), ("replay", "--run", "run", "--output_dir", "o")):
+    for words in (
+        ("train", "--resume", "--output_dir", "run", "--max_steps", 3),
+        ("replay", "--run", "run", "--output_dir", "o"),
+    ):
         assert_refused(run(*words), "fingerprint", "base")
         assert stamps(place / "run") == before

@@ -12,7 +12,19 @@ from estune.optimizer import make_update
 from estune.population import Member, members_for_step
 from estune.tasks.quadratic import wanted
 
-OPTIONS = (*TOY, "--max_steps", 3, "--population_size", 6, "--sigma", 0.1, "--eval_steps", 2, "--reward_funcs", "rewards.py:logged")
+OPTIONS = (
+    *TOY,
+    "--max_steps",
+    3,
+    "--population_size",
+    6,
+    "--sigma",
+    0.1,
+    "--eval_steps",
+    2,
+    "--reward_funcs",
+    "rewards.py:logged",
+)
 
 
 def without(line, *names):
@@ -24,9 +36,13 @@ def without(line, *names):
 
 
 WAYS = [
-    ("--reward_workers", 2), ("--reward_workers", 4), ("--reward_isolation", "inline"), ("--num_threads", 2),
-    ("--num_threads", 3, "--reward_workers", 3), ("--prompts_per_batch", 3),
-]  # fmt: skip
+    ("--reward_workers", 2),
+    ("--reward_workers", 4),
+    ("--reward_isolation", "inline"),
+    ("--num_threads", 2),
+    ("--num_threads", 3, "--reward_workers", 3),
+    ("--prompts_per_batch", 3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +58,9 @@ def test_workers_threads_and_batches_change_no_bit(run, place, one_worker, way):
     done = run(*OPTIONS, "--reward_workers", 1, "--num_threads", 1, *way)
     assert done.code == 0, done
     ours = ("reward_workers", "reward_isolation", "num_threads", "prompts_per_batch")
-    assert [without(line, *ours) for line in journal(place / "run")] == [without(line, *ours) for line in journal(one_worker)]
+    assert [without(line, *ours) for line in journal(place / "run")] == [
+        without(line, *ours) for line in journal(one_worker)
+    ]
     apart = ("journal.jsonl", "es_config.json")
     found, wanted = tree(place / "run", apart), tree(one_worker, apart)
     assert found == wanted
@@ -110,15 +128,30 @@ def test_the_journal_says_nothing_of_times_and_workers(one_worker):
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["kind"] for line in lines] == ["header", "step", "step", "step", "checkpoint"]
     assert {name for line in lines[1:4] for name in line} == {
-        "kind", "step", "rows", "seeds", "fitness", "failures", "tokens", "q", "e", "s", "a", "decay", "checksum", "hash"
-    }  # fmt: skip
+        "kind",
+        "step",
+        "rows",
+        "seeds",
+        "fitness",
+        "failures",
+        "tokens",
+        "q",
+        "e",
+        "s",
+        "a",
+        "decay",
+        "checksum",
+        "hash",
+    }
     assert weights(one_worker)
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_the_journal_stays_small(run, place, antithetic):
     """At most 2 MB for 500 steps of 30 members."""
-    assert run(*TOY, "--max_steps", 10, "--reward_isolation", "inline", "--antithetic", str(antithetic).lower()).code == 0
+    assert (
+        run(*TOY, "--max_steps", 10, "--reward_isolation", "inline", "--antithetic", str(antithetic).lower()).code == 0
+    )
     lines = (place / "run" / "journal.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines[0]) + 500 * max(map(len, lines[1:])) <= 2_000_000
 
@@ -127,16 +160,30 @@ def test_the_journal_stays_small(run, place, antithetic):
 
 # reward -> what the user is told of it
 MISBEHAVIOUR = {
-    "raising": "this row is too much for me", "hanging": "took longer than", "dying": "worker process died", "nan": "nan",
+    "raising": "this row is too much for me",
+    "hanging": "took longer than",
+    "dying": "worker process died",
+    "nan": "nan",
     "infinite": "inf",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reward", MISBEHAVIOUR)
 def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker, reward):
     mark = f"{reward}-{place.name}"
-    words = (*TOY, "--max_steps", 1, "--population_size", 3, "--sigma", 0.1, "--batch_size", 8, "--reward_timeout_s",
-             0.3 if reward == "hanging" else 30)  # fmt: skip
+    words = (
+        *TOY,
+        "--max_steps",
+        1,
+        "--population_size",
+        3,
+        "--sigma",
+        0.1,
+        "--batch_size",
+        8,
+        "--reward_timeout_s",
+        0.3 if reward == "hanging" else 30,
+    )
     assert run(*words, "--reward_funcs", "rewards.py:logged").code == 0
     fitness = steps(place / "run")[0]["fitness"]
     rows = steps(place / "run")[0]["rows"]
@@ -169,7 +216,9 @@ def test_a_reward_that_always_fails_moves_nothing(run, place):
     assert run("train", "--resume", "--output_dir", "run", "--max_steps", 3).code == 0
     assert run("replay", "--run", "run", "--output_dir", "out").code == 0
     evaluated = [record for record in metrics(place / "run") if "eval_reward" in record]
-    assert evaluated and all(record["eval_reward"] is None and record["eval_reward_failures"] == 2 for record in evaluated)
+    assert evaluated and all(
+        record["eval_reward"] is None and record["eval_reward_failures"] == 2 for record in evaluated
+    )
 
 
 def test_what_a_reward_logs_is_kept(run, place):
@@ -183,8 +232,12 @@ def test_what_a_reward_logs_is_kept(run, place):
 def test_nothing_runs_what_a_model_wrote(run, place):
     """A completion that is a program: scored as text by the embedded task, nothing happens."""
     program = "<answer>__import__('os').system('touch {0}')</answer> <answer>open('{0}', 'w')</answer>"
-    rows = [program.format(place / "proof"), f"<answer>().__class__ and exec(\"open('{place}/proof','w')\")</answer>",
-            "<answer>9**9**9**9</answer>", "<answer>" + "(" * 5000 + "1" + ")" * 5000 + "</answer>"]  # fmt: skip
+    rows = [
+        program.format(place / "proof"),
+        f"<answer>().__class__ and exec(\"open('{place}/proof','w')\")</answer>",
+        "<answer>9**9**9**9</answer>",
+        "<answer>" + "(" * 5000 + "1" + ")" * 5000 + "</answer>",
+    ]
     with (place / "c.jsonl").open("w") as file:
         for text in rows:
             file.write(json.dumps({"completion": text, "numbers": [1, 2, 3], "target": 6}) + "\n")
@@ -192,3 +245,13 @@ def test_nothing_runs_what_a_model_wrote(run, place):
     assert done.code == 0, done
     assert json.loads(done.out)["accuracy"] == 0.0
     assert not (place / "proof").exists()
+
+
+def test_a_run_that_blows_up_stays_a_run(run, place):
+    """Weights overflow: rewards fail, nothing else does, and every file can still be read."""
+    words = (*TOY, "--max_steps", 3, "--population_size", 4, "--sigma", 1, "--learning_rate", 1e39, "--save_steps", 1)
+    assert run(*words, "--reward_funcs", "rewards.py:second").code == 0
+    assert [record["step"] for record in metrics(place / "run")] == [1, 2, 3]  # read as strict JSON
+    assert metrics(place / "run")[-1]["es/reward_errors"] > 0
+    assert run("replay", "--run", "run", "--output_dir", "out").code == 0
+    assert weights(place / "out") == weights(place / "run") == weights(place / "run" / "checkpoint-3")
