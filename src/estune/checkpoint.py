@@ -71,9 +71,7 @@ def save_checkpoint(
     return target
 
 
-def save_final(
-    run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
-) -> None:
+def save_final(run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> None:
     """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
     partial = run_dir / f"{_PARTIAL}final"
     shutil.rmtree(partial, ignore_errors=True)

@@ -23,7 +23,7 @@ from estune.fitness import mean, weigh
 from estune.inputs import Rewards
 from estune.journal import Journal
 from estune.metrics import write_rows
-from estune.rewards import RewardBatch, RewardPool
+from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
 from estune.run import JOURNAL_FILE, check_base, replay_steps
 
@@ -49,8 +49,12 @@ def evaluate_command(
     data = inputs.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
     args = inputs.resolve_config(args, len(data))
     with ExitStack() as stack:
-        pool = stack.enter_context(_pool(args, rewards.funcs, rewards.names))
-        grader = stack.enter_context(_pool(args, [rewards.accuracy], ["accuracy"])) if rewards.accuracy else None
+        pool = stack.enter_context(inputs.reward_pool(args, rewards.funcs, rewards.names))
+        grader = (
+            stack.enter_context(inputs.reward_pool(args, [rewards.accuracy], ["accuracy"]))
+            if rewards.accuracy
+            else None
+        )
         engine = inputs.load_engine(args)
         prompts = inputs.build_prompts(args, engine, data, task is not None)
         evaluator = Evaluator(engine, pool, args.response_prefix)
@@ -74,12 +78,6 @@ def evaluate_command(
             write_rows(Path(rows), evaluation)
     _print_result(result, json)
     return 0
-
-
-def _pool(args: ESConfig, funcs: list[Any], names: list[str]) -> RewardPool:
-    workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
-    return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers,
-                      isolation=args.reward_isolation)  # fmt: skip
 
 
 def _divergence(engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation) -> float:
@@ -138,11 +136,11 @@ def _scored(args: ESConfig, rewards: Rewards, columns: list[dict[str, Any]], tex
     """Return the reward result and the accuracy (rows,) or None, both from killable workers."""
     prompts, answers, named = reward_inputs(columns, texts, "")
     batch = RewardBatch(prompts, answers, [[] for _ in texts], named, {"global_step": 0, "max_steps": 0})
-    with _pool(args, rewards.funcs, rewards.names) as pool:
+    with inputs.reward_pool(args, rewards.funcs, rewards.names) as pool:
         result = pool.submit(batch).result()
     if rewards.accuracy is None:
         return result, None
-    with _pool(args, [rewards.accuracy], ["accuracy"]) as pool:
+    with inputs.reward_pool(args, [rewards.accuracy], ["accuracy"]) as pool:
         graded = pool.submit(batch).result()
     return result, np.where(graded.failed, 0.0, np.nan_to_num(graded.rewards))[:, 0]
 

@@ -193,6 +193,12 @@ class ESConfig:
             raise UserError("weight_decay_anchor base needs weight_decay above 0")
         if self.lr_scheduler_type == "constant_with_warmup" and self.warmup_steps == 0:
             raise UserError("lr_scheduler_type constant_with_warmup needs warmup_steps above 0")
+        if self.eval_rows and not self.eval_steps:
+            raise UserError("eval_rows has no effect without eval_steps")
+        if self.save_total_limit and not self.save_steps:
+            raise UserError("save_total_limit has no effect without save_steps")
+        if self.reward_isolation == "inline" and (self.reward_workers != "auto" or self.reward_timeout_s != 60.0):
+            raise UserError("reward_isolation inline has no workers and no time limit: leave both at their defaults")
         if self.chat_template_kwargs and self.apply_chat_template == "false":
             raise UserError("chat_template_kwargs have no effect with apply_chat_template false")
         if self.dataset_name is None:
@@ -269,6 +275,8 @@ def nearest(word: object, known: Iterable[str]) -> str:
 def coerce(name: str, value: Any) -> Any:
     """Return ``value`` in the type of field ``name``; UserError where it does not fit."""
     options = _alternatives(FIELD_TYPES[name])
+    if type(None) in options and value in (["none"], ["null"]):  # `--reward_funcs none` on the command line
+        return None
     for kind in options:
         converted = _convert(value, kind)
         if converted is not _MISFIT:

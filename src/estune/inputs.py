@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from estune.config import ESConfig
 from estune.data import PromptBuilder, check_columns, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
-from estune.rewards import load_reward
+from estune.rewards import RewardPool, load_reward
 from estune.tasks import Task, get_task
 
 RewardFunc = Callable[..., Any]
@@ -78,6 +79,13 @@ def resolve_rewards(args: ESConfig, given: Any, task: Task | None) -> Rewards:
     return Rewards(funcs, names, weights, task.accuracy if task else None)
 
 
+def reward_pool(args: ESConfig, funcs: list[RewardFunc], names: list[str], workers: int | None = None) -> RewardPool:
+    """Start the pool for some reward functions; ``workers`` defaults to the configuration's."""
+    if workers is None:
+        workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
+    return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers, isolation=args.reward_isolation)
+
+
 def resolve_rows(
     args: ESConfig, given: Any, task: Task | None, split: str, rewards: Rewards, *, for_training: bool = True
 ) -> list[dict[str, Any]]:
@@ -123,7 +131,7 @@ def resolve_config(args: ESConfig, n_rows: int) -> ESConfig:
         auto["prompts_per_batch"] = DEFAULT_PROMPTS_PER_BATCH
     if args.num_threads == "auto":
         auto["num_threads"] = environment.cores()
-    if args.reward_workers == "auto":
+    if args.reward_workers == "auto" and args.reward_isolation == "process":
         auto["reward_workers"] = min(4, max(1, environment.cores() - 1))
     if args.engine == "toy" and args.model == "tiny":
         auto["model"] = "toy"
@@ -163,7 +171,7 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         return HFEngine.from_model(model, tokenizer, **options)
     if args.revision is not None and local_directory(args.model) is not None:
         raise UserError(f"revision names a version on the hub, and model {args.model} is a directory")
-    options |= dict(revision=args.revision, trust_remote_code=args.trust_remote_code)
+    options |= dict(tokenizer=tokenizer, revision=args.revision, trust_remote_code=args.trust_remote_code)
     return HFEngine.load(args.model, dtype=args.dtype, device=args.device, **options)
 
 
@@ -183,6 +191,15 @@ def _is_toy(model: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
+def data_fingerprint(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what the journal keeps of the training data: how many rows, and a hash of prompts and columns."""
+    digest = blake2b(digest_size=16)
+    for row, prompt in zip(rows, prompts, strict=True):
+        columns = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
+        digest.update(f"{prompt.token_ids}{columns}".encode())
+    return {"rows": len(rows), "fingerprint": digest.hexdigest()}
 
 
 def sampling(args: ESConfig, step: int) -> Sampling:

@@ -558,7 +558,7 @@ def test_file_flags_and_python_mean_the_same(zygote, run, place, wanted):
         ("--log_completions", "true"),
         ("--report_to", "plot"),
         ("--prompts_per_batch", 2),
-        ("--reward_timeout_s", 30),
+        ("--reward_isolation", "process", "--reward_timeout_s", 30),
         ("--max_completion_length", 100),
     ],
     ids=lambda words: " ".join(map(str, words)),

@@ -111,7 +111,7 @@ class Engine(Protocol):
         """Theta was written: forget everything derived from it."""
 
     def save_assets(self, directory: Path, dtype: str) -> None:
-        """Write what a checkpoint of ``dtype`` holds beside its weights (configuration, tokenizer); no times or paths."""
+        """Write what a checkpoint of ``dtype`` holds beside its weights; no times, no paths."""
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""

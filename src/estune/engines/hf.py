@@ -79,6 +79,7 @@ class HFEngine:
         cls,
         model: str,
         *,
+        tokenizer: Any = None,
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
@@ -91,6 +92,7 @@ class HFEngine:
 
         Args:
             model: what to load.
+            tokenizer: used instead of the model's own.
             dtype: compute dtype; ``auto`` is float32, on CUDA bfloat16 for a checkpoint of 16 bits.
             device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
             revision: the hub revision.
@@ -104,7 +106,8 @@ class HFEngine:
         """
         torch.set_num_threads(num_threads)
         place = resolve_device(device)
-        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         working, bound, master = load_model(
             model,
             dtype=dtype,

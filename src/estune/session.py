@@ -1,0 +1,307 @@
+"""A training run while it is open: its directory, engine, reward workers, prompts and monitors.
+
+`ESTrainer.train` is the loop; this is what each of its lines does on disk and on the terminal. The order of writes
+within a step is that of `estune.run`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estune import inputs, metrics
+from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, prune, write_model
+from estune.config import ESConfig
+from estune.data import Batches
+from estune.engines.base import Engine, Perturbation, Prompt
+from estune.evaluation import Evaluation, evaluate
+from estune.inputs import Rewards
+from estune.journal import step_record
+from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor
+from estune.noise import perturbation_scale
+from estune.optimizer import Update, scheduled
+from estune.population import Member, members_for_step
+from estune.rewards import INLINE_WARNING, RewardPool
+from estune.rollouts import Evaluator, Rollouts
+from estune.run import Run, open_run
+from estune.signals import StopRequest
+
+if TYPE_CHECKING:
+    from estune.trainer import ESTrainer
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step evaluates and at which scales: a pure function of the configuration and the step's index."""
+
+    index: int
+    rows: list[int]  # (B,)
+    members: list[Member]  # (N,)
+    sigma: float
+    scale: float  # sigma as the noise's integer scale, see `perturbation_scale`
+    learning_rate: float
+
+
+def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
+    """Return the step of an index."""
+    sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
+    factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
+    return Step(
+        index=index,
+        rows=batches.rows_for_step(index),
+        members=members_for_step(args.seed, index, args.population_size, args.antithetic),
+        sigma=sigma,
+        scale=perturbation_scale(sigma, args.noise_distribution),
+        learning_rate=args.effective_learning_rate * factor,
+    )
+
+
+@dataclass
+class Session:
+    """The parts of an open run; made by `open_session`."""
+
+    args: ESConfig
+    run: Run
+    engine: Engine
+    evaluator: Evaluator
+    accuracy_pool: RewardPool | None
+    rewards: Rewards
+    train_rows: Rows
+    train_prompts: list[Prompt]
+    eval_rows: Rows
+    eval_prompts: list[Prompt]
+    batches: Batches
+    monitors: Monitors
+    checksum: str  # of theta
+    tokens: int  # processed by the journalled steps
+    perturb_cos: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
+    started: float = 0.0  # clock readings of the step in hand, in seconds
+    move_started: float = 0.0
+
+    def evaluate_population(self, step: Step) -> Rollouts:
+        """Let every member answer the step's rows and score the answers: (N, B, G) rollouts.
+
+        Raises:
+            Interrupted: the run was asked to stop; finished groups are on disk.
+        """
+        self.started = time.perf_counter()
+        if not self.perturb_cos:
+            first = Perturbation(step.members[0], step.scale, self.args.noise_distribution)
+            self.perturb_cos = self.engine.perturb_cosine(first)
+            metrics.warn_of_coarse_weights(self.perturb_cos)
+        rows, prompts = self._inputs(step)
+        return self.evaluator.population(
+            step.members,
+            step.scale,
+            self.args.noise_distribution,
+            rows,
+            prompts,
+            inputs.sampling(self.args, step.index),
+            self._trainer_state(step.index),
+            pending=self.run.pending,
+            head=self.run.journal.head,
+            keep_text=self._keeps_completions(step),
+        )
+
+    def journal_step(
+        self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, update: Update
+    ) -> None:
+        """Put the step on disk, its line last; when this returns theta may move.
+
+        Args:
+            step: the step.
+            rewards: (N, B, G, F), failures filled.
+            fitness: (N,).
+            rollouts: what was evaluated.
+            update: how theta will move.
+        """
+        self.tokens += rollouts.tokens
+        self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+        self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
+        self.measured |= self._theta_rank(step, fitness)
+        if step.index == 0:
+            self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
+        record = step_record(
+            step.index,
+            step.rows,
+            fitness.tolist(),
+            step.scale,
+            update,
+            self.checksum,
+            failures=int(rollouts.failed.sum()),
+            tokens=rollouts.tokens,
+        )
+        self.run.pending.note(self.run.journal.head, self.measured)  # what a kill behind the step line would lose
+        if self._keeps_completions(step):
+            path = self.run.path / "completions" / f"step_{step.index + 1:05d}.jsonl"
+            metrics.write_completions(path, rollouts, self._inputs(step)[1])
+        self.run.journal.append_step(record)
+
+    def move(self, update: Update) -> None:
+        """Apply the journalled update to theta, and tell the monitors."""
+        self.move_started = time.perf_counter()
+        moved = self.engine.master.update(update, self.run.anchor)
+        self.engine.master_changed()
+        self.checksum = moved.checksum
+        timing = metrics.Timing(self.started, self.move_started, time.perf_counter())
+        self.log_step(self.measured | metrics.update_metrics(self.measured, moved, timing))
+        self.run.pending.clear()
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Hand the last step's metrics to the monitors, where it is one to log."""
+        done = self.run.steps_done
+        if done % self.args.logging_steps == 0 or done == self.args.max_steps:
+            self.monitors.log({"step": done} | record)
+
+    def after_step(self) -> None:
+        """Do what is due after ``run.steps_done`` steps and was not done yet: held-out evaluation, checkpoint."""
+        args, done = self.args, self.run.steps_done
+        if args.eval_steps and (done % args.eval_steps == 0 or done == args.max_steps):
+            path = self.run.path / "eval" / f"step_{done:05d}.jsonl"
+            if not path.exists():
+                evaluation = self._evaluate_held_out(done)
+                self.monitors.log({"step": done, **metrics.evaluation_record(evaluation)})
+                metrics.write_rows(path, evaluation)
+        if args.save_steps and done and done % args.save_steps == 0:
+            if not self.run.has_checkpoint():
+                self.run.save(self.engine, final=False)
+                self.run.record_checkpoint(self.engine)
+            prune(self.run.path, args.save_total_limit)
+
+    def finish(self) -> None:
+        """Write the finished model to the run directory's root, and leave theta in the working model."""
+        self.engine.load_theta()
+        self.run.save(self.engine, final=True)
+        self.run.record_checkpoint(self.engine)
+        self.run.pending.clear()
+        print(f"estune: done; the model is in {self.run.path}", flush=True)
+
+    def save_interrupted(self) -> None:
+        """Save theta where the run was asked to stop."""
+        run = self.run
+        self.engine.load_theta()
+        if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
+            run.save(self.engine, final=False)
+        print(f"estune: stopped after {run.steps_done} steps; go on with --resume --output_dir {run.path}", flush=True)
+
+    def _inputs(self, step: Step) -> tuple[Rows, list[Prompt]]:
+        """Return the rows and prompts of a step, (B,) each."""
+        return [self.train_rows[row] for row in step.rows], [self.train_prompts[row] for row in step.rows]
+
+    def _theta_rank(self, step: Step, fitness: np.ndarray) -> dict[str, float]:
+        """At evaluation steps, evaluate theta itself on the step's rows: its rank among N + 1, 1 for the best."""
+        if not self.args.eval_steps or (step.index + 1) % self.args.eval_steps:
+            return {}
+        sampling = inputs.sampling(self.args, step.index)
+        own = self.evaluator.theta(*self._inputs(step), sampling, self._trainer_state(step.index))
+        value = metrics.mean_reward(own, self.rewards.weights)
+        return {"es/theta_fitness": value, "es/theta_rank": 1 + int((fitness > value).sum())}
+
+    def _evaluate_held_out(self, done: int) -> Evaluation:
+        return evaluate(
+            self.evaluator,
+            self.eval_rows,
+            self.eval_prompts,
+            inputs.sampling(self.args, 0),
+            self.rewards.weights,
+            self.accuracy_pool,
+            batch=int(self.args.prompts_per_batch),
+            trainer_state=self._trainer_state(done),
+        )
+
+    def _keeps_completions(self, step: Step) -> bool:
+        return self.args.log_completions and (step.index + 1) % self.args.logging_steps == 0
+
+    def _trainer_state(self, index: int) -> dict[str, Any]:
+        epoch = index * int(self.args.batch_size) / len(self.train_rows)
+        return {"global_step": index, "max_steps": self.args.max_steps, "epoch": epoch}
+
+
+@contextmanager
+def open_session(trainer: ESTrainer) -> Iterator[Session]:
+    """Open the directory, start the reward workers, load the engine, and bring theta to the journal's last step.
+
+    The reward workers come before the engine, so that they load while it does.
+
+    Raises:
+        UserError: something that the user gave cannot work; a run that is to be overwritten is still there then.
+    """
+    with ExitStack() as stack:
+        run = open_run(trainer.args, trainer.given)
+        stack.callback(run.close)
+        args = trainer.args = run.args
+        stop = stack.enter_context(StopRequest())
+        pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
+        accuracy_pool = None
+        if trainer.rewards.accuracy is not None and trainer.eval_rows:
+            accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
+        if args.reward_isolation == "inline":
+            print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
+        engine = trainer.engine
+        train_prompts = trainer.prepare()
+        eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        if run.is_new:
+            run.clear()  # only now, when all that the user gave has been found to work
+        _keep_base(trainer, run)
+        sampling = inputs.sampling(args, 0)
+        reproducible = engine.check_reproducible(train_prompts[:2], sampling) if run.is_new else None
+        facts = {
+            "reward_funcs": trainer.rewards.names,
+            "reward_weights": trainer.rewards.weights,
+            "data": inputs.data_fingerprint(trainer.train_rows, train_prompts),
+        }
+        run.begin(engine, reproducible, facts)
+        replayed, last_move = run.recover(engine)
+        monitors = _monitors(args, run)
+        stack.callback(monitors.close)
+        session = Session(
+            args=args,
+            run=run,
+            engine=engine,
+            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested),
+            accuracy_pool=accuracy_pool,
+            rewards=trainer.rewards,
+            train_rows=trainer.train_rows,
+            train_prompts=train_prompts,
+            eval_rows=trainer.eval_rows,
+            eval_prompts=eval_prompts,
+            batches=Batches(len(trainer.train_rows), int(args.batch_size), args.seed),
+            monitors=monitors,
+            checksum=engine.master.checksum(),
+            tokens=run.tokens_before(),
+        )
+        metrics.announce(trainer, run, replayed)
+        unlogged = run.unlogged_step()
+        if unlogged is not None and last_move is not None:
+            session.log_step(unlogged | metrics.update_metrics(unlogged, last_move, None))
+        yield session
+
+
+def _keep_base(trainer: ESTrainer, run: Run) -> None:
+    """Keep theta_0 in the run where it has no files of its own, and open it for anchored decay."""
+    master = trainer.engine.master
+    anchored = run.args.weight_decay_anchor == "base"
+    source = None if trainer.has_module else inputs.local_directory(run.args.model)
+    anchor = anchor_reader(source, master.specs) if source and anchored else None
+    if trainer.has_module or (anchored and anchor is None):
+        own = run.path / BASE_DIRECTORY
+        if run.is_new:
+            write_model(own, trainer.engine, float32=True)
+        anchor = anchor_reader(own, master.specs)
+    run.anchor = anchor if anchored else None
+
+
+def _monitors(args: ESConfig, run: Run) -> Monitors:
+    optional: list[Monitor] = [ConsoleMonitor(args.max_steps, run.steps_done)]
+    if "plot" in args.report_to:
+        optional.append(PlotMonitor(run.path))
+    return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], optional)
