@@ -114,7 +114,9 @@ class ESConfig:
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
     top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")
     prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass. auto: B up to 64.")
-    num_threads: int | Literal["auto"] = _option("auto", "CPU threads of the engine. auto: the cores at first start.")
+    num_threads: int | Literal["auto"] = _option(
+        "auto", "CPU threads. auto: 1 for a model under 64 MB, else the cores."
+    )
 
     # Run
     output_dir: str | None = _option(None, "Run directory. Default: runs/<run_name>.")

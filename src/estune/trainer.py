@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from estune import inputs
-from estune.checkpoint import write_model
+from estune.checkpoint import BASE_DIRECTORY, write_model
 from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Engine, Interrupted, Prompt
@@ -73,7 +73,7 @@ class ESTrainer:
             self.eval_rows = rows[: args.eval_rows or None]
         # What was given, before `auto` values are resolved; a module is named by its run.
         self.given = dataclasses.replace(args, model="auto") if self.has_module else args
-        self.args = inputs.resolve_config(args, len(self.train_rows))
+        self.args = inputs.resolve_config(args, len(self.train_rows), self._module)
         Batches(len(self.train_rows), int(self.args.batch_size), self.args.seed)  # refuses a batch above the rows
         self._engine: Engine | None = None
 
@@ -82,7 +82,7 @@ class ESTrainer:
 
         A run that is asked to stop (SIGINT, SIGTERM) saves a checkpoint and returns too.
         """
-        self.args = self._with_output_dir(self.args)
+        self.args = self._placed(self.args)
         run_dir = Path(self.args.output_dir or "")
         if self.args.resume and is_finished(run_dir, self.args, self.given):
             print(f"estune: {run_dir} is finished ({self.args.max_steps} steps); nothing to do")
@@ -132,17 +132,23 @@ class ESTrainer:
         """Load the engine and tokenise the training rows: everything that can fail before a run is written."""
         return inputs.build_prompts(self.args, self.engine, self.train_rows, self.task is not None)
 
-    def _with_output_dir(self, args: ESConfig) -> ESConfig:
-        if args.output_dir is not None:
-            return args
-        if args.run_name is not None:
-            return dataclasses.replace(args, output_dir=str(Path("runs") / args.run_name))
+    def _placed(self, args: ESConfig) -> ESConfig:
+        """Return the configuration with its run directory, where a module's weights at the start are kept, too."""
+        if args.output_dir is None:
+            path = Path("runs") / args.run_name if args.run_name is not None else self._new_directory(args)
+            args = dataclasses.replace(args, output_dir=str(path), run_name=path.name)
+        if self.has_module:
+            args = dataclasses.replace(args, model=str(Path(str(args.output_dir)) / BASE_DIRECTORY))
+        return args
+
+    def _new_directory(self, args: ESConfig) -> Path:
+        """Make a directory named task-model-date-time that no other run has."""
         source = args.task or Path(args.dataset_name or "data").stem
-        model = args.model if self._module is None else type(self._module).__name__
-        name = f"{source}-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        model = type(self._module).__name__ if self.has_module else Path(args.model).name
+        name = f"{source}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
             path = Path("runs") / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):  # a run that started in the same second
                 path.mkdir(parents=True)
-                break
-        return dataclasses.replace(args, output_dir=str(path), run_name=path.name)
+                return path
+        raise AssertionError("counting does not end")

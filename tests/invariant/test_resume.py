@@ -88,7 +88,7 @@ def test_more_steps_end_where_a_longer_run_ends(run, place):
         ("reward_funcs", "rewards.py:logged"),
         ("lr_scheduler_type", "cosine"),
         ("num_threads", 3),
-        ("reward_timeout_s", 5),
+        ("prompts_per_batch", 3),
     ],
 )
 def test_a_resume_cannot_change_the_trajectory(run, place, base_run, change):
@@ -126,6 +126,7 @@ def test_a_resume_may_change_what_moves_no_weight(run, place, base_run, kept):
     shutil.copytree(base_run, place / "run")
     value = {"report_to": "plot", "log_completions": "true"}.get(kept, 5 if kept == "max_steps" else 1)
     more = () if kept == "max_steps" else ("--max_steps", 5)
+    more += ("--eval_steps", 1) if kept == "eval_rows" else ()
     done = run("train", "--resume", "--output_dir", "run", f"--{kept}", value, *more)
     assert done.code == 0, done
     assert len(steps(place / "run")) == 5

@@ -38,7 +38,7 @@ def without(line, *names):
 WAYS = [
     ("--reward_workers", 2),
     ("--reward_workers", 4),
-    ("--reward_isolation", "inline"),
+    ("--reward_isolation", "inline", "--reward_workers", "auto"),
     ("--num_threads", 2),
     ("--num_threads", 3, "--reward_workers", 3),
     ("--prompts_per_batch", 3),
