@@ -145,6 +145,8 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     A model of a few megabytes gains little from a second thread (15 % measured on an idle machine) and loses a factor
     of four to spinning threads as soon as anything else runs.
     """
+    if args.engine == "toy":
+        return environment.cores()
     if module is not None:
         size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     else:

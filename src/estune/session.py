@@ -127,7 +127,7 @@ class Session:
         self.tokens += rollouts.tokens
         self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
         self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        self.measured |= self._theta_rank(step, fitness)
+        self.measured |= {"es/evaluations": self._evaluations(step)} | self._theta_rank(step, fitness)
         if step.index == 0:
             self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
         record = step_record(
@@ -196,6 +196,12 @@ class Session:
     def _inputs(self, step: Step) -> tuple[Rows, list[Prompt]]:
         """Return the rows and prompts of a step, (B,) each."""
         return [self.train_rows[row] for row in step.rows], [self.train_prompts[row] for row in step.rows]
+
+    def _evaluations(self, step: Step) -> int:
+        """Return how many completions training has had scored so far, theta's own at evaluation steps included."""
+        done, args = step.index + 1, self.args
+        of_theta = done // args.eval_steps if args.eval_steps else 0
+        return (done * args.population_size + of_theta) * len(step.rows) * args.num_generations
 
     def _theta_rank(self, step: Step, fitness: np.ndarray) -> dict[str, float]:
         """At evaluation steps, evaluate theta itself on the step's rows: its rank among N + 1, 1 for the best."""
