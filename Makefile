@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
-# Runs of the demo and of the benchmarks must not depend on what the shell exports.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Stamps make a second call need neither network nor time.
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 
@@ -14,34 +16,37 @@ help:
 	@echo "make test    set up, run the whole test suite"
 	@echo "make check   ruff and mypy"
 	@echo "make format  ruff format and fix"
-	@echo "make bench   the figures of README and docs (about half an hour)"
+	@echo "make bench   the figures of README and docs (about ten minutes)"
 
-install: $(STAMP)
+install: $(DEV)
 
-# The stamp makes a second call need neither network nor time.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "estune needs Python 3.11 or newer; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
+	$(PIP) -e .
+	touch $(RUNTIME)
 
-demo: $(STAMP)
+$(DEV): $(RUNTIME)
+	$(PIP) setuptools wheel
+	$(PIP) -e ".[dev]"
+	touch $(DEV)
+
+demo: $(RUNTIME)
 	$(BIN)/python scripts/demo.py
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
+bench: $(RUNTIME)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/demo_gain.py
 
