@@ -27,7 +27,6 @@ $(RUNTIME): pyproject.toml constraints.txt
 	touch $(RUNTIME)
 
 $(DEV): $(RUNTIME)
-	$(PIP) setuptools wheel
 	$(PIP) -e ".[dev]"
 	touch $(DEV)
 

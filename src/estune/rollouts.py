@@ -162,7 +162,6 @@ class Evaluator:
         pending: Pending,
         head: str,
         keep_text: bool = False,
-        progress: Callable[[int], None] = lambda done: None,
     ) -> Rollouts:
         """Evaluate all members of a step: (N, B, G) rollouts.
 
@@ -180,7 +179,6 @@ class Evaluator:
                 groups[index] = self.finish(group, scored(future, self.should_stop), sampling.num_generations)
                 scoring.pop(0)
                 pending.append(head, index, vars(groups[index]))
-                progress(len(groups))
 
         try:
             for index, member in enumerate(members):

@@ -492,7 +492,8 @@ def test_workers_import_nothing_heavy():
 
 
 HANGING = """
-import ctypes, os, subprocess, sys, time
+import ctypes, os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from estune.rewards import RewardBatch, RewardPool
 def hang(completions, folder):
     child = subprocess.Popen(["sleep", "60"])
