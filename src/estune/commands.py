@@ -22,7 +22,7 @@ from estune.evaluation import Evaluation, evaluate, interval, kl_k3
 from estune.fitness import mean, weigh
 from estune.inputs import Rewards
 from estune.journal import Journal
-from estune.metrics import write_rows
+from estune.records import write_rows
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
 from estune.run import JOURNAL_FILE, check_base, replay_steps

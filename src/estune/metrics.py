@@ -1,28 +1,21 @@
-"""The records of `metrics.jsonl` and the row files of a run: TRL's metric names where TRL has one, else `es/`."""
+"""What `metrics.jsonl` says of a step and of an evaluation: TRL's metric names where TRL has one, else `es/`."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estune.engines.base import Prompt
 from estune.evaluation import Evaluation
-from estune.files import replace_file
 from estune.fitness import fill_failures, mean, share_of_tied_prompts, weigh
 from estune.master import Moved
 from estune.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from estune.inputs import Rewards
-    from estune.run import Run
-    from estune.trainer import ESTrainer
 
 COARSE_COSINE = 0.9
 
@@ -88,35 +81,6 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     return record | {f"eval_{name}": value for name, value in summary.items()}
 
 
-def write_rows(path: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation's rows as JSON lines; the file appears whole."""
-    path.parent.mkdir(exist_ok=True)
-    rows = [dataclasses.asdict(row) for row in evaluation.rows]
-    lines = [json.dumps({k: v for k, v in row.items() if k != "token_ids"}, ensure_ascii=False) for row in rows]
-    _write_lines(path, lines)
-
-
-def write_completions(path: Path, rollouts: Rollouts, prompts: Sequence[Prompt]) -> None:
-    """Write the population's completions as JSON lines: member, row, prompt, completion, rewards, log_extra columns."""
-    path.parent.mkdir(exist_ok=True)
-    lines = []
-    for member, group in enumerate(rollouts.groups):
-        if group.completions is None:
-            continue
-        for b, (prompt, answers) in enumerate(zip(prompts, group.completions, strict=True)):
-            for g, text in enumerate(answers):
-                line = {"member": member, "row": prompt.row_id, "prompt": prompt.text, "completion": text,
-                        "rewards": group.rewards[b][g]}  # fmt: skip
-                extra = {name: values[b * len(answers) + g] for name, values in (group.extra or {}).items()}
-                lines.append(json.dumps(line | extra, ensure_ascii=False, default=str))
-    _write_lines(path, lines)
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    data = "".join(line + "\n" for line in lines).encode("utf-8")
-    replace_file(path, lambda file: file.write(data))
-
-
 def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
     """Warn where the compute dtype rounds the perturbation away."""
     for kind, cosine in sorted(cosines.items()):
@@ -124,20 +88,6 @@ def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
             print(f"estune: warning: the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
                   "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32",
                   file=sys.stderr)  # fmt: skip
-
-
-def announce(trainer: ESTrainer, run: Run, replayed: int) -> None:
-    """Say in a few lines what is about to run."""
-    args, master = trainer.args, trainer.engine.master
-    moving = sum(int(np.prod(spec.shape)) for spec in master.specs if spec.perturbed)
-    share = "all" if moving == master.num_parameters else f"{moving / master.num_parameters:.1%} of"
-    print(f"estune: {args.model}, {share} {master.num_parameters:,} parameters, {args.task or args.dataset_name}: "
-          f"{len(trainer.train_rows)} training rows, {len(trainer.eval_rows)} held out")  # fmt: skip
-    print(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
-          f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
-    if run.steps_done:
-        print(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
-    sys.stdout.flush()
 
 
 def _number(value: float) -> float | None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from estune.errors import UserError
-from estune.files import replace_file, writing
-
-METRICS_FILE = "metrics.jsonl"
+from estune.files import writing
+from estune.records import METRICS_FILE
 
 
 class Monitor(Protocol):
@@ -128,44 +127,6 @@ class Monitors:
             self.optional.remove(monitor)
             name = type(monitor).__name__
             print(f"estune: warning: {name} broke and is off for the rest of the run: {error}", file=sys.stderr)
-
-
-def cut_back(run_dir: Path, steps_done: int) -> None:
-    """Drop metrics and completions of steps after ``steps_done``, and evaluations whose rows were not written."""
-    path = run_dir / METRICS_FILE
-    if path.exists():
-        kept = [line for line in path.read_bytes().splitlines() if _keep(line, run_dir, steps_done)]
-        text = b"".join(line + b"\n" for line in kept)
-        if text != path.read_bytes():
-            replace_file(path, lambda file: file.write(text) and None)
-    for folder in ("completions", "eval"):
-        for file in (run_dir / folder).glob("step_*.jsonl"):
-            if int(file.stem.removeprefix("step_")) > steps_done:
-                file.unlink()
-
-
-def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
-    try:
-        record = json.loads(line)
-        step = record["step"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    if "eval_reward" in record and not (run_dir / "eval" / f"step_{step:05d}.jsonl").exists():
-        return False
-    return bool(step <= steps_done)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's `metrics.jsonl`, a torn last line left out."""
-    records: list[dict[str, Any]] = []
-    if not (run_dir / METRICS_FILE).exists():
-        return records
-    for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def duration(seconds: float) -> str:

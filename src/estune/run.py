@@ -26,8 +26,8 @@ from estune.errors import UserError
 from estune.files import write_json
 from estune.journal import Journal, Pending, recorded_update
 from estune.master import AnchorReader, Moved
-from estune.monitors import cut_back, read_metrics
 from estune.noise import NOISE_VERSION
+from estune.records import cut_back, read_metrics
 
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"

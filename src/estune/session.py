@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from estune import inputs, metrics
+from estune import inputs, metrics, records
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, prune, write_model
 from estune.config import ESConfig
 from estune.data import Batches
@@ -87,6 +87,19 @@ class Session:
     started: float = 0.0  # clock readings of the step in hand, in seconds
     move_started: float = 0.0
 
+    def announce(self, replayed: int) -> None:
+        """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
+        args, master, run = self.args, self.engine.master, self.run
+        moving = sum(int(np.prod(spec.shape)) for spec in master.specs if spec.perturbed)
+        share = "all" if moving == master.num_parameters else f"{moving / master.num_parameters:.1%} of"
+        print(f"estune: {args.model}, {share} {master.num_parameters:,} parameters, {args.task or args.dataset_name}: "
+              f"{len(self.train_rows)} training rows, {len(self.eval_rows)} held out")  # fmt: skip
+        print(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
+              f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
+        if run.steps_done:
+            print(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
+        sys.stdout.flush()
+
     def evaluate_population(self, step: Step) -> Rollouts:
         """Let every member answer the step's rows and score the answers: (N, B, G) rollouts.
 
@@ -143,7 +156,7 @@ class Session:
         self.run.pending.note(self.run.journal.head, self.measured)  # what a kill behind the step line would lose
         if self._keeps_completions(step):
             path = self.run.path / "completions" / f"step_{step.index + 1:05d}.jsonl"
-            metrics.write_completions(path, rollouts, self._inputs(step)[1])
+            records.write_completions(path, rollouts, self._inputs(step)[1])
         self.run.journal.append_step(record)
 
     def move(self, update: Update) -> None:
@@ -170,7 +183,7 @@ class Session:
             if not path.exists():
                 evaluation = self._evaluate_held_out(done)
                 self.monitors.log({"step": done, **metrics.evaluation_record(evaluation)})
-                metrics.write_rows(path, evaluation)
+                records.write_rows(path, evaluation)
         if args.save_steps and done and done % args.save_steps == 0:
             if not self.run.has_checkpoint():
                 self.run.save(self.engine, final=False)
@@ -285,7 +298,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             checksum=engine.master.checksum(),
             tokens=run.tokens_before(),
         )
-        metrics.announce(trainer, run, replayed)
+        session.announce(replayed)
         unlogged = run.unlogged_step()
         if unlogged is not None and last_move is not None:
             session.log_step(unlogged | metrics.update_metrics(unlogged, last_move, None))

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from estune.monitors import read_metrics
+from estune.records import read_metrics
 
 PLOT_FILE = Path("plots") / "curves.png"
 REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
