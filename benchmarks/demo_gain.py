@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import RESULTS, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 ESTUNE = [sys.executable, "-m", "estune"]
@@ -57,6 +57,7 @@ def main() -> int:
                 images = ROOT / "docs" / "images"
                 images.mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / "plots" / "curves.png", images / "demo_curves.png")
+                shutil.copy(run / "metrics.jsonl", RESULTS / "demo_gain_metrics.jsonl")  # what the picture shows
         base = evaluate("tiny", length)
         forced = evaluate("tiny", length, "--response_prefix", "<think>")
     print(f"base {base['accuracy']:.1%}, base made to think {forced['accuracy']:.1%} (test, {base['n']} problems)")

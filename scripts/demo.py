@@ -30,6 +30,20 @@ def evaluate(*flags: str) -> dict[str, Any]:
     return result
 
 
+def show_a_problem(run: Path) -> None:
+    """Print a held-out problem that the run learned to solve: the base's answer and the fine-tuned model's."""
+    files = sorted((run / "eval").glob("step_*.jsonl"))
+    before, after = (
+        [json.loads(line) for line in f.read_text(encoding="utf-8").splitlines()] for f in (files[0], files[-1])
+    )
+    for old, new in zip(before, after, strict=True):
+        if old["accuracy"] == [0.0] and new["accuracy"] == [1.0]:
+            print(f"\na held-out problem: {old['prompt'].strip()}")
+            print(f"  base:       {old['completions'][0].strip()}")
+            print("  fine-tuned: " + new["completions"][0].strip().replace("\n", "\n              "))
+            return
+
+
 def main() -> None:
     """Train, evaluate, say what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,6 +69,7 @@ def main() -> None:
     for name, result in rows.items():
         low, high = result["accuracy_ci95"]
         print(f"{name:32} {result['accuracy']:7.1%}  {low:.1%} to {high:.1%}")
+    show_a_problem(run)
     gain = 100 * (rows["fine-tuned"]["accuracy"] - rows["base"]["accuracy"])
     print(f"\n{gain:+.1f} points in {seconds:.0f} s of training, by elicitation: the base can do it when made to.")
     print(f"\nwritten to {run}/")

@@ -81,7 +81,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
-        model_max_length=256,
+        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
 
@@ -177,7 +177,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int, widt
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

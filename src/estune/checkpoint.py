@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from estune.engines.base import Engine, ParameterSpec
+import numpy as np
+
+from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.files import sync_directory, sync_tree, write_json, writing
-from estune.master import AnchorReader, Master
+from estune.master import AnchorReader, Master, pieces
 from estune.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
 
 ES_STATE = "es_state.json"
@@ -120,15 +122,19 @@ def leftovers(run_dir: Path) -> list[Path]:
     return [*run_dir.glob(f"{_PARTIAL}*"), *run_dir.glob(".*.partial")]
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints (0: keep all), each by a rename first, so none is left half."""
-    if keep <= 0:
-        return
-    for _, path in checkpoints(run_dir)[:-keep]:
-        doomed = run_dir / f"{_PARTIAL}{path.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+def prune(run_dir: Path, keep: int, scheduled: Collection[int]) -> None:
+    """Delete all but the newest ``keep`` scheduled checkpoints (0: keep all), each by a rename first.
+
+    A checkpoint that an interrupt saved out of turn, not among the ``scheduled`` steps, goes too.
+    """
+    ours = checkpoints(run_dir)
+    in_turn = [path for step, path in ours if step in scheduled]
+    doomed = [path for step, path in ours if step not in scheduled] + (in_turn[:-keep] if keep > 0 else [])
+    for path in doomed:
+        partial = run_dir / f"{_PARTIAL}{path.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        path.rename(partial)
+        shutil.rmtree(partial)
 
 
 def load_master(directory: Path, master: Master) -> None:
@@ -144,10 +150,21 @@ def load_master(directory: Path, master: Master) -> None:
     master.load(file.read_into)
 
 
-def anchor_reader(directory: Path, specs: list[ParameterSpec]) -> AnchorReader | None:
-    """Return a reader of theta_0 from a model directory's files, memory-mapped; ``None`` if they are not all there."""
+def anchor_reader(directory: Path, master: Master) -> AnchorReader | None:
+    """Return a memory-mapped reader of theta_0 from a model directory's files.
+
+    ``None`` where the files do not hold, under the stored names, the very values that ``master`` holds now.
+    """
     files = open_model_files(directory) if directory.is_dir() else {}
-    for spec in specs:
+
+    def read(name: str, start: int, count: int) -> np.ndarray:
+        return files[name].read(name, start, count)
+
+    for spec in master.specs:
         if spec.name not in files or files[spec.name].shape(spec.name) != tuple(spec.shape):
             return None
-    return lambda name, start, count: files[name].read(name, start, count)
+        flat = master.arrays[spec.name].reshape(-1)
+        for start, count, _ in pieces(flat.size):
+            if not np.array_equal(read(spec.name, start, count), flat[start : start + count]):
+                return None
+    return read

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from estune import __version__
 from estune.config import FIELD_TYPES, FIELDS, ESConfig, coerce, nearest, read_config_file
 from estune.errors import UserError
 from estune.files import full_disk_message, is_full_disk
+from estune.tasks import TASKS
 
 DEMO_PRESET = "demo"
 # The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
@@ -27,18 +29,40 @@ EVALUATE_FIELDS = (
     "chat_template_kwargs system_prompt response_prefix stop_strings seed max_completion_length num_generations "
     "temperature top_p top_k prompts_per_batch num_threads"
 ).split()
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
+# Flags of TRL and transformers whose meaning has another name here, or no place in evolution strategies.
+ELSEWHERE = {
+    "bf16": "; use --dtype bfloat16",
+    "fp16": "; use --dtype float16",
+    "lr": "; did you mean --learning_rate?",
+    "beta": "; there is no KL term, see --weight_decay_anchor base",
+    "num_train_epochs": "; use --max_steps",
+    "gradient_accumulation_steps": "; use --batch_size",
+    "per_device_train_batch_size": "; use --batch_size",
+    "resume_from_checkpoint": "; use --resume with --output_dir",
+    "overwrite_output_dir": "; use --overwrite",
+    "max_prompt_length": "; prompts are never cut",
+    "use_vllm": "; this version has the engines hf and toy",
+}
 SCORE_FIELDS = "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation".split()
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own takes `-1e-3` for an option
+
     def error(self, message: str) -> NoReturn:
+        argument = re.fullmatch(r"argument (--\w+)\S*: expected (one|at least one) argument", message)
+        if argument:
+            message += f" (a value that begins with - is written {argument[1]}=VALUE)"
         raise UserError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     try:
-        return _run([_normalised(word) for word in (sys.argv[1:] if argv is None else argv)])
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"estune: error: {error}", file=sys.stderr)
         return 2
@@ -61,11 +85,15 @@ def _run(words: list[str]) -> int:
     parser, commands = _build()
     if words and not words[0].startswith("-") and words[0] not in commands:
         raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands)}; commands: {', '.join(commands)}")
-    options, unknown = parser.parse_known_args(words)
+    command = commands.get(words[0], parser) if words else parser
+    known = {flag for action in command._actions for flag in action.option_strings}
+    options, unknown = parser.parse_known_args([_normalised(word, known) for word in words])
     if unknown:
-        known = [flag for action in commands.get(options.command, parser)._actions for flag in action.option_strings]
         flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown option {flag}{nearest(flag, known)}")
+        if not flag.startswith("-"):
+            raise UserError(f"unexpected word {flag!r}")
+        hint = ELSEWHERE.get(flag.lstrip("-").replace("-", "_")) or nearest(flag, sorted(known))
+        raise UserError(f"unknown option {flag}{hint}")
     if options.command is None:
         parser.print_help()
         return 0
@@ -75,12 +103,11 @@ def _run(words: list[str]) -> int:
     return handler(values)
 
 
-def _normalised(word: str) -> str:
-    """Read ``--max-steps`` as ``--max_steps``; the value behind ``=`` stays."""
-    if not word.startswith("--") or word == "--":
-        return word
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+def _normalised(word: str, known: Container[str]) -> str:
+    """Read ``--max-steps`` as ``--max_steps``; the value behind ``=``, and what is no flag, stays as it is."""
+    name, equals, value = word.partition("=")
+    flag = f"--{name[2:].replace('-', '_')}"
+    return f"{flag}{equals}{value}" if name.startswith("--") and flag in known else word
 
 
 def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
@@ -91,7 +118,7 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     commands: dict[str, argparse.ArgumentParser] = {}
 
     def command(name: str, handler: Callable[[dict[str, Any]], int], help: str) -> argparse.ArgumentParser:
-        commands[name] = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
+        commands[name] = subparsers.add_parser(name, help=help, description=help.replace("%%", "%"), allow_abbrev=False)
         commands[name].set_defaults(handler=handler)
         return commands[name]
 
@@ -99,7 +126,8 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     train.add_argument("--config", help="YAML file of these options, or a preset (demo); flags win over it.")
     _add_fields(train, FIELDS)
     evaluate = command("evaluate", _evaluate, "Evaluate a model on held-out rows, with 95 %% intervals.")
-    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"), help="Split of the task.")
+    evaluate.add_argument("--split", choices=("train", "validation", "test"),
+                          help="Split of a built-in task. Default: test.")  # fmt: skip
     evaluate.add_argument("--n_samples", type=int, default=0,
                           help="Samples per row for pass@k; needs temperature > 0.")  # fmt: skip
     evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only the first rows; 0: all.")
@@ -134,7 +162,10 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
         choices = spec.metadata["choices"]
         default = None if spec.default is dataclasses.MISSING else spec.default
         shown = "" if default in (None, "") else f" [{str(default).lower() if default in (True, False) else default}]"
-        options["help"] = (spec.metadata["help"] + shown).replace("%", "%%")
+        text = spec.metadata["help"] + shown
+        if name == "task":
+            text = f"{text} {'; '.join(f'{task.name}: {task.description}' for task in TASKS.values())}."
+        options["help"] = text.replace("%", "%%")
         options["metavar"] = "|".join(choices) if choices else name.split("_")[-1].upper()
         if FIELD_TYPES[name] is bool:
             options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
@@ -164,7 +195,8 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     """Return the configuration of `estune train`: the run's own on a resume, else preset or file, then flags."""
     flags = dict(values)
     file = flags.pop("config", None)
-    given = {**(read_config_file(file) if file else {}), **flags}
+    from_file = read_config_file(file) if file else {}
+    given = _with_one_directory(from_file, flags)
     base: dict[str, Any] = {}
     resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
     if resuming and (Path(str(given["output_dir"])) / "es_config.json").exists():
@@ -172,16 +204,40 @@ def train_config(values: dict[str, Any]) -> ESConfig:
 
         base = read_config(Path(str(given["output_dir"])))
     elif file is None and not given.keys() & {"model", "task", "dataset_name", "engine"}:
+        if resuming:
+            raise UserError(
+                f"{given['output_dir']} holds no run to resume; to start one there, give --task or a dataset"
+            )
         base = read_config_file(DEMO_PRESET)
         print(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
-    return ESConfig.from_mapping({**base, **given})
+    args = ESConfig.from_mapping({**base, **given})
+    args.validate_training()
+    return args
+
+
+def _with_one_directory(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Merge file and flags; a run_name beside an output_dir would be stored and do nothing.
+
+    Finished runs store the two that belong together, and their `es_config.json` may be the file.
+    """
+    given = {**from_file, **flags}
+    directory, name = (coerce(field, given.get(field)) for field in ("output_dir", "run_name"))
+    if directory is None or name is None or Path(directory) == Path("runs") / name:
+        return given
+    if "run_name" not in flags and "output_dir" in flags:  # flags win over the file
+        return {**given, "run_name": None}
+    raise UserError("run_name names the directory runs/<run_name>; beside output_dir it has no effect")
 
 
 def _evaluate(values: dict[str, Any]) -> int:
     from estune.commands import evaluate_command
+    from estune.run import inherited_settings
 
     extras = {name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json")}
-    return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **values}), **extras)
+    inherited = inherited_settings(str(values.get("model", "")), values)
+    if inherited:
+        print(f"estune: prompts and decoding as in the run of {values['model']}; flags win", file=sys.stderr)
+    return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
 def _score(values: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from estune import inputs
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
 from estune.config import ESConfig
-from estune.data import load_rows, reward_inputs
+from estune.data import check_columns, has_splits, load_rows, reward_inputs
 from estune.engines.base import Engine, Prompt
 from estune.environment import environment
 from estune.errors import UserError
@@ -22,6 +22,7 @@ from estune.evaluation import Evaluation, evaluate, interval, kl_k3
 from estune.fitness import mean, weigh
 from estune.inputs import Rewards
 from estune.journal import Journal
+from estune.model_paths import local_directory
 from estune.records import write_rows
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
@@ -29,7 +30,14 @@ from estune.run import JOURNAL_FILE, check_base, replay_steps
 
 
 def evaluate_command(
-    args: ESConfig, *, split: str, n_samples: int, limit: int, reference: str | None, rows: str | None, json: bool
+    args: ESConfig,
+    *,
+    split: str | None,
+    n_samples: int,
+    limit: int,
+    reference: str | None,
+    rows: str | None,
+    json: bool,
 ) -> int:
     """Evaluate a model on held-out rows and print the result."""
     if limit < 0 or n_samples < 0:
@@ -44,6 +52,9 @@ def evaluate_command(
         Path(rows).parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     task = inputs.task_of(args)
     rewards = inputs.resolve_rewards(args, None, task)
+    if split is not None and args.dataset_name is not None:
+        raise UserError("split names a part of a built-in task; of a dataset, dataset_test_split does")
+    split = split or "test"
     if n_samples and rewards.accuracy is None:
         raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
     data = inputs.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
@@ -68,7 +79,10 @@ def evaluate_command(
             batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0}, progress=progress,
         )  # fmt: skip
         result: dict[str, Any] = {"task": args.task or args.dataset_name, "model": args.model}
-        result["split"] = split if task and not args.dataset_name else args.dataset_test_split
+        if args.dataset_name is None:
+            result["split"] = split
+        elif has_splits(args.dataset_name):
+            result["split"] = args.dataset_test_split
         result |= evaluation.summary()
         if n_samples:
             result["pass_at_k"] = evaluation.pass_at_k()
@@ -115,6 +129,7 @@ def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
     if task is not None:
         columns = [task.prepare_row(row) for row in columns]
     columns = [{"prompt": "", **row} for row in columns]
+    check_columns(columns, rewards.funcs, rewards.names)
     result, accuracy = _scored(args, rewards, columns, texts)
     values = weigh(np.where(result.failed, np.nan, result.rewards), rewards.weights)  # (rows,)
     output: dict[str, Any] = {"n": len(rows), "reward": _or_none(mean(values))}
@@ -168,11 +183,13 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     anchor = None
     if args.weight_decay_anchor == "base":
         own = run / BASE_DIRECTORY
-        source = own if own.exists() else inputs.local_directory(args.model)
-        anchor = anchor_reader(source, engine.master.specs) if source else None
+        source = own if own.exists() else local_directory(args.model)
+        anchor = anchor_reader(source, engine.master) if source else None
     replay_steps(journal, engine, 0, step, anchor)
     write_model(output_dir, engine, float32=False)
-    print(f"estune: {step} steps replayed and verified, fingerprint {engine.master.fingerprint()}, in {output_dir}")
+    proven = step < len(journal.steps) or step in journal.checkpoints
+    how = "replayed and verified" if proven else "replayed (the run stopped before anything could verify the last one)"
+    print(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
     return 0
 
 

@@ -7,6 +7,7 @@ a string), an unknown name is an error that tells the nearest known one, and `va
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -60,7 +61,7 @@ class ESConfig:
     )
 
     # Task, data, reward
-    task: str | None = _option(None, "Built-in task: countdown or quadratic. Else: --dataset_name, --reward_funcs.")
+    task: str | None = _option(None, "Built-in task. Without one: --dataset_name, --reward_funcs.")
     dataset_name: str | None = _option(None, "Rows: a JSONL or parquet file, a directory, or a dataset id on the hub.")
     dataset_config: str | None = _option(None, "Configuration name of the dataset.")
     dataset_train_split: str = _option("train", "Split to train on.")
@@ -226,6 +227,14 @@ class ESConfig:
         if unknown:
             raise UserError(f"report_to has {sorted(unknown)[0]!r}; it can be plot or none")
 
+    def validate_training(self) -> None:
+        """Raise UserError for what an evaluation could use and a training run would ignore.
+
+        A resumed run keeps what it was begun with, and may turn its evaluations off.
+        """
+        if self.dataset_test_split != FIELDS["dataset_test_split"].default and not self.eval_steps and not self.resume:
+            raise UserError("dataset_test_split has no effect in training without eval_steps")
+
     @property
     def effective_learning_rate(self) -> float:
         """The learning rate, sigma / 2 where none is given (the paper's rule)."""
@@ -270,8 +279,9 @@ def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    bare = {name.lstrip("-"): name for name in known}  # the dashes that all flags share say nothing
+    close = difflib.get_close_matches(str(word).lstrip("-"), list(bare), n=1, cutoff=0.6)
+    return f"; did you mean {bare[close[0]]!r}?" if close else ""
 
 
 def coerce(name: str, value: Any) -> Any:
@@ -279,12 +289,22 @@ def coerce(name: str, value: Any) -> Any:
     options = _alternatives(FIELD_TYPES[name])
     if type(None) in options and value in (["none"], ["null"]):  # `--reward_funcs none` on the command line
         return None
+    if isinstance(value, bool) and "true" in FIELDS[name].metadata["choices"]:  # YAML's `true` for the word
+        value = "true" if value else "false"
     for kind in options:
         converted = _convert(value, kind)
         if converted is not _MISFIT:
             return converted
     wanted = " or ".join(_describe(kind) for kind in options if kind is not type(None))
-    raise UserError(f"{name} must be {wanted}, not {value!r}")
+    raise UserError(f"{name} must be {wanted}, not {value!r}{_quoting_hint(value, options)}")
+
+
+def _quoting_hint(value: Any, options: list[Any]) -> str:
+    """What to do where YAML read `no` as a boolean, `0123` as 83, or `2026-01-01` as a date, and text is wanted."""
+    items = value if isinstance(value, list) else [value]
+    if options[0] in (str, list[str]) and any(isinstance(item, (bool, int, float, datetime.date)) for item in items):
+        return "; if it is meant as text, write it in quotes"
+    return ""
 
 
 _MISFIT = object()
@@ -322,11 +342,7 @@ def _convert(value: Any, kind: Any) -> Any:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         return words.get(str(value).lower(), _MISFIT)
     if kind is str:
-        return (
-            ("true" if value else "false")
-            if isinstance(value, bool)
-            else (str(value) if isinstance(value, (str, int, float, Path)) else _MISFIT)
-        )
+        return str(value) if isinstance(value, (str, Path)) else _MISFIT
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return _MISFIT
     try:
@@ -356,19 +372,32 @@ def read_config_file(name: str) -> dict[str, Any]:
     """Read a YAML file, or a preset by its name (``demo``), into field names and raw values.
 
     Raises:
-        UserError: it is missing, not YAML, not a mapping, or has an unknown name.
+        UserError: it is missing, not YAML, not a mapping, or has an unknown name or one name twice.
     """
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that a mapping has already, where YAML's own would forget the first value."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise UserError(
+                        f"config {name!r} gives {key.value!r} twice, once in line {key.start_mark.line + 1}"
+                    )
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep)
 
     path = Path(name)
     if not path.suffix and not path.exists() and (PRESETS / f"{name}.yaml").exists():
         path = PRESETS / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise UserError(f"config {name!r} cannot be read ({error.strerror}); presets: {presets}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or a date such as 2026-99-99
         raise UserError(f"config {name!r} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -6,8 +6,9 @@ functions. Text is templated and tokenised once, here; engines see token ids onl
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ UNSUPPORTED = ("tools", "image", "images")  # columns that TRL gives to the mode
 def load_rows(source: Any, config: str | None = None, split: str = "train") -> list[Row]:
     """Return the rows of a dataset as a list of dicts.
 
-    ``source`` is a JSONL, JSON or parquet file (one set of rows, whatever ``split`` says), a directory (saved by
-    ``datasets``, or with files named after their splits, or any other that ``load_dataset`` reads), a dataset id on the
-    hub, or rows in memory (a list of dicts, a ``datasets.Dataset``). Every row gets every column, None where it had
-    none.
+    ``source`` is a JSONL, JSON or parquet file, a directory (saved by ``datasets``, or with files named after their
+    splits, or any other that ``load_dataset`` reads), a dataset id on the hub, or rows in memory (a list of dicts, a
+    ``datasets.Dataset``). Every row gets every column, None where it had none. What has no splits (`has_splits`) gives
+    its rows whatever ``split`` says: refusing names there is the caller's.
 
     Raises:
-        UserError: it does not exist, cannot be read, or has no rows.
+        UserError: it does not exist, cannot be read, has no rows, or cannot have the configuration ``config``.
     """
     if not isinstance(source, (str, Path)):
         rows = source.to_list() if hasattr(source, "to_list") else list(source)
@@ -44,6 +45,7 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
     else:
         path = Path(source).expanduser()
         if path.is_file():
+            _refuse_config(path, config, "is one file")
             rows = _read_file(path)
         elif path.is_dir():
             rows = _read_directory(path, config, split)
@@ -55,6 +57,18 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
         raise UserError(f"{source} has no rows")
     names = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(names) else {name: row.get(name) for name in names} for row in rows]
+
+
+def has_splits(source: Any) -> bool:
+    """Whether ``source`` can hold splits: not rows in memory, one file, or one plain ``Dataset.save_to_disk``."""
+    if not isinstance(source, (str, Path)):
+        return False
+    path = Path(source).expanduser()
+    return not path.is_file() and not _is_one_saved(path)
+
+
+def _is_one_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file()
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -119,27 +133,45 @@ def _read_directory(path: Path, config: str | None, split: str) -> list[Row]:
             return _read_file(path / f"{split}{suffix}")
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
         return _from_hub(str(path), config, split)
+    _refuse_config(path, config, "was saved by save_to_disk")
     import datasets
 
-    saved = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise UserError(f"{path} has no split {split!r} (it has {', '.join(saved)})")
-        saved = saved[split]
-    rows: list[Row] = saved.to_list()
+    with _told(f"dataset {path} cannot be loaded"):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise UserError(f"{path} has no split {split!r} (it has {', '.join(saved)})")
+            saved = saved[split]
+        rows: list[Row] = saved.to_list()
     return rows
+
+
+def _refuse_config(path: Path, config: str | None, why: str) -> None:
+    if config is not None:
+        raise UserError(f"dataset {path} {why}: it has no configurations, so dataset_config {config} cannot apply")
 
 
 def _from_hub(name: str, config: str | None, split: str) -> list[Row]:
     import datasets
 
-    try:
+    with _told(f"dataset {name} (split {split}) cannot be loaded"):
         rows: list[Row] = datasets.load_dataset(name, config, split=split).to_list()
-    except Exception as error:  # many kinds: not found, offline, no such split, no such configuration
-        message = " ".join(str(error).split())[:300]
-        problem = f"{type(error).__name__}: {message}"
-        raise UserError(f"dataset {name} (split {split}) cannot be loaded: {problem}") from error
     return rows
+
+
+@contextlib.contextmanager
+def _told(sentence: str) -> Iterator[None]:
+    """Tell an error of `datasets` in one sentence.
+
+    They have no common class: a bad card ends in TypeError or AttributeError, a damaged state in KeyError, others in
+    OSError, ValueError, RuntimeError, YAMLError, ArrowException, or DatasetsError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{sentence}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 # --- the rows of a step -----------------------------------------------------------------------------------------------
@@ -261,7 +293,7 @@ class PromptBuilder:
                 continue_final_message=unfinished,
                 **self._chat_template_kwargs,
             )
-        except Exception as error:  # templates raise what they like: a role they do not know, a missing argument
+        except Exception as error:  # a template is the model's own program: it raises, divides, and calls what it likes
             raise UserError(f"row {row_id}: the chat template refuses the prompt: {error}") from error
         return text
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from estune.engines.base import Prompt, Sampling
-from estune.fitness import weigh
+from estune.fitness import mean, weigh
 from estune.population import EVAL_PERSON
 from estune.rewards import RewardPool
 from estune.rollouts import Completions, Evaluator, Group, scored
@@ -29,12 +29,14 @@ class EvaluatedRow:
     """One held-out row: its completions, their rewards and whether they were right."""
 
     row_id: int
+    prompt: str
     completions: list[str]  # (G,)
     rewards: list[float | None]  # (G,), weighed; None: failed or not applicable
     accuracy: list[float] | None  # (G,)
     lengths: list[int]  # (G,), tokens
     finished: list[bool]  # (G,)
     token_ids: list[list[int]]  # (G, T)
+    failures: int = 0  # completions whose reward failed
 
 
 @dataclass
@@ -44,8 +46,11 @@ class Evaluation:
     rows: list[EvaluatedRow]
 
     def summary(self) -> dict[str, Any]:
-        """Return n, accuracy with its interval, reward, mean length and the share of clipped completions."""
-        rewards = [reward for row in self.rows for reward in row.rewards if reward is not None]
+        """Return n, accuracy with its interval, reward, mean length and the share of clipped completions.
+
+        A failed reward counts as the lowest of the evaluation, and is counted.
+        """
+        given = [reward for row in self.rows for reward in row.rewards if reward is not None]
         lengths = [length for row in self.rows for length in row.lengths]
         finished = [done for row in self.rows for done in row.finished]
         result: dict[str, Any] = {"n": len(self.rows)}
@@ -53,8 +58,10 @@ class Evaluation:
             means = [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
             result["accuracy"] = math.fsum(means) / len(means)
             result["accuracy_ci95"] = list(interval(means))
-        result["reward"] = math.fsum(rewards) / len(rewards) if rewards else None
-        result["reward_failures"] = len(lengths) - len(rewards)
+        worst = min(given, default=0.0)
+        rewards = given + [worst] * sum(row.failures for row in self.rows)  # so that failing does not pay here either
+        result["reward"] = mean(np.array(rewards)) if given else None
+        result["reward_failures"] = sum(row.failures for row in self.rows)
         result["mean_length_tokens"] = sum(lengths) / len(lengths)
         result["clipped_ratio"] = 1 - sum(finished) / len(finished)
         return result
@@ -115,7 +122,7 @@ def evaluate(
     for start in range(0, len(rows), batch):
         part, part_prompts = rows[start : start + batch], prompts[start : start + batch]
         group, completions, future = evaluator.start(None, part, part_prompts, sampling, trainer_state, True)
-        graded = grader.score(part, completions, trainer_state) if grader else None
+        graded = grader.score(part, part_prompts, completions, trainer_state) if grader else None
         running.append((part_prompts, completions, group, future, graded))
         progress(min(start + batch, len(rows)))
     evaluated: list[EvaluatedRow] = []
@@ -144,11 +151,13 @@ def _rows(
     return [
         EvaluatedRow(
             row_id=prompt.row_id,
+            prompt=prompt.text,
             completions=group.completions[b],
             rewards=[None if math.isnan(value) else value for value in weighed[b].tolist()],
             accuracy=accuracy[b].tolist() if accuracy is not None else None,
             lengths=group.lengths[b],
             finished=group.finished[b],
+            failures=len({g for row, g, _ in group.failed if row == b}),
             token_ids=[list(completion.token_ids) for completion in completions[b]],
         )
         for b, prompt in enumerate(prompts)

@@ -18,16 +18,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 TIE_TOLERANCE = 1e-9
+LARGEST_REWARD = 1e300
 
 
 def fill_failures(rewards: np.ndarray, failed: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
     """Return rewards (N, B, G, F) with failures replaced by the row's lowest finite reward of that function.
 
     Where a function's weight is negative its highest finite reward is the worst one, and taken instead.
-    A row for which a function failed and gave nobody a finite reward becomes NaN for all members and functions.
+    A row for which a function failed and gave nobody a finite reward becomes NaN for all members and functions; a
+    function of weight 0 only watches, and its failures drop nothing.
     """
     filled = np.where(failed, np.nan, rewards)  # (N, B, G, F)
     for b, f in zip(*np.nonzero(failed.any(axis=(0, 2))), strict=True):
+        if weights is not None and weights[f] == 0:
+            continue
         given = filled[:, b, :, f][np.isfinite(filled[:, b, :, f])]
         if given.size:
             column = filled[:, b, :, f]
@@ -41,15 +45,16 @@ def weigh(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """Return the weighted sum over functions, (..., F) -> (...), as in TRL where every function applies.
 
     Functions that do not apply (NaN) are left out and the other weights grow to the same total of absolute weights;
-    where none applies the result is NaN.
+    where none applies the result is NaN. Sums beyond ±1e300 count as that, so that no reward can overflow a step.
     """
     w = np.asarray(weights, dtype=np.float64)  # (F,)
     applies = ~np.isnan(rewards)  # (..., F)
     present = (applies * np.abs(w)).sum(axis=-1)  # (...)
-    total = np.where(applies, rewards * w, 0.0).sum(axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        total = np.where(applies, np.clip(rewards * w, -LARGEST_REWARD, LARGEST_REWARD), 0.0).sum(axis=-1)
         factor = np.where(applies.all(axis=-1), 1.0, np.abs(w).sum() / present)
-        return np.where(applies.any(axis=-1) & (present > 0), total * factor, np.nan)
+        weighed = np.clip(total * factor, -LARGEST_REWARD, LARGEST_REWARD)
+        return np.where(applies.any(axis=-1) & (present > 0), weighed, np.nan)
 
 
 def mean(values: np.ndarray) -> float:

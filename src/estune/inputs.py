@@ -15,14 +15,14 @@ from typing import Any
 
 from estune import environment
 from estune.config import ESConfig
-from estune.data import PromptBuilder, check_columns, load_rows
+from estune.data import PromptBuilder, check_columns, has_splits, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
+from estune.model_paths import local_directory
 from estune.rewards import RewardPool, load_reward
 from estune.tasks import Task, get_task
 
 RewardFunc = Callable[..., Any]
-EMBEDDED_MODELS = Path(__file__).parent / "models"
 LARGE_BYTES = 64 << 20  # from here on a model's matrix products are worth several threads
 DEFAULT_BATCH = 32
 DEFAULT_PROMPTS_PER_BATCH = 64
@@ -61,7 +61,9 @@ def resolve_rewards(args: ESConfig, given: Any, task: Task | None) -> Rewards:
         given = args.reward_funcs
     if given is None:
         if task is None:
-            raise UserError("a dataset of your own needs --reward_funcs (package.module:function or file.py:function)")
+            raise UserError(
+                "give --task, or --reward_funcs (package.module:function or file.py:function) for data of your own"
+            )
         given = task.reward
     listed = list(given) if isinstance(given, (list, tuple)) else [given]
     funcs = [load_reward(item) if isinstance(item, str) else item for item in listed]
@@ -97,14 +99,14 @@ def resolve_rows(
     """
     if given is not None or args.dataset_name is not None:
         source = given if given is not None else args.dataset_name
-        one_file = given is None and Path(str(source)).expanduser().is_file()
+        one_set = given is None and not has_splits(source)
         named = (args.dataset_config, args.dataset_train_split, args.dataset_test_split)
-        if one_file and named != (None, "train", "test"):
-            raise UserError(f"dataset {source} is one file: it has no configurations and no splits")
+        if one_set and named != (None, "train", "test"):
+            raise UserError(f"dataset {source} is one set of rows: it has no configurations and no splits")
         if split != "train" and given is None and for_training and args.dataset_train_split == args.dataset_test_split:
             raise UserError(f"the split {args.dataset_train_split} would be trained on and held out")
-        if split != "train" and for_training and one_file:
-            raise UserError(f"{source} is one file: its rows would be trained on and held out; give a directory with "
+        if split != "train" and for_training and one_set:
+            raise UserError(f"{source} is one set of rows: trained on, they cannot be held out; give a directory with "
                             "train.jsonl and test.jsonl, or an eval_dataset from Python")  # fmt: skip
         name = args.dataset_train_split if split == "train" else args.dataset_test_split
         rows = load_rows(source, args.dataset_config, name)
@@ -190,14 +192,6 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         raise UserError(f"revision names a version on the hub, and model {args.model} is a directory")
     options |= dict(tokenizer=tokenizer, revision=args.revision, trust_remote_code=args.trust_remote_code)
     return HFEngine.load(args.model, dtype=args.dtype, device=args.device, **options)
-
-
-def local_directory(model: str) -> Path | None:
-    """Return the directory of a local or embedded model; ``None`` for a hub id or the toy."""
-    for path in (Path(model).expanduser(), EMBEDDED_MODELS / model):
-        if (path / "config.json").is_file():
-            return path
-    return None
 
 
 def _is_toy(model: str) -> bool:

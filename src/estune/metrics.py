@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from estune.evaluation import Evaluation
-from estune.fitness import fill_failures, mean, share_of_tied_prompts, weigh
+from estune.fitness import mean, share_of_tied_prompts, weigh
 from estune.master import Moved
 from estune.rollouts import Rollouts
 
@@ -54,8 +53,14 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
     }
     for name in sorted({name for group in rollouts.groups for name in group.metrics}):
         values = [group.metrics[name] for group in rollouts.groups if name in group.metrics]
-        record[name] = sum(values) / len(values)
+        record[_free_name(name, record)] = mean(np.array(values))
     return record
+
+
+def _free_name(name: str, record: dict[str, Any]) -> str:
+    """Return a reward's own metric name, put under ``user/`` where it would pass for one of ours."""
+    taken = name in record or name in ("step", "num_tokens", "learning_rate", "step_time")
+    return f"user/{name}" if taken or name.startswith(("eval_", "es/")) else name
 
 
 def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None) -> dict[str, Any]:
@@ -67,11 +72,6 @@ def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None
         "es/update_s": timing.ended - timing.update_started if timing else None,
         "step_time": timing.ended - timing.started if timing else parts_s,
     }
-
-
-def mean_reward(rollouts: Rollouts, weights: Sequence[float]) -> float:
-    """Return the mean weighed reward of rollouts, failures filled within them."""
-    return mean(weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights))
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,14 @@ class Monitor(Protocol):
 
     def close(self) -> None:
         """Finish."""
+
+
+def say(text: str) -> None:
+    """Print a line for the user; where the reader of our output has left, the run goes on without it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class JsonlMonitor:
@@ -61,16 +70,15 @@ class ConsoleMonitor:
             text = f"{step}  held-out ({record['eval_rows']} rows){right}" + (
                 f"  reward {reward:.3f}" if reward is not None else "  reward: all failed"
             )
-            print(text, flush=True)
+            say(text)
             return
         self._times = [*self._times[-9:], record["step_time"]]
         left = (self.max_steps - record["step"]) * sum(self._times) / len(self._times)
         failures = f"  failed {record['es/reward_errors']}" if record["es/reward_errors"] else ""
-        print(
+        say(
             f"{step}  reward {_number(record['reward'])} ± {_number(record['es/fitness_std'])}"
             f"  best {_number(record['es/fitness_best'])}  length {record['completions/mean_length']:.0f}"
-            f"  moved {record['es/update_ratio']:.1e}  {record['step_time']:.1f} s{failures}  left {duration(left)}",
-            flush=True,
+            f"  moved {record['es/update_ratio']:.1e}  {record['step_time']:.1f} s{failures}  left {duration(left)}"
         )
 
     def close(self) -> None:

@@ -36,12 +36,12 @@ def write_completions(path: Path, rollouts: Rollouts, prompts: Sequence[Prompt])
                 line = {"member": member, "row": prompt.row_id, "prompt": prompt.text, "completion": text,
                         "rewards": group.rewards[b][g]}  # fmt: skip
                 extra = {name: values[b * len(answers) + g] for name, values in (group.extra or {}).items()}
-                lines.append(json.dumps(line | extra, ensure_ascii=False, default=str))
+                lines.append(json.dumps(extra | line, ensure_ascii=False, default=str))
     _write_lines(path, lines)
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    data = "".join(line + "\n" for line in lines).encode("utf-8")
+    data = "".join(line + "\n" for line in lines).encode("utf-8", errors="backslashreplace")
     replace_file(path, lambda file: file.write(data))
 
 

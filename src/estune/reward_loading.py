@@ -18,7 +18,8 @@ from estune.errors import UserError
 
 INLINE_HINT = "run it inside the trainer with --reward_isolation inline"
 
-# Reward files loaded by path: module name -> (path, text). Workers run the same text, whatever the file says by then.
+# Reward files loaded by path: module name -> (path, text). Workers run the same text, whatever the file says by then;
+# a file that was edited and loaded again is another module.
 _loaded_files: dict[str, tuple[str, str]] = {}
 
 
@@ -68,9 +69,9 @@ def _add_to_path(directory: Path) -> None:
 
 def _load_file(where: str) -> Any:
     path = str(Path(where).expanduser().resolve())
-    name = f"reward_file_{blake2b(path.encode(), digest_size=6).hexdigest()}"
+    source = Path(path).read_text("utf-8")
+    name = f"reward_file_{blake2b(repr((path, source)).encode(), digest_size=6).hexdigest()}"
     if name not in _loaded_files:
-        source = Path(path).read_text("utf-8")
         reward_worker.module_from_source(name, path, source)
         _loaded_files[name] = (path, source)
     return sys.modules[name]
@@ -106,7 +107,9 @@ def load_request(functions: Sequence[Callable[..., Any]], names: Sequence[str]) 
                 raise UserError(
                     f"reward function {name!r} cannot be sent to a worker process ({error}); {INLINE_HINT}"
                 ) from error
-        request: bytes = cloudpickle.dumps(("load", list(sys.path), _loaded_files, cloudpickle.dumps(list(functions))))
+        pickled = cloudpickle.dumps(list(functions))
+        files = {name: file for name, file in _loaded_files.items() if name.encode() in pickled}  # not older versions
+        request: bytes = cloudpickle.dumps(("load", list(sys.path), files, pickled))
         return request
     finally:
         for module in by_value:

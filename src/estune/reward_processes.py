@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -22,9 +23,71 @@ from estune.reward_loading import INLINE_HINT
 LOAD_LIMIT_S = 120.0  # for a worker to import what the reward functions need, and to receive a batch
 SERVER_LIMIT_S = 30.0  # the fork server answers in milliseconds; past this it counts as dead
 
+MAX_METRIC = 1e300  # a metric that is larger is dropped, as inf is: sums of metrics must not overflow
+MAX_NAME_LENGTH = 200  # of metrics and columns
+MAX_ERROR_LENGTH = 1000
+MAX_LEVELS = 20  # of lists and dicts within a value given to log_extra
+
 
 class CallError(Exception):
-    """The worker gave no answer: too late, or dead."""
+    """The worker gave no answer: too late, dead, or not an answer."""
+
+
+def read_reply(message: str | bytes | bytearray, call: int | None = None, n_rows: int | None = None) -> dict[str, Any]:
+    """Return a worker's reply, checked, since code that a model wrote may have sent it.
+
+    That is ``error`` (a str), or with ``n_rows``: ``rewards`` (a float or None per row), ``metrics`` (name -> finite
+    floats) and ``extra`` (column -> values; every value a JSON value that can be written again), or else nothing.
+
+    Raises:
+        ValueError: it is no reply, or the one to another call.
+    """
+    try:
+        reply = json.loads(message)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(reply, dict) or reply.get("call") != call:
+        raise ValueError("not the reply to this call")
+    if "error" in reply:
+        return {"error": _writable(_checked(reply["error"], str)[:MAX_ERROR_LENGTH])}
+    if n_rows is None:
+        return {}
+    rewards = _checked(reply.get("rewards"), list)
+    if len(rewards) != n_rows or not all(value is None or type(value) is float for value in rewards):
+        raise ValueError("not one number or None per row")
+    metrics: dict[str, list[float]] = {}
+    for name, values in _checked(reply.get("metrics"), dict).items():
+        finite = [value for value in _checked(values, list) if abs(_checked(value, float)) <= MAX_METRIC]  # not NaN
+        if finite and len(name) <= MAX_NAME_LENGTH:
+            metrics[_writable(name)] = finite
+    extra: dict[str, list[Any]] = {}
+    for name, values in _checked(reply.get("extra"), dict).items():
+        if len(name) <= MAX_NAME_LENGTH:
+            extra[_writable(name)] = [_writable(value) for value in _checked(values, list)]
+    return {"rewards": rewards, "metrics": metrics, "extra": extra}
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{type(value).__name__} instead of {kind.__name__}")
+    return value
+
+
+def _writable(value: Any, levels: int = MAX_LEVELS) -> Any:
+    """Return a parsed JSON value as one that every writer takes: lone surrogates, NaN and endless nesting replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):  # also bool
+        return value if value.bit_length() < 64 else str(value)
+    if isinstance(value, (list, dict)) and not levels:
+        return "..."
+    if isinstance(value, list):
+        return [_writable(item, levels - 1) for item in value]
+    if isinstance(value, dict):
+        return {_writable(name): _writable(item, levels - 1) for name, item in value.items()}
+    return value
 
 
 class Worker:
@@ -37,16 +100,23 @@ class Worker:
         self._channel: socket.socket | None = None
         self._has_batch: bytes = b""
         self._was_loaded = False
+        self._n_calls = 0
 
     def ensure_loaded(self) -> None:
         """Start a worker where there is none.
 
         Raises:
-            UserError: the functions do not load, and never did (later on, it is the call that fails).
+            UserError: the functions do not load, and never did.
+            CallError: they did load once.
         """
         if self._channel is not None:
             return
-        self._pid, self._channel = self._server.start_worker()
+        try:
+            self._pid, self._channel = self._server.start_worker()
+        except (OSError, EOFError) as failure:  # a reward may have used up what this user may have of processes
+            if self._server.closed or not self._was_loaded:
+                raise
+            raise CallError(f"could not be restarted: {failure}") from None
         self._has_batch = b""
         try:
             error = self._request(self._setup, LOAD_LIMIT_S).get("error")
@@ -71,26 +141,34 @@ class Worker:
                 if "error" in reply:
                     return reply
                 self._has_batch = self.batch
-            return self._request(pickle.dumps(("call", function, rows)), self._timeout_s)
+            self._n_calls += 1
+            request = pickle.dumps(("call", function, rows, self._n_calls))
+            return self._request(request, self._timeout_s, self._n_calls, len(rows))
         except CallError as failure:
             if self._server.closed:
                 raise CancelledError("the reward pool was closed") from None
             return {"error": str(failure)}
 
-    def _request(self, message: bytes, limit_s: float) -> dict[str, Any]:
+    def _request(
+        self, message: bytes, limit_s: float, call: int | None = None, n_rows: int | None = None
+    ) -> dict[str, Any]:
         channel = self._channel
         assert channel is not None
         try:
             channel.settimeout(limit_s)
             deadline = time.monotonic() + limit_s
             reward_worker.send(channel, message)
-            reply: dict[str, Any] = json.loads(reward_worker.receive(channel, deadline))
-            return reply
+            reply = reward_worker.receive(channel, deadline)
         except TimeoutError:
             self._drop(b"k")
             raise CallError(f"took longer than {limit_s:g} s and was killed") from None
-        except (EOFError, OSError, ValueError):
+        except (EOFError, OSError):
             raise CallError(f"worker process died{_cause(self._drop(b'd'))}") from None
+        try:
+            return read_reply(reply, call, n_rows)
+        except ValueError as error:  # also what is no JSON, or no UTF-8
+            self._drop(b"k")
+            raise CallError(f"worker process sent what is no answer ({error}) and was killed") from None
 
     def close(self) -> None:
         """Hang up; an idle worker then ends."""

@@ -37,7 +37,7 @@ LENGTH = struct.Struct("<Q")
 COMMAND = struct.Struct("<cq")  # "f" fork, "k" kill or "d" it died; pid
 REPLY = struct.Struct("<qq")  # pid, wait status or -1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-MAX_REPLY_BYTES = 1 << 30
+MAX_REPLY_BYTES = 1 << 26  # as Python objects in the trainer it can be thirty times that
 
 # A terminal's ctrl-C and a scheduler's SIGTERM reach every process of a job, but a member that is being finished still
 # needs its rewards: the trainer decides when its workers end.
@@ -90,7 +90,8 @@ def call_function(
     extra: dict[str, list[Any]] = {}
 
     def log_metric(name: str, value: float) -> None:
-        metrics.setdefault(str(name), []).append(float(value))
+        if isinstance(name, str):
+            metrics.setdefault(name, []).append(float(value))
 
     def log_extra(column: str, values: list[Any]) -> None:
         extra.setdefault(str(column), []).extend(values)
@@ -236,6 +237,7 @@ def run_worker(channel: socket.socket) -> None:
             return
         reply: dict[str, Any] = {}
         function: Any = None
+        number: int | None = None  # of a call; its answer carries it
         try:
             kind, *values = pickle.loads(request)
             if kind == "load":
@@ -243,11 +245,14 @@ def run_worker(channel: socket.socket) -> None:
             elif kind == "batch":
                 columns, state = values
             else:
-                function = functions[values[0]]
-                reply = call_function(function, columns, state, values[1], runner.run)
-            message = to_json(reply)
+                index, rows, number = values
+                function = functions[index]
+                reply = call_function(function, columns, state, rows, runner.run)
+            message = to_json({**reply, "call": number})  # ASCII
+            if len(message) > MAX_REPLY_BYTES:
+                raise AnswerError(f"logged {len(message)} bytes, over the limit of {MAX_REPLY_BYTES}")
         except BaseException as error:  # also SystemExit: a reward that calls sys.exit has failed, no more
-            message = json.dumps({"error": describe(error, function)})
+            message = json.dumps({"error": describe(error, function), "call": number})
         send(channel, message.encode())
 
 
@@ -267,6 +272,7 @@ def serve(control: socket.socket) -> None:
     """Fork and kill workers as told; when the trainer is gone, kill them all and return.
 
     The trainer is gone when it hangs up or is no longer the parent (a process it forked may hold the line open).
+    Where a worker ended, what it had started ends before the trainer gets its reply.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux":
@@ -276,7 +282,10 @@ def serve(control: socket.socket) -> None:
     ended: dict[int, int] = {}  # wait status of workers nobody asked about yet
     while os.getppid() == trainer:
         readable, _, _ = select.select([control], [], [], 1.0)
+        n_alive = len(alive)
         _reap(alive, ended)
+        if len(alive) < n_alive:
+            _kill_orphans(alive, ended)
         if not readable:
             continue
         message, descriptors, _, _ = socket.recv_fds(control, COMMAND.size, 1)
@@ -292,9 +301,11 @@ def serve(control: socket.socket) -> None:
                 if not _reap(alive, ended) or pid not in alive:
                     break
                 time.sleep(0.001)
+            status = ended.pop(pid, -1)
             if pid in alive:
                 _kill_group(pid)
-            status = ended.pop(pid, -1)
+            _kill_orphans(alive, ended, pid)
+            ended.pop(pid, None)
         control.sendall(REPLY.pack(pid, status))
     _kill_everything(alive, ended)
 
@@ -363,17 +374,39 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _kill_everything(alive: set[int], ended: dict[int, int], patience_s: float = 2.0) -> None:
-    """Kill every worker, its group, and on Linux also what left its group (it is a child of ours once orphaned)."""
-    children = f"/proc/self/task/{os.getpid()}/children"
-    for pid in alive:
-        _kill_group(pid)
+def _kill_orphans(alive: set[int], ended: dict[int, int], dying: int = 0, patience_s: float = 1.0) -> None:
+    """Kill what dead workers left behind, first waiting for the worker ``dying`` that was just killed.
+
+    On Linux that is every child of ours that is no worker: a process whose parent died becomes one. Whose it was can no
+    longer be told, so a daemon (a child whose parent ended on purpose) of a living worker goes too.
+    """
     deadline = time.monotonic() + patience_s
     while _reap(alive, ended) and time.monotonic() < deadline:
-        with suppress(OSError), open(children) as file:
-            for child in file.read().split():
-                os.kill(int(child), signal.SIGKILL)
-        time.sleep(0.002)
+        orphans = _children() - alive
+        if not orphans and dying not in alive:
+            return
+        for pid in orphans:  # none of these pids can be another process by now: only `_reap` frees them
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+def _kill_everything(alive: set[int], ended: dict[int, int]) -> None:
+    """Kill every worker, its group, and on Linux also what left its group."""
+    for pid in alive:
+        _kill_group(pid)
+    deadline = time.monotonic() + 2.0
+    while alive and time.monotonic() < deadline and _reap(alive, ended):
+        time.sleep(0.001)
+    alive.clear()  # by now there are none that a signal could end
+    _kill_orphans(alive, ended)
+
+
+def _children() -> set[int]:
+    """Return the pids of our children, zombies included; empty where there is no Linux /proc."""
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return {int(pid) for pid in file.read().split()}
+    return set()
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import json
 import math
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from estune import reward_worker
 from estune.errors import UserError
 from estune.reward_loading import INLINE_HINT, load_request, load_reward
-from estune.reward_processes import ForkServer, Worker
+from estune.reward_processes import ForkServer, Worker, read_reply
 
 __all__ = ["INLINE_WARNING", "RewardBatch", "RewardPool", "RewardResult", "load_reward", "score_batch"]
 
@@ -61,11 +61,11 @@ class RewardResult:
     rewards: NDArray[np.float64]  # float64 (rows, F); NaN: not applicable (None), or failed
     failed: NDArray[np.bool_]  # bool (rows, F)
     metrics: dict[str, float] = field(default_factory=dict)  # means of what was given to log_metric
-    extra: dict[str, list[Any]] = field(default_factory=dict)  # what was given to log_extra
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # what was given to log_extra: a value or None per row
     errors: list[str] = field(default_factory=list)  # the first message per function
 
 
-# (function index, rows) -> the reply of reward_worker.call_function, or {"error": message}
+# (function index, rows) -> what reward_processes.read_reply returns
 _Call = Callable[[int, list[int]], dict[str, Any]]
 
 
@@ -152,11 +152,14 @@ class RewardPool:
         def call(function: int, rows: list[int]) -> dict[str, Any]:
             func = self._functions[function]
             try:
-                reply = reward_worker.call_function(func, columns, batch.trainer_state, rows, self._run_coroutine)
-                plain: dict[str, Any] = json.loads(reward_worker.to_json(reply))  # the same values as from a worker
-                return plain
-            except Exception as error:
-                return {"error": reward_worker.describe(error, func)}
+                with redirect_stdout(sys.stderr):  # stdout is for the command's own output
+                    reply = reward_worker.call_function(func, columns, batch.trainer_state, rows, self._run_coroutine)
+                    text = reward_worker.to_json(reply)
+                return read_reply(text, n_rows=len(rows))  # the same values as from a worker
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # also SystemExit: a reward that calls sys.exit has failed, no more
+                return read_reply(reward_worker.to_json({"error": reward_worker.describe(error, func)}))
 
         future.set_result(score_batch(n_rows, self._names, call))
         return future
@@ -169,7 +172,7 @@ class RewardPool:
         try:
             worker.ensure_loaded()
             loaded.set_result(None)
-        except BaseException as error:
+        except BaseException as error:  # whatever it is: who waits for this future would wait for ever
             loaded.set_exception(error)
         while (item := self._queue.get()) is not None:
             batch, future = item
@@ -179,7 +182,7 @@ class RewardPool:
                 loaded.result()
                 worker.batch = _pickle_batch(batch)
                 future.set_result(score_batch(len(batch.completions), self._names, worker.call))
-            except BaseException as error:
+            except BaseException as error:  # as above
                 future.set_exception(error)
         worker.close()
 
@@ -235,10 +238,12 @@ def score_batch(n_rows: int, names: Sequence[str], call: _Call) -> RewardResult:
             for metric, values in reply["metrics"].items():
                 metrics.setdefault(metric, []).extend(values)
             for key, values in reply["extra"].items():
-                if len(replies) == 1:
-                    result.extra.setdefault(key, []).extend(values)
-                else:  # keep one value per row, also where rows failed
-                    result.extra.setdefault(key, [None] * n_rows)[rows[0]] = values[0] if values else None
+                if len(values) != len(rows):  # nobody can say which rows they belong to
+                    problems.append(f"log_extra of {key!r} dropped: {len(values)} values for {len(rows)} completions")
+                    continue
+                known = result.extra.setdefault(key, [None] * n_rows)
+                for row, value in zip(rows, values, strict=True):
+                    known[row] = value
         if problems:
             result.errors.append(f"{name}: {problems[0]}")
     result.metrics = {metric: math.fsum(values) / len(values) for metric, values in metrics.items()}

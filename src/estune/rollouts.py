@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -102,9 +102,13 @@ class Evaluator:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
             generate_s=time.perf_counter() - started - perturb_s,
             perturb_s=perturb_s,
-            completions=[[self._text(c) for c in row] for row in completions] if keep_text else None,
         )
-        return group, completions, self.score(rows, completions, trainer_state)
+        if keep_text:
+            group.completions = [
+                [self.response_prefix + self.text(prompt, c.token_ids) for c in answers]
+                for prompt, answers in zip(prompts, completions, strict=True)
+            ]
+        return group, completions, self.score(rows, prompts, completions, trainer_state)
 
     def finish(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put a group's scores into it."""
@@ -125,18 +129,32 @@ class Evaluator:
             group.extra = result.extra or None
         return group
 
-    def _text(self, completion: Completion) -> str:
-        return self.response_prefix + self.engine.decode(completion.token_ids)
+    def text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
+        """Return a completion's text; the response prefix is not part of it.
+
+        Behind a response prefix it is decoded together with the prompt's last token, since a tokenizer may drop the
+        space in front of the first word of what it decodes.
+        """
+        if self.response_prefix:
+            last = self.engine.decode(prompt.token_ids[-1:])
+            whole = self.engine.decode([*prompt.token_ids[-1:], *token_ids])
+            if whole.startswith(last):
+                return whole[len(last) :]
+        return self.engine.decode(token_ids)
 
     def score(
-        self, rows: Sequence[dict[str, Any]], completions: Completions, trainer_state: dict[str, Any]
+        self,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[Prompt],
+        completions: Completions,
+        trainer_state: dict[str, Any],
     ) -> Future[RewardResult]:
         """Hand completions (B, G) to the reward pool, row by row in order."""
         flat_rows = [row for row, answers in zip(rows, completions, strict=True) for _ in answers]  # (B * G,)
-        token_ids = [list(c.token_ids) for row in completions for c in row]
-        texts = [self.engine.decode(ids) for ids in token_ids]
-        prompts, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
-        return self.pool.submit(RewardBatch(prompts, answers, token_ids, columns, trainer_state))
+        token_ids = [list(c.token_ids) for answers in completions for c in answers]  # (B * G,)
+        texts = [self.text(p, c.token_ids) for p, answers in zip(prompts, completions, strict=True) for c in answers]
+        given, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
+        return self.pool.submit(RewardBatch(given, answers, token_ids, columns, trainer_state))
 
     def theta(
         self,
@@ -168,7 +186,7 @@ class Evaluator:
         Raises:
             Interrupted: the run was asked to stop; groups that were finished are in ``pending``.
         """
-        known = {index: Group(**result) for index, result in pending.read(head).items() if index < len(members)}
+        known = known_groups(pending.read(head), len(members), keep_text)
         groups: dict[int, Group] = dict(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
         score_wait_s = 0.0
@@ -195,6 +213,16 @@ class Evaluator:
         collect(wait=True)
         score_wait_s += time.perf_counter() - started
         return stack([groups[index] for index in range(len(members))], score_wait_s)
+
+
+def known_groups(found: Mapping[int, dict[str, Any]], n_members: int, keep_text: bool) -> dict[int, Group]:
+    """Return the groups that need no second evaluation; those that lack a field, or wanted text, do."""
+    names = {item.name for item in fields(Group)}
+    return {
+        index: Group(**result)
+        for index, result in found.items()
+        if index < n_members and set(result) == names and not (keep_text and result["completions"] is None)
+    }
 
 
 def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:

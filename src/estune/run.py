@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,18 @@ from estune.files import write_json
 from estune.journal import Journal, Pending, recorded_update
 from estune.master import AnchorReader, Moved
 from estune.noise import NOISE_VERSION
-from estune.records import cut_back, read_metrics
+from estune.records import METRICS_FILE, cut_back, read_metrics
 
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"
 PENDING_FILE = "pending.jsonl"
+# What a run directory can hold of ours, and of the model's own files; `--overwrite` deletes nothing else.
+WRITTEN = (
+    ".*", CONFIG_FILE, JOURNAL_FILE, PENDING_FILE, METRICS_FILE, "env.json", "eval", "completions", "plots", "base",
+    "checkpoint-*", "es_state.json", "trainer_state.json", "config.json", "generation_config.json", "*.safetensors",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
+    "vocab.*", "merges.txt", "*.model", "*.spm", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+)  # fmt: skip
 
 
 @dataclass
@@ -122,6 +131,8 @@ class Run:
             start = steps_done
             break
         moved = replay_steps(self.journal, engine, start, self.steps_done, self.anchor)
+        if moved is not None:
+            refuse_diverged(moved, self.steps_done)
         return self.steps_done - start, moved
 
     def unlogged_step(self) -> dict[str, Any] | None:
@@ -182,10 +193,13 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file")
+    if args.overwrite and path.exists():
+        refuse_overwrite(path, args)
     occupied = path.exists() and any(path.iterdir())
     if occupied and not (args.resume or args.overwrite):
-        what = "another run" if (path / JOURNAL_FILE).exists() else "other files"
-        raise UserError(f"output_dir {path} holds {what}: give --resume, --overwrite or another --output_dir")
+        if not is_ours(path):
+            raise UserError(f"output_dir {path} holds other files: give another --output_dir")
+        raise UserError(f"output_dir {path} holds another run: give --resume, --overwrite or another --output_dir")
     path.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(path)
     try:
@@ -201,6 +215,18 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
     except BaseException:
         os.close(lock)
         raise
+
+
+def refuse_overwrite(path: Path, args: ESConfig) -> None:
+    """Raise UserError where overwriting a run would delete what the new one reads, or what estune did not write."""
+    given = [("model", args.model), ("dataset_name", args.dataset_name)]
+    given += [("reward_funcs", func.rpartition(":")[0]) for func in args.reward_funcs or []]
+    for option, value in given:
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--overwrite would delete {value}, which {option} names")
+    for child in path.iterdir():
+        if not any(fnmatch(child.name, pattern) for pattern in WRITTEN):
+            raise UserError(f"--overwrite will not delete {child}, which estune did not write")
 
 
 def is_ours(path: Path) -> bool:
@@ -269,6 +295,37 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{path / CONFIG_FILE} is not JSON") from None
     return dict(values)
+
+
+def refuse_diverged(moved: Moved, steps_done: int) -> None:
+    """Raise UserError where an update made theta infinite or not a number."""
+    if not math.isfinite(moved.norm):
+        raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")
+
+
+# What `estune evaluate` takes from the run whose model it gets: all that decides a completion.
+_INHERITED = (
+    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length "
+)
+_INHERITED += "prompts_per_batch num_threads"
+_SAMPLING = "temperature top_p top_k num_generations seed"
+
+
+def inherited_settings(model: str, given: Collection[str]) -> dict[str, Any]:
+    """Return how a run made completions, for an evaluation of its model; empty where ``model`` is no run's.
+
+    ``model`` is a run directory or a checkpoint in one; what is ``given`` is left out.
+    """
+    for directory in (Path(model), Path(model).parent):
+        if (directory / CONFIG_FILE).is_file():
+            stored = read_config(directory)
+            names = _INHERITED.split()
+            if not set(_SAMPLING.split()) & set(given):
+                names += _SAMPLING.split()
+            if not {"task", "dataset_name", "reward_funcs"} & set(given):
+                names.append("task")
+            return {name: stored[name] for name in names if name in stored and name not in given}
+    return {}
 
 
 def check_base(journal: Journal, fingerprint: str, model: str) -> None:

@@ -16,20 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estune import inputs, metrics, records
-from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, prune, write_model
+from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, load_master, prune, write_model
 from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Engine, Perturbation, Prompt
 from estune.evaluation import Evaluation, evaluate
+from estune.fitness import fill_failures, population_fitness, weigh
 from estune.inputs import Rewards
 from estune.journal import step_record
-from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor
+from estune.model_paths import local_directory
+from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, say
 from estune.noise import perturbation_scale
 from estune.optimizer import Update, scheduled
 from estune.population import Member, members_for_step
 from estune.rewards import INLINE_WARNING, RewardPool
 from estune.rollouts import Evaluator, Rollouts
-from estune.run import Run, open_run
+from estune.run import Run, open_run, refuse_diverged
 from estune.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ class Session:
     monitors: Monitors
     checksum: str  # of theta
     tokens: int  # processed by the journalled steps
-    perturb_cos: dict[str, float] = field(default_factory=dict)
+    perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
+    perturb_cos_scale: float = 0.0
     measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
     started: float = 0.0  # clock readings of the step in hand, in seconds
     move_started: float = 0.0
@@ -92,13 +95,13 @@ class Session:
         args, master, run = self.args, self.engine.master, self.run
         moving = sum(int(np.prod(spec.shape)) for spec in master.specs if spec.perturbed)
         share = "all" if moving == master.num_parameters else f"{moving / master.num_parameters:.1%} of"
-        print(f"estune: {args.model}, {share} {master.num_parameters:,} parameters, {args.task or args.dataset_name}: "
-              f"{len(self.train_rows)} training rows, {len(self.eval_rows)} held out")  # fmt: skip
-        print(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
+        data = args.task or args.dataset_name or "your dataset"
+        say(f"estune: {args.model}, {share} {master.num_parameters:,} parameters; {data}: {len(self.train_rows)} "
+            f"training rows, {len(self.eval_rows)} held out")  # fmt: skip
+        say(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
               f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
         if run.steps_done:
-            print(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
-        sys.stdout.flush()
+            say(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
 
     def evaluate_population(self, step: Step) -> Rollouts:
         """Let every member answer the step's rows and score the answers: (N, B, G) rollouts.
@@ -107,7 +110,8 @@ class Session:
             Interrupted: the run was asked to stop; finished groups are on disk.
         """
         self.started = time.perf_counter()
-        if not self.perturb_cos:
+        if not self.perturb_cos or step.scale < self.perturb_cos_scale / 2:  # at first, and as sigma falls
+            self.perturb_cos_scale = step.scale
             first = Perturbation(step.members[0], step.scale, self.args.noise_distribution)
             self.perturb_cos = self.engine.perturb_cosine(first)
             metrics.warn_of_coarse_weights(self.perturb_cos)
@@ -140,7 +144,9 @@ class Session:
         self.tokens += rollouts.tokens
         self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
         self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        self.measured |= {"es/evaluations": self._evaluations(step)} | self._theta_rank(step, fitness)
+        self.measured |= {"es/evaluations": self._evaluations(step)} | self._theta_rank(step, rollouts)
+        if np.isnan(fitness).all():
+            print("estune: warning: no reward applied to anything in this step, so theta stays", file=sys.stderr)
         if step.index == 0:
             self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
         record = step_record(
@@ -165,6 +171,7 @@ class Session:
         moved = self.engine.master.update(update, self.run.anchor)
         self.engine.master_changed()
         self.checksum = moved.checksum
+        refuse_diverged(moved, self.run.steps_done)
         timing = metrics.Timing(self.started, self.move_started, time.perf_counter())
         self.log_step(self.measured | metrics.update_metrics(self.measured, moved, timing))
         self.run.pending.clear()
@@ -188,7 +195,7 @@ class Session:
             if not self.run.has_checkpoint():
                 self.run.save(self.engine, final=False)
                 self.run.record_checkpoint(self.engine)
-            prune(self.run.path, args.save_total_limit)
+            prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
 
     def finish(self) -> None:
         """Write the finished model to the run directory's root, and leave theta in the working model."""
@@ -196,7 +203,11 @@ class Session:
         self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)
         self.run.pending.clear()
-        print(f"estune: done; the model is in {self.run.path}", flush=True)
+        prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
+        if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
+            print("estune: warning: theta never moved: in every step all members tied, or every reward failed",
+                  file=sys.stderr)  # fmt: skip
+        say(f"estune: done; the model is in {self.run.path}")
 
     def save_interrupted(self) -> None:
         """Save theta where the run was asked to stop."""
@@ -204,7 +215,7 @@ class Session:
         self.engine.load_theta()
         if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
             run.save(self.engine, final=False)
-        print(f"estune: stopped after {run.steps_done} steps; go on with --resume --output_dir {run.path}", flush=True)
+        say(f"estune: stopped after {run.steps_done} steps; go on with --resume --output_dir {run.path}")
 
     def _inputs(self, step: Step) -> tuple[Rows, list[Prompt]]:
         """Return the rows and prompts of a step, (B,) each."""
@@ -216,14 +227,20 @@ class Session:
         of_theta = done // args.eval_steps if args.eval_steps else 0
         return (done * args.population_size + of_theta) * len(step.rows) * args.num_generations
 
-    def _theta_rank(self, step: Step, fitness: np.ndarray) -> dict[str, float]:
-        """At evaluation steps, evaluate theta itself on the step's rows: its rank among N + 1, 1 for the best."""
+    def _theta_rank(self, step: Step, rollouts: Rollouts) -> dict[str, float]:
+        """At evaluation steps, evaluate theta itself on the step's rows: its rank among N + 1, 1 for the best.
+
+        Theta's failures are filled from the population's rewards, as a member's are.
+        """
         if not self.args.eval_steps or (step.index + 1) % self.args.eval_steps:
             return {}
         sampling = inputs.sampling(self.args, step.index)
         own = self.evaluator.theta(*self._inputs(step), sampling, self._trainer_state(step.index))
-        value = metrics.mean_reward(own, self.rewards.weights)
-        return {"es/theta_fitness": value, "es/theta_rank": 1 + int((fitness > value).sum())}
+        rewards = np.concatenate([rollouts.rewards, own.rewards])  # (N + 1, B, G, F)
+        failed = np.concatenate([rollouts.failed, own.failed])
+        weights = self.rewards.weights
+        fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
+        return {"es/theta_fitness": float(fitness[-1]), "es/theta_rank": 1 + int((fitness[:-1] > fitness[-1]).sum())}
 
     def _evaluate_held_out(self, done: int) -> Evaluation:
         return evaluate(
@@ -265,6 +282,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
         if args.reward_isolation == "inline":
             print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
+        say(f"estune: loading {args.model if not trainer.has_module else 'the model'}")
         engine = trainer.engine
         train_prompts = trainer.prepare()
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
@@ -306,16 +324,21 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
 
 
 def _keep_base(trainer: ESTrainer, run: Run) -> None:
-    """Keep theta_0 in the run where it has no files of its own, and open it for anchored decay."""
-    master = trainer.engine.master
+    """Keep theta_0 in the run where it has no files of its own, and open it for anchored decay.
+
+    A module that was given may have moved since the run began, so a resume reads theta_0 from the run.
+    """
+    master, own = trainer.engine.master, run.path / BASE_DIRECTORY
+    if trainer.has_module and not run.is_new:
+        load_master(own, master)
+        trainer.engine.master_changed()
     anchored = run.args.weight_decay_anchor == "base"
-    source = None if trainer.has_module else inputs.local_directory(run.args.model)
-    anchor = anchor_reader(source, master.specs) if source and anchored else None
+    source = None if trainer.has_module else local_directory(run.args.model)
+    anchor = anchor_reader(source, master) if source and anchored else None
     if trainer.has_module or (anchored and anchor is None):
-        own = run.path / BASE_DIRECTORY
         if run.is_new:
             write_model(own, trainer.engine, float32=True)
-        anchor = anchor_reader(own, master.specs)
+        anchor = anchor_reader(own, master)
     run.anchor = anchor if anchored else None
 
 

@@ -23,6 +23,7 @@ from estune.data import Batches
 from estune.engines.base import Engine, Interrupted, Prompt
 from estune.errors import UserError
 from estune.fitness import fill_failures, shape_fitness, weigh
+from estune.monitors import say
 from estune.optimizer import make_update
 from estune.run import is_finished
 from estune.session import open_session, plan_step
@@ -85,7 +86,7 @@ class ESTrainer:
         self.args = self._placed(self.args)
         run_dir = Path(self.args.output_dir or "")
         if self.args.resume and is_finished(run_dir, self.args, self.given):
-            print(f"estune: {run_dir} is finished ({self.args.max_steps} steps); nothing to do")
+            say(f"estune: {run_dir} is finished ({self.args.max_steps} steps); nothing to do")
             return run_dir
         with open_session(self) as session:
             args, weights = session.args, self.rewards.weights

@@ -11,6 +11,8 @@ from importlib import metadata
 import pytest
 from command_line import TOY, assert_refused, estune, journal, metrics, write_rewards
 
+from estune.tasks import TASKS
+
 COMMANDS = ("train", "evaluate", "score", "replay", "env")
 
 
@@ -41,6 +43,13 @@ def test_help_answers_at_once_and_loads_nothing_heavy(place, command):
         assert last.split() == ["LOADED"]
         assert text[0].startswith("usage: estune")
     assert statistics.median(took_s) < 2  # under a second on a machine that does nothing else
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "score"])
+def test_help_says_what_each_task_is(run, command):
+    text = " ".join(run(command, "--help").out.split())
+    for task in TASKS.values():
+        assert f"{task.name}: {task.description}" in text
 
 
 def test_help_names_every_command(place):

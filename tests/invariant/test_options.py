@@ -380,6 +380,39 @@ def test_run_name(run, place):
     assert (place / "runs" / "mine" / "model.safetensors").exists()
 
 
+def test_run_name_beside_output_dir(run, place):
+    """It would only be stored. What a finished run stores of both is accepted, from its file and on a resume."""
+    assert_refused(run(*RUN, "--run_name", "mine"), "run_name", "output_dir")
+    (place / "name.yaml").write_text("run_name: mine\n")
+    (place / "both.yaml").write_text("run_name: mine\noutput_dir: run\n")
+    words = RUN[: RUN.index("--output_dir")] + RUN[RUN.index("--output_dir") + 2 :]
+    assert_refused(run(*words, "--config", "both.yaml"), "run_name", "output_dir")
+    assert first_words(run, "--config", "name.yaml")["run_name"] is None  # flags win over the file
+    assert not (place / "run").exists()
+
+    assert run(*words, "--run_name", "mine").code == 0
+    stored = json.loads((place / "runs" / "mine" / "es_config.json").read_text())
+    assert (stored["run_name"], stored["output_dir"]) == ("mine", "runs/mine")
+    again = ("train", "--config", "runs/mine/es_config.json")
+    assert run(*again, "--overwrite").code == 0
+    assert run(*again, "--output_dir", "copy").code == 0
+    assert weights(place / "copy") == weights(place / "runs" / "mine")
+    assert run("train", "--resume", "--output_dir", "runs/mine", "--max_steps", 3).code == 0
+    assert len(steps(place / "runs" / "mine")) == 3
+
+
+def test_a_split_to_evaluate_on_needs_evaluations(run, place):
+    furnish(place)
+    split = ("--dataset_test_split", "other")
+    assert_refused(run(*RUN, *DATA, *split), "dataset_test_split", "eval_steps")
+    assert run(*RUN, *DATA, *split, "--eval_steps", 1).code == 0
+    resumed = run("train", "--resume", "--output_dir", "run", "--max_steps", 3, "--eval_steps", 0)
+    assert resumed.code == 0, resumed
+    words = ("evaluate", "--engine", "toy", "--task", "quadratic", "--model", "toy", *DATA)
+    assert run(*words, *split).code == 0
+    assert_refused(run(*words, "--split", "test"), "split", "dataset_test_split")
+
+
 def test_resume(run, place):
     assert run(*RUN).code == 0
     assert_refused(run(*RUN, "--max_steps", 3), "--resume")
@@ -435,6 +468,28 @@ def test_dashes_and_underscores(run, place):
     assert (one["weight_decay"], one["weight_decay_anchor"], one["response_prefix"]) == (0.5, "base", "--a-b")
 
 
+def test_values_that_begin_with_a_dash(run, place):
+    assert first_words(run, *LOGGED, "rewards.py:second", "--reward_weights", "1", "-1e-3")["reward_weights"] == [
+        1,
+        -1e-3,
+    ]
+    assert first_words(run, *LOGGED, "--reward_weights", "-.5")["reward_weights"] == [-0.5]
+    for words in (("--sigma", "-1e-3"), ("--learning_rate", "-1E-3"), ("--warmup-steps", "-1"), ("--sigma", "-inf")):
+        assert_refused(run(*RUN, *words), words[0][2:].replace("-", "_") + " must")
+    for name, value in (("system_prompt", "---"), ("response-prefix", "--a-b"), ("stop_strings", "--")):
+        flag = f"--{name.replace('-', '_')}"
+        assert_refused(run(*RUN, f"--{name}", value), f"{flag}=VALUE")
+    assert_refused(run(*RUN, "--run_name", "--max_steps", 3), "--run_name", "expected one argument")
+    assert first_words(run, "--system-prompt=---")["system_prompt"] == "---"
+
+
+def test_values_stay_as_they_are(run):
+    for value in ("--be-brief and kind", "--be-brief=now or-never", "-a-b c", "--max-steps: 3-4"):
+        for words in (("--system_prompt", value), (f"--system-prompt={value}",)):
+            assert first_words(run, *words)["system_prompt"] == value
+    assert_refused(run(*RUN, "--max-stepz", 3), "--max-stepz", "--max_steps")
+
+
 def test_flags_win_over_the_file(run, place):
     (place / "a.yaml").write_text("sigma: 0.7\nwarmup_steps: 5\n")
     config = first_words(run, "--config", "a.yaml")
@@ -480,10 +535,18 @@ def test_what_the_toy_would_ignore_is_refused(run, place, words):
 
 
 def test_held_out_rows_are_never_the_training_rows(run, place):
+    import datasets
+
     furnish(place)
     (place / "toy.jsonl").write_text(rows(0))
-    assert_refused(run(*RUN, "--dataset_name", "toy.jsonl", "--eval_steps", 1), "one file", "toy.jsonl")
-    assert_refused(run(*RUN, "--dataset_name", "toy.jsonl", "--dataset_test_split", "other"), "toy.jsonl")
+    datasets.Dataset.from_list([json.loads(line) for line in rows(0).splitlines()]).save_to_disk(place / "saved")
+    saved = (*RUN, "--dataset_name", "saved")
+    assert_refused(run(*saved, "--eval_steps", 1), "held out", "saved")
+    assert_refused(run(*saved, "--dataset_train_split", "other"), "saved", "no splits")
+    assert_refused(run(*saved, "--dataset_config", "nonexist"), "saved", "no configurations")
+    assert_refused(run(*RUN, "--dataset_name", "toy.jsonl", "--eval_steps", 1), "held out", "toy.jsonl")
+    words = ("--dataset_name", "toy.jsonl", "--dataset_test_split", "other", "--eval_steps", 1)
+    assert_refused(run(*RUN, *words), "toy.jsonl")
     assert_refused(run(*RUN, "--dataset_name", "data", "--dataset_test_split", "train", "--eval_steps", 1), "train")
     assert_refused(run(*RUN, "--dataset_train_split", "other"), "dataset_name")
 

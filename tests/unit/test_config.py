@@ -50,10 +50,10 @@ def test_lists_and_dicts_are_not_shared() -> None:
         ("reward_weights", [1, "0.5"], [1.0, 0.5]), ("reward_weights", "2", [2.0]), ("reward_weights", 2, [2.0]),
         ("reward_weights", None, None), ("reward_weights", (1.0, 2.0), [1.0, 2.0]),
         ("reward_funcs", "mod:f", ["mod:f"]), ("reward_funcs", ["a:b", "c.py:d"], ["a:b", "c.py:d"]),
-        ("stop_strings", "</answer>", ["</answer>"]), ("stop_strings", [], []), ("stop_strings", [42], ["42"]),
+        ("stop_strings", "</answer>", ["</answer>"]), ("stop_strings", [], []),
         ("chat_template_kwargs", '{"enable_thinking": false}', {"enable_thinking": False}),
         ("chat_template_kwargs", {"a": [1]}, {"a": [1]}), ("chat_template_kwargs", {1: 2}, {"1": 2}),
-        ("model", Path("/some/where"), "/some/where"), ("run_name", 7, "7"), ("task", None, None),
+        ("model", Path("/some/where"), "/some/where"), ("run_name", "0123", "0123"), ("task", None, None),
     ],
 )  # fmt: skip
 def test_values_take_the_type_of_their_field(name: str, value: Any, expected: Any) -> None:
@@ -76,7 +76,10 @@ def test_values_take_the_type_of_their_field(name: str, value: Any, expected: An
         ("chat_template_kwargs", "{broken", "a JSON object"), ("chat_template_kwargs", "[1]", "a JSON object"),
         ("chat_template_kwargs", [1], "a JSON object"), ("chat_template_kwargs", {"a": object()}, "a JSON object"),
         ("chat_template_kwargs", {"a": float("nan")}, "a JSON object"), ("model", ["a"], "a string"),
-        ("model", None, "string"),
+        ("model", None, "string"), ("run_name", 7, "a string, not 7; if it is meant as text, write it in quotes"),
+        ("system_prompt", False, "not False; .* quotes"), ("response_prefix", True, "not True; .* quotes"),
+        ("stop_strings", [True, 1.1], "a list of strings, not .*; .* quotes"), ("stop_strings", 4, "not 4; .* quotes"),
+        ("report_to", False, "not False; .* quotes"), ("fitness_shaping", True, "a string, not True; .* quotes"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, says: str) -> None:
@@ -207,6 +210,72 @@ def test_bad_yaml_is_refused_in_one_sentence(tmp_path: Path, text: str, says: st
     with pytest.raises(UserError, match=says) as caught:
         read_config_file(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("response_prefix: yes", "yes"), ("system_prompt: no", "no"), ("run_name: 0123", "0123"),
+        ("run_name: 2026-01-01", "2026-01-01"), ("revision: 1234567", "1234567"), ("dataset_config: 1:30", "1:30"),
+    ],
+)  # fmt: skip
+def test_text_that_yaml_reads_as_something_else_is_asked_for_in_quotes(tmp_path: Path, line: str, text: str) -> None:
+    """Nothing else could give it back: YAML has made `True`, 83 or a date of it."""
+    path = tmp_path / "run.yaml"
+    name, value = line.split(": ")
+    path.write_text(f"{line}\ndataset_name: d\n")
+    with pytest.raises(UserError, match=rf"^{name} must be a string, not .*; if it is meant as text, .* in quotes$"):
+        ESConfig.from_mapping(read_config_file(str(path)))
+    path.write_text(f"{name}: '{value}'\ndataset_name: d\n")
+    assert getattr(ESConfig.from_mapping(read_config_file(str(path))), name) == text
+
+
+def test_stop_strings_in_yaml_keep_their_text_or_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("stop_strings: [on, 1.10]\n")
+    with pytest.raises(UserError, match=r"stop_strings must be a list of strings, .* in quotes"):
+        ESConfig.from_mapping(read_config_file(str(path)))
+    path.write_text('stop_strings: ["on", "1.10"]\n')
+    assert ESConfig.from_mapping(read_config_file(str(path))).stop_strings == ["on", "1.10"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sigma: 1\nseed: 2\nsigma: 3\n", "gives 'sigma' twice, once in line 3"),
+        ("chat_template_kwargs: {a: 1, a: 2}\n", "gives 'a' twice"),
+        ('"sigma": 1\nsigma: 1\n', "gives 'sigma' twice"),
+        ("run_name: 2026-99-99\n", "is not YAML"),
+    ],
+)
+def test_a_yaml_file_says_everything_once(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_config_file(str(path))
+
+
+def test_yaml_may_repeat_by_reference(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("chat_template_kwargs: {a: &b {x: 1}, c: *b, d: {<<: *b, x: 2}}\n")
+    values = read_config_file(str(path))["chat_template_kwargs"]
+    assert values == {"a": {"x": 1}, "c": {"x": 1}, "d": {"x": 2}}
+
+
+def test_a_config_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"run_name: \xff\xfe\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        read_config_file(str(path))
+
+
+def test_training_needs_evaluations_for_a_split_to_evaluate_on() -> None:
+    given = {"dataset_name": "d", "dataset_test_split": "zzz"}
+    with pytest.raises(UserError, match="dataset_test_split has no effect in training without eval_steps"):
+        ESConfig(**given).validate_training()  # `estune evaluate` may have it
+    ESConfig(**given, eval_steps=1).validate_training()
+    ESConfig(**given, resume=True, output_dir="run").validate_training()  # its evaluations turned off
+    ESConfig().validate_training()
 
 
 def test_empty_and_missing_yaml(tmp_path: Path) -> None:

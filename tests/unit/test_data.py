@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from estune.data import Batches, PromptBuilder, check_columns, load_rows, reward_inputs
+from estune.data import Batches, PromptBuilder, check_columns, has_splits, load_rows, reward_inputs
 from estune.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "target": i, "numbers": [i, 1.5, None], "text": "é\u2028"} for i in range(5)]
@@ -92,6 +92,59 @@ def test_directories(tmp_path):
         with pytest.raises(UserError, match="validation"):
             load_rows(tmp_path / name, split="validation")
     assert load_rows(ROWS) == ROWS
+
+
+def test_what_has_splits(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "two")
+    (tmp_path / "three").mkdir()
+    write_lines(tmp_path / "three" / "train.jsonl", ROWS)
+    lines = write_lines(tmp_path / "a.jsonl", ROWS)
+    for source in ("one", tmp_path / "one", "a.jsonl", lines, ROWS, saved):
+        assert not has_splits(source), source
+    for source in ("two", tmp_path / "two", "three", "owner/name", "name"):
+        assert has_splits(source), source
+
+
+def test_a_configuration_where_there_can_be_none_is_refused(tmp_path):
+    import datasets
+
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "two")
+    for source in (tmp_path / "one", tmp_path / "two", write_lines(tmp_path / "a.jsonl", ROWS)):
+        assert load_rows(source) == ROWS
+        with pytest.raises(UserError, match=rf"{source.name} .*has no configurations.* nonexist"):
+            load_rows(source, config="nonexist")
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", None])
+def test_a_damaged_saved_dataset_is_told_in_one_sentence(tmp_path, damage):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    if damage is None:
+        next((tmp_path / "one").glob("*.arrow")).write_bytes(b"junk")
+    else:
+        (tmp_path / "one" / "state.json").write_text(damage)
+    with pytest.raises(UserError, match=r"one cannot be loaded: \w+:") as caught:
+        load_rows(tmp_path / "one")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_dataset_card_is_told_in_one_sentence(tmp_path):
+    """`datasets` raises TypeError for the first and AttributeError for the second: no list of classes would do."""
+    for number, card in enumerate(("configs:\n- 3\n", "dataset_info:\n- 3\n")):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        write_lines(directory / "x.jsonl", ROWS)
+        (directory / "README.md").write_text(f"---\n{card}---\n")
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_rows(directory)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_kl_k3_refuses_unequal_lengths(ragged: tuple[list[list[float]], list[lis
 def row(row_id: int, accuracy: list[float] | None, rewards: list[float | None], lengths: list[int]) -> EvaluatedRow:
     count = len(lengths)
     finished = [length < 8 for length in lengths]
-    return EvaluatedRow(row_id, ["x"] * count, rewards, accuracy, lengths, finished, [[0] * n for n in lengths])
+    return EvaluatedRow(row_id, "p", ["x"] * count, rewards, accuracy, lengths, finished, [[0] * n for n in lengths])
 
 
 def test_summary_of_greedy_rows() -> None:

@@ -1,6 +1,7 @@
 """Reward functions in real processes: killed for real, with real (short) time limits."""
 
 import asyncio
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from estune.errors import UserError
+from estune.reward_processes import read_reply
 from estune.rewards import RewardBatch, RewardPool, load_reward
 
 GENEROUS_S = 30.0
@@ -177,6 +179,59 @@ def test_answers_that_are_not_one_number_each_fail(isolation, answer, words):
     assert re.search(words, result.errors[0])
 
 
+@BOTH
+def test_metrics_that_have_no_mean_are_dropped(isolation):
+    def reward(completions, log_metric):
+        for name, value in [("big", 1e308), ("inf", math.inf), ("inf", -math.inf), ("good", 1), ("good", math.nan)]:
+            log_metric(name, value)
+        log_metric("big", 1e308)
+        log_metric("x" * 201, 1)
+        log_metric(5, 1)
+        log_metric("\ud800", 2)
+        return [1.0] * len(completions)
+
+    result = score(reward, isolation=isolation)
+    assert result.metrics == {"good": 1, "?": 2} and result.errors == []
+
+
+@BOTH
+def test_extra_columns_have_one_writable_value_per_row(isolation):
+    def reward(completions, log_extra):
+        deep = []
+        for _ in range(900):
+            deep = [deep]
+        log_extra("note", ["one"])
+        log_extra("long", list("abcd"))
+        log_extra("halves", ["a"])
+        log_extra("halves", ["b", "c"])
+        log_extra("odd", ["\ud800", deep, {"\ud800": [math.nan, 1 << 70]}])
+        return [1.0] * len(completions)
+
+    result = score(reward, lambda completions, log_extra: log_extra("note", []) or [1] * 3, isolation=isolation)
+    assert not result.failed.any() and set(result.extra) == {"halves", "odd"}
+    assert result.extra["halves"] == ["a", "b", "c"]
+    assert result.extra["odd"][::2] == ["?", {"?": [None, str(1 << 70)]}]
+    assert json.dumps(result.extra, ensure_ascii=False, allow_nan=False).encode().count(b"[") < 30
+    assert result.errors[0] == "f0: log_extra of 'note' dropped: 1 values for 3 completions"
+
+
+@BOTH
+def test_endless_nesting_and_unwritable_messages_are_failures(isolation):
+    def deep(completions, log_extra):
+        value = []
+        for _ in range(5000):
+            value = [value]
+        log_extra("deep", [value] * len(completions))
+        return [1.0] * len(completions)
+
+    def exits(completions):
+        sys.exit("\ud800")
+
+    result = score(deep, exits, isolation=isolation)
+    assert result.failed.all()
+    assert "RecursionError" in result.errors[0] and result.errors[1].startswith("f1: SystemExit: ?")
+
+
 def test_torch_and_numpy_numbers():
     torch = pytest.importorskip("torch")
     result = score(
@@ -291,6 +346,76 @@ def test_subprocesses_and_threads_go_with_their_worker():
     assert not ours()
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+def test_what_left_a_killed_or_dead_worker_is_killed_with_it(hangs):
+    def reward(completions):
+        if completions == ["go on"]:
+            return [1.0]
+        subprocess.Popen(["sleep", "3131"], start_new_session=True)
+        subprocess.Popen("(sleep 3132 &)", shell=True, start_new_session=True).wait()
+        return time.sleep(60) if hangs else os._exit(1)
+
+    with RewardPool([reward], ["r"], timeout_s=1.0, workers=2) as pool:
+        pool.wait_until_loaded()
+        before = set(ours())
+        assert pool.submit(batch(["bb"])).result().failed.all()
+        assert not any("sleep" in words for words in ours().values())
+        assert len(before & set(ours())) == 2  # the server, and the other worker
+        assert pool.submit(batch(["go on"])).result().rewards[0, 0] == 1
+
+
+GOOD = {"rewards": [1.0, None], "metrics": {"m": [1.0]}, "extra": {"e": [1]}, "call": 7}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "[1, 2, 3]",
+        "no json",
+        b"\xff\xfe\xff",
+        "[" * 100_000,
+        "1" * 5000,
+        *(
+            json.dumps(GOOD | change)
+            for change in [
+                {"call": 6}, {"call": None}, {"error": 5, "call": 7}, {"error": ["x"]},
+                {"rewards": ["x", None]}, {"rewards": [True, None]}, {"rewards": [1.0]}, {"rewards": 1.0},
+                {"rewards": [10**400, None]}, {"rewards": None},
+                {"metrics": []}, {"metrics": {"m": 1.0}}, {"metrics": {"m": ["x"]}}, {"metrics": {"m": [True]}},
+                {"extra": None}, {"extra": {"e": "text"}}, {"extra": ["e"]},
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_reply_is_refused(reply):
+    assert read_reply(json.dumps(GOOD), 7, 2) == {name: GOOD[name] for name in ("rewards", "metrics", "extra")}
+    with pytest.raises(ValueError, match=r"not |instead of|Expecting value|can't decode|too deeply|4300 digits"):
+        read_reply(reply, 7, 2)
+
+
+@pytest.mark.parametrize(
+    "reply", [b"[1, 2, 3]", b'{"rewards": ["x"]}', b"\xff", b"{}", b'{"rewards": [9.0], "call": 0}']
+)
+def test_answers_that_a_reward_forges_fail(reply):
+    def reward(completions):
+        if "bb" in completions:
+            frame = sys._getframe()
+            while "channel" not in frame.f_locals:
+                frame = frame.f_back
+            frame.f_locals["channel"].sendall(len(reply).to_bytes(8, "little") + reply)
+        return [1.0] * len(completions)
+
+    result = score(reward, length)
+    assert result.failed[:, 0].tolist() == [False, True, False]
+    assert result.rewards[:, 1].tolist() == [1, 2, 3]
+    assert "sent what is no answer" in result.errors[0]
+
+
+def test_an_answer_too_large_for_the_trainer_fails():
+    result = score(lambda completions, log_extra: log_extra("x", ["y" * (1 << 26)]) or [1.0], given=batch(["a"]))
+    assert result.failed.all() and "over the limit" in result.errors[0]
+
+
 def test_printing_breaks_nothing(capfd):
     def reward(completions):
         print("x" * 10_000_000)
@@ -301,6 +426,16 @@ def test_printing_breaks_nothing(capfd):
     assert score(reward).rewards[:, 0].tolist() == [1, 1, 1]
     captured = capfd.readouterr()
     assert captured.out == "" and len(captured.err) > 10_000_000
+
+
+def test_printing_inline_leaves_stdout_alone(capsys):
+    async def reward(completions):
+        print("printed")
+        return [1.0] * len(completions)
+
+    assert score(reward, isolation="inline").rewards[:, 0].tolist() == [1, 1, 1]
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "printed\n"
 
 
 def test_big_payloads():
@@ -412,6 +547,15 @@ def test_files_and_their_neighbours(tmp_path, monkeypatch):
     assert score(load_reward("module_in_cwd:A.r")).rewards[:, 0].tolist() == [3, 3, 3]
 
 
+def test_an_edited_file_is_loaded_again(tmp_path):
+    file = tmp_path / "edited.py"
+    file.write_text("def r(completions): return [1] * len(completions)\n")
+    old = load_reward(f"{file}:r")
+    file.write_text("def r(completions): return [2] * len(completions)\n")
+    new = load_reward(f"{file}:r")
+    assert score(old, new).rewards[0].tolist() == [1, 2]
+
+
 def test_a_module_that_only_this_process_knows_travels_by_value():
     import types
 
@@ -509,6 +653,7 @@ if os.fork() == 0:  # a process that holds every line to the fork server open, a
         time.sleep(0.05)
     os._exit(0)
 try:
+    print("waiting", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
@@ -526,6 +671,7 @@ def test_workers_die_with_the_trainer_even_while_they_hang(tmp_path, number):
         deadline = time.monotonic() + 20
         while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
+        assert parent.stdout.readline() == "waiting\n"
         pids = [int(pid) for file in (tmp_path / "pids").iterdir() for pid in file.name.split("-")]
         assert len(pids) == 4 and all(_running(pid) for pid in pids)
         os.killpg(parent.pid, number)
@@ -535,4 +681,5 @@ def test_workers_die_with_the_trainer_even_while_they_hang(tmp_path, number):
         assert gone_within(ours(), 5)
         assert err == "" and (number != signal.SIGINT or out == "interrupted\n")
     finally:
+        (tmp_path / "stop").touch()
         parent.kill()

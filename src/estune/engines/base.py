@@ -121,6 +121,3 @@ class Engine(Protocol):
 
     def info(self) -> dict[str, Any]:
         """Return what a journal's header should say of the engine: device, model type and the like."""
-
-    def close(self) -> None:
-        """Release what the engine holds."""

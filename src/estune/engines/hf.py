@@ -271,9 +271,6 @@ class HFEngine:
             "prompts_per_batch": self.prompts_per_batch,
         }
 
-    def close(self) -> None:
-        """Nothing to release: memory goes with the object."""
-
     def _caller(self) -> hf_callers.Caller:
         """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
         if self._attention:

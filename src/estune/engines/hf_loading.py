@@ -25,8 +25,8 @@ from estune.engines.base import ParameterSpec
 from estune.engines.hf_parameters import Binding, bindings
 from estune.errors import UserError
 from estune.master import Master
+from estune.model_paths import local_directory
 
-EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 _PRIVATE_KEYS = (
@@ -41,17 +41,15 @@ _PRIVATE_KEYS = (
 
 
 def resolve_model(model: str) -> str:
-    """Return what transformers loads for ``model``: the embedded model's directory for its name, else ``model``.
+    """Return what transformers loads for ``model``: a local or embedded directory, else ``model`` as a hub id.
 
     Raises:
         UserError: it looks like a path and is not a directory.
     """
-    if re.fullmatch(r"[\w-]+", model) and (EMBEDDED_MODELS / model / "config.json").is_file():
-        return str(EMBEDDED_MODELS / model)
-    path = os.path.expanduser(model)
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path):
+    directory = local_directory(model)
+    if directory is not None:
+        return str(directory)
+    if os.path.exists(os.path.expanduser(model)):
         raise UserError(f"model {model!r} is a file, not a directory")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model:
         raise UserError(f"model directory {model!r} does not exist")

@@ -98,6 +98,3 @@ class ToyEngine:
     def info(self) -> dict[str, Any]:
         """Return the facts for the journal's header."""
         return {"engine": "toy", "model_type": MODEL_TYPE, "device": "cpu", "dtype": self.compute_dtype}
-
-    def close(self) -> None:
-        """Nothing to release."""

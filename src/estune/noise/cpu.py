@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 TILE = 2048  # elements whose int32 accumulators (8 KiB) stay in the first-level cache
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
     """Count the set bits of a uint32 by LLVM's ctpop, which vectorises (VPOPCNTDQ, or a shuffle on AVX2)."""
 
@@ -25,7 +25,7 @@ def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
     return types.uint32(types.uint32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]
     """Reinterpret a float32 as its uint32 bit pattern."""
 
