@@ -235,7 +235,7 @@ def _evaluate(values: dict[str, Any]) -> int:
 
     extras = {name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json")}
     inherited = inherited_settings(str(values.get("model", "")), values)
-    if inherited:
+    if inherited and not extras["json"]:
         print(f"estune: prompts and decoding as in the run of {values['model']}; flags win", file=sys.stderr)
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 

@@ -280,7 +280,8 @@ def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def nearest(word: object, known: Iterable[str]) -> str:
     bare = {name.lstrip("-"): name for name in known}  # the dashes that all flags share say nothing
-    close = difflib.get_close_matches(str(word).lstrip("-"), list(bare), n=1, cutoff=0.6)
+    shortened = [name for name in bare if name.startswith(str(word).lstrip("-"))]
+    close = shortened or difflib.get_close_matches(str(word).lstrip("-"), list(bare), n=1, cutoff=0.6)
     return f"; did you mean {bare[close[0]]!r}?" if close else ""
 
 

@@ -219,6 +219,8 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
 
 def refuse_overwrite(path: Path, args: ESConfig) -> None:
     """Raise UserError where overwriting a run would delete what the new one reads, or what estune did not write."""
+    if any(path.iterdir()) and not is_ours(path):
+        raise UserError(f"output_dir {path} holds other files: give another --output_dir")
     given = [("model", args.model), ("dataset_name", args.dataset_name)]
     given += [("reward_funcs", func.rpartition(":")[0]) for func in args.reward_funcs or []]
     for option, value in given:

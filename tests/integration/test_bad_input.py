@@ -34,7 +34,7 @@ def refused(run, place):
 
 WORDS = {
     "unknown flag": (("train", "--sgima", "1"), "unknown option --sgima", "'--sigma'"),
-    "unknown flag with =": (("train", "--population-sise=4"), "--population_sise", "'--population_size'"),
+    "unknown flag with =": (("train", "--population-sise=4"), "--population-sise", "'--population_size'"),
     "unknown flag of evaluate": (("evaluate", "--limt", "4"), "--limt", "'--limit'"),
     "a training flag of evaluate": (("evaluate", "--sigma", "4"), "--sigma"),
     "unknown flag without a command": (("--vesion",), "--vesion", "'--version'"),

@@ -88,7 +88,9 @@ def test_kl_k3_refuses_unequal_lengths(ragged: tuple[list[list[float]], list[lis
 def row(row_id: int, accuracy: list[float] | None, rewards: list[float | None], lengths: list[int]) -> EvaluatedRow:
     count = len(lengths)
     finished = [length < 8 for length in lengths]
-    return EvaluatedRow(row_id, "p", ["x"] * count, rewards, accuracy, lengths, finished, [[0] * n for n in lengths])
+    failures = rewards.count(None)
+    tokens = [[0] * n for n in lengths]
+    return EvaluatedRow(row_id, "p", ["x"] * count, rewards, accuracy, lengths, finished, tokens, failures)
 
 
 def test_summary_of_greedy_rows() -> None:
@@ -96,7 +98,7 @@ def test_summary_of_greedy_rows() -> None:
     summary = Evaluation(rows).summary()
     assert summary["n"] == 4 and summary["accuracy"] == 0.5
     assert summary["accuracy_ci95"] == pytest.approx(interval([1.0, 0.0, 0.0, 1.0]))
-    assert summary["reward"] == pytest.approx((1.1 + 0.1 + 1.0) / 3) and summary["reward_failures"] == 1
+    assert summary["reward"] == pytest.approx((1.1 + 0.1 + 1.0 + 0.1) / 4) and summary["reward_failures"] == 1
     assert summary["mean_length_tokens"] == 5.0 and summary["clipped_ratio"] == 0.25
 
 
