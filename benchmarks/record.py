@@ -10,14 +10,15 @@ from typing import Any
 from estune.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CODE = ("../src", "../scripts", "*.py", "../constraints.txt")  # what can change a figure
 
 
 def commit() -> str:
-    """Return the commit that is checked out, with ``+`` behind it where tracked files differ."""
+    """Return the commit that is checked out, with ``+`` behind it where the code differs from it."""
     git = ["git", "-C", str(RESULTS.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", *CODE], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
