@@ -18,7 +18,9 @@ def commit() -> str:
     git = ["git", "-C", str(RESULTS.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", *CODE], check=True, capture_output=True, text=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", *CODE], check=True, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

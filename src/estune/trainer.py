@@ -62,6 +62,7 @@ class ESTrainer:
             args = dataclasses.replace(args, model=str(model))
         if args.task is None and args.dataset_name is None and train_dataset is None:
             args = dataclasses.replace(args, task="countdown")
+        args.validate_training()
         self._processing_class = processing_class
         self.task = inputs.task_of(args)
         self.rewards = inputs.resolve_rewards(args, reward_funcs, self.task)
