@@ -118,7 +118,9 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     commands: dict[str, argparse.ArgumentParser] = {}
 
     def command(name: str, handler: Callable[[dict[str, Any]], int], help: str) -> argparse.ArgumentParser:
-        commands[name] = subparsers.add_parser(name, help=help, description=help.replace("%%", "%"), allow_abbrev=False)
+        commands[name] = subparsers.add_parser(
+            name, help=help, description=help.replace("%%", "%"), usage=f"estune {name} [options]", allow_abbrev=False
+        )
         commands[name].set_defaults(handler=handler)
         return commands[name]
 
