@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 from command_line import TOY, assert_refused, estune, journal, metrics, write_rewards
 
+from estune.config import read_config_file
 from estune.tasks import TASKS
 
 COMMANDS = ("train", "evaluate", "score", "replay", "env")
@@ -321,3 +322,17 @@ def test_sampled_evaluation_and_divergence(torch_zygote, tiny_run):
     again = one_object(torch_zygote.run((*words, "--n_samples", 4, "--prompts_per_batch", 1), tiny_run))
     assert again["accuracy"] == result["accuracy"]
     assert one_object(torch_zygote.run((*words, "--reference", "run"), tiny_run))["kl"] == 0
+
+
+# --- train without arguments ------------------------------------------------------------------------------------------
+
+
+def test_train_without_arguments_is_the_demo_preset(run_model):
+    """Seen through a dry run: the preset's values, on the embedded model."""
+    done = run_model("train", "--dry_run")
+    assert done.code == 0, done
+    assert done.out.startswith("estune: preset demo")
+    resolved = json.loads(done.out[done.out.index("{") : done.out.rindex("}") + 1])
+    preset = read_config_file("demo")
+    assert preset["model"] == "tiny" and preset["task"] == "countdown"
+    assert {name: resolved[name] for name in preset} == preset

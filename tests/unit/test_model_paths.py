@@ -1,0 +1,28 @@
+"""One answer to what a model's name means, and an anchor that is theta_0 or nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from estune.checkpoint import anchor_reader, write_model
+from estune.engines.toy import ToyEngine
+from estune.model_paths import EMBEDDED_MODELS, local_directory
+
+
+def test_the_embedded_name_means_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert local_directory("tiny") == EMBEDDED_MODELS / "tiny"
+    assert local_directory("./tiny") == Path("tiny")
+    assert local_directory("someone/model") is None
+
+
+def test_files_with_other_values_are_no_anchor(tmp_path: Path) -> None:
+    engine = ToyEngine()
+    write_model(tmp_path, engine, float32=True)
+    reader = anchor_reader(tmp_path, engine.master)
+    assert reader is not None
+    assert np.array_equal(reader("body.bias", 2, 3), np.zeros(3, dtype=np.float32))
+    engine.master.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
+    assert anchor_reader(tmp_path, engine.master) is None
