@@ -10,7 +10,7 @@ from typing import Any
 from estune.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CODE = ("../src", "../scripts", "*.py", "../constraints.txt")  # what can change a figure
+CODE = ("../src", "../scripts", "*.py", "data", "../constraints.txt")  # what can change a figure
 
 
 def commit() -> str:

@@ -26,7 +26,7 @@ from estune.model_paths import local_directory
 from estune.records import write_rows
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
-from estune.run import JOURNAL_FILE, check_base, replay_steps
+from estune.run import JOURNAL_FILE, check_base, check_parameters, replay_steps
 
 
 def evaluate_command(
@@ -180,6 +180,7 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     args = ESConfig.from_mapping(config, f"the journal of {run}")
     engine = inputs.load_engine(args)
     check_base(journal, engine.master.fingerprint(), args.model)
+    check_parameters(journal, engine.master.specs)
     anchor = None
     if args.weight_decay_anchor == "base":
         own = run / BASE_DIRECTORY

@@ -94,7 +94,13 @@ class ESConfig:
     learning_rate: float | None = _option(None, "Step size alpha; 1/sigma is folded in. Default: sigma / 2.")
     batch_size: int | Literal["auto"] = _option("auto", "Prompts per step, B. auto: 32, or all rows if fewer.")
     antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
-    noise: str = _option("full", "Rank of the noise: full (every element of its own).", ("full",))
+    noise: str = _option(
+        "full",
+        "full: every element has noise of its own; lowrank: the noise of a matrix is a product of two thin ones, "
+        "so that several members share a forward pass.",
+        ("full", "lowrank"),
+    )
+    rank: int = _option(1, "Rank of a matrix's noise in one member, with noise lowrank.")
     noise_distribution: str = _option("normal", "Distribution of the noise.", ("normal", "rademacher"))
     fitness_shaping: str = _option(
         "z_score", "How fitness becomes utilities.", ("z_score", "centered_rank", "per_prompt_z", "none")
@@ -115,6 +121,7 @@ class ESConfig:
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
     top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")
     prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass. auto: B up to 64.")
+    members_per_batch: int | Literal["auto"] = _option("auto", "Members in one forward pass, with noise lowrank.")
     num_threads: int | Literal["auto"] = _option(
         "auto", "CPU threads. auto: 1 for a model under 64 MB, else the cores."
     )
@@ -155,6 +162,8 @@ class ESConfig:
             "logging_steps",
             "batch_size",
             "prompts_per_batch",
+            "members_per_batch",
+            "rank",
             "num_threads",
             "reward_workers",
             "top_p",
@@ -184,6 +193,14 @@ class ESConfig:
             raise UserError(f"antithetic needs an even population_size, not {self.population_size}")
         if self.population_size >= 1 << 26:
             raise UserError("population_size must be below 2^26, where integer utilities would lose all precision")
+        if self.noise == "full":
+            if self.rank != 1:
+                raise UserError("rank needs noise lowrank")
+            if self.members_per_batch not in ("auto", 1):
+                raise UserError("members_per_batch above 1 needs noise lowrank: other members share no forward pass")
+        elif self.population_size * self.rank >= 1 << 23:
+            raise UserError("population_size times rank must be below 2^23, where integer utilities would lose all "
+                            "precision")  # fmt: skip
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed must be an unsigned 64-bit integer, not {self.seed}")
         if self.top_p > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -46,6 +47,20 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that this process could still take: what the system has free, within its control group."""
+    free = _memory_bytes()
+    with suppress(OSError, StopIteration, ValueError):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
+    with suppress(OSError, ValueError):  # a limit of "max" is none
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            free = min(free, max(0, limit - int(file.read())))
+    return free
 
 
 def _memory_bytes() -> int:

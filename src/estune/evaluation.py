@@ -121,7 +121,7 @@ def evaluate(
     grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
     for start in range(0, len(rows), batch):
         part, part_prompts = rows[start : start + batch], prompts[start : start + batch]
-        group, completions, future = evaluator.start(None, part, part_prompts, sampling, trainer_state, True)
+        [(group, completions, future)] = evaluator.start(None, part, part_prompts, sampling, trainer_state, True)
         graded = grader.score(part, part_prompts, completions, trainer_state) if grader else None
         running.append((part_prompts, completions, group, future, graded))
         progress(min(start + batch, len(rows)))

@@ -157,6 +157,23 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     return environment.cores() if size >= LARGE_BYTES else 1
 
 
+def resolve_members(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ESConfig:
+    """Return the configuration with ``members_per_batch`` filled in from the memory that is free now.
+
+    Full-rank members always answer one at a time. Of low-rank ones as many share a forward pass as fit and are worth
+    it; the population is cut into batches of nearly equal size.
+    """
+    if args.members_per_batch != "auto":
+        return args
+    most = 1
+    if args.noise == "lowrank":
+        wanted = min(int(args.batch_size), int(args.prompts_per_batch)) * args.num_generations  # rows of a member
+        longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
+        most = engine.members_that_fit(args.population_size, wanted, longest, args.rank)
+    batches = -(-args.population_size // most)
+    return dataclasses.replace(args, members_per_batch=-(-args.population_size // batches))
+
+
 def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Engine:
     """Load the engine of a resolved configuration; ``model`` may be a module from Python.
 
@@ -171,7 +188,7 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         for name, harmless in NOT_FOR_THE_TOY.items():
             if getattr(args, name) not in harmless:
                 raise UserError(f"the toy engine has no use for {name}")
-        toy = ToyEngine(args.num_threads)
+        toy = ToyEngine(args.num_threads, noise=args.noise)
         if args.model != "toy":
             load_master(Path(args.model), toy.master)
         return toy
@@ -181,6 +198,7 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         num_threads=args.num_threads,
         prompts_per_batch=args.prompts_per_batch,
         trainable_parameters=args.trainable_parameters,
+        noise=args.noise,
     )
     if model is not None:
         if (args.dtype, args.device) != ("auto", "auto"):

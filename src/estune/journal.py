@@ -5,7 +5,8 @@ carries a hash chained to the line before, so damage is found and named. A step 
 moves; a crash leaves at most a torn last line, which opening repairs. Finished groups of the running step wait in
 `pending.jsonl`, tied to the journal's last hash, until their step line is written.
 
-Floats that decide bits (`s`, `a`, `decay`) are written as hexadecimal; fitness as decimal that reads back exactly.
+Floats that decide bits (`s`, `a`, `decay`, and with low-rank noise `s_lowrank`, `a_lowrank`) are written as
+hexadecimal; fitness as decimal that reads back exactly.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def step_record(
     *,
     failures: int,
     tokens: int,
+    lowrank_scale: float = 0.0,
 ) -> dict[str, Any]:
     """Return the step line: what was evaluated, what came out, and the exact update about to be applied.
 
@@ -164,7 +166,9 @@ def step_record(
         checksum: of theta before the update.
         failures: failed rewards of the step.
         tokens: prompt and completion tokens of the step.
+        lowrank_scale: the rounded scale of low-rank noise, where the update has a rank.
     """
+    lowrank = {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()} if update.rank else {}
     return {
         "step": step,
         "rows": list(rows),
@@ -178,12 +182,14 @@ def step_record(
         "a": update.a.hex(),
         "decay": update.decay.hex(),
         "checksum": checksum,
+        **lowrank,
     }
 
 
 def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Update:
     """Return the update that a step line records; ``config`` is the header's."""
     signs = (+1, -1) if config["antithetic"] else (+1, +1)
+    rank = config["rank"] if config["noise"] == "lowrank" else 0
     members = tuple(Member(int(seed, 16), signs[index % 2]) for index, seed in enumerate(record["seeds"]))
     return Update(
         members=members,
@@ -193,6 +199,8 @@ def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Upd
         decay=float.fromhex(record["decay"]),
         anchored=config["weight_decay_anchor"] == "base",
         distribution=config["noise_distribution"],
+        rank=rank,
+        a_lowrank=float.fromhex(record["a_lowrank"]) if rank else 0.0,
     )
 
 

@@ -12,20 +12,24 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
 
 from estune.engines.base import ParameterSpec, Perturbation
-from estune.noise import block_name, cpu, noise_key
+from estune.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shapes, noise_key
 from estune.noise.reference import BLOCK_SIZE
 from estune.optimizer import Update
 
 PIECE = 1 << 18  # elements per unit of work: 1 MiB of float32
+LEAST_ROWS = 64  # of a matrix of low-rank noise: B is drawn again for every piece
 MASK_64 = (1 << 64) - 1
 _NO_ANCHOR = np.empty(0, dtype=np.float32)
 
 AnchorReader = Callable[[str, int, int], np.ndarray]  # (name, start, count) -> float32 (count,) of theta_0
+Part = tuple[str, int, float, float]  # of an update: name, checksum, sum of squares of the change, and of theta
+Job = Callable[[], Part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,37 @@ def pieces(size: int) -> Iterator[tuple[int, int, int]]:
             yield start, min(PIECE, block_end - start), block_start // BLOCK_SIZE
 
 
+def row_pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Cut a matrix (d0, d1), or a stack (E, d0, d1), into (row, rows, column): whole rows of one matrix each.
+
+    ``row`` counts the rows of the whole stack, and ``column`` says how many columns the matrices before have.
+    A piece has `PIECE` elements, and `LEAST_ROWS` rows where rows are so long that drawing B would count.
+    """
+    *experts, d0, d1 = shape
+    if not d1:
+        return
+    step = max(PIECE // d1, LEAST_ROWS)
+    for expert in range(math.prod(experts)):
+        for row in range(0, d0, step):
+            yield expert * d0 + row, min(step, d0 - row), expert * d1
+
+
+def _rows_of(spec: ParameterSpec, flat: np.ndarray) -> np.ndarray:
+    """Return the rows of a matrix, or of a whole stack, as a view (rows, d1) of its flat array."""
+    return flat.reshape(math.prod(spec.shape[:-1]), spec.shape[-1])
+
+
+def _keys(seeds: Sequence[int], name: str) -> np.ndarray:
+    """Return the members' key words for one name: uint32 (M, 2)."""
+    return np.array([noise_key(seed, name) for seed in seeds], dtype=np.uint32).reshape(-1, 2)
+
+
+def _factor_keys(seeds: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the members' key words for the factors A and B of a matrix: uint32 (M, 2) each."""
+    a, b = (_keys(seeds, factor) for factor in factor_names(name))
+    return a, b
+
+
 @dataclass
 class Master:
     """Float32 parameters under their stored names, in name order.
@@ -67,9 +102,11 @@ class Master:
             array = self.arrays[spec.name]
             if array.dtype != np.float32 or not array.flags.c_contiguous or array.shape != tuple(spec.shape):
                 raise ValueError(f"master array {spec.name!r} is not C-contiguous float32 of shape {spec.shape}")
+            if spec.lowrank:
+                factor_shapes(spec.shape, 1)  # refuses what is no matrix and no stack of them
         self._flat = {spec.name: self.arrays[spec.name].reshape(-1) for spec in self.specs}
         self._pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
-        self._perturbed = {spec.name: spec.perturbed for spec in self.specs}
+        self._spec = {spec.name: spec for spec in self.specs}
         self.version = 0  # counts the writes of theta
 
     @property
@@ -84,6 +121,9 @@ class Master:
             name: the parameter.
             perturbation: the member; ``None`` or a parameter that is not perturbed gives a copy of theta.
             out: where to write, C-contiguous float32 of the same size; a new array without it.
+
+        Raises:
+            ValueError: ``out`` does not fit, or the member has no rank for parameters of low-rank noise.
         """
         theta = self._flat[name]
         if out is None:
@@ -91,12 +131,18 @@ class Master:
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != theta.size:
             raise ValueError(f"output for {name!r} must be C-contiguous float32 of {theta.size} elements")
         flat_out = out.reshape(-1)  # (d,)
-        if perturbation is None or not self._perturbed[name]:
+        if perturbation is not None:
+            self._check_rank(perturbation.rank)
+        if perturbation is None or not self._spec[name].perturbed:
             np.copyto(flat_out, theta)
             return out
+        if self._spec[name].lowrank:
+            self._perturb_lowrank(self._spec[name], perturbation, flat_out)
+            return out
+        seed, rademacher = perturbation.member.seed, perturbation.distribution == "rademacher"
         scale = np.float32(perturbation.scale * perturbation.member.sign)
-        rademacher = perturbation.distribution == "rademacher"
-        keys: dict[int, tuple[np.uint32, np.uint32]] = {}  # per block
+        blocks = range(-(-theta.size // BLOCK_SIZE))
+        keys = [tuple(map(np.uint32, noise_key(seed, block_name(name, block)))) for block in blocks]
 
         def work(piece: tuple[int, int, int]) -> None:
             start, count, block = piece
@@ -104,55 +150,95 @@ class Master:
             end = start + count
             cpu.perturb_into(flat_out[start:end], theta[start:end], start % BLOCK_SIZE, k0, k1, scale, rademacher)
 
-        for block in range(-(-theta.size // BLOCK_SIZE)):
-            k0, k1 = noise_key(perturbation.member.seed, block_name(name, block))
-            keys[block] = (np.uint32(k0), np.uint32(k1))
         self._run(work, list(pieces(theta.size)))
         return out
+
+    def _perturb_lowrank(self, spec: ParameterSpec, perturbation: Perturbation, flat_out: np.ndarray) -> None:
+        """Write a member's weights for a matrix, or a stack of them, of low-rank noise: float32 (d,)."""
+        rank, member = perturbation.rank, perturbation.member
+        factor_shapes(spec.shape, rank)  # refuses factors that are too large
+        keys_a, keys_b = _factor_keys([member.seed], spec.name)
+        scale = perturbation.lowrank_scale * member.sign
+        rademacher = perturbation.distribution == "rademacher"
+        theta, out = (_rows_of(spec, flat) for flat in (self._flat[spec.name], flat_out))
+
+        def work(piece: tuple[int, int, int]) -> None:
+            row, count, column = piece
+            rows = slice(row, row + count)
+            cpu_lowrank.perturb_lowrank_into(
+                out[rows], theta[rows], row, column, keys_a, keys_b, rank, scale, rademacher
+            )
+
+        self._run(work, list(row_pieces(spec.shape)))
 
     def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
         """Move theta by one step, in place, in one pass that also sums its checksum and norms.
 
         Raises:
-            ValueError: the update decays towards theta_0 but no ``anchor`` is given.
+            ValueError: the update decays towards theta_0 but no ``anchor`` is given, or it has no rank for parameters
+                of low-rank noise.
         """
+        self._check_rank(update.rank)
         if update.is_zero:
             return Moved(self.checksum(), 0.0, 0.0)
         if update.decay and update.anchored and anchor is None:
             raise ValueError("an anchored update needs a reader of theta_0")
-        moving = [(m, q) for m, q in zip(update.members, update.q, strict=True) if q]
-        q = np.array([m.sign * q for m, q in moving], dtype=np.int32)  # (M,)
-        decay = np.float32(update.decay)
-        rademacher = update.distribution == "rademacher"
-        keys: dict[tuple[str, int], np.ndarray] = {}
-        jobs: list[tuple[str, int, int, int]] = []
-        for spec in self.specs:
-            for start, count, block in pieces(self._flat[spec.name].size):
-                jobs.append((spec.name, start, count, block))
-                if spec.perturbed and (spec.name, block) not in keys:
-                    stored = block_name(spec.name, block)
-                    pairs = [noise_key(member.seed, stored) for member, _ in moving]
-                    keys[spec.name, block] = np.array(pairs, dtype=np.uint32).reshape(-1, 2)  # (M, 2)
-
-        def work(job: tuple[str, int, int, int]) -> tuple[str, int, float, float]:
-            name, start, count, block = job
-            theta = self._flat[name][start : start + count]
-            offset = start % BLOCK_SIZE
-            if not self._perturbed[name]:
-                return name, int(cpu.checksum_of(theta, offset)), 0.0, 0.0
-            theta_0 = _NO_ANCHOR
-            if decay and update.anchored and anchor is not None:
-                theta_0 = anchor(name, start, count)
-            part, moved, size = cpu.update_into(
-                theta, offset, keys[name, block], q, update.a, rademacher, decay, theta_0
-            )
-            return name, int(part), moved, size
-
-        parts = self._run(work, jobs)
+        if not (update.decay and update.anchored):
+            anchor = None
+        jobs = [job for spec in self.specs for job in self._update_jobs(spec, update, anchor)]
+        parts = self._run(lambda job: job(), jobs)
         self.version += 1
         norm = math.sqrt(math.fsum(moved for _, _, moved, _ in parts))
         size = math.sqrt(math.fsum(size for _, _, _, size in parts))
         return Moved(self._digest([part[:2] for part in parts]), norm, norm / size if size else 0.0)
+
+    def _update_jobs(self, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Iterator[Job]:
+        """Cut one parameter's update into calls that return (name, checksum, moved, size)."""
+        name, flat = spec.name, self._flat[spec.name]
+        seeds = [member.seed for member, q in zip(update.members, update.q, strict=True) if q]
+        weights = [member.sign * q for member, q in zip(update.members, update.q, strict=True) if q]
+        q = np.array(weights, dtype=np.int32)  # (M,)
+        decay = np.float32(update.decay)
+        rademacher = update.distribution == "rademacher"
+
+        def theta_0(start: int, count: int) -> np.ndarray:
+            return _NO_ANCHOR if anchor is None else anchor(name, start, count)
+
+        def still(start: int, count: int) -> Part:
+            return name, int(cpu.checksum_of(flat[start : start + count], start % BLOCK_SIZE)), 0.0, 0.0
+
+        def full(start: int, count: int, keys: np.ndarray) -> Part:
+            theta, base = flat[start : start + count], theta_0(start, count)
+            done = cpu.update_into(theta, start % BLOCK_SIZE, keys, q, update.a, rademacher, decay, base)
+            return name, int(done[0]), done[1], done[2]
+
+        def lowrank(row: int, count: int, column: int, keys_a: np.ndarray, keys_b: np.ndarray) -> Part:
+            cols = spec.shape[-1]
+            theta, base = _rows_of(spec, flat)[row : row + count], theta_0(row * cols, count * cols)
+            done = cpu_lowrank.update_lowrank_into(
+                theta, row, column, keys_a, keys_b, q, update.rank, update.a_lowrank, rademacher, decay, base
+            )
+            return name, int(done[0]), done[1], done[2]
+
+        if spec.lowrank:
+            factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
+            pairs = _factor_keys(seeds, name)
+            for row, count, column in row_pieces(spec.shape):
+                yield partial(lowrank, row, count, column, *pairs)
+            return
+        keys: dict[int, np.ndarray] = {}  # per block, (M, 2)
+        for start, count, block in pieces(flat.size):
+            if not spec.perturbed:
+                yield partial(still, start, count)
+                continue
+            if block not in keys:
+                keys[block] = _keys(seeds, block_name(name, block))
+            yield partial(full, start, count, keys[block])
+
+    def _check_rank(self, rank: int) -> None:
+        """Raise ValueError where parameters of low-rank noise meet a member or an update without a rank."""
+        if rank < 1 and any(spec.lowrank for spec in self.specs):
+            raise ValueError("parameters of low-rank noise need a rank of at least 1")
 
     def checksum(self) -> str:
         """Return the checksum of theta (DESIGN section 5): blake2b-128 in hex, a sum that shards can add up."""
@@ -173,6 +259,16 @@ class Master:
         for spec in self.specs:
             read_into(spec.name, self._flat[spec.name])
         self.version += 1
+
+    def head(self, name: str, count: int) -> np.ndarray:
+        """Return the first ``count`` elements of a parameter, or all if it has fewer; flat."""
+        return self._flat[name][:count]
+
+    def unshare(self) -> None:
+        """Move theta into memory of its own, where the arrays given were another's (a model's own parameters)."""
+        for spec in self.specs:
+            self.arrays[spec.name] = self.arrays[spec.name].copy()
+            self._flat[spec.name] = self.arrays[spec.name].reshape(-1)
 
     def _digest(self, sums: Sequence[tuple[str, int]]) -> str:
         totals = {spec.name: 0 for spec in self.specs}

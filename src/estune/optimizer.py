@@ -3,8 +3,8 @@
     theta += learning_rate / N * sum_m utilities_m * sign_m * eps(seed_m)          (arXiv 2509.24372; 1/sigma folded in)
 
 made exact: utilities become integers ``q`` of a common exponent ``e``, the sum runs in int32, and one scale ``a`` of
-22 significant bits turns it into weights (DESIGN section 2). What is computed here is a handful of scalars, which the
-journal records; `estune.master` applies them.
+22 significant bits turns it into weights (DESIGN section 2); matrices of low-rank noise have a scale of their own. What
+is computed here is a handful of scalars, which the journal records; `estune.master` applies them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from estune.noise.reference import noise_deviation, round_to_bits
+from estune.noise.reference import lowrank_deviation, noise_deviation, round_to_bits
 from estune.population import Member
 
 MAX_Q = 32767
@@ -37,6 +37,10 @@ class Update:
     decay: float = 0.0  # theta -= decay * (theta - anchor), a float32 value; before the ES term
     anchored: bool = False  # anchor: theta_0, otherwise 0
     distribution: str = "normal"
+    rank: int = 0  # of the low-rank noise; 0: every parameter has full noise
+    a_lowrank: float = (
+        0.0  # the same for matrices of low-rank noise: theta += a_lowrank * sum_m q_m * sign_m * A_m B_m^T
+    )
 
     @property
     def is_zero(self) -> bool:
@@ -44,10 +48,11 @@ class Update:
         return not any(self.q)
 
 
-def integer_utilities(utilities: Sequence[float]) -> tuple[list[int], int]:
+def integer_utilities(utilities: Sequence[float], rank: int = 0) -> tuple[list[int], int]:
     """Return ``(q, e)`` with ``q = rint(utilities * 2^e)``, half to even, at the largest exponent that fits.
 
-    It fits while max|q| <= 32767 and max|q| * 16 * N < 2^31, so that no order of summation can overflow int32.
+    It fits while max|q| <= 32767 and max|q| * 16 * N < 2^31, with low-rank noise max|q| * 256 * N * rank < 2^31, so
+    that no order of summation can overflow int32.
     All-zero utilities give ``e = 0``.
     """
     largest = max((abs(value) for value in utilities), default=0.0)
@@ -56,9 +61,11 @@ def integer_utilities(utilities: Sequence[float]) -> tuple[list[int], int]:
     if not math.isfinite(largest):
         raise ValueError("utilities must be finite")
 
+    largest_noise = MAX_NOISE**2 * rank if rank else MAX_NOISE
+
     def fits(exponent: int) -> bool:
         top = round(math.ldexp(largest, exponent))
-        return top <= MAX_Q and top * MAX_NOISE * len(utilities) < 1 << 31
+        return top <= MAX_Q and top * largest_noise * len(utilities) < 1 << 31
 
     exponent = 15 - math.frexp(largest)[1]  # ldexp(largest, exponent) lies in [2^14, 2^15)
     while not fits(exponent):
@@ -74,6 +81,7 @@ def make_update(
     weight_decay: float = 0.0,
     anchored: bool = False,
     distribution: str = "normal",
+    rank: int = 0,
 ) -> Update:
     """Turn a step's utilities into the exact update.
 
@@ -84,11 +92,17 @@ def make_update(
         weight_decay: lambda of ``theta -= learning_rate * lambda * (theta - anchor)``, decoupled as in AdamW.
         anchored: decay towards theta_0 (arXiv 2605.30148) rather than towards 0.
         distribution: of the noise.
+        rank: of the low-rank noise, 0 in a run of full noise.
     """
-    q, e = integer_utilities(utilities)
-    a = round_to_bits(math.ldexp(learning_rate / (len(members) * noise_deviation(distribution)), -e), SCALE_BITS)
+    q, e = integer_utilities(utilities, rank)
+
+    def scale(deviation: float) -> float:
+        return round_to_bits(math.ldexp(learning_rate / (len(members) * deviation), -e), SCALE_BITS)
+
+    a = scale(noise_deviation(distribution))
+    a_lowrank = scale(lowrank_deviation(rank, distribution)) if rank else 0.0
     decay = float(np.float32(learning_rate * weight_decay))
-    return Update(tuple(members), tuple(q), e, a, decay, anchored, distribution)
+    return Update(tuple(members), tuple(q), e, a, decay, anchored, distribution, rank, a_lowrank)
 
 
 def scheduled(schedule: str, step: int, max_steps: int, warmup_steps: int = 0) -> float:

@@ -1,8 +1,9 @@
 """One step's rollouts: every member answers the step's prompts, and the answers are scored meanwhile.
 
-The unit of work is the group: one member with all B prompts of the step (the engine may cut them into several forward
-passes). Scoring runs in the reward pool while the engine generates for the next group. Each finished group goes to
-`pending.jsonl` at once; a group found there is not evaluated again.
+A few members (`members_per_batch`; one with full-rank noise) answer all B prompts of the step together; the engine may
+cut the prompts into several forward passes. Scoring runs in the reward pool, one call for each member, while the engine
+generates for the next ones. What each member's rollouts came to (a `Group`) goes to `pending.jsonl` at once; members
+found there are not evaluated again, unless others of their batch are missing: a batch is run as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import numpy as np
 from estune.data import reward_inputs
 from estune.engines.base import Completion, Engine, Interrupted, Perturbation, Prompt, Sampling
 from estune.journal import Pending
-from estune.population import Member
 from estune.rewards import RewardBatch, RewardPool, RewardResult
 
 Completions = list[list[Completion]]  # (B, G)
@@ -83,32 +83,42 @@ class Evaluator:
 
     def start(
         self,
-        perturbation: Perturbation | None,
+        perturbations: Sequence[Perturbation] | None,
         rows: Sequence[dict[str, Any]],
         prompts: Sequence[Prompt],
         sampling: Sampling,
         trainer_state: dict[str, Any],
         keep_text: bool,
-    ) -> tuple[Group, Completions, Future[RewardResult]]:
-        """Generate one group's completions (B, G) and hand them to the reward pool; see `finish`."""
+    ) -> list[tuple[Group, Completions, Future[RewardResult]]]:
+        """Generate the completions (B, G) of some members (M), or theta's, and hand them to the reward pool.
+
+        Each of the M results is to be completed by `finish`; times are shared out evenly.
+        """
         started, perturbed = time.perf_counter(), self.engine.perturb_s
-        completions = self.engine.generate(perturbation, prompts, sampling, self.should_stop)  # (B, G)
+        if perturbations is None:
+            answered = [self.engine.generate(None, prompts, sampling, self.should_stop)]  # (1, B, G)
+        else:
+            answered = self.engine.generate_population(perturbations, prompts, sampling, self.should_stop)  # (M, B, G)
         perturb_s = self.engine.perturb_s - perturbed
-        group = Group(
-            rewards=[],
-            failed=[],
-            lengths=[[len(c.token_ids) for c in row] for row in completions],
-            finished=[[c.finished for c in row] for row in completions],
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
-            generate_s=time.perf_counter() - started - perturb_s,
-            perturb_s=perturb_s,
-        )
-        if keep_text:
-            group.completions = [
-                [self.response_prefix + self.text(prompt, c.token_ids) for c in answers]
-                for prompt, answers in zip(prompts, completions, strict=True)
-            ]
-        return group, completions, self.score(rows, prompts, completions, trainer_state)
+        generate_s = time.perf_counter() - started - perturb_s
+        handed_over = []
+        for completions in answered:
+            group = Group(
+                rewards=[],
+                failed=[],
+                lengths=[[len(c.token_ids) for c in row] for row in completions],
+                finished=[[c.finished for c in row] for row in completions],
+                prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
+                generate_s=generate_s / len(answered),
+                perturb_s=perturb_s / len(answered),
+            )
+            if keep_text:
+                group.completions = [
+                    [self.response_prefix + self.text(prompt, c.token_ids) for c in answers]
+                    for prompt, answers in zip(prompts, completions, strict=True)
+                ]
+            handed_over.append((group, completions, self.score(rows, prompts, completions, trainer_state)))
+        return handed_over
 
     def finish(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put a group's scores into it."""
@@ -164,32 +174,42 @@ class Evaluator:
         trainer_state: dict[str, Any],
     ) -> Rollouts:
         """Evaluate theta itself on a step's prompts: (1, B, G) rollouts."""
-        group, _, future = self.start(None, rows, prompts, sampling, trainer_state, False)
+        [(group, _, future)] = self.start(None, rows, prompts, sampling, trainer_state, False)
         return stack([self.finish(group, scored(future, self.should_stop), sampling.num_generations)])
 
     def population(
         self,
-        members: Sequence[Member],
-        scale: float,
-        distribution: str,
+        perturbations: Sequence[Perturbation],
         rows: Sequence[dict[str, Any]],
         prompts: Sequence[Prompt],
         sampling: Sampling,
         trainer_state: dict[str, Any],
         *,
+        members_per_batch: int,
         pending: Pending,
         head: str,
         keep_text: bool = False,
     ) -> Rollouts:
         """Evaluate all members of a step: (N, B, G) rollouts.
 
+        Args:
+            perturbations: (N,), the members.
+            rows: (B,) of the step.
+            prompts: (B,).
+            sampling: how completions are decoded.
+            trainer_state: for reward functions.
+            members_per_batch: members that answer together.
+            pending: where finished members are put.
+            head: the journal's head, which ties them to this step.
+            keep_text: keep completions as text.
+
         Raises:
             Interrupted: the run was asked to stop; groups that were finished are in ``pending``.
         """
-        known = known_groups(pending.read(head), len(members), keep_text)
+        n_members = len(perturbations)
+        known = known_groups(pending.read(head), n_members, keep_text)
         groups: dict[int, Group] = dict(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
-        score_wait_s = 0.0
 
         def collect(wait: bool) -> None:
             while scoring and (wait or scoring[0][2].done()):
@@ -199,20 +219,21 @@ class Evaluator:
                 pending.append(head, index, vars(groups[index]))
 
         try:
-            for index, member in enumerate(members):
-                if index not in known:
-                    perturbation = Perturbation(member, scale, distribution)
-                    group, _, future = self.start(perturbation, rows, prompts, sampling, trainer_state, keep_text)
-                    scoring.append((index, group, future))
-                    collect(wait=False)
+            for first in range(0, n_members, members_per_batch):
+                batch = range(first, min(first + members_per_batch, n_members))
+                if all(index in known for index in batch):
+                    continue
+                chosen = [perturbations[index] for index in batch]
+                started = self.start(chosen, rows, prompts, sampling, trainer_state, keep_text)
+                scoring.extend((index, group, future) for index, (group, _, future) in zip(batch, started, strict=True))
+                collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):
                 collect(wait=True)
             raise
-        started = time.perf_counter()
+        waiting_since = time.perf_counter()
         collect(wait=True)
-        score_wait_s += time.perf_counter() - started
-        return stack([groups[index] for index in range(len(members))], score_wait_s)
+        return stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
 
 
 def known_groups(found: Mapping[int, dict[str, Any]], n_members: int, keep_text: bool) -> dict[int, Group]:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from estune import checkpoint
 from estune.checkpoint import BASE_DIRECTORY
 from estune.config import RESUMABLE, ESConfig
-from estune.engines.base import Engine
+from estune.engines.base import Engine, ParameterSpec
 from estune.environment import environment, versions
 from estune.errors import UserError
 from estune.files import write_json
@@ -101,13 +101,14 @@ class Run:
                 "config": self.args.trajectory(),
                 "engine": engine.info(),
                 "rollouts": "reproducible" if reproducible else "not reproducible",
-                "parameters": [[spec.name, list(spec.shape), spec.perturbed] for spec in engine.master.specs],
+                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in engine.master.specs],
                 "versions": versions(),
                 **extra,
             }
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
             check_base(self.found, fingerprint, self.args.model)
+            check_parameters(self.found, engine.master.specs)
             for name, value in extra.items():
                 if self.found.header[name] != value:
                     raise UserError(f"a resume cannot change {name} from {self.found.header[name]} to {value}")
@@ -335,6 +336,20 @@ def check_base(journal: Journal, fingerprint: str, model: str) -> None:
     wanted = journal.header["base"]["fingerprint"]
     if fingerprint != wanted:
         raise UserError(f"model {model} has fingerprint {fingerprint}, the journal was written on {wanted}")
+
+
+def check_parameters(journal: Journal, specs: Sequence[ParameterSpec]) -> None:
+    """Raise UserError where the engine would perturb other parameters than the journal's, or with another noise."""
+    told = {False: "none", "full": "full", "lowrank": "lowrank"}
+    # A journal from before there was low-rank noise says `true` for full noise.
+    written = {name: "full" if kind is True else kind for name, _, kind in journal.header["parameters"]}
+    found = {spec.name: spec.kind for spec in specs}
+    for name in sorted(written.keys() | found.keys()):
+        then, now = written.get(name, False), found.get(name, False)
+        if then != now:
+            raise UserError(
+                f"the noise of {name} was {told[then]} when the journal was written, and is {told[now]} now"
+            )
 
 
 def replay_steps(journal: Journal, engine: Engine, start: int, stop: int, anchor: AnchorReader | None) -> Moved | None:

@@ -26,7 +26,7 @@ from estune.inputs import Rewards
 from estune.journal import step_record
 from estune.model_paths import local_directory
 from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, say
-from estune.noise import perturbation_scale
+from estune.noise import lowrank_scale, perturbation_scale
 from estune.optimizer import Update, scheduled
 from estune.population import Member, members_for_step
 from estune.rewards import INLINE_WARNING, RewardPool
@@ -50,12 +50,20 @@ class Step:
     sigma: float
     scale: float  # sigma as the noise's integer scale, see `perturbation_scale`
     learning_rate: float
+    distribution: str = "normal"  # of the noise
+    rank: int = 0  # of low-rank noise; 0: full noise
+    lowrank_scale: float = 0.0  # sigma as the scale of low-rank noise, see `estune.noise.lowrank_scale`
+
+    def perturbation(self, member: Member) -> Perturbation:
+        """Return what an engine has to know to be this member."""
+        return Perturbation(member, self.scale, self.distribution, self.rank, self.lowrank_scale)
 
 
 def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
     """Return the step of an index."""
     sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
     factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
+    rank = args.rank if args.noise == "lowrank" else 0
     return Step(
         index=index,
         rows=batches.rows_for_step(index),
@@ -63,6 +71,9 @@ def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
         sigma=sigma,
         scale=perturbation_scale(sigma, args.noise_distribution),
         learning_rate=args.effective_learning_rate * factor,
+        distribution=args.noise_distribution,
+        rank=rank,
+        lowrank_scale=lowrank_scale(sigma, rank, args.noise_distribution) if rank else 0.0,
     )
 
 
@@ -112,18 +123,16 @@ class Session:
         self.started = time.perf_counter()
         if not self.perturb_cos or step.scale < self.perturb_cos_scale / 2:  # at first, and as sigma falls
             self.perturb_cos_scale = step.scale
-            first = Perturbation(step.members[0], step.scale, self.args.noise_distribution)
-            self.perturb_cos = self.engine.perturb_cosine(first)
+            self.perturb_cos = self.engine.perturb_cosine(step.perturbation(step.members[0]))
             metrics.warn_of_coarse_weights(self.perturb_cos)
         rows, prompts = self._inputs(step)
         return self.evaluator.population(
-            step.members,
-            step.scale,
-            self.args.noise_distribution,
+            [step.perturbation(member) for member in step.members],
             rows,
             prompts,
             inputs.sampling(self.args, step.index),
             self._trainer_state(step.index),
+            members_per_batch=int(self.args.members_per_batch),
             pending=self.run.pending,
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step),
@@ -158,6 +167,7 @@ class Session:
             self.checksum,
             failures=int(rollouts.failed.sum()),
             tokens=rollouts.tokens,
+            lowrank_scale=step.lowrank_scale,
         )
         self.run.pending.note(self.run.journal.head, self.measured)  # what a kill behind the step line would lose
         if self._keeps_completions(step):
@@ -285,6 +295,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         say(f"estune: loading {args.model if not trainer.has_module else 'the model'}")
         engine = trainer.engine
         train_prompts = trainer.prepare()
+        args = trainer.args = run.args = inputs.resolve_members(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if run.is_new:
             run.clear()  # only now, when all that the user gave has been found to work

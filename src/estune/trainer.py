@@ -105,6 +105,7 @@ class ESTrainer:
                         weight_decay=args.weight_decay,
                         anchored=args.weight_decay_anchor == "base",
                         distribution=args.noise_distribution,
+                        rank=step.rank,
                     )
                     session.journal_step(step, rewards, fitness, rollouts, update)  # on disk before theta moves
                     session.move(update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from tiny_models import EOS, FAMILIES, PAD, save_tiny, tiny_model, tiny_tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from estune.engines import decoding
+from estune.engines import attention, decoding, hf_callers, small_linear
 from estune.engines.base import Completion, Interrupted, Perturbation, Prompt, Sampling
 from estune.engines.hf import HFEngine, _end_ids
 from estune.errors import UserError
@@ -74,6 +74,111 @@ def test_the_batch_shrinks_as_rows_finish(family: str) -> None:
         ends = [token % 3 == 0 for token in completion.token_ids]
         assert not any(ends[:-1])
         assert completion.finished == ends[-1]
+
+
+def last_logits(model: Any, rows: list[list[int]], caller: hf_callers.Caller) -> list[torch.Tensor]:
+    """Logits after the prompts, and after one and two more tokens; each (R, V)."""
+    ids, mask = hf_callers.left_pad(rows, PAD, torch.device("cpu"))
+    with torch.inference_mode():
+        found = [caller.prefill(ids, mask, 4)]
+        found += [caller.step(ids[:, 0] * 0 + token) for token in (5, 6)]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fast_layers_and_attention_give_the_logits_of_transformers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    if not hf_callers.uses_attention_caller(model):
+        pytest.skip("has no attention, or inputs of its own")
+    rows = [[*range(30)], [7] * 9, [7] * 9, [8]]
+    expected = last_logits(model, rows, hf_callers.AttentionCaller(model, wide_mask=False))
+    grouped = family in ("llama", "qwen2", "qwen3", "gemma", "gemma3", "mixtral", "qwen2_moe", "hrm_text")
+    assert attention.install(model) == grouped
+    assert not attention.install(model)  # once is enough
+    monkeypatch.setattr(small_linear, "MIN_WIDTH", 1)
+    monkeypatch.setattr(small_linear, "MIN_WEIGHTS", 1)
+    small_linear.install(model)
+    wide = hf_callers.takes_wide_mask(model)
+    assert wide == (family != "gemma3")  # gemma3 has layers of two kinds
+    for found, wanted in zip(last_logits(model, rows, hf_callers.AttentionCaller(model, wide)), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=2e-5 * float(wanted.abs().max()))
+
+
+def test_attention_is_left_alone_where_it_would_change_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    real = attention.grouped_attention
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return real(*args, **kwargs)[0] * 1.01, None
+
+    monkeypatch.setattr(attention, "grouped_attention", wrong)
+    assert not attention.install(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert attention.install(tiny_model("gpt2")) is False  # every head has its own keys
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_rows_may_be_repeated_and_reordered(family: str) -> None:
+    model = tiny_model(family)
+    rows = [[*range(30)], [7] * 9, [8]]
+    lines = torch.tensor([2, 0, 2, 2, 1])
+    ids, mask = hf_callers.left_pad(rows, PAD, torch.device("cpu"))
+    wide = hf_callers.takes_wide_mask(model)
+    with torch.inference_mode():
+        plain, moved = hf_callers.AttentionCaller(model, wide), hf_callers.AttentionCaller(model, wide)
+        assert torch.equal(plain.prefill(ids, mask, 4), moved.prefill(ids, mask, 4))
+        assert moved.keep(lines)
+        for token in (5, 6):
+            tokens = torch.tensor([token, token + 1, token + 2])
+            assert torch.allclose(plain.step(tokens)[lines], moved.step(tokens[lines]), atol=1e-5)
+
+
+class CountingModel:
+    """Passes calls on to a model and notes the shapes of its inputs."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.shapes = model, []
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        return self.model(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mamba"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_prompts_have_in_common_is_read_once(family: str, groups: int) -> None:
+    model = tiny_model(family)
+    head = list(range(40, 52))
+    rows = [[*head, 1, 2, 3], [*head, 4], [*head, 1, 2, 3], [*head, 9, 9, 9, 9, 9]]
+    counting, widths = CountingModel(model), []
+    wide = hf_callers.takes_wide_mask(model)
+    sharing = hf_callers.AttentionCaller(counting, wide, groups, widths.append)
+    found = last_logits(model, rows * groups, sharing)
+    if wide:
+        assert counting.shapes[:2] == [(groups, 12), (3 * groups, 5)]
+        assert widths == [1, 3, 4]
+    else:
+        assert counting.shapes[0] == (3 * groups, 17)
+        assert widths == [3, 4]
+    assert counting.shapes[-2:] == [(4 * groups, 1)] * 2
+    apart = CountingModel(model)  # rows may all have weights of their own: nothing is shared
+    last_logits(apart, rows, hf_callers.AttentionCaller(apart, wide))
+    assert apart.shapes[0] == (4, 17)
+    for line, row in enumerate(rows * groups):
+        alone = last_logits(model, [row], hf_callers.AttentionCaller(model, wide_mask=False))
+        for one, many in zip(alone, found, strict=True):
+            assert torch.allclose(many[line], one[0], atol=2e-5 * float(one.abs().max()))
+
+
+def test_rows_of_like_lengths_share_a_batch() -> None:
+    rows = [decoding.Row((1,) * n, i, 0) for i, n in enumerate([3, 9, 3, 5, 9, 1])]
+    assert decoding.cut(rows, 4) == [[1, 4, 3, 0], [2, 5]]
+    assert decoding.cut([], 4) == []
 
 
 def test_other_weights_give_other_answers_and_caches_do_not_linger() -> None:
@@ -196,6 +301,12 @@ class ScriptedCaller:
     def keep(self, rows: torch.Tensor) -> bool:
         self.rows = [self.rows[i] for i in rows.tolist()]
         return True
+
+    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+        if 2 * len(alive) > lines:
+            return None
+        self.keep(torch.tensor(alive))
+        return list(alive), [True] * len(alive)
 
     def _logits(self) -> torch.Tensor:
         self.position += 1

@@ -62,6 +62,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         max_position_embeddings=128,
         word_embed_proj_dim=32,
     ),
+    "gpt_neox": lambda: _build(
+        "GPTNeoX",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
     "mixtral": lambda: _build("Mixtral", **_DECODER, num_local_experts=4, num_experts_per_tok=2),
     "qwen2_moe": lambda: _build(
         "Qwen2Moe",

@@ -191,6 +191,26 @@ def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, 
     assert len(first.read_text().splitlines()) >= finished
 
 
+def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
+    """What a row answers may depend on its neighbours by rounding, so members that share a forward pass stay together."""
+    write_rewards(place)
+    batch = 4
+    options = (*TOY, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--reward_funcs", "rewards.py:slow",
+               "--noise", "lowrank", "--members_per_batch", batch)  # fmt: skip
+    first, second = place / "first", place / "second"
+    pid = zygote.start(options, place, env={"CALLS": str(first), "REWARD_S": "0.1"})
+    pending = place / "run" / "pending.jsonl"
+    while not pending.exists() or pending.read_bytes().count(b"\n") < 6:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert zygote.wait().code == -signal.SIGKILL
+    finished = pending.read_bytes().count(b"\n")
+    assert 6 <= finished < 8
+    assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
+    assert len(second.read_text().splitlines()) == batch
+    assert len(journal(place / "run")[1]["fitness"]) == 8
+
+
 def test_a_torn_line_of_metrics_costs_nothing(zygote, place):
     options = (*TOY, "--max_steps", 3, "--population_size", 4)
     assert zygote.run(options, place).code == 0
@@ -216,8 +236,9 @@ def test_a_checkpoint_of_a_step_that_the_journal_lost_is_not_believed(zygote, pl
     assert_same_tree(tree(place / "run"), wanted)
 
 
+@pytest.mark.parametrize("noise", [(), ("--noise", "lowrank", "--rank", 2, "--members_per_batch", 3)], ids=str)
 @pytest.mark.parametrize("model", ["tiny"])
-def test_three_kills_of_a_language_model(torch_zygote, place, request, model):
+def test_three_kills_of_a_language_model(torch_zygote, place, request, model, noise):
     if model == "tiny":
         task = ("--task", "countdown", "--eval_steps", 4, "--eval_rows", 3)
     else:
@@ -230,6 +251,7 @@ def test_three_kills_of_a_language_model(torch_zygote, place, request, model):
         "--model",
         model,
         *task,
+        *noise,
         "--max_steps",
         6,
         "--population_size",

@@ -13,6 +13,7 @@ import pytest
 from command_line import TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
 
 from estune.config import FIELDS, ESConfig
+from estune.journal import Journal
 
 RUN = (
     *TOY,
@@ -39,7 +40,7 @@ def theta(place):
 
 
 def of_steps(*names):
-    return lambda place: [[line[name] for name in names] for line in steps(place / "run")]
+    return lambda place: [[line.get(name) for name in names] for line in steps(place / "run")]
 
 
 def header(*names):
@@ -103,6 +104,8 @@ TOY_EFFECTS = {
     "learning_rate": ((), ("--learning_rate", 0.2), of_steps("a", "checksum")),
     "batch_size": ((), ("--batch_size", 3), of_steps("rows", "fitness")),
     "antithetic": ((), ("--antithetic",), of_steps("seeds", "fitness")),
+    "noise": ((), ("--noise", "lowrank"), of_steps("fitness", "s_lowrank", "a_lowrank")),
+    "rank": (("--noise", "lowrank"), ("--rank", 2), of_steps("fitness", "s_lowrank", "a_lowrank")),
     "noise_distribution": ((), ("--noise_distribution", "rademacher"), of_steps("s", "fitness")),
     "fitness_shaping": ((), ("--fitness_shaping", "centered_rank"), of_steps("q")),
     "lr_scheduler_type": ((), ("--lr_scheduler_type", "linear"), of_steps("a")),
@@ -156,7 +159,7 @@ OTHERWISE = {  # field -> the test below that shows its effect
     "device": "test_device",
     "revision": "test_revision",
     "trust_remote_code": "test_trust_remote_code",
-    "noise": "test_noise",
+    "members_per_batch": "test_members_per_batch",
     "output_dir": "test_output_dir",
     "run_name": "test_run_name",
     "resume": "test_resume",
@@ -365,8 +368,91 @@ def test_trust_remote_code(run_model, place, tiny_llama):
     assert (place / "run" / "model.safetensors").exists()
 
 
-def test_noise(run):
-    assert_refused(run(*RUN, "--noise", "lowrank"), "noise", "full")
+LOWRANK = ("--noise", "lowrank", "--rank", 2)
+
+
+def test_noise_is_what_the_journal_says(run, place):
+    """Matrices have low-rank noise and vectors full noise; a run of full noise is another, and stays as it was."""
+    assert run(*RUN, *LOWRANK).code == 0
+    line, first = journal(place / "run")[:2]
+    kinds = {name: kind for name, _, kind in line["parameters"]}
+    assert kinds == {
+        "body.weight": "lowrank", "head.weight": "lowrank", "body.bias": "full", "frozen.weight": False,
+    }  # fmt: skip
+    assert (line["config"]["noise"], line["config"]["rank"]) == ("lowrank", 2)
+    assert float.fromhex(first["s_lowrank"]) == pytest.approx(0.1 / 8 / 2**0.5, rel=1e-4)
+    assert float.fromhex(first["s"]) == pytest.approx(0.1 / 8**0.5, rel=1e-4)
+    assert_refused(run(*RUN, "--rank", 2, "--output_dir", "other"), "rank needs noise lowrank")
+    assert_refused(run(*RUN, "--resume", "--max_steps", 3, "--noise", "full", "--rank", 1), "cannot change")
+    assert run(*RUN, "--output_dir", "full").code == 0
+    header_of_full, step_of_full = journal(place / "full")[:2]
+    assert not [name for name in step_of_full if "lowrank" in name]
+    assert {kind for _, _, kind in header_of_full["parameters"]} == {"full", False}
+
+
+@pytest.mark.parametrize("decay", [(), ("--weight_decay", 0.5, "--weight_decay_anchor", "base")], ids=["", "anchored"])
+def test_a_low_rank_run_is_resumed_and_replayed_to_the_bit(run, place, decay):
+    words = (
+        *RUN,
+        *LOWRANK,
+        *decay,
+        "--antithetic",
+        "--sigma_scheduler_type",
+        "linear",
+        "--lr_scheduler_type",
+        "cosine",
+    )
+    assert run(*words, "--max_steps", 6, "--output_dir", "whole", "--num_threads", 2).code == 0
+    assert run(*words, "--max_steps", 6, "--save_steps", 2).code == 0
+    assert journal(place / "run")[0]["config"]["rank"] == 2
+    assert weights(place / "run") == weights(place / "whole")
+    for kept in (5, 3, 1):  # killed behind a step line, and its checkpoints up to then
+        lines = (place / "run" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+        shutil.copytree(place / "run", place / "cut")
+        kinds = [json.loads(line)["kind"] for line in lines]
+        last = [index for index, kind in enumerate(kinds) if kind == "step"][kept - 1]
+        (place / "cut" / "journal.jsonl").write_bytes(b"".join(lines[: last + 1]))
+        (place / "cut" / "model.safetensors").unlink()
+        done = run("train", "--output_dir", "cut", "--resume")
+        assert done.code == 0 and f"resuming after step {kept}" in done.out, done
+        assert weights(place / "cut") == weights(place / "whole")
+        assert (place / "cut" / "journal.jsonl").read_bytes() == (place / "run" / "journal.jsonl").read_bytes()
+        shutil.rmtree(place / "cut")
+    for step in (6, 4):
+        done = run("replay", "--run", "run", "--step", step, "--output_dir", f"replayed-{step}")
+        assert done.code == 0 and "replayed and verified" in done.out, done
+    assert weights(place / "replayed-6") == weights(place / "whole")
+    assert weights(place / "replayed-4") == weights(place / "run" / "checkpoint-4")
+
+
+def test_an_engine_that_perturbs_other_parameters_than_the_journals_is_refused(run, place):
+    """As after a change of what a model's code counts as a matrix: the same weights, another noise."""
+    assert run(*RUN, *LOWRANK).code == 0
+    path = place / "run" / "journal.jsonl"
+    header, *others = journal(place / "run")
+    for entry in header["parameters"]:
+        if entry[0] == "body.weight":
+            entry[2] = "full"
+    path.unlink()
+    changed = Journal.create(path, {name: value for name, value in header.items() if name not in ("hash", "kind")})
+    for line in others:
+        if line["kind"] == "step":
+            changed.append_step({name: value for name, value in line.items() if name != "hash"})
+    before = path.read_bytes()
+    says = "noise of body.weight was full when the journal was written, and is lowrank now"
+    assert_refused(run(*RUN, *LOWRANK, "--max_steps", 3, "--resume"), says)
+    assert_refused(run("replay", "--run", "run", "--output_dir", "replayed"), says)
+    assert path.read_bytes() == before and not (place / "replayed").exists()
+
+
+def test_members_per_batch(run, place):
+    """How many members' groups are lost together; answers and the journal do not depend on it in the toy engine."""
+    assert_refused(run(*RUN, "--members_per_batch", 2), "members_per_batch", "noise lowrank")
+    assert run(*RUN, *LOWRANK).code == 0
+    assert run(*RUN, *LOWRANK, "--members_per_batch", 3, "--output_dir", "three").code == 0
+    found = [journal(place / name)[0]["config"]["members_per_batch"] for name in ("run", "three")]
+    assert found == [1, 3]  # auto is resolved at the start
+    assert steps(place / "run") == steps(place / "three")
 
 
 def test_output_dir(run, place):

@@ -330,6 +330,7 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(zygote, run, place):
             "--lr_scheduler_type",
             "linear",
         ),
+        ("--noise", "lowrank", "--rank", 3, "--antithetic", "--weight_decay", 0.1),
     ],
 )
 def test_replay_rebuilds_every_step(run, place, extra):

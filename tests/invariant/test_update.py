@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from estune.engines.base import ParameterSpec, Perturbation
 from estune.master import PIECE, Master
-from estune.noise import cpu, noise_deviation, noise_ints, noise_key, perturbation_scale
+from estune.noise import cpu, lowrank_ints, noise_deviation, noise_ints, noise_key, perturbation_scale
 from estune.optimizer import Update, make_update
 from estune.population import members_for_step
 
@@ -31,30 +32,34 @@ def theta_0() -> dict[str, np.ndarray]:
     return {n: np.asarray(rng.standard_normal(s) * 0.05, dtype=np.float32).reshape(s) for n, s in SHAPES.items()}
 
 
-def master_of(names: list[str], num_threads: int = 1) -> Master:
+def master_of(names: list[str], num_threads: int = 1, rank: int = 0) -> Master:
+    """With a rank, the matrices have low-rank noise."""
     arrays = theta_0()
-    return Master([ParameterSpec(n, SHAPES[n], True) for n in names], {n: arrays[n] for n in names}, {}, num_threads)
+    specs = [ParameterSpec(n, SHAPES[n], True, rank > 0 and len(SHAPES[n]) > 1) for n in names]
+    return Master(specs, {n: arrays[n] for n in names}, {}, num_threads)
 
 
-def some_update(weight_decay: float = 0.0, distribution: str = "normal") -> Update:
+def some_update(weight_decay: float = 0.0, distribution: str = "normal", rank: int = 0) -> Update:
     utilities = np.random.default_rng(1).standard_normal(N).tolist()
     members = members_for_step(5, 2, N, antithetic=True)
-    return make_update(members, utilities, 5e-4, weight_decay=weight_decay, distribution=distribution)
+    return make_update(members, utilities, 5e-4, weight_decay=weight_decay, distribution=distribution, rank=rank)
 
 
 def moved_bytes(update: Update, names: list[str] | None = None, num_threads: int = 1) -> dict[str, bytes]:
-    master = master_of(names or list(SHAPES), num_threads)
+    master = master_of(names or list(SHAPES), num_threads, update.rank)
     master.update(update)
     return {name: array.tobytes() for name, array in master.arrays.items()}
 
 
-def test_evaluations_leave_theta_bit_identical() -> None:
+@pytest.mark.parametrize("rank", [0, 2])
+def test_evaluations_leave_theta_bit_identical(rank: int) -> None:
     """Invariant 1: members are rebuilt from the master; nothing is restored by subtraction."""
-    master = master_of(list(SHAPES), 2)
+    master = master_of(list(SHAPES), 2, rank)
     before, checksum = master.fingerprint(), master.checksum()
     for member in members_for_step(0, 0, 30, antithetic=False):
         for name in SHAPES:
-            master.perturb(name, Perturbation(member, perturbation_scale(1e-1)))
+            weights = master.perturb(name, Perturbation(member, perturbation_scale(1e-1), "normal", rank, 0.0125))
+            assert not np.array_equal(weights, master.arrays[name]) or name == "model.scale"
     assert master.fingerprint() == before and master.checksum() == checksum and master.version == 0
 
 
@@ -69,12 +74,13 @@ def test_noise_differs_between_tensors_members_steps_and_run_seeds() -> None:
         assert abs(np.dot(left, right)) / (8 * math.sqrt(4096)) < 5
 
 
+@pytest.mark.parametrize("rank", [0, 3])
 @settings(max_examples=10, deadline=None)
-@given(st.permutations(range(N)))
-def test_update_is_invariant_to_the_order_of_members(order: list[int]) -> None:
-    update = some_update()
-    shuffled = Update(tuple(update.members[i] for i in order), tuple(update.q[i] for i in order), update.e, update.a)
-    assert moved_bytes(shuffled) == moved_bytes(update)
+@given(order=st.permutations(range(N)))
+def test_update_is_invariant_to_the_order_of_members(rank: int, order: list[int]) -> None:
+    update = some_update(rank=rank)
+    members, q = tuple(update.members[i] for i in order), tuple(update.q[i] for i in order)
+    assert moved_bytes(replace(update, members=members, q=q)) == moved_bytes(update)
 
 
 def test_utilities_shuffled_with_their_members_give_the_same_update() -> None:
@@ -89,8 +95,11 @@ def test_utilities_shuffled_with_their_members_give_the_same_update() -> None:
 
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 @pytest.mark.parametrize("weight_decay", [0.0, 5.0])
-def test_update_is_invariant_to_threads_and_to_the_split_of_the_tensors(weight_decay: float, distribution: str) -> None:
-    update = some_update(weight_decay, distribution)
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_update_is_invariant_to_threads_and_to_the_split_of_the_tensors(
+    rank: int, weight_decay: float, distribution: str
+) -> None:
+    update = some_update(weight_decay, distribution, rank)
     whole = moved_bytes(update)
     for num_threads in (2, 3, 5):
         assert moved_bytes(update, num_threads=num_threads) == whole
@@ -152,13 +161,29 @@ def test_the_update_points_where_the_paper_says() -> None:
     assert moved.norm == pytest.approx(np.linalg.norm(change), rel=1e-9)
 
 
-def test_many_steps_in_pieces_and_in_one_process_end_in_the_same_bits() -> None:
+def test_the_low_rank_update_points_where_the_paper_says() -> None:
+    """The same with E = A B^T / (8 sqrt(r)) in the place of eps."""
+    rank, name, utilities = 2, "model.layers.0.mlp.weight", np.random.default_rng(1).standard_normal(N)
+    members = members_for_step(5, 2, N, antithetic=True)
+    master = master_of([name], rank=rank)
+    before = master.arrays[name].astype(np.float64)
+    master.update(make_update(members, utilities.tolist(), 1.0, rank=rank))
+    change = master.arrays[name] - before
+    noise = np.stack([m.sign * lowrank_ints(m.seed, name, before.shape, rank) for m in members])  # (N, d0, d1)
+    wanted = 1.0 / N * np.tensordot(utilities, noise / (8 * math.sqrt(rank)), 1)
+    assert np.linalg.norm(change - wanted) / np.linalg.norm(wanted) < 1e-3  # q has 18 bits less 8 + 1 + 4
+    assert np.linalg.matrix_rank(change, tol=1e-3) == N * rank / 2  # antithetic pairs share their factors
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_many_steps_in_pieces_and_in_one_process_end_in_the_same_bits(rank: int) -> None:
     """Ten steps with schedules of their own, one master against two that hold half of the tensors each."""
     names = list(SHAPES)
-    whole, left, right = master_of(names, 2), master_of(names[:2]), master_of(names[2:], 3)
+    whole, left, right = master_of(names, 2, rank), master_of(names[:2], 1, rank), master_of(names[2:], 3, rank)
     for step in range(10):
         utilities = np.random.default_rng(step).standard_normal(N).tolist()
-        update = make_update(members_for_step(0, step, N, False), utilities, 1e-3 / (step + 1), weight_decay=0.1)
+        members = members_for_step(0, step, N, False)
+        update = make_update(members, utilities, 1e-3 / (step + 1), weight_decay=0.1, rank=rank)
         for master in (whole, left, right):
             master.update(update)
     assert all(whole.arrays[n].tobytes() == left.arrays[n].tobytes() for n in names[:2])

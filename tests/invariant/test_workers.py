@@ -66,6 +66,20 @@ def test_workers_threads_and_batches_change_no_bit(run, place, one_worker, way):
     assert found == wanted
 
 
+def test_threads_and_batches_of_low_rank_members_change_no_bit(run, place, zygote, tmp_path_factory):
+    lowrank = ("--noise", "lowrank", "--rank", 2, "--reward_workers", 1)
+    one = tmp_path_factory.mktemp("lowrank")
+    write_rewards(one)
+    assert zygote.run((*OPTIONS, *lowrank, "--num_threads", 1, "--members_per_batch", 1), one).code == 0
+    assert run(*OPTIONS, *lowrank, "--num_threads", 3, "--members_per_batch", 4).code == 0
+    assert weights(place / "run") == weights(one / "run")
+    assert [step["q"] for step in steps(place / "run")] == [step["q"] for step in steps(one / "run")]
+    header = journal(place / "run")[0]
+    assert {name: kind for name, _, kind in header["parameters"]} == {
+        "body.bias": "full", "body.weight": "lowrank", "frozen.weight": False, "head.weight": "lowrank"
+    }  # fmt: skip
+
+
 def test_a_rerun_writes_the_same_bytes(zygote, run, place, one_worker):
     """Also in an interpreter of its own, with another hash seed and another current directory's name."""
     assert run(*OPTIONS, "--reward_workers", 1, "--num_threads", 1).code == 0

@@ -20,7 +20,8 @@ def test_defaults_are_the_papers() -> None:
     assert (config.population_size, config.sigma, config.effective_learning_rate) == (30, 1e-3, 5e-4)
     assert config.fitness_shaping == "z_score" and config.temperature == 0.0 and not config.antithetic
     assert config.weight_decay == 0.0 and config.lr_scheduler_type == config.sigma_scheduler_type == "constant"
-    assert config.noise == "full" and config.noise_distribution == "normal" and config.trainable_parameters is None
+    assert (config.noise, config.rank, config.members_per_batch) == ("full", 1, "auto")
+    assert config.noise_distribution == "normal" and config.trainable_parameters is None
     assert (config.max_steps, config.num_generations, config.seed, config.warmup_steps) == (500, 1, 0, 0)
     assert ESConfig(sigma=5e-4).effective_learning_rate == 2.5e-4  # alpha follows sigma ...
     assert ESConfig(sigma=5e-4, learning_rate=1e-3).effective_learning_rate == 1e-3  # ... unless given
@@ -42,6 +43,7 @@ def test_lists_and_dicts_are_not_shared() -> None:
         ("learning_rate", None, None), ("learning_rate", "none", None), ("learning_rate", "null", None),
         ("population_size", "30", 30), ("population_size", 30.0, 30), ("population_size", "1e2", 100),
         ("seed", str(2**64 - 1), 2**64 - 1), ("seed", 2**64 - 1, 2**64 - 1), ("seed", 0, 0), ("seed", "0", 0),
+        ("members_per_batch", "auto", "auto"), ("members_per_batch", "8", 8), ("rank", "4", 4),
         ("max_steps", "+7", 7), ("batch_size", "auto", "auto"), ("batch_size", "64", 64), ("batch_size", 64, 64),
         ("antithetic", True, True), ("antithetic", "true", True), ("antithetic", "False", False),
         ("antithetic", "no", False), ("antithetic", "yes", True), ("antithetic", 1, True), ("antithetic", "0", False),
@@ -98,6 +100,12 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, says: str) 
         ({"population_size": 0}, "population_size must be at least 2"),
         ({"population_size": 31, "antithetic": True}, "antithetic needs an even population_size, not 31"),
         ({"population_size": 2**26}, "population_size must be below"),
+        ({"noise": "low_rank"}, "noise is 'low_rank'; it can be full, lowrank; did you mean 'lowrank'"),
+        ({"rank": 2}, "rank needs noise lowrank"), ({"rank": 0}, "rank must be greater than 0, not 0"),
+        ({"rank": -1, "noise": "lowrank"}, "rank must be greater than 0, not -1"),
+        ({"members_per_batch": 2}, "members_per_batch above 1 needs noise lowrank"),
+        ({"members_per_batch": 0, "noise": "lowrank"}, "members_per_batch must be greater than 0, not 0"),
+        ({"noise": "lowrank", "population_size": 2**19, "rank": 16}, "population_size times rank must be below 2"),
         ({"seed": -1}, "seed must be an unsigned 64-bit integer"), ({"seed": 2**64}, "seed must be an unsigned"),
         ({"max_steps": -1}, "max_steps must not be negative"), ({"warmup_steps": -1}, "warmup_steps must not be"),
         ({"batch_size": 0}, "batch_size must be greater than 0"), ({"batch_size": -3}, "batch_size must be greater"),
@@ -143,6 +151,9 @@ def test_what_cannot_work_is_refused_in_one_sentence(options: dict[str, Any], sa
         {"num_generations": 4, "temperature": 1}, {"weight_decay": 10, "weight_decay_anchor": "base"},
         {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, {"resume": True, "output_dir": "x"},
         {"reward_weights": [-1, 0.5]}, {"trainable_parameters": [r"\.mlp\.", "norm"]}, {"report_to": ["none"]},
+        {"noise": "lowrank"}, {"noise": "lowrank", "rank": 16, "members_per_batch": 30, "antithetic": True},
+        {"noise": "full", "rank": 1, "members_per_batch": 1}, {"members_per_batch": "auto"},
+        {"noise": "lowrank", "population_size": 2**19 - 1, "rank": 16}, {"population_size": 2**26 - 1},
         {"seed": 2**64 - 1}, {"chat_template_kwargs": {"enable_thinking": False}},
     ],
 )  # fmt: skip
@@ -304,7 +315,8 @@ def test_what_a_resume_may_change_is_not_part_of_the_trajectory() -> None:
     assert set(trajectory) == names - RESUMABLE
     json.dumps(trajectory, allow_nan=False)
     for name in ("model", "sigma", "learning_rate", "population_size", "seed", "batch_size", "prompts_per_batch",
-                 "num_threads", "weight_decay", "lr_scheduler_type", "dtype", "temperature"):  # fmt: skip
+                 "num_threads", "weight_decay", "lr_scheduler_type", "dtype", "temperature",
+                 "noise", "rank", "members_per_batch"):  # fmt: skip
         assert name in trajectory
     for name in ("max_steps", "save_steps", "eval_steps", "logging_steps", "report_to"):
         assert name not in trajectory

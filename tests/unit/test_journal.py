@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from estune.engines.base import ParameterSpec
 from estune.errors import UserError
 from estune.journal import Journal, Pending, canonical_json, recorded_update, step_record
-from estune.noise import perturbation_scale
+from estune.noise import lowrank_scale, perturbation_scale
 from estune.optimizer import make_update
 from estune.population import members_for_step
+from estune.run import check_parameters
 
-CONFIG = {"antithetic": True, "weight_decay_anchor": "base", "noise_distribution": "rademacher"}
-HEADER = {"noise_version": 1, "config": CONFIG, "parameters": [["w", [3, 4], True]], "base": "ab" * 16}
+CONFIG = {
+    "antithetic": True, "weight_decay_anchor": "base", "noise": "full", "rank": 1, "noise_distribution": "rademacher",
+}  # fmt: skip
+HEADER = {"noise_version": 1, "config": CONFIG, "parameters": [["w", [3, 4], "full"]], "base": "ab" * 16}
 
 
 def record_of(step: int, n: int = 6, rows: int = 5, **options: Any) -> dict[str, Any]:
@@ -228,23 +232,28 @@ def test_a_journal_of_another_format_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("anchor", ["base", "zero"])
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_an_update_comes_back_exactly(tmp_path: Path, antithetic: bool, anchor: str) -> None:
-    config = {"antithetic": antithetic, "weight_decay_anchor": anchor, "noise_distribution": "normal"}
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_an_update_comes_back_exactly(tmp_path: Path, rank: int, antithetic: bool, anchor: str) -> None:
+    noise = {"noise": "lowrank" if rank else "full", "rank": rank or 1, "noise_distribution": "normal"}
+    config = {"antithetic": antithetic, "weight_decay_anchor": anchor, **noise}
     journal = Journal.create(tmp_path / "j", {"config": config})
     updates = []
     for step, learning_rate in enumerate((5e-4, 1e-30, 1 / 3, 123.456)):
         utilities = np.random.default_rng(step).standard_normal(8).tolist()
         members = members_for_step(2**64 - 1, step, 8, antithetic)
-        update = make_update(members, utilities, learning_rate, weight_decay=0.3, anchored=anchor == "base")
+        update = make_update(members, utilities, learning_rate, weight_decay=0.3, anchored=anchor == "base", rank=rank)
         updates.append(update)
         scale = perturbation_scale(1e-3 / (step + 1))
+        thin = lowrank_scale(1e-3 / (step + 1), rank) if rank else 0.0
         fitness = [0.1 + 0.2, math.nan, 5e-324, -0.0, 1e300, 1 / 3, 2.0, 0.0]
-        record = step_record(step, [1], fitness, scale, update, "00" * 16, failures=0, tokens=0)
+        record = step_record(step, [1], fitness, scale, update, "00" * 16, failures=0, tokens=0, lowrank_scale=thin)
         journal.append_step(record)
         read = Journal.open(tmp_path / "j")
         assert read is not None
         assert recorded_update(read.steps[-1], read.header["config"]) == update
         assert float.fromhex(read.steps[-1]["s"]) == scale
+        lowrank = {"s_lowrank": thin.hex(), "a_lowrank": update.a_lowrank.hex()} if rank else {}
+        assert {name: value for name, value in read.steps[-1].items() if "lowrank" in name} == lowrank
         back = [math.nan if value is None else value for value in read.steps[-1]["fitness"]]
         assert np.array_equal(np.array(back), np.array(fitness), equal_nan=True)
         assert math.copysign(1, back[3]) == -1
@@ -261,7 +270,7 @@ def test_500_steps_of_30_members_and_200_rows_stay_under_2_megabytes(tmp_path: P
     path = tmp_path / "j"
     header = {
         "config": CONFIG,
-        "parameters": [[f"model.layers.{i}.mlp.down_proj.weight", [896, 4864], True] for i in range(300)],
+        "parameters": [[f"model.layers.{i}.mlp.down_proj.weight", [896, 4864], "lowrank"] for i in range(300)],
     }
     journal = Journal.create(path, header)
     header_size = path.stat().st_size
@@ -269,11 +278,21 @@ def test_500_steps_of_30_members_and_200_rows_stay_under_2_megabytes(tmp_path: P
     sizes = []
     for step in range(0, 500, 100):  # five of the 500: lines hardly differ in length
         members = members_for_step(0, step, 30, False)
-        update = make_update(members, rng.standard_normal(30).tolist(), 5e-4)
+        update = make_update(members, rng.standard_normal(30).tolist(), 5e-4, rank=1)
         fitness = (rng.random(30) / 3).tolist()
         rows = rng.integers(100_000, 1_000_000, 200).tolist()  # ids of a large data set
         journal.append_step(
-            step_record(step, rows, fitness, perturbation_scale(1e-3), update, "ab" * 16, failures=12, tokens=5 * 10**6)
+            step_record(
+                step,
+                rows,
+                fitness,
+                perturbation_scale(1e-3),
+                update,
+                "ab" * 16,
+                failures=12,
+                tokens=5 * 10**6,
+                lowrank_scale=lowrank_scale(1e-3, 1),
+            )
         )
         sizes.append(path.stat().st_size - header_size - sum(sizes))
     assert header_size + 500 * max(sizes) <= 2_000_000
@@ -298,6 +317,47 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     opened = Journal.open(path)
     assert opened is not None and len(opened.steps) == 2
+
+
+# What an engine perturbs
+
+
+def header_of(tmp_path: Path, kinds: dict[str, Any]) -> Journal:
+    parameters = [[name, [3, 4], kind] for name, kind in kinds.items()]
+    return Journal.create(tmp_path / "j", {"parameters": parameters})
+
+
+def specs_of(kinds: dict[str, Any]) -> list[ParameterSpec]:
+    return [ParameterSpec(name, (3, 4), bool(kind), kind == "lowrank") for name, kind in kinds.items()]
+
+
+KINDS = {"a": "full", "b": "lowrank", "c": False}
+
+
+def test_an_engine_that_perturbs_what_the_journal_says_is_accepted(tmp_path: Path) -> None:
+    assert [spec.kind for spec in specs_of(KINDS)] == list(KINDS.values())
+    check_parameters(header_of(tmp_path, KINDS), specs_of(KINDS)[::-1])
+    (tmp_path / "j").unlink()
+    check_parameters(header_of(tmp_path, {"a": True, "c": False}), specs_of({"a": "full", "c": False}))  # until 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"a": "lowrank"}, "noise of a was full when the journal was written, and is lowrank now"),
+        ({"b": "full"}, "noise of b was lowrank .* is full now"),
+        ({"b": False}, "noise of b was lowrank .* is none now"),
+        ({"c": "full"}, "noise of c was none .* is full now"),
+        ({"d": "lowrank"}, "noise of d was none .* is lowrank now"),
+    ],
+)
+def test_an_engine_that_perturbs_otherwise_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        check_parameters(header_of(tmp_path, KINDS), specs_of(KINDS | change))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "j").unlink()
+    with pytest.raises(UserError, match="noise of b was lowrank"):
+        check_parameters(header_of(tmp_path, KINDS), specs_of({"a": "full"}))
 
 
 # Finished groups of the running step

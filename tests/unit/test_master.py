@@ -309,6 +309,24 @@ def test_load_writes_in_place() -> None:
     assert not np.shares_memory(array, other["matrix"])
 
 
+def test_unshare_gives_theta_memory_of_its_own() -> None:
+    """An engine may hand over its model's own arrays, and later want to write members into them."""
+    master = make_master()
+    others = dict(master.arrays)
+    before = master.fingerprint()
+    master.unshare()
+    assert master.fingerprint() == before
+    for name, array in others.items():
+        assert not np.shares_memory(master.arrays[name], array) and master.arrays[name].flags.c_contiguous
+        array[...] = 7.0
+    assert master.fingerprint() == before == make_master().fingerprint()
+    update = make_update(MEMBERS, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3)
+    other = make_master()
+    assert master.update(update) == other.update(update)  # what is updated is what is saved
+    assert master.fingerprint() == other.fingerprint() != before
+    assert all((array == 7.0).all() for array in others.values())
+
+
 def test_fingerprint_and_checksum_see_names_shapes_and_single_bits() -> None:
     array = values((6, 4))
 

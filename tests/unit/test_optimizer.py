@@ -22,9 +22,9 @@ def scaled(utilities: list[float], exponent: int) -> list[int]:
     return [round(Fraction(u) * Fraction(2) ** exponent) for u in utilities]
 
 
-def fits(utilities: list[float], exponent: int) -> bool:
+def fits(utilities: list[float], exponent: int, largest_noise: int = 16) -> bool:
     top = max(abs(q) for q in scaled(utilities, exponent))
-    return top <= 32767 and top * 16 * len(utilities) < INT32_BOUND
+    return top <= 32767 and top * largest_noise * len(utilities) < INT32_BOUND
 
 
 def significant_bits(value: float) -> int:
@@ -63,6 +63,52 @@ def test_int32_never_overflows_and_the_exponent_is_the_largest(size: int) -> Non
         tops = [abs(scaled([largest], e + more)[0]) for more in range(4)]  # at the exponent, and at larger ones
         assert tops[0] == top
         assert all(larger > 32767 or larger * 16 * size >= INT32_BOUND for larger in tops[1:])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16, 64])
+@pytest.mark.parametrize("size", [2, 30, 64, 512, 8192])
+def test_with_low_rank_noise_the_bound_is_that_of_products(size: int, rank: int) -> None:
+    """|A B^T| <= 256 * rank, so max|q| * 256 * N * rank < 2^31, at the largest exponent for which that holds."""
+    for utilities in (np.random.default_rng(size).standard_normal(size).tolist(), [3.3] * size):
+        q, e = integer_utilities(utilities, rank)
+        assert q == scaled(utilities, e) and any(q)
+        assert sum(abs(x) for x in q) * 256 * rank <= max(abs(x) for x in q) * 256 * rank * size < INT32_BOUND
+        assert fits(utilities, e, 256 * rank) and not any(fits(utilities, e + more, 256 * rank) for more in (1, 2, 3))
+    assert integer_utilities([0.0] * size, rank) == ([0] * size, 0)
+
+
+def test_the_largest_low_rank_population_still_tells_members_apart() -> None:
+    """N * rank is just below the 2^23 that the configuration allows."""
+    q, _ = integer_utilities([1.0, -1.0] + [0.0] * ((1 << 16) - 3), 128)
+    assert max(q) == 1 and min(q) == -1
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+@pytest.mark.parametrize("rank", [1, 2, 5, 16])
+@pytest.mark.parametrize("learning_rate", [1e-12, 5e-4, 1e3])
+def test_the_low_rank_scale_is_right_and_its_products_are_exact(
+    learning_rate: float, rank: int, distribution: str
+) -> None:
+    utilities = np.random.default_rng(1).standard_normal(30).tolist()
+    members = members_for_step(0, 0, 30, False)
+    update = make_update(members, utilities, learning_rate, distribution=distribution, rank=rank)
+    assert update.rank == rank and significant_bits(update.a_lowrank) <= 22 and significant_bits(update.a) <= 22
+    per_unit = Fraction(learning_rate) / (30 * Fraction(2) ** update.e)
+    variance = 8 if distribution == "normal" else 1  # of one integer; of A B^T it is variance^2 * rank
+    for a, squared in ((update.a, Fraction(variance)), (update.a_lowrank, Fraction(variance**2 * rank))):
+        assert abs(Fraction(a) ** 2 * squared / per_unit**2 - 1) < Fraction(1, 2**21)
+    for acc in (1, -1, 3, 2**31 - 1, -(2**31 - 1), 0x55555555):
+        assert Fraction(update.a_lowrank * float(acc)) == Fraction(update.a_lowrank) * acc
+
+
+def test_without_a_rank_an_update_is_what_it_always_was() -> None:
+    members = members_for_step(0, 0, 30, False)
+    utilities = np.random.default_rng(1).standard_normal(30).tolist()
+    update = make_update(members, utilities, 5e-4)
+    assert (update.rank, update.a_lowrank) == (0, 0.0)
+    assert (list(update.q), update.e) == integer_utilities(utilities) == integer_utilities(utilities, 0)
+    lowrank = make_update(members, utilities, 5e-4, rank=16)
+    assert max(map(abs, lowrank.q)) < max(map(abs, update.q)) and lowrank.e < update.e
 
 
 def test_half_goes_to_even() -> None:

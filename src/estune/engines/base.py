@@ -24,20 +24,35 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One parameter as ``save_pretrained`` writes it; ``perturbed`` parameters are perturbed and updated."""
+    """One parameter as ``save_pretrained`` writes it; ``perturbed`` parameters are perturbed and updated.
+
+    The noise of a ``lowrank`` one is a product ``A B^T`` instead of a number for every element: it is a matrix
+    (d0, d1), or a stack (E, d0, d1) of one matrix per expert.
+    """
 
     name: str
     shape: tuple[int, ...]
     perturbed: bool
+    lowrank: bool = False
+
+    @property
+    def kind(self) -> str | bool:
+        """What the journal's header says of the parameter: ``full`` or ``lowrank`` noise, or False for none."""
+        return ("lowrank" if self.lowrank else "full") if self.perturbed else False
 
 
 @dataclass(frozen=True, slots=True)
 class Perturbation:
-    """``theta + scale * sign * n``: a member at the rounded scale ``s`` of DESIGN section 2."""
+    """``theta + scale * sign * n``: a member at the rounded scale ``s`` of DESIGN section 2.
+
+    With ``rank`` above 0 parameters of low-rank noise move by ``lowrank_scale * sign * (A B^T)``, the others as always.
+    """
 
     member: Member
     scale: float
     distribution: str = "normal"
+    rank: int = 0  # columns of A and B; 0: every parameter has full noise
+    lowrank_scale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +111,29 @@ class Engine(Protocol):
 
         Raises:
             Interrupted: ``should_stop`` turned true between two tokens.
+        """
+
+    def generate_population(
+        self,
+        perturbations: Sequence[Perturbation],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[list[Completion]]]:
+        """Answer ``prompts`` (B) with several members (M), as `generate` does with one: (M, B, G) completions.
+
+        Raises:
+            Interrupted: ``should_stop`` turned true between two tokens.
+        """
+
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int) -> int:
+        """Say how many of ``members`` low-rank members should answer together: what fits in memory and is worth it.
+
+        Args:
+            members: all there are; the answer lies in 1 .. ``members``.
+            rows: completions that each of them makes at a time.
+            length: tokens of the longest row, prompt and completion.
+            rank: of their noise.
         """
 
     def load_theta(self) -> None:

@@ -17,6 +17,8 @@ from estune.engines.base import Completion, Interrupted, Sampling
 from estune.engines.hf_callers import Caller, left_pad
 from estune.population import derive_seed
 
+FILLING = -1  # in place of a row: a line of the batch that repeats another
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -25,6 +27,15 @@ class Row:
     token_ids: tuple[int, ...]
     row_id: int
     completion: int
+
+
+def cut(rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Cut rows into batches of at most ``size``: lists of their indices, rows of similar length together.
+
+    Long prompts come first, so that a batch which does not fit into memory fails at once; equal lengths stay in order.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].token_ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class StopStrings:
@@ -103,7 +114,7 @@ def complete(
     """Complete one batch of rows with a fresh ``caller``.
 
     A row ends with an eos token (kept), with the token that completes a stop string (kept), or at
-    ``max_completion_length``. The batch is cut to the unfinished rows when they are half of it or fewer.
+    ``max_completion_length``. The caller decides when finished rows leave the batch.
 
     Raises:
         Interrupted: ``should_stop()`` turned true between two tokens.
@@ -118,12 +129,12 @@ def complete(
     for position in range(limit):
         if should_stop():
             raise Interrupted
-        uniforms = [] if greedy else [uniform(sampling, rows[r], position) for r in batch]
+        uniforms = [] if greedy else [0.0 if r == FILLING else uniform(sampling, rows[r], position) for r in batch]
         tokens = choose(logits, sampling, uniforms)  # (R,)
         alive = []  # lines of the batch that go on
         for line, token in enumerate(tokens.tolist()):
             r = batch[line]
-            if finished[r]:
+            if r == FILLING or finished[r]:
                 continue
             new_tokens[r].append(token)
             if token in eos or stop.hit(new_tokens[r]):
@@ -133,10 +144,10 @@ def complete(
         if not alive or position == limit - 1:
             break
         tokens = tokens.to(device)
-        if 2 * len(alive) <= len(batch):
-            lines = torch.tensor(alive, device=device)
-            if caller.keep(lines):
-                batch = [batch[line] for line in alive]
-                tokens = tokens[lines]
+        shrunk = caller.shrink(alive, len(batch))
+        if shrunk is not None:
+            lines, live = shrunk
+            batch = [batch[line] if goes_on else FILLING for line, goes_on in zip(lines, live, strict=True)]
+            tokens = tokens[torch.tensor(lines, device=device)]
         logits = caller.step(tokens)
     return [Completion(tuple(ids), done) for ids, done in zip(new_tokens, finished, strict=True)]

@@ -6,24 +6,34 @@ own memory from the master, never added to or subtracted from what was there, so
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from estune.engines import decoding, hf_callers
+from estune import environment
+from estune.engines import attention, decoding, hf_callers, small_linear
 from estune.engines.base import Completion, Perturbation, Prompt, Sampling
 from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
 from estune.engines.hf_parameters import Binding, bindings
+from estune.engines.lowrank import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
+from estune.engines.lowrank_trial import shared_forward
+from estune.engines.noise_kinds import lowrank_names
 from estune.errors import UserError
 from estune.master import Master
-from estune.noise import noise_ints, perturbation_scale
+from estune.noise import lowrank_factors, lowrank_scale, noise_ints, perturbation_scale
 from estune.population import Member
+
+if TYPE_CHECKING:
+    from estune.gpu_master import DeviceMaster
 
 _COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` looks at
 _PROBE_TOKENS = 16  # tokens per completion in `check_reproducible`
@@ -61,18 +71,29 @@ class HFEngine:
         self.max_context: int | None = next((limit for limit in limits if limit and limit > 0), None)
         self._bindings = list(bound)
         self._trained = {spec.name for spec in master.specs if spec.perturbed}
+        self._lowrank = {spec.name for spec in master.specs if spec.lowrank}
         self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
         largest = max((b.pieces[0].parameter.numel() for b in bound if b.name not in self._live), default=0)
         largest = max([largest, *(int(np.prod(b.shape)) for b in bound if b.name not in self._live)])
-        self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        self._on_device = self._move_master()
+        self._staging = torch.empty(
+            0 if self._on_device else largest, dtype=torch.float32, pin_memory=self.device.type == "cuda"
+        )
         self._loaded: tuple[Perturbation | None, int] | None = None  # what the working model holds, master version
         self._fixed_version = -1  # master version at which the parameters that are not trained were written
         self._eos, self._pad = _end_ids(model, tokenizer)
         self._stop = decoding.StopStrings(tokenizer, ())
         self._attention = hf_callers.uses_attention_caller(model)
+        # whether the working model's own memory is the master, so that no member must ever be written into it
+        self._is_theta = any(np.shares_memory(master.arrays[name], live) for name, live in self._live.items())
         self._load(None)
+        small_linear.install(model)
+        attention.install(model)
         self._wide_mask = self._attention and hf_callers.takes_wide_mask(model)
         self._batching = "padded" if self._attention else hf_callers.safe_batching(model, self._caller)
+        self._shared: SharedForward | None = None
+        if any(spec.lowrank for spec in master.specs):
+            self._share_forward(bound)
 
     @classmethod
     def load(
@@ -87,6 +108,7 @@ class HFEngine:
         num_threads: int = 1,
         prompts_per_batch: int = 8,
         trainable_parameters: Sequence[str] | None = None,
+        noise: str = "full",
     ) -> HFEngine:
         """Load a directory, a hub id or the embedded model ``tiny``.
 
@@ -100,6 +122,7 @@ class HFEngine:
             num_threads: threads that torch and the noise kernels use.
             prompts_per_batch: prompts in one forward pass, each with all its completions.
             trainable_parameters: regexes searched in stored names; only matching parameters are perturbed.
+            noise: ``full`` or ``lowrank``: the noise of matrices.
 
         Raises:
             UserError: the model cannot be used as it is; the sentence says why.
@@ -116,6 +139,7 @@ class HFEngine:
             trust_remote_code=trust_remote_code,
             num_threads=num_threads,
             trainable_parameters=trainable_parameters,
+            noise=noise,
         )
         return cls(working, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
 
@@ -128,6 +152,7 @@ class HFEngine:
         num_threads: int = 1,
         prompts_per_batch: int = 8,
         trainable_parameters: Sequence[str] | None = None,
+        noise: str = "full",
     ) -> HFEngine:
         """Use a model that is already in memory, in its dtype and on its device; its weights become theta.
 
@@ -135,7 +160,15 @@ class HFEngine:
         """
         torch.set_num_threads(num_threads)
         bound, buffers = bindings(model)
-        master = master_of(bound, buffers, trainable_parameters, num_threads, type(model).__name__)
+        master = master_of(
+            bound,
+            buffers,
+            trainable_parameters,
+            num_threads,
+            type(model).__name__,
+            lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
+            share=noise == "lowrank" and model.device.type == "cpu",
+        )
         return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
 
     def generate(
@@ -151,19 +184,55 @@ class HFEngine:
             Interrupted: ``should_stop()`` turned true between two tokens.
             UserError: a prompt is empty, or does not leave room for a completion in the model's context.
         """
+        if perturbation is not None and self._shared is not None:
+            return self.generate_population([perturbation], prompts, sampling, should_stop)[0]
         self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
         self._load(perturbation)
+        return self._answer(None, prompts, sampling, should_stop)[0]
+
+    def generate_population(
+        self,
+        perturbations: Sequence[Perturbation],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[list[Completion]]]:
+        """Answer prompts (B) with some members: completions (M, B, G). See `Engine.generate_population`.
+
+        Low-rank members share every forward pass where the model allows it; others run one after another.
+        """
+        if self._shared is None:
+            return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
+        self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
+        self._load(None)
+        started = time.perf_counter()
+        members = Members(self._shared, perturbations)
+        self.perturb_s += time.perf_counter() - started
+        with self._shared.installed(members.stand_ins):
+            return self._answer(members, prompts, sampling, should_stop)
+
+    def _answer(
+        self,
+        members: Members | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool],
+    ) -> list[list[list[Completion]]]:
+        """Answer prompts with what the working model holds (M = 1), or with members that share it: (M, B, G)."""
         if self._stop.strings != sampling.stop_strings:
             self._stop = decoding.StopStrings(self.tokenizer, sampling.stop_strings)
         copies = 1 if sampling.temperature == 0.0 else sampling.num_generations  # greedy completions are all equal
         rows = [decoding.Row(p.token_ids, p.row_id, g) for p in prompts for g in range(copies)]
+        n_members = 1 if members is None else members.count
         size = self.prompts_per_batch * copies
-        completions: list[Completion | None] = [None] * len(rows)
-        for start in range(0, len(rows), size):
-            for batch in self._batches(range(start, min(start + size, len(rows))), rows):
+        answers: list[list[Completion | None]] = [[None] * len(rows) for _ in range(n_members)]
+        for cut in decoding.cut(rows, size):
+            for batch in self._batches(cut, rows):
+                if members is not None:
+                    members.relay(range(n_members), len(batch))
                 done = decoding.complete(
-                    self._caller(),
-                    [rows[i] for i in batch],
+                    self._caller(members),
+                    [rows[i] for _ in range(n_members) for i in batch],
                     sampling,
                     self._eos,
                     self._pad,
@@ -171,11 +240,23 @@ class HFEngine:
                     should_stop,
                     self.device,
                 )
-                for i, completion in zip(batch, done, strict=True):
-                    completions[i] = completion
-        answers = [c for c in completions if c is not None]
-        groups = [answers[i : i + copies] for i in range(0, len(answers), copies)]
-        return [group * sampling.num_generations if copies == 1 else group for group in groups]
+                for place, completion in enumerate(done):
+                    answers[place // len(batch)][batch[place % len(batch)]] = completion
+        repeats = sampling.num_generations // copies
+        return [
+            [[c for c in member[i : i + copies] if c is not None] * repeats for i in range(0, len(rows), copies)]
+            for member in answers
+        ]
+
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int) -> int:
+        """Say how many of ``members`` should answer together; see `Engine.members_that_fit`."""
+        if self._shared is None:
+            return 1
+        free = environment.free_memory_bytes()
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        size = self._shared.bytes_per_member(rank) + rows * bytes_per_row(self.model, length)
+        return max(1, min(members, int(free * MEMORY_SHARE / size), MOST_ROWS // rows))
 
     def load_theta(self) -> None:
         """Put theta itself into the working model."""
@@ -226,11 +307,14 @@ class HFEngine:
         sums: dict[str, np.ndarray] = {}
         member = perturbation.member
         for binding in self._bindings:
-            if binding.name not in self._trained:
-                continue
-            theta = self.master.arrays[binding.name].reshape(-1)[:_COSINE_ELEMENTS]  # (d,)
-            n = noise_ints(member.seed, binding.name, 0, theta.size, perturbation.distribution)
-            exact = np.float32(perturbation.scale * member.sign) * n.astype(np.float32)  # (d,)
+            if binding.name not in self._trained or (self._shared and binding.name in self._shared.lowrank):
+                continue  # the factors of members that share a forward pass are exact in any dtype
+            theta = self.master.head(binding.name, _COSINE_ELEMENTS)  # (d,)
+            if binding.name in self._lowrank:
+                exact = self._lowrank_part(binding, perturbation, theta.size)
+            else:
+                n = noise_ints(member.seed, binding.name, 0, theta.size, perturbation.distribution)
+                exact = np.float32(perturbation.scale * member.sign) * n.astype(np.float32)  # (d,)
             moved, still = (
                 torch.from_numpy(values).to(binding.dtype).double().numpy() for values in (theta + exact, theta)
             )
@@ -245,6 +329,8 @@ class HFEngine:
         """Run one member twice, the second time beside a busy thread; say whether the tokens were equal."""
         short = replace(sampling, max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length))
         member = Perturbation(Member(seed=1, sign=1), perturbation_scale(1e-3))
+        if self._lowrank:
+            member = replace(member, rank=1, lowrank_scale=lowrank_scale(1e-3, 1))
         few = list(prompts[: self.prompts_per_batch])
         alone = self.generate(member, few, short)
         stop = threading.Event()
@@ -269,13 +355,56 @@ class HFEngine:
             "num_parameters": self.master.num_parameters,
             "max_context": self.max_context,
             "prompts_per_batch": self.prompts_per_batch,
+            "shared_forward": self._shared is not None,
         }
 
-    def _caller(self) -> hf_callers.Caller:
-        """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
+    def _move_master(self) -> DeviceMaster | None:
+        """On CUDA, let Triton's kernels keep theta (never executed on a GPU so far); None where the host does."""
+        if self.device.type != "cuda" or find_spec("triton") is None:
+            return None
+        from estune.gpu_master import DeviceMaster, on_device
+
+        self.master = on_device(self.master, self.device)
+        return self.master if isinstance(self.master, DeviceMaster) else None
+
+    def _share_forward(self, bound: Sequence[Binding]) -> None:
+        """Find out whether low-rank members can share a forward pass; where not, say why and keep theta apart."""
+        reason = "the model (it cannot take a batch of padded rows)"
         if self._attention:
-            return hf_callers.AttentionCaller(self.model, self._wide_mask)
-        return hf_callers.GenericCaller(self.model)
+            apart = partial(hf_callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
+            self._shared, reason = shared_forward(self.model, bound, self.master, apart)
+        if self._shared is None:
+            print(
+                f"estune: warning: low-rank members run one after another on this model, because of {reason}",
+                file=sys.stderr,
+            )
+            if self._is_theta:
+                self.master.unshare()
+                self._is_theta = False
+
+    def _lowrank_part(self, binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
+        """Return the first ``count`` elements of a matrix's exact low-rank perturbation: float64 (count,)."""
+        member = perturbation.member
+        left, right = lowrank_factors(
+            member.seed, binding.name, binding.shape, perturbation.rank, perturbation.distribution
+        )
+        if left.ndim == 3:  # stacked experts: the first
+            left, right = left[0], right[0]
+        rows = -(-count // len(right))
+        product = (left[:rows].astype(np.float64) @ right.T.astype(np.float64)).reshape(-1)[:count]
+        return perturbation.lowrank_scale * member.sign * product
+
+    def _caller(self, members: Members | None = None) -> hf_callers.Caller:
+        """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
+        if not self._attention:
+            return hf_callers.GenericCaller(self.model)
+        if members is None:
+            return hf_callers.AttentionCaller(self.model, self._wide_mask, groups=1)
+        everyone = range(members.count)
+        caller = hf_callers.AttentionCaller(
+            self.model, self._wide_mask, members.count, lambda width: members.relay(everyone, width)
+        )
+        return MembersCaller(caller, members)
 
     def _batches(self, indices: Sequence[int], rows: Sequence[decoding.Row]) -> list[list[int]]:
         """Return one batch, or several for a model that cannot take padding or batches; see `safe_batching`."""
@@ -303,13 +432,23 @@ class HFEngine:
         wanted = (perturbation, self.master.version)
         if self._loaded == wanted:
             return
+        if self._is_theta:
+            assert perturbation is None, "a member would be written over theta"
+            self._loaded = wanted
+            return
         started = time.perf_counter()
         self._loaded = None
         for binding in self._bindings:
             name = binding.name
             if name not in self._trained and self._fixed_version == self.master.version:
                 continue
-            if name in self._live:
+            if self._on_device is not None:
+                direct = binding.direct
+                out = torch.empty(binding.shape, dtype=binding.dtype, device=self.device) if direct is None else direct
+                self._on_device.perturb_into(name, perturbation, out)
+                if direct is None:
+                    binding.write(out)
+            elif name in self._live:
                 self.master.perturb(name, perturbation, out=self._live[name])
             elif perturbation is None or name not in self._trained:
                 binding.write(torch.from_numpy(self.master.arrays[name]))
@@ -319,6 +458,8 @@ class HFEngine:
                 binding.write(self._staging[:size].view(binding.shape))
         self._fixed_version = self.master.version
         self._loaded = wanted
+        if self._on_device is not None:
+            torch.cuda.current_stream(self.device).synchronize()  # kernels are launched, not waited for
         self.perturb_s += time.perf_counter() - started
 
     def _batch_logprobs(

@@ -17,6 +17,9 @@ import torch
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from estune.engines import attention
+
+_LEAST_SHARED = 8  # first tokens that all prompts share; fewer are not worth a forward pass of their own
 Model = Any  # a causal language model of transformers, whose own annotations are too loose to check against
 
 
@@ -30,7 +33,14 @@ class Caller(Protocol):
         """Read one token per row (R,); return the logits of the next one (R, V)."""
 
     def keep(self, rows: torch.Tensor) -> bool:
-        """Drop all other rows of the batch; false where the model's cache cannot do that (nothing is dropped)."""
+        """Make the batch of these of its rows; false where the model's cache cannot do that (nothing changes)."""
+
+    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+        """Let finished rows leave a batch of ``lines``, if that is worth it.
+
+        Returns:
+            The old line that each new line goes on with, and whether it is more than filling; or ``None``.
+        """
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -70,29 +80,102 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class AttentionCaller:
-    """Calls a model that takes ``attention_mask``, ``position_ids`` and ``past_key_values``."""
+    """Calls a model that takes ``attention_mask``, ``position_ids`` and ``past_key_values``.
 
-    def __init__(self, model: Model, wide_mask: bool) -> None:
-        """``wide_mask``: the model takes a ready (R, 1, 1, S) mask per token, which saves building one in it."""
+    What prompts have in common is read once: prompts that are equal (the completions of one prompt), and the first
+    tokens that all prompts share. Rows may form ``groups`` of equal prompts, each with weights of its own (members);
+    then nothing is shared between groups, and ``relay(K)`` is called before a call with other rows per group.
+    """
+
+    def __init__(
+        self, model: Model, wide_mask: bool, groups: int = 0, relay: Callable[[int], None] | None = None
+    ) -> None:
+        """Take a model and what is known of it and of its rows.
+
+        Args:
+            model: the model.
+            wide_mask: it takes a ready (R, 1, 1, S) mask per token, which saves building one in it.
+            groups: of rows, each with the same prompts; 0: any row may have weights of its own, so nothing is shared.
+            relay: called with the rows per group before a call that has others than the one before.
+        """
         self.model = model
         self.wide_mask = wide_mask
+        self.shares = groups > 0
+        self.groups = max(groups, 1)
+        self.relay = relay or (lambda width: None)
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, max_new: int) -> torch.Tensor:
         """See `Caller`."""
         rows, length = ids.shape
+        width = rows // self.groups  # K, rows of a group
         self.length = length
         self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         for i, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
                 self.cache.layers[i] = PreallocatedLayer(length + max_new)
-        positions = (mask.cumsum(-1) - 1).clamp_(min=0)  # (R, P)
         self.padded = not bool(mask.all())
-        self.mask = mask.new_ones((rows, length + max_new))
+        lines, back, shared = self._in_common(ids[:width], mask[:width])
+        if len(lines) < width:
+            chosen = self._in_groups(lines, width)
+            ids, mask = ids[chosen], mask[chosen]
+        if shared:
+            mask = self._read_shared(ids, mask, len(lines), shared)
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)  # (R, P)
+        self.mask = mask.new_ones((len(mask), length + max_new))
         self.mask[:, :length] = mask
         if self.wide_mask:
             self.mask = self.mask.bool()[:, None, None, :]  # (R, 1, 1, P + T)
         self.positions = positions[:, -1:].clone()  # (R, 1): of the last token read
-        return self._call(ids, mask if self.padded else None, positions)
+        if len(lines) < width or shared:
+            self.relay(len(lines))
+        logits = self._call(ids[:, shared:], mask if self.padded else None, positions[:, shared:])
+        if len(lines) < width:
+            repeated = self._in_groups(back, len(lines))
+            self.keep(repeated)
+            self.relay(width)
+            logits = logits[repeated]
+        return logits
+
+    def _in_common(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[list[int], list[int], int]:
+        """Return which rows (K) differ, the place among those of each row, and how many first tokens all share."""
+        everyone = list(range(len(ids)))
+        if not self.shares or not self._can_select():
+            return everyone, everyone, 0
+        prompts = [tuple(row[-n:]) for row, n in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
+        places: dict[tuple[int, ...], int] = {}
+        back = [places.setdefault(prompt, len(places)) for prompt in prompts]
+        lines = [back.index(place) for place in range(len(places))]
+        shared = 0
+        if self.wide_mask and len(places) > 1:
+            for tokens in zip(*places, strict=False):
+                if len(set(tokens)) > 1:
+                    break
+                shared += 1
+            shared = min(shared, min(map(len, places)) - 1)  # every row has a token left to read
+        return lines, back, shared if shared >= _LEAST_SHARED else 0
+
+    def _read_shared(self, ids: torch.Tensor, mask: torch.Tensor, width: int, shared: int) -> torch.Tensor:
+        """Read the first ``shared`` tokens once a group; return the mask (R, P) with the padding behind them.
+
+        A row's own tokens stay where they are, at the end of ``ids``: only what stands before them moves.
+        """
+        start = ids.shape[1] - int(mask[0].sum())
+        first = ids[:1, start : start + shared].expand(self.groups, -1)  # (V, shared)
+        positions = torch.arange(shared, device=ids.device).expand(self.groups, -1)
+        self.relay(1)
+        self._call(first, None, positions)
+        self.cache.batch_select_indices(torch.arange(self.groups, device=ids.device).repeat_interleave(width))
+        places = torch.arange(ids.shape[1], device=ids.device)
+        own = places >= ids.shape[1] - mask.sum(-1, keepdim=True) + shared  # (R, P)
+        return (own | (places < shared)).to(mask.dtype)
+
+    def _in_groups(self, lines: Sequence[int], width: int) -> torch.Tensor:
+        """Return the lines of all groups, given those of one group and its width."""
+        one = torch.tensor(lines, device=self.model.device)
+        return (torch.arange(self.groups, device=one.device)[:, None] * width + one).flatten()
+
+    def _can_select(self) -> bool:
+        return all(type(layer) in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `Caller`."""
@@ -102,11 +185,17 @@ class AttentionCaller:
 
     def keep(self, rows: torch.Tensor) -> bool:
         """See `Caller`."""
-        if any(type(layer) not in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers):
+        if not self._can_select():
             return False
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         return True
+
+    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+        """Keep the unfinished rows alone once they are three quarters of the batch or fewer; see `Caller`."""
+        if 4 * len(alive) > 3 * lines or not self.keep(torch.tensor(alive, device=self.mask.device)):
+            return None
+        return list(alive), [True] * len(alive)
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
         output = self.model(
@@ -152,6 +241,10 @@ class GenericCaller:
         """See `Caller`."""
         return False
 
+    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+        """See `Caller`."""
+        return None
+
     def _call(self, inputs: dict[str, Any]) -> torch.Tensor:
         output = self.model(**inputs, return_dict=True)
         self.arguments = self.model._update_model_kwargs_for_generation(output, self.arguments)
@@ -177,22 +270,34 @@ def uses_attention_caller(model: Model) -> bool:
 
 @torch.inference_mode()
 def takes_wide_mask(model: Model) -> bool:
-    """Try whether a ready 4-D mask gives the very logits that the 2-D mask gives, over a padded batch."""
+    """Try whether a ready 4-D mask gives the very logits that the 2-D mask gives, over a padded batch.
+
+    Such a model may also read tokens that all rows share once, with padding behind them: its layers see positions and
+    masks alone, not places. That is tried too, and must agree to rounding.
+    """
     config = model.config.get_text_config(decoder=True)
     one_kind = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    if model.config._attn_implementation != "sdpa" or getattr(config, "sliding_window", None) or not one_kind:
+    known = model.config._attn_implementation in ("sdpa", attention.NAME)
+    if not known or getattr(config, "sliding_window", None) or not one_kind:
         return False
-    ids = torch.tensor([[1, 2, 3, 4], [1, 1, 5, 6]], device=model.device) % config.vocab_size
-    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=model.device)
-    found = []
-    for wide in (False, True):
-        caller = AttentionCaller(model, wide)
-        caller.prefill(ids, mask, 1)
-        try:
-            found.append(caller.step(ids[:, 0]))
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return False  # the model wants its mask in another form
-    return bool(torch.equal(found[0], found[1]))
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    same = list(range(1, 1 + _LEAST_SHARED))
+    for prompts, exact in (([[1, 2, 3, 4], [5, 6]], True), ([[*same, 9, 3], [*same, 4]], False)):
+        ids, mask = left_pad([[t % config.vocab_size for t in prompt] for prompt in prompts], 0, model.device)
+        found = []
+        for wide in (False, True):
+            caller = AttentionCaller(model, wide, groups=1)
+            try:
+                found.append(torch.stack([caller.prefill(ids, mask, 1), caller.step(ids[:, 0])]).float())
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                return False  # the model wants its mask in another form
+        if not (
+            torch.equal(*found)
+            if exact
+            else bool((found[0] - found[1]).abs().max() <= tolerance * (found[0].abs().max() + 1e-6))
+        ):
+            return False
+    return True
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.utils import logging as _logging
 
 from estune.engines.base import ParameterSpec
 from estune.engines.hf_parameters import Binding, bindings
+from estune.engines.noise_kinds import lowrank_names
 from estune.errors import UserError
 from estune.master import Master
 from estune.model_paths import local_directory
@@ -126,8 +127,9 @@ def load_model(
     trust_remote_code: bool,
     num_threads: int,
     trainable_parameters: Sequence[str] | None,
+    noise: str = "full",
 ) -> tuple[Any, list[Binding], Master]:
-    """Load the working model, bind its parameters, and copy its float32 weights into a master.
+    """Load the working model, bind its parameters, and copy its float32 weights into a master (see `master_of`).
 
     The master is read in float32 whatever the compute dtype; a working model of another dtype is loaded a second
     time, so that transformers decides what it keeps in float32 (some parameters, rope frequencies).
@@ -154,8 +156,10 @@ def load_model(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"model {model!r} lacks the weights {missing[0]}{more}; its files do not hold the whole model")
     bound, buffers = bindings(working)
-    master = master_of(bound, buffers, trainable_parameters, num_threads, model)
     compute = resolve_dtype(dtype, device, _dtype_of(config))
+    lowrank = lowrank_names(working, bound) if noise == "lowrank" else frozenset()
+    share = noise == "lowrank" and compute == torch.float32 and device.type == "cpu"
+    master = master_of(bound, buffers, trainable_parameters, num_threads, model, lowrank=lowrank, share=share)
     if compute != torch.float32:
         del bound, buffers, working
         gc.collect()
@@ -173,23 +177,41 @@ def master_of(
     trainable_parameters: Sequence[str] | None,
     num_threads: int,
     model: str,
+    *,
+    lowrank: Collection[str] = (),
+    share: bool = False,
 ) -> Master:
     """Copy the stored parameters into a float32 master.
+
+    Args:
+        bound: the model's parameters.
+        buffers: the model's stored buffers.
+        trainable_parameters: regexes; only matching parameters are perturbed.
+        num_threads: of the master's kernels.
+        model: named in errors.
+        lowrank: names of the parameters whose noise is a low-rank product.
+        share: let the master be the working model's own memory, if all of that has the stored layout: for members
+            that are never written into it.
 
     Raises:
         UserError: a weight is NaN or infinite, or a regex of ``trainable_parameters`` is bad or matches nothing.
     """
     chosen = _select([binding.name for binding in bound if binding.requires_grad], trainable_parameters)
     arrays: dict[str, np.ndarray] = {}
+    share = share and all(b.direct is not None and b.dtype == torch.float32 for b in bound)  # all or nothing
     for binding in bound:
-        array = np.empty(binding.shape, dtype=np.float32)
-        source = binding.direct if binding.direct is not None else binding.read()
-        torch.from_numpy(array).copy_(source)
+        if share and binding.direct is not None:
+            array = binding.direct.numpy()
+        else:
+            array = np.empty(binding.shape, dtype=np.float32)
+            torch.from_numpy(array).copy_(binding.direct if binding.direct is not None else binding.read())
         # the smallest and largest value say it without a temporary of the tensor's size
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise UserError(f"model {model!r} has NaN or infinite values in {binding.name}")
         arrays[binding.name] = array
-    specs = [ParameterSpec(binding.name, binding.shape, binding.name in chosen) for binding in bound]
+    specs = [
+        ParameterSpec(b.name, b.shape, b.name in chosen, lowrank=b.name in chosen and b.name in lowrank) for b in bound
+    ]
     kept = {name: _as_numpy(buffer) for name, buffer in buffers.items()}
     return Master(specs, arrays, kept, num_threads)
 

@@ -32,8 +32,11 @@ class ToyEngine:
     compute_dtype = "float32"
     perturb_s = 0.0  # part of the answer's time here
 
-    def __init__(self, num_threads: int = 1) -> None:
-        specs = [ParameterSpec(name, shape, not name.startswith("frozen")) for name, shape in SHAPES.items()]
+    def __init__(self, num_threads: int = 1, noise: str = "full") -> None:
+        specs = []
+        for name, shape in SHAPES.items():
+            perturbed = not name.startswith("frozen")
+            specs.append(ParameterSpec(name, shape, perturbed, perturbed and noise == "lowrank" and len(shape) == 2))
         arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
         self.master = Master(specs, arrays, num_threads=num_threads)
         self.stored_dtypes = {spec.name: "float32" for spec in specs}
@@ -67,6 +70,20 @@ class ToyEngine:
                 [Completion(tokens, len(tokens) < sampling.max_completion_length)] * sampling.num_generations
             )
         return answers
+
+    def generate_population(
+        self,
+        perturbations: Sequence[Perturbation],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[list[Completion]]]:
+        """Answer with one member after the other: (M, B, G)."""
+        return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
+
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int) -> int:
+        """Return 1: members share no work here."""
+        return 1
 
     def load_theta(self) -> None:
         """There is no working model beside the master."""

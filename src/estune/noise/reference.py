@@ -6,6 +6,10 @@ a mixed word minus 16: a sum of 32 fair bits, so an integer in [-16, 16] of vari
 The Rademacher variant takes the top bit of the same word: -1 or +1, variance 1.
 
 Where an element's index passes 2^32 the key is drawn again under the name `name#<block>`, block = index >> 32.
+
+A low-rank member (EGGROLL, arXiv 2511.16652) perturbs a matrix (d0, d1) by `E = A B^T` instead, with integers A
+(d0, r) and B (d1, r) drawn as above under the names `name#A` and `name#B`; of stacked experts (E, d0, d1) each has a
+matrix of its own, A is (E, d0, r) and B is (E, d1, r). E stays an integer matrix, of variance `lowrank_deviation`^2.
 """
 
 from __future__ import annotations
@@ -94,6 +98,61 @@ def round_to_bits(value: float, bits: int) -> float:
         return value
     mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent, 0.5 <= |mantissa| < 1
     return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
+
+
+def factor_names(name: str) -> tuple[str, str]:
+    """Return the names under which a matrix's low-rank factors A and B draw their noise."""
+    return f"{name}#A", f"{name}#B"
+
+
+def factor_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B for a matrix (d0, d1) or stacked experts (E, d0, d1).
+
+    Raises:
+        ValueError: another number of dimensions, or a factor of 2^32 elements or more (it has a single key).
+    """
+    if len(shape) not in (2, 3):
+        raise ValueError(f"low-rank noise is for matrices (d0, d1) and stacks (E, d0, d1), not for shape {shape}")
+    *experts, d0, d1 = shape
+    shapes = ((*experts, d0, rank), (*experts, d1, rank))
+    if any(math.prod(factor) >= BLOCK_SIZE for factor in shapes):
+        raise ValueError(f"shape {shape} at rank {rank} has a factor of 2^32 elements or more")
+    return shapes
+
+
+def lowrank_factors(
+    seed: int, name: str, shape: tuple[int, ...], rank: int, distribution: str = "normal"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a member's factors ``(A, B)``, int32 of `factor_shapes`, element index row-major in each."""
+    a, b = (
+        noise_ints(seed, factor, 0, math.prod(extents), distribution).reshape(extents)
+        for factor, extents in zip(factor_names(name), factor_shapes(shape, rank), strict=True)
+    )
+    return a, b
+
+
+def lowrank_ints(seed: int, name: str, shape: tuple[int, ...], rank: int, distribution: str = "normal") -> np.ndarray:
+    """Return the noise integers ``A B^T`` of a matrix or a stack of them: int32 of ``shape``.
+
+    ``E = lowrank_ints / lowrank_deviation`` has mean 0 and variance 1 in every element; |A B^T| <= 256 * rank.
+    """
+    a, b = lowrank_factors(seed, name, shape, rank, distribution)
+    product: np.ndarray = a @ b.swapaxes(-1, -2)
+    return product
+
+
+def lowrank_deviation(rank: int, distribution: str = "normal") -> float:
+    """Return the standard deviation of the elements of ``A B^T``: a sum of ``rank`` products of two noise integers."""
+    return _VARIANCE[distribution] * math.sqrt(rank)
+
+
+def lowrank_scale(sigma: float, rank: int, distribution: str = "normal") -> float:
+    """Return the low-rank ``s``: sigma over `lowrank_deviation`, rounded to 16 significant bits.
+
+    ``float32(float64(theta) + s * (A B^T))``: the product is exact in float64, so fusing it with the addition cannot
+    change a bit of a member's weights.
+    """
+    return round_to_bits(sigma / lowrank_deviation(rank, distribution), 16)
 
 
 def perturbation_scale(sigma: float, distribution: str = "normal") -> float:

@@ -1,0 +1,108 @@
+"""What a token costs, and its parts: transformers' ``generate``, plain layers, and estune's layers and attention.
+
+    python benchmarks/decoding.py --model DIRECTORY          # SmolLM2-135M: about 3 minutes
+
+All ways of one number of rows are timed in turn, token by token, over equal caches; medians and ratios. Half of the
+batches hold a shorter prompt, so that they are padded. The result goes to `benchmarks/results/decoding.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import write_result
+from transformers import AutoModelForCausalLM
+
+from estune.engines import attention, hf_callers, small_linear
+
+PROMPT = 64  # tokens
+WAYS = {"plain": (False, False), "attention": (False, True), "linear": (True, False), "both": (True, True)}
+
+
+def use(model: Any, linear: bool, grouped: bool) -> None:
+    """Give the model estune's linear layers and attention, or take them away."""
+    for module in model.modules():
+        if type(module) in (torch.nn.Linear, small_linear.SmallLinear):
+            module.__class__ = small_linear.SmallLinear if linear else torch.nn.Linear
+    model.config._attn_implementation = attention.NAME if grouped else "sdpa"
+
+
+def timed_ms(function: Callable[[], Any]) -> float:
+    """Run a function once."""
+    started = time.perf_counter()
+    function()
+    return (time.perf_counter() - started) * 1e3
+
+
+def measure(model: Any, grouped: bool, rows: int, padded: bool, tokens: int) -> dict[str, float]:
+    """Return milliseconds per token of every way, and of all but the linear layers."""
+    ids = torch.randint(5, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, : PROMPT // 4] = 0
+    ways = {name: way for name, way in WAYS.items() if grouped or not way[1]}
+    caller = hf_callers.AttentionCaller(model, hf_callers.takes_wide_mask(model))
+    chosen = caller.prefill(ids, mask, (tokens + 2) * (len(ways) + 1)).argmax(-1)
+    times: dict[str, list[float]] = {name: [] for name in [*ways, "all but linear layers"]}
+    real = small_linear.linear
+    for token in range(tokens + 2):
+        for name, way in ways.items():
+            use(model, *way)
+            times[name].append(timed_ms(lambda: caller.step(chosen)))
+        use(model, True, grouped)
+        small_linear.linear = lambda x, weight, bias=None: x.new_zeros((*x.shape[:-1], weight.shape[0]))
+        times["all but linear layers"].append(timed_ms(lambda: caller.step(chosen)))
+        small_linear.linear = real
+        if token < 2:  # warming up
+            times = {name: [] for name in times}
+    found = {name: statistics.median(values) for name, values in times.items()}
+    use(model, False, False)
+    spans = {n: [] for n in (4, 4 + tokens)}
+    for _ in range(3):
+        for n, values in spans.items():
+            values.append(
+                timed_ms(
+                    lambda n=n: model.generate(
+                        ids, attention_mask=mask, do_sample=False, min_new_tokens=n, max_new_tokens=n
+                    )
+                )
+            )
+    short, long = (statistics.median(values) for values in spans.values())
+    return {"generate of transformers": (long - short) / tokens, **found}
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 30, 60])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=12)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    grouped = attention.install(model)
+    model.set_attn_implementation("sdpa")
+    results = []
+    for rows in options.rows:
+        for padded in (False, True):
+            if rows == 1 and padded:
+                continue
+            times = measure(model, grouped, rows, padded, options.tokens)
+            best = times["both" if grouped else "linear"]
+            print(f"{rows} rows{', padded' if padded else ''}: ms per token (times what estune takes)")
+            for name, value in times.items():
+                print(f"  {name:26s} {value:8.1f}  {value / best:5.2f}")
+            results.append({"rows": rows, "padded": padded, "ms_per_token": times})
+    print(write_result("decoding", {"model": Path(options.model).name, "threads": options.threads, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Do low-rank noise, and estune's integer noise, train as well as full-rank noise, and as torch.randn?
+
+    python benchmarks/equivalence.py               # about 25 minutes on two cores
+
+The embedded model on Countdown with the `demo` preset (25 steps of 30 members and 16 problems, so equal evaluations),
+five seeds each of: full-rank noise (version 1), low-rank noise of rank 1, and full-rank noise drawn by `torch.randn`
+in place of version 1, all else equal. Each model is evaluated on the same 2000 held-out test problems. The result is
+the mean difference to full-rank noise, paired by seed, with its 95 % t-interval, and whether that lies within five
+points either way. The task has a ceiling near which all runs end (the model's own best mode), so models are compared
+half way, too, after 10 steps. It goes to `benchmarks/results/equivalence.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import write_result
+from scipy import stats
+
+from estune.master import Master, Moved
+
+VARIANTS = {"full": ["--noise", "full"], "lowrank": ["--noise", "lowrank"], "randn": ["--noise", "full"]}
+WITHIN = 5.0  # percentage points
+HALF_WAY, END = 10, 25  # steps
+
+
+class RandnMaster(Master):
+    """A master whose noise comes from torch's generator, in float32; everything else is estune's."""
+
+    def _noise(self, seed: int, name: str) -> np.ndarray:
+        import torch
+
+        number = list(self.arrays).index(name)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 63))
+        return torch.randn(self.arrays[name].shape, generator=generator).numpy()
+
+    def perturb(self, name: str, perturbation: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """See `Master.perturb`."""
+        written = super().perturb(name, None, out)
+        if perturbation is not None and self._spec[name].perturbed:
+            scale = np.float32(perturbation.scale * np.sqrt(8.0) * perturbation.member.sign)
+            written += scale * self._noise(perturbation.member.seed, name).reshape(written.shape)
+        return written
+
+    def update(self, update: Any, anchor: Any = None) -> Moved:
+        """See `Master.update`."""
+        for spec in self.specs:
+            if spec.perturbed:
+                total = np.zeros(spec.shape, dtype=np.float64)
+                for member, q in zip(update.members, update.q, strict=True):
+                    total += (q * member.sign) * self._noise(member.seed, spec.name).astype(np.float64)
+                self.arrays[spec.name] += (update.a * np.sqrt(8.0) * total).astype(np.float32)
+        self.version += 1
+        return Moved(self.checksum(), 0.0, 0.0)
+
+
+def child(variant: str, options: list[str]) -> int:
+    """Run `estune train` in this process, with the variant's master."""
+    from estune import cli
+    from estune.engines import hf_loading
+
+    if variant == "randn":
+        hf_loading.Master = RandnMaster  # type: ignore[misc]
+    return cli.main(options)
+
+
+def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
+    """Train one model and evaluate it on the test problems."""
+    output = directory / f"{variant}-{seed}"
+    train = ["train", "--config", "demo", "--seed", str(seed), "--output_dir", str(output), "--eval_steps", "0",
+             "--report_to", "none", "--save_steps", str(HALF_WAY), *VARIANTS[variant]]  # fmt: skip
+    started = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "--child", variant, *train], check=True, stdout=subprocess.DEVNULL)
+    result: dict[str, Any] = {"variant": variant, "seed": seed, "train_s": time.perf_counter() - started}
+    for steps, model in ((HALF_WAY, output / f"checkpoint-{HALF_WAY}"), (END, output)):
+        evaluate = [sys.executable, "-m", "estune", "evaluate", "--model", str(model), "--json"]
+        found = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
+        result[f"accuracy_{steps}"], result["n"] = found["accuracy"], found["n"]
+    print(f"{variant:8} seed {seed}: {result[f'accuracy_{HALF_WAY}']:.2%} after {HALF_WAY} steps, "
+          f"{result[f'accuracy_{END}']:.2%} after {END}, {result['train_s']:.0f} s", flush=True)  # fmt: skip
+    return result
+
+
+def difference(runs: list[dict[str, Any]], variant: str, steps: int) -> dict[str, Any]:
+    """Return the mean of (variant - full) over seeds, in points, and its 95 % interval (paired, Student's t)."""
+    accuracy = {(run["variant"], run["seed"]): 100 * run[f"accuracy_{steps}"] for run in runs}
+    seeds = sorted({run["seed"] for run in runs})
+    values = [accuracy[variant, seed] - accuracy["full", seed] for seed in seeds]
+    mean = statistics.mean(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    low, high = mean - half, mean + half
+    return {"points": mean, "interval95": [low, high], "equivalent": low >= -WITHIN and high <= WITHIN}
+
+
+def main() -> int:
+    """Run all, print, record."""
+    if len(sys.argv) > 1 and sys.argv[1] == "--child":
+        return child(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of one thread each")
+    options = parser.parse_args()
+    jobs = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda job: run_one(*job, Path(directory)), jobs))
+    result: dict[str, Any] = {"runs": runs, "within_points": WITHIN}
+    for variant in ("lowrank", "randn"):
+        result[variant] = {}
+        for steps in (HALF_WAY, END):
+            result[variant][str(steps)] = found = difference(runs, variant, steps)
+            low, high = found["interval95"]
+            verdict = "within" if found["equivalent"] else "not shown to be within"
+            print(f"{variant} - full after {steps} steps: {found['points']:+.2f} points, 95 % interval {low:+.2f} to "
+                  f"{high:+.2f}: {verdict} {WITHIN:g} points")  # fmt: skip
+    write_result("equivalence", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

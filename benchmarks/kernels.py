@@ -1,0 +1,228 @@
+"""The noise kernels on the parameters of a 135 M language model, against the paper's loop over ``torch.randn``.
+
+    python benchmarks/kernels.py                # about 2 minutes, needs 2 GiB of memory and no download
+
+The arrays have SmolLM2-135M's shapes and random contents. What is compared runs in one process, turn about, on all
+cores, and every repetition is in `benchmarks/results/kernels.json`; ratios are those of medians. A second process
+repeats it with code compiled for AVX2 alone (``"avx2"`` in the result; only numba's kernels change there).
+
+Per member the paper's loop adds sigma times the noise to the weights, draws the same noise again to take it off, and
+once more for the member's share of the update. estune writes the member's weights from theta (`Master.perturb`) and
+takes a 30th of an update of 30 members. The roof over `Master.perturb` is the slower of two things it cannot do
+without: a float32 copy of the weights (by numba on the same threads or by torch, the faster), and drawing the noise
+and writing it nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from record import write_result
+
+from estune.engines.base import ParameterSpec, Perturbation
+from estune.environment import cores
+from estune.master import PIECE, Master
+from estune.noise import perturbation_scale
+from estune.noise.cpu import _noise
+from estune.optimizer import make_update
+from estune.population import Member
+
+VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 49152, 576, 30, 9, 3, 1536  # SmolLM2-135M, output head tied
+MEMBERS = 30
+SIGMA = 1e-3
+TARGETS = {
+    "loop_speedup": (">=", 10.0),  # perturb, restore and update of the paper's loop / estune's perturb and update
+    "update_speedup": (">=", 20.0),  # the paper's update / estune's, per member
+    "perturb_of_roof": (">=", 0.7),  # the roof's seconds / those of perturb
+    "member_s": ("<=", 0.15),  # perturb and update of a member
+}
+
+
+def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the model's parameters: stored names and shapes."""
+    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
+    key_value = HIDDEN // HEADS * KV_HEADS
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        for name, rows in (("q", HIDDEN), ("k", key_value), ("v", key_value), ("o", HIDDEN)):
+            yield f"{at}self_attn.{name}_proj.weight", (rows, HIDDEN)
+        yield f"{at}mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{at}mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{at}mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
+        yield f"{at}input_layernorm.weight", (HIDDEN,)
+        yield f"{at}post_attention_layernorm.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+
+
+@njit(nogil=True, boundscheck=False)
+def copy_into(out, theta):  # type: ignore[no-untyped-def]
+    """Copy a float32 piece."""
+    for j in range(out.size):
+        out[j] = theta[j]
+
+
+@njit(nogil=True, boundscheck=False)
+def sum_noise(count, k0, k1):  # type: ignore[no-untyped-def]
+    """Draw ``count`` noise integers and return their sum: the noise written nowhere."""
+    total = np.int64(0)
+    for j in range(count):
+        total += _noise(np.uint32(j), k0, k1, False)
+    return total
+
+
+def add_noise(weights: list[torch.Tensor], seed: int, factor: float) -> None:
+    """Add ``factor`` times a member's noise to the weights as the paper does, a generator per parameter."""
+    generator = torch.Generator()
+    for index, weight in enumerate(weights):
+        generator.manual_seed(seed + index)
+        weight.add_(torch.randn(weight.shape, generator=generator), alpha=factor)
+
+
+def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, Any]:
+    """Time everything ``repetitions`` times, turn about, after one round that is not counted.
+
+    Returns raw seconds per member by name, of the clock and of the processors (which other programs' load changes
+    less), and of the clock's medians, rates in G parameters/s and GB/s, and the ratios of `TARGETS`.
+    """
+    num_threads = num_threads or cores()
+    torch.set_num_threads(num_threads)
+    generator = np.random.default_rng(0)
+    arrays = {name: 0.02 * generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes()}
+    master = Master([ParameterSpec(name, shape, True) for name, shape in shapes()], arrays, num_threads=num_threads)
+    live = {name: array.copy() for name, array in arrays.items()}
+    weights = [torch.from_numpy(array) for array in live.values()]
+    theta = [torch.from_numpy(array) for array in arrays.values()]
+    members = [Member(1000 + m, 1) for m in range(MEMBERS)]
+    update = make_update(members, generator.standard_normal(MEMBERS).tolist(), SIGMA / 2)
+    cuts = [(name, lo, lo + PIECE) for name, array in arrays.items() for lo in range(0, array.size, PIECE)]
+    flat = {name: (live[name].reshape(-1), array.reshape(-1)) for name, array in arrays.items()}
+
+    def copy(cut: tuple[str, int, int]) -> None:
+        name, lo, hi = cut
+        copy_into(flat[name][0][lo:hi], flat[name][1][lo:hi])
+
+    def draw(cut: tuple[str, int, int]) -> int:
+        name, lo, hi = cut
+        return int(sum_noise(min(hi, flat[name][0].size) - lo, np.uint32(12345), np.uint32(lo)))
+
+    def perturb() -> None:
+        perturbation = Perturbation(members[0], perturbation_scale(SIGMA))
+        for name, array in live.items():
+            master.perturb(name, perturbation, array)
+
+    def torch_copy() -> None:
+        for weight, source in zip(weights, theta, strict=True):
+            weight.copy_(source)
+
+    share = SIGMA / 2 / MEMBERS
+    work: dict[str, tuple[Callable[[], Any], int]] = {  # what to time, and how many members it serves
+        "randn_perturb": (lambda: add_noise(weights, 1, SIGMA), 1),
+        "randn_restore": (lambda: add_noise(weights, 1, -SIGMA), 1),
+        "randn_update": (lambda: add_noise(weights, 1, share), 1),
+        "perturb": (perturb, 1),
+        "update": (lambda: master.update(update), MEMBERS),
+        "copy_numba": (lambda: master._run(copy, cuts), 1),
+        "copy_torch": (torch_copy, 1),
+        "noise": (lambda: master._run(draw, cuts), 1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    processor_seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repetition in range(repetitions + 1):
+        for name, (function, count) in work.items():
+            start, processor_start = time.perf_counter(), time.process_time()
+            function()
+            if repetition:
+                seconds[name].append((time.perf_counter() - start) / count)
+                processor_seconds[name].append((time.process_time() - processor_start) / count)
+    return {
+        "num_threads": num_threads,
+        "parameters": master.num_parameters,
+        "seconds_per_member": seconds,
+        "processor_seconds_per_member": processor_seconds,
+        **ratios(seconds, master.num_parameters),
+    }
+
+
+def ratios(seconds: dict[str, list[float]], size: int) -> dict[str, Any]:
+    """Return medians, rates and the ratios of `TARGETS` for raw seconds per member and ``size`` parameters."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    copy = min(median["copy_numba"], median["copy_torch"])
+    member = median["perturb"] + median["update"]
+    moved = {"perturb": 8, "copy_numba": 8, "copy_torch": 8}  # bytes read and written per parameter
+    return {
+        "median_s": median,
+        "giga_parameters_per_s": {name: size / value / 1e9 for name, value in median.items()},
+        "gigabytes_per_s": {name: size * count / median[name] / 1e9 for name, count in moved.items()},
+        "ratios": {
+            "loop_speedup": sum(median[f"randn_{part}"] for part in ("perturb", "restore", "update")) / member,
+            "update_speedup": median["randn_update"] / median["update"],
+            "perturb_of_roof": max(copy, median["noise"]) / median["perturb"],
+            "member_s": member,
+        },
+    }
+
+
+def measure_avx2(repetitions: int) -> dict[str, Any]:
+    """Measure in a process whose kernels are compiled for AVX2 without AVX-512; an x86 processor is needed."""
+    with tempfile.TemporaryDirectory() as cache:
+        target = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": cache}
+        command = [sys.executable, __file__, "--json", "--repetitions", str(repetitions)]
+        output = subprocess.run(command, env=os.environ | target, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def show(title: str, result: dict[str, Any]) -> bool:
+    """Print one measurement as a table; return whether it meets the targets."""
+    print(f"{title}: {result['parameters'] / 1e6:.1f} M parameters, {result['num_threads']} threads")
+    for name, values in result["seconds_per_member"].items():
+        rate, bandwidth = result["giga_parameters_per_s"][name], result["gigabytes_per_s"].get(name)
+        processor = statistics.median(result["processor_seconds_per_member"][name])
+        print(
+            f"  {name:14s} {result['median_s'][name]:8.4f} s ({processor:.4f} s of processors)  {rate:6.2f} G/s"
+            + (f"  {bandwidth:5.1f} GB/s" if bandwidth else "           ")
+            + "   runs "
+            + " ".join(f"{value:.4f}" for value in values)
+        )
+    met = True
+    for name, (sense, limit) in TARGETS.items():
+        value = result["ratios"][name]
+        good = value >= limit if sense == ">=" else value <= limit
+        met &= good
+        print(f"  {name:16s} {value:8.3f}  target {sense} {limit:g}{'' if good else '  MISSED'}")
+    return met
+
+
+def main() -> int:
+    """Measure, print, record; exit status 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="measure this process alone, print JSON, write no file")
+    options = parser.parse_args()
+    result = measure(options.repetitions)
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    met = show("this processor", result)
+    if "x86" in os.uname().machine:
+        result["avx2"] = measure_avx2(options.repetitions)
+        met &= show("AVX2 code on it", result["avx2"])
+    path = write_result("kernels", {"targets": TARGETS, **result})
+    print(f"written to {path}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

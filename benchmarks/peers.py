@@ -1,0 +1,173 @@
+"""Time of an ES step with other packages of the Python registry, on the same model, prompts, members and tokens.
+
+    python scripts/fetch_smollm2.py models/smollm2
+    python benchmarks/peers.py --model models/smollm2 --cache_dir ~/.cache/estune-peers       # about 30 minutes
+
+Each package is installed into an environment of its own under ``--cache_dir`` (1 GB each; needs the registry), with the
+versions of `constraints.txt`, and driven through its public interface by `peers/driver.py`. A few members are timed
+together with the package's own share of noise and update, and multiplied with N / members; completions have exactly as
+many tokens as in `step.py`. A package that does not run is recorded with its error. The result goes to
+`benchmarks/results/peers.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from record import write_result
+from step import CASES, Case
+
+from estune import ESConfig, environment, inputs
+from estune.data import Batches
+from estune.engines.hf_loading import load_tokenizer
+
+HERE = Path(__file__).resolve().parent
+TIME_LIMIT_S = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A package that can move a Hugging Face causal language model by ES on a CPU."""
+
+    name: str
+    version: str
+    licence: str
+    note: str
+    members: int = 6  # timed together, at least 5 over all measurements
+    with_dependencies: bool = True
+
+
+PEERS = (
+    Peer("eggroll-es", "0.2.0", "MIT",
+         "members one after another; keeps the noise of all members, 0.54 GB each on this model"),
+    Peer("torcheggroll", "0.2.0", "MIT",
+         "keeps noise and weights of all members, 1.1 GB each on this model: N = 30 does not fit into 24 GiB"),
+    Peer("mezo", "0.0.1", "MIT",
+         "pairs of members, an update after each; installed without its dependencies, which ask for transformers 4",
+         members=2, with_dependencies=False),
+    Peer("evotorch", "0.6.1", "Apache-2.0",
+         "a general library; keeps all members as vectors, 0.54 GB each on this model"),
+)  # fmt: skip
+
+LOOKED_AT = {
+    "eggroll": "another thing of the same name: client and server of a federated-computing framework",
+    "eggroll-trainer": "listed (0.1.0), but no file of it can be downloaded: No matching distribution found",
+    "evosax, shardes": "JAX arrays; no model of transformers 5 runs on JAX",
+    "cma, cmaes": "a covariance matrix of parameters squared",
+    "polystep": "optimal transport between weight candidates, not ES; for supervised costs of small networks",
+    "zeroth-learn": "networks of its own in NumPy",
+    "estorch, evostrat, nes-torch, pepg-es, pytorch-es, evostra": "2018 to 2021, small policies; by their summary only",
+}
+
+
+def tokenised(case: Case, model: Path) -> list[list[int]]:
+    """Return the prompts of the case's first step as estune tokenises them: (B, P) of different lengths."""
+    args = ESConfig(model=str(model), batch_size=case.prompts, max_completion_length=case.tokens, **case.source)
+    task = inputs.task_of(args)
+    rows = inputs.resolve_rows(args, None, task, "train", inputs.resolve_rewards(args, None, task))
+    engine: Any = argparse.Namespace(tokenizer=load_tokenizer(str(model)), max_context=None)
+    prompts = inputs.build_prompts(args, engine, rows, task is not None)
+    return [list(prompts[row].token_ids) for row in Batches(len(rows), case.prompts, args.seed).rows_for_step(0)]
+
+
+def make_environment(peer: Peer, cache_dir: Path) -> Path:
+    """Return the Python of the peer's environment, made on first use.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; its ``stderr`` says why.
+    """
+    place = cache_dir / f"{peer.name}-{peer.version}"
+    python = place / "bin" / "python"
+    if (place / "ready").is_file():
+        return python
+    print(f"peers: making {place}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True, capture_output=True, text=True)
+    constraints = HERE.parent / "constraints.txt"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(constraints)]
+    alone = [] if peer.with_dependencies else ["--no-deps"]
+    for arguments in ([], "base.txt"), (alone, f"{peer.name}.txt"):
+        flags, file = arguments
+        subprocess.run([*pip, *flags, "-r", str(HERE / "peers" / file)], check=True, capture_output=True, text=True)
+    (place / "ready").touch()
+    return python
+
+
+def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a peer's step comes to in one case, or its error."""
+    facts = {"version": peer.version, "licence": peer.licence, "note": peer.note}
+    members = min(peer.members, options.most_members)
+    threads = environment.cores() if options.num_threads is None else options.num_threads
+    with tempfile.TemporaryDirectory() as name:
+        job, result = Path(name) / "job.json", Path(name) / "result.json"
+        values = {"model": str(model), "prompts": tokenised(case, model), "tokens": case.tokens, "members": members,
+                  "measurements": 1 + options.measurements, "num_threads": threads}  # fmt: skip
+        job.write_text(json.dumps(values), encoding="utf-8")
+        try:
+            python = make_environment(peer, options.cache_dir)
+            subprocess.run(
+                [str(python), str(HERE / "peers" / "driver.py"), peer.name, str(job), str(result)],
+                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT_S,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
+            return facts | {"error": f"exit status {error.returncode}: " + " | ".join(lines[-3:])}
+        except subprocess.TimeoutExpired:
+            return facts | {"error": f"not done after {TIME_LIMIT_S:.0f} s"}
+        seconds = json.loads(result.read_text(encoding="utf-8"))["seconds_per_member"][1:]  # the first warmed up
+    per_member = statistics.median(seconds)
+    step_s = options.population_size * per_member
+    return facts | {
+        "how": f"{members} members together, {len(seconds)} times: the median per member, times "
+               f"{options.population_size}",
+        "seconds_per_member": per_member, "seconds_per_member_of_each_measurement": seconds, "step_seconds": step_s,
+        "tokens_per_s": case.prompts * case.tokens / per_member,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Time every peer in every case; print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--cache_dir", type=Path, required=True, help="where environments are made and kept")
+    parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS])
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=["conciseness"])
+    parser.add_argument("--measurements", type=int, default=3, help="after one that warms up")
+    parser.add_argument("--population_size", type=int, default=30)
+    parser.add_argument("--most_members", type=int, default=6, help="timed together")
+    parser.add_argument("--tokens", type=int, help="another number of tokens, for trials")
+    parser.add_argument("--num_threads", type=int, help="default: the cores")
+    parser.add_argument("--no_record", action="store_true", help="print only")
+    options = parser.parse_args()
+    model = options.model.expanduser().resolve()
+    options.cache_dir = options.cache_dir.expanduser().resolve()
+    results: dict[str, dict[str, Any]] = {}
+    for case in CASES:
+        if case.name not in options.cases:
+            continue
+        if options.tokens:
+            case = dataclasses.replace(case, tokens=options.tokens)
+        results[case.name] = {}
+        for peer in PEERS:
+            if options.peers and peer.name not in options.peers:
+                continue
+            row = results[case.name][peer.name] = time_peer(peer, case, model, options)
+            told = row.get("error") or f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s"
+            print(f"{case.name} {peer.name} {peer.version}: {told}", flush=True)
+    if not options.no_record:
+        write_result("peers", {"model": model.name, "population_size": options.population_size, "cases": results,
+                               "looked_at": LOOKED_AT})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

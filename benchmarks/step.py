@@ -1,0 +1,363 @@
+"""Time of a whole ES step on SmolLM2-135M: the paper's loop, estune with full and low-rank noise, and pure generation.
+
+    python scripts/fetch_smollm2.py models/smollm2
+    python benchmarks/step.py --model models/smollm2          # about 25 minutes on 2 cores
+
+Two cases, N = 30 members in both: the 2 conciseness prompts with 32 tokens, and 24 Countdown prompts with 64 tokens.
+Every completion has exactly that many tokens in every variant, so that the work is equal: the model is read from a
+directory of links to its files whose generation_config has an empty list of end-of-text tokens (for `generate` it is
+None), and a completion of another length is an error. All variants run in one process, one after another in every
+repetition; the first repetition is not counted, and medians are reported.
+
+* paper: `paper_loop.py`, one member a repetition, times N.
+* full: estune's own Session (perturb, generate, score), one member a repetition, times N; plus the update of all N.
+* lowrank: the loop of `ESTrainer.train`, line by line. In the first case the whole step; in the second one forward
+  pass of several members, times the passes of a step, plus the update of all N.
+* pure: generation alone of as many rows as a low-rank forward pass has, by transformers and by estune's own decoding,
+  nothing perturbed, scored or updated. The faster of the two is the limit.
+
+Utilities are a fixed ramp and the learning rate is next to nothing, so that every update does its whole work and theta
+stays where it is. The result goes to `benchmarks/results/step.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_loop import PaperLoop
+from record import write_result
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from estune import ESConfig, ESTrainer, inputs
+from estune.engines.hf_callers import left_pad
+from estune.fitness import fill_failures, shape_fitness, weigh
+from estune.optimizer import Update, make_update
+from estune.session import Session, Step, open_session, plan_step
+
+DATA = Path(__file__).resolve().parent / "data" / "conciseness"
+NEXT_TO_NOTHING = 1e-12  # learning rate
+NO_STEPS_END = 1_000_000  # max_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is generated: ``prompts`` rows for each member, ``tokens`` new tokens for each row."""
+
+    name: str
+    prompts: int
+    tokens: int
+    members_per_batch: int | str  # members in one low-rank forward pass
+    whole_step: bool  # whether the low-rank variant runs all N members
+    source: dict[str, Any]  # task or dataset, for ESConfig
+
+
+CASES = (
+    Case("conciseness", 2, 32, "auto", True,
+         {"dataset_name": str(DATA), "reward_funcs": [f"{DATA / 'reward.py'}:conciseness"]}),
+    Case("countdown", 24, 64, 6, False, {"task": "countdown"}),
+)  # fmt: skip
+
+
+def endless_model(model: Path, directory: Path) -> Path:
+    """Make a directory of links to a model's files whose generation configuration knows no end-of-text token."""
+    directory.mkdir()
+    for file in model.iterdir():
+        if file.name != "generation_config.json":
+            (directory / file.name).symlink_to(file.resolve())
+    path = model / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings |= {"eos_token_id": []}
+    (directory / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+def es_config(
+    case: Case, noise: str, model: Path, run: Path, population_size: int, num_threads: int | str = "auto"
+) -> ESConfig:
+    """Return the configuration of a case's run."""
+    lowrank = {"members_per_batch": case.members_per_batch} if noise == "lowrank" else {}
+    return ESConfig(model=str(model), output_dir=str(run), noise=noise, population_size=population_size, sigma=0.01,
+                    learning_rate=NEXT_TO_NOTHING, batch_size=case.prompts, max_completion_length=case.tokens,
+                    max_steps=NO_STEPS_END, report_to=["none"], num_threads=num_threads,
+                    **lowrank, **case.source)  # fmt: skip
+
+
+class Bench:
+    """A case with everything open that its variants need."""
+
+    def __init__(
+        self,
+        case: Case,
+        stack: ExitStack,
+        model: Path,
+        directory: Path,
+        population_size: int,
+        num_threads: int | str = "auto",
+    ) -> None:
+        self.case, self.population_size = case, population_size
+        self.sessions: dict[str, Session] = {}
+        for noise in ("full", "lowrank"):
+            run = directory / f"{case.name}-{noise}"
+            trainer = ESTrainer(args=es_config(case, noise, model, run, population_size, num_threads))
+            self.sessions[noise] = stack.enter_context(open_session(trainer))
+        lowrank = self.sessions["lowrank"]
+        engine: Any = lowrank.engine
+        if not engine.info()["shared_forward"]:
+            raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
+        self.step = plan_step(lowrank.args, lowrank.batches, 0)
+        self.prompts = [lowrank.train_prompts[row] for row in self.step.rows]  # (B,)
+        self.members_per_batch = min(int(lowrank.args.members_per_batch), population_size)
+        self.batch_prompts = self.prompts * self.members_per_batch  # the rows of one low-rank forward pass
+        auto_model: Any = AutoModelForCausalLM
+        self.hf_model = auto_model.from_pretrained(model, dtype=torch.float32).eval()
+        pad = lowrank.engine.tokenizer.pad_token_id
+        self.hf_model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=pad)
+        self.pad = pad
+        self.paper = PaperLoop(self.hf_model, *self._batch(self.prompts), case.tokens)
+        self.members_timed = 0  # by the paper's loop and by full noise, each time another one
+
+    def _batch(self, prompts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return left_pad([prompt.token_ids for prompt in prompts], self.pad, torch.device("cpu"))
+
+    def paper_member(self) -> dict[str, float]:
+        """Time one member of the paper's loop."""
+        return self.paper.time_member(self.members_timed, self.step.sigma, 1e-12)
+
+    def full_member(self) -> dict[str, float]:
+        """Time one member with full noise: perturbed, generated, scored; and the update by all N."""
+        session = self.sessions["full"]
+        step = plan_step(session.args, session.batches, 0)
+        member = step.members[self.members_timed % len(step.members)]
+        times = self._evaluate(session, dataclasses.replace(step, members=[member]))
+        started = time.perf_counter()
+        session.engine.master.update(ramp_update(step))
+        session.engine.master_changed()
+        return times | {"update": time.perf_counter() - started}
+
+    def lowrank_step(self) -> dict[str, float]:
+        """Time a step of low-rank noise as `ESTrainer.train` takes it, utilities apart."""
+        session = self.sessions["lowrank"]
+        started = time.perf_counter()
+        step = plan_step(session.args, session.batches, session.run.steps_done)
+        rollouts = session.evaluate_population(step)
+        evaluated = time.perf_counter()
+        weights = session.rewards.weights
+        rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)
+        fitness, _ = shape_fitness(weigh(rewards, weights), session.args.fitness_shaping)
+        update = ramp_update(step)
+        session.journal_step(step, rewards, fitness, rollouts, update)
+        session.move(update)
+        session.after_step()
+        ended = time.perf_counter()
+        self._check(rollouts.lengths)
+        return _parts(rollouts) | {
+            "evaluate": evaluated - started, "update": ended - evaluated, "step": ended - started,
+        }  # fmt: skip
+
+    def lowrank_pass(self) -> dict[str, float]:
+        """Time one forward pass of low-rank members, scored; and the update by all N."""
+        session = self.sessions["lowrank"]
+        step = plan_step(session.args, session.batches, 0)
+        times = self._evaluate(session, dataclasses.replace(step, members=step.members[: self.members_per_batch]))
+        started = time.perf_counter()
+        session.engine.master.update(ramp_update(step))
+        session.engine.master_changed()
+        return times | {"update": time.perf_counter() - started}
+
+    def pure_transformers(self) -> dict[str, float]:
+        """Time `generate` of transformers on the rows of a low-rank forward pass."""
+        ids, mask = self._batch(self.batch_prompts)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.hf_model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.case.tokens
+            )
+        seconds = time.perf_counter() - started
+        self._check([output.shape[1] - ids.shape[1]])
+        return {"generate": seconds}
+
+    def pure_estune(self) -> dict[str, float]:
+        """Time estune's own decoding of the same rows with theta."""
+        session = self.sessions["lowrank"]
+        engine: Any = session.engine
+        engine.load_theta()
+        kept, engine.prompts_per_batch = engine.prompts_per_batch, len(self.batch_prompts)
+        started = time.perf_counter()
+        answers = engine.generate(None, self.batch_prompts, inputs.sampling(session.args, 0))
+        seconds = time.perf_counter() - started
+        engine.prompts_per_batch = kept
+        self._check([len(completion.token_ids) for row in answers for completion in row])
+        return {"generate": seconds}
+
+    def _evaluate(self, session: Session, step: Step) -> dict[str, float]:
+        started = time.perf_counter()
+        rollouts = session.evaluate_population(step)
+        seconds = time.perf_counter() - started
+        session.run.pending.clear()  # or the next call would find these members evaluated
+        self._check(rollouts.lengths)
+        return _parts(rollouts) | {"evaluate": seconds}
+
+    def _check(self, lengths: Any) -> None:
+        found = torch.as_tensor(lengths)
+        if not bool((found == self.case.tokens).all()):
+            raise RuntimeError(f"completions of {found.min()} to {found.max()} tokens, not {self.case.tokens}")
+
+    def repetition(self) -> dict[str, dict[str, float]]:
+        """Run every variant once."""
+        measured = {
+            "paper": self.paper_member(),
+            "full": self.full_member(),
+            "lowrank": self.lowrank_step() if self.case.whole_step else self.lowrank_pass(),
+            "pure_transformers": self.pure_transformers(),
+            "pure_estune": self.pure_estune(),
+        }
+        self.members_timed += 1
+        return measured
+
+    def step_seconds(self, measured: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Return the seconds of a step of N members that one repetition's times come to."""
+        n = self.population_size
+        passes = n / self.members_per_batch
+        lowrank = measured["lowrank"]
+        return {
+            "paper": n * measured["paper"]["member"],
+            "full": n * measured["full"]["evaluate"] + measured["full"]["update"],
+            "lowrank": lowrank["step"] if self.case.whole_step else passes * lowrank["evaluate"] + lowrank["update"],
+            "pure_transformers": passes * measured["pure_transformers"]["generate"],
+            "pure_estune": passes * measured["pure_estune"]["generate"],
+        }
+
+    def how(self) -> dict[str, str]:
+        """Return, for each variant, what was timed and what it was multiplied with."""
+        n, m = self.population_size, self.members_per_batch
+        passes = f"one forward pass of {m * self.case.prompts} rows, times {n / m:g}"
+        return {
+            "paper": f"one member a repetition (perturb, generate, restore, update), times {n}",
+            "full": f"one member a repetition (perturb, generate, score), times {n}, plus the update of {n} members",
+            "lowrank": f"the whole step of {n} members, {m} in a forward pass" if self.case.whole_step
+            else f"one forward pass of {m} members, scored, times {n / m:g}, plus the update of {n} members",
+            "pure_transformers": passes,
+            "pure_estune": passes,
+        }  # fmt: skip
+
+
+def ramp_update(step: Step) -> Update:
+    """Return an update whose utilities are evenly spread and never 0, whatever the rewards were."""
+    n = len(step.members)
+    utilities = [(2 * index - n + 0.5) / n for index in range(n)]
+    return make_update(step.members, utilities, step.learning_rate, distribution=step.distribution, rank=step.rank)
+
+
+def _parts(rollouts: Any) -> dict[str, float]:
+    return {
+        "perturb": sum(group.perturb_s for group in rollouts.groups),
+        "generate": sum(group.generate_s for group in rollouts.groups),
+        "score_wait": rollouts.score_wait_s,
+    }
+
+
+def measure_case(
+    case: Case, model: Path, directory: Path, repetitions: int, population_size: int, num_threads: int | str
+) -> dict[str, Any]:
+    """Return medians, ratios and every sample of one case."""
+    with ExitStack() as stack:
+        bench = Bench(case, stack, model, directory, population_size, num_threads)
+        bench.repetition()  # compiled kernels, touched memory
+        samples = []
+        for index in range(repetitions):
+            samples.append(bench.repetition())
+            told = {name: round(seconds, 2) for name, seconds in bench.step_seconds(samples[-1]).items()}
+            print(f"{case.name} {index + 1}/{repetitions}: seconds a step {told}", flush=True)
+        steps = [bench.step_seconds(sample) for sample in samples]
+        how, members_per_batch = bench.how(), bench.members_per_batch
+    tokens = population_size * case.prompts * case.tokens
+    variants = {}
+    for name in samples[0]:
+        seconds = statistics.median(step[name] for step in steps)
+        variants[name] = {
+            "how": how[name],
+            "step_seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "timed_seconds": {
+                part: statistics.median(sample[name][part] for sample in samples) for part in samples[0][name]
+            },
+            "step_seconds_of_each_repetition": [step[name] for step in steps],
+        }
+    limits = [min(step["pure_transformers"], step["pure_estune"]) for step in steps]
+    ratios = {
+        "paper / lowrank": [step["paper"] / step["lowrank"] for step in steps],
+        "paper / full": [step["paper"] / step["full"] for step in steps],
+        "full / lowrank": [step["full"] / step["lowrank"] for step in steps],
+        "pure / lowrank": [limit / step["lowrank"] for limit, step in zip(limits, steps, strict=True)],
+        "pure / full": [limit / step["full"] for limit, step in zip(limits, steps, strict=True)],
+    }
+    return {
+        "prompts": case.prompts, "tokens": case.tokens, "population_size": population_size,
+        "members_per_batch": members_per_batch, "num_threads": torch.get_num_threads(), "variants": variants,
+        "ratios": {name: {"median": statistics.median(values), "each": values} for name, values in ratios.items()},
+    }  # fmt: skip
+
+
+def measure(
+    model: str | Path,
+    repetitions: int = 5,
+    population_size: int = 30,
+    cases: tuple[Case, ...] = CASES,
+    num_threads: int | str = "auto",
+) -> dict[str, Any]:
+    """Measure some cases; return them by name. ``model`` is the directory of SmolLM2-135M-Instruct."""
+    source = Path(model).expanduser().resolve()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        endless = endless_model(source, place / "model")
+        return {
+            case.name: measure_case(case, endless, place, repetitions, population_size, num_threads) for case in cases
+        }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as text."""
+    lines = []
+    for name, case in results.items():
+        lines.append(f"{name}: {case['prompts']} prompts, {case['tokens']} tokens, N {case['population_size']}, "
+                     f"{case['num_threads']} threads")  # fmt: skip
+        for variant, row in case["variants"].items():
+            lines.append(f"  {variant:<18}{row['step_seconds']:9.2f} s a step {row['tokens_per_s']:8.1f} tokens/s   "
+                         f"{row['how']}")  # fmt: skip
+        lines.append("  " + ", ".join(f"{ratio} {row['median']:.2f}" for ratio, row in case["ratios"].items()))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--population_size", type=int, default=30)
+    parser.add_argument("--tokens", type=int, help="another number of tokens, for trials")
+    parser.add_argument("--num_threads", default="auto", help="auto: the cores")
+    parser.add_argument("--no_record", action="store_true", help="print only")
+    options = parser.parse_args()
+    cases = tuple(case for case in CASES if not options.cases or case.name in options.cases)
+    if options.tokens:
+        cases = tuple(dataclasses.replace(case, tokens=options.tokens) for case in cases)
+    results = measure(options.model, options.repetitions, options.population_size, cases, options.num_threads)
+    print(table(results))
+    if not options.no_record:
+        write_result("step", {"model": Path(options.model).name, "repetitions": options.repetitions, "cases": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

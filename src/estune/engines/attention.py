@@ -1,0 +1,78 @@
+"""Grouped-query attention under a mask without copies of the keys and values.
+
+Where several query heads share a key/value head and rows are padded, transformers repeats keys and values for every
+query head before it calls torch: at each token of each layer the whole cache is copied, several times its size. Torch's
+CPU kernel takes grouped heads and a mask together; this attention function says so and does nothing else differently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "estune_sdpa"
+_TRIAL = ([1, 2, 3, 4, 5], [1, 1, 1, 6, 7])  # tokens; the second row is padded by three
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as ``sdpa`` of transformers does: query (R, H, T, d), key and value (R, H / g, S, d); (R, T, H, d).
+
+    Everything but a masked call with grouped heads on the CPU goes to transformers.
+    """
+    if (
+        attention_mask is None
+        or not key.is_cpu
+        or key.shape[1] == query.shape[1]
+        or query.shape[-1] != value.shape[-1]
+        or kwargs.get("position_bias") is not None
+        or kwargs.get("cache") is not None
+    ):
+        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return found, None
+    found = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )  # (R, H, T, d)
+    return found.transpose(1, 2).contiguous(), None
+
+
+@torch.inference_mode()
+def install(model: Any) -> bool:
+    """Let ``model`` use `grouped_attention` if a trial gives the logits that it gave before, to rounding; say if so."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    if (
+        model.device.type != "cpu"
+        or model.config._attn_implementation != "sdpa"
+        or getattr(config, "num_key_value_heads", heads) == heads
+    ):
+        return False
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    ids = torch.tensor(_TRIAL) % config.vocab_size
+    mask = torch.tensor([[1] * 5, [0] * 3 + [1] * 2])
+    before = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
+    try:
+        model.set_attn_implementation(NAME)
+        after = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        model.set_attn_implementation("sdpa")
+        return False
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if (after - before).abs().max() <= tolerance * (before.abs().max() + 1e-6):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False

@@ -1,0 +1,178 @@
+"""What numba cannot say: the noise hash on lanes of 32 bits, written in LLVM's own terms for the kernels of `cpu`.
+
+numba widens uint32 arithmetic to 64 bits and LLVM narrows only part of it again; and a loop that LLVM vectorises by
+itself computes one register after another, each waiting for its own multiplications. So the hash is built here once,
+for a single word or for a vector of `LANES` words, which LLVM splits into registers of the processor's width (AVX2,
+AVX-512, NEON) whose instructions alternate.
+
+Functions with a ``builder`` take and return LLVM values, words or vectors; the intrinsics below them are what kernels
+call. numba's cache on disk watches a kernel's own file: after a change here, touch `cpu` and `cpu_lowrank`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import extending, types
+from numba.core import cgutils as _cgutils
+from numba.np import arrayobj as _arrayobj
+
+# numba is typed in part, and `intrinsic` as if one called what it decorates.
+intrinsic: Any = extending.intrinsic
+cgutils: Any = _cgutils
+arrayobj: Any = _arrayobj
+
+LANES = 64  # words per vector: four registers of AVX-512, eight of AVX2; 32 and 16 lanes are slower on both
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+_INTS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+
+def _splat(builder: Any, x: Any) -> Any:
+    """Return a vector whose lanes all hold the scalar ``x``."""
+    vector = ir.VectorType(x.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, _I32(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
+
+
+def _word(like: Any, n: int) -> Any:
+    """Return the constant ``n`` in the type of ``like``."""
+    return ir.Constant(like.type, [n] * LANES if isinstance(like.type, ir.VectorType) else n)
+
+
+def _xor_shift(builder: Any, x: Any, n: int) -> Any:
+    return builder.xor(x, builder.lshr(x, _word(x, n)))
+
+
+def _mix_rest(builder: Any, x: Any) -> Any:
+    """Return what is left of ``mix`` after its first step, ``x ^= x >> 16``."""
+    x = _xor_shift(builder, builder.mul(x, _word(x, 0x21F0AAAD)), 15)
+    return _xor_shift(builder, builder.mul(x, _word(x, 0xD35A2D97)), 15)
+
+
+def _ctpop(builder: Any, x: Any) -> Any:
+    """Count set bits by LLVM's ctpop (VPOPCNTD, or a shuffle on AVX2)."""
+    suffix = f"v{LANES}i32" if isinstance(x.type, ir.VectorType) else "i32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type]), f"llvm.ctpop.{suffix}")
+    return builder.call(function, [x])
+
+
+def _noise_from(builder: Any, index: Any, k0: Any, k1: Any, rademacher: Any) -> Any:
+    """Return the noise integers; ``index`` and ``k0`` have been through mix's first step.
+
+    That step is linear in xor, so ``mix(i ^ k0)`` begins with the two halves' xor, and members share the index's half.
+    """
+    word = _mix_rest(builder, builder.xor(index, k0))
+    word = _mix_rest(builder, _xor_shift(builder, builder.add(word, k1), 16))
+    count = builder.sub(_ctpop(builder, word), _word(word, 16))
+    # The top bit, 0 or 1, doubled, less 1.
+    sign = builder.sub(builder.shl(builder.lshr(word, _word(word, 31)), _word(word, 1)), _word(word, 1))
+    return builder.select(rademacher, sign, count)
+
+
+def _indices(builder: Any, start: Any) -> Any:
+    """Return ``start .. start + LANES`` after mix's first step."""
+    index = builder.add(_splat(builder, start), ir.Constant(_INTS, list(range(LANES))))
+    return _xor_shift(builder, index, 16)
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: Any) -> Any:
+    """Return the address of ``array[offset:]`` as that of a vector."""
+    data = arrayobj.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
+
+
+@intrinsic
+def _mix(typingctx, x):  # type: ignore[no-untyped-def]
+    """Mix a uint32; see `reference.mix`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _mix_rest(builder, _xor_shift(builder, args[0], 16))
+
+    return types.uint32(types.uint32), codegen
+
+
+@intrinsic
+def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
+    """Count the set bits of a uint32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _ctpop(builder, args[0])
+
+    return types.uint32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]
+    """Reinterpret a float32 as its uint32 bit pattern."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], _I32)
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _plus(typingctx, x, j):  # type: ignore[no-untyped-def]
+    """Return ``x + j`` modulo 2^32 for a uint32 ``x`` and any integer ``j``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.add(args[0], builder.trunc(args[1], _I32))
+
+    return types.uint32(types.uint32, types.int64), codegen
+
+
+@intrinsic
+def _noise(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
+    """Return the noise integer (int32) of element ``i`` within a block of keys ``k0, k1``, all uint32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        index, k0, k1, rademacher = args
+        return _noise_from(builder, _xor_shift(builder, index, 16), _xor_shift(builder, k0, 16), k1, rademacher)
+
+    return types.int32(types.uint32, types.uint32, types.uint32, types.boolean), codegen
+
+
+@intrinsic
+def _perturb_lanes(typingctx, out, theta, j, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
+    """Write ``out[j : j + LANES] = theta[..] + scale * n``, the elements from ``start`` on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        out, theta, j, start, k0, k1, scale, rademacher = args
+        half = _splat(builder, _xor_shift(builder, k0, 16))
+        n = _noise_from(builder, _indices(builder, start), half, _splat(builder, k1), rademacher)
+        moved = builder.fmul(builder.sitofp(n, _FLOATS), _splat(builder, scale))
+        # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
+        moved = builder.fadd(moved, ir.Constant(_FLOATS, [0.0] * LANES))
+        source = _pointer(context, builder, signature.args[1], theta, j, _FLOATS)
+        value = builder.fadd(builder.load(source, align=4), moved)
+        builder.store(value, _pointer(context, builder, signature.args[0], out, j, _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    words = (types.uint32,) * 3
+    return types.void(out, theta, types.int64, *words, types.float32, types.boolean), codegen
+
+
+@intrinsic
+def _sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-untyped-def]
+    """Write ``acc[j : j + LANES] = sum_m q_m * n_m`` (int32), the elements from ``start`` on, of all members.
+
+    ``table`` is uint32 (M, 3): k0 after mix's first step, k1, and q in two's complement.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        acc, j, start, table, rademacher = args
+        index = _indices(builder, start)
+        members = arrayobj.make_array(signature.args[3])(context, builder, table)
+        total = cgutils.alloca_once(builder, _INTS)  # stays in registers
+        builder.store(ir.Constant(_INTS, [0] * LANES), total)
+        with cgutils.for_range(builder, cgutils.unpack_tuple(builder, members.shape)[0]) as loop:
+            row = builder.mul(loop.index, loop.index.type(3))
+            words = [builder.load(builder.gep(members.data, [builder.add(row, row.type(i))])) for i in range(3)]
+            k0, k1, q = (_splat(builder, word) for word in words)
+            n = _noise_from(builder, index, k0, k1, rademacher)
+            builder.store(builder.add(builder.load(total), builder.mul(n, q)), total)
+        builder.store(builder.load(total), _pointer(context, builder, signature.args[0], acc, j, _INTS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(acc, types.int64, types.uint32, table, types.boolean), codegen

@@ -1,0 +1,105 @@
+"""Linear layers of few rows: equal to torch's to rounding, for any shape, layout and number of threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from estune.engines import small_linear
+
+SHAPES = [(128, 512), (131, 515), (1358, 513), (70, 2000)]  # (N, K): with and without remainders
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def operands(rows: int, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(rows)
+    n, k = shape
+    return tuple(torch.randn(size, generator=draw) for size in ((rows, k), (n, k), (n,)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_equal_to_torch_to_rounding_and_to_itself_to_the_bit(shape: tuple[int, int], threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        for rows in (*range(1, 10), 31, 64, 65):
+            x, weight, bias = operands(rows, shape)
+            torch.set_num_threads(threads)
+            found = small_linear.linear(x, weight, bias)
+            again = small_linear.linear(x, weight, bias)
+            torch.set_num_threads(1)
+            alone = small_linear.linear(x, weight, bias)
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            assert (found - exact).abs().max() < 1e-3
+            assert torch.equal(found, again)
+            if rows <= small_linear.MAX_ROWS:
+                assert torch.equal(found, alone)  # the order of a sum does not depend on threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_kernel_is_used_where_it_can_be_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    address, alone = small_linear._kernel()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(small_linear, "_kernel", lambda: (address, lambda job: (calls.append(job), alone(job))))
+    x, weight, bias = operands(3, (200, 600))
+    for rows in (x, x[:, None], x[None].expand(2, 3, 600), x.repeat(1, 2)[:, 100:700]):
+        assert torch.allclose(small_linear.linear(rows, weight, bias), F.linear(rows, weight, bias), atol=1e-4)
+    assert len(calls) == 4
+    with torch.inference_mode(False), torch.enable_grad():
+        layer = torch.nn.Linear(600, 200)
+        assert small_linear.linear(torch.ones(2, 600), layer.weight, layer.bias).requires_grad
+    for other in (
+        (x.double(), weight.double(), bias.double()),
+        (x, weight.repeat(1, 2)[:, :600], bias),
+        (x[:, :100].contiguous(), weight[:, :100].contiguous(), bias),
+        (x[:0], weight, bias),
+        (x.repeat(30, 1), weight, bias),
+        (x.bfloat16(), weight.bfloat16(), None),
+    ):
+        assert torch.equal(small_linear.linear(*other), F.linear(*other))
+    assert len(calls) == 4
+    with pytest.raises(RuntimeError, match="shapes"):
+        small_linear.linear(x[:, :599], weight)
+
+
+def test_several_python_threads_may_call_it_at_once() -> None:
+    x, weight, bias = operands(4, (1358, 513))
+    expected = small_linear.linear(x, weight, bias)
+    found: list[bool] = []
+
+    def work() -> None:
+        with torch.inference_mode():
+            found.extend(torch.equal(small_linear.linear(x, weight, bias), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 60
+
+
+def test_install_changes_plain_linear_layers_alone_and_no_parameter() -> None:
+    class Other(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(600, 200), Other(200, 100), torch.nn.Linear(100, 3, bias=False))
+    before = dict(model.named_parameters())
+    x = torch.randn(2, 600)
+    expected = model(x)
+    small_linear.install(model)
+    kinds = [type(layer) for layer in model]
+    assert kinds == [small_linear.SmallLinear, Other, small_linear.SmallLinear]
+    assert all(value is before[name] for name, value in model.named_parameters())
+    assert torch.allclose(model(x), expected, atol=1e-5)

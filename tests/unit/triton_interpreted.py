@@ -1,0 +1,271 @@
+"""The GPU kernels and the device's master under Triton's interpreter; `test_triton` runs this file in a child.
+
+``TRITON_INTERPRET=1`` must be set before triton is imported, so nothing here is collected in the suite's own process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain_noise import plain_key, same_bits, wide_checksum, wide_noise
+
+from estune import gpu_master
+from estune.engines.base import ParameterSpec, Perturbation
+from estune.gpu_master import DeviceMaster
+from estune.master import Master
+from estune.noise import cpu_lowrank, gpu, gpu_check, lowrank_ints, lowrank_scale, noise_key, perturbation_scale
+from estune.noise.gpu_check import theta_values
+from estune.optimizer import Update, make_update
+from estune.population import Member, members_for_step
+
+CPU = torch.device("cpu")
+DISTRIBUTIONS = ("normal", "rademacher")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # float16's infinity is meant
+
+
+def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
+    """bfloat16 bits of finite float32, by comparing the two neighbours' distances in float64."""
+    bits = values.view(np.uint32)
+    low = bits & np.uint32(0xFFFF0000)
+    high = low + np.uint32(0x10000)
+    wide = [x.view(np.float32).astype(np.float64) for x in (low, high)]
+    wide = [np.where(np.isinf(x), np.copysign(2.0**128, x), x) for x in wide]  # where the next exponent would be
+    below, above = (abs(x - values) for x in wide)
+    up = (above < below) | ((above == below) & ((low >> np.uint32(16)) & np.uint32(1) == 1))
+    return (np.where(up, high, low) >> np.uint32(16)).astype(np.uint16)
+
+
+def bits_of(out: torch.Tensor) -> np.ndarray:
+    return out.view(torch.int16 if out.itemsize == 2 else torch.int32).numpy()
+
+
+def cast(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of float32 values in ``dtype``, cast once to nearest even."""
+    with np.errstate(over="ignore"):
+        return {
+            "float32": lambda: values.view(np.int32),
+            "bfloat16": lambda: nearest_bfloat16(values).view(np.int16),
+            "float16": lambda: values.astype(np.float16).view(np.int16),
+        }[dtype]()
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("start", "count"), [(0, 1), (0, 1024), (1, 1025), (2**31 - 5, 500), (2**32 - 3089, 3089), (2**32 - 1, 1)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_member(start: int, count: int, dtype: str, distribution: str, sign: int) -> None:
+    seed, name = 2**63 + 5, "model.layers.0.weight"
+    theta, scale = theta_values(count), perturbation_scale(1e-3, distribution)
+    noise = sign * wide_noise(plain_key(seed, name), start, count, distribution).astype(np.int64)
+    expected = theta + np.float32(scale) * noise.astype(np.float32)  # an integer 0 has no sign
+    out = torch.empty(count, dtype=DTYPES[dtype])
+    rademacher = distribution == "rademacher"
+    gpu.perturb_into(out, torch.from_numpy(theta), start, noise_key(seed, name), sign * scale, rademacher)
+    assert np.array_equal(bits_of(out), cast(expected, dtype))
+
+
+def test_the_cast_to_bfloat16_is_to_nearest_even_for_every_upper_half() -> None:
+    """Scale 0 leaves the cast alone: all upper halves of finite float32, each with lower halves around the tie."""
+    upper = np.arange(1 << 16, dtype=np.uint32)
+    upper = upper[(upper & 0x7F80) != 0x7F80]
+    for lower in (0x0000, 0x7FFF, 0x8000, 0x8001):
+        theta = ((upper << np.uint32(16)) | np.uint32(lower)).view(np.float32)
+        theta = np.where(theta == 0, np.float32(0), theta)  # -0.0 + 0.0 = 0.0
+        out = torch.empty(theta.size, dtype=torch.bfloat16)
+        gpu.perturb_into(out, torch.from_numpy(theta), 0, (1, 2), 0.0, False)
+        assert np.array_equal(bits_of(out), nearest_bfloat16(theta).view(np.int16))
+        assert np.array_equal(bits_of(out), bits_of(torch.from_numpy(theta).to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_members_and_updates_equal_the_cpu_kernels(distribution: str) -> None:
+    """Includes decay to 0 and to an anchor, the end of a key block, checksums, norms and low-rank stacks."""
+    assert gpu_check.check(CPU, (distribution,)) == []
+
+
+def test_the_check_notices_a_wrong_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.perturb_into
+
+    def wrong(out: torch.Tensor, *rest: object) -> None:
+        right(out, *rest)  # type: ignore[arg-type]
+        out[5] = -out[5]
+
+    monkeypatch.setattr(gpu, "perturb_into", wrong)
+    assert gpu_check.check(CPU) == [f"a member in {dtype} (normal)" for dtype in DTYPES.values()]
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_an_update_of_thirty_members_by_its_definition(antithetic: bool) -> None:
+    name, start, count = "w", 2**32 - 1100, 1100
+    members = members_for_step(7, 3, 30, antithetic)
+    utilities = np.random.default_rng(1).standard_normal(30)
+    update = make_update(members, utilities.tolist(), 5e-4)
+    acc = np.zeros(count, dtype=np.int64)
+    for member, q in zip(members, update.q, strict=True):
+        acc += q * member.sign * wide_noise(plain_key(member.seed, name), start, count)
+    theta = theta_values(count)
+    expected = np.where(acc == 0, theta, (theta + update.a * acc.astype(np.float64)).astype(np.float32))
+    moved = torch.from_numpy(theta.copy())
+    keys = gpu.words(np.array([noise_key(m.seed, name) for m in members], dtype=np.uint32), CPU)
+    q = torch.tensor([m.sign * q for m, q in zip(members, update.q, strict=True)], dtype=torch.int32)
+    sums = gpu.update_into(moved, start, keys, q, update.a, False, 0.0, None)
+    assert same_bits(moved.numpy(), expected)
+    assert int(sums.checksum) % 2**64 == wide_checksum(expected, start)
+    change = expected.astype(np.float64) - theta
+    assert float(sums.moved) == pytest.approx(float(change @ change), rel=1e-12)
+
+
+def test_a_scale_far_below_float32_reaches_the_kernel_as_float64() -> None:
+    theta, keys = theta_values(40), gpu.words(np.array([noise_key(0, "w")], dtype=np.uint32), CPU)
+    moved = torch.from_numpy(theta.copy())
+    gpu.update_into(moved, 0, keys, torch.tensor([32767], dtype=torch.int32), 2.0**-150, False, 0.0, None)
+    acc = 32767 * wide_noise(plain_key(0, "w"), 0, 40).astype(np.float64)
+    expected = np.where(acc == 0, theta, (theta + 2.0**-150 * acc).astype(np.float32))
+    assert same_bits(moved.numpy(), expected) and not same_bits(expected, theta)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("shape", [(5, 3), (33, 65), (3, 7, 70)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_low_rank_member(shape: tuple[int, ...], rank: int, distribution: str, dtype: str) -> None:
+    seed, name = 11, "experts.w"
+    theta = theta_values(int(np.prod(shape)))
+    scale = lowrank_scale(1e-3, rank, distribution)
+    noise = -lowrank_ints(seed, name, shape, rank, distribution).reshape(-1)
+    expected = (theta.astype(np.float64) + scale * noise.astype(np.float64)).astype(np.float32)
+    out = torch.empty(theta.size, dtype=DTYPES[dtype])
+    d0, d1 = shape[-2:]
+    rows = gpu.Rows(d0, d1, 0, theta.size // (d0 * d1), 0, d0)
+    words = [word for factor in ("#A", "#B") for word in noise_key(seed, name + factor)]
+    rademacher = distribution == "rademacher"
+    gpu.perturb_lowrank_into(out, torch.from_numpy(theta), rows, rank, words, -1, scale, rademacher)
+    assert np.array_equal(bits_of(out), cast(expected, dtype))
+
+
+def test_rows_of_a_matrix_past_two_to_the_32_elements() -> None:
+    d1, row0, n_rows, rank = 3, 1_999_999_990, 7, 2
+    rows = gpu.Rows(2_000_000_000, d1, 0, 1, row0, n_rows)
+    assert rows.start > 2**32
+    theta = theta_values(rows.count)
+    keys = np.array([noise_key(5, "w#A"), noise_key(5, "w#B")], dtype=np.uint32)
+    expected = theta.copy()
+    wanted = cpu_lowrank.update_lowrank_into(
+        expected.reshape(n_rows, d1), row0, 0, keys[:1], keys[1:], np.array([-321], dtype=np.int32), rank, 2.0**-30,
+        False, np.float32(0), np.empty(0, np.float32),
+    )  # fmt: skip
+    moved = torch.from_numpy(theta.copy())
+    q = torch.tensor([-321], dtype=torch.int32)
+    sums = gpu.update_lowrank_into(moved, rows, rank, gpu.words(keys, CPU), q, 2.0**-30, False, 0.0, None)
+    assert same_bits(moved.numpy(), expected) and int(sums.checksum) % 2**64 == int(wanted[0])
+
+
+SPECS = [
+    ParameterSpec("scalar", (), True),
+    ParameterSpec("one", (1,), True),
+    ParameterSpec("norm.weight", (513,), True),
+    ParameterSpec("conv.weight", (3, 5, 30), True),
+    ParameterSpec("empty", (0, 4), True),
+    ParameterSpec("frozen", (30, 11), False),
+    ParameterSpec("matrix", (12, 67), True, lowrank=True),
+    ParameterSpec("experts", (3, 9, 33), True, lowrank=True),
+    ParameterSpec("no_rows", (0, 5), True, lowrank=True),
+]
+
+
+def host_master() -> Master:
+    return Master(SPECS, {s.name: theta_values(int(np.prod(s.shape))).reshape(s.shape) for s in SPECS})
+
+
+def updates() -> list[Update]:
+    """Updates without decay, towards 0 and towards theta_0, of both distributions; one where all members tied."""
+    rng = np.random.default_rng(2)
+    result = []
+    for step, (decay, anchored, distribution, rank) in enumerate(
+        [(0.0, False, "normal", 2), (0.3, False, "rademacher", 1), (0.3, True, "normal", 4), (0.1, False, "normal", 1)]
+    ):
+        members = members_for_step(9, step, 4, antithetic=step % 2 == 1)
+        utilities = [0.0] * 4 if step == 3 else rng.standard_normal(4).tolist()
+        result.append(
+            make_update(members, utilities, 0.02, weight_decay=decay, anchored=anchored, distribution=distribution,
+                        rank=rank)
+        )  # fmt: skip
+    return result
+
+
+def members() -> list[Perturbation | None]:
+    return [
+        None,
+        Perturbation(Member(3, 1), perturbation_scale(1e-2), "normal", 4, lowrank_scale(1e-2, 4)),
+        Perturbation(Member(2**64 - 1, -1), 1e-2, "rademacher", 1, 2.0**-7),
+    ]
+
+
+@pytest.mark.parametrize("stage", [0, 512])  # 0: theta lives on the device
+def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
+    """Members, updates, checksums and saves, whether theta is resident or streamed, in parts or whole."""
+    host = host_master()
+    device = DeviceMaster(host_master(), CPU, resident=not stage, stage=stage or 1 << 10)
+    base = {name: array.copy() for name, array in host.arrays.items()}
+
+    def anchor(name: str, start: int, count: int) -> np.ndarray:
+        values = base[name].reshape(-1)[start : start + count]
+        values.flags.writeable = False  # as a memory map's
+        return values
+
+    assert device.checksum() == host.checksum() and device.num_parameters == host.num_parameters
+    for update in updates():
+        for j, perturbation in enumerate(members() if device.version in (0, 2) else ()):
+            for i, spec in enumerate(SPECS):
+                dtype = list(DTYPES)[(i + j + device.version) % 3]
+                out = torch.full(spec.shape, float("nan"), dtype=DTYPES[dtype])
+                device.perturb_into(spec.name, perturbation, out)
+                wanted = host.perturb(spec.name, perturbation).reshape(-1)
+                assert np.array_equal(bits_of(out.view(-1)), cast(wanted, dtype)), (spec.name, dtype)
+        wanted_move, move = host.update(update, anchor), device.update(update, anchor)
+        assert move.checksum == wanted_move.checksum
+        assert move.norm == pytest.approx(wanted_move.norm, rel=1e-12)
+        assert move.ratio == pytest.approx(wanted_move.ratio, rel=1e-12)
+        assert device.version == host.version
+        assert all(same_bits(device.head(s.name, 5), host.arrays[s.name].reshape(-1)[:5]) for s in SPECS)
+        assert device.fingerprint() == host.fingerprint()
+    assert device.checksum() == host.checksum()
+    perturbation = members()[1]
+    assert all(same_bits(device.perturb(s.name, perturbation), host.perturb(s.name, perturbation)) for s in SPECS)
+    device.load(lambda name, flat: np.copyto(flat, base[name].reshape(-1)))
+    assert device.checksum() == host_master().checksum() != host.checksum()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_a_device_master_refuses(resident: bool) -> None:
+    device = DeviceMaster(host_master(), CPU, resident=resident)
+    full = Perturbation(Member(1, 1), 1e-3)
+    with pytest.raises(ValueError, match="rank of at least 1"):
+        device.perturb_into("one", full, torch.empty(1))
+    with pytest.raises(ValueError, match="of 513 elements"):
+        device.perturb_into("norm.weight", None, torch.empty(512))
+    with pytest.raises(ValueError, match="float16, not"):
+        device.perturb_into("one", None, torch.empty(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="theta_0"):
+        device.update(updates()[2])
+
+
+def test_blocks_past_two_to_the_32_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_master, "BLOCK_SIZE", 400)
+    device = DeviceMaster(host_master(), CPU, resident=True)
+    out = torch.empty(513)
+    device.perturb_into("norm.weight", Perturbation(Member(3, 1), 0.25, rank=1), out)
+    theta = device.arrays["norm.weight"]
+    noise = [wide_noise(plain_key(3, "norm.weight"), 0, 400), wide_noise(plain_key(3, "norm.weight#1"), 0, 113)]
+    assert same_bits(out.numpy(), theta + np.float32(0.25) * np.concatenate(noise).astype(np.float32))
+
+
+def test_on_a_cpu_the_master_stays_where_it_is(tmp_path: Path) -> None:
+    master = host_master()
+    assert gpu_master.on_device(master, CPU) is master
