@@ -14,7 +14,10 @@ repetition; the first repetition is not counted, and medians are reported.
 * lowrank: the loop of `ESTrainer.train`, line by line. In the first case the whole step; in the second one forward
   pass of several members, times the passes of a step, plus the update of all N.
 * pure: generation alone of as many rows as a low-rank forward pass has, by transformers and by estune's own decoding,
-  nothing perturbed, scored or updated. The faster of the two is the limit.
+  nothing perturbed, scored or updated. The faster of the two is the limit. estune's own takes the rows in groups, one
+  for each member, and reads equal prompts of different groups apart, as members with different weights must.
+* pure_shared: estune's own decoding of the same rows by one model that reads equal prompts once. Members cannot do
+  that, so it is no limit; it is there to show what different weights cost.
 
 Utilities are a fixed ramp and the learning rate is next to nothing, so that every update does its whole work and theta
 stays where it is. The result goes to `benchmarks/results/step.json`.
@@ -39,7 +42,8 @@ from record import write_result
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune import ESConfig, ESTrainer, inputs
-from estune.engines.hf_callers import left_pad
+from estune.engines import decoding
+from estune.engines.hf_callers import AttentionCaller, left_pad
 from estune.fitness import fill_failures, shape_fitness, weigh
 from estune.optimizer import Update, make_update
 from estune.session import Session, Step, open_session, plan_step
@@ -187,7 +191,27 @@ class Bench:
         return {"generate": seconds}
 
     def pure_estune(self) -> dict[str, float]:
-        """Time estune's own decoding of the same rows with theta."""
+        """Time estune's own decoding with theta of the rows of a low-rank forward pass, through its forward passes."""
+        session = self.sessions["lowrank"]
+        engine: Any = session.engine
+        engine.load_theta()
+        rows = [decoding.Row(prompt.token_ids, prompt.row_id, 0) for prompt in self.prompts]
+        groups, sampling = self.members_per_batch, inputs.sampling(session.args, 0)
+        lengths = []
+        started = time.perf_counter()
+        for cut in decoding.cut(rows, engine.prompts_per_batch):
+            caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
+            batch = [rows[i] for _ in range(groups) for i in cut]
+            done = decoding.complete(
+                caller, batch, sampling, engine._eos, engine._pad, engine._stop, lambda: False, engine.device
+            )
+            lengths += [len(completion.token_ids) for completion in done]
+        seconds = time.perf_counter() - started
+        self._check(lengths)
+        return {"generate": seconds}
+
+    def pure_shared(self) -> dict[str, float]:
+        """Time estune's own decoding with theta of the same rows, where equal prompts are read once."""
         session = self.sessions["lowrank"]
         engine: Any = session.engine
         engine.load_theta()
@@ -220,6 +244,7 @@ class Bench:
             "lowrank": self.lowrank_step() if self.case.whole_step else self.lowrank_pass(),
             "pure_transformers": self.pure_transformers(),
             "pure_estune": self.pure_estune(),
+            "pure_shared": self.pure_shared(),
         }
         self.members_timed += 1
         return measured
@@ -235,6 +260,7 @@ class Bench:
             "lowrank": lowrank["step"] if self.case.whole_step else passes * lowrank["evaluate"] + lowrank["update"],
             "pure_transformers": passes * measured["pure_transformers"]["generate"],
             "pure_estune": passes * measured["pure_estune"]["generate"],
+            "pure_shared": passes * measured["pure_shared"]["generate"],
         }
 
     def how(self) -> dict[str, str]:
@@ -246,8 +272,9 @@ class Bench:
             "full": f"one member a repetition (perturb, generate, score), times {n}, plus the update of {n} members",
             "lowrank": f"the whole step of {n} members, {m} in a forward pass" if self.case.whole_step
             else f"one forward pass of {m} members, scored, times {n / m:g}, plus the update of {n} members",
-            "pure_transformers": passes,
-            "pure_estune": passes,
+            "pure_transformers": f"generate of transformers: {passes}",
+            "pure_estune": f"estune's decoding, equal prompts of {m} groups read apart: {passes}",
+            "pure_shared": f"one model, equal prompts read once: not available to members: {passes}",
         }  # fmt: skip
 
 
@@ -300,6 +327,7 @@ def measure_case(
         "full / lowrank": [step["full"] / step["lowrank"] for step in steps],
         "pure / lowrank": [limit / step["lowrank"] for limit, step in zip(limits, steps, strict=True)],
         "pure / full": [limit / step["full"] for limit, step in zip(limits, steps, strict=True)],
+        "pure_shared / lowrank": [step["pure_shared"] / step["lowrank"] for step in steps],
     }
     return {
         "prompts": case.prompts, "tokens": case.tokens, "population_size": population_size,

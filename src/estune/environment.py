@@ -52,9 +52,8 @@ def _processor() -> str:
 def free_memory_bytes() -> int:
     """Return the memory that this process could still take: what the system has free, within its control group."""
     free = _memory_bytes()
-    with suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
+    with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
     with suppress(OSError, ValueError):  # a limit of "max" is none
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             limit = int(file.read())

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SOURCE = Path(__file__).parents[2] / "src" / "estune"
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -30,14 +30,18 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran.append(text)
     assert len(ran) >= 3
-    for path in ("runs/mine/model.safetensors", "runs/python/model.safetensors", "rebuilt/model.safetensors"):
-        assert (tmp_path / path).is_file(), path
+    for path in ("runs/mine", "runs/python", "runs/lowrank", "rebuilt"):
+        assert (tmp_path / path / "model.safetensors").is_file(), path
 
 
 def test_the_annotated_tree_names_every_module_and_no_other() -> None:
     tree = README.split("## What is where")[1].split("```")[1]
-    named = set(re.findall(r"(\w+\.py)\b", tree))
-    there = {path.name for path in SOURCE.rglob("*.py")} - {"__init__.py", "__main__.py"}
-    assert there <= named, f"not in the README's tree: {sorted(there - named)}"
-    outside = {path.name for folder in ("scripts", "benchmarks") for path in (SOURCE.parents[1] / folder).glob("*.py")}
-    assert named - there == outside
+    parts = re.split(r"^(src/estune|scripts|benchmarks)/$", tree, flags=re.MULTILINE)
+    assert len(parts) == 7
+    for folder, text in zip(parts[1::2], parts[2::2], strict=True):
+        root, named = ROOT / folder, set(re.findall(r"(?<!\S)([\w/]+\.py)\b", text))
+        files = root.rglob("*.py") if folder == "src/estune" else root.glob("*.py")
+        there = {path.relative_to(root).as_posix() for path in files if not path.name.startswith("__")}
+        assert there == named, f"{folder}: not in the tree {sorted(there - named)}, not there {sorted(named - there)}"
+    for path in (ROOT / "benchmarks").iterdir():
+        assert not path.is_dir() or path.name == "__pycache__" or f"{path.name}/" in parts[6], path.name

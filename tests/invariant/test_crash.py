@@ -192,7 +192,7 @@ def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, 
 
 
 def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
-    """What a row answers may depend on its neighbours by rounding, so members that share a forward pass stay together."""
+    """A row's answer may depend on its neighbours by rounding, so members that share a forward pass stay together."""
     write_rewards(place)
     batch = 4
     options = (*TOY, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--reward_funcs", "rewards.py:slow",

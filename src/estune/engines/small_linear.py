@@ -6,6 +6,9 @@ Here W is read row by row in plain dot products with up to four rows of x, while
 of x meet what is in the cache by then. The order of every sum is fixed by the shapes, so results depend on neither
 threads nor load.
 
+The rows may belong to members with low-rank noise (see `estune.engines.stand_ins`): their part is added to each piece of
+y while that is in the cache.
+
 Threads: the kernel runs in the OpenMP pool that torch itself uses (`GOMP_parallel` of the libgomp that comes with
 torch). A second pool would fight with torch's for the cores. Where that library is not found the kernel is used with
 one thread only, and `torch.nn.functional.linear` otherwise.
@@ -164,16 +167,53 @@ def _outputs(w, x, y, start, end, address):  # type: ignore[no-untyped-def]
             _dots_1_1(w, x, y, o, done)
 
 
+@njit(**_options)
+def _inner_products(x, right, inner):  # type: ignore[no-untyped-def]
+    """Compute every row's products with its group's columns of B: x (R, K), right (V, r, K), inner (R, r)."""
+    width = x.shape[0] // right.shape[0]
+    for group in range(right.shape[0]):
+        for j in range(right.shape[1]):
+            column = right[group, j]
+            for row in range(group * width, (group + 1) * width):
+                xs = x[row]
+                total = np.float32(0)
+                for k in range(x.shape[1]):
+                    total += xs[k] * column[k]
+                inner[row, j] = total
+
+
+@njit(**_options)
+def _add_noise(y, left, inner, start, end):  # type: ignore[no-untyped-def]
+    """Add every row's own noise to its outputs ``start`` to ``end``: y (R, N), left (V, r, N), inner (R, r)."""
+    width = y.shape[0] // left.shape[0]
+    for group in range(left.shape[0]):
+        for row in range(group * width, (group + 1) * width):
+            ys = y[row, start:end]
+            for j in range(left.shape[1]):
+                column = left[group, j, start:end]
+                factor = inner[row, j]
+                for o in range(end - start):
+                    ys[o] += factor * column[o]
+
+
 def _work(job):  # type: ignore[no-untyped-def]
     """Do pieces of a job until none is left.
 
-    The job's fields: addresses of W (N, K), x (R, K) and y (R, N); N, K, R; outputs in a piece; the next output.
+    The job's fields: addresses of W (N, K), x (R, K) and y (R, N); N, K, R; outputs in a piece; the next output; then,
+    for members, r (else 0), V, the addresses of right (V, r, K), left (V, r, N) and scratch (threads, R, r), and the
+    next thread.
     """
-    fields = carray(job, (8,))
-    n, k, rows, size = fields[3], fields[4], fields[5], fields[6]
+    fields = carray(job, (14,))
+    n, k, rows, size, rank, groups = fields[3], fields[4], fields[5], fields[6], fields[8], fields[9]
     w = carray(_floats(fields[0]), (n, k))  # type: ignore[call-arg]
     x = carray(_floats(fields[1]), (rows, k))
     y = carray(_floats(fields[2]), (rows, n))
+    right = carray(_floats(fields[10]), (groups, rank, k))
+    left = carray(_floats(fields[11]), (groups, rank, n))
+    thread = _fetch_add(fields, 13, 1)  # type: ignore[call-arg]
+    inner = carray(_floats(fields[12] + 4 * thread * rows * rank), (rows, rank))
+    if rank:
+        _inner_products(x, right, inner)  # by every thread for itself: cheaper than waiting for each other
     while True:
         first = _fetch_add(fields, 7, size)
         if first >= n:
@@ -181,9 +221,11 @@ def _work(job):  # type: ignore[no-untyped-def]
         last = min(first + size, n)
         for start in range(first, last, _BLOCK):
             _outputs(w, x, y, start, min(start + _BLOCK, last), fields[0])
+        if rank:
+            _add_noise(y, left, inner, first, last)
 
 
-_Job = ctypes.c_int64 * 8
+_Job = ctypes.c_int64 * 14
 
 
 @cache
@@ -206,50 +248,85 @@ def _find_pool() -> Callable[[int, int, int, int], None] | None:
     return parallel
 
 
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Say whether the kernel computes ``x weight^T``: a function of shapes, types and the number of threads alone."""
+    width = x.shape[-1]
+    return (
+        width >= MIN_WIDTH
+        and 0 < x.numel() // width <= MAX_ROWS
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and weight.dim() == 2
+        and weight.shape[1] == width
+        and weight.numel() >= MIN_WEIGHTS
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and not (x.requires_grad or torch.is_grad_enabled())
+        and (torch.get_num_threads() == 1 or _find_pool() is not None)
+    )
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``x weight^T + bias``: x (..., K), weight (N, K), bias (N,); as `torch.nn.functional.linear` to rounding.
 
     The kernel takes dense float32 on the CPU, 1 to 64 rows, without gradients; all else goes to torch.
     """
-    width = x.shape[-1]
-    rows = x.numel() // width if width else 0
-    threads = torch.get_num_threads()
-    if (
-        not 0 < rows <= MAX_ROWS
-        or type(weight) not in (torch.Tensor, torch.nn.Parameter)
-        or weight.dim() != 2
-        or width < MIN_WIDTH
-        or weight.numel() < MIN_WEIGHTS
-        or not (x.dtype is weight.dtype is torch.float32)
-        or not (x.is_cpu and weight.is_cpu)
-        or x.requires_grad
-        or torch.is_grad_enabled()
-        or weight.shape[1] != width
-        or not weight.is_contiguous()
-        or (threads > 1 and _find_pool() is None)
-    ):
+    if not takes(x, weight):
         return torch.nn.functional.linear(x, weight, bias)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    n = weight.shape[0]
+    y = _multiply(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+def linear_of_members(
+    x: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``x (weight + left^T right)^T + bias``, every group of rows with its own factors; for what `takes` allows.
+
+    Args:
+        x: (R, ..., K), V groups of equal size in order.
+        weight: (N, K).
+        left: (V, r, N).
+        right: (V, r, K).
+        bias: (N,).
+    """
+    y = _multiply(x, weight, left.contiguous(), right.contiguous())
+    return y if bias is None else y.add_(bias)
+
+
+def _multiply(
+    x: torch.Tensor, weight: torch.Tensor, left: torch.Tensor | None = None, right: torch.Tensor | None = None
+) -> torch.Tensor:
+    x = x.contiguous()
+    n, width = weight.shape
+    rows = x.numel() // width
+    threads = torch.get_num_threads()
     y = x.new_empty((*x.shape[:-1], n))
     size = max(_BLOCK, n // (_PIECES * threads) // _BLOCK * _BLOCK)
     job = _Job(weight.data_ptr(), x.data_ptr(), y.data_ptr(), n, width, rows, size, 0)
+    if left is not None and right is not None:
+        groups, rank = left.shape[:2]
+        scratch = x.new_empty(threads * rows * rank)
+        job[8:13] = rank, groups, right.data_ptr(), left.data_ptr(), scratch.data_ptr()
     address, alone = _kernel()
     pool = _find_pool()
     if threads == 1 or pool is None:
         alone(ctypes.addressof(job))
     else:
         pool(address, ctypes.addressof(job), threads, 0)
-    return y if bias is None else y.add_(bias)
+    return y
 
 
 class SmallLinear(torch.nn.Linear):
     """A linear layer that takes few rows quickly; made of a `torch.nn.Linear` by `install`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """See `linear`."""
-        return linear(input, self.weight, self.bias)
+        """See `linear`; a stand-in in the weight's place is asked at once, without torch's detour."""
+        weight: Any = self.weight
+        if isinstance(weight, torch.Tensor):
+            return linear(input, weight, self.bias)
+        found: torch.Tensor = weight.linear(input, self.bias)
+        return found
 
 
 def install(model: torch.nn.Module) -> None:

@@ -80,6 +80,10 @@ class StandIn:
         """Return the stand-in in another dtype."""
         raise NotImplementedError
 
+    def linear(self, x: torch.Tensor, bias: Any) -> torch.Tensor:
+        """Return ``x W^T + bias``, as `torch.nn.functional.linear`."""
+        return _linear(x, self, bias)
+
     def float(self) -> StandIn:
         """Return the stand-in in float32."""
         return self.cast(torch.float32)
@@ -131,12 +135,15 @@ class MatrixStandIn(StandIn):
         self.used = True
         return MatrixStandIn(self.name, base, self.layout_of_rows, left, right)
 
-    def multiply(self, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-        """Add the noise's part to ``product = x base^T``, in place: x (..., d1), product (..., d0)."""
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return ``x W^T + bias`` with every row's own W: x (R, ..., d1); (R, ..., d0)."""
         self.used = True
         groups = self.layout_of_rows.groups
         if x.dim() < 2 or x.shape[0] % self.layout_of_rows.rows:
             raise Uncovered(self.name, f"a product with {tuple(x.shape)} for {self.layout_of_rows.rows} rows")
+        if small_linear.takes(x, self.base):
+            return small_linear.linear_of_members(x, self.base, self.left, self.right, bias)
+        product = F.linear(x, self.base, bias)
         grouped = x.reshape(groups, -1, x.shape[-1])  # (V, K * T, d1)
         if self.right.shape[1] == 1:  # several times faster than products with a dimension of one
             inner = (grouped * self.right).sum(-1, keepdim=True)  # (V, K * T, 1)
@@ -270,7 +277,7 @@ def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
     _plain(x, "linear")
     own_bias = isinstance(bias, StandIn)
     if isinstance(weight, MatrixStandIn):
-        product = weight.multiply(x, small_linear.linear(x, weight.base, None if own_bias else bias))
+        product = weight.multiply(x, None if own_bias else bias)
     else:
         _plain(weight, "linear")
         product = small_linear.linear(x, weight, None if own_bias else bias)

@@ -1,0 +1,305 @@
+"""`make bench`: the noise kernels, a whole step, other packages and how cost grows, in one result and one table.
+
+    python benchmarks/bench.py                             # about 50 minutes on 2 quiet cores, 12 GiB of memory
+    python benchmarks/bench.py --peers ~/.cache/estune-peers      # other packages, too: 30 minutes and 5 GB more
+    python benchmarks/bench.py --check                     # `make bench-check`: the fast ratios alone, 5 minutes
+
+Sections: `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d). The result goes to
+`benchmarks/results/bench.json`, and the ratios that ``--check`` guards to `benchmarks/ratios.json`, which is written by
+a whole run alone. ``--check`` measures them anew with fewer repetitions and compares: one that is worse by more than a
+fifth is an error. Ratios depend on the machine; the processor's name stands beside them.
+
+SmolLM2 is fetched into `models/smollm2` where it is not there. Exit status 1: a target is missed or was not measured,
+or a ratio got worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "models" / "smollm2"
+RATIOS = HERE / "ratios.json"
+SECTIONS = ("kernels", "step", "peers", "growth")
+LEAST_KEPT = 0.8  # of a ratio, in `--check`
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A figure that must reach its limit; ``key`` is where a section's ratios have it, ``quick`` whether it is guarded.
+
+    Names that end in ``_s`` are seconds: less is better. All others are ratios: more is better.
+    """
+
+    name: str  # section/what
+    key: tuple[str, ...]
+    what: str
+    limit: float
+    quick: bool = True
+
+    @property
+    def section(self) -> str:
+        """The section that measures it."""
+        return self.name.partition("/")[0]
+
+
+CONCISENESS, COUNTDOWN = ("conciseness", "ratios"), ("countdown", "ratios")
+TARGETS = (
+    Target("kernels/loop_speedup", ("loop_speedup",), "perturb + update against the paper's loop of torch.randn", 10.0),
+    Target("kernels/update_speedup", ("update_speedup",), "update against torch.randn", 20.0),
+    Target("kernels/perturb_of_roof", ("perturb_of_roof",), "slower of copy and noise alone / perturb", 0.70),
+    Target("kernels/member_s", ("member_s",), "perturb + update of a member of SmolLM2, seconds", 0.15),
+    Target("step/pure_of_lowrank", (*CONCISENESS, "pure / lowrank"),
+           "pure generation / low-rank step (N 30, 2 prompts, 32 tokens)", 0.90),
+    Target("step/pure_of_lowrank_countdown", (*COUNTDOWN, "pure / lowrank"),
+           "pure generation / low-rank step (N 30, 24 prompts, 64 tokens)", 0.90, quick=False),
+    Target("step/paper_of_lowrank", (*CONCISENESS, "paper / lowrank"),
+           "the paper's loop / low-rank step (N 30, 2 prompts, 32 tokens)", 14.0),
+    Target("step/paper_of_full", (*CONCISENESS, "paper / full"),
+           "the paper's loop / full-rank step (N 30, 2 prompts, 32 tokens)", 2.0),
+)  # fmt: skip
+
+
+def lower_is_better(name: str) -> bool:
+    """Say whether a figure is seconds."""
+    return name.endswith("_s")
+
+
+def met(target: Target, value: float | None) -> bool:
+    """Say whether a target is met; one that was not measured is not."""
+    if value is None:
+        return False
+    return value <= target.limit if lower_is_better(target.name) else value >= target.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A figure now and as it was recorded; ``kept`` is the share of the recorded speed that is left."""
+
+    name: str
+    recorded: float | None
+    measured: float | None
+    kept: float
+
+    @property
+    def good(self) -> bool:
+        """Whether it fell by at most a fifth."""
+        return self.kept >= LEAST_KEPT - 1e-9  # false for not a number
+
+    def __str__(self) -> str:
+        if self.recorded is None:
+            return f"{self.name}: FAILED: not in the recorded ratios; a whole `make bench` writes them"
+        if self.measured is None:
+            return f"{self.name}: FAILED: recorded as {self.recorded:.3g}, not measured"
+        said = f"{self.name}: {self.measured:.3g}, recorded {self.recorded:.3g}, {self.kept:.0%} of it"
+        if lower_is_better(self.name):
+            said += " (in speed)"
+        return said if self.good else f"{said}: FAILED: it fell by more than {1 - LEAST_KEPT:.0%}"
+
+
+def compare(recorded: Mapping[str, float], measured: Mapping[str, float]) -> list[Comparison]:
+    """Compare figures by name; one that is missing on either side fails. Seconds are compared as speeds."""
+    found = []
+    for name in dict.fromkeys([*recorded, *measured]):
+        before, now = recorded.get(name), measured.get(name)
+        kept = math.nan
+        if before and now:
+            kept = before / now if lower_is_better(name) else now / before
+        found.append(Comparison(name, before, now, kept))
+    return found
+
+
+def find_model(given: Path | None) -> Path | None:
+    """Return SmolLM2's directory, fetched where it is not there; ``None`` where it cannot be fetched."""
+    if given is not None:
+        if not (given / "model.safetensors").is_file():
+            raise SystemExit(f"bench: {given} holds no model.safetensors")
+        return given.expanduser().resolve()
+    if not (MODEL / "model.safetensors").is_file():
+        print(f"bench: fetching SmolLM2 into {MODEL.relative_to(HERE.parent)}", flush=True)
+        command = [sys.executable, str(HERE.parent / "scripts" / "fetch_smollm2.py"), str(MODEL)]
+        if subprocess.run(command).returncode or not (MODEL / "model.safetensors").is_file():
+            print("bench: SmolLM2 cannot be fetched (see above)", flush=True)
+            return None
+    return MODEL
+
+
+def measure_kernels(quick: bool) -> dict[str, Any]:
+    """Section (a)."""
+    import kernels
+
+    result = kernels.measure(3 if quick else 7)
+    kernels.show("this processor", result)
+    return result
+
+
+def measure_step(model: Path, quick: bool) -> dict[str, Any]:
+    """Section (b); quick: the first case, where every repetition times one member of the paper's loop."""
+    import step
+
+    cases = tuple(case for case in step.CASES if case.name == "conciseness" or not quick)
+    result = step.measure(model, 3 if quick else 5, 30, cases)
+    print(step.table(result))
+    return result
+
+
+def measure_peers(model: Path, cache_dir: Path, quick: bool) -> dict[str, Any]:
+    """Section (c), first case."""
+    import peers
+
+    options = argparse.Namespace(cache_dir=cache_dir.expanduser().resolve(), most_members=2 if quick else 6,
+                                 measurements=1 if quick else 3, population_size=30, num_threads=None)  # fmt: skip
+    result = {}
+    for peer in peers.PEERS:
+        row = result[peer.name] = peers.time_peer(peer, peers.CASES[0], model, options)
+        told = row.get("error") or f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s"
+        print(f"{peers.CASES[0].name} {peer.name} {peer.version}: {told}", flush=True)
+    return result
+
+
+def measure_growth(quick: bool) -> dict[str, Any]:
+    """Section (d); quick: nothing above 20 M parameters and 64 members."""
+    import growth
+
+    small: dict[str, Any] = {"models": ("0.6M", "4M", "20M"), "repetitions": 1, "most_members": 64} if quick else {}
+    result = growth.measure(**small)
+    print(growth.table(result))
+    return result
+
+
+def measure(sections: Sequence[str], model: Path | None, cache_dir: Path | None, quick: bool) -> dict[str, Any]:
+    """Measure some sections and print each; return them by name. Without a model those that need one are left out."""
+    results: dict[str, Any] = {}
+    for section in sections:
+        print(f"== {section}", flush=True)
+        if section == "kernels":
+            results[section] = measure_kernels(quick)
+        elif section == "growth":
+            results[section] = measure_growth(quick)
+        elif model is None:
+            print("not measured: SmolLM2 is not there")
+        elif section == "step":
+            results[section] = measure_step(model, quick)
+        elif cache_dir is not None:
+            results[section] = measure_peers(model, cache_dir, quick)
+    return results
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the targets' figures by name, as far as they were measured."""
+    found: dict[str, float] = {}
+    for target in TARGETS:
+        value: Any = results.get(target.section)
+        if target.section == "kernels" and value is not None:
+            value = value["ratios"]
+        for key in target.key:
+            value = value.get(key) if value is not None else None
+        if isinstance(value, dict):
+            value = value["median"]
+        if value is not None:
+            found[target.name] = float(value)
+    return found
+
+
+def targets_of(sections: Sequence[str], quick: bool) -> list[Target]:
+    """Return the targets that these sections are to show."""
+    return [target for target in TARGETS if target.section in sections and (target.quick or not quick)]
+
+
+def table(targets: Sequence[Target], values: Mapping[str, float]) -> str:
+    """Return the targets as text: what, ratio, target, met."""
+    lines = [f"{'what':64s} {'ratio':>8s} {'target':>8s}  met"]
+    for target in targets:
+        value = values.get(target.name)
+        limit = f"{'<=' if lower_is_better(target.name) else '>='} {target.limit:g}"
+        told = "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+        verdict = "not measured" if value is None else "yes" if met(target, value) else "NO"
+        lines.append(f"{target.what:64s} {told:>8s} {limit:>8s}  {verdict}")
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """Return the processor's name and the cores that this process may use."""
+    from estune.environment import environment
+
+    machine = environment()
+    return f"{machine['processor']}, {machine['cores']} cores"
+
+
+def check(values: Mapping[str, float], sections: Sequence[str]) -> int:
+    """Compare what was measured with the recorded ratios of these sections; return the exit status."""
+    if not RATIOS.is_file():
+        print(f"bench-check: {RATIOS.name} is not there; a whole `make bench` writes it")
+        return 1
+    recorded = json.loads(RATIOS.read_text(encoding="utf-8"))
+    here = processor()
+    if recorded["processor"] != here:
+        print(f"bench-check: recorded on another machine ({recorded['processor']}; this is {here}): ratios differ "
+              "between machines, so a failure may be no regression")  # fmt: skip
+    comparisons = compare(
+        {name: value for name, value in recorded["ratios"].items() if name.partition("/")[0] in sections}, values
+    )
+    for comparison in comparisons:
+        print(f"bench-check: {comparison}")
+    return int(not all(comparison.good for comparison in comparisons))
+
+
+def main() -> int:
+    """Measure, print, record or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all, peers with --peers alone")
+    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct; default: models/smollm2")
+    parser.add_argument("--peers", type=Path, metavar="CACHE_DIR", help="where other packages are installed (5 GB)")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases; nothing is recorded")
+    parser.add_argument("--check", action="store_true", help="quick, and compare with the recorded ratios")
+    parser.add_argument("--no_record", action="store_true", help="print only")
+    options = parser.parse_args()
+    quick = options.quick or options.check
+    default = ("kernels", "step") if options.check else SECTIONS
+    sections = [s for s in SECTIONS if s in (options.sections or default)]
+    if options.peers is None and "peers" in sections:
+        if options.sections:
+            parser.error("the section peers needs --peers CACHE_DIR")
+        sections.remove("peers")
+    needs_model = any(section in ("step", "peers") for section in sections)
+    model = find_model(options.model) if needs_model else None
+    results = measure(sections, model, options.peers, quick)
+    if options.check and model is None and "step" in sections:
+        print("bench-check: without SmolLM2 the kernels alone are checked")
+        sections.remove("step")
+    values = figures(results)
+    targets = targets_of(sections, quick)
+    print("\n" + table(targets, values))
+    if options.check:
+        return check({target.name: values[target.name] for target in targets if target.name in values}, sections)
+    if not quick and not options.no_record:
+        record(results, targets, values)
+    return int(not all(met(target, values.get(target.name)) for target in targets))
+
+
+def record(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping[str, float]) -> None:
+    """Write the result file, and the guarded ratios where all of them were measured."""
+    from record import commit, write_result
+
+    rows = [
+        dataclasses.asdict(target) | {"value": values.get(target.name), "met": met(target, values.get(target.name))}
+        for target in targets
+    ]
+    print(f"written to {write_result('bench', {'targets': rows, **results})}")
+    guarded = [target.name for target in TARGETS if target.quick]
+    if all(name in values for name in guarded):
+        ratios = {"processor": processor(), "commit": commit(), "ratios": {name: values[name] for name in guarded}}
+        RATIOS.write_text(json.dumps(ratios, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {RATIOS}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,449 @@
+"""How the cost of a step grows: with members, parameters, rank, tokens, threads and workers; and what grows with steps.
+
+    python benchmarks/growth.py                       # about 12 minutes, 9 GiB of memory and no download
+    python benchmarks/growth.py --parts population    # members, rank and tokens on the embedded model
+
+* perturb: the weights of the members with full noise, written one member after the other (`Master.perturb`).
+* update: the update of all members, with full and with low-rank noise.
+* step: a population of low-rank members answers (`generate_population`, as many in a forward pass as ``auto`` takes),
+  then the update.
+
+Models are the embedded one and random ones, each in a process of its own, on one thread; what a second thread brings
+is a part of its own. Completions never end early. Times are medians. Each series is fitted by least squares: log(time)
+against log(x), whose slope is the exponent, over all points and over the upper half of the range; and time = a + b x.
+Cost is called linear where the upper half's exponent lies in 0.9 to 1.1. The result goes to
+`benchmarks/results/growth.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from estune.environment import cores, free_memory_bytes
+
+LLAMA = dict(model_type="llama", vocab_size=1358, tie_word_embeddings=True)
+MODELS: dict[str, dict[str, Any]] = {  # configurations of random models
+    "0.6M": dict(LLAMA, hidden_size=96, num_hidden_layers=4, intermediate_size=256, num_attention_heads=3),
+    "4M": dict(LLAMA, hidden_size=256, num_hidden_layers=4, intermediate_size=704, num_attention_heads=4),
+    "20M": dict(LLAMA, hidden_size=512, num_hidden_layers=6, intermediate_size=1408, num_attention_heads=8),
+    "140M": dict(LLAMA, vocab_size=32000, hidden_size=768, num_hidden_layers=12, intermediate_size=3072,
+                 num_attention_heads=12),
+    "0.5B": dict(LLAMA, vocab_size=32000, tie_word_embeddings=False, hidden_size=1280, num_hidden_layers=20,
+                 intermediate_size=3456, num_attention_heads=20),
+    "1.5B": dict(model_type="qwen2", vocab_size=151936, tie_word_embeddings=True, hidden_size=1536,
+                 num_hidden_layers=28, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
+}  # fmt: skip
+LARGEST, LARGEST_NEEDS_BYTES = "1.5B", 12 << 30
+THREADS_MODEL = "20M"
+PARTS = ("population", "models", "workers", "steps")
+RANKS, TOKENS = (1, 2, 4, 8, 16), (8, 16, 32, 64, 128)
+MEMBERS, PROMPTS = 30, 2  # where they are not what varies
+LONG_S = 15.0  # a call that needs no warming up
+SIGMA, NEXT_TO_NOTHING = 1e-3, 1e-12  # the latter as learning rate: theta is written and stays
+LINEAR = (0.9, 1.1)  # exponents that are called linear
+SAME = 1.05  # peaks of a short and a long run that are called equal
+SERIES = {"perturb": "perturb (full noise)", "update_full": "update (full noise)", "update_lowrank":
+          "update (low-rank)", "step": "step (low-rank)"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Least-squares fits of times (seconds) against x: exponent ~ slope of the logarithms, and a + b x."""
+
+    exponent: float
+    r2: float
+    upper_exponent: float  # over the upper half of the points
+    upper_r2: float
+    a_s: float
+    b_s: float
+    linear_r2: float
+
+    @property
+    def linear(self) -> bool:
+        """Whether cost is linear over the upper half of the range."""
+        return LINEAR[0] <= self.upper_exponent <= LINEAR[1]
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Return slope, intercept and R^2 of the least-squares line through points (n,)."""
+    slope, intercept = np.polyfit(x, y, 1)
+    rest, spread = y - (slope * x + intercept), y - y.mean()
+    return float(slope), float(intercept), float(1 - rest @ rest / (spread @ spread)) if spread.any() else 1.0
+
+
+def fit(x: Sequence[float], seconds: Sequence[float]) -> Fit:
+    """Fit times against x, both above 0 and in ascending order of x; at least two points in the upper half."""
+    xs, ys = np.array(x, dtype=np.float64), np.array(seconds, dtype=np.float64)
+    half = min(len(xs) // 2, len(xs) - 2)
+    exponent, _, r2 = line(np.log(xs), np.log(ys))
+    upper, _, upper_r2 = line(np.log(xs[half:]), np.log(ys[half:]))
+    b, a, linear_r2 = line(xs, ys)
+    return Fit(exponent, r2, upper, upper_r2, a, b, linear_r2)
+
+
+def timed(function: Callable[[], Any], repetitions: int) -> dict[str, Any]:
+    """Return the median and all seconds of some calls, after one that is not counted.
+
+    A first call of more than `LONG_S` is counted, and repeated once at most: what warms up is a small part of it.
+    """
+    runs: list[float] = []
+    for repetition in range(repetitions + 1):
+        started = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - started
+        if repetition or seconds > LONG_S:
+            runs.append(seconds)
+        if len(runs) == min(2, repetitions) and runs[0] > LONG_S:
+            break
+    return {"median_s": statistics.median(runs), "runs_s": runs}
+
+
+class Subject:
+    """A model whose parts are timed; its engine has low-rank noise, a second master full noise on the same theta."""
+
+    def __init__(self, model: str, num_threads: int) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from estune.engines.hf import HFEngine
+        from estune.engines.hf_loading import load_tokenizer
+        from estune.master import Master
+        from estune.model_paths import local_directory
+
+        torch.manual_seed(0)
+        auto_config: Any = AutoConfig
+        auto_model: Any = AutoModelForCausalLM
+        if model == "tiny":
+            module = auto_model.from_pretrained(local_directory("tiny"), dtype=torch.float32)
+        else:
+            module = auto_model.from_config(auto_config.for_model(**MODELS[model]), dtype=torch.float32)
+        module.generation_config.eos_token_id = []  # completions have exactly the tokens that are asked for
+        module.generation_config.pad_token_id = 0
+        self.engine = HFEngine.from_model(
+            module, load_tokenizer("tiny"), num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
+        )
+        if not self.engine.info()["shared_forward"]:
+            raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
+        self.master = self.engine.master
+        specs = [dataclasses.replace(spec, lowrank=False) for spec in self.master.specs]
+        self.full = Master(specs, self.master.arrays, num_threads=num_threads)
+        largest = max(array.size for array in self.master.arrays.values())
+        self.out = np.zeros(max(largest, min(self.master.num_parameters, 1 << 26)), dtype=np.float32)
+
+    def perturb(self, n_members: int) -> None:
+        """Write the weights of members with full noise, on and on through a buffer that no cache holds."""
+        at = 0
+        for perturbation in perturbations(n_members, 0):
+            for name, array in self.full.arrays.items():
+                at = 0 if at + array.size > self.out.size else at
+                self.full.perturb(name, perturbation, self.out[at : at + array.size])
+                at += array.size
+
+    def update(self, n_members: int, rank: int) -> None:
+        """Update by all members, of full noise where ``rank`` is 0."""
+        from estune.optimizer import make_update
+
+        ramp = [(2 * index - n_members + 0.5) / n_members for index in range(n_members)]
+        master = self.master if rank else self.full
+        members = [perturbation.member for perturbation in perturbations(n_members, rank)]
+        master.update(make_update(members, ramp, NEXT_TO_NOTHING, rank=rank))
+        self.engine.master_changed()
+
+    def members_per_batch(self, n_members: int, rank: int, length: int, tokens: int) -> int:
+        """Return what ``members_per_batch`` auto comes to; see `estune.inputs.resolve_members`."""
+        most = self.engine.members_that_fit(n_members, PROMPTS, length + tokens, rank)
+        return -(-n_members // -(-n_members // most))
+
+    def step(self, n_members: int, rank: int, length: int, tokens: int, together: int) -> None:
+        """Let all members answer `PROMPTS` prompts of ``length`` tokens, then update."""
+        from estune.engines.base import Prompt, Sampling
+
+        ids = np.random.default_rng(0).integers(5, 1358, (PROMPTS, length)).tolist()
+        prompts = [Prompt(row, "", tuple(row_ids)) for row, row_ids in enumerate(ids)]
+        sampling = Sampling(seed=0, step=0, max_completion_length=tokens)
+        members = perturbations(n_members, rank)
+        for first in range(0, n_members, together):
+            answers = self.engine.generate_population(members[first : first + together], prompts, sampling)
+            if any(len(c.token_ids) != tokens for member in answers for row in member for c in row):
+                raise RuntimeError("a completion ended early")
+        self.update(n_members, rank)
+
+    def point(self, x: float, n: int, rank: int, length: int, tokens: int, what: str, repetitions: int) -> dict:  # type: ignore[type-arg]
+        """Time some of perturb, update_full, update_lowrank and step (words in ``what``) at one point ``x``."""
+        together = self.members_per_batch(n, rank, length, tokens)
+        work: dict[str, Callable[[], None]] = {
+            "perturb": lambda: self.perturb(n),
+            "update_full": lambda: self.update(n, 0),
+            "update_lowrank": lambda: self.update(n, rank),
+            "step": lambda: self.step(n, rank, length, tokens, together),
+        }
+        times = {name: timed(work[name], repetitions) for name in what.split()}
+        return {"x": x, "members": n, "rank": rank, "tokens": tokens, "members_per_batch": together, "times": times}
+
+
+def perturbations(n_members: int, rank: int) -> list[Any]:
+    """Return the members of a step, of full noise where ``rank`` is 0."""
+    from estune.engines.base import Perturbation
+    from estune.noise import lowrank_scale, perturbation_scale
+    from estune.population import members_for_step
+
+    low = lowrank_scale(SIGMA, rank) if rank else 0.0
+    return [
+        Perturbation(member, perturbation_scale(SIGMA), "normal", rank, low)
+        for member in members_for_step(0, 0, n_members, False)
+    ]
+
+
+def population_child(repetitions: int, most_members: int) -> dict[str, Any]:
+    """Vary members, rank and tokens on the embedded model, on one thread (what ``auto`` takes for it)."""
+    subject = Subject("tiny", 1)
+    n_values = [2**power for power in range(1, most_members.bit_length()) if 2**power <= most_members]
+    everything = "perturb update_full update_lowrank step"
+    members = min(MEMBERS, most_members)
+    return {
+        "parameters": subject.master.num_parameters,
+        "members": [subject.point(n, n, 1, 32, 16, everything, repetitions) for n in n_values],
+        "rank": [subject.point(r, members, r, 32, 16, "update_lowrank step", repetitions) for r in RANKS],
+        "tokens": [subject.point(t, members, 1, 32, t, "step", repetitions) for t in TOKENS],
+    }
+
+
+def model_child(model: str, num_threads: int, repetitions: int) -> dict[str, Any]:
+    """Time everything once per member and model: 8 members, 2 prompts of 16 tokens, 8 new tokens."""
+    started = time.perf_counter()
+    subject = Subject(model, num_threads)
+    built = time.perf_counter() - started
+    size = subject.master.num_parameters
+    work = "update_full update_lowrank step"
+    point = subject.point(size, 8, 1, 16, 8, work, repetitions)
+    point["times"]["perturb"] = timed(lambda: subject.perturb(1), repetitions)
+    shared = bool(subject.engine._is_theta)
+    return point | {"model": model, "num_threads": num_threads, "shares_memory": shared, "build_s": built}
+
+
+def train_child(values: dict[str, Any]) -> dict[str, Any]:
+    """Run `ESTrainer` with the embedded model; return the steps' metrics, the peak of memory and the files' sizes."""
+    from estune import ESConfig, ESTrainer
+
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "rewards.py").write_text(REWARD, encoding="utf-8")
+        args = ESConfig(model="tiny", task="countdown", noise="lowrank", sigma=0.01, report_to=["none"],
+                        reward_funcs=[f"{place / 'rewards.py'}:{values.pop('reward')}"],
+                        output_dir=str(place / "run"), **values)  # fmt: skip
+        ESTrainer(args=args).train()
+        run = place / "run"
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        sizes = {str(path.relative_to(run)): path.stat().st_size for path in sorted(run.rglob("*")) if path.is_file()}
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    peak = next(int(row.split()[1]) * 1024 for row in status if row.startswith("VmHWM"))
+    keys = ("step_time", "es/generate_s", "es/score_s", "es/update_s")
+    return {"steps": [{key: record[key] for key in keys} for record in metrics], "peak_bytes": peak, "bytes": sizes}
+
+
+REWARD = """import time
+
+
+def lengths(completions, **_):
+    return [sum(map(ord, text)) % 97 for text in completions]
+
+
+def slow(completions, **_):
+    time.sleep(0.002 * len(completions))  # 2 ms a completion, as a service would take
+    return lengths(completions)
+"""
+
+
+def in_child(name: str, *arguments: Any) -> dict[str, Any]:
+    """Call a function of this file in a process of its own, whose memory ends with it."""
+    command = [sys.executable, __file__, "--child", json.dumps([name, *arguments])]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def series(points: Sequence[dict[str, Any]], what: str) -> tuple[list[float], list[float]]:
+    """Return x and median seconds of one thing that was timed."""
+    return [point["x"] for point in points], [point["times"][what]["median_s"] for point in points]
+
+
+def fits(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the fits of everything that was timed at some points, in ascending order of x."""
+    if len(points) < 3:
+        return {}
+    found = {}
+    for what in points[0]["times"]:
+        fitted = fit(*series(points, what))
+        found[what] = dataclasses.asdict(fitted) | {"linear": fitted.linear}
+    return found
+
+
+def measure_models(models: Sequence[str], repetitions: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Time the random models that fit into memory, smallest first; return points and notes."""
+    points, notes = [], []
+    for model in models:
+        free = free_memory_bytes()
+        if model == LARGEST and free < LARGEST_NEEDS_BYTES:
+            notes.append(f"{model} skipped: {free / 2**30:.1f} GiB of memory are free, "
+                         f"{LARGEST_NEEDS_BYTES / 2**30:.0f} needed")  # fmt: skip
+            continue
+        points.append(in_child("model", model, 1, repetitions))
+        print(f"growth: {model} is measured", flush=True)
+    return sorted(points, key=lambda point: point["x"]), notes
+
+
+def measure_workers(max_steps: int) -> list[dict[str, Any]]:
+    """Time whole training steps, with a reward of 2 ms a completion, for one and two workers and threads."""
+    rows = []
+    for workers in (1, 2):
+        for threads in (1, 2):
+            values = {"population_size": MEMBERS, "batch_size": 16, "max_completion_length": 32, "reward": "slow",
+                      "max_steps": max_steps, "reward_workers": workers, "num_threads": threads}  # fmt: skip
+            steps = in_child("train", values)["steps"][1:]
+            medians = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+            rows.append({"reward_workers": workers, "num_threads": threads, **medians})
+    return rows
+
+
+def measure_steps(long: int) -> dict[str, Any]:
+    """Compare a run of 2 steps with one of many: peak memory, and bytes on disk without journal and metrics."""
+    found: dict[str, Any] = {}
+    for steps in (2, long):
+        values = {"population_size": 4, "batch_size": 2, "max_completion_length": 8, "reward": "lengths",
+                  "max_steps": steps, "num_threads": 1}  # fmt: skip
+        result = in_child("train", values)
+        growing = {name: result["bytes"].pop(name) for name in ("journal.jsonl", "metrics.jsonl")}
+        others = sum(result["bytes"].values())
+        found[str(steps)] = {"peak_bytes": result["peak_bytes"], "other_bytes": others, **growing}
+    short, other = found["2"], found[str(long)]
+    return {
+        "runs": found,
+        "peak_ratio": other["peak_bytes"] / short["peak_bytes"],
+        "other_bytes_ratio": other["other_bytes"] / short["other_bytes"],
+        "journal_bytes_per_step": (other["journal.jsonl"] - short["journal.jsonl"]) / (long - 2),
+        "metrics_bytes_per_step": (other["metrics.jsonl"] - short["metrics.jsonl"]) / (long - 2),
+        "nothing_else_grows": other["peak_bytes"] <= SAME * short["peak_bytes"]
+        and other["other_bytes"] <= short["other_bytes"] + 64,  # numbers of more digits in configuration and state
+    }
+
+
+def measure(
+    parts: Sequence[str] = PARTS,
+    models: Sequence[str] = tuple(MODELS),
+    repetitions: int = 3,
+    most_members: int = 512,
+    long_run: int = 40,
+) -> dict[str, Any]:
+    """Measure some parts; return points, fits and notes."""
+    result: dict[str, Any] = {"repetitions": repetitions, "cores": cores()}
+    if "population" in parts:
+        found = in_child("population", repetitions, most_members)
+        found["fits"] = {name: fits(found[name]) for name in ("members", "rank", "tokens")}
+        result["population"] = found
+    if "models" in parts:
+        points, notes = measure_models(models, repetitions)
+        result["models"] = {"points": points, "fits": fits(points), "notes": notes}
+    if "workers" in parts:
+        result["workers"] = {
+            "steps": measure_workers(1 + repetitions),
+            "threads": [in_child("model", THREADS_MODEL, threads, repetitions) for threads in (1, 2)],
+        }
+    if "steps" in parts:
+        result["steps"] = measure_steps(long_run)
+    return result
+
+
+def verdict(fitted: dict[str, Any]) -> str:
+    """Say whether cost is linear over the upper half of the range."""
+    if fitted["linear"]:
+        return "linear"
+    return "NOT linear: " + ("less than linear" if fitted["upper_exponent"] < LINEAR[0] else "more than linear")
+
+
+def rows_of(points: Sequence[dict[str, Any]], fitted: dict[str, Any], unit: str, judged: bool) -> Iterator[str]:
+    """Yield the lines of one sweep: the times at its points, and its fits (judged where cost should be linear)."""
+    for what in points[0]["times"]:
+        xs, seconds = series(points, what)
+        yield f"  {SERIES[what]:22s} " + "  ".join(f"{x:g}: {s:.3g} s" for x, s in zip(xs, seconds, strict=True))
+        if what in fitted:
+            f = fitted[what]
+            end = f": {verdict(f)}" if judged else ""
+            yield (f"  {'':22s} ~ {unit}^{f['exponent']:.2f} (R2 {f['r2']:.3f}); upper half {unit}^"
+                   f"{f['upper_exponent']:.2f} (R2 {f['upper_r2']:.3f}){end}; time = {f['a_s']:.3g} + "
+                   f"{f['b_s']:.3g} {unit} (R2 {f['linear_r2']:.3f})")  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as text."""
+    lines = []
+    if "population" in result:
+        found = result["population"]
+        titles = {"members": ("N members (2 prompts, 16 tokens)", "N"), "rank": ("rank r", "r"),
+                  "tokens": ("T new tokens a completion (prompts of 32)", "T")}  # fmt: skip
+        for name, (title, unit) in titles.items():
+            lines.append(f"against {title}: embedded model, {found['parameters']:,} parameters, 1 thread")
+            lines.extend(rows_of(found[name], found["fits"][name], unit, judged=name == "members"))
+    if "models" in result:
+        found = result["models"]
+        lines.append("against P parameters: update and step of 8 members, one perturbed, 1 thread")
+        if found["points"]:
+            lines.extend(rows_of(found["points"], found["fits"], "P", judged=True))
+        lines.extend(f"  note: {note}" for note in found["notes"])
+    if "workers" in result:
+        lines.append("against workers and threads: whole steps of the embedded model, reward of 2 ms a completion")
+        for row in result["workers"]["steps"]:
+            lines.append(f"  reward_workers {row['reward_workers']}, num_threads {row['num_threads']}: "
+                         f"{row['step_time']:.2f} s a step, {row['es/generate_s']:.2f} s generation, "
+                         f"{row['es/score_s']:.2f} s waiting for scores")  # fmt: skip
+        one, two = (point["times"] for point in result["workers"]["threads"])
+        told = (f"{SERIES[what]} {one[what]['median_s'] / two[what]['median_s']:.2f}" for what in one)
+        lines.append(f"  {THREADS_MODEL} parameters, two threads against one, times as fast: {', '.join(told)}")
+    if "steps" in result:
+        found = result["steps"]
+        short, long = found["runs"]
+        says = "nothing but journal and metrics grows" if found["nothing_else_grows"] else "SOMETHING ELSE GROWS"
+        per_step = [found[f"{name}_bytes_per_step"] for name in ("journal", "metrics")]
+        lines.append(f"against steps, {short} and {long}: peak memory times {found['peak_ratio']:.3f}, files but "
+                     f"journal and metrics times {found['other_bytes_ratio']:.6f}: {says}; a step adds "
+                     f"{per_step[0]:.0f} bytes of journal, {per_step[1]:.0f} of metrics")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, record."""
+    children = {"population": population_child, "model": model_child, "train": train_child}
+    if len(sys.argv) > 1 and sys.argv[1] == "--child":
+        name, *arguments = json.loads(sys.argv[2])
+        print(json.dumps(children[name](*arguments)))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--most_members", type=int, default=512)
+    parser.add_argument("--long_run", type=int, default=40, help="steps")
+    parser.add_argument("--no_record", action="store_true", help="print only")
+    options = parser.parse_args()
+    result = measure(options.parts, options.models, options.repetitions, options.most_members, options.long_run)
+    print(table(result))
+    if not options.no_record:
+        from record import write_result
+
+        print(f"written to {write_result('growth', result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
