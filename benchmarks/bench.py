@@ -277,7 +277,8 @@ def main() -> int:
         sections.remove("step")
     values = figures(results)
     targets = targets_of(sections, quick)
-    print("\n" + table(targets, values))
+    if targets:
+        print("\n" + table(targets, values))
     if options.check:
         return check({target.name: values[target.name] for target in targets if target.name in values}, sections)
     if not quick and not options.no_record:

@@ -52,6 +52,11 @@ class RandnMaster(Master):
             written += scale * self._noise(perturbation.member.seed, name).reshape(written.shape)
         return written
 
+    def perturb_all(self, perturbation: Any, outs: Any) -> None:
+        """See `Master.perturb_all`."""
+        for name, out in outs.items():
+            self.perturb(name, perturbation, out)
+
     def update(self, update: Any, anchor: Any = None) -> Moved:
         """See `Master.update`."""
         for spec in self.specs:

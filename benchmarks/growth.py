@@ -50,7 +50,7 @@ THREADS_MODEL = "20M"
 PARTS = ("population", "models", "workers", "steps")
 RANKS, TOKENS = (1, 2, 4, 8, 16), (8, 16, 32, 64, 128)
 MEMBERS, PROMPTS = 30, 2  # where they are not what varies
-LONG_S = 15.0  # a call that needs no warming up
+LONG_S, SHORT_S, MOST_RUNS = 15.0, 0.2, 30  # see `timed`
 SIGMA, NEXT_TO_NOTHING = 1e-3, 1e-12  # the latter as learning rate: theta is written and stays
 LINEAR = (0.9, 1.1)  # exponents that are called linear
 SAME = 1.05  # peaks of a short and a long run that are called equal
@@ -96,10 +96,13 @@ def fit(x: Sequence[float], seconds: Sequence[float]) -> Fit:
 def timed(function: Callable[[], Any], repetitions: int) -> dict[str, Any]:
     """Return the median and all seconds of some calls, after one that is not counted.
 
-    A first call of more than `LONG_S` is counted, and repeated once at most: what warms up is a small part of it.
+    A first call of more than `LONG_S` is counted, and repeated once at most: what warms up is a small part of it. Short
+    calls are repeated more often, for `SHORT_S` in all or `MOST_RUNS` times.
     """
     runs: list[float] = []
-    for repetition in range(repetitions + 1):
+    for repetition in range(1 + MOST_RUNS):
+        if len(runs) >= repetitions and sum(runs) >= SHORT_S:
+            break
         started = time.perf_counter()
         function()
         seconds = time.perf_counter() - started

@@ -119,8 +119,7 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
 
     def perturb() -> None:
         perturbation = Perturbation(members[0], perturbation_scale(SIGMA))
-        for name, array in live.items():
-            master.perturb(name, perturbation, array)
+        master.perturb_all(perturbation, live)
 
     def torch_copy() -> None:
         for weight, source in zip(weights, theta, strict=True):

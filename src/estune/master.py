@@ -125,51 +125,53 @@ class Master:
         Raises:
             ValueError: ``out`` does not fit, or the member has no rank for parameters of low-rank noise.
         """
-        theta = self._flat[name]
         if out is None:
             out = np.empty(self.arrays[name].shape, dtype=np.float32)
+        self._run(_call, list(self._perturb_jobs(name, perturbation, out)))
+        return out
+
+    def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
+        """Write a member's weights for several parameters, as `perturb` does for one.
+
+        All pieces go to the threads at once, so that none waits at the end of a small parameter.
+        """
+        self._run(_call, [job for name, out in outs.items() for job in self._perturb_jobs(name, perturbation, out)])
+
+    def _perturb_jobs(
+        self, name: str, perturbation: Perturbation | None, out: np.ndarray
+    ) -> Iterator[Callable[[], None]]:
+        """Cut the writing of a member's weights into calls that may run in any order."""
+        spec, theta = self._spec[name], self._flat[name]
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != theta.size:
             raise ValueError(f"output for {name!r} must be C-contiguous float32 of {theta.size} elements")
         flat_out = out.reshape(-1)  # (d,)
         if perturbation is not None:
             self._check_rank(perturbation.rank)
-        if perturbation is None or not self._spec[name].perturbed:
-            np.copyto(flat_out, theta)
-            return out
-        if self._spec[name].lowrank:
-            self._perturb_lowrank(self._spec[name], perturbation, flat_out)
-            return out
-        seed, rademacher = perturbation.member.seed, perturbation.distribution == "rademacher"
-        scale = np.float32(perturbation.scale * perturbation.member.sign)
+        if perturbation is None or not spec.perturbed:
+            for start, count, _ in pieces(theta.size):
+                yield partial(np.copyto, flat_out[start : start + count], theta[start : start + count])
+            return
+        member, rademacher = perturbation.member, perturbation.distribution == "rademacher"
+        if spec.lowrank:
+            factor_shapes(spec.shape, perturbation.rank)  # refuses factors that are too large
+            keys_a, keys_b = _factor_keys([member.seed], name)
+            factor = perturbation.lowrank_scale * member.sign
+            rows_out, rows_theta = _rows_of(spec, flat_out), _rows_of(spec, theta)
+            for row, count, column in row_pieces(spec.shape):
+                rows = slice(row, row + count)
+                yield partial(
+                    cpu_lowrank.perturb_lowrank_into, rows_out[rows], rows_theta[rows], row, column, keys_a, keys_b,
+                    perturbation.rank, factor, rademacher,
+                )  # fmt: skip
+            return
+        scale = np.float32(perturbation.scale * member.sign)
         blocks = range(-(-theta.size // BLOCK_SIZE))
-        keys = [tuple(map(np.uint32, noise_key(seed, block_name(name, block)))) for block in blocks]
-
-        def work(piece: tuple[int, int, int]) -> None:
-            start, count, block = piece
+        keys = [_keys([member.seed], block_name(name, block))[0] for block in blocks]  # uint32 (2,) each
+        for start, count, block in pieces(theta.size):
+            part = slice(start, start + count)
             k0, k1 = keys[block]
-            end = start + count
-            cpu.perturb_into(flat_out[start:end], theta[start:end], start % BLOCK_SIZE, k0, k1, scale, rademacher)
-
-        self._run(work, list(pieces(theta.size)))
-        return out
-
-    def _perturb_lowrank(self, spec: ParameterSpec, perturbation: Perturbation, flat_out: np.ndarray) -> None:
-        """Write a member's weights for a matrix, or a stack of them, of low-rank noise: float32 (d,)."""
-        rank, member = perturbation.rank, perturbation.member
-        factor_shapes(spec.shape, rank)  # refuses factors that are too large
-        keys_a, keys_b = _factor_keys([member.seed], spec.name)
-        scale = perturbation.lowrank_scale * member.sign
-        rademacher = perturbation.distribution == "rademacher"
-        theta, out = (_rows_of(spec, flat) for flat in (self._flat[spec.name], flat_out))
-
-        def work(piece: tuple[int, int, int]) -> None:
-            row, count, column = piece
-            rows = slice(row, row + count)
-            cpu_lowrank.perturb_lowrank_into(
-                out[rows], theta[rows], row, column, keys_a, keys_b, rank, scale, rademacher
-            )
-
-        self._run(work, list(row_pieces(spec.shape)))
+            offset = start % BLOCK_SIZE
+            yield partial(cpu.perturb_into, flat_out[part], theta[part], offset, k0, k1, scale, rademacher)
 
     def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
         """Move theta by one step, in place, in one pass that also sums its checksum and norms.
@@ -285,6 +287,10 @@ class Master:
         if self._pool is None or len(jobs) < 2:
             return [work(job) for job in jobs]
         return list(self._pool.map(work, jobs))
+
+
+def _call(job: Callable[[], None]) -> None:
+    job()
 
 
 def _label(spec: ParameterSpec) -> bytes:

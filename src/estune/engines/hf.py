@@ -438,6 +438,7 @@ class HFEngine:
             return
         started = time.perf_counter()
         self._loaded = None
+        live: dict[str, np.ndarray] = {}
         for binding in self._bindings:
             name = binding.name
             if name not in self._trained and self._fixed_version == self.master.version:
@@ -449,13 +450,14 @@ class HFEngine:
                 if direct is None:
                     binding.write(out)
             elif name in self._live:
-                self.master.perturb(name, perturbation, out=self._live[name])
+                live[name] = self._live[name]
             elif perturbation is None or name not in self._trained:
                 binding.write(torch.from_numpy(self.master.arrays[name]))
             else:
                 size = self.master.arrays[name].size
                 self.master.perturb(name, perturbation, out=self._staging[:size].numpy())
                 binding.write(self._staging[:size].view(binding.shape))
+        self.master.perturb_all(perturbation, live)
         self._fixed_version = self.master.version
         self._loaded = wanted
         if self._on_device is not None:

@@ -6,8 +6,8 @@ Here W is read row by row in plain dot products with up to four rows of x, while
 of x meet what is in the cache by then. The order of every sum is fixed by the shapes, so results depend on neither
 threads nor load.
 
-The rows may belong to members with low-rank noise (see `estune.engines.stand_ins`): their part is added to each piece of
-y while that is in the cache.
+The rows may belong to members with low-rank noise (see `estune.engines.stand_ins`): their part is added to each piece
+of y while that is in the cache.
 
 Threads: the kernel runs in the OpenMP pool that torch itself uses (`GOMP_parallel` of the libgomp that comes with
 torch). A second pool would fight with torch's for the cores. Where that library is not found the kernel is used with
@@ -210,7 +210,7 @@ def _work(job):  # type: ignore[no-untyped-def]
     y = carray(_floats(fields[2]), (rows, n))
     right = carray(_floats(fields[10]), (groups, rank, k))
     left = carray(_floats(fields[11]), (groups, rank, n))
-    thread = _fetch_add(fields, 13, 1)  # type: ignore[call-arg]
+    thread = _fetch_add(fields, 13, 1)
     inner = carray(_floats(fields[12] + 4 * thread * rows * rank), (rows, rank))
     if rank:
         _inner_products(x, right, inner)  # by every thread for itself: cheaper than waiting for each other
@@ -307,7 +307,8 @@ def _multiply(
     if left is not None and right is not None:
         groups, rank = left.shape[:2]
         scratch = x.new_empty(threads * rows * rank)
-        job[8:13] = rank, groups, right.data_ptr(), left.data_ptr(), scratch.data_ptr()
+        for place, value in enumerate((rank, groups, right.data_ptr(), left.data_ptr(), scratch.data_ptr()), 8):
+            job[place] = value
     address, alone = _kernel()
     pool = _find_pool()
     if threads == 1 or pool is None:
