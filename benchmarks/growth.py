@@ -232,7 +232,7 @@ def model_child(model: str, num_threads: int, repetitions: int) -> dict[str, Any
     work = "update_full update_lowrank step"
     point = subject.point(size, 8, 1, 16, 8, work, repetitions)
     point["times"]["perturb"] = timed(lambda: subject.perturb(1), repetitions)
-    shared = bool(subject.engine._is_theta)
+    shared = bool(subject.engine.working.is_theta)
     return point | {"model": model, "num_threads": num_threads, "shares_memory": shared, "build_s": built}
 
 

@@ -176,7 +176,12 @@ def ratios(seconds: dict[str, list[float]], size: int) -> dict[str, Any]:
 def measure_avx2(repetitions: int) -> dict[str, Any]:
     """Measure in a process whose kernels are compiled for AVX2 without AVX-512; an x86 processor is needed."""
     with tempfile.TemporaryDirectory() as cache:
-        target = {"NUMBA_CPU_NAME": "haswell", "ATEN_CPU_CAPABILITY": "avx2", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": cache}
+        target = {
+            "NUMBA_CPU_NAME": "haswell",
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "NUMBA_CPU_FEATURES": "",
+            "NUMBA_CACHE_DIR": cache,
+        }
         command = [sys.executable, __file__, "--json", "--repetitions", str(repetitions)]
         output = subprocess.run(command, env=os.environ | target, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])

@@ -18,7 +18,7 @@ from tiny_models import EOS, FAMILIES, PAD, save_tiny, tiny_model, tiny_tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from estune.engines import attention, decoding, hf_callers, small_linear
+from estune.engines import attention, decoding, hf_callers, hf_trials, small_linear
 from estune.engines.base import Completion, Interrupted, Perturbation, Prompt, Sampling
 from estune.engines.hf import HFEngine, _end_ids
 from estune.errors import UserError
@@ -90,7 +90,7 @@ def test_fast_layers_and_attention_give_the_logits_of_transformers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(family)
-    if not hf_callers.uses_attention_caller(model):
+    if not hf_trials.uses_attention_caller(model):
         pytest.skip("has no attention, or inputs of its own")
     rows = [[*range(30)], [7] * 9, [7] * 9, [8]]
     expected = last_logits(model, rows, hf_callers.AttentionCaller(model, wide_mask=False))
@@ -100,7 +100,7 @@ def test_fast_layers_and_attention_give_the_logits_of_transformers(
     monkeypatch.setattr(small_linear, "MIN_WIDTH", 1)
     monkeypatch.setattr(small_linear, "MIN_WEIGHTS", 1)
     small_linear.install(model)
-    wide = hf_callers.takes_wide_mask(model)
+    wide = hf_trials.takes_wide_mask(model)
     assert wide == (family != "gemma3")  # gemma3 has layers of two kinds
     for found, wanted in zip(last_logits(model, rows, hf_callers.AttentionCaller(model, wide)), expected, strict=True):
         assert torch.allclose(found, wanted, atol=2e-5 * float(wanted.abs().max()))
@@ -125,7 +125,7 @@ def test_rows_may_be_repeated_and_reordered(family: str) -> None:
     rows = [[*range(30)], [7] * 9, [8]]
     lines = torch.tensor([2, 0, 2, 2, 1])
     ids, mask = hf_callers.left_pad(rows, PAD, torch.device("cpu"))
-    wide = hf_callers.takes_wide_mask(model)
+    wide = hf_trials.takes_wide_mask(model)
     with torch.inference_mode():
         plain, moved = hf_callers.AttentionCaller(model, wide), hf_callers.AttentionCaller(model, wide)
         assert torch.equal(plain.prefill(ids, mask, 4), moved.prefill(ids, mask, 4))
@@ -156,7 +156,7 @@ def test_what_prompts_have_in_common_is_read_once(family: str, groups: int) -> N
     head = list(range(40, 52))
     rows = [[*head, 1, 2, 3], [*head, 4], [*head, 1, 2, 3], [*head, 9, 9, 9, 9, 9]]
     counting, widths = CountingModel(model), []
-    wide = hf_callers.takes_wide_mask(model)
+    wide = hf_trials.takes_wide_mask(model)
     sharing = hf_callers.AttentionCaller(counting, wide, groups, widths.append)
     found = last_logits(model, rows * groups, sharing)
     if wide:

@@ -133,9 +133,9 @@ def test_frozen_and_unselected_parameters_and_buffers_stay() -> None:
     assert perturbed
     assert all("self_attn" in name or name.endswith("norm.weight") for name in perturbed)
     assert list(engine.master.buffers) == ["model.layers.1.mlp.gate.e_score_correction_bias"]
-    before = {b.name: b.read() for b in engine._bindings}
+    before = {b.name: b.read() for b in engine.working.bindings}
     engine._load(member(1))
-    for binding in engine._bindings:
+    for binding in engine.working.bindings:
         assert torch.equal(binding.read(), before[binding.name]) == (binding.name not in perturbed)
 
 
@@ -149,7 +149,7 @@ def test_a_written_master_reaches_the_model() -> None:
     engine = HFEngine.from_model(tiny_model("mixtral"), tiny_tokenizer(), trainable_parameters=["experts"])
     engine.master.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
     engine.generate(None, PROMPTS, Sampling(0, 0, 1))
-    for binding in engine._bindings:
+    for binding in engine.working.bindings:
         assert np.array_equal(binding.read().numpy(), engine.master.arrays[binding.name])
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from test_hf_generate import GREEDY, SAMPLED, prompts
-from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 
-from estune.engines.base import Completion, Perturbation
+from estune.engines.base import Completion, Perturbation, Prompt
 from estune.engines.hf import HFEngine
 from estune.engines.hf_callers import left_pad
 from estune.engines.hf_parameters import bindings
@@ -260,3 +260,56 @@ def test_stop_strings_end_rows_of_members() -> None:
     letters = {engine.decode([token]) for token in plain[0][0][0].token_ids}
     stopping = replace(GREEDY, stop_strings=tuple(sorted(letters))[:2])
     assert finished(engine.generate_population(perturbations, rows, stopping)) > finished(plain)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gemma3"])
+def test_what_prompts_have_in_common_is_read_once_a_member(family: str, sampling: Any) -> None:
+    engine = engine_of(family)
+    plain = prompts(4, seed=6)
+    first = tuple(range(20, 32))  # twelve tokens that all prompts share, and a prompt that comes twice
+    rows = [Prompt(i, "", first + plain[i % 3].token_ids) for i in range(4)]
+    perturbations = members(1)
+    answers = engine.generate_population(perturbations, rows, sampling)
+    for perturbation, answer in zip(perturbations, answers, strict=True):
+        for row, completions in zip(rows, answer, strict=True):
+            assert engine.generate(perturbation, [row], sampling) == [completions]
+    greedy = sampling.temperature == 0
+    assert all((answer[0] == answer[3]) == greedy for answer in answers)  # equal prompts, uniforms of their own
+
+
+def test_parameters_that_are_not_trained_stay_as_they_are() -> None:
+    options: dict[str, Any] = {"trainable_parameters": [r"mlp\.", r"layers\.0\.input_layernorm"]}
+    engine = engine_of("llama", **options)
+    kinds = {spec.name: spec.kind for spec in engine.master.specs}
+    assert kinds["model.layers.1.mlp.up_proj.weight"] == "lowrank"
+    assert kinds["model.layers.0.input_layernorm.weight"] == "full"
+    assert kinds["model.embed_tokens.weight"] is False and kinds["model.layers.0.self_attn.q_proj.weight"] is False
+    rows, perturbations = prompts(4), members(1)
+    answers = engine.generate_population(perturbations, rows, GREEDY)
+    assert engine.info()["shared_forward"]
+    for perturbation, answer in zip(perturbations, answers, strict=True):
+        model = replaced(engine, "llama", perturbation)
+        assert HFEngine.from_model(model, tiny_tokenizer()).generate(None, rows, GREEDY) == answer
+
+
+def test_members_of_a_model_in_bfloat16_share_it_too(tmp_path: Any) -> None:
+    save_tiny("llama", tmp_path)
+    engine = HFEngine.load(str(tmp_path), dtype="bfloat16", noise="lowrank")
+    assert engine.info()["shared_forward"] and not engine.working.is_theta
+    rows, perturbations = prompts(4), members(2)
+    ids, mask = left_pad([row.token_ids for row in rows], 0, engine.device)
+    some = Members(engine._shared, perturbations)  # type: ignore[arg-type]
+    some.relay(range(3), len(rows))
+    with torch.inference_mode(), engine._shared.installed(some.stand_ins):  # type: ignore[union-attr]
+        found = engine.model(input_ids=ids.repeat(3, 1), attention_mask=mask.repeat(3, 1)).logits.float()
+    assert found.isfinite().all()
+    for index, perturbation in enumerate(perturbations):
+        model = replaced(engine, "llama", perturbation)
+        with torch.inference_mode():
+            expected = model(input_ids=ids, attention_mask=mask).logits
+            theta = engine.model(input_ids=ids, attention_mask=mask).logits.float()
+        seen = mask.bool()
+        error = (found[index * 4 : index * 4 + 4][seen] - expected[seen]).norm()
+        assert error < 0.25 * (theta[seen] - expected[seen]).norm()  # far nearer to the member than theta is
+    assert engine.generate_population(perturbations, rows, GREEDY) != [engine.generate(None, rows, GREEDY)] * 3

@@ -1,7 +1,7 @@
 """The Hugging Face engine: any causal language model of transformers, on CPU, CUDA or MPS, through plain torch.
 
-One float32 master on the host, one working model in the compute dtype. A member is written into the working model's
-own memory from the master, never added to or subtracted from what was there, so theta cannot drift.
+One float32 master, one working model in the compute dtype (`estune.engines.working_model`). Members are written into
+the working model one after another, or, with low-rank noise, share its forward passes (`estune.engines.lowrank`).
 """
 
 from __future__ import annotations
@@ -12,30 +12,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from estune import environment
-from estune.engines import attention, decoding, hf_callers, small_linear
+from estune.engines import attention, decoding, hf_callers, hf_trials, small_linear
 from estune.engines.base import Completion, Perturbation, Prompt, Sampling
 from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
 from estune.engines.hf_parameters import Binding, bindings
 from estune.engines.lowrank import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank_trial import shared_forward
 from estune.engines.noise_kinds import lowrank_names
+from estune.engines.working_model import WorkingModel
 from estune.errors import UserError
 from estune.master import Master
-from estune.noise import lowrank_factors, lowrank_scale, noise_ints, perturbation_scale
+from estune.noise import lowrank_scale, perturbation_scale
 from estune.population import Member
 
-if TYPE_CHECKING:
-    from estune.gpu_master import DeviceMaster
-
-_COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` looks at
 _PROBE_TOKENS = 16  # tokens per completion in `check_reproducible`
 
 
@@ -58,42 +54,29 @@ class HFEngine:
         """Take parts that belong together; use `load` or `from_model`."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.master = master
         self.prompts_per_batch = prompts_per_batch
         self.device = model.device
         self.compute_dtype = _name(model.dtype)
         self.perturb_s = 0.0  # seconds spent so far in writing members' weights
         self.stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
+        self.working = WorkingModel(model, bound, master)
+        self.master = self.working.master
         text_config = model.config.get_text_config(decoder=True)
         limits = [
             getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
         ]
         self.max_context: int | None = next((limit for limit in limits if limit and limit > 0), None)
-        self._bindings = list(bound)
-        self._trained = {spec.name for spec in master.specs if spec.perturbed}
-        self._lowrank = {spec.name for spec in master.specs if spec.lowrank}
-        self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
-        largest = max((b.pieces[0].parameter.numel() for b in bound if b.name not in self._live), default=0)
-        largest = max([largest, *(int(np.prod(b.shape)) for b in bound if b.name not in self._live)])
-        self._on_device = self._move_master()
-        self._staging = torch.empty(
-            0 if self._on_device else largest, dtype=torch.float32, pin_memory=self.device.type == "cuda"
-        )
-        self._loaded: tuple[Perturbation | None, int] | None = None  # what the working model holds, master version
-        self._fixed_version = -1  # master version at which the parameters that are not trained were written
         self._eos, self._pad = _end_ids(model, tokenizer)
         self._stop = decoding.StopStrings(tokenizer, ())
-        self._attention = hf_callers.uses_attention_caller(model)
-        # whether the working model's own memory is the master, so that no member must ever be written into it
-        self._is_theta = any(np.shares_memory(master.arrays[name], live) for name, live in self._live.items())
-        self._load(None)
+        self._attention = hf_trials.uses_attention_caller(model)
         small_linear.install(model)
         attention.install(model)
-        self._wide_mask = self._attention and hf_callers.takes_wide_mask(model)
-        self._batching = "padded" if self._attention else hf_callers.safe_batching(model, self._caller)
+        self._wide_mask = self._attention and hf_trials.takes_wide_mask(model)
+        self._batching = "padded" if self._attention else hf_trials.safe_batching(model, self._caller)
         self._shared: SharedForward | None = None
-        if any(spec.lowrank for spec in master.specs):
-            self._share_forward(bound)
+        self._is_lowrank = any(spec.lowrank for spec in master.specs)
+        if self._is_lowrank:
+            self._share_forward()
 
     @classmethod
     def load(
@@ -268,8 +251,7 @@ class HFEngine:
 
     def master_changed(self) -> None:
         """Theta was written: the next `generate` writes the working model anew."""
-        self._loaded = None
-        self._fixed_version = -1
+        self.working.forget()
 
     def save_assets(self, directory: Path, dtype: str) -> None:
         """Write configuration, generation configuration and tokenizer; see `Engine.save_assets`."""
@@ -299,37 +281,17 @@ class HFEngine:
         return result
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
-        """Return, per kind of parameter, the cosine of ``cast(W) - cast(theta)`` with ``scale * sign * n``.
+        """Return, per kind of parameter, how much of a perturbation survives; see `WorkingModel.perturb_cosine`.
 
-        It says how much of the perturbation survives the compute dtype; computed in float64 from the first 65,536
-        elements of every perturbed parameter.
+        Matrices of members that share a forward pass are left out: their factors meet the activations as they are.
         """
-        sums: dict[str, np.ndarray] = {}
-        member = perturbation.member
-        for binding in self._bindings:
-            if binding.name not in self._trained or (self._shared and binding.name in self._shared.lowrank):
-                continue  # the factors of members that share a forward pass are exact in any dtype
-            theta = self.master.head(binding.name, _COSINE_ELEMENTS)  # (d,)
-            if binding.name in self._lowrank:
-                exact = self._lowrank_part(binding, perturbation, theta.size)
-            else:
-                n = noise_ints(member.seed, binding.name, 0, theta.size, perturbation.distribution)
-                exact = np.float32(perturbation.scale * member.sign) * n.astype(np.float32)  # (d,)
-            moved, still = (
-                torch.from_numpy(values).to(binding.dtype).double().numpy() for values in (theta + exact, theta)
-            )
-            change, wanted = moved - still, exact.astype(np.float64)
-            parts = np.array([change @ wanted, change @ change, wanted @ wanted])
-            sums[binding.kind] = sums.get(binding.kind, 0.0) + parts
-        return {
-            kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0 for kind, (dot, a, b) in sorted(sums.items())
-        }
+        return self.working.perturb_cosine(perturbation, self._shared.lowrank if self._shared else ())
 
     def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
         """Run one member twice, the second time beside a busy thread; say whether the tokens were equal."""
         short = replace(sampling, max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length))
         member = Perturbation(Member(seed=1, sign=1), perturbation_scale(1e-3))
-        if self._lowrank:
+        if self._is_lowrank:
             member = replace(member, rank=1, lowrank_scale=lowrank_scale(1e-3, 1))
         few = list(prompts[: self.prompts_per_batch])
         alone = self.generate(member, few, short)
@@ -358,41 +320,18 @@ class HFEngine:
             "shared_forward": self._shared is not None,
         }
 
-    def _move_master(self) -> DeviceMaster | None:
-        """On CUDA, let Triton's kernels keep theta (never executed on a GPU so far); None where the host does."""
-        if self.device.type != "cuda" or find_spec("triton") is None:
-            return None
-        from estune.gpu_master import DeviceMaster, on_device
-
-        self.master = on_device(self.master, self.device)
-        return self.master if isinstance(self.master, DeviceMaster) else None
-
-    def _share_forward(self, bound: Sequence[Binding]) -> None:
+    def _share_forward(self) -> None:
         """Find out whether low-rank members can share a forward pass; where not, say why and keep theta apart."""
         reason = "the model (it cannot take a batch of padded rows)"
         if self._attention:
             apart = partial(hf_callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
-            self._shared, reason = shared_forward(self.model, bound, self.master, apart)
+            self._shared, reason = shared_forward(self.model, self.working.bindings, self.master, apart)
         if self._shared is None:
             print(
                 f"estune: warning: low-rank members run one after another on this model, because of {reason}",
                 file=sys.stderr,
             )
-            if self._is_theta:
-                self.master.unshare()
-                self._is_theta = False
-
-    def _lowrank_part(self, binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
-        """Return the first ``count`` elements of a matrix's exact low-rank perturbation: float64 (count,)."""
-        member = perturbation.member
-        left, right = lowrank_factors(
-            member.seed, binding.name, binding.shape, perturbation.rank, perturbation.distribution
-        )
-        if left.ndim == 3:  # stacked experts: the first
-            left, right = left[0], right[0]
-        rows = -(-count // len(right))
-        product = (left[:rows].astype(np.float64) @ right.T.astype(np.float64)).reshape(-1)[:count]
-        return perturbation.lowrank_scale * member.sign * product
+            self.working.stand_apart()
 
     def _caller(self, members: Members | None = None) -> hf_callers.Caller:
         """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
@@ -426,43 +365,9 @@ class HFEngine:
                     f"passes the model's context of {self.max_context}"
                 )
 
-    @torch.inference_mode()
     def _load(self, perturbation: Perturbation | None) -> None:
-        """Write a member, or theta, into the working model, unless it is what the model holds."""
-        wanted = (perturbation, self.master.version)
-        if self._loaded == wanted:
-            return
-        if self._is_theta:
-            assert perturbation is None, "a member would be written over theta"
-            self._loaded = wanted
-            return
-        started = time.perf_counter()
-        self._loaded = None
-        live: dict[str, np.ndarray] = {}
-        for binding in self._bindings:
-            name = binding.name
-            if name not in self._trained and self._fixed_version == self.master.version:
-                continue
-            if self._on_device is not None:
-                direct = binding.direct
-                out = torch.empty(binding.shape, dtype=binding.dtype, device=self.device) if direct is None else direct
-                self._on_device.perturb_into(name, perturbation, out)
-                if direct is None:
-                    binding.write(out)
-            elif name in self._live:
-                live[name] = self._live[name]
-            elif perturbation is None or name not in self._trained:
-                binding.write(torch.from_numpy(self.master.arrays[name]))
-            else:
-                size = self.master.arrays[name].size
-                self.master.perturb(name, perturbation, out=self._staging[:size].numpy())
-                binding.write(self._staging[:size].view(binding.shape))
-        self.master.perturb_all(perturbation, live)
-        self._fixed_version = self.master.version
-        self._loaded = wanted
-        if self._on_device is not None:
-            torch.cuda.current_stream(self.device).synchronize()  # kernels are launched, not waited for
-        self.perturb_s += time.perf_counter() - started
+        """Let the working model hold a member, or theta."""
+        self.perturb_s += self.working.hold(perturbation)
 
     def _batch_logprobs(
         self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
@@ -486,12 +391,6 @@ class HFEngine:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _live_memory(binding: Binding) -> np.ndarray | None:
-    """Return the parameter's own memory where a member can be written straight into it: float32, dense, on the CPU."""
-    live = binding.direct
-    return live.numpy() if live is not None and live.device.type == "cpu" and live.dtype == torch.float32 else None
 
 
 def _end_ids(model: hf_callers.Model, tokenizer: Any) -> tuple[frozenset[int], int]:
