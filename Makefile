@@ -10,7 +10,7 @@ BENCH := $(VENV)/.installed-bench
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test check format bench bench-check clean
+.PHONY: help install demo test check format bench bench-check figures clean
 
 help:
 	@echo "make demo    set up, train the embedded model, evaluate before and after"
@@ -18,6 +18,7 @@ help:
 	@echo "make check   ruff and mypy"
 	@echo "make format  ruff format and fix"
 	@echo "make bench   speed and its targets: kernels, steps, growth of cost (about 50 minutes)"
+	@echo "make figures the other figures: memory, the demo's gain, equivalence, conciseness (about 70 minutes)"
 	@echo "make bench-check  the fast ratios again, against benchmarks/ratios.json (about 5 minutes)"
 
 install: $(DEV)
@@ -53,6 +54,14 @@ $(BENCH): $(RUNTIME)
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(PEERS))
+
+figures: $(BENCH)
+	test -d models/smollm2 || $(BIN)/python scripts/fetch_smollm2.py models/smollm2
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/demo_gain.py
+	$(BIN)/python benchmarks/demo_time.py
+	$(BIN)/python benchmarks/equivalence.py
+	$(BIN)/python benchmarks/conciseness.py --model models/smollm2
 
 bench-check: $(BENCH)
 	$(BIN)/python benchmarks/bench.py --quick --check

@@ -102,7 +102,7 @@ def difference(runs: list[dict[str, Any]], variant: str, steps: int) -> dict[str
     seeds = sorted({run["seed"] for run in runs})
     values = [accuracy[variant, seed] - accuracy["full", seed] for seed in seeds]
     mean = statistics.mean(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     low, high = mean - half, mean + half
     return {"points": mean, "interval95": [low, high], "equivalent": low >= -WITHIN and high <= WITHIN}
 

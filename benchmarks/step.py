@@ -253,11 +253,15 @@ class Bench:
         """Return the seconds of a step of N members that one repetition's times come to."""
         n = self.population_size
         passes = n / self.members_per_batch
-        lowrank = measured["lowrank"]
+        full, lowrank = measured["full"], measured["lowrank"]
+
+        def several(times: dict[str, float], count: float) -> float:  # in a step only the last one's scores are awaited
+            return count * (times["evaluate"] - times["score_wait"]) + times["score_wait"] + times["update"]
+
         return {
             "paper": n * measured["paper"]["member"],
-            "full": n * measured["full"]["evaluate"] + measured["full"]["update"],
-            "lowrank": lowrank["step"] if self.case.whole_step else passes * lowrank["evaluate"] + lowrank["update"],
+            "full": several(full, n),
+            "lowrank": lowrank["step"] if self.case.whole_step else several(lowrank, passes),
             "pure_transformers": passes * measured["pure_transformers"]["generate"],
             "pure_estune": passes * measured["pure_estune"]["generate"],
             "pure_shared": passes * measured["pure_shared"]["generate"],

@@ -196,8 +196,66 @@ class MixingMLP(nn.Module):
         return self.inner(x.flip(0)).flip(0)  # type: ignore[no-any-return]
 
 
+class DoubleMLP(HidingMLP):
+    """Uses its weight where a stand-in is found, and once more under another name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x * self.scale) * self.kept[0]  # type: ignore[no-any-return]
+
+
+class CachingMLP(nn.Module):
+    """Multiplies with a view of its matrix that was made once, when it reads a single token."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.matrix = nn.Linear(32, 32, bias=False)
+        self.transposed = self.matrix.weight.detach().T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + (x @ self.transposed if x.shape[1] == 1 else self.matrix(x))  # type: ignore[no-any-return]
+
+
+class JoiningMLP(nn.Module):
+    """Hands its matrices to torch in a list."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.a, self.b = (nn.Parameter(torch.randn(16, 32) * 0.1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + torch.nn.functional.linear(x, torch.cat([self.a, self.b]))  # type: ignore[no-any-return]
+
+
+class UnpaddingMLP(nn.Module):
+    """Leaves the padding out, so that rows are no longer of one length."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] == 1:
+            return self.inner(x)  # type: ignore[no-any-return]
+        seen = torch.ones(x.shape[:2], dtype=torch.bool)
+        seen[::2, : x.shape[1] - 3] = False
+        found = torch.zeros_like(x)
+        found[seen] = self.inner(x[seen])
+        return found
+
+
 @pytest.mark.parametrize(
-    ("module", "named"), [(OddMLP, "table (mean)"), (HidingMLP, "scale"), (MixingMLP, "influence each other")]
+    ("module", "named"),
+    [
+        (OddMLP, "table (mean)"),
+        (HidingMLP, "scale"),
+        (MixingMLP, "influence each other"),
+        (DoubleMLP, "scale (the forward pass also uses it in another way)"),
+        (CachingMLP, "matrix.weight (the forward pass also uses it in another way)"),
+        (JoiningMLP, "cat"),
+        (UnpaddingMLP, "for 4 rows"),
+    ],
 )
 def test_a_parameter_without_a_rule_is_named_and_still_perturbed(
     module: Any, named: str, capsys: pytest.CaptureFixture[str]
@@ -313,3 +371,21 @@ def test_members_of_a_model_in_bfloat16_share_it_too(tmp_path: Any) -> None:
         error = (found[index * 4 : index * 4 + 4][seen] - expected[seen]).norm()
         assert error < 0.25 * (theta[seen] - expected[seen]).norm()  # far nearer to the member than theta is
     assert engine.generate_population(perturbations, rows, GREEDY) != [engine.generate(None, rows, GREEDY)] * 3
+
+
+def test_a_mixture_of_rows_is_found_in_bfloat16_too() -> None:
+    def edit(model: Any) -> None:
+        model.model.layers[1].self_attn.q_proj = MixingMLP(model.model.layers[1].self_attn.q_proj)
+        model.to(torch.bfloat16)
+
+    assert not engine_of("llama", edit).info()["shared_forward"]
+
+
+def test_vectors_alone_share_a_forward_pass() -> None:
+    engine = engine_of("llama", trainable_parameters=["norm"])  # type: ignore[arg-type]
+    rows, perturbations = prompts(4), members(1)
+    answers = engine.generate_population(perturbations, rows, GREEDY)
+    assert engine.generate(perturbations[0], rows, GREEDY) == answers[0]
+    for perturbation, answer in zip(perturbations, answers, strict=True):
+        model = replaced(engine, "llama", perturbation)
+        assert HFEngine.from_model(model, tiny_tokenizer()).generate(None, rows, GREEDY) == answer

@@ -26,6 +26,7 @@ from estune.engines.hf_parameters import Binding, bindings
 from estune.engines.lowrank import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank_trial import shared_forward
 from estune.engines.noise_kinds import lowrank_names
+from estune.engines.stand_ins import Uncovered
 from estune.engines.working_model import WorkingModel
 from estune.errors import UserError
 from estune.master import Master
@@ -75,7 +76,7 @@ class HFEngine:
         self._batching = "padded" if self._attention else hf_trials.safe_batching(model, self._caller)
         self._shared: SharedForward | None = None
         self._is_lowrank = any(spec.lowrank for spec in master.specs)
-        if self._is_lowrank:
+        if self._is_lowrank or self.working.is_theta:  # vectors alone share a forward pass, too
             self._share_forward()
 
     @classmethod
@@ -191,8 +192,13 @@ class HFEngine:
         started = time.perf_counter()
         members = Members(self._shared, perturbations)
         self.perturb_s += time.perf_counter() - started
-        with self._shared.installed(members.stand_ins):
-            return self._answer(members, prompts, sampling, should_stop)
+        try:
+            with self._shared.installed(members.stand_ins):
+                return self._answer(members, prompts, sampling, should_stop)
+        except Uncovered as error:  # no silent change of ways in the middle of a run
+            raise UserError(
+                f"low-rank members cannot share a forward pass with these prompts, because of {error}; use noise full"
+            ) from error
 
     def _answer(
         self,
@@ -325,7 +331,9 @@ class HFEngine:
         reason = "the model (it cannot take a batch of padded rows)"
         if self._attention:
             apart = partial(hf_callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
-            self._shared, reason = shared_forward(self.model, self.working.bindings, self.master, apart)
+            self._shared, reason = shared_forward(
+                self.model, self.working.bindings, self.master, apart, self.max_context
+            )
         if self._shared is None:
             print(
                 f"estune: warning: low-rank members run one after another on this model, because of {reason}",

@@ -108,6 +108,12 @@ class Members:
                 self._tensors[name] = (vector,)
                 self.stand_ins[name] = VectorStandIn(name, parameter.detach(), self.layout, vector)
 
+    def spoil(self, member: int) -> None:
+        """Make all noise of one member NaN, for a trial; `relay` puts it in place."""
+        for tensors in self._tensors.values():
+            for tensor in tensors:
+                tensor[member] = torch.nan
+
     def relay(self, groups: Sequence[int], width: int) -> None:
         """Let the rows form these groups: the member of each (V,), and rows in each."""
         self.groups = list(groups)

@@ -65,8 +65,10 @@ class StandIn:
     ) -> Any:
         rule = RULES.get(func.__name__)
         if rule is None:
-            found = next(a for a in [*args, *(kwargs or {}).values()] if isinstance(a, StandIn))
-            raise Uncovered(found.name, func.__name__)
+            given = [*args, *(kwargs or {}).values()]
+            given += [item for value in given if isinstance(value, (list, tuple)) for item in value]
+            names = [value.name for value in given if isinstance(value, StandIn)]
+            raise Uncovered(names[0] if names else "a parameter", func.__name__)
         return rule(*args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:

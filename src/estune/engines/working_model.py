@@ -57,7 +57,8 @@ class WorkingModel:
             return 0.0
         started = time.perf_counter()
         if self.is_theta:
-            assert perturbation is None, "a member would be written over theta"
+            if perturbation is not None:
+                raise RuntimeError("a member would be written over theta")
         else:
             self._held = None
             self._write(perturbation)
