@@ -15,6 +15,7 @@ Rows are laid out in groups: R = V * K rows, K rows of one member side by side, 
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ class Layout:
         return self.groups * self.width
 
 
-class StandIn:
+class StandIn(ABC):
     """Common to both kinds: metadata of the parameter, and the way torch's functions find their rule."""
 
     def __init__(self, name: str, base: torch.Tensor, layout: Layout) -> None:
@@ -78,9 +79,9 @@ class StandIn:
             return lambda: self
         raise Uncovered(self.name, name)
 
+    @abstractmethod
     def cast(self, dtype: torch.dtype) -> StandIn:
         """Return the stand-in in another dtype."""
-        raise NotImplementedError
 
     def linear(self, x: torch.Tensor, bias: Any) -> torch.Tensor:
         """Return ``x W^T + bias``, as `torch.nn.functional.linear`."""
