@@ -3,7 +3,9 @@
     python benchmarks/decoding.py --model DIRECTORY          # SmolLM2-135M: about 3 minutes
 
 All ways of one number of rows are timed in turn, token by token, over equal caches; medians and ratios. Half of the
-batches hold a shorter prompt, so that they are padded. The result goes to `benchmarks/results/decoding.json`.
+batches hold a shorter prompt, so that they are padded. ``--compile`` adds what transformers offers against the overhead
+per token: a static cache, alone and with a forward pass compiled by `torch.compile` (some minutes more). The result
+goes to `benchmarks/results/decoding.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from record import write_result
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from estune.engines import attention, hf_callers, hf_trials, small_linear
 
@@ -77,6 +79,36 @@ def measure(model: Any, grouped: bool, rows: int, padded: bool, tokens: int) -> 
     return {"generate of transformers": (long - short) / tokens, **found}
 
 
+def measure_static(model: Any, rows: int, tokens: int, best: float) -> dict[str, float]:
+    """Return milliseconds per token of `generate` with a static cache, plain and compiled, and seconds of compiling."""
+    use(model, False, False)
+    ids = torch.randint(5, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
+    mask, most = torch.ones_like(ids), 4 + tokens
+
+    def generate(n: int) -> float:
+        cache = StaticCache(config=model.config, max_cache_len=PROMPT + most)
+        return timed_ms(
+            lambda: model.generate(
+                ids, attention_mask=mask, do_sample=False, min_new_tokens=n, max_new_tokens=n, past_key_values=cache
+            )
+        )
+
+    def per_token() -> float:
+        generate(4)
+        short, long = (statistics.median(generate(n) for _ in range(3)) for n in (4, most))
+        return (long - short) / tokens
+
+    found = {"static cache": per_token()}
+    plain = model.forward
+    model.forward = torch.compile(plain, dynamic=False)
+    found["seconds of compiling"] = generate(4) / 1e3
+    found["static cache, compiled"] = per_token()
+    model.forward = plain
+    torch.compiler.reset()
+    print(f"{rows} rows: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()) + f"; estune {best:.1f}")
+    return found
+
+
 @torch.inference_mode()
 def main() -> None:
     """Measure and write the result file."""
@@ -85,6 +117,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 30, 60])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--compile", action="store_true", help="time a static cache and a compiled model, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -101,6 +134,8 @@ def main() -> None:
             for name, value in times.items():
                 print(f"  {name:26s} {value:8.1f}  {value / best:5.2f}")
             results.append({"rows": rows, "padded": padded, "ms_per_token": times})
+            if options.compile and not padded:
+                results[-1]["static"] = measure_static(model, rows, options.tokens, best)
     print(write_result("decoding", {"model": Path(options.model).name, "threads": options.threads, "results": results}))
 
 

@@ -15,7 +15,8 @@ repetition; the first repetition is not counted, and medians are reported.
   pass of several members, times the passes of a step, plus the update of all N.
 * pure: generation alone of as many rows as a low-rank forward pass has, by transformers and by estune's own decoding,
   nothing perturbed, scored or updated. The faster of the two is the limit. estune's own takes the rows in groups, one
-  for each member, and reads equal prompts of different groups apart, as members with different weights must.
+  for each member, and reads equal prompts of different groups apart, as members with different weights must. It is
+  timed before and after the low-rank step, and the mean counts.
 * pure_shared: estune's own decoding of the same rows by one model that reads equal prompts once. Members cannot do
   that, so it is no limit; it is there to show what different weights cost.
 
@@ -238,13 +239,19 @@ class Bench:
 
     def repetition(self) -> dict[str, dict[str, float]]:
         """Run every variant once."""
+        paper, full = self.paper_member(), self.full_member()
+        transformers, shared = self.pure_transformers(), self.pure_shared()
+        # On both sides of what it is compared with, because the machine's speed drifts.
+        before = self.pure_estune()["generate"]
+        lowrank = self.lowrank_step() if self.case.whole_step else self.lowrank_pass()
+        after = self.pure_estune()["generate"]
         measured = {
-            "paper": self.paper_member(),
-            "full": self.full_member(),
-            "lowrank": self.lowrank_step() if self.case.whole_step else self.lowrank_pass(),
-            "pure_transformers": self.pure_transformers(),
-            "pure_estune": self.pure_estune(),
-            "pure_shared": self.pure_shared(),
+            "paper": paper,
+            "full": full,
+            "lowrank": lowrank,
+            "pure_transformers": transformers,
+            "pure_estune": {"generate": (before + after) / 2, "before": before, "after": after},
+            "pure_shared": shared,
         }
         self.members_timed += 1
         return measured
@@ -272,10 +279,10 @@ class Bench:
         n, m = self.population_size, self.members_per_batch
         passes = f"one forward pass of {m * self.case.prompts} rows, times {n / m:g}"
         return {
-            "paper": f"one member a repetition (perturb, generate, restore, update), times {n}",
-            "full": f"one member a repetition (perturb, generate, score), times {n}, plus the update of {n} members",
-            "lowrank": f"the whole step of {n} members, {m} in a forward pass" if self.case.whole_step
-            else f"one forward pass of {m} members, scored, times {n / m:g}, plus the update of {n} members",
+            "paper": f"torch.randn, full rank: one member a repetition (perturb, generate, restore, update), times {n}",
+            "full": f"full rank: one member a repetition (perturb, generate, score), times {n}, plus the update of {n}",
+            "lowrank": f"rank 1: the whole step of {n} members, {m} in a forward pass" if self.case.whole_step
+            else f"rank 1: one forward pass of {m} members, scored, times {n / m:g}, plus the update of {n} members",
             "pure_transformers": f"generate of transformers: {passes}",
             "pure_estune": f"estune's decoding, equal prompts of {m} groups read apart: {passes}",
             "pure_shared": f"one model, equal prompts read once: not available to members: {passes}",

@@ -157,12 +157,13 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     return environment.cores() if size >= LARGE_BYTES else 1
 
 
-def resolve_members(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ESConfig:
-    """Return the configuration with ``members_per_batch`` filled in from the memory that is free now.
+def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ESConfig:
+    """Return the configuration with what only the loaded engine can say: ``dtype`` and ``members_per_batch``.
 
-    Full-rank members always answer one at a time. Of low-rank ones as many share a forward pass as fit and are worth
-    it; the population is cut into batches of nearly equal size.
+    The latter comes from the memory that is free now. Full-rank members always answer one at a time. Of low-rank ones
+    as many share a forward pass as fit and are worth it; the population is cut into batches of nearly equal size.
     """
+    args = dataclasses.replace(args, dtype=engine.compute_dtype)
     if args.members_per_batch != "auto":
         return args
     most = 1
@@ -201,8 +202,11 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         noise=args.noise,
     )
     if model is not None:
-        if (args.dtype, args.device) != ("auto", "auto"):
-            raise UserError("a model given as a module keeps its dtype and device: leave dtype and device at auto")
+        own = str(model.dtype).removeprefix("torch.")
+        if args.dtype not in ("auto", own) or args.device != "auto":
+            raise UserError(
+                f"a model given as a module keeps its dtype ({own}) and device: leave dtype and device at auto"
+            )
         if tokenizer is None:
             raise UserError("a model given as a module needs its tokenizer as processing_class")
         return HFEngine.from_model(model, tokenizer, **options)

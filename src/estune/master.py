@@ -18,7 +18,7 @@ from hashlib import blake2b
 import numpy as np
 
 from estune.engines.base import ParameterSpec, Perturbation
-from estune.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shapes, noise_key
+from estune.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shapes, noise_keys
 from estune.noise.reference import BLOCK_SIZE
 from estune.optimizer import Update
 
@@ -72,14 +72,9 @@ def _rows_of(spec: ParameterSpec, flat: np.ndarray) -> np.ndarray:
     return flat.reshape(math.prod(spec.shape[:-1]), spec.shape[-1])
 
 
-def _keys(seeds: Sequence[int], name: str) -> np.ndarray:
-    """Return the members' key words for one name: uint32 (M, 2)."""
-    return np.array([noise_key(seed, name) for seed in seeds], dtype=np.uint32).reshape(-1, 2)
-
-
 def _factor_keys(seeds: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the members' key words for the factors A and B of a matrix: uint32 (M, 2) each."""
-    a, b = (_keys(seeds, factor) for factor in factor_names(name))
+    a, b = (noise_keys(seeds, factor) for factor in factor_names(name))
     return a, b
 
 
@@ -166,7 +161,7 @@ class Master:
             return
         scale = np.float32(perturbation.scale * member.sign)
         blocks = range(-(-theta.size // BLOCK_SIZE))
-        keys = [_keys([member.seed], block_name(name, block))[0] for block in blocks]  # uint32 (2,) each
+        keys = [noise_keys([member.seed], block_name(name, block))[0] for block in blocks]  # uint32 (2,) each
         for start, count, block in pieces(theta.size):
             part = slice(start, start + count)
             k0, k1 = keys[block]
@@ -234,7 +229,7 @@ class Master:
                 yield partial(still, start, count)
                 continue
             if block not in keys:
-                keys[block] = _keys(seeds, block_name(name, block))
+                keys[block] = noise_keys(seeds, block_name(name, block))
             yield partial(full, start, count, keys[block])
 
     def _check_rank(self, rank: int) -> None:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -112,6 +113,7 @@ class Run:
             for name, value in extra.items():
                 if self.found.header[name] != value:
                     raise UserError(f"a resume cannot change {name} from {self.found.header[name]} to {value}")
+            warn_of_other_engine(self.found.header["engine"], engine.info())
             write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
 
     def recover(self, engine: Engine) -> tuple[int, Moved | None]:
@@ -349,6 +351,17 @@ def check_parameters(journal: Journal, specs: Sequence[ParameterSpec]) -> None:
         if then != now:
             raise UserError(
                 f"the noise of {name} was {told[then]} when the journal was written, and is {told[now]} now"
+            )
+
+
+def warn_of_other_engine(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say where a resumed run's rollouts come from something else than those before; steps replay exactly anyway."""
+    for name in ("device", "dtype", "architecture", "shared_forward"):
+        if name in then and then[name] != now.get(name):
+            print(
+                f"estune: warning: the run began with {name} {then[name]} and goes on with {now.get(name)}: from here "
+                "on its rollouts may round differently than they would have",
+                file=sys.stderr,
             )
 
 

@@ -295,13 +295,16 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         say(f"estune: loading {args.model if not trainer.has_module else 'the model'}")
         engine = trainer.engine
         train_prompts = trainer.prepare()
-        args = trainer.args = run.args = inputs.resolve_members(args, engine, train_prompts)
+        args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if run.is_new:
             run.clear()  # only now, when all that the user gave has been found to work
         _keep_base(trainer, run)
         sampling = inputs.sampling(args, 0)
-        reproducible = engine.check_reproducible(train_prompts[:2], sampling) if run.is_new else None
+        reproducible = None
+        if run.is_new:
+            first = train_prompts[: int(args.batch_size)]
+            reproducible = engine.check_reproducible(first, sampling, int(args.members_per_batch))
         facts = {
             "reward_funcs": trainer.rewards.names,
             "reward_weights": trainer.rewards.weights,

@@ -12,6 +12,8 @@ from command_line import assert_same_tree, journal, length, metrics, steps, tree
 from tiny_models import save_tiny, tiny_tokenizer
 
 from estune import ESConfig, ESTrainer
+from estune.engines.hf import HFEngine
+from estune.engines.hf_callers import AttentionCaller
 from estune.errors import UserError
 
 ROWS = [{"prompt": f"count to {i}: ", "bonus": i / 10} for i in range(6)]
@@ -250,6 +252,35 @@ def test_resume_from_python(llama, place):
     assert hashlib.blake2b(repr(sorted(tree(place / "run").items())).encode()).hexdigest() == before
     with pytest.raises(UserError, match="reward_funcs"):
         train(llama, max_steps=5, resume=True, reward_funcs=length)
+
+
+def test_what_auto_became_is_journalled_and_another_engine_is_named(llama, place, capsys, monkeypatch):
+    train(llama, noise="lowrank")
+    header = journal(place / "run")[0]
+    assert (header["config"]["dtype"], header["config"]["members_per_batch"]) == ("float32", 4)
+    capsys.readouterr()
+    train(llama, noise="lowrank", max_steps=3, resume=True)
+    assert "goes on with" not in capsys.readouterr().err
+    info = HFEngine.info
+    monkeypatch.setattr(HFEngine, "info", lambda self: info(self) | {"shared_forward": False})
+    train(llama, noise="lowrank", max_steps=4, resume=True)
+    assert "the run began with shared_forward True and goes on with False" in capsys.readouterr().err
+
+
+def test_members_per_batch_is_the_members_of_a_forward_pass(llama, monkeypatch):
+    shapes = []
+    load, step = HFEngine.load, AttentionCaller.step
+
+    def loaded(*args, **kwargs):  # what is tried at load is not counted
+        engine = load(*args, **kwargs)
+        shapes.clear()
+        return engine
+
+    monkeypatch.setattr(HFEngine, "load", loaded)
+    monkeypatch.setattr(AttentionCaller, "step", lambda self, tokens: shapes.append(len(tokens)) or step(self, tokens))
+    for members in (1, 2, 4):
+        train(llama, f"run{members}", noise="lowrank", members_per_batch=members, max_steps=1)
+        assert max(shapes) == members * SMALL["batch_size"]
 
 
 def test_save_model_is_theta(llama, place):

@@ -154,8 +154,8 @@ class Engine(Protocol):
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""
 
-    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
-        """Run one member twice under different load; say whether the tokens were equal."""
+    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling, members: int) -> bool:
+        """Answer prompts (B) with some members twice, the second time under load; say whether the tokens were equal."""
 
     def info(self) -> dict[str, Any]:
         """Return what a journal's header should say of the engine: device, model type and the like."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from estune import environment
-from estune.engines import attention, decoding, hf_callers, hf_trials, small_linear
+from estune.engines import allocator, attention, decoding, hf_callers, hf_trials, small_linear
 from estune.engines.base import Completion, Perturbation, Prompt, Sampling
 from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
 from estune.engines.hf_parameters import Binding, bindings
@@ -33,7 +33,8 @@ from estune.master import Master
 from estune.noise import lowrank_scale, perturbation_scale
 from estune.population import Member
 
-_PROBE_TOKENS = 16  # tokens per completion in `check_reproducible`
+# In `check_reproducible`: prompts, tokens of all members' prompts, tokens per completion.
+_PROBE_PROMPTS, _PROBE_PROMPT_TOKENS, _PROBE_TOKENS = 8, 1024, 3
 
 
 class HFEngine:
@@ -78,6 +79,8 @@ class HFEngine:
         self._is_lowrank = any(spec.lowrank for spec in master.specs)
         if self._is_lowrank or self.working.is_theta:  # vectors alone share a forward pass, too
             self._share_forward()
+        if self.device.type == "cpu":  # after loading, whose memory is better given back
+            allocator.keep_freed_memory()
 
     @classmethod
     def load(
@@ -293,20 +296,25 @@ class HFEngine:
         """
         return self.working.perturb_cosine(perturbation, self._shared.lowrank if self._shared else ())
 
-    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
-        """Run one member twice, the second time beside a busy thread; say whether the tokens were equal."""
+    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling, members: int) -> bool:
+        """Run a batch of a step twice, the second time beside a busy thread; say whether the tokens were equal.
+
+        Libraries choose their code by shape, so this is a batch of several members (M) and prompts as a step has them,
+        cut where the whole would take longer than a step: under load two threads are many times slower.
+        """
         short = replace(sampling, max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length))
-        member = Perturbation(Member(seed=1, sign=1), perturbation_scale(1e-3))
+        few = list(prompts[: min(self.prompts_per_batch, _PROBE_PROMPTS)])
+        enough = max(2, _PROBE_PROMPT_TOKENS // sum(len(prompt.token_ids) for prompt in few))
+        tried = [Perturbation(Member(m, sign=1), perturbation_scale(1e-3)) for m in range(min(members, enough))]
         if self._is_lowrank:
-            member = replace(member, rank=1, lowrank_scale=lowrank_scale(1e-3, 1))
-        few = list(prompts[: self.prompts_per_batch])
-        alone = self.generate(member, few, short)
+            tried = [replace(member, rank=1, lowrank_scale=lowrank_scale(1e-3, 1)) for member in tried]
+        alone = self.generate_population(tried, few, short)
         stop = threading.Event()
         load = threading.Thread(target=_keep_busy, args=(stop,), daemon=True)
         load.start()
         try:
             self.master_changed()  # write the weights again, too
-            loaded = self.generate(member, few, short)
+            loaded = self.generate_population(tried, few, short)
         finally:
             stop.set()
             load.join()

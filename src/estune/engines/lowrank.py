@@ -22,7 +22,7 @@ from estune.engines.hf_callers import Caller
 from estune.engines.hf_parameters import Binding
 from estune.engines.stand_ins import Layout, MatrixStandIn, StandIn, VectorStandIn
 from estune.master import Master
-from estune.noise import cpu, factor_names, noise_key
+from estune.noise import cpu_lowrank, factor_names, noise_keys
 
 MEMORY_SHARE = 0.5  # of the free memory, for the rows of one forward pass
 MOST_ROWS = 1024  # beyond this a forward pass is no more efficient, and scoring would wait longer
@@ -147,18 +147,16 @@ def _factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the members' factors: left (M, r, d0), times scale and sign, and right (M, r, d1)."""
     rank = perturbations[0].rank
-    found = []
-    for factor, size in zip(factor_names(name), parameter.shape, strict=True):
-        integers = np.empty((len(perturbations), size, rank), dtype=np.int32)
-        for index, p in enumerate(perturbations):
-            k0, k1 = noise_key(p.member.seed, factor)
-            flat = integers[index].reshape(-1)
-            cpu.noise_into(flat, 0, np.uint32(k0), np.uint32(k1), p.distribution == "rademacher")
-        values = torch.from_numpy(integers).to(parameter.device, torch.float32)
-        found.append(values.transpose(1, 2).contiguous())
-    scales = torch.tensor([p.lowrank_scale * p.member.sign for p in perturbations], dtype=torch.float32)
-    left = found[0].mul_(scales.to(parameter.device)[:, None, None])  # exact: 16 bits times 5
-    return left.to(parameter.dtype), found[1].to(parameter.dtype)
+    rademacher = perturbations[0].distribution == "rademacher"
+    seeds = [p.member.seed for p in perturbations]
+    ones = np.ones(len(perturbations), dtype=np.float32)
+    scales = np.array([p.lowrank_scale * p.member.sign for p in perturbations], dtype=np.float32)  # exact: 16 bits
+    factors = []
+    for factor, size, scale in zip(factor_names(name), parameter.shape, (scales, ones), strict=True):
+        values = np.empty((len(perturbations), rank, size), dtype=np.float32)
+        cpu_lowrank.factors_into(values, noise_keys(seeds, factor), scale, rademacher)
+        factors.append(torch.from_numpy(values).to(parameter.device, parameter.dtype))
+    return factors[0], factors[1]
 
 
 @dataclass(frozen=True, slots=True)

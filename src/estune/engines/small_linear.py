@@ -33,6 +33,7 @@ MIN_WIDTH = 512  # K; below, adding up what the vector lanes hold costs as much 
 MIN_WEIGHTS = 1 << 16  # elements of W; below, the call costs more than the product
 _BLOCK = 16  # rows of W that stay in the first-level cache while all rows of x pass; a multiple of 4
 _AHEAD = 4  # rows of W between the one that is read and the one that is fetched
+_CHUNK = 128  # outputs after which members' noise is added, while they are in the second-level cache
 _PIECES = 4  # pieces per thread, taken in turn: a thread that is held up does not hold up the others for long
 
 
@@ -168,6 +169,13 @@ def _outputs(w, x, y, start, end, address):  # type: ignore[no-untyped-def]
 
 
 @njit(**_options)
+def _fetch_left(address, n, columns, start):  # type: ignore[no-untyped-def]
+    """Fetch what `_add_noise` reads of left (V, r, N) for a block of outputs; ``columns`` is V * r."""
+    for column in range(columns):
+        _prefetch(address + 4 * (column * n + start))  # type: ignore[call-arg]
+
+
+@njit(**_options)
 def _inner_products(x, right, inner):  # type: ignore[no-untyped-def]
     """Compute every row's products with its group's columns of B: x (R, K), right (V, r, K), inner (R, r)."""
     width = x.shape[0] // right.shape[0]
@@ -212,17 +220,30 @@ def _work(job):  # type: ignore[no-untyped-def]
     left = carray(_floats(fields[11]), (groups, rank, n))
     thread = _fetch_add(fields, 13, 1)
     inner = carray(_floats(fields[12] + 4 * thread * rows * rank), (rows, rank))
-    if rank:
-        _inner_products(x, right, inner)  # by every thread for itself: cheaper than waiting for each other
+    columns = groups * rank
+    ready = False  # inner
     while True:
         first = _fetch_add(fields, 7, size)
         if first >= n:
             return
         last = min(first + size, n)
-        for start in range(first, last, _BLOCK):
-            _outputs(w, x, y, start, min(start + _BLOCK, last), fields[0])
-        if rank:
-            _add_noise(y, left, inner, first, last)
+        for top in range(first, last, _CHUNK):
+            bottom = min(top + _CHUNK, last)
+            fetched = fields[10]
+            share = (4 * columns * k * _BLOCK // (bottom - top) + 63) // 64 * 64  # of right, for each block
+            for start in range(top, bottom, _BLOCK):
+                if rank:  # the factors come from memory while the processor multiplies
+                    _fetch_left(fields[11], n, columns, start)
+                    if not ready:
+                        for line in range(fetched, fetched + share, 64):
+                            _prefetch(line)
+                        fetched += share
+                _outputs(w, x, y, start, min(start + _BLOCK, bottom), fields[0])
+            if rank:
+                if not ready:  # by every thread for itself: cheaper than waiting for each other
+                    _inner_products(x, right, inner)
+                    ready = True
+                _add_noise(y, left, inner, top, bottom)
 
 
 _Job = ctypes.c_int64 * 14

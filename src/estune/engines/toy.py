@@ -108,7 +108,7 @@ class ToyEngine:
         """Return 1 per kind: float32 holds the perturbation to rounding."""
         return {"matrix": 1.0}
 
-    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling) -> bool:
+    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling, members: int) -> bool:
         """A function of a vector is reproducible."""
         return True
 

@@ -16,6 +16,7 @@ from estune.noise.reference import (
     noise_deviation,
     noise_ints,
     noise_key,
+    noise_keys,
     perturbation_scale,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "noise_deviation",
     "noise_ints",
     "noise_key",
+    "noise_keys",
     "perturbation_scale",
 ]

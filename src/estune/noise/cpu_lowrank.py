@@ -44,6 +44,22 @@ def _draw(out, count, start, first, last, keys, weights, rank, rademacher):  # t
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
+def factors_into(out, keys, scales, rademacher):  # type: ignore[no-untyped-def]
+    """Write one factor of some members to ``out``, float32 (M, r, d): ``scale * n`` with n of element ``j * r + k``.
+
+    ``keys`` is uint32 (M, 2), ``scales`` float32 (M,).
+    """
+    members, rank, size = out.shape
+    for m in range(members):
+        k0, k1, scale = keys[m, 0], keys[m, 1], scales[m]
+        for k in range(rank):
+            row = out[m, k]
+            for j in range(size):
+                i = np.uint32(np.uint32(k) + np.uint32(np.uint32(j) * np.uint32(rank)))
+                row[j] = scale * np.float32(_noise(i, k0, k1, rademacher))
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
 def _accumulate(acc, a, b, n_factors, n_rows, n_cols):  # type: ignore[no-untyped-def]
     """Add ``sum_f a_fi * b_fj`` to ``acc`` (ROWS, COLS), int32, for rows i < n_rows and columns j < n_cols.
 

@@ -6,11 +6,12 @@ for a single word or for a vector of `LANES` words, which LLVM splits into regis
 AVX-512, NEON) whose instructions alternate.
 
 Functions with a ``builder`` take and return LLVM values, words or vectors; the intrinsics below them are what kernels
-call. numba's cache on disk watches a kernel's own file: after a change here, touch `cpu` and `cpu_lowrank`.
+call. numba's cache on disk watches a kernel's own file alone, so `_drop_stale_kernels` looks at the others.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -22,6 +23,17 @@ from numba.np import arrayobj as _arrayobj
 intrinsic: Any = extending.intrinsic
 cgutils: Any = _cgutils
 arrayobj: Any = _arrayobj
+
+
+def _drop_stale_kernels(directory: Path) -> None:
+    """Remove numba's cached kernels that are older than a source file beside them, whose code they may hold."""
+    changed = max(path.stat().st_mtime for path in directory.glob("*.py"))
+    for index in (directory / "__pycache__").glob("*.nbi"):
+        if index.stat().st_mtime < changed:
+            index.unlink(missing_ok=True)
+
+
+_drop_stale_kernels(Path(__file__).parent)
 
 LANES = 64  # words per vector: four registers of AVX-512, eight of AVX2; 32 and 16 lanes are slower on both
 _I32, _F32 = ir.IntType(32), ir.FloatType()

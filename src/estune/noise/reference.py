@@ -15,6 +15,7 @@ matrix of its own, A is (E, d0, r) and B is (E, d1, r). E stays an integer matri
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -32,6 +33,11 @@ def noise_key(seed: int, name: str) -> tuple[int, int]:
     message = seed.to_bytes(8, "little") + name.encode("utf-8")
     digest = blake2b(message, digest_size=8, person=NOISE_PERSON).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def noise_keys(seeds: Sequence[int], name: str) -> np.ndarray:
+    """Return the members' key words for one name: uint32 (M, 2)."""
+    return np.array([noise_key(seed, name) for seed in seeds], dtype=np.uint32).reshape(-1, 2)
 
 
 def block_name(name: str, block: int) -> str:
