@@ -63,13 +63,14 @@ class Case:
     tokens: int
     members_per_batch: int | str  # members in one low-rank forward pass
     whole_step: bool  # whether the low-rank variant runs all N members
+    repetitions: int
     source: dict[str, Any]  # task or dataset, for ESConfig
 
 
 CASES = (
-    Case("conciseness", 2, 32, "auto", True,
+    Case("conciseness", 2, 32, "auto", True, 9,
          {"dataset_name": str(DATA), "reward_funcs": [f"{DATA / 'reward.py'}:conciseness"]}),
-    Case("countdown", 24, 64, 6, False, {"task": "countdown"}),
+    Case("countdown", 24, 64, 6, False, 5, {"task": "countdown"}),
 )  # fmt: skip
 
 
@@ -305,17 +306,17 @@ def _parts(rollouts: Any) -> dict[str, float]:
 
 
 def measure_case(
-    case: Case, model: Path, directory: Path, repetitions: int, population_size: int, num_threads: int | str
+    case: Case, model: Path, directory: Path, population_size: int, num_threads: int | str
 ) -> dict[str, Any]:
     """Return medians, ratios and every sample of one case."""
     with ExitStack() as stack:
         bench = Bench(case, stack, model, directory, population_size, num_threads)
         bench.repetition()  # compiled kernels, touched memory
         samples = []
-        for index in range(repetitions):
+        for index in range(case.repetitions):
             samples.append(bench.repetition())
             told = {name: round(seconds, 2) for name, seconds in bench.step_seconds(samples[-1]).items()}
-            print(f"{case.name} {index + 1}/{repetitions}: seconds a step {told}", flush=True)
+            print(f"{case.name} {index + 1}/{case.repetitions}: seconds a step {told}", flush=True)
         steps = [bench.step_seconds(sample) for sample in samples]
         how, members_per_batch = bench.how(), bench.members_per_batch
     tokens = population_size * case.prompts * case.tokens
@@ -341,7 +342,7 @@ def measure_case(
         "pure_shared / lowrank": [step["pure_shared"] / step["lowrank"] for step in steps],
     }
     return {
-        "prompts": case.prompts, "tokens": case.tokens, "population_size": population_size,
+        "repetitions": case.repetitions, "prompts": case.prompts, "tokens": case.tokens, "population_size": population_size,
         "members_per_batch": members_per_batch, "num_threads": torch.get_num_threads(), "variants": variants,
         "ratios": {name: {"median": statistics.median(values), "each": values} for name, values in ratios.items()},
     }  # fmt: skip
@@ -349,7 +350,6 @@ def measure_case(
 
 def measure(
     model: str | Path,
-    repetitions: int = 5,
     population_size: int = 30,
     cases: tuple[Case, ...] = CASES,
     num_threads: int | str = "auto",
@@ -359,9 +359,7 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         endless = endless_model(source, place / "model")
-        return {
-            case.name: measure_case(case, endless, place, repetitions, population_size, num_threads) for case in cases
-        }
+        return {case.name: measure_case(case, endless, place, population_size, num_threads) for case in cases}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -382,7 +380,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, help="another number of them, for trials")
     parser.add_argument("--population_size", type=int, default=30)
     parser.add_argument("--tokens", type=int, help="another number of tokens, for trials")
     parser.add_argument("--num_threads", default="auto", help="auto: the cores")
@@ -391,10 +389,12 @@ def main() -> int:
     cases = tuple(case for case in CASES if not options.cases or case.name in options.cases)
     if options.tokens:
         cases = tuple(dataclasses.replace(case, tokens=options.tokens) for case in cases)
-    results = measure(options.model, options.repetitions, options.population_size, cases, options.num_threads)
+    if options.repetitions:
+        cases = tuple(dataclasses.replace(case, repetitions=options.repetitions) for case in cases)
+    results = measure(options.model, options.population_size, cases, options.num_threads)
     print(table(results))
     if not options.no_record:
-        write_result("step", {"model": Path(options.model).name, "repetitions": options.repetitions, "cases": results})
+        write_result("step", {"model": Path(options.model).name, "cases": results})
     return 0
 
 
