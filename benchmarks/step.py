@@ -342,8 +342,9 @@ def measure_case(
         "pure_shared / lowrank": [step["pure_shared"] / step["lowrank"] for step in steps],
     }
     return {
-        "repetitions": case.repetitions, "prompts": case.prompts, "tokens": case.tokens, "population_size": population_size,
-        "members_per_batch": members_per_batch, "num_threads": torch.get_num_threads(), "variants": variants,
+        "prompts": case.prompts, "tokens": case.tokens, "repetitions": case.repetitions,
+        "population_size": population_size, "members_per_batch": members_per_batch,
+        "num_threads": torch.get_num_threads(), "variants": variants,
         "ratios": {name: {"median": statistics.median(values), "each": values} for name, values in ratios.items()},
     }  # fmt: skip
 
