@@ -1,7 +1,7 @@
 """`make bench`: the noise kernels, a whole step, other packages and how cost grows, in one result and one table.
 
     python benchmarks/bench.py                             # about 50 minutes on 2 quiet cores, 12 GiB of memory
-    python benchmarks/bench.py --peers ~/.cache/estune-peers      # other packages, too: 30 minutes and 5 GB more
+    python benchmarks/bench.py --peers ~/.cache/estune-peers      # other packages, too: 40 minutes and 5 GB more
     python benchmarks/bench.py --check                     # `make bench-check`: the fast ratios alone, 5 minutes
 
 Sections: `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d). The result goes to
@@ -9,8 +9,11 @@ Sections: `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py
 a whole run alone. ``--check`` measures them anew with fewer repetitions and compares: one that is worse by more than a
 fifth is an error. Ratios depend on the machine; the processor's name stands beside them.
 
-SmolLM2 is fetched into `models/smollm2` where it is not there. Exit status 1: a target is missed or was not measured,
-or a ratio got worse.
+Growth has verdicts for figures, 1 or 0, which a whole run judges: cost is at most linear in members and parameters, and
+nothing but journal and metrics grows with steps.
+
+SmolLM2 is fetched into `models/smollm2` where it is not there; ``--check`` without it is for ``--sections kernels``
+alone. Exit status 1: a target is missed or was not measured, or a ratio got worse.
 """
 
 from __future__ import annotations
@@ -65,7 +68,15 @@ TARGETS = (
            "the paper's loop / low-rank step (N 30, 2 prompts, 32 tokens)", 14.0),
     Target("step/paper_of_full", (*CONCISENESS, "paper / full"),
            "the paper's loop / full-rank step (N 30, 2 prompts, 32 tokens)", 2.0),
+    Target("growth/members", ("verdicts", "members"), "cost at most linear in members N (1: yes, 0: no)", 1,
+           quick=False),
+    Target("growth/parameters", ("verdicts", "parameters"), "cost at most linear in parameters (1: yes, 0: no)", 1,
+           quick=False),
+    Target("growth/steps", ("verdicts", "steps"), "nothing but journal and metrics grows with steps (1: yes, 0: no)", 1,
+           quick=False),
 )  # fmt: skip
+# Shown without a limit: what different weights cost, as those who have one model for all rows would put it.
+SHARED = (*CONCISENESS, "pure_shared / lowrank")
 
 
 def lower_is_better(name: str) -> bool:
@@ -120,9 +131,10 @@ def compare(recorded: Mapping[str, float], measured: Mapping[str, float]) -> lis
 def find_model(given: Path | None) -> Path | None:
     """Return SmolLM2's directory, fetched where it is not there; ``None`` where it cannot be fetched."""
     if given is not None:
+        given = given.expanduser().resolve()
         if not (given / "model.safetensors").is_file():
             raise SystemExit(f"bench: {given} holds no model.safetensors")
-        return given.expanduser().resolve()
+        return given
     if not (MODEL / "model.safetensors").is_file():
         print(f"bench: fetching SmolLM2 into {MODEL.relative_to(HERE.parent)}", flush=True)
         command = [sys.executable, str(HERE.parent / "scripts" / "fetch_smollm2.py"), str(MODEL)]
@@ -162,8 +174,7 @@ def measure_peers(model: Path, cache_dir: Path, quick: bool) -> dict[str, Any]:
     result = {}
     for peer in peers.PEERS:
         row = result[peer.name] = peers.time_peer(peer, peers.CASES[0], model, options)
-        told = row.get("error") or f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s"
-        print(f"{peers.CASES[0].name} {peer.name} {peer.version}: {told}", flush=True)
+        print(f"{peers.CASES[0].name} {peer.name} {peer.version}: {peers.told(row)}", flush=True)
     return result
 
 
@@ -195,20 +206,22 @@ def measure(sections: Sequence[str], model: Path | None, cache_dir: Path | None,
     return results
 
 
+def figure(results: Mapping[str, Any], section: str, key: Sequence[str]) -> float | None:
+    """Return one figure of a section; ``None`` where it was not measured."""
+    value: Any = results.get(section)
+    if section == "kernels" and value is not None:
+        value = value["ratios"]
+    for name in key:
+        value = value.get(name) if value is not None else None
+    if isinstance(value, dict):
+        value = value["median"]
+    return None if value is None else float(value)
+
+
 def figures(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the targets' figures by name, as far as they were measured."""
-    found: dict[str, float] = {}
-    for target in TARGETS:
-        value: Any = results.get(target.section)
-        if target.section == "kernels" and value is not None:
-            value = value["ratios"]
-        for key in target.key:
-            value = value.get(key) if value is not None else None
-        if isinstance(value, dict):
-            value = value["median"]
-        if value is not None:
-            found[target.name] = float(value)
-    return found
+    found = {target.name: figure(results, target.section, target.key) for target in TARGETS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def targets_of(sections: Sequence[str], quick: bool) -> list[Target]:
@@ -216,16 +229,24 @@ def targets_of(sections: Sequence[str], quick: bool) -> list[Target]:
     return [target for target in TARGETS if target.section in sections and (target.quick or not quick)]
 
 
-def table(targets: Sequence[Target], values: Mapping[str, float]) -> str:
-    """Return the targets as text: what, ratio, target, met."""
+def table(targets: Sequence[Target], values: Mapping[str, float], shared: float | None = None) -> str:
+    """Return the targets as text: what, ratio, target, met; beneath them `SHARED`, where it was measured."""
     lines = [f"{'what':64s} {'ratio':>8s} {'target':>8s}  met"]
     for target in targets:
         value = values.get(target.name)
         limit = f"{'<=' if lower_is_better(target.name) else '>='} {target.limit:g}"
-        told = "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+        told = "-" if value is None else number(value)
         verdict = "not measured" if value is None else "yes" if met(target, value) else "NO"
         lines.append(f"{target.what:64s} {told:>8s} {limit:>8s}  {verdict}")
+    if shared is not None:
+        what = "one model that reads equal prompts once / low-rank step"
+        lines.append(f"{what:64s} {number(shared):>8s} {'-':>8s}  members with different weights cannot do that")
     return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Return a figure as text."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def processor() -> str:
@@ -271,24 +292,26 @@ def main() -> int:
         if options.sections:
             parser.error("the section peers needs --peers CACHE_DIR")
         sections.remove("peers")
+    import record  # noqa: F401  reads the commit: before the first measurement, and after --help
+
     needs_model = any(section in ("step", "peers") for section in sections)
     model = find_model(options.model) if needs_model else None
+    if options.check and needs_model and model is None:
+        print("bench-check: FAILED: without SmolLM2 there are no steps to compare; --sections kernels needs no model")
+        return 1
     results = measure(sections, model, options.peers, quick)
-    if options.check and model is None and "step" in sections:
-        print("bench-check: without SmolLM2 the kernels alone are checked")
-        sections.remove("step")
     values = figures(results)
     targets = targets_of(sections, quick)
     if targets:
-        print("\n" + table(targets, values))
+        print("\n" + table(targets, values, figure(results, "step", SHARED)))
     if options.check:
         return check({target.name: values[target.name] for target in targets if target.name in values}, sections)
     if not quick and not options.no_record:
-        record(results, targets, values)
+        write(results, targets, values)
     return int(not all(met(target, values.get(target.name)) for target in targets))
 
 
-def record(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping[str, float]) -> None:
+def write(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping[str, float]) -> None:
     """Write the result file, and the guarded ratios where all of them were measured."""
     from record import commit, write_result
 

@@ -9,10 +9,21 @@
   then the update.
 
 Models are the embedded one and random ones, each in a process of its own, on one thread; what a second thread brings
-is a part of its own. Completions never end early. Times are medians. Each series is fitted by least squares: log(time)
-against log(x), whose slope is the exponent, over all points and over the upper half of the range; and time = a + b x.
-Cost is called linear where the upper half's exponent lies in 0.9 to 1.1. The result goes to
-`benchmarks/results/growth.json`.
+is a part of its own. Completions never end early. Times are medians.
+
+Each series is fitted by least squares, in two ways. The exponent is the slope of log(time) against log(x); it is judged
+over the points from 16 members or 3 M parameters on, and over the last three. The line is time = a + b x, fixed costs
+and costs for each x, with a not below 0 and relative residuals, so that small x weigh as much as large ones. The
+verdict:
+
+* linear: the line meets every point but the smallest within 15 %, or the judged exponent lies in 0.9 to 1.1 and that of
+  the last three points is not above;
+* less than linear: otherwise, where neither exponent is above 1.1. Members that share a forward pass become cheaper,
+  larger matrices run at a better rate. No fault: cost is at most linear;
+* MORE than linear: everything else. With it, or where a long run has more memory or files than a short one, journal and
+  metrics apart, the exit status is 1.
+
+The result goes to `benchmarks/results/growth.json`.
 """
 
 from __future__ import annotations
@@ -53,6 +64,9 @@ MEMBERS, PROMPTS = 30, 2  # where they are not what varies
 LONG_S, SHORT_S, MOST_RUNS = 15.0, 0.2, 30  # see `timed`
 SIGMA, NEXT_TO_NOTHING = 1e-3, 1e-12  # the latter as learning rate: theta is written and stays
 LINEAR = (0.9, 1.1)  # exponents that are called linear
+LARGEST_RESIDUAL = 0.15  # of a line that explains the times
+# x from where on the exponent is judged: below, fixed costs of a forward pass outweigh what x adds.
+JUDGED_FROM = {"members": 16.0, "parameters": 3e6}
 SAME = 1.05  # peaks of a short and a long run that are called equal
 SERIES = {"perturb": "perturb (full noise)", "update_full": "update (full noise)", "update_lowrank":
           "update (low-rank)", "step": "step (low-rank)"}  # fmt: skip
@@ -62,35 +76,56 @@ SERIES = {"perturb": "perturb (full noise)", "update_full": "update (full noise)
 class Fit:
     """Least-squares fits of times (seconds) against x: exponent ~ slope of the logarithms, and a + b x."""
 
-    exponent: float
+    exponent: float  # over all points
     r2: float
-    upper_exponent: float  # over the upper half of the points
-    upper_r2: float
+    judged_from: float  # x
+    judged_exponent: float  # over the points from there on
+    judged_r2: float
+    last_exponent: float  # over the last three points
     a_s: float
     b_s: float
-    linear_r2: float
+    line_r2: float
+    line_residual: float  # the largest |line / time - 1|, the smallest x apart
 
     @property
-    def linear(self) -> bool:
-        """Whether cost is linear over the upper half of the range."""
-        return LINEAR[0] <= self.upper_exponent <= LINEAR[1]
+    def verdict(self) -> str:
+        """How cost grows; see the head of this file."""
+        in_line = self.line_residual <= LARGEST_RESIDUAL
+        if not in_line and max(self.judged_exponent, self.last_exponent) > LINEAR[1]:
+            return "MORE than linear"
+        return "linear" if in_line or self.judged_exponent >= LINEAR[0] else "less than linear"
 
 
-def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Return slope, intercept and R^2 of the least-squares line through points (n,)."""
-    slope, intercept = np.polyfit(x, y, 1)
-    rest, spread = y - (slope * x + intercept), y - y.mean()
-    return float(slope), float(intercept), float(1 - rest @ rest / (spread @ spread)) if spread.any() else 1.0
+def r_squared(y: np.ndarray, fitted: np.ndarray) -> float:
+    """Return the share of the variance of y (n,) that fitted values explain."""
+    rest, spread = y - fitted, y - y.mean()
+    return float(1 - rest @ rest / (spread @ spread)) if spread.any() else 1.0
 
 
-def fit(x: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """Fit times against x, both above 0 and in ascending order of x; at least two points in the upper half."""
+def power(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Return the exponent and R^2 of the power law through points (n,)."""
+    slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
+    return float(slope), r_squared(np.log(y), slope * np.log(x) + intercept)
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Return intercept a >= 0 and slope b of the line a + b x through points (n,) of least relative residuals."""
+    b, a = np.polyfit(x, y, 1, w=1 / y)
+    if a >= 0:
+        return float(a), float(b)
+    # Fixed costs are not negative; a line that has them so would follow growth that is more than linear.
+    ratio = x / y
+    return 0.0, float(ratio.sum() / (ratio @ ratio))
+
+
+def fit(x: Sequence[float], seconds: Sequence[float], judged_from: float = 0.0) -> Fit:
+    """Fit at least three times against x, both above 0 and in ascending order of x; two points are judged at least."""
     xs, ys = np.array(x, dtype=np.float64), np.array(seconds, dtype=np.float64)
-    half = min(len(xs) // 2, len(xs) - 2)
-    exponent, _, r2 = line(np.log(xs), np.log(ys))
-    upper, _, upper_r2 = line(np.log(xs[half:]), np.log(ys[half:]))
-    b, a, linear_r2 = line(xs, ys)
-    return Fit(exponent, r2, upper, upper_r2, a, b, linear_r2)
+    first = min(int(np.searchsorted(xs, judged_from)), len(xs) - 2)
+    a, b = line(xs, ys)
+    on_line = a + b * xs
+    return Fit(*power(xs, ys), float(xs[first]), *power(xs[first:], ys[first:]), power(xs[-3:], ys[-3:])[0], a, b,
+               r_squared(ys, on_line), float(abs(on_line / ys - 1)[1:].max()))  # fmt: skip
 
 
 def timed(function: Callable[[], Any], repetitions: int) -> dict[str, Any]:
@@ -165,16 +200,18 @@ class Subject:
         self.engine.master_changed()
 
     def members_per_batch(self, n_members: int, rank: int, length: int, tokens: int) -> int:
-        """Return what ``members_per_batch`` auto comes to; see `estune.inputs.resolve_members`."""
-        most = self.engine.members_that_fit(n_members, PROMPTS, length + tokens, rank)
-        return -(-n_members // -(-n_members // most))
+        """Return what ``members_per_batch`` auto comes to in a run of such steps."""
+        from estune import ESConfig, inputs
+
+        args = ESConfig(task="countdown", noise="lowrank", rank=rank, population_size=n_members, batch_size=PROMPTS,
+                        prompts_per_batch=self.engine.prompts_per_batch, max_completion_length=tokens)  # fmt: skip
+        return int(inputs.resolve_with_engine(args, self.engine, prompts_of(length)).members_per_batch)
 
     def step(self, n_members: int, rank: int, length: int, tokens: int, together: int) -> None:
         """Let all members answer `PROMPTS` prompts of ``length`` tokens, then update."""
-        from estune.engines.base import Prompt, Sampling
+        from estune.engines.base import Sampling
 
-        ids = np.random.default_rng(0).integers(5, 1358, (PROMPTS, length)).tolist()
-        prompts = [Prompt(row, "", tuple(row_ids)) for row, row_ids in enumerate(ids)]
+        prompts = prompts_of(length)
         sampling = Sampling(seed=0, step=0, max_completion_length=tokens)
         members = perturbations(n_members, rank)
         for first in range(0, n_members, together):
@@ -194,6 +231,14 @@ class Subject:
         }
         times = {name: timed(work[name], repetitions) for name in what.split()}
         return {"x": x, "members": n, "rank": rank, "tokens": tokens, "members_per_batch": together, "times": times}
+
+
+def prompts_of(length: int) -> list[Any]:
+    """Return `PROMPTS` prompts of ``length`` random tokens."""
+    from estune.engines.base import Prompt
+
+    ids = np.random.default_rng(0).integers(5, 1358, (PROMPTS, length)).tolist()
+    return [Prompt(row, "", tuple(row_ids)) for row, row_ids in enumerate(ids)]
 
 
 def perturbations(n_members: int, rank: int) -> list[Any]:
@@ -282,14 +327,14 @@ def series(points: Sequence[dict[str, Any]], what: str) -> tuple[list[float], li
     return [point["x"] for point in points], [point["times"][what]["median_s"] for point in points]
 
 
-def fits(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the fits of everything that was timed at some points, in ascending order of x."""
+def fits(points: Sequence[dict[str, Any]], judged_from: float = 0.0) -> dict[str, Any]:
+    """Return the fits of everything that was timed at some points, in ascending order of x; none below three points."""
     if len(points) < 3:
         return {}
     found = {}
     for what in points[0]["times"]:
-        fitted = fit(*series(points, what))
-        found[what] = dataclasses.asdict(fitted) | {"linear": fitted.linear}
+        fitted = fit(*series(points, what), judged_from)
+        found[what] = dataclasses.asdict(fitted) | {"verdict": fitted.verdict}
     return found
 
 
@@ -349,15 +394,15 @@ def measure(
     most_members: int = 512,
     long_run: int = 40,
 ) -> dict[str, Any]:
-    """Measure some parts; return points, fits and notes."""
+    """Measure some parts; return points, fits, verdicts and notes."""
     result: dict[str, Any] = {"repetitions": repetitions, "cores": cores()}
     if "population" in parts:
         found = in_child("population", repetitions, most_members)
-        found["fits"] = {name: fits(found[name]) for name in ("members", "rank", "tokens")}
+        found["fits"] = {name: fits(found[name], JUDGED_FROM.get(name, 0.0)) for name in ("members", "rank", "tokens")}
         result["population"] = found
     if "models" in parts:
         points, notes = measure_models(models, repetitions)
-        result["models"] = {"points": points, "fits": fits(points), "notes": notes}
+        result["models"] = {"points": points, "fits": fits(points, JUDGED_FROM["parameters"]), "notes": notes}
     if "workers" in parts:
         result["workers"] = {
             "steps": measure_workers(1 + repetitions),
@@ -365,14 +410,23 @@ def measure(
         }
     if "steps" in parts:
         result["steps"] = measure_steps(long_run)
-    return result
+    return result | {"verdicts": verdicts(result)}
 
 
-def verdict(fitted: dict[str, Any]) -> str:
-    """Say whether cost is linear over the upper half of the range."""
-    if fitted["linear"]:
-        return "linear"
-    return "NOT linear: " + ("less than linear" if fitted["upper_exponent"] < LINEAR[0] else "more than linear")
+def verdicts(result: dict[str, Any]) -> dict[str, int]:
+    """Return 1 or 0 for what was measured: cost at most linear in members, in parameters; steps leave nothing behind.
+
+    A sweep of too few points has no verdict.
+    """
+    found = {}
+    sweeps = {"members": result.get("population", {}).get("fits", {}).get("members"),
+              "parameters": result.get("models", {}).get("fits")}  # fmt: skip
+    for name, fitted in sweeps.items():
+        if fitted:
+            found[name] = int(all(row["verdict"] != "MORE than linear" for row in fitted.values()))
+    if "steps" in result:
+        found["steps"] = int(result["steps"]["nothing_else_grows"])
+    return found
 
 
 def rows_of(points: Sequence[dict[str, Any]], fitted: dict[str, Any], unit: str, judged: bool) -> Iterator[str]:
@@ -382,10 +436,10 @@ def rows_of(points: Sequence[dict[str, Any]], fitted: dict[str, Any], unit: str,
         yield f"  {SERIES[what]:22s} " + "  ".join(f"{x:g}: {s:.3g} s" for x, s in zip(xs, seconds, strict=True))
         if what in fitted:
             f = fitted[what]
-            end = f": {verdict(f)}" if judged else ""
-            yield (f"  {'':22s} ~ {unit}^{f['exponent']:.2f} (R2 {f['r2']:.3f}); upper half {unit}^"
-                   f"{f['upper_exponent']:.2f} (R2 {f['upper_r2']:.3f}){end}; time = {f['a_s']:.3g} + "
-                   f"{f['b_s']:.3g} {unit} (R2 {f['linear_r2']:.3f})")  # fmt: skip
+            yield (f"  {'':22s} ~ {unit}^{f['exponent']:.2f} (R2 {f['r2']:.3f}), from {f['judged_from']:.3g} on {unit}^"
+                   f"{f['judged_exponent']:.2f} (R2 {f['judged_r2']:.3f}), last three {unit}^{f['last_exponent']:.2f}; "
+                   f"{f['a_s']:.3g} s + {f['b_s']:.3g} s {unit} (R2 {f['line_r2']:.3f}, off by up to "
+                   f"{f['line_residual']:.0%}){': ' + f['verdict'] if judged else ''}")  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
@@ -424,8 +478,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def long_run_steps(text: str) -> int:
+    """Return the steps of a long run from the command line: more than the short one's two."""
+    steps = int(text)
+    if steps <= 2:
+        raise argparse.ArgumentTypeError(f"{steps} is not more than the 2 steps it is compared with")
+    return steps
+
+
 def main() -> int:
-    """Measure, print, record."""
+    """Measure, print, record; exit status 1 where a verdict is 0."""
     children = {"population": population_child, "model": model_child, "train": train_child}
     if len(sys.argv) > 1 and sys.argv[1] == "--child":
         name, *arguments = json.loads(sys.argv[2])
@@ -436,16 +498,16 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--most_members", type=int, default=512)
-    parser.add_argument("--long_run", type=int, default=40, help="steps")
+    parser.add_argument("--long_run", type=long_run_steps, default=40, help="steps, more than 2")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
+    from record import write_result  # reads the commit: before the first measurement, and after --help
+
     result = measure(options.parts, options.models, options.repetitions, options.most_members, options.long_run)
     print(table(result))
     if not options.no_record:
-        from record import write_result
-
         print(f"written to {write_result('growth', result)}")
-    return 0
+    return int(not all(result["verdicts"].values()))
 
 
 if __name__ == "__main__":

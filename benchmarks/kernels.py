@@ -35,7 +35,8 @@ from estune.engines.base import ParameterSpec, Perturbation
 from estune.environment import cores
 from estune.master import PIECE, Master
 from estune.noise import perturbation_scale
-from estune.noise.cpu import _noise
+from estune.noise.cpu import TILE
+from estune.noise.lanes import LANES, _sum_lanes
 from estune.optimizer import make_update
 from estune.population import Member
 
@@ -74,11 +75,14 @@ def copy_into(out, theta):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, boundscheck=False)
-def sum_noise(count, k0, k1):  # type: ignore[no-untyped-def]
-    """Draw ``count`` noise integers and return their sum: the noise written nowhere."""
+def draw_noise(count, start, table):  # type: ignore[no-untyped-def]
+    """Draw ``count`` noise integers by the kernels' own hash into a tile that stays in the first-level cache."""
+    acc = np.empty(TILE, dtype=np.int32)
     total = np.int64(0)
-    for j in range(count):
-        total += _noise(np.uint32(j), k0, k1, False)
+    for lo in range(0, count, TILE):
+        for j in range(0, TILE, LANES):
+            _sum_lanes(acc, j, np.uint32(start + lo + j), table, False)
+        total += acc[0]
     return total
 
 
@@ -106,6 +110,7 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
     theta = [torch.from_numpy(array) for array in arrays.values()]
     members = [Member(1000 + m, 1) for m in range(MEMBERS)]
     update = make_update(members, generator.standard_normal(MEMBERS).tolist(), SIGMA / 2)
+    table = np.array([[12345, 678, 1]], dtype=np.uint32)  # one member's keys, and 1 to multiply with
     cuts = [(name, lo, lo + PIECE) for name, array in arrays.items() for lo in range(0, array.size, PIECE)]
     flat = {name: (live[name].reshape(-1), array.reshape(-1)) for name, array in arrays.items()}
 
@@ -115,7 +120,7 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
 
     def draw(cut: tuple[str, int, int]) -> int:
         name, lo, hi = cut
-        return int(sum_noise(min(hi, flat[name][0].size) - lo, np.uint32(12345), np.uint32(lo)))
+        return int(draw_noise(min(hi, flat[name][0].size) - lo, lo, table))
 
     def perturb() -> None:
         perturbation = Perturbation(members[0], perturbation_scale(SIGMA))

@@ -6,7 +6,8 @@
 The peak is the process's high-water mark of resident memory minus what it held after its imports; the unit is the
 model's float32 weights. Measured are processes that load, take a step of two members, update and save; for the small
 model also one that resumes from the checkpoint for another step, and one that replays both steps from base model and
-journal; all of it with full-rank and with low-rank noise. The result goes to `benchmarks/results/memory.json`.
+journal; all of it with full-rank and with low-rank noise. The result goes to `benchmarks/results/memory.json`, each
+model with the commit and the machine it was measured on; ``--model`` leaves the other model's entry as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, write_result
+from record import RESULTS, stamp, write_result
 
 MODELS: dict[str, dict[str, Any]] = {
     "0.5B": dict(model_type="llama", hidden_size=1280, num_hidden_layers=20, intermediate_size=3456,
@@ -91,23 +92,39 @@ def measure(name: str, directory: Path) -> dict[str, dict[str, dict[str, float]]
     return results
 
 
+def recorded(path: Path) -> dict[str, Any]:
+    """Return the models' entries of a result file; those that are not as this script writes them are left out."""
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8")).get("models", {})
+    return {name: entry for name, entry in entries.items() if name in MODELS and is_entry(name, entry)}
+
+
+def is_entry(name: str, entry: dict[str, Any]) -> bool:
+    """Say whether a recorded entry names its commit and machine and has every process of its model."""
+    shape = {noise: set(processes) for noise, processes in entry.get("noise", {}).items()}
+    return {"commit", "machine"} <= set(entry) and shape == {noise: set(PROCESSES[name]) for noise in LIMITS}
+
+
 def main() -> int:
     """Measure, print, record; exit status 1 where a limit is passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append", help="only this one; the others' results are kept")
     parser.add_argument("--tmp", help="directory for models and runs (20 GB)")
+    parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
-    path = RESULTS / "memory.json"
-    before = json.loads(path.read_text(encoding="utf-8")).get("models", {}) if options.model and path.exists() else {}
     results = {}
+    entries = recorded(RESULTS / "memory.json") if options.model else {}
     for name in options.model or MODELS:
         with tempfile.TemporaryDirectory(dir=options.tmp) as directory:
             results[name] = measure(name, Path(directory))
+        entries[name] = {**stamp(), "noise": results[name]}
         for noise, processes in results[name].items():
             for what, row in processes.items():
                 peak, size = (row["peak"] - row["imported"]) / 2**30, row["weights"] / 2**30
                 print(f"{name} {noise} {what}: weights {size:.2f} GiB, peak {peak:.2f} GiB, ratio {row['ratio']:.2f}")
-    write_result("memory", {"limits": LIMITS, "models": {**before, **results}})
+    if not options.no_record:
+        write_result("memory", {"limits": LIMITS, "models": entries}, stamped=False)
     return int(
         any(
             row["ratio"] > LIMITS[noise]

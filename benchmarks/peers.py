@@ -1,13 +1,14 @@
 """Time of an ES step with other packages of the Python registry, on the same model, prompts, members and tokens.
 
     python scripts/fetch_smollm2.py models/smollm2
-    python benchmarks/peers.py --model models/smollm2 --cache_dir ~/.cache/estune-peers       # about 30 minutes
+    python benchmarks/peers.py --model models/smollm2 --cache_dir ~/.cache/estune-peers       # about 40 minutes
 
 Each package is installed into an environment of its own under ``--cache_dir`` (1 GB each; needs the registry), with the
 versions of `constraints.txt`, and driven through its public interface by `peers/driver.py`. A few members are timed
 together with the package's own share of noise and update, and multiplied with N / members; completions have exactly as
-many tokens as in `step.py`. A package that does not run is recorded with its error. The result goes to
-`benchmarks/results/peers.json`.
+many tokens as in `step.py`. Right before and after each package, whole low-rank steps of estune are timed on the same
+work, in a process that has ended when the package starts; the ratio is against the mean of the two. A package that does
+not run is recorded with its error. The result goes to `benchmarks/results/peers.json`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from record import write_result
-from step import CASES, Case
+from step import CASES, Bench, Case, endless_model
 
 from estune import ESConfig, environment, inputs
 from estune.data import Batches
@@ -102,40 +104,104 @@ def make_environment(peer: Peer, cache_dir: Path) -> Path:
 
 
 def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a peer's step comes to in one case, or its error."""
+    """Return what a peer's step comes to in one case, beside estune's low-rank step; or its error."""
     facts = {"version": peer.version, "licence": peer.licence, "note": peer.note}
-    members = min(peer.members, options.most_members)
-    threads = environment.cores() if options.num_threads is None else options.num_threads
-    with tempfile.TemporaryDirectory() as name:
-        job, result = Path(name) / "job.json", Path(name) / "result.json"
-        values = {"model": str(model), "prompts": tokenised(case, model), "tokens": case.tokens, "members": members,
-                  "measurements": 1 + options.measurements, "num_threads": threads}  # fmt: skip
-        job.write_text(json.dumps(values), encoding="utf-8")
-        try:
-            python = make_environment(peer, options.cache_dir)
-            subprocess.run(
-                [str(python), str(HERE / "peers" / "driver.py"), peer.name, str(job), str(result)],
-                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT_S,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-        except subprocess.CalledProcessError as error:
-            lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
-            return facts | {"error": f"exit status {error.returncode}: " + " | ".join(lines[-3:])}
-        except subprocess.TimeoutExpired:
-            return facts | {"error": f"not done after {TIME_LIMIT_S:.0f} s"}
-        seconds = json.loads(result.read_text(encoding="utf-8"))["seconds_per_member"][1:]  # the first warmed up
+    try:
+        python = make_environment(peer, options.cache_dir)
+    except subprocess.CalledProcessError as error:
+        return facts | {"error": failure(error)}
+    before = estune_step_s(case, model, options)
+    try:
+        seconds = drive(peer, python, case, model, options)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        return facts | {"error": failure(error)}
+    after = estune_step_s(case, model, options)
     per_member = statistics.median(seconds)
     step_s = options.population_size * per_member
     return facts | {
-        "how": f"{members} members together, {len(seconds)} times: the median per member, times "
+        "how": f"{members_of(peer, options)} members together, {len(seconds)} times: the median per member, times "
                f"{options.population_size}",
         "seconds_per_member": per_member, "seconds_per_member_of_each_measurement": seconds, "step_seconds": step_s,
         "tokens_per_s": case.prompts * case.tokens / per_member,
+        "estune_lowrank_step_seconds": {"before": before, "after": after},
+        "peer / estune low-rank": step_s / statistics.mean([before, after]),
     }  # fmt: skip
+
+
+def members_of(peer: Peer, options: argparse.Namespace) -> int:
+    """Return how many members of a peer are timed together."""
+    return min(peer.members, int(options.most_members))
+
+
+def threads_of(options: argparse.Namespace) -> int:
+    """Return the threads of peers and estune."""
+    return environment.cores() if options.num_threads is None else int(options.num_threads)
+
+
+def drive(peer: Peer, python: Path, case: Case, model: Path, options: argparse.Namespace) -> list[float]:
+    """Time a peer with its own Python; return seconds per member of each measurement but the first, which warms up.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its ``stderr`` says why.
+        subprocess.TimeoutExpired: it was not done in `TIME_LIMIT_S`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        job, result = Path(name) / "job.json", Path(name) / "result.json"
+        values = {"model": str(model), "prompts": tokenised(case, model), "tokens": case.tokens,
+                  "members": members_of(peer, options), "measurements": 1 + options.measurements,
+                  "num_threads": threads_of(options)}  # fmt: skip
+        job.write_text(json.dumps(values), encoding="utf-8")
+        subprocess.run(
+            [str(python), str(HERE / "peers" / "driver.py"), peer.name, str(job), str(result)],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT_S,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        seconds: list[float] = json.loads(result.read_text(encoding="utf-8"))["seconds_per_member"]
+    return seconds[1:]
+
+
+def failure(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
+    """Return why a peer has no figure, in a line."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"not done after {TIME_LIMIT_S:.0f} s"
+    lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
+    return f"exit status {error.returncode}: " + " | ".join(lines[-3:])
+
+
+def estune_step_s(case: Case, model: Path, options: argparse.Namespace) -> float:
+    """Return the median seconds of estune's low-rank step, timed in a process whose memory ends with it."""
+    values = {"case": case.name, "tokens": case.tokens, "model": str(model), "num_threads": threads_of(options),
+              "population_size": options.population_size, "measurements": options.measurements}  # fmt: skip
+    command = [sys.executable, __file__, "--child", json.dumps(values)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds: list[float] = json.loads(output.splitlines()[-1])
+    return statistics.median(seconds)
+
+
+def estune_child(values: dict[str, Any]) -> list[float]:
+    """Time whole low-rank steps of estune, after a forward pass and an update that warm up; return seconds."""
+    case = next(case for case in CASES if case.name == values["case"])
+    case = dataclasses.replace(case, tokens=values["tokens"])
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        model = endless_model(Path(values["model"]), Path(name) / "model")
+        bench = Bench(case, stack, model, Path(name), values["population_size"], values["num_threads"])
+        bench.lowrank_pass()
+        return [bench.lowrank_step()["step"] for _ in range(values["measurements"])]
+
+
+def told(row: dict[str, Any]) -> str:
+    """Return a peer's result in a line."""
+    if "error" in row:
+        return str(row["error"])
+    return (f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s, "
+            f"peer / estune low-rank {row['peer / estune low-rank']:.1f}")  # fmt: skip
 
 
 def main() -> int:
     """Time every peer in every case; print and record."""
+    if len(sys.argv) > 1 and sys.argv[1] == "--child":
+        print(json.dumps(estune_child(json.loads(sys.argv[2]))))
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--cache_dir", type=Path, required=True, help="where environments are made and kept")
@@ -161,8 +227,7 @@ def main() -> int:
             if options.peers and peer.name not in options.peers:
                 continue
             row = results[case.name][peer.name] = time_peer(peer, case, model, options)
-            told = row.get("error") or f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s"
-            print(f"{case.name} {peer.name} {peer.version}: {told}", flush=True)
+            print(f"{case.name} {peer.name} {peer.version}: {told(row)}", flush=True)
     if not options.no_record:
         write_result("peers", {"model": model.name, "population_size": options.population_size, "cases": results,
                                "looked_at": LOOKED_AT})  # fmt: skip

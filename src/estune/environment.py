@@ -50,7 +50,10 @@ def _processor() -> str:
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that this process could still take: what the system has free, within its control group."""
+    """Return the memory that this process could still take: what the system has free, within its control group.
+
+    A group's use counts the files it has read, most of which give way when memory is asked for.
+    """
     free = _memory_bytes()
     with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
         free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
@@ -58,7 +61,10 @@ def free_memory_bytes() -> int:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             limit = int(file.read())
         with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            free = min(free, max(0, limit - int(file.read())))
+            used = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+            used -= next((int(line.split()[1]) for line in file if line.startswith("inactive_file ")), 0)
+        free = min(free, max(0, limit - used))
     return free
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,13 +101,12 @@ class DeviceMaster(Master):
     """A master whose members and updates are computed on a device, to the bits of `estune.master.Master`.
 
     ``arrays`` are the host's copy: current whenever they are asked for, at the price of a download after an update
-    where theta lives on the device.
+    where theta lives on the device. What asks for some parameters alone downloads those alone.
     """
-
-    _stale = False  # the device is ahead of the host's copy
 
     def __init__(self, master: Master, device: torch.device, *, resident: bool, stage: int = STAGE) -> None:
         """Take over ``master``'s arrays; ``stage`` is the number of elements of a staging buffer, a power of 2."""
+        self._stale: set[str] = set()  # parameters whose host copies are behind the device
         super().__init__(master.specs, master.arrays, master.buffers, master.num_threads)
         self.version = master.version
         self.device = device = torch.empty(0, device=device).device  # with its index
@@ -127,11 +126,7 @@ class DeviceMaster(Master):
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The host's copy of theta, by name, after a download where it was behind."""
-        if self._stale:
-            for spec in self.specs:
-                if spec.perturbed:
-                    self._host[spec.name].copy_(self._theta[spec.name])
-            self._stale = False
+        self._download(self._stale)
         return self._arrays
 
     @arrays.setter
@@ -143,9 +138,16 @@ class DeviceMaster(Master):
         return (self._theta if self.resident else self._host)[name][:count].cpu().numpy()
 
     def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
-        """Return a member's weights on the host; see `Master.perturb`."""
-        _ = self.arrays  # up to date
+        """Return a member's weights on the host; see `Master.perturb`. No other parameter is downloaded."""
+        self._download([name])
+        if out is None:  # the master would ask for the shape of `arrays`, which downloads all of them
+            out = np.empty(self._by_name[name].shape, dtype=np.float32)
         return super().perturb(name, perturbation, out)
+
+    def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
+        """Write a member's weights for several parameters on the host; see `Master.perturb_all`."""
+        self._download(outs)
+        super().perturb_all(perturbation, outs)
 
     def perturb_into(self, name: str, perturbation: Perturbation | None, out: torch.Tensor) -> None:
         """Write a member's weights for one parameter, cast once, into memory of the device.
@@ -210,7 +212,8 @@ class DeviceMaster(Master):
         for part in jobs:
             self._apply(part, partial(move, part), write_back=part.spec.perturbed)
         self.version += 1
-        self._stale = self.resident
+        if self.resident:
+            self._stale.update(spec.name for spec in self.specs if spec.perturbed)
         checksums = _to_list([sums.checksum for _, sums in done])
         norm = math.sqrt(math.fsum(_to_list([sums.moved for _, sums in done])))
         size = math.sqrt(math.fsum(_to_list([sums.size for _, sums in done])))
@@ -235,10 +238,21 @@ class DeviceMaster(Master):
         """Overwrite theta; see `Master.load`."""
         self._wait()
         super().load(read_into)
-        self._stale = False
+        self._stale.clear()
         if self.resident:
             for name, flat in self._host.items():
                 self._theta[name].copy_(flat)
+
+    def unshare(self) -> None:
+        """Move the host's copy into memory of its own; see `Master.unshare`."""
+        super().unshare()
+        self._host = {name: torch.from_numpy(flat) for name, flat in self._flat.items()}
+
+    def _download(self, names: Iterable[str]) -> None:
+        """Bring the host's copy of some parameters up to date; it is free where it was."""
+        for name in self._stale.intersection(names):
+            self._host[name].copy_(self._theta[name])
+            self._stale.discard(name)
 
     def _parts(self, spec: ParameterSpec, whole: bool = True) -> Iterator[Part]:
         """Cut a parameter as the master's place asks: into staging buffers, or not at all."""

@@ -158,19 +158,20 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
 
 
 def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ESConfig:
-    """Return the configuration with what only the loaded engine can say: ``dtype`` and ``members_per_batch``.
+    """Return the configuration with what only the loaded engine can say: dtype, device, ``members_per_batch``.
 
-    The latter comes from the memory that is free now. Full-rank members always answer one at a time. Of low-rank ones
+    The last one comes from the memory that is free now. Full-rank members always answer one at a time. Of low-rank ones
     as many share a forward pass as fit and are worth it; the population is cut into batches of nearly equal size.
     """
-    args = dataclasses.replace(args, dtype=engine.compute_dtype)
+    args = dataclasses.replace(args, dtype=engine.compute_dtype, device=engine.info()["device"])
     if args.members_per_batch != "auto":
         return args
     most = 1
     if args.noise == "lowrank":
         wanted = min(int(args.batch_size), int(args.prompts_per_batch)) * args.num_generations  # rows of a member
         longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
-        most = engine.members_that_fit(args.population_size, wanted, longest, args.rank)
+        sampled = args.temperature > 0
+        most = engine.members_that_fit(args.population_size, wanted, longest, args.rank, sampled)
     batches = -(-args.population_size // most)
     return dataclasses.replace(args, members_per_batch=-(-args.population_size // batches))
 
@@ -202,11 +203,10 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
         noise=args.noise,
     )
     if model is not None:
-        own = str(model.dtype).removeprefix("torch.")
-        if args.dtype not in ("auto", own) or args.device != "auto":
-            raise UserError(
-                f"a model given as a module keeps its dtype ({own}) and device: leave dtype and device at auto"
-            )
+        own = (str(model.dtype).removeprefix("torch."), model.device.type)
+        if args.dtype not in ("auto", own[0]) or args.device not in ("auto", own[1]):
+            raise UserError(f"a model given as a module keeps its dtype and device ({own[0]} on {own[1]}): leave both "
+                            "at auto")  # fmt: skip
         if tokenizer is None:
             raise UserError("a model given as a module needs its tokenizer as processing_class")
         return HFEngine.from_model(model, tokenizer, **options)

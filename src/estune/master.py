@@ -22,6 +22,7 @@ from estune.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shap
 from estune.noise.reference import BLOCK_SIZE
 from estune.optimizer import Update
 
+STREAMED_BYTES = 128 << 20  # of weights; from here on they are written past the caches
 PIECE = 1 << 18  # elements per unit of work: 1 MiB of float32
 LEAST_ROWS = 64  # of a matrix of low-rank noise: B is drawn again for every piece
 MASK_64 = (1 << 64) - 1
@@ -122,7 +123,7 @@ class Master:
         """
         if out is None:
             out = np.empty(self.arrays[name].shape, dtype=np.float32)
-        self._run(_call, list(self._perturb_jobs(name, perturbation, out)))
+        self._run(_call, list(self._perturb_jobs(name, perturbation, out, out.nbytes >= STREAMED_BYTES)))
         return out
 
     def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
@@ -130,12 +131,18 @@ class Master:
 
         All pieces go to the threads at once, so that none waits at the end of a small parameter.
         """
-        self._run(_call, [job for name, out in outs.items() for job in self._perturb_jobs(name, perturbation, out)])
+        streamed = sum(out.nbytes for out in outs.values()) >= STREAMED_BYTES
+        self._run(
+            _call, [job for name, out in outs.items() for job in self._perturb_jobs(name, perturbation, out, streamed)]
+        )
 
     def _perturb_jobs(
-        self, name: str, perturbation: Perturbation | None, out: np.ndarray
+        self, name: str, perturbation: Perturbation | None, out: np.ndarray, streamed: bool
     ) -> Iterator[Callable[[], None]]:
-        """Cut the writing of a member's weights into calls that may run in any order."""
+        """Cut the writing of a member's weights into calls that may run in any order.
+
+        ``streamed``: what is written passes the caches, because all of it together would not fit them.
+        """
         spec, theta = self._spec[name], self._flat[name]
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != theta.size:
             raise ValueError(f"output for {name!r} must be C-contiguous float32 of {theta.size} elements")
@@ -166,7 +173,7 @@ class Master:
             part = slice(start, start + count)
             k0, k1 = keys[block]
             offset = start % BLOCK_SIZE
-            yield partial(cpu.perturb_into, flat_out[part], theta[part], offset, k0, k1, scale, rademacher)
+            yield partial(cpu.perturb_into, flat_out[part], theta[part], offset, k0, k1, scale, rademacher, streamed)
 
     def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
         """Move theta by one step, in place, in one pass that also sums its checksum and norms.

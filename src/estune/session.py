@@ -301,10 +301,13 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             run.clear()  # only now, when all that the user gave has been found to work
         _keep_base(trainer, run)
         sampling = inputs.sampling(args, 0)
+        batches = Batches(len(trainer.train_rows), int(args.batch_size), args.seed)
         reproducible = None
         if run.is_new:
-            first = train_prompts[: int(args.batch_size)]
-            reproducible = engine.check_reproducible(first, sampling, int(args.members_per_batch))
+            first = plan_step(args, batches, 0)
+            members = [first.perturbation(member) for member in first.members[: int(args.members_per_batch)]]
+            prompts = [train_prompts[row] for row in first.rows]
+            reproducible = engine.check_reproducible(members, prompts, sampling)
         facts = {
             "reward_funcs": trainer.rewards.names,
             "reward_weights": trainer.rewards.weights,
@@ -325,7 +328,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             train_prompts=train_prompts,
             eval_rows=trainer.eval_rows,
             eval_prompts=eval_prompts,
-            batches=Batches(len(trainer.train_rows), int(args.batch_size), args.seed),
+            batches=batches,
             monitors=monitors,
             checksum=engine.master.checksum(),
             tokens=run.tokens_before(),

@@ -400,7 +400,7 @@ def test_perturb_cosine_sees_what_a_dtype_swallows(tmp_path: Path) -> None:
 
 def test_check_reproducible_and_info() -> None:
     engine = engine_of()
-    assert engine.check_reproducible(prompts(4), SAMPLED, members=3)
+    assert engine.check_reproducible([MEMBER], prompts(4), SAMPLED)
     info = engine.info()
     assert info["model_type"] == "llama"
     assert info["dtype"] == "float32"

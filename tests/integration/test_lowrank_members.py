@@ -12,6 +12,7 @@ from test_hf_generate import GREEDY, SAMPLED, prompts
 from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 
+from estune.engines import small_linear
 from estune.engines.base import Completion, Perturbation, Prompt
 from estune.engines.hf import HFEngine
 from estune.engines.hf_callers import left_pad
@@ -69,10 +70,26 @@ def replaced(
     return model
 
 
+@pytest.fixture
+def small_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the kernel for few rows take all linear layers, as in models of real size; return its calls' rows."""
+    calls: list[int] = []
+    if request.param:
+        real = small_linear.linear_of_members
+        for name, value in (("MIN_WIDTH", 1), ("MIN_WEIGHTS", 1), ("MAX_ROWS", 1 << 20)):
+            monkeypatch.setattr(small_linear, name, value)
+        monkeypatch.setattr(small_linear, "linear_of_members", lambda x, *rest: calls.append(len(x)) or real(x, *rest))
+    return calls
+
+
+@pytest.mark.parametrize("small_kernel", [False, True], indirect=True, ids=["torch", "small_linear"])
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("family", SHARED)
-def test_logits_equal_those_of_replaced_weights(family: str, rank: int) -> None:
+def test_logits_equal_those_of_replaced_weights(
+    family: str, rank: int, small_kernel: list[int], request: pytest.FixtureRequest
+) -> None:
     engine = engine_of(family)
+    small_kernel.clear()
     before = engine.master.fingerprint()
     assert engine.info()["shared_forward"]
     rows = prompts(4)
@@ -85,6 +102,8 @@ def test_logits_equal_those_of_replaced_weights(family: str, rank: int) -> None:
         found = engine.model(
             input_ids=ids.repeat(3, 1), attention_mask=mask.repeat(3, 1), position_ids=positions.repeat(3, 1)
         ).logits  # (3 * 4, T, V)
+    if "small_linear" in request.node.name and family != "gpt2":  # its layers are stored transposed
+        assert small_kernel
     for index, perturbation in enumerate(perturbations):
         model = replaced(engine, family, perturbation)
         with torch.inference_mode():
@@ -97,6 +116,17 @@ def test_logits_equal_those_of_replaced_weights(family: str, rank: int) -> None:
         unperturbed = theta(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     assert (found[:4][seen] - unperturbed[seen]).abs().max() > 1e-2
     assert engine.master.fingerprint() == before
+
+
+@pytest.mark.parametrize("small_kernel", [False, True], indirect=True, ids=["torch", "small_linear"])
+def test_a_bias_may_move_alone(small_kernel: list[int]) -> None:
+    engine = engine_of("qwen2", trainable_parameters=["bias"])
+    assert engine.info()["shared_forward"]
+    perturbations, rows = members(1), prompts(4)
+    answers = engine.generate_population(perturbations, rows, GREEDY)
+    for perturbation, answer in zip(perturbations, answers, strict=True):
+        plain = HFEngine.from_model(replaced(engine, "qwen2", perturbation), tiny_tokenizer())
+        assert plain.generate(None, rows, GREEDY) == answer
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,9 @@
-"""`make bench-check`: when a figure counts as a regression. The script is loaded from its file: it is no package."""
+"""`make bench-check`: when a figure counts as a regression; and what result files say of their origin.
 
+The scripts are loaded from their files: they are no package.
+"""
+
+import importlib
 import importlib.util
 import json
 import sys
@@ -18,6 +22,15 @@ def bench():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Let benchmarks import each other; those that were imported are forgotten afterwards."""
+    monkeypatch.syspath_prepend(PATH.parent)
+    yield importlib.import_module
+    for name in ("record", "memory"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +91,73 @@ def test_figures_are_found_where_the_sections_put_them(bench):
     ]
     assert missed == ["step/pure_of_lowrank_countdown", "step/paper_of_full"]
     assert "not measured" in bench.table(bench.TARGETS, values)
+
+
+@pytest.mark.parametrize("value", [0.0, None])
+def test_growth_is_a_target_of_a_whole_run_alone(bench, value):
+    names = {"growth/members", "growth/parameters", "growth/steps"}
+    assert {target.name for target in bench.targets_of(["growth"], quick=False)} == names
+    assert bench.targets_of(["growth"], quick=True) == []
+    verdicts = {"members": 1, "parameters": 1} | ({} if value is None else {"steps": value})
+    values = bench.figures({"growth": {"verdicts": verdicts}})
+    missed = [
+        target.name
+        for target in bench.TARGETS
+        if target.name in names and not bench.met(target, values.get(target.name))
+    ]
+    assert missed == ["growth/steps"]
+
+
+def test_one_model_for_all_rows_is_shown_without_a_target(bench):
+    results = {"step": {"conciseness": {"ratios": {"pure_shared / lowrank": {"median": 0.625}}}}}
+    shared = bench.figure(results, "step", bench.SHARED)
+    last = bench.table(bench.TARGETS, {}, shared).splitlines()[-1]
+    assert "0.625        -  members with different weights cannot do that" in last
+    assert bench.figure({}, "step", bench.SHARED) is None
+    assert "cannot do that" not in bench.table(bench.TARGETS, {})
+
+
+def test_a_check_without_its_model_fails_before_it_measures(bench, scripts, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "find_model", lambda given: None)
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--check"])
+    assert bench.main() == 1
+    assert "without SmolLM2" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "measure", lambda sections, *_: {name: {"ratios": {}} for name in sections})
+    monkeypatch.setattr(bench, "check", lambda values, sections: len(sections) - 1)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--check", "--sections", "kernels"])
+    assert bench.main() == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "said"),
+    [
+        (("abc", ""), ("abc", ""), "abc"),
+        (("abc", "M x.py"), ("abc", "M x.py"), "abc+"),
+        (("abc", ""), ("abc", "M x.py"), "abc+"),
+        (("abc", "M x.py"), ("def", ""), "abc+"),
+        (("abc", ""), ("def", ""), "abc+"),
+        (("abc", ""), None, "abc+"),
+        (None, ("abc", ""), "unknown"),
+    ],
+)
+def test_a_result_names_the_commit_of_its_start(scripts, monkeypatch, start, now, said):
+    record = scripts("record")
+    monkeypatch.setattr(record, "AT_START", start)
+    monkeypatch.setattr(record, "_checkout", lambda: now)
+    assert record.commit() == said
+    assert record.stamp()["commit"] == said
+
+
+def test_memory_keeps_entries_as_they_were_recorded(scripts, tmp_path):
+    memory = scripts("memory")
+    assert memory.recorded(tmp_path / "none.json") == {}
+    noise = {name: {"train": {"ratio": 1.0}} for name in memory.LIMITS}
+    whole = {"commit": "abc", "machine": {}, "noise": noise}
+    models = {"1.5B": whole, "0.5B": {"commit": "abc", "machine": {}, "noise": noise}, "9B": whole}
+    path = tmp_path / "memory.json"
+    path.write_text(json.dumps({"commit": "def", "models": models}))
+    assert memory.recorded(path) == {"1.5B": whole}  # the others lack processes or are unknown
+    for old in (noise, {"train": {"ratio": 2.0}}, {"noise": noise}):  # without a commit of their own
+        path.write_text(json.dumps({"commit": "def", "models": {"1.5B": old}}))
+        assert memory.recorded(path) == {}

@@ -165,6 +165,19 @@ def test_perturb_kernel_equals_reference(start: int, count: int, sign: int, dist
         assert out[j] == nearest_float32(exact)
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 63, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("offset", [0, 1, 3, 15, 16])
+def test_writing_past_the_caches_changes_no_bit(offset: int, count: int) -> None:
+    """Wherever the target begins in a cache line; and nothing around it is written."""
+    theta = theta_values(count)
+    cached, memory = np.empty_like(theta), np.full(offset + count + 64, 7.0, dtype=np.float32)
+    k0, k1, scale = np.uint32(5), np.uint32(6), np.float32(-1e-3)
+    cpu.perturb_into(cached, theta, 3, k0, k1, scale, False)
+    cpu.perturb_into(memory[offset : offset + count], theta, 3, k0, k1, scale, False, True)
+    assert same_bits(memory[offset : offset + count], cached)
+    assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
+
+
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 @pytest.mark.parametrize(("start", "count"), [*SLICES, (2**32 + 2**31 + 5, 777)])
 def test_update_kernel_equals_reference(start: int, count: int, distribution: str) -> None:

@@ -73,6 +73,48 @@ def test_the_kernel_is_used_where_it_can_be_and_torch_elsewhere(monkeypatch: pyt
         small_linear.linear(x[:, :599], weight)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("groups", "width", "rank"), [(1, 1, 1), (3, 1, 1), (5, 2, 3), (2, 17, 2), (30, 2, 1), (64, 1, 4)]
+)
+def test_members_meet_their_own_factors(shape: tuple[int, int], groups: int, width: int, rank: int) -> None:
+    """Equal to weights that were really replaced, in float64; and no bit depends on threads."""
+    (x, weight, bias), (n, k) = operands(groups * width, shape), shape
+    draw = torch.Generator().manual_seed(7)
+    left, right = torch.randn(groups, rank, n, generator=draw), torch.randn(groups, rank, k, generator=draw)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert small_linear.takes(x, weight)
+            found.append(small_linear.linear_of_members(x, weight, left, right, bias))
+    finally:
+        torch.set_num_threads(before)
+    replaced = weight.double() + left.double().transpose(1, 2) @ right.double()  # (V, N, K)
+    exact = torch.bmm(x.view(groups, width, k).double(), replaced.transpose(1, 2)) + bias.double()  # (V, K, N)
+    assert (found[0].view(groups, width, n) - exact).abs().max() < 2e-6 * exact.abs().max() * k**0.5
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    apart = small_linear.linear_of_members(x[:, None], weight, left, right)  # (R, 1, K), as a model has it
+    assert torch.equal(apart[:, 0] + bias, found[0])
+
+
+def test_what_is_no_number_comes_through() -> None:
+    """Trials at load spoil weights with NaN and look where it turns up."""
+    x, weight, _ = operands(6, (200, 600))
+    left, right = torch.zeros(3, 1, 200), torch.zeros(3, 1, 600)
+    right[1, 0, 599] = torch.nan
+    assert (
+        small_linear.linear_of_members(x, weight, left, right).isnan().all(1).tolist()
+        == [False] * 2 + [True] * 2 + [False] * 2
+    )
+    weight[17, 3] = torch.nan
+    for rows in range(1, 7):
+        assert small_linear.linear(x[:rows], weight).isnan().all(0).nonzero().tolist() == [[17]]
+    x[2] = torch.inf
+    assert not small_linear.linear(x[:4], weight)[2].isfinite().any()
+
+
 def test_several_python_threads_may_call_it_at_once() -> None:
     x, weight, bias = operands(4, (1358, 513))
     expected = small_linear.linear(x, weight, bias)

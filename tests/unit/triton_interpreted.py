@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from plain_noise import plain_key, same_bits, wide_checksum, wide_noise
 
 from estune import gpu_master
 from estune.engines.base import ParameterSpec, Perturbation
+from estune.engines.lowrank import Members, SharedForward
 from estune.gpu_master import DeviceMaster
 from estune.master import Master
 from estune.noise import cpu_lowrank, gpu, gpu_check, lowrank_ints, lowrank_scale, noise_key, perturbation_scale
@@ -83,21 +85,34 @@ def test_the_cast_to_bfloat16_is_to_nearest_even_for_every_upper_half() -> None:
         assert np.array_equal(bits_of(out), bits_of(torch.from_numpy(theta).to(torch.bfloat16)))
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_members_and_updates_equal_the_cpu_kernels(distribution: str) -> None:
+def test_members_and_updates_equal_the_cpu_kernels() -> None:
     """Includes decay to 0 and to an anchor, the end of a key block, checksums, norms and low-rank stacks."""
-    assert gpu_check.check(CPU, (distribution,)) == []
+    assert gpu_check.check(CPU) == []
 
 
-def test_the_check_notices_a_wrong_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.perturb_into
+def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distributions, dtypes of weights and ways of decay are compiled apart; each could be the one that is wrong."""
 
-    def wrong(out: torch.Tensor, *rest: object) -> None:
-        right(out, *rest)  # type: ignore[arg-type]
-        out[5] = -out[5]
+    def spoiled(right: Callable[..., object]) -> Callable[..., object]:
+        def launch(out: torch.Tensor, *rest: object) -> object:
+            sums = right(out, *rest)
+            out.view(torch.uint8)[-1] ^= 0x80  # the last element's sign
+            return sums
 
-    monkeypatch.setattr(gpu, "perturb_into", wrong)
-    assert gpu_check.check(CPU) == [f"a member in {dtype} (normal)" for dtype in DTYPES.values()]
+        return launch
+
+    for name in ("perturb_into", "update_into", "perturb_lowrank_into", "update_lowrank_into"):
+        monkeypatch.setattr(gpu, name, spoiled(getattr(gpu, name)))
+    monkeypatch.setattr(gpu, "checksum_of", lambda theta, start: torch.tensor(0))
+    dtypes = [f"member in {dtype}" for dtype in DTYPES.values()]
+    decays = ["update without decay", "update with decay to 0", "update with decay to an anchor"]
+    compared = [
+        *(f"a {what}" for what in dtypes),
+        *(f"an {what}" for what in decays),
+        *(f"a low-rank {what}" for what in dtypes + decays),
+    ]
+    expected = [f"{what} ({distribution})" for distribution in DISTRIBUTIONS for what in compared]
+    assert gpu_check.check(CPU) == ["a checksum", *expected]
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -240,6 +255,71 @@ def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
     assert all(same_bits(device.perturb(s.name, perturbation), host.perturb(s.name, perturbation)) for s in SPECS)
     device.load(lambda name, flat: np.copyto(flat, base[name].reshape(-1)))
     assert device.checksum() == host_master().checksum() != host.checksum()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
+    """The host's copy is behind then, where theta lives on the device."""
+    host, device = host_master(), DeviceMaster(host_master(), CPU, resident=resident)
+    for update, perturbation in zip(updates(), members()[:2], strict=False):
+        host.update(update)
+        device.update(update)
+        expected, found = ({s.name: np.empty(s.shape, dtype=np.float32) for s in SPECS} for _ in range(2))
+        host.perturb_all(perturbation, expected)
+        device.perturb_all(perturbation, found)
+        assert all(same_bits(found[name], expected[name]) for name in expected)
+
+
+def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
+    host, given = host_master(), host_master()
+    shared = dict(given.arrays)
+    device = DeviceMaster(given, CPU, resident=True)
+    device.unshare()
+    for master in (host, device):
+        master.update(updates()[0])
+    assert device.fingerprint() == host.fingerprint()
+    assert all(same_bits(shared[name], array) for name, array in host_master().arrays.items())
+
+
+def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
+    """The arrays given to the master are the host's copy: they show what was downloaded."""
+    host, given = host_master(), host_master()
+    device = DeviceMaster(given, CPU, resident=True)
+    for master in (host, device):
+        master.update(updates()[0])
+    perturbation = members()[1]
+    for out in (None, np.empty(513, dtype=np.float32)):
+        found = device.perturb("norm.weight", perturbation, out)
+        assert same_bits(found, host.perturb("norm.weight", perturbation))
+    check_downloaded(given, host, {"norm.weight"})
+    device.perturb_all(perturbation, {"one": np.empty(1, dtype=np.float32)})
+    check_downloaded(given, host, {"norm.weight", "one"})
+
+
+def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
+    host, given = host_master(), host_master()
+    device = DeviceMaster(given, CPU, resident=True)
+    for master in (host, device):
+        master.update(updates()[0])
+    model = torch.nn.ParameterDict({"matrix": torch.zeros(12, 67), "vector": torch.zeros(513)})
+    shared = SharedForward(model, [], device)
+    shared.parameters = {"matrix": model["matrix"], "norm.weight": model["vector"]}
+    perturbations = [Perturbation(Member(seed, -1), 0.25, "normal", 4, 0.5) for seed in (3, 4)]
+    vectors = Members(shared, perturbations).stand_ins["norm.weight"].values
+    assert all(
+        same_bits(vector.numpy(), host.perturb("norm.weight", perturbation))
+        for vector, perturbation in zip(vectors, perturbations, strict=True)
+    )
+    check_downloaded(given, host, {"norm.weight"})
+
+
+def check_downloaded(copy: Master, current: Master, names: set[str]) -> None:
+    """Of the parameters that an update moved, ``names`` are current in a copy and the others are as they began."""
+    began = host_master().arrays
+    moved = {name for name, array in current.arrays.items() if not same_bits(array, began[name])}
+    assert names < moved
+    for name in moved:
+        assert same_bits(copy.arrays[name], (current.arrays if name in names else began)[name]), name
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -12,6 +12,7 @@ import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST_KEPT = 1 << 30  # bytes of one block; larger ones still go back at once
+_OLD_LIMIT = 1 << 25
 _MOST_KEPT = (1 << 31) - 1  # bytes unused at the end of the heap; mallopt takes an int
 
 
@@ -20,6 +21,6 @@ def keep_freed_memory() -> None:
     if os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    # Before glibc 2.35 the threshold had a limit of its own, and 0 says that nothing was set.
+    if mallopt is not None and (mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_THRESHOLD, _OLD_LIMIT)):
         mallopt(_TRIM_THRESHOLD, _MOST_KEPT)

@@ -126,7 +126,7 @@ class Engine(Protocol):
             Interrupted: ``should_stop`` turned true between two tokens.
         """
 
-    def members_that_fit(self, members: int, rows: int, length: int, rank: int) -> int:
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
         """Say how many of ``members`` low-rank members should answer together: what fits in memory and is worth it.
 
         Args:
@@ -134,6 +134,7 @@ class Engine(Protocol):
             rows: completions that each of them makes at a time.
             length: tokens of the longest row, prompt and completion.
             rank: of their noise.
+            sampled: whether tokens are sampled, which takes memory of its own.
         """
 
     def load_theta(self) -> None:
@@ -154,8 +155,10 @@ class Engine(Protocol):
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""
 
-    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling, members: int) -> bool:
-        """Answer prompts (B) with some members twice, the second time under load; say whether the tokens were equal."""
+    def check_reproducible(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> bool:
+        """Answer prompts (B) with members (M) twice, the second time under load; say whether the tokens were equal."""
 
     def info(self) -> dict[str, Any]:
         """Return what a journal's header should say of the engine: device, model type and the like."""

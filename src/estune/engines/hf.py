@@ -30,11 +30,9 @@ from estune.engines.stand_ins import Uncovered
 from estune.engines.working_model import WorkingModel
 from estune.errors import UserError
 from estune.master import Master
-from estune.noise import lowrank_scale, perturbation_scale
-from estune.population import Member
 
-# In `check_reproducible`: prompts, tokens of all members' prompts, tokens per completion.
-_PROBE_PROMPTS, _PROBE_PROMPT_TOKENS, _PROBE_TOKENS = 8, 1024, 3
+# In `check_reproducible`: rows (beyond `small_linear.MAX_ROWS`), tokens of all their prompts, tokens per completion.
+_PROBE_ROWS, _PROBE_PROMPT_TOKENS, _PROBE_TOKENS = 80, 1024, 3
 
 
 class HFEngine:
@@ -240,14 +238,14 @@ class HFEngine:
             for member in answers
         ]
 
-    def members_that_fit(self, members: int, rows: int, length: int, rank: int) -> int:
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
         """Say how many of ``members`` should answer together; see `Engine.members_that_fit`."""
         if self._shared is None:
             return 1
         free = environment.free_memory_bytes()
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
-        size = self._shared.bytes_per_member(rank) + rows * bytes_per_row(self.model, length)
+        size = self._shared.bytes_per_member(rank) + rows * bytes_per_row(self.model, length, sampled)
         return max(1, min(members, int(free * MEMORY_SHARE / size), MOST_ROWS // rows))
 
     def load_theta(self) -> None:
@@ -296,18 +294,20 @@ class HFEngine:
         """
         return self.working.perturb_cosine(perturbation, self._shared.lowrank if self._shared else ())
 
-    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling, members: int) -> bool:
+    def check_reproducible(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> bool:
         """Run a batch of a step twice, the second time beside a busy thread; say whether the tokens were equal.
 
-        Libraries choose their code by shape, so this is a batch of several members (M) and prompts as a step has them,
-        cut where the whole would take longer than a step: under load two threads are many times slower.
+        Libraries choose their code by shape, so the batch keeps its rows, cut only where more would choose the same;
+        what is cut first is their length, because under load two threads are many times slower.
         """
         short = replace(sampling, max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length))
-        few = list(prompts[: min(self.prompts_per_batch, _PROBE_PROMPTS)])
-        enough = max(2, _PROBE_PROMPT_TOKENS // sum(len(prompt.token_ids) for prompt in few))
-        tried = [Perturbation(Member(m, sign=1), perturbation_scale(1e-3)) for m in range(min(members, enough))]
-        if self._is_lowrank:
-            tried = [replace(member, rank=1, lowrank_scale=lowrank_scale(1e-3, 1)) for member in tried]
+        few = list(prompts[: self.prompts_per_batch])
+        enough = -(-_PROBE_ROWS // (len(few) * (sampling.num_generations if sampling.temperature else 1)))
+        tried = list(perturbations[:enough])
+        longest = max(2, _PROBE_PROMPT_TOKENS // (len(few) * len(tried)))
+        few = [replace(prompt, token_ids=prompt.token_ids[-longest:]) for prompt in few]
         alone = self.generate_population(tried, few, short)
         stop = threading.Event()
         load = threading.Thread(target=_keep_busy, args=(stop,), daemon=True)

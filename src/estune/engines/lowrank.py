@@ -26,6 +26,7 @@ from estune.noise import cpu_lowrank, factor_names, noise_keys
 
 MEMORY_SHARE = 0.5  # of the free memory, for the rows of one forward pass
 MOST_ROWS = 1024  # beyond this a forward pass is no more efficient, and scoring would wait longer
+SAMPLING_BYTES = 64  # per row and word of the vocabulary: `decoding.choose` works in float64
 GROUP_COST = 0.5  # what a group's factors cost in a forward pass, in rows
 SHRINK_BELOW = 0.75  # a batch is laid out anew when that makes it this much cheaper
 
@@ -131,7 +132,7 @@ class Members:
                 stand_in.relaid()
 
 
-def bytes_per_row(model: Any, length: int) -> int:
+def bytes_per_row(model: Any, length: int, sampled: bool) -> int:
     """Estimate the memory of one row of ``length`` tokens: its cache, logits, and the activations of its prefill."""
     config = model.config.get_text_config(decoder=True)
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -139,7 +140,8 @@ def bytes_per_row(model: Any, length: int) -> int:
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
     cache = 2 * 2 * layers * heads * head * length  # laid out anew it exists twice for a moment
-    return int(model.dtype.itemsize * (cache + 3 * config.vocab_size + length * (8 * hidden + 4 * inner)))
+    choosing = SAMPLING_BYTES * config.vocab_size if sampled else 0
+    return choosing + int(model.dtype.itemsize * (cache + 3 * config.vocab_size + length * (8 * hidden + 4 * inner)))
 
 
 def _factors(
@@ -208,6 +210,7 @@ class MembersCaller:
     def __init__(self, caller: Caller, members: Members) -> None:
         self.caller = caller
         self.members = members
+        self.alive = -1  # rows that went on at the last look
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, max_new: int) -> torch.Tensor:
         """See `Caller`."""
@@ -223,6 +226,9 @@ class MembersCaller:
 
     def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         """See `Caller`."""
+        if len(alive) == self.alive:  # nothing has finished since the last look
+            return None
+        self.alive = len(alive)
         plan = plan_rows(alive, self.members.groups, self.members.layout.width)
         if plan is None:
             return None

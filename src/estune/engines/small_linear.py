@@ -72,7 +72,13 @@ def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(types.int64), codegen
 
 
-_options: dict[str, Any] = {"fastmath": True, "nogil": True, "boundscheck": False, "cache": True}
+# Sums may be reordered for the vector lanes, but NaN and infinities come through: trials at load rest on NaN.
+_options: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "nogil": True,
+    "boundscheck": False,
+    "cache": True,
+}
 
 
 @njit(**_options)
@@ -324,18 +330,18 @@ def _multiply(
     threads = torch.get_num_threads()
     y = x.new_empty((*x.shape[:-1], n))
     size = max(_BLOCK, n // (_PIECES * threads) // _BLOCK * _BLOCK)
-    job = _Job(weight.data_ptr(), x.data_ptr(), y.data_ptr(), n, width, rows, size, 0)
+    job = [weight.data_ptr(), x.data_ptr(), y.data_ptr(), n, width, rows, size, 0]
     if left is not None and right is not None:
         groups, rank = left.shape[:2]
         scratch = x.new_empty(threads * rows * rank)
-        for place, value in enumerate((rank, groups, right.data_ptr(), left.data_ptr(), scratch.data_ptr()), 8):
-            job[place] = value
+        job += [rank, groups, right.data_ptr(), left.data_ptr(), scratch.data_ptr()]
+    fields = _Job(*job)
     address, alone = _kernel()
     pool = _find_pool()
     if threads == 1 or pool is None:
-        alone(ctypes.addressof(job))
+        alone(ctypes.addressof(fields))
     else:
-        pool(address, ctypes.addressof(job), threads, 0)
+        pool(address, ctypes.addressof(fields), threads, 0)
     return y
 
 
@@ -345,8 +351,10 @@ class SmallLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `linear`; a stand-in in the weight's place is asked at once, without torch's detour."""
         weight: Any = self.weight
-        if isinstance(weight, torch.Tensor):
+        if isinstance(weight, torch.Tensor) and (self.bias is None or isinstance(self.bias, torch.Tensor)):
             return linear(input, weight, self.bias)
+        if isinstance(weight, torch.Tensor):  # a trained bias beside a frozen weight
+            return torch.nn.functional.linear(input, weight, self.bias)
         found: torch.Tensor = weight.linear(input, self.bias)
         return found
 

@@ -81,7 +81,7 @@ class ToyEngine:
         """Answer with one member after the other: (M, B, G)."""
         return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
 
-    def members_that_fit(self, members: int, rows: int, length: int, rank: int) -> int:
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
         """Return 1: members share no work here."""
         return 1
 
@@ -108,7 +108,9 @@ class ToyEngine:
         """Return 1 per kind: float32 holds the perturbation to rounding."""
         return {"matrix": 1.0}
 
-    def check_reproducible(self, prompts: Sequence[Prompt], sampling: Sampling, members: int) -> bool:
+    def check_reproducible(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> bool:
         """A function of a vector is reproducible."""
         return True
 

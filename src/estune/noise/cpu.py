@@ -10,7 +10,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from estune.noise.lanes import LANES, _bits_of, _mix, _noise, _perturb_lanes, _plus, _popcount, _sum_lanes
+from estune.noise.lanes import (
+    CACHE_LINE,
+    LANES,
+    _address,
+    _bits_of,
+    _fence,
+    _mix,
+    _noise,
+    _perturb_lanes,
+    _plus,
+    _popcount,
+    _stream_lanes,
+    _sum_lanes,
+)
 
 __all__ = ["_bits_of", "_mix", "_noise", "_popcount", "checksum_of", "noise_into", "perturb_into", "update_into"]
 
@@ -26,16 +39,33 @@ def noise_into(out, start, k0, k1, rademacher):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def perturb_into(out, theta, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
-    """Write ``theta + scale * n`` (float32, scale carries the sign) to ``out``; both (count,)."""
-    base = np.uint32(start)
-    whole = out.size - out.size % LANES
-    for j in range(0, whole, LANES):
-        _perturb_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
-    for j in range(whole, out.size):
+def _perturb_singly(out, theta, first, last, base, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
+    for j in range(first, last):
         n = _noise(_plus(base, j), k0, k1, rademacher)
         # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
         out[j] = theta[j] + (scale * np.float32(n) + np.float32(0.0))
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def perturb_into(out, theta, start, k0, k1, scale, rademacher, streamed=False):  # type: ignore[no-untyped-def]
+    """Write ``theta + scale * n`` (float32, scale carries the sign) to ``out``; both (count,).
+
+    ``streamed`` writes past the caches: faster where the whole model does not fit them, slower where it does.
+    """
+    base = np.uint32(start)
+    first = 0
+    if streamed:
+        first = min(out.size, (-_address(out, 0) % CACHE_LINE) // 4)
+        _perturb_singly(out, theta, 0, first, base, k0, k1, scale, rademacher)
+    last = out.size - (out.size - first) % LANES
+    if streamed:
+        for j in range(first, last, LANES):
+            _stream_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
+        _fence()
+    else:
+        for j in range(first, last, LANES):
+            _perturb_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
+    _perturb_singly(out, theta, last, out.size, base, k0, k1, scale, rademacher)
 
 
 @njit(nogil=True, cache=True, boundscheck=False)

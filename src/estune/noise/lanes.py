@@ -11,6 +11,7 @@ call. numba's cache on disk watches a kernel's own file alone, so `_drop_stale_k
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,22 @@ arrayobj: Any = _arrayobj
 
 
 def _drop_stale_kernels(directory: Path) -> None:
-    """Remove numba's cached kernels that are older than a source file beside them, whose code they may hold."""
+    """Remove numba's cached kernels that are older than a source file beside them, whose code they may hold.
+
+    A cache elsewhere (``NUMBA_CACHE_DIR``, or a home directory where this one cannot be written) is not looked at:
+    there sources change with an installation, which has a directory of its own.
+    """
     changed = max(path.stat().st_mtime for path in directory.glob("*.py"))
     for index in (directory / "__pycache__").glob("*.nbi"):
-        if index.stat().st_mtime < changed:
-            index.unlink(missing_ok=True)
+        with suppress(OSError):  # another process was faster, or the files are another user's
+            if index.stat().st_mtime < changed:
+                index.unlink()
 
 
 _drop_stale_kernels(Path(__file__).parent)
 
 LANES = 64  # words per vector: four registers of AVX-512, eight of AVX2; 32 and 16 lanes are slower on both
+CACHE_LINE = 64  # bytes
 _I32, _F32 = ir.IntType(32), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
@@ -145,24 +152,56 @@ def _noise(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
     return types.int32(types.uint32, types.uint32, types.uint32, types.boolean), codegen
 
 
+def _perturbing(streamed: bool) -> Any:
+    """Return the intrinsic behind `_perturb_lanes`, or `_stream_lanes`."""
+
+    @intrinsic
+    def lanes(typingctx, out, theta, j, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            out, theta, j, start, k0, k1, scale, rademacher = args
+            half = _splat(builder, _xor_shift(builder, k0, 16))
+            n = _noise_from(builder, _indices(builder, start), half, _splat(builder, k1), rademacher)
+            moved = builder.fmul(builder.sitofp(n, _FLOATS), _splat(builder, scale))
+            # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
+            moved = builder.fadd(moved, ir.Constant(_FLOATS, [0.0] * LANES))
+            source = _pointer(context, builder, signature.args[1], theta, j, _FLOATS)
+            value = builder.fadd(builder.load(source, align=4), moved)
+            target = _pointer(context, builder, signature.args[0], out, j, _FLOATS)
+            store = builder.store(value, target, align=CACHE_LINE if streamed else 4)
+            if streamed:
+                store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
+
+        words = (types.uint32,) * 3
+        return types.void(out, theta, types.int64, *words, types.float32, types.boolean), codegen
+
+    return lanes
+
+
+_perturb_lanes = _perturbing(streamed=False)  # out[j : j + LANES] = theta[..] + scale * n, the elements from start on
+_stream_lanes = _perturbing(streamed=True)  # the same past the caches; out[j] lies at the start of a cache line
+
+
 @intrinsic
-def _perturb_lanes(typingctx, out, theta, j, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
-    """Write ``out[j : j + LANES] = theta[..] + scale * n``, the elements from ``start`` on."""
+def _address(typingctx, array, j):  # type: ignore[no-untyped-def]
+    """Return the address of ``array[j]``, int64."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        out, theta, j, start, k0, k1, scale, rademacher = args
-        half = _splat(builder, _xor_shift(builder, k0, 16))
-        n = _noise_from(builder, _indices(builder, start), half, _splat(builder, k1), rademacher)
-        moved = builder.fmul(builder.sitofp(n, _FLOATS), _splat(builder, scale))
-        # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
-        moved = builder.fadd(moved, ir.Constant(_FLOATS, [0.0] * LANES))
-        source = _pointer(context, builder, signature.args[1], theta, j, _FLOATS)
-        value = builder.fadd(builder.load(source, align=4), moved)
-        builder.store(value, _pointer(context, builder, signature.args[0], out, j, _FLOATS), align=4)
+        array, j = args
+        return builder.ptrtoint(_pointer(context, builder, signature.args[0], array, j, _F32), ir.IntType(64))
+
+    return types.int64(array, types.int64), codegen
+
+
+@intrinsic
+def _fence(typingctx):  # type: ignore[no-untyped-def]
+    """Wait until what `_stream_lanes` wrote is in memory: other threads read it next."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.fence("seq_cst")
         return context.get_dummy_value()
 
-    words = (types.uint32,) * 3
-    return types.void(out, theta, types.int64, *words, types.float32, types.boolean), codegen
+    return types.void(), codegen
 
 
 @intrinsic
