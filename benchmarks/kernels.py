@@ -4,7 +4,7 @@
 
 The arrays have SmolLM2-135M's shapes and random contents. What is compared runs in one process, turn about, on all
 cores, and every repetition is in `benchmarks/results/kernels.json`; ratios are those of medians. A second process
-repeats it with code compiled for AVX2 alone (``"avx2"`` in the result; only numba's kernels change there).
+repeats it with code for AVX2 alone, numba's and torch's (``"avx2"`` in the result).
 
 Per member the paper's loop adds sigma times the noise to the weights, draws the same noise again to take it off, and
 once more for the member's share of the update. estune writes the member's weights from theta (`Master.perturb`) and
@@ -41,6 +41,8 @@ from estune.optimizer import make_update
 from estune.population import Member
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 49152, 576, 30, 9, 3, 1536  # SmolLM2-135M, output head tied
+# What numba is told of a processor like those of 2013 (Haswell).
+AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"
 MEMBERS = 30
 SIGMA = 1e-3
 TARGETS = {
@@ -184,7 +186,7 @@ def measure_avx2(repetitions: int) -> dict[str, Any]:
         target = {
             "NUMBA_CPU_NAME": "haswell",
             "ATEN_CPU_CAPABILITY": "avx2",
-            "NUMBA_CPU_FEATURES": "",
+            "NUMBA_CPU_FEATURES": AVX2,
             "NUMBA_CACHE_DIR": cache,
         }
         command = [sys.executable, __file__, "--json", "--repetitions", str(repetitions)]
