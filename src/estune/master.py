@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,7 +133,7 @@ class Master:
         """
         streamed = sum(out.nbytes for out in outs.values()) >= STREAMED_BYTES
         self._run(
-            _call, [job for name, out in outs.items() for job in self._perturb_jobs(name, perturbation, out, streamed)]
+            _call, (job for name, out in outs.items() for job in self._perturb_jobs(name, perturbation, out, streamed))
         )
 
     def _perturb_jobs(
@@ -189,7 +189,7 @@ class Master:
             raise ValueError("an anchored update needs a reader of theta_0")
         if not (update.decay and update.anchored):
             anchor = None
-        jobs = [job for spec in self.specs for job in self._update_jobs(spec, update, anchor)]
+        jobs = (job for spec in self.specs for job in self._update_jobs(spec, update, anchor))
         parts = self._run(lambda job: job(), jobs)
         self.version += 1
         norm = math.sqrt(math.fsum(moved for _, _, moved, _ in parts))
@@ -284,9 +284,12 @@ class Master:
             digest.update(totals[spec.name].to_bytes(8, "little"))
         return digest.hexdigest()
 
-    def _run(self, work: Callable, jobs: Sequence) -> list:  # type: ignore[type-arg]
-        """Run ``work`` over ``jobs`` on the pool, results in order; small lists stay on this thread."""
-        if self._pool is None or len(jobs) < 2:
+    def _run(self, work: Callable, jobs: Iterable) -> list:  # type: ignore[type-arg]
+        """Run ``work`` over ``jobs`` on the pool, results in order; a single job stays on this thread.
+
+        The pool works on the first ones while an iterator still makes the others.
+        """
+        if self._pool is None or (isinstance(jobs, list) and len(jobs) < 2):
             return [work(job) for job in jobs]
         return list(self._pool.map(work, jobs))
 

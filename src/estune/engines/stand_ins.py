@@ -141,9 +141,10 @@ class MatrixStandIn(StandIn):
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return ``x W^T + bias`` with every row's own W: x (R, ..., d1); (R, ..., d0)."""
         self.used = True
-        groups = self.layout_of_rows.groups
-        if x.dim() < 2 or x.shape[0] % self.layout_of_rows.rows:
-            raise Uncovered(self.name, f"a product with {tuple(x.shape)} for {self.layout_of_rows.rows} rows")
+        layout = self.layout_of_rows
+        groups = layout.groups
+        if x.dim() < 2 or x.shape[0] % (groups * layout.width):
+            raise Uncovered(self.name, f"a product with {tuple(x.shape)} for {layout.rows} rows")
         if small_linear.takes(x, self.base):
             return small_linear.linear_of_members(x, self.base, self.left, self.right, bias)
         product = F.linear(x, self.base, bias)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -28,6 +29,7 @@ DISTRIBUTIONS = ("normal", "rademacher")
 _VARIANCE = {"normal": 8.0, "rademacher": 1.0}
 
 
+@lru_cache(maxsize=1 << 16)  # a step's members and its update ask for the same ones
 def noise_key(seed: int, name: str) -> tuple[int, int]:
     """Return the two 32-bit key words of one member's noise for one parameter (or block of one)."""
     message = seed.to_bytes(8, "little") + name.encode("utf-8")
