@@ -36,6 +36,7 @@ def accuracy(model: str) -> dict[str, Any]:
     command = [*ESTUNE, "evaluate", "--model", model, "--task", "countdown", "--split", "test", "--json",
                "--max_completion_length", "48"]  # fmt: skip
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    del found["model"]  # a temporary path
     return found
 
 
