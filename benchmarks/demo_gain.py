@@ -33,6 +33,7 @@ def evaluate(model: str, length: int, *flags: str) -> dict[str, Any]:
                "--max_completion_length", str(length), *flags]  # fmt: skip
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output)
+    del result["model"]  # a temporary path, for all but the base
     return result
 
 
