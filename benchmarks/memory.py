@@ -51,13 +51,16 @@ else:
     args = ESConfig(model=model, task="countdown", output_dir=run, max_steps=2 if what == "resume" else 1,
                     resume=what == "resume", population_size=2, batch_size=2, max_completion_length=4,
                     fitness_shaping="none", save_steps=1, report_to=["none"], noise=noise,
-                    reward_funcs=[str(Path(model).parent / "rewards.py") + ":lengths"])
+                    reward_funcs=[str(Path(model).parent / "rewards.py") + ":numbers"])
     ESTrainer(args=args).train()
+    steps = [json.loads(line) for line in (Path(run) / "journal.jsonl").read_text().splitlines()]
+    assert all(any(step["q"]) for step in steps if step["kind"] == "step"), "members tied: theta was not updated"
 print(json.dumps({"imported": imported, "peak": status("VmHWM")}))
 """
 
-# The random model's answers are all wrong; a reward that tells members apart makes theta move.
-REWARD = "def lengths(completions, **_):\n    return [sum(map(ord, text)) % 97 for text in completions]\n"
+# The random model's answers are all wrong, and its tokens may not even be words of the tokenizer's; a reward of their
+# numbers tells members apart, so that theta moves.
+REWARD = "def numbers(completions, completion_ids, **_):\n    return [sum(ids) % 97 for ids in completion_ids]\n"
 
 
 def measure(name: str, directory: Path) -> dict[str, dict[str, dict[str, float]]]:
