@@ -17,7 +17,7 @@ help:
 	@echo "make test    set up, run the whole test suite"
 	@echo "make check   ruff and mypy"
 	@echo "make format  ruff format and fix"
-	@echo "make bench   speed and its targets: kernels, steps, growth of cost (about 50 minutes)"
+	@echo "make bench   speed and its targets: kernels, steps, growth of cost (over an hour)"
 	@echo "make figures the other figures: memory, the demo's gain, equivalence, conciseness (about 70 minutes)"
 	@echo "make bench-check  the fast ratios again, against benchmarks/ratios.json (about 5 minutes)"
 

@@ -1,6 +1,6 @@
 """`make bench`: the noise kernels, a whole step, other packages and how cost grows, in one result and one table.
 
-    python benchmarks/bench.py                             # about 50 minutes on 2 quiet cores, 12 GiB of memory
+    python benchmarks/bench.py                             # over an hour on 2 quiet cores, 12 GiB of memory
     python benchmarks/bench.py --peers ~/.cache/estune-peers      # other packages, too: 40 minutes and 5 GB more
     python benchmarks/bench.py --check                     # `make bench-check`: the fast ratios alone, 5 minutes
 

@@ -1,7 +1,7 @@
 """Time of a whole ES step on SmolLM2-135M: the paper's loop, estune with full and low-rank noise, and pure generation.
 
     python scripts/fetch_smollm2.py models/smollm2
-    python benchmarks/step.py --model models/smollm2          # about 25 minutes on 2 cores
+    python benchmarks/step.py --model models/smollm2          # about 40 minutes on 2 cores
 
 Two cases, N = 30 members in both: the 2 conciseness prompts with 32 tokens, and 24 Countdown prompts with 64 tokens.
 Every completion has exactly that many tokens in every variant, so that the work is equal: the model is read from a

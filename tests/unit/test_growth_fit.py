@@ -1,23 +1,17 @@
-"""Which growth of cost counts as linear. The script is loaded from its file: it is no package."""
+"""Which growth of cost counts as linear."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from script_loading import loaded
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "growth.py"
 N_VALUES = [2.0**power for power in range(1, 10)]  # 2 to 512
 
 
 @pytest.fixture(scope="module")
 def growth():
-    spec = importlib.util.spec_from_file_location("estune_growth", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("benchmarks/growth.py") as module:
+        yield module
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,12 @@ the working model one after another, or, with low-rank noise, share its forward 
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from estune import environment
@@ -26,13 +23,11 @@ from estune.engines.hf_parameters import Binding, bindings
 from estune.engines.lowrank import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank_trial import shared_forward
 from estune.engines.noise_kinds import lowrank_names
+from estune.engines.reproducibility import answers_repeat
 from estune.engines.stand_ins import Uncovered
 from estune.engines.working_model import WorkingModel
 from estune.errors import UserError
 from estune.master import Master
-
-# In `check_reproducible`: rows (beyond `small_linear.MAX_ROWS`), tokens of all their prompts, tokens per completion.
-_PROBE_ROWS, _PROBE_PROMPT_TOKENS, _PROBE_TOKENS = 80, 1024, 3
 
 
 class HFEngine:
@@ -297,28 +292,8 @@ class HFEngine:
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Run a batch of a step twice, the second time beside a busy thread; say whether the tokens were equal.
-
-        Libraries choose their code by shape, so the batch keeps its rows, cut only where more would choose the same;
-        what is cut first is their length, because under load two threads are many times slower.
-        """
-        short = replace(sampling, max_completion_length=min(_PROBE_TOKENS, sampling.max_completion_length))
-        few = list(prompts[: self.prompts_per_batch])
-        enough = -(-_PROBE_ROWS // (len(few) * (sampling.num_generations if sampling.temperature else 1)))
-        tried = list(perturbations[:enough])
-        longest = max(2, _PROBE_PROMPT_TOKENS // (len(few) * len(tried)))
-        few = [replace(prompt, token_ids=prompt.token_ids[-longest:]) for prompt in few]
-        alone = self.generate_population(tried, few, short)
-        stop = threading.Event()
-        load = threading.Thread(target=_keep_busy, args=(stop,), daemon=True)
-        load.start()
-        try:
-            self.master_changed()  # write the weights again, too
-            loaded = self.generate_population(tried, few, short)
-        finally:
-            stop.set()
-            load.join()
-        return alone == loaded
+        """Run a batch of a step twice, the second time beside a busy thread; see `estune.engines.reproducibility`."""
+        return answers_repeat(self, perturbations, prompts, sampling)
 
     def info(self) -> dict[str, Any]:
         """Return what a journal's header says of the engine."""
@@ -420,9 +395,3 @@ def _end_ids(model: hf_callers.Model, tokenizer: Any) -> tuple[frozenset[int], i
         if pad is not None:
             return frozenset(ends), int(pad)
     raise AssertionError("0 is a padding id")
-
-
-def _keep_busy(stop: threading.Event) -> None:
-    values = np.ones((256, 256))
-    while not stop.is_set():
-        values = np.tanh(values @ values * 1e-3)

@@ -1,0 +1,29 @@
+"""Loads programs of `benchmarks/` and `scripts/` for tests, from their files: they are no packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def loaded(path: str) -> Iterator[ModuleType]:
+    """Yield the module of a file, named from the repository's root; its neighbours can be imported meanwhile."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(f"estune_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(file.parent))
+        del sys.modules[module.__name__]
