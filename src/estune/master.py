@@ -179,10 +179,13 @@ class Master:
         """Move theta by one step, in place, in one pass that also sums its checksum and norms.
 
         Raises:
-            ValueError: the update decays towards theta_0 but no ``anchor`` is given, or it has no rank for parameters
-                of low-rank noise.
+            ValueError: the update decays towards theta_0 but no ``anchor`` is given, or it has no rank, or too large a
+                one, for parameters of low-rank noise; theta has not moved then.
         """
         self._check_rank(update.rank)
+        for spec in self.specs:  # before any piece of theta moves
+            if spec.lowrank:
+                factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
         if update.is_zero:
             return Moved(self.checksum(), 0.0, 0.0)
         if update.decay and update.anchored and anchor is None:
@@ -225,7 +228,6 @@ class Master:
             return name, int(done[0]), done[1], done[2]
 
         if spec.lowrank:
-            factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
             pairs = _factor_keys(seeds, name)
             for row, count, column in row_pieces(spec.shape):
                 yield partial(lowrank, row, count, column, *pairs)

@@ -229,6 +229,20 @@ def test_where_acc_is_zero_theta_keeps_its_bits() -> None:
     assert np.count_nonzero(master.arrays["w"].view(np.uint32)[~still] != bits[~still]) > 3000
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_an_update_that_is_refused_moves_nothing(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    """Not even parameters that come before the one with too large a factor."""
+    specs = [ParameterSpec("a", (4, 4), True, lowrank=True), ParameterSpec("b", (64, 4), True, lowrank=True)]
+    arrays = {spec.name: np.ones(spec.shape, dtype=np.float32) for spec in specs}
+    master = Master(specs, arrays, num_threads=num_threads)
+    monkeypatch.setattr(estune.noise.reference, "BLOCK_SIZE", 128)
+    update = make_update(members_for_step(0, 0, 4, False), [1.0, -1.0, 0.5, -0.5], 0.1, rank=2)
+    with pytest.raises(ValueError, match=r"shape \(64, 4\) at rank 2"):
+        master.update(update)
+    assert all((array == 1).all() for array in master.arrays.values())
+    assert master.version == 0
+
+
 def test_members_of_zero_utility_are_skipped_without_a_trace() -> None:
     one, other = make_master(), make_master()
     one.update(make_update(MEMBERS, [1.0, 0.0, -0.5, 0.0, 0.0, 0.25], 5e-4))
