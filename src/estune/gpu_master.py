@@ -175,11 +175,9 @@ class DeviceMaster(Master):
 
     def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
         """Move theta by one step; see `Master.update`. An anchor is read through the host, part by part."""
-        self._check_rank(update.rank)
+        self._check_update(update, anchor)
         if update.is_zero:
             return Moved(self.checksum(), 0.0, 0.0)
-        if update.decay and update.anchored and anchor is None:
-            raise ValueError("an anchored update needs a reader of theta_0")
         if not (update.decay and update.anchored):
             anchor = None
         moving = [(member, q) for member, q in zip(update.members, update.q, strict=True) if q]

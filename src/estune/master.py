@@ -182,14 +182,9 @@ class Master:
             ValueError: the update decays towards theta_0 but no ``anchor`` is given, or it has no rank, or too large a
                 one, for parameters of low-rank noise; theta has not moved then.
         """
-        self._check_rank(update.rank)
-        for spec in self.specs:  # before any piece of theta moves
-            if spec.lowrank:
-                factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
+        self._check_update(update, anchor)
         if update.is_zero:
             return Moved(self.checksum(), 0.0, 0.0)
-        if update.decay and update.anchored and anchor is None:
-            raise ValueError("an anchored update needs a reader of theta_0")
         if not (update.decay and update.anchored):
             anchor = None
         jobs = (job for spec in self.specs for job in self._update_jobs(spec, update, anchor))
@@ -245,6 +240,15 @@ class Master:
         """Raise ValueError where parameters of low-rank noise meet a member or an update without a rank."""
         if rank < 1 and any(spec.lowrank for spec in self.specs):
             raise ValueError("parameters of low-rank noise need a rank of at least 1")
+
+    def _check_update(self, update: Update, anchor: AnchorReader | None) -> None:
+        """Raise ValueError for what cannot be done, before any piece of theta moves; see `update`."""
+        self._check_rank(update.rank)
+        for spec in self.specs:
+            if spec.lowrank:
+                factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
+        if update.decay and update.anchored and anchor is None and not update.is_zero:
+            raise ValueError("an anchored update needs a reader of theta_0")
 
     def checksum(self) -> str:
         """Return the checksum of theta (DESIGN section 5): blake2b-128 in hex, a sum that shards can add up."""
