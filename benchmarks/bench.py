@@ -24,6 +24,7 @@ import json
 import math
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,21 +189,36 @@ def measure_growth(quick: bool) -> dict[str, Any]:
     return result
 
 
+def measure_section(section: str, model: Path | None, cache_dir: Path | None, quick: bool) -> dict[str, Any]:
+    """Measure one section; step and peers need a model, peers needs a directory for packages."""
+    if section == "kernels":
+        return measure_kernels(quick)
+    if section == "growth":
+        return measure_growth(quick)
+    assert model is not None
+    if section == "step":
+        return measure_step(model, quick)
+    assert cache_dir is not None
+    return measure_peers(model, cache_dir, quick)
+
+
 def measure(sections: Sequence[str], model: Path | None, cache_dir: Path | None, quick: bool) -> dict[str, Any]:
-    """Measure some sections and print each; return them by name. Without a model those that need one are left out."""
+    """Measure some sections and print each; return them by name. Without a model those that need one are left out.
+
+    A section that breaks off is told with its traceback and is missing: its targets are then not met, and an hour's
+    measurements of the others are kept.
+    """
     results: dict[str, Any] = {}
     for section in sections:
         print(f"== {section}", flush=True)
-        if section == "kernels":
-            results[section] = measure_kernels(quick)
-        elif section == "growth":
-            results[section] = measure_growth(quick)
-        elif model is None:
+        if section in ("step", "peers") and model is None:
             print("not measured: SmolLM2 is not there")
-        elif section == "step":
-            results[section] = measure_step(model, quick)
-        elif cache_dir is not None:
-            results[section] = measure_peers(model, cache_dir, quick)
+            continue
+        try:
+            results[section] = measure_section(section, model, cache_dir, quick)
+        except Exception:
+            traceback.print_exc()
+            print(f"not measured: {section} broke off", flush=True)
     return results
 
 
