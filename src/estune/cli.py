@@ -180,12 +180,13 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
 
 def _train(values: dict[str, Any]) -> int:
     args = train_config(values)
+    from estune import inputs
     from estune.trainer import ESTrainer
 
     trainer = ESTrainer(args=args)
     if args.dry_run:
-        trainer.prepare()
-        print(trainer.args.to_json(), end="")
+        prompts = trainer.prepare()
+        print(inputs.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json(), end="")
         print(f"estune: {trainer.engine.master.num_parameters:,} parameters, {len(trainer.train_rows)} training rows, "
               f"{len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
         return 0

@@ -111,6 +111,10 @@ class Session:
             f"training rows, {len(self.eval_rows)} held out")  # fmt: skip
         say(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
               f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
+        if args.noise == "lowrank":
+            shared = self.engine.info().get("shared_forward")
+            together = f"{args.members_per_batch} in a forward pass" if shared else "one after another"
+            say(f"estune: low-rank noise, rank {args.rank}; members {together}")
         if run.steps_done:
             say(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
 
@@ -307,6 +311,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             first = plan_step(args, batches, 0)
             members = [first.perturbation(member) for member in first.members[: int(args.members_per_batch)]]
             prompts = [train_prompts[row] for row in first.rows]
+            say("estune: answering a first batch twice, to see whether rollouts repeat")
             reproducible = engine.check_reproducible(members, prompts, sampling)
         facts = {
             "reward_funcs": trainer.rewards.names,

@@ -305,6 +305,13 @@ def test_a_parameter_without_a_rule_is_named_and_still_perturbed(
         assert plain.generate(None, rows, GREEDY) == answer
 
 
+def test_a_model_that_is_called_in_a_way_of_its_own_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = engine_of("mamba")
+    assert not engine.info()["shared_forward"]
+    message = capsys.readouterr().err
+    assert "one after another" in message and "how the model is called" in message
+
+
 def test_rows_are_planned_by_member() -> None:
     # 3 members x 4 rows; member 0 has one row left, member 1 none, member 2 three
     plan = plan_rows([2, 8, 9, 11], [0, 1, 2], 4)

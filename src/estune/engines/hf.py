@@ -311,7 +311,7 @@ class HFEngine:
 
     def _share_forward(self) -> None:
         """Find out whether low-rank members can share a forward pass; where not, say why and keep theta apart."""
-        reason = "the model (it cannot take a batch of padded rows)"
+        reason = "how the model is called (with more, or other, than tokens, an attention mask and positions)"
         if self._attention:
             apart = partial(hf_callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
             self._shared, reason = shared_forward(
