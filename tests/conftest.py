@@ -1,6 +1,7 @@
 """Fixtures that start the real command line; see `command_line.py`.
 
-Nothing here reaches the network: the hub is offline, and every cache lies in a directory that ends with the session.
+Nothing reaches the network, those tests apart that fetch a model and say so: the hub is offline, and every cache lies
+in a directory that ends with the session.
 """
 
 import os

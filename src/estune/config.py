@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import json
 import math
 import re
@@ -21,13 +20,15 @@ from typing import Any, Literal
 
 from estune.errors import UserError
 from estune.optimizer import SCHEDULES, SIGMA_SCHEDULES
+from estune.words import nearest
 
+REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 PRESETS = Path(__file__).parent / "presets"
 
 # What a resumed run may change; everything else defines the trajectory and is written into the journal's header.
 RESUMABLE = frozenset(
-    "max_steps save_steps save_total_limit eval_steps eval_rows logging_steps report_to log_completions "
-    "output_dir run_name resume overwrite dry_run".split()
+    "max_steps save_steps save_total_limit eval_steps eval_rows logging_steps report_to console log_completions "
+    "output_dir run_name resume overwrite dry_run push_to_hub hub_model_id hub_private_repo".split()
 )
 
 
@@ -138,7 +139,16 @@ class ESConfig:
     eval_rows: int = _option(0, "Rows of the held-out split in evaluations within a run; 0: all.")
     save_steps: int = _option(0, "Steps between checkpoints; 0: only the final model.")
     save_total_limit: int = _option(0, "Checkpoints to keep, newest first; 0: all.")
-    report_to: list[str] = _option(["plot"], "Extras beside metrics.jsonl: plot (PNG curves), or none.")
+    push_to_hub: bool = _option(False, "Upload the finished model; the token is the hub client's (HF_TOKEN).")
+    hub_model_id: str | None = _option(None, "Repository to upload to. Default: the run's name.")
+    hub_private_repo: bool = _option(False, "Make that repository private.")
+    report_to: list[str] = _option(
+        ["plot", "report"],
+        "Beside metrics.jsonl: plot (PNG curves), report (report.html), tensorboard, trackio, wandb, mlflow; or none.",
+    )
+    console: str = _option(
+        "auto", "What a run shows: a panel, or a line a step; auto: a panel on a terminal.", ("auto", "panel", "lines")
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -225,6 +235,8 @@ class ESConfig:
             for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
                 if getattr(self, name) != FIELDS[name].default:
                     raise UserError(f"{name} needs dataset_name")
+        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private_repo):
+            raise UserError("hub_model_id and hub_private_repo need push_to_hub")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other")
         if self.resume and self.output_dir is None:
@@ -240,9 +252,11 @@ class ESConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"trainable_parameters has {pattern!r}, not a regular expression: {error}") from None
-        unknown = set(self.report_to) - {"plot", "none"}
-        if unknown:
-            raise UserError(f"report_to has {sorted(unknown)[0]!r}; it can be plot or none")
+        for name in self.report_to:
+            if name not in REPORTS:
+                raise UserError(f"report_to has {name!r}; it can be {', '.join(REPORTS)}{nearest(name, REPORTS)}")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise UserError("report_to none stands alone")
 
     def validate_training(self) -> None:
         """Raise UserError for what an evaluation could use and a training run would ignore.
@@ -293,13 +307,6 @@ def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source} gives {key} twice, once as {name!r}")
         named[key] = value
     return named
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    bare = {name.lstrip("-"): name for name in known}  # the dashes that all flags share say nothing
-    shortened = [name for name in bare if name.startswith(str(word).lstrip("-"))]
-    close = shortened or difflib.get_close_matches(str(word).lstrip("-"), list(bare), n=1, cutoff=0.6)
-    return f"; did you mean {bare[close[0]]!r}?" if close else ""
 
 
 def coerce(name: str, value: Any) -> Any:

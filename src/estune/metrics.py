@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from estune.inputs import Rewards
 
 COARSE_COSINE = 0.9
+SILENT = 0.9  # share of completions that equal theta's
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": rollouts.clipped_ratio,
+        "es/frac_unchanged": rollouts.unchanged_ratio,
         "es/fitness_best": _number(float(known.max()) if known.size else np.nan),
         "es/fitness_mean": _number(mean(fitness)),
         "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
@@ -88,6 +92,38 @@ def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
             print(f"estune: warning: the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
                   "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32",
                   file=sys.stderr)  # fmt: skip
+
+
+@dataclass
+class Watch:
+    """Warns, once each, of what `estune probe` would have shown: a population that nobody hears, or that breaks."""
+
+    best_mean: float = -math.inf  # of the population's fitness so far
+    warned: set[str] = field(default_factory=set)
+
+    def step(self, record: dict[str, Any], equal_to_theta: Callable[[], float]) -> None:
+        """Look at a training step's metrics; ``equal_to_theta`` gives the share of completions that equal theta's.
+
+        It is asked only where the members' most frequent completions have so large a share, without which theta's
+        cannot: theta has to answer for it.
+        """
+        if "silent" not in self.warned and record["es/frac_unchanged"] > SILENT:
+            share = equal_to_theta()
+            if share > SILENT:
+                self._warn("silent", f"{share:.0%} of the completions equal the unperturbed model's: sigma is too "
+                           "small to change what it says")  # fmt: skip
+        mean_now = record["es/fitness_mean"]
+        if mean_now is None:
+            return
+        if mean_now < self.best_mean - abs(self.best_mean) / 2:
+            self._warn("halved", "the population's mean fitness has halved since its best step: sigma or "
+                       "learning_rate is too large")  # fmt: skip
+        self.best_mean = max(self.best_mean, mean_now)
+
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self.warned:
+            self.warned.add(what)
+            print(f"estune: warning: {text}; `estune probe` tries several sizes", file=sys.stderr)
 
 
 def _number(value: float) -> float | None:

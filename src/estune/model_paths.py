@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 EMBEDDED_MODELS = Path(__file__).parent / "models"
+FETCHED_FILE = "fetched.json"  # what `estune fetch` writes beside a model
 
 
 def local_directory(model: str) -> Path | None:
@@ -17,3 +19,14 @@ def local_directory(model: str) -> Path | None:
         return embedded
     path = Path(model).expanduser()
     return path if path.is_dir() else None
+
+
+def public_name(model: str) -> str:
+    """Return how others know a model: the hub's id where it is one or was fetched, else without the way to it."""
+    directory = local_directory(model)
+    if directory is None or directory.parent == EMBEDDED_MODELS:
+        return model
+    fetched = directory / FETCHED_FILE
+    if fetched.is_file():
+        return str(json.loads(fetched.read_text(encoding="utf-8"))["model"])
+    return directory.resolve().name

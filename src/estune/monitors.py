@@ -17,6 +17,8 @@ from estune.errors import UserError
 from estune.files import writing
 from estune.records import METRICS_FILE
 
+REPORT_FILE = "report.html"
+
 
 class Monitor(Protocol):
     """Takes metric records as they come: training steps, and evaluations (their names begin with ``eval_``)."""
@@ -105,6 +107,26 @@ class PlotMonitor:
         """Draw the last state."""
         if (self.run_dir / METRICS_FILE).exists():
             self._draw(self.run_dir)
+
+
+class ReportMonitor:
+    """Writes the run's page, `report.html`, after each evaluation and at the end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from estune.report.page import write_page
+
+        self._write: Callable[[list[Path], Path], object] = write_page
+        self.run_dir = run_dir
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write where an evaluation has come in."""
+        if "eval_reward" in record:
+            self.close()
+
+    def close(self) -> None:
+        """Write the last state."""
+        if (self.run_dir / METRICS_FILE).exists():
+            self._write([self.run_dir], self.run_dir / REPORT_FILE)
 
 
 class Monitors:

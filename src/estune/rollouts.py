@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class Group:
     failed: list[list[int]]  # (b, g, f) of every failure
     lengths: list[list[int]]  # (B, G), generated tokens
     finished: list[list[bool]]  # (B, G); False: clipped
+    digests: list[list[str]]  # (B, G), of token ids: equal completions have equal ones
     prompt_tokens: int
     generate_s: float  # without perturb_s
     perturb_s: float = 0.0
@@ -66,6 +68,16 @@ class Rollouts:
         return sum(group.prompt_tokens for group in self.groups) + int(self.lengths.sum())
 
     @property
+    def unchanged_ratio(self) -> float:
+        """Share of completions that equal the most frequent one of all members, prompt by prompt.
+
+        Where nearly all do, that one is theta's: no perturbation was felt.
+        """
+        digests = np.array([group.digests for group in self.groups])  # (N, B, G)
+        most = [np.unique(digests[:, b, g], return_counts=True)[1].max() for b, g in np.ndindex(digests.shape[1:])]
+        return float(np.sum(most)) / digests.size
+
+    @property
     def clipped_ratio(self) -> float:
         """Share of completions that the length limit cut off."""
         return 1.0 - float(np.mean([group.finished for group in self.groups]))
@@ -79,6 +91,7 @@ class Evaluator:
     pool: RewardPool
     response_prefix: str
     should_stop: Callable[[], bool] = lambda: False
+    members_done: Callable[[int], None] = lambda done: None  # told how many of a step's members have answered
     complained: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
 
     def start(
@@ -108,6 +121,7 @@ class Evaluator:
                 failed=[],
                 lengths=[[len(c.token_ids) for c in row] for row in completions],
                 finished=[[c.finished for c in row] for row in completions],
+                digests=[[digest(c.token_ids) for c in row] for row in completions],
                 prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
                 generate_s=generate_s / len(answered),
                 perturb_s=perturb_s / len(answered),
@@ -226,6 +240,7 @@ class Evaluator:
                 chosen = [perturbations[index] for index in batch]
                 started = self.start(chosen, rows, prompts, sampling, trainer_state, keep_text)
                 scoring.extend((index, group, future) for index, (group, _, future) in zip(batch, started, strict=True))
+                self.members_done(batch.stop)
                 collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):
@@ -234,6 +249,11 @@ class Evaluator:
         waiting_since = time.perf_counter()
         collect(wait=True)
         return stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
+
+
+def digest(token_ids: Sequence[int]) -> str:
+    """Return a short hash of a completion's tokens."""
+    return blake2b(np.asarray(token_ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
 
 
 def known_groups(found: Mapping[int, dict[str, Any]], n_members: int, keep_text: bool) -> dict[int, Group]:

@@ -41,6 +41,7 @@ WRITTEN = (
     "checkpoint-*", "es_state.json", "trainer_state.json", "config.json", "generation_config.json", "*.safetensors",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "vocab.*", "merges.txt", "*.model", "*.spm", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+    "README.md", "report.html", "tensorboard", "wandb",
 )  # fmt: skip
 
 

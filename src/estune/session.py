@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,21 +16,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from estune import inputs, metrics, records
+from estune.card import write_card
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, load_master, prune, write_model
 from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Engine, Perturbation, Prompt
 from estune.evaluation import Evaluation, evaluate
 from estune.fitness import fill_failures, population_fitness, weigh
+from estune.hub import open_repository, push, repository_of
 from estune.inputs import Rewards
 from estune.journal import step_record
+from estune.loggers import start_logger
 from estune.model_paths import local_directory
-from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, say
+from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor, say
 from estune.noise import lowrank_scale, perturbation_scale
 from estune.optimizer import Update, scheduled
+from estune.panel import PanelMonitor, Said
 from estune.population import Member, members_for_step
 from estune.rewards import INLINE_WARNING, RewardPool
-from estune.rollouts import Evaluator, Rollouts
+from estune.rollouts import Evaluator, Rollouts, digest
 from estune.run import Run, open_run, refuse_diverged
 from estune.signals import StopRequest
 
@@ -97,6 +101,9 @@ class Session:
     tokens: int  # processed by the journalled steps
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
     perturb_cos_scale: float = 0.0
+    watch: metrics.Watch = field(default_factory=metrics.Watch)
+    panel: PanelMonitor | None = None
+    repository: str | None = None  # on the hub, where the finished model goes
     measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
     started: float = 0.0  # clock readings of the step in hand, in seconds
     move_started: float = 0.0
@@ -139,7 +146,7 @@ class Session:
             members_per_batch=int(self.args.members_per_batch),
             pending=self.run.pending,
             head=self.run.journal.head,
-            keep_text=self._keeps_completions(step),
+            keep_text=self._keeps_completions(step) or self.panel is not None,
         )
 
     def journal_step(
@@ -156,6 +163,7 @@ class Session:
         """
         self.tokens += rollouts.tokens
         self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+        self.watch.step(self.measured, lambda: self._share_of_theta(step, rollouts))
         self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
         self.measured |= {"es/evaluations": self._evaluations(step)} | self._theta_rank(step, rollouts)
         if np.isnan(fitness).all():
@@ -174,6 +182,8 @@ class Session:
             lowrank_scale=step.lowrank_scale,
         )
         self.run.pending.note(self.run.journal.head, self.measured)  # what a kill behind the step line would lose
+        if self.panel is not None:
+            self.panel.members(fitness.tolist(), said(self._inputs(step)[1], rollouts, fitness))
         if self._keeps_completions(step):
             path = self.run.path / "completions" / f"step_{step.index + 1:05d}.jsonl"
             records.write_completions(path, rollouts, self._inputs(step)[1])
@@ -216,12 +226,15 @@ class Session:
         self.engine.load_theta()
         self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)
+        write_card(self.run.path)
         self.run.pending.clear()
         prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
             print("estune: warning: theta never moved: in every step all members tied, or every reward failed",
                   file=sys.stderr)  # fmt: skip
         say(f"estune: done; the model is in {self.run.path}")
+        if self.repository is not None:
+            say(f"estune: {push(self.run.path, self.repository)}")
 
     def save_interrupted(self) -> None:
         """Save theta where the run was asked to stop."""
@@ -255,6 +268,13 @@ class Session:
         weights = self.rewards.weights
         fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
         return {"es/theta_fitness": float(fitness[-1]), "es/theta_rank": 1 + int((fitness[:-1] > fitness[-1]).sum())}
+
+    def _share_of_theta(self, step: Step, rollouts: Rollouts) -> float:
+        """Let theta answer the step's prompts; return the share of completions (N, B, G) that equal its own."""
+        prompts, sampling = self._inputs(step)[1], inputs.sampling(self.args, step.index)
+        answers = self.engine.generate(None, prompts, sampling, self.evaluator.should_stop)
+        own = [[digest(completion.token_ids) for completion in row] for row in answers]  # (B, G)
+        return float(np.mean(np.array([group.digests for group in rollouts.groups]) == np.array(own)))
 
     def _evaluate_held_out(self, done: int) -> Evaluation:
         return evaluate(
@@ -320,13 +340,26 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         }
         run.begin(engine, reproducible, facts)
         replayed, last_move = run.recover(engine)
-        monitors = _monitors(args, run)
+        repository = None
+        if args.push_to_hub:
+            repository = open_repository(repository_of(args), args.hub_private_repo)
+        monitors, panel = _monitors(args, run)
         stack.callback(monitors.close)
+
+        def between_tokens() -> bool:
+            if panel is not None:
+                panel.tick()
+            return stop.requested()
+
         session = Session(
             args=args,
             run=run,
             engine=engine,
-            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested),
+            evaluator=Evaluator(
+                engine, pool, args.response_prefix, between_tokens, panel.members_done if panel else lambda done: None
+            ),
+            panel=panel,
+            repository=repository,
             accuracy_pool=accuracy_pool,
             rewards=trainer.rewards,
             train_rows=trainer.train_rows,
@@ -364,8 +397,32 @@ def _keep_base(trainer: ESTrainer, run: Run) -> None:
     run.anchor = anchor if anchored else None
 
 
-def _monitors(args: ESConfig, run: Run) -> Monitors:
-    optional: list[Monitor] = [ConsoleMonitor(args.max_steps, run.steps_done)]
-    if "plot" in args.report_to:
-        optional.append(PlotMonitor(run.path))
-    return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], optional)
+def said(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:
+    """Return what the best, the median and the worst member answered to the step's first prompt."""
+    order = [int(m) for m in np.argsort(-fitness, kind="stable") if not np.isnan(fitness[m])]  # NaN comes last
+    chosen = [("best", 0), ("median", len(order) // 2), ("worst", len(order) - 1)] if order else []
+    found = []
+    for place, index in chosen:
+        member = order[index]
+        texts = rollouts.groups[member].completions
+        if texts is not None:
+            found.append(Said(place, float(fitness[member]), prompts[0].text, texts[0][0]))
+    return found
+
+
+def _monitors(args: ESConfig, run: Run) -> tuple[Monitors, PanelMonitor | None]:
+    """Start what shows and records the run; a tracker that cannot start is an error."""
+    started: list[Monitor] = []
+    panel = None
+    for name in args.report_to:
+        if name == "plot":
+            started.append(PlotMonitor(run.path))
+        elif name == "report":
+            started.append(ReportMonitor(run.path))
+        elif name != "none":
+            started.append(start_logger(name, run.path, args.trajectory()))
+    if args.console == "panel" or (args.console == "auto" and sys.stdout.isatty()):
+        title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {args.model}"
+        panel = PanelMonitor(title, args.max_steps, args.population_size, run.steps_done)
+    console: Monitor = panel or ConsoleMonitor(args.max_steps, run.steps_done)
+    return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], [console, *started]), panel

@@ -23,6 +23,7 @@ from estune.data import Batches
 from estune.engines.base import Engine, Interrupted, Prompt
 from estune.errors import UserError
 from estune.fitness import fill_failures, shape_fitness, weigh
+from estune.hub import open_repository, push, repository_of
 from estune.monitors import say
 from estune.optimizer import make_update
 from estune.run import is_finished
@@ -88,6 +89,8 @@ class ESTrainer:
         run_dir = Path(self.args.output_dir or "")
         if self.args.resume and is_finished(run_dir, self.args, self.given):
             say(f"estune: {run_dir} is finished ({self.args.max_steps} steps); nothing to do")
+            if self.args.push_to_hub:
+                say(f"estune: {push(run_dir, open_repository(repository_of(self.args), self.args.hub_private_repo))}")
             return run_dir
         with open_session(self) as session:
             args, weights = session.args, self.rewards.weights

@@ -14,7 +14,7 @@ from command_line import TOY, assert_refused, estune, journal, metrics, write_re
 from estune.config import read_config_file
 from estune.tasks import TASKS
 
-COMMANDS = ("train", "evaluate", "score", "replay", "env")
+COMMANDS = ("train", "evaluate", "score", "probe", "replay", "export", "apply", "report", "watch", "fetch", "env")
 
 
 def one_object(done):

@@ -127,7 +127,7 @@ TOY_EFFECTS = {
     "eval_rows": (("--eval_steps", 1), ("--eval_rows", 3), logged("eval_rows")),
     "save_steps": ((), ("--save_steps", 1), names("checkpoint-")),
     "save_total_limit": (("--save_steps", 1), ("--save_total_limit", 1), names("checkpoint-")),
-    "report_to": ((), ("--report_to", "plot"), names("plots/")),
+    "report_to": ((), ("--report_to", "plot", "report"), names("plots/")),
 }
 
 TEXT = ("--log_completions", "--sigma", 0.02)
@@ -165,6 +165,10 @@ OTHERWISE = {  # field -> the test below that shows its effect
     "resume": "test_resume",
     "overwrite": "test_overwrite",
     "dry_run": "test_dry_run",
+    "console": "test_console",
+    "push_to_hub": "test_push_to_hub",
+    "hub_model_id": "test_push_to_hub",
+    "hub_private_repo": "test_push_to_hub",
 }
 
 
@@ -453,6 +457,22 @@ def test_members_per_batch(run, place):
     found = [journal(place / name)[0]["config"]["members_per_batch"] for name in ("run", "three")]
     assert found == [1, 3]  # auto is resolved at the start
     assert steps(place / "run") == steps(place / "three")
+
+
+def test_console(run, place):
+    lines, panel = (run(*RUN, "--console", kind, "--output_dir", kind) for kind in ("lines", "panel"))
+    assert lines.code == panel.code == 0
+    assert "step 2/2  reward" in lines.out and "this step" not in lines.out
+    assert "this step" in panel.out and "step 2/2  reward" not in panel.out
+    assert run(*RUN, "--output_dir", "auto").out.replace("auto", "lines") != panel.out  # here is no terminal
+
+
+def test_push_to_hub(run, place):
+    """What arrives is shown in `test_hub`; without a hub the run does not begin, and names what it wanted."""
+    assert_refused(run(*RUN, "--push_to_hub"), "push_to_hub cannot open run")
+    assert_refused(run(*RUN, "--push_to_hub", "--hub_model_id", "me/mine", "--hub_private_repo"), "cannot open me/mine")
+    for alone in (("--hub_model_id", "me/mine"), ("--hub_private_repo",)):
+        assert_refused(run(*RUN, *alone), "need push_to_hub")
 
 
 def test_output_dir(run, place):

@@ -135,7 +135,10 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, says: str) 
         ({"sigma_scheduler_type": "polynomial"}, "sigma_scheduler_type is"), ({"engine": "tgi"}, "engine is 'tgi'"),
         ({"dtype": "fp8"}, "dtype is 'fp8'"), ({"weight_decay_anchor": "bas"}, "did you mean 'base'"),
         ({"chat_template_kwargs": {"a": 1}, "apply_chat_template": False}, "chat_template_kwargs have no effect"),
-        ({"report_to": ["mlflow"]}, "report_to has 'mlflow'"), ({"reward_isolation": "thread"}, "reward_isolation is"),
+        ({"report_to": ["mlfow"]}, "report_to has 'mlfow'.*did you mean 'mlflow'"),
+        ({"report_to": ["none", "plot"]}, "none stands alone"),
+        ({"hub_model_id": "me/x"}, "need push_to_hub"), ({"console": "pannel"}, "did you mean 'panel'"),
+        ({"reward_isolation": "thread"}, "reward_isolation is"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(options: dict[str, Any], says: str) -> None:

@@ -84,10 +84,14 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Generated tokens, the end-of-sequence token included; ``finished`` is false where the limit cut them off."""
+    """Generated tokens, the end-of-sequence token included; ``finished`` is false where the limit cut them off.
+
+    ``finite`` is false where a token was chosen by a logit that is not a finite number: the weights were broken.
+    """
 
     token_ids: tuple[int, ...]  # (T,)
     finished: bool
+    finite: bool = True
 
 
 class Engine(Protocol):

@@ -122,6 +122,7 @@ def complete(
     limit = sampling.max_completion_length
     new_tokens: list[list[int]] = [[] for _ in rows]
     finished = [False] * len(rows)
+    finite = [True] * len(rows)
     batch = list(range(len(rows)))  # the row behind each line of the batch
     greedy = sampling.temperature == 0.0
     ids, mask = left_pad([row.token_ids for row in rows], pad, device)
@@ -131,11 +132,13 @@ def complete(
             raise Interrupted
         uniforms = [] if greedy else [0.0 if r == FILLING else uniform(sampling, rows[r], position) for r in batch]
         tokens = choose(logits, sampling, uniforms)  # (R,)
+        sound = logits.gather(-1, tokens.to(logits.device)[:, None])[:, 0].isfinite()  # (R,)
         alive = []  # lines of the batch that go on
-        for line, token in enumerate(tokens.tolist()):
+        for line, (token, is_sound) in enumerate(zip(tokens.tolist(), sound.tolist(), strict=True)):
             r = batch[line]
             if r == FILLING or finished[r]:
                 continue
+            finite[r] &= is_sound
             new_tokens[r].append(token)
             if token in eos or stop.hit(new_tokens[r]):
                 finished[r] = True
@@ -150,4 +153,4 @@ def complete(
             batch = [batch[line] if goes_on else FILLING for line, goes_on in zip(lines, live, strict=True)]
             tokens = tokens[torch.tensor(lines, device=device)]
         logits = caller.step(tokens)
-    return [Completion(tuple(ids), done) for ids, done in zip(new_tokens, finished, strict=True)]
+    return [Completion(tuple(new_tokens[r]), finished[r], finite[r]) for r in range(len(rows))]

@@ -1,8 +1,9 @@
-"""PNG curves of a run, from its `metrics.jsonl` alone."""
+"""PNG curves of one run or several, from their `metrics.jsonl` alone."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ PLOT_FILE = Path("plots") / "curves.png"
 REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
 
 
-def plot_run(run_dir: Path) -> Path:
+def plot_run(run_dir: Path, output_dir: Path | None = None) -> Path:
     """Draw the population's reward and the held-out curve of a run; return the PNG's path.
 
     Left: mean fitness over the population, a band of one standard deviation, and the best member. Right: held-out
@@ -30,8 +31,45 @@ def plot_run(run_dir: Path) -> Path:
     left, right = figure.subplots(1, 2)
     _reward_curve(left, steps)
     _held_out_curve(right, evaluations)
-    path = run_dir / PLOT_FILE
-    path.parent.mkdir(exist_ok=True)
+    return _save(figure, output_dir or run_dir)
+
+
+def plot_runs(run_dirs: Sequence[Path], output_dir: Path) -> Path:
+    """Draw several runs' reward and held-out curves: each run, their mean, and the range over runs; return the path.
+
+    The mean is drawn where every run has a value.
+    """
+    records = [read_metrics(run_dir) for run_dir in run_dirs]
+    steps = [[(r["step"], r["reward"]) for r in run if r.get("reward") is not None] for run in records]
+    held_out = [[r for r in run if "eval_reward" in r] for run in records]
+    accurate = any(r.get("eval_accuracy") is not None for run in held_out for r in run)
+    name, factor = ("eval_accuracy", 100.0) if accurate else ("eval_reward", 1.0)
+    points = [[(r["step"], factor * r[name]) for r in run if r.get(name) is not None] for run in held_out]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _band_over_runs(left, steps, REWARD)
+    left.set(title="Training reward", xlabel="step", ylabel="population's mean")
+    _band_over_runs(right, points, HELD_OUT)
+    right.set(title="Held-out accuracy" if accurate else "Held-out reward", xlabel="step",
+              ylabel="%" if accurate else "reward")  # fmt: skip
+    return _save(figure, output_dir)
+
+
+def _band_over_runs(axes: Any, runs: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
+    for run in runs:
+        axes.plot([x for x, _ in run], [y for _, y in run], color=colour, linewidth=0.7, alpha=0.6)
+    common = sorted(set.intersection(*({x for x, _ in run} for run in runs)))
+    values = [[dict(run)[x] for run in runs] for x in common]
+    if common:
+        axes.fill_between(common, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15,
+                          linewidth=0, label="range over runs")  # fmt: skip
+        axes.plot(common, [sum(v) / len(v) for v in values], color=colour, linewidth=2, label=f"mean of {len(runs)}")
+    _finish(axes, bool(common))
+
+
+def _save(figure: Figure, directory: Path) -> Path:
+    path = directory / PLOT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=130)
     os.replace(partial, path)

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks import countdown, quadratic
+from estune.tasks import conciseness, countdown, mixture, quadratic, reasoning
 
 __all__ = ["TASKS", "Task", "get_task"]
 
@@ -20,7 +20,7 @@ class Task:
     name: str
     description: str
     load: Callable[[str], list[Row]]
-    """Rows of the split "train", "validation" or "test"; each has "prompt" and the columns below."""
+    """Rows of one of the splits below; each has "prompt" and the columns below."""
     prepare_row: Callable[[Row], Row]
     """A row of somebody's own file -> a row of this task; UserError names missing columns."""
     reward: Callable[..., list[float]]
@@ -29,9 +29,21 @@ class Task:
     """1.0 or 0.0 per completion, what evaluation reports."""
     columns: tuple[str, ...]
     """The columns that the two functions need."""
+    splits: tuple[str, ...] = ("train", "validation", "test")
+    """Trained on, held out while a run goes on, evaluated in the end; others are for evaluation, too."""
 
 
 TASKS: dict[str, Task] = {
+    "conciseness": Task(
+        name="conciseness",
+        description="answer short questions in as few characters as the shortest right answer has",
+        load=conciseness.load,
+        prepare_row=conciseness.prepare_row,
+        reward=conciseness.reward,
+        accuracy=conciseness.accuracy,
+        columns=("answer", "answers"),
+        splits=conciseness.SPLITS,
+    ),
     "countdown": Task(
         name="countdown",
         description="reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
@@ -54,8 +66,55 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """Return the task of that name; UserError with the nearest name where there is none."""
+    """Return the task of that name: a built-in one, ``rg:<name>`` of reasoning-gym, or a mixture ``a=2,b=1``.
+
+    Raises:
+        UserError: with the nearest name where there is none.
+    """
     if name in TASKS:
         return TASKS[name]
+    if "," in name or "=" in name:
+        return _mixture(name)
+    if name.startswith(reasoning.PREFIX):
+        return _reasoning(name)
     nearest = get_close_matches(name, TASKS, n=1, cutoff=0.0)
     raise UserError(f"There is no task {name!r}; did you mean {nearest[0]!r}?")
+
+
+def _reasoning(name: str) -> Task:
+    generator = name.removeprefix(reasoning.PREFIX)
+    reasoning.rows_of(generator)  # refuses unknown names
+    return Task(
+        name=name,
+        description=f"reasoning-gym's {generator}",
+        load=lambda split: reasoning.rows_of(generator)[split],
+        prepare_row=reasoning.prepare_row,
+        reward=reasoning.reward,
+        accuracy=reasoning.accuracy,
+        columns=("rg_task", "rg_entry"),
+    )
+
+
+def _mixture(text: str) -> Task:
+    parts = mixture.parse(text)
+    names, weights = [name for name, _ in parts], [weight for _, weight in parts]
+    tasks = {name: get_task(name) for name in names}
+    if "quadratic" in tasks:
+        raise UserError("task quadratic has no language and mixes with no other")
+
+    def prepare_row(row: Row) -> Row:
+        if row.get("task") not in tasks:
+            raise UserError(f"a row of the mixture {text} needs the column task, one of {', '.join(names)}")
+        return tasks[row["task"]].prepare_row(row)
+
+    return Task(
+        name=text,
+        description=f"a mixture of {', '.join(names)}",
+        load=lambda split: mixture.blend(
+            [tasks[n].load(split) for n in names], weights, names, repeat=split == "train"
+        ),
+        prepare_row=prepare_row,
+        reward=mixture.Dispatch({name: task.reward for name, task in tasks.items()}, "reward"),
+        accuracy=mixture.Dispatch({name: task.accuracy for name, task in tasks.items()}, "accuracy"),
+        columns=("task",),
+    )

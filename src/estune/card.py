@@ -1,0 +1,102 @@
+"""The model card of a finished run: what it was made from, how, what it gained, and how its weights can be rebuilt."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from estune import __version__
+from estune.config import FIELDS, RESUMABLE
+from estune.files import replace_file
+from estune.journal import Journal
+from estune.model_paths import public_name
+from estune.records import read_metrics
+
+CARD_FILE = "README.md"
+# What the command of a card leaves out: where the run lay says nothing to anybody else.
+NOT_IN_COMMAND = RESUMABLE - {"max_steps"} | {"model"}
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """Return the command line that starts the run of a configuration again: every option that is no default."""
+    words = ["estune", "train", "--model", shlex.quote(public_name(config["model"]))]
+    for name, spec in FIELDS.items():
+        value = config.get(name)
+        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        if name in NOT_IN_COMMAND or value is None or value == default:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words.append(shlex.quote(json.dumps(value)))
+        elif isinstance(value, list):
+            words.extend(shlex.quote(_bare(str(item))) for item in value)
+        else:
+            words.append(shlex.quote(str(value).lower() if isinstance(value, bool) else _bare(str(value))))
+    return " ".join(words)
+
+
+def _bare(word: str) -> str:
+    """Return a path without the way to it, if it is one from the root: that says nothing to anybody else."""
+    return Path(word).name if word.startswith(("/", "~")) else word
+
+
+def card(run_dir: Path) -> str:
+    """Return the card of a run as Markdown, from its directory alone."""
+    journal = Journal.open(run_dir / "journal.jsonl", repair=False)
+    assert journal is not None
+    header, config = journal.header, journal.header["config"]
+    base, data = header["base"], header["data"]
+    steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
+    source = config["task"] or config["dataset_name"] or "data given from Python"
+    front = ["---", "library_name: transformers", "tags: [estune, evolution-strategies]"]
+    model = public_name(base["model"])
+    if "/" in model:
+        front.append(f"base_model: {model}")
+    lines = [
+        *front, "---", "", f"# {model.rpartition('/')[2]}, tuned on {Path(source).name}", "",
+        f"All parameters of `{model}` (fingerprint `{base['fingerprint']}`) were tuned by evolution strategies: "
+        f"{steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
+        f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {__version__}).", "",
+        f"* Data: `{_bare(source)}`, {data['rows']} training rows (fingerprint `{data['fingerprint']}`)",
+        f"* Rewards: {', '.join(f'`{name}`' for name in header['reward_funcs'])}",
+        "* Command:", "", "```", command_of({**config, "max_steps": steps}), "```", "",
+        *_gain(read_metrics(run_dir)),
+        "## Rebuilding the weights", "",
+        "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",
+        "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
+        f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _gain(records: list[dict[str, Any]]) -> list[str]:
+    """Return the table of the first and the last held-out evaluation."""
+    found = [record for record in records if "eval_reward" in record]
+    if not found:
+        return ["No held-out evaluation was made within the run (`--eval_steps`).", ""]
+    rows = [("before", found[0]), ("after", found[-1])]
+    has_accuracy = found[0].get("eval_accuracy") is not None
+    head = "| | step | reward | mean length, tokens |" + (" accuracy, 95 % interval |" if has_accuracy else "")
+    lines = [
+        f"Held out, {found[0]['eval_rows']} rows:",
+        "",
+        head,
+        "|---|---|---|---|" + ("---|" if has_accuracy else ""),
+    ]
+    for name, record in rows:
+        reward = "n/a" if record["eval_reward"] is None else f"{record['eval_reward']:.4g}"
+        line = f"| {name} | {record['step']} | {reward} | {record['eval_mean_length_tokens']:.1f} |"
+        if has_accuracy:
+            low, high = record["eval_accuracy_ci95"]
+            line += f" {record['eval_accuracy']:.1%} ({low:.1%} to {high:.1%}) |"
+        lines.append(line)
+    return [*lines, ""]
+
+
+def write_card(run_dir: Path) -> None:
+    """Write the card beside the finished model."""
+    text = card(run_dir).encode("utf-8")
+    replace_file(run_dir / CARD_FILE, lambda file: file.write(text))

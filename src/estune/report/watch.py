@@ -1,0 +1,68 @@
+"""`estune watch`: the report's page of a run that is going on, served to browsers on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from estune.errors import UserError
+from estune.monitors import say
+from estune.report.data import read_runs
+from estune.report.page import page
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers ``/`` with the page and ``/data.json`` with what is in it, read from disk at every request."""
+
+    directories: Sequence[Path] = ()
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        name = self.path.partition("?")[0]
+        if name not in ("/", "/data.json"):
+            self.send_error(404)
+            return
+        data = read_runs(self.directories)
+        if name == "/":
+            self._answer("text/html", page(data, live=True))
+        else:
+            self._answer("application/json", json.dumps(data, ensure_ascii=False, allow_nan=False))
+
+    def _answer(self, kind: str, text: str) -> None:
+        body = text.encode("utf-8", errors="replace")
+        self.send_response(200)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing of requests."""
+
+
+def serve(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
+    """Return a server that is bound; ``serve_forever`` runs it. Port 0 takes any free one.
+
+    Raises:
+        UserError: a directory holds no run, or the port is taken.
+    """
+    read_runs(directories)
+    handler = type("RunHandler", (Handler,), {"directories": tuple(directories)})
+    try:
+        return ThreadingHTTPServer((host, port), handler)
+    except OSError as error:
+        raise UserError(f"cannot serve on {host}:{port}: {error.strerror}; give another --port") from None
+
+
+def watch_command(directories: Sequence[Path], host: str, port: int) -> int:
+    """Serve until interrupted."""
+    with serve(directories, host, port) as server:
+        say(f"estune: http://{host}:{server.server_port}/ (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("")
+    return 0

@@ -1,0 +1,113 @@
+"""Conciseness: answer a short question in as few characters as its shortest right answer has.
+
+The reward is minus the distance in characters between a completion's length and that answer's (arXiv 2509.24372,
+section on conciseness); it never looks at what is said. The accuracy does: an accepted answer must stand in the
+completion, as whole words. There are two prompts to train on, eight to validate and eight to test, as many as the paper
+has of each kind but in words of our own; and the split ``knowledge``: 200 short questions with their accepted answers,
+to see whether a model that became brief still knows what it knew. No split shares an answerable question with another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from estune.errors import UserError
+
+KNOWLEDGE = Path(__file__).parent / "data" / "short_answers.jsonl"
+SPLITS = ("train", "validation", "test", "knowledge")
+
+# A question, then its accepted answers; the first one's length is the target.
+QUESTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "train": (
+        ("Which writer is the author of the play Hamlet?", "Shakespeare"),
+        ("At what temperature, in degrees Celsius, does water boil at sea level?", "100", "hundred"),
+    ),
+    "validation": (
+        ("Which animal do we get wool from?", "Sheep"),
+        ("How many wings does a bee have?", "4", "four"),
+        ("Is a tomato a fruit or a stone?", "Fruit"),
+        ("What is the opposite of tall?", "Short", "small"),
+        ("In which country do kangaroos live in the wild?", "Australia"),
+        ("Which colour is the inside of a ripe watermelon?", "Red", "pink"),
+        ("How many quarters make a whole?", "4", "four"),
+        ("Which meal do people eat in the morning?", "Breakfast"),
+    ),
+    "test": (
+        ("What is the name of the planet we live on?", "Earth"),
+        ("How many legs does a spider have?", "8", "eight"),
+        ("Which gas do plants take in from the air to grow?", "CO2", "carbon dioxide"),
+        ("Is the Sun a star or a planet?", "Star"),
+        ("What is the opposite of hot?", "Cold"),
+        ("In which country do the pyramids of Giza stand?", "Egypt"),
+        ("Which colour do you get when you mix blue and yellow paint?", "Green"),
+        ("How many minutes are there in one hour?", "60", "sixty"),
+    ),
+}
+
+
+@cache
+def _questions(split: str) -> tuple[tuple[str, ...], ...]:
+    if split in QUESTIONS:
+        return QUESTIONS[split]
+    rows = [json.loads(line) for line in KNOWLEDGE.read_text(encoding="utf-8").splitlines()]
+    return tuple((row["question"], *row["answers"]) for row in rows)
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split of `SPLITS`: a conversational prompt, ``answer`` and ``answers``."""
+    return [
+        {"prompt": [{"role": "user", "content": question}], "answer": answers[0], "answers": list(answers)}
+        for question, *answers in _questions(split)
+    ]
+
+
+def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a foreign row with all columns: ``answer`` (text), or ``answers`` (a list, the first one the target)."""
+    answers = row.get("answers")
+    if answers is None and row.get("answer") is not None:
+        answers = [row["answer"]]
+    if not isinstance(answers, (list, tuple)) or not answers or not all(str(answer).strip() for answer in answers):
+        raise UserError("task conciseness needs the column answer (text), or answers (a list of texts)")
+    texts = [str(answer) for answer in answers]
+    answer = str(row["answer"]) if row.get("answer") is not None else texts[0]
+    return {**row, "answer": answer, "answers": texts}
+
+
+def text_of(completion: Any) -> str:
+    """Return a completion's text, whether it is a string or a list with one assistant message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """Return -|characters of the completion - characters of the answer| per completion."""
+    return [-float(abs(len(text_of(c)) - len(a))) for c, a in zip(completions, answer, strict=True)]
+
+
+def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
+    """Return 1 where one of the accepted answers stands in the completion as whole words, else 0.
+
+    Case, accents' composition, and punctuation do not count; "1,000" reads as "1000". A completion that denies an
+    answer ("not Paris") or lists several passes: the measure is for models that answer, not for ones that know of it.
+    """
+    return [
+        float(any(holds(words(text_of(completion)), words(answer)) for answer in accepted))
+        for completion, accepted in zip(completions, answers, strict=True)
+    ]
+
+
+def words(text: str) -> list[str]:
+    """Return the words and numbers of a text in lower case; hyphens separate, commas within numbers vanish."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return re.findall(r"[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", plain))
+
+
+def holds(text: Sequence[str], answer: Sequence[str]) -> bool:
+    """Say whether ``answer`` stands in ``text`` as consecutive words."""
+    n = len(answer)
+    return n > 0 and any(list(text[i : i + n]) == list(answer) for i in range(len(text) - n + 1))

@@ -1,0 +1,111 @@
+"""Tasks of reasoning-gym: ``rg:<name>`` is the generator of that name, its problems and its own scoring.
+
+Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits. A completion's
+answer is what stands in ``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it
+0 to 1, and the accuracy is 1 where it gives 1. Scorers are code of that package, some evaluate what the model wrote:
+rewards run in workers of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from typing import Any
+
+from estune.errors import UserError
+from estune.words import nearest
+
+PREFIX = "rg:"
+SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
+SEED = 2509_24372
+ROUNDS = 20  # times that the questions wanted are drawn before a generator counts as too small
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
+
+
+def names() -> list[str]:
+    """Return the generators' names."""
+    return sorted(_package().factory.DATASETS)
+
+
+def _package() -> Any:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError("tasks that begin with rg: need the package reasoning-gym: python -m pip install reasoning-gym")
+    import reasoning_gym
+
+    return reasoning_gym
+
+
+@cache
+def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Return all splits' rows of a generator.
+
+    Raises:
+        UserError: there is no generator of that name, or it has too few different questions.
+    """
+    package = _package()
+    if name not in package.factory.DATASETS:
+        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, package.factory.DATASETS)}")
+    wanted = sum(SPLIT_SIZES.values())
+    seen: set[str] = set()
+    rows: list[dict[str, Any]] = []
+    for round_ in range(ROUNDS):
+        for entry in package.create_dataset(name, seed=SEED + round_, size=wanted):
+            if entry["question"] not in seen:
+                seen.add(entry["question"])
+                rows.append(_row(name, entry))
+        if len(rows) >= wanted:
+            break
+    else:
+        raise UserError(f"reasoning-gym's {name} has {len(rows)} different questions; {wanted} are needed")
+    found, start = {}, 0
+    for split, size in SPLIT_SIZES.items():
+        found[split] = rows[start : start + size]
+        start += size
+    return found
+
+
+def _row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": entry["question"] + INSTRUCTION,
+        "rg_task": name,
+        "rg_entry": json.dumps(entry, default=str),  # nested and of mixed types: as text it passes through any table
+    }
+
+
+def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Check a foreign row; it needs what `rows_of` makes."""
+    missing = [name for name in ("rg_task", "rg_entry") if not isinstance(row.get(name), str)]
+    if missing:
+        raise UserError(f"a row of reasoning-gym needs the columns {', '.join(missing)}")
+    return row
+
+
+def answer_of(completion: str) -> str:
+    """Return what a completion answers: the inside of its last answer tags, or all of it."""
+    start = completion.rfind(ANSWER_OPEN)
+    if start < 0:
+        return completion.strip()
+    inside = completion[start + len(ANSWER_OPEN) :]
+    end = inside.find(ANSWER_CLOSE)
+    return (inside if end < 0 else inside[:end]).strip()
+
+
+@cache
+def _scorer(name: str) -> Any:
+    return _package().create_dataset(name, seed=SEED, size=1)
+
+
+def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
+    """Return the package's score of each completion's answer, 0 to 1."""
+    texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+    return [
+        float(_scorer(name).score_answer(answer=answer_of(text), entry=json.loads(entry)))
+        for text, name, entry in zip(texts, rg_task, rg_entry, strict=True)
+    ]
+
+
+def accuracy(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
+    """Return 1 where the package gives an answer its highest score, else 0."""
+    return [float(score >= 1.0) for score in reward(completions, rg_task, rg_entry)]

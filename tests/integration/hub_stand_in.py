@@ -1,0 +1,195 @@
+"""A stand-in of the model hub's API on this machine: what its client needs to make repositories, upload and download.
+
+Written after the client's own requests. Files up to `LFS_BYTES` come within the commit, larger ones through the large
+file protocol, as on the hub. Point the client at it by ``HF_ENDPOINT``, with ``HF_HUB_DISABLE_XET=1``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+LFS_BYTES = 4096
+
+
+class Hub(ThreadingHTTPServer):
+    """The repositories: name -> path -> contents; and every request that came."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.objects: dict[str, bytes] = {}  # sha256 -> contents
+        self.requests: list[str] = []
+        self.refused: set[str] = set()  # what answers 403: "create", "commit"
+        self.lies: dict[str, str] = {}  # path -> sha256 that is told instead of the right one
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request; ``server`` is the `Hub`."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline().strip() or b"0", 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _send(self, status: int, body: bytes = b"", kind: str = "application/json", **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode())
+
+    def _path(self) -> str:
+        path = self.path.partition("?")[0]
+        self.server.requests.append(f"{self.command} {path}")
+        return path
+
+    def do_POST(self) -> None:
+        """Create, prepare, commit."""
+        path, body, hub = self._path(), self._body(), self.server
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            if "create" in hub.refused:
+                self._json({"error": "You may not create this"}, 403)
+                return
+            status = 409 if name in hub.repositories else 200
+            hub.repositories.setdefault(name, {})
+            hub.private.setdefault(name, bool(wanted.get("private")) or wanted.get("visibility") == "private")
+            self._json({"url": f"{hub.url}/{name}", "id": name}, status)
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            files = json.loads(body)["files"]
+            self._json({"files": [
+                {"path": file["path"], "uploadMode": "lfs" if file["size"] > LFS_BYTES else "regular",
+                 "shouldIgnore": False} for file in files
+            ]})  # fmt: skip
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            self._json({"transfer": "basic", "objects": [
+                {"oid": one["oid"], "size": one["size"], "actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+                for one in objects
+            ]})  # fmt: skip
+        elif "/commit/" in path:
+            if "commit" in hub.refused:
+                self._json({"error": "You may not commit"}, 403)
+                return
+            name = path.removeprefix("/api/models/").partition("/commit/")[0]
+            files = hub.repositories[name]
+            for line in body.splitlines():
+                part = json.loads(line)
+                value = part["value"]
+                if part["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif part["key"] == "lfsFile":
+                    files[value["path"]] = hub.objects[value["oid"]]
+            oid = "1" * 40
+            self._json(
+                {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}", "hookOutput": ""}
+            )
+        else:
+            self._json({"error": "no such thing"}, 404)
+
+    def do_PUT(self) -> None:
+        """Take a large file."""
+        digest, body = self._path().removeprefix("/lfs/"), self._body()
+        if hashlib.sha256(body).hexdigest() != digest:
+            self._json({"error": "not these bytes"}, 400)
+            return
+        self.server.objects[digest] = body
+        self._send(200)
+
+    def do_HEAD(self) -> None:
+        """Tell of a file."""
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """Tell of a repository, or give a file."""
+        path, hub = self._path(), self.server
+        if path == "/api/whoami-v2":
+            self._json({"name": "me", "type": "user", "auth": {}})
+            return
+        if path.startswith("/api/models/"):
+            name, _, listing = path.removeprefix("/api/models/").partition("/revision/")[0].partition("/tree/")
+            if name not in hub.repositories:
+                self._send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
+                return
+            if listing:
+                self._json([_entry(path, data) for path, data in hub.repositories[name].items()])
+                return
+            self._json({"id": name, "sha": "0" * 40, "private": hub.private.get(name, False), "siblings": [
+                _sibling(path, data, hub.lies) for path, data in hub.repositories[name].items()
+            ]})  # fmt: skip
+            return
+        name, _, rest = path.lstrip("/").partition("/resolve/")
+        file = rest.partition("/")[2]
+        data = hub.repositories.get(name, {}).get(file)
+        if data is None:
+            self._send(404, b"{}", X_Error_Code="EntryNotFound")
+            return
+        etag = hashlib.sha256(data).hexdigest()
+        self._send(200, data, "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit="0" * 40)
+
+
+def _sibling(path: str, data: bytes, lies: dict[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+    if len(data) > LFS_BYTES:
+        digest = lies.get(path) or hashlib.sha256(data).hexdigest()
+        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 130}
+    return found
+
+
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest(),
+    }  # fmt: skip
+    if len(data) > LFS_BYTES:
+        found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return found
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """Run a hub for the time of a test."""
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()

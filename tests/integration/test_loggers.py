@@ -1,0 +1,104 @@
+"""Experiment trackers: each gets a run's numbers; one that cannot start stops the run before it begins."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from command_line import TOY, estune
+
+from estune.errors import UserError
+from estune.loggers import LOGGERS, numbers, start_logger
+from estune.monitors import Monitors
+
+RUN = (*TOY, "--max_steps", 2, "--population_size", 4, "--sigma", 0.1, "--num_threads", 1, "--eval_steps", 1,
+       "--reward_isolation", "inline")  # fmt: skip
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def started(place, name, **environment):
+    done = estune(*RUN, "--report_to", name, cwd=place, env=environment)
+    assert done.code == 0, done
+    assert "broke and is off" not in done.err, done.err
+
+
+@needs("tensorboard")
+def test_tensorboard(place):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    started(place, "tensorboard")
+    events = EventAccumulator(str(place / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward")] == [1, 2]
+    assert [event.step for event in events.Scalars("eval_reward")] == [0, 1, 2]
+
+
+@needs("wandb")
+def test_wandb_offline(place):
+    started(place, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
+    assert list((place / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@needs("mlflow")
+def test_mlflow(place):
+    started(place, "mlflow", MLFLOW_TRACKING_URI=f"sqlite:///{place / 'mlflow.db'}")
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{place / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("estune").experiment_id])
+    assert run.data.params["population_size"] == "4"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "reward")] == [1, 2]
+
+
+@needs("trackio")
+def test_trackio(place):
+    started(place, "trackio", TRACKIO_DIR=str(place / "trackio"), TRACKIO_PROJECT="mine")
+    assert list((place / "trackio").glob("mine*"))
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_tracker_that_is_not_there_stops_the_run(place, name):
+    """The package is hidden from a fresh interpreter."""
+    package = LOGGERS[name][0]
+    code = (f"import importlib.util as u, sys; real = u.find_spec\n"
+            f"u.find_spec = lambda n, *a: None if n == {package!r} else real(n, *a)\n"
+            "from estune.cli import main; sys.exit(main(sys.argv[1:]))")  # fmt: skip
+    words = [str(word) for word in (*RUN, "--report_to", name)]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"report_to {name} needs the package {package}" in done.stderr
+    assert not (place / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tracker_that_cannot_start_stops_the_run(place, monkeypatch):
+    def broken(run_dir, config):
+        raise RuntimeError("no\n  disk")
+
+    monkeypatch.setitem(LOGGERS, "tensorboard", ("json", broken))
+    with pytest.raises(UserError, match="report_to tensorboard cannot start: RuntimeError: no disk"):
+        start_logger("tensorboard", place, {})
+
+
+def test_a_tracker_that_breaks_later_is_switched_off(capsys):
+    class Breaking:
+        def log(self, record):
+            raise OSError("the server went away")
+
+        def close(self):
+            raise AssertionError("it was switched off")
+
+    monitors = Monitors([], [Breaking()])
+    monitors.log({"step": 1})
+    monitors.log({"step": 2})
+    monitors.close()
+    assert capsys.readouterr().err.count("Breaking broke and is off") == 1
+
+
+def test_numbers_alone_are_drawn() -> None:
+    record = {"step": 3, "reward": 1, "text": "x", "none": None, "flag": True, "pair": [1, 2], "x": 0.5}
+    assert numbers(record) == {"reward": 1.0, "x": 0.5}

@@ -1,0 +1,43 @@
+"""reasoning-gym's tasks: splits that share nothing, its own scores, and answers taken from their tags."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from estune.errors import UserError
+from estune.tasks import get_task, reasoning
+
+pytest.importorskip("reasoning_gym", reason="an optional neighbour")
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gcd", "mini_sudoku"])
+def test_splits_are_seeded_disjoint_and_scored(name: str) -> None:
+    task = get_task(f"rg:{name}")
+    rows = {split: task.load(split) for split in task.splits}
+    assert {split: len(own) for split, own in rows.items()} == reasoning.SPLIT_SIZES
+    prompts = [row["prompt"] for own in rows.values() for row in own]
+    assert len(set(prompts)) == len(prompts)
+    some = rows["test"][:20]
+    columns = {key: [row[key] for row in some] for key in task.columns}
+    right = [f"so <answer>{json.loads(row['rg_entry'])['answer']}</answer>" for row in some]
+    assert task.reward(completions=right, **columns) == [1.0] * 20
+    assert task.accuracy(completions=right, **columns) == [1.0] * 20
+    assert task.accuracy(completions=["<answer>no idea</answer>"] * 20, **columns) == [0.0] * 20
+    reasoning.rows_of.cache_clear()
+    assert get_task(f"rg:{name}").load("test") == rows["test"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("<answer> 42 </answer> then", "42"), ("<answer>1</answer><answer>2</answer>", "2"), (" 7 ", "7"), ("", ""),
+     ("<answer>cut", "cut"), ("</answer>", "</answer>")],
+)  # fmt: skip
+def test_the_answer_of_a_completion(text: str, answer: str) -> None:
+    assert reasoning.answer_of(text) == answer
+
+
+def test_an_unknown_generator_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'chain_sum'"):
+        get_task("rg:chain_summ")
