@@ -12,8 +12,8 @@ fifth is an error. Ratios depend on the machine; the processor's name stands bes
 Growth has verdicts for figures, 1 or 0, which a whole run judges: cost is at most linear in members and parameters, and
 nothing but journal and metrics grows with steps.
 
-SmolLM2 is fetched into `models/smollm2` where it is not there; ``--check`` without it is for ``--sections kernels``
-alone. Exit status 1: a target is missed or was not measured, or a ratio got worse.
+SmolLM2 is fetched into `models/smollm2-135m` where it is not there; ``--check`` without it is for ``--sections
+kernels`` alone. Exit status 1: a target is missed or was not measured, or a ratio got worse.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MODEL = HERE.parent / "models" / "smollm2"
+MODEL = HERE.parent / "models" / "smollm2-135m"
 RATIOS = HERE / "ratios.json"
 SECTIONS = ("kernels", "step", "peers", "growth")
 LEAST_KEPT = 0.8  # of a ratio, in `--check`
@@ -138,7 +138,7 @@ def find_model(given: Path | None) -> Path | None:
         return given
     if not (MODEL / "model.safetensors").is_file():
         print(f"bench: fetching SmolLM2 into {MODEL.relative_to(HERE.parent)}", flush=True)
-        command = [sys.executable, str(HERE.parent / "scripts" / "fetch_smollm2.py"), str(MODEL)]
+        command = [sys.executable, "-m", "estune", "fetch", "smollm2-135m", "--output_dir", str(MODEL)]
         if subprocess.run(command).returncode or not (MODEL / "model.safetensors").is_file():
             print("bench: SmolLM2 cannot be fetched (see above)", flush=True)
             return None
@@ -295,7 +295,7 @@ def main() -> int:
     """Measure, print, record or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all, peers with --peers alone")
-    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct; default: models/smollm2")
+    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct; default: models/smollm2-135m")
     parser.add_argument("--peers", type=Path, metavar="CACHE_DIR", help="where other packages are installed (5 GB)")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases; nothing is recorded")
     parser.add_argument("--check", action="store_true", help="quick, and compare with the recorded ratios")

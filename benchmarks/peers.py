@@ -1,7 +1,7 @@
 """Time of an ES step with other packages of the Python registry, on the same model, prompts, members and tokens.
 
-    python scripts/fetch_smollm2.py models/smollm2
-    python benchmarks/peers.py --model models/smollm2 --cache_dir ~/.cache/estune-peers       # about 40 minutes
+    estune fetch smollm2-135m
+    python benchmarks/peers.py --model models/smollm2-135m --cache_dir ~/.cache/estune-peers       # about 40 minutes
 
 Each package is installed into an environment of its own under ``--cache_dir`` (1 GB each; needs the registry), with the
 versions of `constraints.txt`, and driven through its public interface by `peers/driver.py`. A few members are timed
@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from environments import CONSTRAINTS, make_environment
 from record import write_result
 from step import CASES, Bench, Case, endless_model
 
@@ -73,7 +74,7 @@ LOOKED_AT = {
 
 def tokenised(case: Case, model: Path) -> list[list[int]]:
     """Return the prompts of the case's first step as estune tokenises them: (B, P) of different lengths."""
-    args = ESConfig(model=str(model), batch_size=case.prompts, max_completion_length=case.tokens, **case.source)
+    args = ESConfig(model=str(model), batch_size=case.prompts, max_completion_length=case.tokens, task=case.task)
     task = inputs.task_of(args)
     rows = inputs.resolve_rows(args, None, task, "train", inputs.resolve_rewards(args, None, task))
     engine: Any = argparse.Namespace(tokenizer=load_tokenizer(str(model)), max_context=None)
@@ -81,33 +82,25 @@ def tokenised(case: Case, model: Path) -> list[list[int]]:
     return [list(prompts[row].token_ids) for row in Batches(len(rows), case.prompts, args.seed).rows_for_step(0)]
 
 
-def make_environment(peer: Peer, cache_dir: Path) -> Path:
+def environment_of(peer: Peer, cache_dir: Path) -> Path:
     """Return the Python of the peer's environment, made on first use.
 
     Raises:
         subprocess.CalledProcessError: pip failed; its ``stderr`` says why.
     """
-    place = cache_dir / f"{peer.name}-{peer.version}"
-    python = place / "bin" / "python"
-    if (place / "ready").is_file():
-        return python
-    print(f"peers: making {place}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True, capture_output=True, text=True)
-    constraints = HERE.parent / "constraints.txt"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(constraints)]
     alone = [] if peer.with_dependencies else ["--no-deps"]
-    for arguments in ([], "base.txt"), (alone, f"{peer.name}.txt"):
-        flags, file = arguments
-        subprocess.run([*pip, *flags, "-r", str(HERE / "peers" / file)], check=True, capture_output=True, text=True)
-    (place / "ready").touch()
-    return python
+    pinned = ["-c", str(CONSTRAINTS)]
+    return make_environment(cache_dir / f"{peer.name}-{peer.version}", [
+        [*pinned, "-r", str(HERE / "peers" / "base.txt")],
+        [*pinned, *alone, "-r", str(HERE / "peers" / f"{peer.name}.txt")],
+    ])  # fmt: skip
 
 
 def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what a peer's step comes to in one case, beside estune's low-rank step; or its error."""
     facts = {"version": peer.version, "licence": peer.licence, "note": peer.note}
     try:
-        python = make_environment(peer, options.cache_dir)
+        python = environment_of(peer, options.cache_dir)
     except subprocess.CalledProcessError as error:
         return facts | {"error": failure(error)}
     before = estune_step_s(case, model, options)

@@ -14,7 +14,7 @@ from typing import Any
 from estune.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CODE = ("../src", "../scripts", "*.py", "data", "peers", "../constraints.txt")  # what can change a figure
+CODE = ("../src", "../scripts", "../configs", "*.py", "peers", "../constraints.txt")  # what can change a figure
 
 
 def _checkout() -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
 """Time of a whole ES step on SmolLM2-135M: the paper's loop, estune with full and low-rank noise, and pure generation.
 
-    python scripts/fetch_smollm2.py models/smollm2
-    python benchmarks/step.py --model models/smollm2          # about 40 minutes on 2 cores
+    estune fetch smollm2-135m
+    python benchmarks/step.py --model models/smollm2-135m          # about 40 minutes on 2 cores
 
 Two cases, N = 30 members in both: the 2 conciseness prompts with 32 tokens, and 24 Countdown prompts with 64 tokens.
 Every completion has exactly that many tokens in every variant, so that the work is equal: the model is read from a
@@ -49,7 +49,6 @@ from estune.fitness import fill_failures, shape_fitness, weigh
 from estune.optimizer import Update, make_update
 from estune.session import Session, Step, open_session, plan_step
 
-DATA = Path(__file__).resolve().parent / "data" / "conciseness"
 NEXT_TO_NOTHING = 1e-12  # learning rate
 NO_STEPS_END = 1_000_000  # max_steps
 
@@ -64,14 +63,13 @@ class Case:
     members_per_batch: int | str  # members in one low-rank forward pass
     whole_step: bool  # whether the low-rank variant runs all N members
     repetitions: int
-    source: dict[str, Any]  # task or dataset, for ESConfig
+    task: str
 
 
 CASES = (
-    Case("conciseness", 2, 32, "auto", True, 9,
-         {"dataset_name": str(DATA), "reward_funcs": [f"{DATA / 'reward.py'}:conciseness"]}),
-    Case("countdown", 24, 64, 6, False, 5, {"task": "countdown"}),
-)  # fmt: skip
+    Case("conciseness", 2, 32, "auto", True, 9, "conciseness"),
+    Case("countdown", 24, 64, 6, False, 5, "countdown"),
+)
 
 
 def endless_model(model: Path, directory: Path) -> Path:
@@ -95,7 +93,7 @@ def es_config(
     return ESConfig(model=str(model), output_dir=str(run), noise=noise, population_size=population_size, sigma=0.01,
                     learning_rate=NEXT_TO_NOTHING, batch_size=case.prompts, max_completion_length=case.tokens,
                     max_steps=NO_STEPS_END, report_to=["none"], num_threads=num_threads,
-                    **lowrank, **case.source)  # fmt: skip
+                    task=case.task, **lowrank)  # fmt: skip
 
 
 class Bench:

