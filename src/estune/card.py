@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,14 @@ from estune import __version__
 from estune.config import FIELDS, RESUMABLE
 from estune.files import replace_file
 from estune.journal import Journal
-from estune.model_paths import public_name
+from estune.model_paths import origin, public_name
 from estune.records import read_metrics
+from estune.run import CONFIG_FILE
 
 CARD_FILE = "README.md"
 # What the command of a card leaves out: where the run lay says nothing to anybody else.
-NOT_IN_COMMAND = RESUMABLE - {"max_steps"} | {"model"}
+NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows"} | {"model"}
+PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
 
 
 def command_of(config: Mapping[str, Any]) -> str:
@@ -32,9 +35,10 @@ def command_of(config: Mapping[str, Any]) -> str:
         if isinstance(value, dict):
             words.append(shlex.quote(json.dumps(value)))
         elif isinstance(value, list):
-            words.extend(shlex.quote(_bare(str(item))) for item in value)
+            words.extend(shlex.quote(_bare(str(item)) if name in PATHS else str(item)) for item in value)
         else:
-            words.append(shlex.quote(str(value).lower() if isinstance(value, bool) else _bare(str(value))))
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            words.append(shlex.quote(_bare(text) if name in PATHS else text))
     return " ".join(words)
 
 
@@ -50,19 +54,27 @@ def card(run_dir: Path) -> str:
     header, config = journal.header, journal.header["config"]
     base, data = header["base"], header["data"]
     steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
+    whole = {**json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8")), **config, "max_steps": steps}
     source = config["task"] or config["dataset_name"] or "data given from Python"
+    from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
+    command = ["* Started from Python, with data or rewards that no command line names", ""] if from_python else [
+        "* Command:", "", "```", command_of(whole), "```", "",
+    ]  # fmt: skip
+    moving = sum(math.prod(shape) for _, shape, kind in header["parameters"] if kind)
+    total = sum(math.prod(shape) for _, shape, _ in header["parameters"])
+    share = "All parameters" if moving == total else f"{moving / total:.2%} of the parameters"
     front = ["---", "library_name: transformers", "tags: [estune, evolution-strategies]"]
     model = public_name(base["model"])
     if "/" in model:
         front.append(f"base_model: {model}")
     lines = [
         *front, "---", "", f"# {model.rpartition('/')[2]}, tuned on {Path(source).name}", "",
-        f"All parameters of `{model}` (fingerprint `{base['fingerprint']}`) were tuned by evolution strategies: "
-        f"{steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
+        f"{share} of `{model}`{origin(base['model'])} (fingerprint `{base['fingerprint']}`) were tuned by evolution "
+        f"strategies: {steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
         f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {__version__}).", "",
         f"* Data: `{_bare(source)}`, {data['rows']} training rows (fingerprint `{data['fingerprint']}`)",
         f"* Rewards: {', '.join(f'`{name}`' for name in header['reward_funcs'])}",
-        "* Command:", "", "```", command_of({**config, "max_steps": steps}), "```", "",
+        *command,
         *_gain(read_metrics(run_dir)),
         "## Rebuilding the weights", "",
         "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",

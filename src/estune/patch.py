@@ -31,9 +31,13 @@ from estune.run import JOURNAL_FILE
 
 MAGIC = b"estune patch 1\n"
 DIGEST_BYTES = 16
-# What of the configuration an update, or loading the base, depends on.
-KEPT = ("antithetic noise rank noise_distribution weight_decay_anchor seed population_size trainable_parameters "
-        "dtype revision engine").split()  # fmt: skip
+MOST_BYTES = 1 << 30  # of a patch when unpacked: thousands of members for a hundred thousand steps
+# What of the configuration an update, or loading the base, depends on; nothing else is taken from a patch.
+KEPT = (
+    "antithetic", "noise", "rank", "noise_distribution", "weight_decay", "weight_decay_anchor", "seed",
+    "population_size", "trainable_parameters", "dtype", "engine",
+)  # fmt: skip
+CONTENT = {"noise_version": int, "base": dict, "config": dict, "parameters": str, "steps": list, "fingerprint": str}
 STEP_FIELDS = ("q", "e", "a", "decay", "a_lowrank")
 
 
@@ -94,9 +98,26 @@ def read_patch(path: Path) -> dict[str, Any]:
     digest, packed = raw[len(MAGIC) :][:DIGEST_BYTES], raw[len(MAGIC) + DIGEST_BYTES :]
     if blake2b(packed, digest_size=DIGEST_BYTES).digest() != digest:
         raise UserError(f"{path} is damaged: its hash is not the one it was written with")
-    content: dict[str, Any] = json.loads(zlib.decompress(packed))
+    content = _unpacked(packed, path)
     if content["noise_version"] != NOISE_VERSION:
         raise UserError(f"{path} needs noise version {content['noise_version']}; this estune has {NOISE_VERSION}")
+    return content
+
+
+def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
+    """Return a patch's content; whoever made it may mean harm, so its size and its types are looked at first."""
+    unpack = zlib.decompressobj()
+    try:
+        text = unpack.decompress(packed, MOST_BYTES)
+        content = json.loads(text) if unpack.eof else None
+    except (zlib.error, ValueError, RecursionError):
+        content = None
+    good = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in CONTENT.items())
+    if not isinstance(content, dict) or not good:
+        raise UserError(f"{path} is no estune patch: its content is not what a patch holds")
+    whole = set(content["config"]) == set(KEPT) and {"model", "fingerprint"} <= set(content["base"])
+    if not whole or not all(isinstance(step, dict) and set(STEP_FIELDS[:4]) <= set(step) for step in content["steps"]):
+        raise UserError(f"{path} is no estune patch: something is missing in it")
     return content
 
 
@@ -111,10 +132,12 @@ def export_command(run: Path, patch: Path) -> int:
     return 0
 
 
-def apply_command(patch: Path, model: str, output_dir: Path | None, trust_remote_code: bool) -> int:
+def apply_command(
+    patch: Path, model: str, output_dir: Path | None, revision: str | None, trust_remote_code: bool
+) -> int:
     """Rebuild a tuned model from its base and a patch, verify it, save it (default: beside the patch, by its name).
 
-    Whether the base's own code may run is for the user to say, never for the patch.
+    Which revision of the base is loaded, and whether its own code may run, is for the user to say, never for the patch.
 
     Raises:
         UserError: the base is another one, or the result is not what the patch says; nothing is saved then.
@@ -123,7 +146,8 @@ def apply_command(patch: Path, model: str, output_dir: Path | None, trust_remote
     output_dir = output_dir or patch.with_suffix("")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
-    config = {**content["config"], "model": model, "trust_remote_code": trust_remote_code}
+    config = {**content["config"], "model": model, "revision": revision,
+              "trust_remote_code": trust_remote_code}  # fmt: skip
     args = inputs.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
     engine = inputs.load_engine(args)
     master, base = engine.master, content["base"]

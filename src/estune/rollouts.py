@@ -68,7 +68,7 @@ class Rollouts:
         return sum(group.prompt_tokens for group in self.groups) + int(self.lengths.sum())
 
     @property
-    def unchanged_ratio(self) -> float:
+    def modal_ratio(self) -> float:
         """Share of completions that equal the most frequent one of all members, prompt by prompt.
 
         Where nearly all do, that one is theta's: no perturbation was felt.

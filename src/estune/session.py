@@ -21,13 +21,14 @@ from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, lo
 from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Engine, Perturbation, Prompt
+from estune.errors import UserError
 from estune.evaluation import Evaluation, evaluate
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.hub import open_repository, push, repository_of
 from estune.inputs import Rewards
 from estune.journal import step_record
 from estune.loggers import start_logger
-from estune.model_paths import local_directory
+from estune.model_paths import local_directory, public_name
 from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor, say
 from estune.noise import lowrank_scale, perturbation_scale
 from estune.optimizer import Update, scheduled
@@ -226,12 +227,14 @@ class Session:
         self.engine.load_theta()
         self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)
-        write_card(self.run.path)
+        write_card(self.run.path)  # a kill just before is mended where a finished run is found again
         self.run.pending.clear()
         prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
             print("estune: warning: theta never moved: in every step all members tied, or every reward failed",
                   file=sys.stderr)  # fmt: skip
+        if self.panel is not None:
+            self.panel.close()  # before the last words
         say(f"estune: done; the model is in {self.run.path}")
         if self.repository is not None:
             say(f"estune: {push(self.run.path, self.repository)}")
@@ -309,6 +312,9 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         run = open_run(trainer.args, trainer.given)
         stack.callback(run.close)
         args = trainer.args = run.args
+        repository = None
+        if args.push_to_hub:
+            repository = open_repository(repository_of(args), args.hub_private_repo)
         stop = stack.enter_context(StopRequest())
         pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
         accuracy_pool = None
@@ -340,9 +346,6 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         }
         run.begin(engine, reproducible, facts)
         replayed, last_move = run.recover(engine)
-        repository = None
-        if args.push_to_hub:
-            repository = open_repository(repository_of(args), args.hub_private_repo)
         monitors, panel = _monitors(args, run)
         stack.callback(monitors.close)
 
@@ -414,15 +417,19 @@ def _monitors(args: ESConfig, run: Run) -> tuple[Monitors, PanelMonitor | None]:
     """Start what shows and records the run; a tracker that cannot start is an error."""
     started: list[Monitor] = []
     panel = None
-    for name in args.report_to:
-        if name == "plot":
-            started.append(PlotMonitor(run.path))
-        elif name == "report":
-            started.append(ReportMonitor(run.path))
-        elif name != "none":
-            started.append(start_logger(name, run.path, args.trajectory()))
+    try:
+        for name in args.report_to:
+            if name == "plot":
+                started.append(PlotMonitor(run.path))
+            elif name == "report":
+                started.append(ReportMonitor(run.path))
+            elif name != "none":
+                started.append(start_logger(name, run.path, args.trajectory()))
+    except UserError:
+        Monitors([], started).close()  # a tracker left open would take the next run's numbers, too
+        raise
     if args.console == "panel" or (args.console == "auto" and sys.stdout.isatty()):
-        title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {args.model}"
+        title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"
         panel = PanelMonitor(title, args.max_steps, args.population_size, run.steps_done)
     console: Monitor = panel or ConsoleMonitor(args.max_steps, run.steps_done)
     return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], [console, *started]), panel

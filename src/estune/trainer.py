@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from estune import inputs
+from estune.card import CARD_FILE, write_card
 from estune.checkpoint import BASE_DIRECTORY, write_model
 from estune.config import ESConfig
 from estune.data import Batches
@@ -89,6 +90,8 @@ class ESTrainer:
         run_dir = Path(self.args.output_dir or "")
         if self.args.resume and is_finished(run_dir, self.args, self.given):
             say(f"estune: {run_dir} is finished ({self.args.max_steps} steps); nothing to do")
+            if not (run_dir / CARD_FILE).exists():  # killed between the last checkpoint and the card
+                write_card(run_dir)
             if self.args.push_to_hub:
                 say(f"estune: {push(run_dir, open_repository(repository_of(self.args), self.args.hub_private_repo))}")
             return run_dir

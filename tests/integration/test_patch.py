@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import zlib
+from hashlib import blake2b
 
 import pytest
 from command_line import TOY, assert_refused, weights
 
+from estune.patch import CONTENT, DIGEST_BYTES, MAGIC
+
 RUN = (*TOY, "--max_steps", 3, "--population_size", 6, "--sigma", 0.1, "--learning_rate", 0.1, "--num_threads", 1,
        "--reward_isolation", "inline")  # fmt: skip
 KINDS = [(), ("--antithetic",), ("--noise", "lowrank", "--rank", 2), ("--weight_decay", 0.1),
+         ("--noise", "lowrank", "--antithetic", "--weight_decay", 0.1, "--noise_distribution", "rademacher"),
          ("--noise_distribution", "rademacher")]  # fmt: skip
 
 
@@ -67,3 +72,25 @@ def test_the_result_lies_beside_the_patch_by_its_name(run, place):
     assert_refused(run("apply", "tuned.estp", "--model", "toy"), "not an empty directory")
     assert run("export", "run", "--patch", "bare").code == 0
     assert_refused(run("apply", "bare", "--model", "toy"), "not an empty directory")  # that is the patch itself
+
+
+def test_decay_towards_the_base(run_model, place):
+    words = ("--model", "tiny", "--task", "countdown", "--max_steps", 2, "--population_size", 4, "--batch_size", 2,
+             "--sigma", 0.02, "--max_completion_length", 8, "--num_threads", 1, "--report_to", "none",
+             "--noise", "lowrank", "--antithetic", "--weight_decay", 0.1, "--weight_decay_anchor", "base",
+             "--output_dir", "run")  # fmt: skip
+    assert run_model("train", *words).code == 0
+    assert run_model("export", "run", "--patch", "run.estp").code == 0
+    done = run_model("apply", "run.estp", "--model", "tiny", "--output_dir", "rebuilt")
+    assert done.code == 0, done
+    assert weights(place / "rebuilt") == weights(place / "run")
+
+
+@pytest.mark.parametrize("content", [
+    b"[1]", b"{}", b"not json", b"[" * 100_000,
+    json.dumps({name: kind() for name, kind in CONTENT.items()}).encode(),
+], ids=["list", "empty", "text", "deep", "hollow"])  # fmt: skip
+def test_what_somebody_made_up_is_refused(run, place, content):
+    packed = zlib.compress(content)
+    (place / "bad.estp").write_bytes(MAGIC + blake2b(packed, digest_size=DIGEST_BYTES).digest() + packed)
+    assert_refused(run("apply", "bad.estp", "--model", "toy", "--output_dir", "rebuilt"), "no estune patch")

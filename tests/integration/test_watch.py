@@ -88,3 +88,15 @@ def test_no_run_and_no_port(finished: Path, tmp_path: Path) -> None:
         serve([tmp_path], "127.0.0.1", 0)
     with serve([finished], "127.0.0.1", 0) as server, pytest.raises(UserError, match="another --port"):
         serve([finished], "127.0.0.1", server.server_port)
+
+
+def test_other_names_and_a_run_that_is_gone(address: str, finished: Path) -> None:
+    strange = urllib.request.Request(f"{address}data.json", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(strange)
+    (finished / "es_config.json").rename(finished / "elsewhere.json")
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(address)
+    (finished / "elsewhere.json").rename(finished / "es_config.json")
+    with pytest.raises(UserError, match="port must be between"):
+        serve([finished], "127.0.0.1", 99999)

@@ -463,7 +463,7 @@ def test_console(run, place):
     lines, panel = (run(*RUN, "--console", kind, "--output_dir", kind) for kind in ("lines", "panel"))
     assert lines.code == panel.code == 0
     assert "step 2/2  reward" in lines.out and "this step" not in lines.out
-    assert "this step" in panel.out and "step 2/2  reward" not in panel.out
+    assert "members' fitness" in panel.out and "step 2/2  reward" not in panel.out
     assert run(*RUN, "--output_dir", "auto").out.replace("auto", "lines") != panel.out  # here is no terminal
 
 

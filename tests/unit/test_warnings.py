@@ -13,7 +13,7 @@ def never() -> float:
 
 
 def record(unchanged: float = 0.0, fitness: float | None = 1.0) -> dict[str, float | None]:
-    return {"es/frac_unchanged": unchanged, "es/fitness_mean": fitness}
+    return {"es/frac_modal": unchanged, "es/fitness_mean": fitness, "es/fitness_std": 0.1}
 
 
 def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +38,8 @@ def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: p
         ([-10.0, -15.1], True),
         ([0.0, 0.0], False),
         ([0.2, 0.4, 0.21], False),
+        ([0.1, 0.04], False),  # within the spread of the members
+        ([0.0, -0.001], False),
     ],
 )
 def test_a_population_that_lost_half_of_its_fitness(

@@ -64,7 +64,8 @@ def _band_over_runs(axes: Any, runs: Sequence[Sequence[tuple[int, float]]], colo
         axes.fill_between(common, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15,
                           linewidth=0, label="range over runs")  # fmt: skip
         axes.plot(common, [sum(v) / len(v) for v in values], color=colour, linewidth=2, label=f"mean of {len(runs)}")
-    _finish(axes, bool(common))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axes, any(runs), bool(common))
 
 
 def _save(figure: Figure, directory: Path) -> Path:
@@ -109,10 +110,10 @@ def _held_out_curve(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     _finish(axes, bool(x))
 
 
-def _finish(axes: Any, has_data: bool) -> None:
+def _finish(axes: Any, has_data: bool, has_legend: bool = True) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if has_data:
+    if has_data and has_legend:
         axes.legend(frameon=False, fontsize=9)
-    else:
+    elif not has_data:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="gray")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from estune.errors import UserError
 from estune.monitors import say
@@ -17,14 +18,22 @@ class Handler(BaseHTTPRequestHandler):
     """Answers ``/`` with the page and ``/data.json`` with what is in it, read from disk at every request."""
 
     directories: Sequence[Path] = ()
+    hosts: Collection[str] = ()  # names that this server goes by; another one may be a foreign page's, led here
 
     def do_GET(self) -> None:
         """Answer one request."""
+        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in self.hosts:
+            self.send_error(403)
+            return
         name = self.path.partition("?")[0]
         if name not in ("/", "/data.json"):
             self.send_error(404)
             return
-        data = read_runs(self.directories)
+        try:
+            data = read_runs(self.directories)
+        except (UserError, OSError, ValueError):  # a run that is being replaced
+            self.send_error(503)
+            return
         if name == "/":
             self._answer("text/html", page(data, live=True))
         else:
@@ -50,7 +59,10 @@ def serve(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPSer
         UserError: a directory holds no run, or the port is taken.
     """
     read_runs(directories)
-    handler = type("RunHandler", (Handler,), {"directories": tuple(directories)})
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"port must be between 0 and 65535, not {port}")
+    hosts = {"localhost", "127.0.0.1", host.lower()}
+    handler = type("RunHandler", (Handler,), {"directories": tuple(directories), "hosts": hosts})
     try:
         return ThreadingHTTPServer((host, port), handler)
     except OSError as error:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from estune.errors import UserError
 from estune.tasks import conciseness, countdown, mixture, quadratic, reasoning
+from estune.words import nearest
 
 __all__ = ["TASKS", "Task", "get_task"]
 
@@ -77,8 +77,8 @@ def get_task(name: str) -> Task:
         return _mixture(name)
     if name.startswith(reasoning.PREFIX):
         return _reasoning(name)
-    nearest = get_close_matches(name, TASKS, n=1, cutoff=0.0)
-    raise UserError(f"There is no task {name!r}; did you mean {nearest[0]!r}?")
+    raise UserError(f"there is no task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}, rg:NAME of "
+                    "reasoning-gym, or a mixture like countdown=2,rg:NAME=1")  # fmt: skip
 
 
 def _reasoning(name: str) -> Task:

@@ -20,6 +20,11 @@ from typing import Any
 from estune.errors import UserError
 
 KNOWLEDGE = Path(__file__).parent / "data" / "short_answers.jsonl"
+NUMBER = r"(?:(?<![\w.])-)?\d+(?:[./]\d+)*(?![^\W_])"
+NUMBER_WORDS = frozenset(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million".split()
+)
 SPLITS = ("train", "validation", "test", "knowledge")
 
 # A question, then its accepted answers; the first one's length is the target.
@@ -31,7 +36,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "validation": (
         ("Which animal do we get wool from?", "Sheep"),
         ("How many wings does a bee have?", "4", "four"),
-        ("Is a tomato a fruit or a stone?", "Fruit"),
+        ("Which tool do we drive nails into wood with?", "Hammer"),
         ("What is the opposite of tall?", "Short", "small"),
         ("In which country do kangaroos live in the wild?", "Australia"),
         ("Which colour is the inside of a ripe watermelon?", "Red", "pink"),
@@ -42,7 +47,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("What is the name of the planet we live on?", "Earth"),
         ("How many legs does a spider have?", "8", "eight"),
         ("Which gas do plants take in from the air to grow?", "CO2", "carbon dioxide"),
-        ("Is the Sun a star or a planet?", "Star"),
+        ("Which metal do magnets attract most?", "Iron"),
         ("What is the opposite of hot?", "Cold"),
         ("In which country do the pyramids of Giza stand?", "Egypt"),
         ("Which colour do you get when you mix blue and yellow paint?", "Green"),
@@ -102,12 +107,26 @@ def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list
 
 
 def words(text: str) -> list[str]:
-    """Return the words and numbers of a text in lower case; hyphens separate, commas within numbers vanish."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return re.findall(r"[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", plain))
+    """Return the words and numbers of a text in lower case; hyphens separate words, commas within numbers vanish.
+
+    A number is one word with its sign, its decimals and its fraction: "-4", "4.5" and "1/2" do not hold 4, 4 and 2.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").replace("\u2044", "/")
+    return re.findall(NUMBER + r"|[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", plain))
 
 
 def holds(text: Sequence[str], answer: Sequence[str]) -> bool:
-    """Say whether ``answer`` stands in ``text`` as consecutive words."""
+    """Say whether ``answer`` stands in ``text`` as consecutive words; its last one may stand there in the plural.
+
+    A number in words that is part of a larger one does not count: "twenty-six" holds no six.
+    """
     n = len(answer)
-    return n > 0 and any(list(text[i : i + n]) == list(answer) for i in range(len(text) - n + 1))
+    for i in range(len(text) - n + 1):
+        *first, last = text[i : i + n]
+        if first != list(answer[:-1]) or last not in (answer[-1], f"{answer[-1]}s", f"{answer[-1]}es"):
+            continue
+        beside = [*text[max(0, i - 1) : i], *text[i + n : i + n + 1]]
+        if n == 1 and answer[0] in NUMBER_WORDS and any(word in NUMBER_WORDS for word in beside):
+            continue
+        return True
+    return False

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from estune.errors import UserError
+from estune.tasks.conciseness import text_of
 from estune.words import nearest
 
 PREFIX = "rg:"
@@ -51,7 +52,12 @@ def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for round_ in range(ROUNDS):
-        for entry in package.create_dataset(name, seed=SEED + round_, size=wanted):
+        # Its generators make problem i from seed + i: rounds must lie as far apart as a round is long.
+        try:
+            entries = list(package.create_dataset(name, seed=SEED + round_ * wanted, size=wanted))
+        except Exception as error:  # that package's code, before anything has begun
+            raise UserError(f"reasoning-gym's {name} makes no problems by itself: {error}") from error
+        for entry in entries:
             if entry["question"] not in seen:
                 seen.add(entry["question"])
                 rows.append(_row(name, entry))
@@ -99,7 +105,7 @@ def _scorer(name: str) -> Any:
 
 def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
     """Return the package's score of each completion's answer, 0 to 1."""
-    texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+    texts = [text_of(completion) for completion in completions]
     return [
         float(_scorer(name).score_answer(answer=answer_of(text), entry=json.loads(entry)))
         for text, name, entry in zip(texts, rg_task, rg_entry, strict=True)
