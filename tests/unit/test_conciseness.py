@@ -21,11 +21,14 @@ def test_the_reward_is_the_distance_in_characters() -> None:
         ("Paris", ["Paris"], 1), ("The capital of France is **Paris**.", ["Paris"], 1), ("paris!", ["Paris"], 1),
         ("PARIS", ["Paris"], 1), ("Parisian", ["Paris"], 0), ("", ["Paris"], 0), ("   ", ["Paris"], 0),
         ("Yes", ["Paris"], 0), ("?", ["Paris"], 0), ("Water is H2O.", ["H2O"], 1), ("H\u2082O", ["H2O"], 1),
-        ("There are 1,000 metres.", ["1000"], 1), ("1000000", ["1000"], 0), ("100.", ["100"], 1), ("0.5", ["5"], 1),
+        ("There are 1,000 metres.", ["1000"], 1), ("1000000", ["1000"], 0), ("100.", ["100"], 1), ("0.5", ["5"], 0),
         ("twenty-four hours", ["24", "Twenty-four"], 1), ("twenty four", ["Twenty-four"], 1),
         ("24", ["24", "Twenty-four"], 1), ("four twenty", ["Twenty-four"], 0), ("blue  whale", ["Blue whale"], 1),
         ("a blue-whale", ["Blue whale"], 1), ("whale blue", ["Blue whale"], 0), ("Leonardo da Vinci", ["Da Vinci"], 1),
         ("man's best friend is a dog", ["Dog"], 1), ("hot_dog", ["Dog"], 1), ("\u200bParis", ["Paris"], 1),
+        ("4.5", ["4"], 0), ("-4", ["4"], 0), ("\u22124", ["4"], 0), ("1/2", ["2"], 0), ("-4.", ["-4"], 1),
+        ("3-4", ["4"], 1), ("It is 4.", ["4"], 1), ("two hundred", ["Hundred"], 0), ("Twenty-six", ["Six"], 0),
+        ("six or so", ["Six"], 1), ("Penguins", ["Penguin"], 1), ("foxes", ["Fox"], 1), ("4s", ["4"], 0),
     ],
 )  # fmt: skip
 def test_an_accepted_answer_has_to_stand_there_as_whole_words(said: str, answers: list[str], right: int) -> None:

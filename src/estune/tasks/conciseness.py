@@ -121,9 +121,12 @@ def holds(text: Sequence[str], answer: Sequence[str]) -> bool:
     A number in words that is part of a larger one does not count: "twenty-six" holds no six.
     """
     n = len(answer)
+    if not n:
+        return False
+    accepted = {answer[-1], f"{answer[-1]}s", f"{answer[-1]}es"} if answer[-1].isalpha() else {answer[-1]}
     for i in range(len(text) - n + 1):
         *first, last = text[i : i + n]
-        if first != list(answer[:-1]) or last not in (answer[-1], f"{answer[-1]}s", f"{answer[-1]}es"):
+        if first != list(answer[:-1]) or last not in accepted:
             continue
         beside = [*text[max(0, i - 1) : i], *text[i + n : i + n + 1]]
         if n == 1 and answer[0] in NUMBER_WORDS and any(word in NUMBER_WORDS for word in beside):
