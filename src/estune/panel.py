@@ -135,7 +135,7 @@ class PanelMonitor:
         self._drawn_at = time.monotonic()
         try:
             self._live.update(self.render(), refresh=True)
-        except Exception as error:
+        except Exception as error:  # a broken monitor must never end a run
             self._broken = True
             with contextlib.suppress(Exception):
                 self._live.stop()

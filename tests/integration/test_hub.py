@@ -17,6 +17,8 @@ from tiny_models import save_tiny
 SMALL = ("--task", "countdown", "--sigma", "0.01", "--population_size", "4", "--batch_size", "4", "--max_steps", "1",
          "--max_completion_length", "8", "--num_threads", "1", "--console", "lines")  # fmt: skip
 
+PUSHED = ("train", "--model", "tiny", *SMALL, "--output_dir", "run", "--push_to_hub", "--hub_model_id", "me/tuned")
+
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
@@ -52,8 +54,7 @@ def test_a_finished_run_goes_to_the_hub(hub: Hub, place: Path) -> None:
 
 def test_without_a_repository_the_run_does_not_begin(hub: Hub, place: Path) -> None:
     hub.refused.add("create")
-    words = ("train", "--model", "tiny", *SMALL, "--output_dir", "run", "--push_to_hub", "--hub_model_id", "me/tuned")
-    done = estune(hub, place, *words)
+    done = estune(hub, place, *PUSHED)
     assert done.returncode == 2
     assert "push_to_hub cannot open me/tuned" in done.stderr
     assert not (place / "run" / "metrics.jsonl").exists()
@@ -61,8 +62,7 @@ def test_without_a_repository_the_run_does_not_begin(hub: Hub, place: Path) -> N
 
 def test_a_failed_upload_loses_nothing(hub: Hub, place: Path) -> None:
     hub.refused.add("commit")
-    words = ("train", "--model", "tiny", *SMALL, "--output_dir", "run", "--push_to_hub", "--hub_model_id", "me/tuned")
-    done = estune(hub, place, *words)
+    done = estune(hub, place, *PUSHED)
     assert done.returncode == 2
     assert "the model is in run, but its upload to me/tuned failed" in done.stderr
     assert (place / "run" / "model.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from estune.errors import UserError
@@ -33,36 +34,30 @@ class Task:
     """Trained on, held out while a run goes on, evaluated in the end; others are for evaluation, too."""
 
 
+def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
+    """Return the task that a module of this package holds, under the module's name."""
+    return Task(
+        name=module.__name__.rpartition(".")[2],
+        description=description,
+        load=module.load,
+        prepare_row=module.prepare_row,
+        reward=module.reward,
+        accuracy=module.accuracy,
+        columns=columns,
+        splits=getattr(module, "SPLITS", Task.splits),
+    )
+
+
 TASKS: dict[str, Task] = {
-    "conciseness": Task(
-        name="conciseness",
-        description="answer short questions in as few characters as the shortest right answer has",
-        load=conciseness.load,
-        prepare_row=conciseness.prepare_row,
-        reward=conciseness.reward,
-        accuracy=conciseness.accuracy,
-        columns=("answer", "answers"),
-        splits=conciseness.SPLITS,
-    ),
-    "countdown": Task(
-        name="countdown",
-        description="reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
-        load=countdown.load,
-        prepare_row=countdown.prepare_row,
-        reward=countdown.reward,
-        accuracy=countdown.accuracy,
-        columns=("numbers", "target"),
-    ),
-    "quadratic": Task(
-        name="quadratic",
-        description="the toy engine's: move every coordinate of a vector to a wanted value",
-        load=quadratic.load,
-        prepare_row=quadratic.prepare_row,
-        reward=quadratic.reward,
-        accuracy=quadratic.accuracy,
-        columns=("wanted",),
-    ),
-}
+    task.name: task
+    for task in (
+        _built_in(conciseness, "answer short questions in as few characters as the shortest right answer has",
+                  "answer", "answers"),
+        _built_in(countdown, "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
+                  "numbers", "target"),
+        _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
+    )
+}  # fmt: skip
 
 
 def get_task(name: str) -> Task:
