@@ -8,6 +8,9 @@ reward: characters between a completion's length and that of the shortest right 
 prompts, decoded greedily; correctness is the task's accuracy on its 200 questions of the split ``knowledge``. Seconds
 are wall time of the whole training process: imports, loading, training, held-out evaluations, saving.
 
+`--validation` is for choosing settings: it measures on the splits ``validation`` and ``knowledge_validation``, which
+share no question with the above, and records nothing.
+
 Targets: the distance at least halves on average, no seed's correctness falls more than five points below the base, no
 seed takes more than six minutes. Configuration, metrics, curves and completions of every seed go to
 `benchmarks/results/conciseness/`, the summary to `benchmarks/results/conciseness.json`.
@@ -43,11 +46,10 @@ def evaluate(model: str, split: str, rows: Path, tokens: int) -> dict[str, Any]:
     return found
 
 
-def measure(model: str, directory: Path, tokens: int) -> dict[str, Any]:
-    """Return a model's distance on the test prompts and its correctness on the 200 questions."""
+def measure(model: str, directory: Path, tokens: int, splits: tuple[str, str]) -> dict[str, Any]:
+    """Return a model's distance on the prompts of one split and its correctness on the questions of the other."""
     directory.mkdir(parents=True, exist_ok=True)
-    test = evaluate(model, "test", directory / "test.jsonl", tokens)
-    knowledge = evaluate(model, "knowledge", directory / "knowledge.jsonl", tokens)
+    test, knowledge = (evaluate(model, split, directory / f"{split}.jsonl", tokens) for split in splits)
     return {
         "distance": -test["reward"], "test_accuracy": test["accuracy"], "correct": knowledge["accuracy"],
         "correct_ci95": knowledge["accuracy_ci95"], "knowledge_distance": -knowledge["reward"],
@@ -58,13 +60,13 @@ def measure(model: str, directory: Path, tokens: int) -> dict[str, Any]:
 def run_seed(seed: int, options: argparse.Namespace, place: Path, kept: Path) -> dict[str, Any]:
     """Train with one seed, evaluate what came out, keep what shows it."""
     run = place / f"seed-{seed}"
-    command = [*ESTUNE, "train", "--config", str(CONFIG), "--model", options.model, "--seed", str(seed),
+    command = [*ESTUNE, "train", "--config", str(options.config), "--model", options.model, "--seed", str(seed),
                "--output_dir", str(run)]  # fmt: skip
     started = time.monotonic()
     subprocess.run(command, check=True)
     seconds = time.monotonic() - started
     target = kept / run.name
-    tuned = measure(str(run), target, options.tokens)
+    tuned = measure(str(run), target, options.tokens, options.splits)
     for name in KEPT:
         shutil.copy(run / name, target / name)
     shutil.copytree(run / "plots", target / "plots", dirs_exist_ok=True)
@@ -83,12 +85,16 @@ def main() -> int:
     parser.add_argument("--model", default="models/smollm2-135m", help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=40, help="at most, per completion of the evaluations")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="another run's options")
+    parser.add_argument("--validation", action="store_true", help="measure on the validation splits; print only")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
+    options.no_record |= options.validation
+    options.splits = ("validation", "knowledge_validation") if options.validation else ("test", "knowledge")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         kept = place / "kept" if options.no_record else RESULTS / "conciseness"
-        base = measure(options.model, kept / "base", options.tokens)
+        base = measure(options.model, kept / "base", options.tokens, options.splits)
         runs = [run_seed(seed, options, place, kept) for seed in options.seeds]
         report = [
             *ESTUNE,
@@ -98,7 +104,7 @@ def main() -> int:
             str(kept),
         ]
         subprocess.run(report, check=True)
-    print(f"base: distance {base['distance']:.1f} characters, {base['correct']:.1%} of 200 questions right")
+    print(f"base: distance {base['distance']:.1f} characters, {base['correct']:.1%} of the questions right")
     for run in runs:
         print(f"seed {run['seed']}: distance {run['distance']:.1f}, {run['correct']:.1%} right, {run['seconds']:.0f} s")
     after = math.fsum(run["distance"] for run in runs) / len(runs)
@@ -112,8 +118,8 @@ def main() -> int:
         print(f"{what} {value:.3g} (at most {limit:g}){'' if value <= limit else ': MISSED'}")
     if not options.no_record:
         summary = {what: {"value": value, "limit": limit} for what, (value, limit) in targets.items()}
-        write_result("conciseness", {"config": CONFIG.name, "tokens": options.tokens, "targets": summary, "base": base,
-                                     "runs": runs})  # fmt: skip
+        what = {"config": options.config.name, "tokens": options.tokens}
+        write_result("conciseness", {**what, "targets": summary, "base": base, "runs": runs})
     return int(any(value > limit for value, limit in targets.values()))
 
 

@@ -46,8 +46,9 @@ from estune import ESConfig, ESTrainer, inputs
 from estune.engines import decoding
 from estune.engines.hf_callers import AttentionCaller, left_pad
 from estune.fitness import fill_failures, shape_fitness, weigh
+from estune.opening import open_session
 from estune.optimizer import Update, make_update
-from estune.session import Session, Step, open_session, plan_step
+from estune.session import Session, Step, plan_step
 
 NEXT_TO_NOTHING = 1e-12  # learning rate
 NO_STEPS_END = 1_000_000  # max_steps

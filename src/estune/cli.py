@@ -154,7 +154,8 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     _add_json(score)
     _add_fields(score, SCORE_FIELDS)
     probe = command("probe", _probe, "Try six sigmas with eight members each; propose sigma, learning_rate and N.")
-    probe.add_argument("--config", help="YAML file of a run's options, or a preset (demo); flags win over it.")
+    probe.add_argument("--config", help="YAML file of a run's options, or a preset (demo), of which the options below "
+                       "are taken; flags win over it.")  # fmt: skip
     probe.add_argument("--sigmas", type=float, nargs="+", help="Other sigmas than 3e-4 to 1e-1.")
     _add_json(probe)
     _add_fields(probe, PROBE_FIELDS)
@@ -205,7 +206,9 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
         shown = "" if default in (None, "") else f" [{str(default).lower() if default in (True, False) else default}]"
         text = spec.metadata["help"] + shown
         if name == "task":
-            text = f"{text} {'; '.join(f'{task.name}: {task.description}' for task in TASKS.values())}."
+            known = [f"{task.name}: {task.description}" for task in TASKS.values()]
+            known += ["rg:NAME: that one of reasoning-gym", "NAME=2,NAME=1: a mixture with weights"]
+            text = f"{text} {'; '.join(known)}."
         options["help"] = text.replace("%", "%%")
         options["metavar"] = "|".join(choices) if choices else name.split("_")[-1].upper()
         if FIELD_TYPES[name] is bool:

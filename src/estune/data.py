@@ -276,7 +276,8 @@ class PromptBuilder:
                 f"row {row_id}: prompt ({len(token_ids)} tokens) and completion (up to {self._max_completion_length}) "
                 f"are longer than the model's context of {self._max_context} tokens"
             )
-        return Prompt(row_id, text, token_ids)
+        asked = [message["content"] for message in messages if message["role"] == "user"] or [messages[-1]["content"]]
+        return Prompt(row_id, text, token_ids, asked[-1])
 
     def _templated(self, messages: list[dict[str, Any]], row_id: int) -> str:
         if self._system_prompt and messages[0]["role"] == "system":  # many templates allow one system message only

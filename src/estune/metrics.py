@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,12 @@ class Watch:
 
     best_mean: float = -math.inf  # of the population's fitness so far
     warned: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of_steps(cls, fitness: Iterable[Sequence[float]]) -> Watch:
+        """Return one that has seen steps already, from their members' fitness (N,) each."""
+        means = [mean(np.array(values)) for values in fitness]
+        return cls(max((value for value in means if value == value), default=-math.inf))
 
     def step(self, record: dict[str, Any], equal_to_theta: Callable[[], float]) -> None:
         """Look at a training step's metrics; ``equal_to_theta`` gives the share of completions that equal theta's.

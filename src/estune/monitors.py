@@ -155,7 +155,7 @@ class Monitors:
             action()
         except Exception as error:  # a broken monitor must never end a run
             self.optional.remove(monitor)
-            name = type(monitor).__name__
+            name = getattr(monitor, "name", type(monitor).__name__)
             print(f"estune: warning: {name} broke and is off for the rest of the run: {error}", file=sys.stderr)
 
 

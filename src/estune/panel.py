@@ -60,11 +60,11 @@ def plain(text: str) -> str:
 
 @dataclass
 class Said:
-    """What a member answered in the last step: its place ("best", ...), fitness, prompt and completion."""
+    """What a member answered in the last step: its place ("best", ...), fitness, question and completion."""
 
     place: str
     fitness: float
-    prompt: str
+    question: str
     completion: str
 
 
@@ -178,6 +178,9 @@ class PanelMonitor:
             if last["es/reward_errors"]:
                 pace += f", {last['es/reward_errors']} rewards failed"
             rows.append(("pace", Text(pace)))
+        if self.said:
+            asked = plain(" ".join(self.said[0].question.split()))
+            rows.append(("asked", Text(asked[:MOST_CHARACTERS], style="dim")))
         for one in self.said:
             text = plain(" ".join(one.completion.split()))[:MOST_CHARACTERS] or "(empty)"
             rows.append((one.place, Text.assemble((f"{_number(one.fitness)}  ", "bold"), text, overflow="fold")))

@@ -209,11 +209,13 @@ def table(theta: Answers, found: dict[float, Answers], proposal: dict[str, Any])
             f"{'clipped':>8} {'not finite':>10}")  # fmt: skip
     lines = [head]
     for name, answers in [("theta", theta), *((f"{sigma:g}", answers) for sigma, answers in found.items())]:
-        best = max(answers.fitness, default=math.nan)
+        most = max(answers.fitness, default=math.nan)
         broken = answers.broken
+        among = [f"{answers.spread:.3g}", f"{most:.4g}", f"{answers.tied_prompts:.0%}", f"{answers.changed:.0%}"]
+        spread, best, ties, changed = among if answers is not theta else ["-"] * 4  # said of several members
         lines.append(
-            f"{name:>8} {answers.mean:>10.4g} {answers.spread:>9.3g} {best:>10.4g} {answers.tied_prompts:>6.0%} "
-            f"{answers.changed:>8.0%} {broken['empty']:>6.0%} {broken['clipped']:>8.0%} {broken['non_finite']:>10.0%}"
+            f"{name:>8} {answers.mean:>10.4g} {spread:>9} {best:>10} {ties:>6} {changed:>8} {broken['empty']:>6.0%} "
+            f"{broken['clipped']:>8.0%} {broken['non_finite']:>10.0%}"
         )
     lines.append(
         f"proposed: --sigma {proposal['sigma']:g} --learning_rate {proposal['learning_rate']:g} "

@@ -8,7 +8,6 @@ rebuilds theta from the newest checkpoint and the journal, then takes the same p
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from estune.config import RESUMABLE, ESConfig
 from estune.engines.base import Engine, ParameterSpec
 from estune.environment import environment, versions
 from estune.errors import UserError
-from estune.files import write_json
+from estune.files import try_lock, write_json
 from estune.journal import Journal, Pending, recorded_update
 from estune.master import AnchorReader, Moved
 from estune.noise import NOISE_VERSION
@@ -41,7 +40,7 @@ WRITTEN = (
     "checkpoint-*", "es_state.json", "trainer_state.json", "config.json", "generation_config.json", "*.safetensors",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "vocab.*", "merges.txt", "*.model", "*.spm", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
-    "README.md", "report.html", "tensorboard", "wandb",
+    "README.md", "report.html", "trackers.json", "tensorboard", "wandb",
 )  # fmt: skip
 
 
@@ -260,12 +259,9 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
 
 def lock_directory(path: Path) -> int:
     """Take the directory's lock, held until the descriptor closes or the process dies."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is running {path}") from None
+    descriptor = try_lock(path)
+    if descriptor is None:
+        raise UserError(f"another process is running {path}")
     return descriptor
 
 

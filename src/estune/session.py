@@ -8,39 +8,31 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from estune import inputs, metrics, records
 from estune.card import write_card
-from estune.checkpoint import BASE_DIRECTORY, anchor_reader, checkpoint_path, load_master, prune, write_model
+from estune.checkpoint import checkpoint_path, prune
 from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Engine, Perturbation, Prompt
-from estune.errors import UserError
 from estune.evaluation import Evaluation, evaluate
 from estune.fitness import fill_failures, population_fitness, weigh
-from estune.hub import open_repository, push, repository_of
+from estune.hub import push
 from estune.inputs import Rewards
 from estune.journal import step_record
-from estune.loggers import start_logger
-from estune.model_paths import local_directory, public_name
-from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor, say
+from estune.monitors import Monitors, say
 from estune.noise import lowrank_scale, perturbation_scale
 from estune.optimizer import Update, scheduled
 from estune.panel import PanelMonitor, Said
 from estune.population import Member, members_for_step
-from estune.rewards import INLINE_WARNING, RewardPool
+from estune.rewards import RewardPool
 from estune.rollouts import Evaluator, Rollouts, digest
-from estune.run import Run, open_run, refuse_diverged
-from estune.signals import StopRequest
-
-if TYPE_CHECKING:
-    from estune.trainer import ESTrainer
+from estune.run import Run, refuse_diverged
 
 Rows = list[dict[str, Any]]
 
@@ -84,7 +76,7 @@ def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
 
 @dataclass
 class Session:
-    """The parts of an open run; made by `open_session`."""
+    """The parts of an open run; made by `estune.opening.open_session`."""
 
     args: ESConfig
     run: Run
@@ -299,107 +291,6 @@ class Session:
         return {"global_step": index, "max_steps": self.args.max_steps, "epoch": epoch}
 
 
-@contextmanager
-def open_session(trainer: ESTrainer) -> Iterator[Session]:
-    """Open the directory, start the reward workers, load the engine, and bring theta to the journal's last step.
-
-    The reward workers come before the engine, so that they load while it does.
-
-    Raises:
-        UserError: something that the user gave cannot work; a run that is to be overwritten is still there then.
-    """
-    with ExitStack() as stack:
-        run = open_run(trainer.args, trainer.given)
-        stack.callback(run.close)
-        args = trainer.args = run.args
-        repository = None
-        if args.push_to_hub:
-            repository = open_repository(repository_of(args), args.hub_private_repo)
-        stop = stack.enter_context(StopRequest())
-        pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
-        accuracy_pool = None
-        if trainer.rewards.accuracy is not None and trainer.eval_rows:
-            accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
-        if args.reward_isolation == "inline":
-            print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
-        say(f"estune: loading {args.model if not trainer.has_module else 'the model'}")
-        engine = trainer.engine
-        train_prompts = trainer.prepare()
-        args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
-        eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
-        if run.is_new:
-            run.clear()  # only now, when all that the user gave has been found to work
-        _keep_base(trainer, run)
-        sampling = inputs.sampling(args, 0)
-        batches = Batches(len(trainer.train_rows), int(args.batch_size), args.seed)
-        reproducible = None
-        if run.is_new:
-            first = plan_step(args, batches, 0)
-            members = [first.perturbation(member) for member in first.members[: int(args.members_per_batch)]]
-            prompts = [train_prompts[row] for row in first.rows]
-            say("estune: answering a first batch twice, to see whether rollouts repeat")
-            reproducible = engine.check_reproducible(members, prompts, sampling)
-        facts = {
-            "reward_funcs": trainer.rewards.names,
-            "reward_weights": trainer.rewards.weights,
-            "data": inputs.data_fingerprint(trainer.train_rows, train_prompts),
-        }
-        run.begin(engine, reproducible, facts)
-        replayed, last_move = run.recover(engine)
-        monitors, panel = _monitors(args, run)
-        stack.callback(monitors.close)
-
-        def between_tokens() -> bool:
-            if panel is not None:
-                panel.tick()
-            return stop.requested()
-
-        session = Session(
-            args=args,
-            run=run,
-            engine=engine,
-            evaluator=Evaluator(
-                engine, pool, args.response_prefix, between_tokens, panel.members_done if panel else lambda done: None
-            ),
-            panel=panel,
-            repository=repository,
-            accuracy_pool=accuracy_pool,
-            rewards=trainer.rewards,
-            train_rows=trainer.train_rows,
-            train_prompts=train_prompts,
-            eval_rows=trainer.eval_rows,
-            eval_prompts=eval_prompts,
-            batches=batches,
-            monitors=monitors,
-            checksum=engine.master.checksum(),
-            tokens=run.tokens_before(),
-        )
-        session.announce(replayed)
-        unlogged = run.unlogged_step()
-        if unlogged is not None and last_move is not None:
-            session.log_step(unlogged | metrics.update_metrics(unlogged, last_move, None))
-        yield session
-
-
-def _keep_base(trainer: ESTrainer, run: Run) -> None:
-    """Keep theta_0 in the run where it has no files of its own, and open it for anchored decay.
-
-    A module that was given may have moved since the run began, so a resume reads theta_0 from the run.
-    """
-    master, own = trainer.engine.master, run.path / BASE_DIRECTORY
-    if trainer.has_module and not run.is_new:
-        load_master(own, master)
-        trainer.engine.master_changed()
-    anchored = run.args.weight_decay_anchor == "base"
-    source = None if trainer.has_module else local_directory(run.args.model)
-    anchor = anchor_reader(source, master) if source and anchored else None
-    if trainer.has_module or (anchored and anchor is None):
-        if run.is_new:
-            write_model(own, trainer.engine, float32=True)
-        anchor = anchor_reader(own, master)
-    run.anchor = anchor if anchored else None
-
-
 def said(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:
     """Return what the best, the median and the worst member answered to the step's first prompt."""
     order = [int(m) for m in np.argsort(-fitness, kind="stable") if not np.isnan(fitness[m])]  # NaN comes last
@@ -409,27 +300,5 @@ def said(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> 
         member = order[index]
         texts = rollouts.groups[member].completions
         if texts is not None:
-            found.append(Said(place, float(fitness[member]), prompts[0].text, texts[0][0]))
+            found.append(Said(place, float(fitness[member]), prompts[0].question, texts[0][0]))
     return found
-
-
-def _monitors(args: ESConfig, run: Run) -> tuple[Monitors, PanelMonitor | None]:
-    """Start what shows and records the run; a tracker that cannot start is an error."""
-    started: list[Monitor] = []
-    panel = None
-    try:
-        for name in args.report_to:
-            if name == "plot":
-                started.append(PlotMonitor(run.path))
-            elif name == "report":
-                started.append(ReportMonitor(run.path))
-            elif name != "none":
-                started.append(start_logger(name, run.path, args.trajectory()))
-    except UserError:
-        Monitors([], started).close()  # a tracker left open would take the next run's numbers, too
-        raise
-    if args.console == "panel" or (args.console == "auto" and sys.stdout.isatty()):
-        title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"
-        panel = PanelMonitor(title, args.max_steps, args.population_size, run.steps_done)
-    console: Monitor = panel or ConsoleMonitor(args.max_steps, run.steps_done)
-    return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], [console, *started]), panel

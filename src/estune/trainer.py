@@ -26,9 +26,10 @@ from estune.errors import UserError
 from estune.fitness import fill_failures, shape_fitness, weigh
 from estune.hub import open_repository, push, repository_of
 from estune.monitors import say
+from estune.opening import open_session
 from estune.optimizer import make_update
 from estune.run import is_finished
-from estune.session import open_session, plan_step
+from estune.session import plan_step
 
 
 class ESTrainer:

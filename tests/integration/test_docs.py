@@ -70,6 +70,17 @@ def test_the_commands_on_a_real_model_run(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "runs/concise/metrics.jsonl").read_text().splitlines()]
     held_out = [record["eval_reward"] for record in records if "eval_reward" in record]
     assert held_out[-1] > held_out[0] / 2  # minus the distance in characters: at least halved
+    base, tuned = (accuracy_on_knowledge(model, tmp_path) for model in ("models/smollm2-135m", "runs/concise"))
+    assert base > 0.5
+    assert tuned > base - 0.05
+
+
+def accuracy_on_knowledge(model: str, place: Path) -> float:
+    command = ["estune", "evaluate", "--model", model, "--task", "conciseness", "--split", "knowledge",
+               "--max_completion_length", "40", "--num_threads", "1", "--json"]  # fmt: skip
+    done = subprocess.run(command, cwd=place, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    accuracy: float = json.loads(done.stdout)["accuracy"]
+    return accuracy
 
 
 def test_the_reference_is_the_parsers_own() -> None:
@@ -78,19 +89,29 @@ def test_the_reference_is_the_parsers_own() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == done.stdout
 
 
-def table(heading: str) -> list[str]:
-    """Return the first column of the table behind a heading of `docs/trl.md`."""
-    text = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8").split(heading)[1]
-    return re.findall(r"^\| `(\w+)`", text.split("\n\n")[0], flags=re.MULTILINE)
+def default_of(configuration: type, name: str) -> object:
+    field = next(field for field in dataclasses.fields(configuration) if field.name == name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def written(value: object) -> str:
+    """Return a default as the table writes it."""
+    return " ".join(value) if isinstance(value, list) else str(value).lower()
 
 
 def test_same_name_same_meaning_as_in_trl() -> None:
     trl = pytest.importorskip("trl", reason="an optional neighbour")
+    text = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8").split("| name | meaning in both |")[1]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.+) \|$", text.split("\n\n")[0], flags=re.MULTILINE)
     ours = {field.name for field in dataclasses.fields(ESConfig)}
     theirs = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
-    listed = set(table("| name | meaning in both |"))
-    assert listed, "the table is there"
-    assert listed == ours & theirs - {"dtype"}
+    assert {name for name, *_ in rows} == ours & theirs - {"dtype"}
+    for name, _, own, other in rows:
+        value = default_of(trl.GRPOConfig, name)
+        assert (own, other) == (written(default_of(ESConfig, name)), written(value)), name
+        if value is not None and name != "max_steps":  # -1 there leaves it to the epochs, which estune has not
+            read = getattr(ESConfig.from_mapping({name: value}), name)
+            assert read == ([value] if name == "report_to" else value), name
 
 
 def test_pages_name_no_other_option() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
 from command_line import TOY, estune
 
 from estune.errors import UserError
-from estune.loggers import LOGGERS, numbers, start_logger
+from estune.loggers import LOGGERS, Apart, numbers, start_logger
 from estune.monitors import Monitors
 
 RUN = (*TOY, "--max_steps", 2, "--population_size", 4, "--sigma", 0.1, "--num_threads", 1, "--eval_steps", 1,
@@ -23,6 +25,13 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 def started(place, name, **environment):
     done = estune(*RUN, "--report_to", name, cwd=place, env=environment)
+    assert done.code == 0, done
+    assert "broke and is off" not in done.err, done.err
+
+
+def resumed(place, name, **environment):
+    """Go on with the run for a third step."""
+    done = estune("train", "--output_dir", "run", "--resume", "--max_steps", 3, cwd=place, env=environment)
     assert done.code == 0, done
     assert "broke and is off" not in done.err, done.err
 
@@ -41,24 +50,32 @@ def test_tensorboard(place):
 @needs("wandb")
 def test_wandb_offline(place):
     started(place, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
-    assert list((place / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    resumed(place, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
+    files = list((place / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2  # offline, every process writes a file of its own ...
+    assert len({file.name for file in files}) == 1  # ... of the same run
 
 
 @needs("mlflow")
 def test_mlflow(place):
     started(place, "mlflow", MLFLOW_TRACKING_URI=f"sqlite:///{place / 'mlflow.db'}")
+    resumed(place, "mlflow", MLFLOW_TRACKING_URI=f"sqlite:///{place / 'mlflow.db'}")
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{place / 'mlflow.db'}")
     [run] = client.search_runs([client.get_experiment_by_name("estune").experiment_id])
     assert run.data.params["population_size"] == "4"
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "reward")] == [1, 2]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "reward")] == [1, 2, 3]
 
 
 @needs("trackio")
 def test_trackio(place):
     started(place, "trackio", TRACKIO_DIR=str(place / "trackio"), TRACKIO_PROJECT="mine")
-    assert list((place / "trackio").glob("mine*"))
+    resumed(place, "trackio", TRACKIO_DIR=str(place / "trackio"), TRACKIO_PROJECT="mine")
+    [database] = (place / "trackio").glob("mine*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT DISTINCT run_name, step FROM metrics ORDER BY step").fetchall()
+    assert rows == [("run", step) for step in range(4)]
 
 
 @pytest.mark.parametrize("name", LOGGERS)
@@ -76,7 +93,7 @@ def test_a_tracker_that_is_not_there_stops_the_run(place, name):
 
 
 def test_a_tracker_that_cannot_start_stops_the_run(place, monkeypatch):
-    def broken(run_dir, config):
+    def broken(run_dir, config, known):
         raise RuntimeError("no\n  disk")
 
     monkeypatch.setitem(LOGGERS, "tensorboard", ("json", broken))
@@ -97,6 +114,71 @@ def test_a_tracker_that_breaks_later_is_switched_off(capsys):
     monitors.log({"step": 2})
     monitors.close()
     assert capsys.readouterr().err.count("Breaking broke and is off") == 1
+
+
+class Odd:
+    """A tracker that does at each call what it is told to."""
+
+    identity = None
+
+    def __init__(self, on_log=lambda: None, on_close=lambda: None):
+        self.logged, self.on_log, self.on_close = [], on_log, on_close
+
+    def log(self, record):
+        self.on_log()
+        self.logged.append(record)
+
+    def close(self):
+        self.on_close()
+
+
+def leave():
+    sys.exit(3)
+
+
+def test_a_tracker_gets_every_record_in_order():
+    odd = Odd()
+    apart = Apart("odd", lambda: odd)
+    for step in range(100):
+        apart.log({"step": step})
+    apart.close()
+    assert [record["step"] for record in odd.logged] == list(range(100))
+
+
+def test_a_tracker_that_exits_does_not_end_the_run(capsys):
+    monitors = Monitors([], [Apart("odd", lambda: Odd(on_log=leave)), Apart("even", lambda: Odd(on_close=leave))])
+    monitors.log({"step": 1})
+    monitors.close()
+    warned = capsys.readouterr().err
+    assert "odd broke and is off for the rest of the run: SystemExit: 3" in warned
+    assert "even broke and is off for the rest of the run: SystemExit: 3" in warned
+
+
+def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
+    monkeypatch.setattr("estune.loggers.BEHIND_S", 0.05)
+    monkeypatch.setattr("estune.loggers.CLOSE_S", 0.05)
+    let_go = threading.Event()
+    monitors = Monitors([], [Apart("odd", lambda: Odd(on_log=let_go.wait))])
+    monitors.log({"step": 1})
+    let_go.wait(0.1)
+    monitors.log({"step": 2})
+    assert "odd broke and is off for the rest of the run: it is 0.05 s behind" in capsys.readouterr().err
+    monitors = Monitors([], [Apart("odd", lambda: Odd(on_close=let_go.wait))])
+    monitors.close()
+    assert "no answer for 0.05 s" in capsys.readouterr().err
+    let_go.set()
+
+
+def test_a_tracker_that_never_starts_stops_the_run(place, monkeypatch):
+    let_go = threading.Event()
+    monkeypatch.setattr("estune.loggers.START_S", 0.05)
+    monkeypatch.setitem(LOGGERS, "tensorboard", ("json", lambda *_: let_go.wait() and Odd()))
+    with pytest.raises(UserError, match=r"report_to tensorboard cannot start: TimeoutError: no answer for 0\.05 s"):
+        start_logger("tensorboard", place, {})
+    monkeypatch.setitem(LOGGERS, "tensorboard", ("json", lambda *_: leave()))
+    with pytest.raises(UserError, match="cannot start: RuntimeError: SystemExit: 3"):
+        start_logger("tensorboard", place, {})
+    let_go.set()
 
 
 def test_numbers_alone_are_drawn() -> None:

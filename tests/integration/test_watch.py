@@ -17,6 +17,8 @@ import pytest
 from command_line import TOY
 
 from estune.errors import UserError
+from estune.report.data import read_runs
+from estune.report.page import page
 from estune.report.watch import serve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -71,6 +73,29 @@ def test_the_live_page_is_the_same_and_says_so(address: str, place: Path) -> Non
     assert console == ""
     assert 'data-ready="true"' in html
     assert ">live</span>" in html
+
+
+DRIVE = """<script>
+const before = [...document.querySelectorAll("section")], details = document.querySelector("details");
+details.open = !details.open;
+const wanted = details.open;
+data = {...data, runs: data.runs.map(run => ({...run, config: {...run.config, seed: 5}}))};
+render();
+const after = [...document.querySelectorAll("section")];
+const changed = after.filter((one, i) => one !== before[i]);
+document.body.dataset.changed = changed.map(one => one.querySelector("h2").textContent);
+document.body.dataset.stays = document.querySelector("details").open === wanted;
+</script></body>"""
+
+
+@needs_browser
+def test_what_did_not_change_is_not_drawn_again_and_what_was_opened_stays_open(finished: Path, place: Path) -> None:
+    driven = place / "driven.html"
+    driven.write_text(page(read_runs([finished])).replace("</body>", DRIVE), encoding="utf-8")
+    html, console = look(driven.as_uri(), place)
+    assert console == ""
+    assert 'data-changed="Configuration"' in html
+    assert 'data-stays="true"' in html
 
 
 def test_what_the_server_answers(address: str) -> None:

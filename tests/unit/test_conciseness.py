@@ -45,7 +45,7 @@ def test_a_long_text_takes_no_long_time() -> None:
 def test_splits_have_their_sizes_and_share_no_question() -> None:
     rows = {split: conciseness.load(split) for split in TASKS["conciseness"].splits}
     assert {split: len(own) for split, own in rows.items()} == {
-        "train": 2, "validation": 8, "test": 8, "knowledge": 200,
+        "train": 2, "validation": 8, "test": 8, "knowledge": 200, "knowledge_validation": 100,
     }  # fmt: skip
     questions = [row["prompt"][0]["content"] for own in rows.values() for row in own]
     assert len(set(questions)) == len(questions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from command_line import estune
 
@@ -61,3 +63,11 @@ def test_a_run_whose_members_say_what_theta_says(sigma: float, warned: bool, noi
                   "--num_threads", 1, "--output_dir", "run", "--report_to", "none", cwd=place)  # fmt: skip
     assert done.code == 0, done
     assert done.err.count("equal the unperturbed model's") == int(warned), done.err
+
+
+def test_a_resumed_run_remembers_its_best_step(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch.of_steps([[1.0, 3.0], [0.4, 0.6], [float("nan")] * 2])
+    assert watch.best_mean == 2.0
+    watch.step(record(fitness=0.9), never)
+    assert "has halved since its best step" in capsys.readouterr().err
+    assert Watch.of_steps([]).best_mean == -math.inf

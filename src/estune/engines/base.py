@@ -60,8 +60,9 @@ class Prompt:
     """One row, tokenised; the response prefix is part of ``token_ids``."""
 
     row_id: int  # the row's index in its split
-    text: str
+    text: str  # all that the model reads: templates, system message, response prefix
     token_ids: tuple[int, ...]  # (P,)
+    question: str = ""  # what the row itself asks: its prompt, or the last user message's content
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def before_and_after(directory: Path) -> dict[str, Any]:
         before, after = mark(one["completions"][0][:MOST_CHARACTERS], other["completions"][0][:MOST_CHARACTERS])
         shown.append(
             {
-                "prompt": one["prompt"], "before": before, "after": after,
+                "prompt": one["question"] or one["prompt"], "before": before, "after": after,
                 "before_reward": one["rewards"][0], "after_reward": other["rewards"][0],
                 "before_right": _right(one), "after_right": _right(other),
             }

@@ -4,7 +4,8 @@ The reward is minus the distance in characters between a completion's length and
 section on conciseness); it never looks at what is said. The accuracy does: an accepted answer must stand in the
 completion, as whole words. There are two prompts to train on, eight to validate and eight to test, as many as the paper
 has of each kind but in words of our own; and the split ``knowledge``: 200 short questions with their accepted answers,
-to see whether a model that became brief still knows what it knew. No split shares an answerable question with another.
+to see whether a model that became brief still knows what it knew. A hundred more, ``knowledge_validation``, are for
+choosing settings. No split shares an answerable question with another.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 
 from estune.errors import UserError
 
-KNOWLEDGE = Path(__file__).parent / "data" / "short_answers.jsonl"
+DATA = Path(__file__).parent / "data"
+FILES = {"knowledge": "short_answers.jsonl", "knowledge_validation": "short_answers_validation.jsonl"}
 NUMBER = r"(?:(?<![\w.])-)?\d+(?:[./]\d+)*(?![^\W_])"
 NUMBER_WORDS = frozenset(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million".split()
 )
-SPLITS = ("train", "validation", "test", "knowledge")
+SPLITS = ("train", "validation", "test", *FILES)
 
 # A question, then its accepted answers; the first one's length is the target.
 QUESTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -60,7 +62,7 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
 def _questions(split: str) -> tuple[tuple[str, ...], ...]:
     if split in QUESTIONS:
         return QUESTIONS[split]
-    rows = [json.loads(line) for line in KNOWLEDGE.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (DATA / FILES[split]).read_text(encoding="utf-8").splitlines()]
     return tuple((row["question"], *row["answers"]) for row in rows)
 
 

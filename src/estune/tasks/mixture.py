@@ -29,10 +29,13 @@ def parse(text: str) -> list[tuple[str, float]]:
         except ValueError:
             value = 0.0
         if not name or not 0 < value < float("inf"):
-            raise UserError(f"task {text!r} is no mixture: write name=weight,name=weight with positive weights")
+            raise UserError(f"task {text!r} is no mixture, for its part {item.strip()!r}: write "
+                            "name=weight,name=weight with positive weights")  # fmt: skip
         parts.append((name, value))
-    if len({name for name, _ in parts}) < len(parts):
-        raise UserError(f"task {text!r} names a task twice")
+    names = [name for name, _ in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"task {text!r} names {twice} twice")
     return parts
 
 
