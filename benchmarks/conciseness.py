@@ -96,14 +96,11 @@ def main() -> int:
         kept = place / "kept" if options.no_record else RESULTS / "conciseness"
         base = measure(options.model, kept / "base", options.tokens, options.splits)
         runs = [run_seed(seed, options, place, kept) for seed in options.seeds]
-        report = [
-            *ESTUNE,
-            "report",
-            *(str(place / f"seed-{seed}") for seed in options.seeds),
-            "--output_dir",
-            str(kept),
-        ]
+        paths = [str(place / f"seed-{seed}") for seed in options.seeds]
+        report = [*ESTUNE, "report", *paths, "--output_dir", str(kept)]
         subprocess.run(report, check=True)
+        for file in [kept / "report.html", *kept.glob("*/es_config.json")]:  # where the runs lay says nothing
+            file.write_text(file.read_text(encoding="utf-8").replace(f"{place}/", ""), encoding="utf-8")
     print(f"base: distance {base['distance']:.1f} characters, {base['correct']:.1%} of the questions right")
     for run in runs:
         print(f"seed {run['seed']}: distance {run['distance']:.1f}, {run['correct']:.1%} right, {run['seconds']:.0f} s")

@@ -21,16 +21,18 @@ REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
 def plot_run(run_dir: Path, output_dir: Path | None = None) -> Path:
     """Draw the population's reward and the held-out curve of a run; return the PNG's path.
 
-    Left: mean fitness over the population, a band of one standard deviation, and the best member. Right: held-out
-    accuracy of theta with its 95 % interval (held-out reward where the task has no accuracy).
+    Mean fitness over the population with a band of one standard deviation, and the best member; held-out reward of
+    theta; its held-out accuracy with a 95 % interval, where the task has one.
     """
     records = read_metrics(run_dir)
     steps = [record for record in records if record.get("reward") is not None]
     evaluations = [record for record in records if "eval_reward" in record]
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _reward_curve(left, steps)
-    _held_out_curve(right, evaluations)
+    accurate = any(record.get("eval_accuracy") is not None for record in evaluations)
+    figure, axes = _panels(2 + accurate)
+    _reward_curve(axes[0], steps)
+    _held_out_reward(axes[1], evaluations)
+    if accurate:
+        _held_out_accuracy(axes[2], evaluations)
     return _save(figure, output_dir or run_dir)
 
 
@@ -43,16 +45,20 @@ def plot_runs(run_dirs: Sequence[Path], output_dir: Path) -> Path:
     steps = [[(r["step"], r["reward"]) for r in run if r.get("reward") is not None] for run in records]
     held_out = [[r for r in run if "eval_reward" in r] for run in records]
     accurate = any(r.get("eval_accuracy") is not None for run in held_out for r in run)
-    name, factor = ("eval_accuracy", 100.0) if accurate else ("eval_reward", 1.0)
-    points = [[(r["step"], factor * r[name]) for r in run if r.get(name) is not None] for run in held_out]
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _band_over_runs(left, steps, REWARD)
-    left.set(title="Training reward", xlabel="step", ylabel="population's mean")
-    _band_over_runs(right, points, HELD_OUT)
-    right.set(title="Held-out accuracy" if accurate else "Held-out reward", xlabel="step",
-              ylabel="%" if accurate else "reward")  # fmt: skip
+    figure, axes = _panels(2 + accurate)
+    _band_over_runs(axes[0], steps, REWARD)
+    axes[0].set(title="Training reward", xlabel="step", ylabel="population's mean")
+    shown = [("eval_reward", 1.0, "Held-out reward", "reward"), ("eval_accuracy", 100.0, "Held-out accuracy", "%")]
+    for panel, (name, factor, title, unit) in zip(axes[1:], shown, strict=False):
+        points = [[(r["step"], factor * r[name]) for r in run if r.get(name) is not None] for run in held_out]
+        _band_over_runs(panel, points, HELD_OUT)
+        panel.set(title=title, xlabel="step", ylabel=unit)
     return _save(figure, output_dir)
+
+
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(5 * count, 3.8), layout="constrained")
+    return figure, list(figure.subplots(1, count))
 
 
 def _band_over_runs(axes: Any, runs: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
@@ -92,21 +98,24 @@ def _reward_curve(axes: Any, steps: list[dict[str, Any]]) -> None:
     _finish(axes, bool(x))
 
 
-def _held_out_curve(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+def _held_out_reward(axes: Any, evaluations: list[dict[str, Any]]) -> None:
+    known = [record for record in evaluations if record["eval_reward"] is not None]
+    x, y = [record["step"] for record in known], [record["eval_reward"] for record in known]
+    axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
+    rows = known[-1]["eval_rows"] if known else 0
+    axes.set(title=f"Held-out reward ({rows} rows)", xlabel="step", ylabel="reward")
+    _finish(axes, bool(x))
+
+
+def _held_out_accuracy(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     x = [record["step"] for record in evaluations]
-    rows = evaluations[-1]["eval_rows"] if evaluations else 0
-    if evaluations and "eval_accuracy" in evaluations[0]:
-        y = [100 * record["eval_accuracy"] for record in evaluations]
-        bounds = [record["eval_accuracy_ci95"] for record in evaluations]
-        axes.fill_between(x, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=HELD_OUT,
-                          alpha=0.2, linewidth=0, label="95 % interval")  # fmt: skip
-        axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
-        axes.set(title=f"Held-out accuracy ({rows} rows)", xlabel="step", ylabel="%")
-        axes.set_ylim(bottom=0)
-    else:
-        y = [record["eval_reward"] for record in evaluations]
-        axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
-        axes.set(title=f"Held-out reward ({rows} rows)", xlabel="step", ylabel="reward")
+    y = [100 * record["eval_accuracy"] for record in evaluations]
+    bounds = [record["eval_accuracy_ci95"] for record in evaluations]
+    axes.fill_between(x, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=HELD_OUT,
+                      alpha=0.2, linewidth=0, label="95 % interval")  # fmt: skip
+    axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
+    axes.set(title=f"Held-out accuracy ({evaluations[-1]['eval_rows']} rows)", xlabel="step", ylabel="%")
+    axes.set_ylim(bottom=0)
     _finish(axes, bool(x))
 
 
