@@ -64,7 +64,8 @@ def with_vllm(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
     prompts = [row["prompt"] for row in conciseness.load("test")]
     job, answers = place / "job.json", place / "answers.json"
     job.write_text(json.dumps({"model": str(run), "prompts": prompts, "tokens": tokens}), encoding="utf-8")
-    command = [str(vllm_environment(cache_dir)), str(HERE / "leaving_vllm.py"), str(job), str(answers)]
+    program = str(HERE / "leaving_vllm.py")  # -P: what lies beside it must not be taken for packages
+    command = [str(vllm_environment(cache_dir)), "-P", program, str(job), str(answers)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": " | ".join(done.stderr.splitlines()[-3:])}

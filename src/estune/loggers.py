@@ -49,7 +49,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 class TensorboardMonitor:
     """Event files in ``<run>/tensorboard``."""
 
-    identity = None  # the run directory is enough
+    identity: str | None = None  # the run directory is enough
 
     def __init__(self, run_dir: Path, config: dict[str, Any], known: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -75,7 +75,7 @@ class TrackioMonitor:
         import trackio
 
         self._trackio: Any = trackio
-        self.identity = known or run_dir.name
+        self.identity: str | None = known or run_dir.name
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         trackio.init(project=project, name=self.identity, config=config, resume="allow" if known else "never")
 
@@ -94,9 +94,9 @@ class WandbMonitor:
     def __init__(self, run_dir: Path, config: dict[str, Any], known: str | None) -> None:
         import wandb
 
-        settings: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": str(run_dir)}
-        again = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
-        self._run: Any = wandb.init(name=run_dir.name, config=config, **settings, **again)
+        again: dict[str, Any] = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        self._run: Any = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config, **again)
         self.identity: str | None = self._run.id
         # Evaluations come after their step's own line; wandb's counter takes no step twice, so ours is a metric.
         self._run.define_metric("step")
