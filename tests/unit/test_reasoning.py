@@ -29,6 +29,15 @@ def test_splits_are_seeded_disjoint_and_scored(name: str) -> None:
     assert get_task(f"rg:{name}").load("test") == rows["test"]
 
 
+def test_a_generator_of_few_questions_gives_each_split_its_share() -> None:
+    task = get_task("rg:coin_flip")
+    rows = {split: task.load(split) for split in task.splits}
+    sizes = [len(own) for own in rows.values()]
+    assert 10 <= sizes[0] == sizes[1] < 200
+    assert sizes[2] >= 5 * sizes[0]
+    assert len({row["prompt"] for own in rows.values() for row in own}) == sum(sizes)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [("<answer> 42 </answer> then", "42"), ("<answer>1</answer><answer>2</answer>", "2"), (" 7 ", "7"), ("", ""),

@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym: ``rg:<name>`` is the generator of that name, its problems and its own scoring.
 
-Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits. A completion's
+Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits; a generator of fewer
+different questions gives each split its share of what there is. A completion's
 answer is what stands in ``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it
 0 to 1, and the accuracy is 1 where it gives 1. Scorers are code of that package, some evaluate what the model wrote:
 rewards run in workers of their own.
@@ -20,7 +21,8 @@ from estune.words import nearest
 PREFIX = "rg:"
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
 SEED = 2509_24372
-ROUNDS = 20  # times that the questions wanted are drawn before a generator counts as too small
+ROUNDS = 20  # times that the questions wanted are drawn, at most
+FEWEST = 70  # different questions of which splits can be made
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 
@@ -63,10 +65,11 @@ def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
                 rows.append(_row(name, entry))
         if len(rows) >= wanted:
             break
-    else:
-        raise UserError(f"reasoning-gym's {name} has {len(rows)} different questions; {wanted} are needed")
+    if len(rows) < FEWEST:
+        raise UserError(f"reasoning-gym's {name} has {len(rows)} different questions, too few for three splits")
+    shares = {split: size * min(len(rows), wanted) // wanted for split, size in SPLIT_SIZES.items()}
     found, start = {}, 0
-    for split, size in SPLIT_SIZES.items():
+    for split, size in shares.items():
         found[split] = rows[start : start + size]
         start += size
     return found
