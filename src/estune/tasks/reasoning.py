@@ -1,10 +1,10 @@
 """Tasks of reasoning-gym: ``rg:<name>`` is the generator of that name, its problems and its own scoring.
 
-Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits; a generator of fewer
-different questions gives each split its share of what there is. A completion's
-answer is what stands in ``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it
-0 to 1, and the accuracy is 1 where it gives 1. Scorers are code of that package, some evaluate what the model wrote:
-rewards run in workers of their own.
+Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits; a generator of
+fewer different questions gives each split its share of what there is. A completion's answer is what stands in
+``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it 0 to 1, and the accuracy
+is 1 where it gives 1. Scorers are code of that package, some evaluate what the model wrote: rewards run in workers of
+their own.
 """
 
 from __future__ import annotations
