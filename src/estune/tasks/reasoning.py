@@ -23,6 +23,7 @@ SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
 SEED = 2509_24372
 ROUNDS = 20  # times that the questions wanted are drawn, at most
 FEWEST = 70  # different questions of which splits can be made
+TAG = "\0type"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 
@@ -79,8 +80,38 @@ def _row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": entry["question"] + INSTRUCTION,
         "rg_task": name,
-        "rg_entry": json.dumps(entry, default=str),  # nested and of mixed types: as text it passes through any table
+        "rg_entry": json.dumps(pack(entry), default=str),  # nested, of mixed types: as text it passes any table
     }
+
+
+def pack(value: Any) -> Any:
+    """Return a value with what JSON would change (tuples, sets, keys that are no text) written as lists with a tag.
+
+    Scorers compare what a model wrote with an entry's own tuples.
+    """
+    if isinstance(value, tuple):
+        return {TAG: "tuple", "items": [pack(item) for item in value]}
+    if isinstance(value, (set, frozenset)):
+        return {TAG: "set", "items": [pack(item) for item in sorted(value, key=repr)]}
+    if isinstance(value, list):
+        return [pack(item) for item in value]
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return {TAG: "dict", "items": [[pack(key), pack(own)] for key, own in value.items()]}
+    if isinstance(value, dict):
+        return {key: pack(own) for key, own in value.items()}
+    return value
+
+
+def unpack(value: Any) -> Any:
+    """Return what `pack` was given."""
+    if isinstance(value, list):
+        return [unpack(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if TAG not in value:
+        return {key: unpack(own) for key, own in value.items()}
+    items = [unpack(item) for item in value["items"]]
+    return {"tuple": tuple, "set": set, "dict": dict}[value[TAG]](items)
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +141,7 @@ def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_:
     """Return the package's score of each completion's answer, 0 to 1."""
     texts = [text_of(completion) for completion in completions]
     return [
-        float(_scorer(name).score_answer(answer=answer_of(text), entry=json.loads(entry)))
+        float(_scorer(name).score_answer(answer=answer_of(text), entry=unpack(json.loads(entry))))
         for text, name, entry in zip(texts, rg_task, rg_entry, strict=True)
     ]
 
