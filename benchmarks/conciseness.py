@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import RESULTS, write_result
+
+from estune.evaluation import interval
+from estune.tasks import conciseness
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "conciseness_smollm2.yaml"
@@ -55,6 +60,47 @@ def measure(model: str, directory: Path, tokens: int, splits: tuple[str, str]) -
         "correct_ci95": knowledge["accuracy_ci95"], "knowledge_distance": -knowledge["reward"],
         "clipped": test["clipped_ratio"],
     }  # fmt: skip
+
+
+def score_again(directory: Path) -> list[float]:
+    """Score the kept answers to the questions with the task as it is now, and keep that; return them, (200,)."""
+    path = directory / "knowledge.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = [row["answers"] for row in conciseness.load("knowledge")]
+    for row in rows:
+        row["accuracy"] = conciseness.accuracy([row["completions"][0]], answers=[answers[row["row_id"]]])
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return [row["accuracy"][0] for row in rows]
+
+
+def in_first_sentence(directory: Path) -> float:
+    """Return the share of the questions that are answered rightly in the completion's first sentence."""
+    rows = [json.loads(line) for line in (directory / "knowledge.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = [row["answers"] for row in conciseness.load("knowledge")]
+    first = [re.split(r"(?<=[.!?])\s|\n", row["completions"][0].strip(), maxsplit=1)[0] for row in rows]
+    right = conciseness.accuracy(first, answers=[answers[row["row_id"]] for row in rows])
+    return math.fsum(right) / len(right)
+
+
+def compare(base: list[float], tuned: list[float]) -> dict[str, Any]:
+    """Return how many right answers went and came, and the change in points with its paired 95 % interval."""
+    change = np.array(tuned) - np.array(base)
+    middle, error = 100 * change.mean(), 100 * change.std(ddof=1) / math.sqrt(len(change))
+    return {"went": int((change < 0).sum()), "came": int((change > 0).sum()), "points": float(middle),
+            "points_ci95": [float(middle - 1.96 * error), float(middle + 1.96 * error)]}  # fmt: skip
+
+
+def count(found: dict[str, Any], kept: Path) -> None:
+    """Fill in what follows from the kept answers: correctness, changes against the base."""
+    of_base = score_again(kept / "base")
+    for entry, name in [(found["base"], "base"), *((run, f"seed-{run['seed']}") for run in found["runs"])]:
+        own = of_base if name == "base" else score_again(kept / name)
+        entry["correct"] = math.fsum(own) / len(own)
+        entry["correct_ci95"] = list(interval(own))
+        entry["correct_in_first_sentence"] = in_first_sentence(kept / name)
+        if name != "base":
+            entry["against_base"] = compare(of_base, own)
+    found["targets"]["most_points_lost"]["value"] = max(-run["against_base"]["points"] for run in found["runs"])
 
 
 def run_seed(seed: int, options: argparse.Namespace, place: Path, kept: Path) -> dict[str, Any]:
@@ -88,12 +134,21 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, help="another run's options")
     parser.add_argument("--validation", action="store_true", help="measure on the validation splits; print only")
     parser.add_argument("--no_record", action="store_true", help="print only")
+    parser.add_argument("--recount", action="store_true", help="score the kept answers of the recorded runs again")
     options = parser.parse_args()
+    if options.recount:
+        path = RESULTS / "conciseness.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        count(found, RESULTS / "conciseness")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps([run["against_base"] for run in found["runs"]], indent=1))
+        return 0
     options.no_record |= options.validation
     options.splits = ("validation", "knowledge_validation") if options.validation else ("test", "knowledge")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         kept = place / "kept" if options.no_record else RESULTS / "conciseness"
+        shutil.rmtree(kept, ignore_errors=True)  # nothing of earlier runs stays among these
         base = measure(options.model, kept / "base", options.tokens, options.splits)
         runs = [run_seed(seed, options, place, kept) for seed in options.seeds]
         paths = [str(place / f"seed-{seed}") for seed in options.seeds]
@@ -116,7 +171,9 @@ def main() -> int:
     if not options.no_record:
         summary = {what: {"value": value, "limit": limit} for what, (value, limit) in targets.items()}
         what = {"config": options.config.name, "tokens": options.tokens}
-        write_result("conciseness", {**what, "targets": summary, "base": base, "runs": runs})
+        found = {**what, "targets": summary, "base": base, "runs": runs}
+        count(found, RESULTS / "conciseness")
+        write_result("conciseness", found)
     return int(any(value > limit for value, limit in targets.values()))
 
 

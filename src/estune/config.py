@@ -129,7 +129,9 @@ class ESConfig:
 
     # Run
     output_dir: str | None = _option(None, "Run directory. Default: runs/<run_name>.")
-    run_name: str | None = _option(None, "Default: task-model-date-time.")
+    run_name: str | None = _option(
+        None, "The run's name for trackers and reports. Default: the directory's, or task-model-date-time."
+    )
     resume: bool = _option(False, "Continue the run in --output_dir.")
     overwrite: bool = _option(False, "Delete the run in --output_dir first.")
     dry_run: bool = _option(False, "Resolve everything, print it, write nothing.")

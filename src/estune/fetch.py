@@ -8,6 +8,7 @@ Which one it was is written into `fetched.json`. A model appears whole or not at
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from estune.words import nearest
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
-PARTIAL = ".partial-"
+PARTIAL = ".estune-fetch-"
 PRIVATE_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
@@ -126,8 +127,7 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir} is there and is not an empty directory")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    _remove_partial(output_dir.parent)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir.parent) as work, _locked(Path(work)):
+    with _workplace(output_dir.parent) as work:
         place = Path(work) / "model"
         place.mkdir()
         record = None
@@ -147,23 +147,33 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
 
 
 @contextmanager
+def _workplace(parent: Path) -> Iterator[str]:
+    """Make a directory in ``parent`` that goes in the end; those of fetches that were killed go first.
+
+    A lock says of a directory that somebody works in it. The parent is locked from making it to locking it, so that
+    nobody takes it for left behind in between.
+    """
+    with ExitStack() as stack:
+        with _locked(parent):
+            for left in parent.glob(f"{PARTIAL}*"):
+                descriptor = try_lock(left) if left.is_dir() and os.access(left, os.R_OK | os.W_OK) else None
+                if descriptor is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(descriptor)
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix=PARTIAL, dir=parent))
+            stack.enter_context(_locked(Path(work)))
+        yield work
+
+
+@contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold a directory's lock, which says to other fetches that somebody works in it."""
-    descriptor = try_lock(directory)
+    """Hold a directory's lock, and wait for it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _remove_partial(directory: Path) -> None:
-    """Remove what fetches left behind that were killed."""
-    for left in directory.glob(f"{PARTIAL}*"):
-        descriptor = try_lock(left)
-        if descriptor is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

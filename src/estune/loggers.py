@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class TensorboardMonitor:
 
     identity: str | None = None  # the run directory is enough
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], known: str | None) -> None:
+    def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
@@ -63,7 +64,7 @@ class TensorboardMonitor:
             self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Close the file."""
         self._writer.close()
 
@@ -71,11 +72,12 @@ class TensorboardMonitor:
 class TrackioMonitor:
     """A trackio run; its data lie where trackio keeps them."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], known: str | None) -> None:
+    def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         import trackio
 
         self._trackio: Any = trackio
-        self.identity: str | None = known or run_dir.name
+        # A resume finds a run by its name, of which the latest is taken: so every run has a name of its own.
+        self.identity: str | None = known or f"{name}-{secrets.token_hex(3)}"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         trackio.init(project=project, name=self.identity, config=config, resume="allow" if known else "never")
 
@@ -83,7 +85,7 @@ class TrackioMonitor:
         """Log a record's numbers."""
         self._trackio.log(numbers(record), step=record["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Finish the run."""
         self._trackio.finish()
 
@@ -91,12 +93,12 @@ class TrackioMonitor:
 class WandbMonitor:
     """A wandb run; ``WANDB_MODE=offline`` keeps it in ``<run>/wandb``."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], known: str | None) -> None:
+    def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         import wandb
 
         again: dict[str, Any] = {"id": known, "resume": "allow", "allow_val_change": True} if known else {}
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        self._run: Any = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=config, **again)
+        self._run: Any = wandb.init(project=project, name=name, dir=str(run_dir), config=config, **again)
         self.identity: str | None = self._run.id
         # Evaluations come after their step's own line; wandb's counter takes no step twice, so ours is a metric.
         self._run.define_metric("step")
@@ -106,9 +108,9 @@ class WandbMonitor:
         """Log a record's numbers."""
         self._run.log(numbers(record) | {"step": record["step"]})
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Finish the run."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
 
 class MlflowMonitor:
@@ -116,12 +118,12 @@ class MlflowMonitor:
 
     LONGEST = 500  # characters of a parameter that mlflow takes
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], known: str | None) -> None:
+    def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         import mlflow
 
         self._mlflow: Any = mlflow
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        started = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=run_dir.name)
+        started = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=name)
         self.identity: str | None = started.info.run_id
         if not known:  # mlflow lets no parameter change
             mlflow.log_params({name: str(value)[: self.LONGEST] for name, value in config.items()})
@@ -130,9 +132,9 @@ class MlflowMonitor:
         """Log a record's numbers."""
         self._mlflow.log_metrics(numbers(record), step=record["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Finish the run."""
-        self._mlflow.end_run()
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 class Apart:
@@ -145,7 +147,8 @@ class Apart:
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name = name
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        self._running: deque[tuple[float, Future[Any]]] = deque()  # records handed over, and when; oldest first
+        self._running: deque[Future[Any]] = deque()  # records handed over, oldest first
+        self._moved = 0.0  # when the tracker last took one, or had none to take
         Thread(target=self._serve, name=f"estune-{name}", daemon=True).start()
         self._tracker: Tracker = self._wait(self._call(make), START_S)
 
@@ -156,21 +159,30 @@ class Apart:
 
     def log(self, record: dict[str, Any]) -> None:
         """Hand a record over."""
-        self._look()
-        self._running.append((time.monotonic(), self._call(lambda: self._tracker.log(record))))
+        try:
+            self._look()
+        except Exception:
+            self._call(lambda: self._tracker.close(True))  # it is not asked again; perhaps it can still finish
+            raise
+        self._running.append(self._call(lambda: self._tracker.log(record)))
 
-    def close(self) -> None:
-        """Finish the run, after all its records."""
-        closed = self._call(self._tracker.close)
+    def close(self, failed: bool = False) -> None:
+        """Finish the run, after all its records; a slow tracker is waited for as long as it takes them."""
+        closed = self._call(lambda: self._tracker.close(failed))
+        while self._running:
+            self._wait(self._running.popleft(), BEHIND_S)
         self._wait(closed, CLOSE_S)
-        self._look()
 
     def _look(self) -> None:
-        """Raise what a record raised, or that one is not taken at all."""
-        while self._running and self._running[0][1].done():
-            self._running.popleft()[1].result()
-        if self._running and time.monotonic() - self._running[0][0] > BEHIND_S:
-            raise TimeoutError(f"it is {BEHIND_S:g} s behind")
+        """Raise what a record raised, or that the tracker takes none any more."""
+        now = time.monotonic()
+        while self._running and self._running[0].done():
+            self._running.popleft().result()
+            self._moved = now
+        if not self._running:
+            self._moved = now
+        if now - self._moved > BEHIND_S:
+            raise TimeoutError(f"it has taken no record for {BEHIND_S:g} s")
 
     def _call(self, action: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -196,7 +208,7 @@ class Apart:
                 future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-LOGGERS: dict[str, tuple[str, Callable[[Path, dict[str, Any], str | None], Tracker]]] = {  # the package, the tracker
+LOGGERS: dict[str, tuple[str, Callable[[Path, str, dict[str, Any], str | None], Tracker]]] = {  # package, tracker
     "tensorboard": ("tensorboard", TensorboardMonitor),
     "trackio": ("trackio", TrackioMonitor),
     "wandb": ("wandb", WandbMonitor),
@@ -204,31 +216,42 @@ LOGGERS: dict[str, tuple[str, Callable[[Path, dict[str, Any], str | None], Track
 }
 
 
-def start_logger(name: str, run_dir: Path, config: dict[str, Any]) -> Monitor:
-    """Start a tracker for a run, or go on with the one that the run directory names.
+def start_logger(tracker: str, run_dir: Path, name: str, config: dict[str, Any], known: str | None = None) -> Apart:
+    """Start a tracker for a run of that name, or go on with the run that it is ``known`` by.
 
     Raises:
         UserError: its package is missing, or it cannot start.
     """
-    package, make = LOGGERS[name]
+    package, make = LOGGERS[tracker]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"report_to {name} needs the package {package}: python -m pip install {package}")
-    known = _known(run_dir)
+        raise UserError(f"report_to {tracker} needs the package {package}: python -m pip install {package}")
     try:
-        tracker = Apart(name, lambda: make(run_dir, config, known.get(name)))
+        return Apart(tracker, lambda: make(run_dir, name, config, known))
     except Exception as error:  # third-party code, at the border of a run that has not begun
         reason = " ".join(str(error).split())[:300]
-        again = f" (it was to go on with the run that {run_dir / TRACKERS_FILE} names)" if name in known else ""
-        raise UserError(f"report_to {name} cannot start: {type(error).__name__}: {reason}{again}") from error
-    if tracker.identity is not None and known.get(name) != tracker.identity:
-        write_json(run_dir / TRACKERS_FILE, {**known, name: tracker.identity})
-    return tracker
+        again = f"; it was to go on with {known}, without {run_dir / TRACKERS_FILE} it begins anew" if known else ""
+        raise UserError(f"report_to {tracker} cannot start: {type(error).__name__}: {reason}{again}") from error
 
 
-def _known(run_dir: Path) -> dict[str, str]:
-    """Return what trackers call this run, by tracker."""
+def known_trackers(run_dir: Path) -> dict[str, str]:
+    """Return what trackers call a run, by tracker.
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
     path = run_dir / TRACKERS_FILE
     if not path.is_file():
         return {}
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{path} is damaged; without it trackers begin new runs")
     return found
+
+
+def keep_trackers(run_dir: Path, names: dict[str, str]) -> None:
+    """Write what trackers call a run, for a resume."""
+    if names and names != known_trackers(run_dir):
+        write_json(run_dir / TRACKERS_FILE, names)

@@ -102,9 +102,9 @@ class Watch:
     warned: set[str] = field(default_factory=set)
 
     @classmethod
-    def of_steps(cls, fitness: Iterable[Sequence[float]]) -> Watch:
-        """Return one that has seen steps already, from their members' fitness (N,) each."""
-        means = [mean(np.array(values)) for values in fitness]
+    def of_steps(cls, fitness: Iterable[Sequence[float | None]]) -> Watch:
+        """Return one that has seen steps already, from their members' fitness (N,) each; None stands for NaN."""
+        means = [mean(np.array(values, dtype=np.float64)) for values in fitness]
         return cls(max((value for value in means if value == value), default=-math.inf))
 
     def step(self, record: dict[str, Any], equal_to_theta: Callable[[], float]) -> None:

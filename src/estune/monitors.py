@@ -26,8 +26,8 @@ class Monitor(Protocol):
     def log(self, record: dict[str, Any]) -> None:
         """Take one record; ``record["step"]`` counts steps done."""
 
-    def close(self) -> None:
-        """Finish."""
+    def close(self, failed: bool = False) -> None:
+        """Finish; ``failed`` says that the run ended by an error."""
 
 
 def say(text: str) -> None:
@@ -49,7 +49,7 @@ class JsonlMonitor:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Nothing is held open."""
 
 
@@ -83,7 +83,7 @@ class ConsoleMonitor:
             f"  moved {record['es/update_ratio']:.1e}  {record['step_time']:.1f} s{failures}  left {duration(left)}"
         )
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Nothing is held open."""
 
 
@@ -103,7 +103,7 @@ class PlotMonitor:
         if "eval_reward" in record:
             self._draw(self.run_dir)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Draw the last state."""
         if (self.run_dir / METRICS_FILE).exists():
             self._draw(self.run_dir)
@@ -123,7 +123,7 @@ class ReportMonitor:
         if "eval_reward" in record:
             self.close()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Write the last state."""
         if (self.run_dir / METRICS_FILE).exists():
             self._write([self.run_dir], self.run_dir / REPORT_FILE)
@@ -143,12 +143,12 @@ class Monitors:
         for monitor in list(self.optional):
             self._guard(monitor, lambda monitor=monitor: monitor.log(record))  # type: ignore[misc]
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Close every monitor."""
         for monitor in self.required:
-            monitor.close()
+            monitor.close(failed)
         for monitor in list(self.optional):
-            self._guard(monitor, monitor.close)
+            self._guard(monitor, lambda monitor=monitor: monitor.close(failed))  # type: ignore[misc]
 
     def _guard(self, monitor: Monitor, action: Callable[[], None]) -> None:
         try:

@@ -7,7 +7,7 @@ step. What comes out is an open `estune.session.Session`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from estune.config import ESConfig
 from estune.data import Batches
 from estune.errors import UserError
 from estune.hub import open_repository, repository_of
-from estune.loggers import start_logger
+from estune.loggers import keep_trackers, known_trackers, start_logger
 from estune.model_paths import local_directory, public_name
 from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor, say
 from estune.panel import PanelMonitor
@@ -59,8 +59,12 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         train_prompts = trainer.prepare()
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        found = run.files() if run.is_new else {}
+        trackers = {} if run.is_new else known_trackers(run.path)
+        monitors, panel, started = _monitors(args, run, trackers)
+        stack.push(lambda kind, *_: monitors.close(failed=kind is not None))
         if run.is_new:
-            run.clear()  # only now, when all that the user gave has been found to work
+            run.clear(found)  # only now, when all that the user gave has been found to work
         _keep_base(trainer, run)
         sampling = inputs.sampling(args, 0)
         batches = Batches(len(trainer.train_rows), int(args.batch_size), args.seed)
@@ -77,9 +81,8 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             "data": inputs.data_fingerprint(trainer.train_rows, train_prompts),
         }
         run.begin(engine, reproducible, facts)
+        keep_trackers(run.path, {**trackers, **started})
         replayed, last_move = run.recover(engine)
-        monitors, panel = _monitors(args, run)
-        stack.callback(monitors.close)
 
         def between_tokens() -> bool:
             if panel is not None:
@@ -133,9 +136,17 @@ def _keep_base(trainer: ESTrainer, run: Run) -> None:
     run.anchor = anchor if anchored else None
 
 
-def _monitors(args: ESConfig, run: Run) -> tuple[Monitors, PanelMonitor | None]:
-    """Start what shows and records the run; a tracker that cannot start is an error."""
+def _monitors(
+    args: ESConfig, run: Run, known: Mapping[str, str]
+) -> tuple[Monitors, PanelMonitor | None, dict[str, str]]:
+    """Start what shows and records the run; return it, its panel, and what trackers call the run.
+
+    Raises:
+        UserError: a tracker cannot start, or cannot go on with the run that it is known by.
+    """
     started: list[Monitor] = []
+    trackers: list[Monitor] = []
+    names: dict[str, str] = {}
     panel = None
     try:
         for name in args.report_to:
@@ -144,12 +155,17 @@ def _monitors(args: ESConfig, run: Run) -> tuple[Monitors, PanelMonitor | None]:
             elif name == "report":
                 started.append(ReportMonitor(run.path))
             elif name != "none":
-                started.append(start_logger(name, run.path, args.trajectory()))
+                tracker = start_logger(
+                    name, run.path, args.run_name or run.path.name, args.trajectory(), known.get(name)
+                )
+                trackers.append(tracker)
+                if tracker.identity is not None:
+                    names[name] = tracker.identity
     except UserError:
-        Monitors([], started).close()  # a tracker left open would take the next run's numbers, too
+        Monitors([], trackers).close(failed=True)  # a tracker left open would take the next run's numbers, too
         raise
     if args.console == "panel" or (args.console == "auto" and sys.stdout.isatty()):
         title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"
         panel = PanelMonitor(title, args.max_steps, args.population_size, run.steps_done)
     console: Monitor = panel or ConsoleMonitor(args.max_steps, run.steps_done)
-    return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], [console, *started]), panel
+    return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], [console, *started, *trackers]), panel, names

@@ -121,7 +121,7 @@ class PanelMonitor:
         self.tokens += 1
         self._draw_soon()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Leave the last state on the terminal; closing again does nothing."""
         if not self._closed and not self._broken:
             self._closed = True

@@ -7,11 +7,11 @@ rebuilds theta from the newest checkpoint and the journal, then takes the same p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,17 +74,23 @@ class Run:
         """Steps whose line is in the journal."""
         return len(self.found.steps) if self.found else 0
 
-    def clear(self) -> None:
-        """Empty a new run's directory: of a run to overwrite, or of what a killed start left.
+    def files(self) -> dict[Path, int]:
+        """Return what lies in the directory, at any depth, by inode; links are not followed."""
+        return {path: path.lstat().st_ino for path in self.path.rglob("*")}
 
-        The journal goes first and the configuration last, so that a kill in between leaves a directory to start in.
+    def clear(self, old: Mapping[Path, int]) -> None:
+        """Remove what a new run found in its directory: a run to overwrite, or what a killed start left.
+
+        What came since (trackers start first) stays. The journal goes first and the configuration last, so that a kill
+        in between leaves a directory to start in.
         """
-        order = {JOURNAL_FILE: 0, CONFIG_FILE: 2}
-        for child in sorted(self.path.iterdir(), key=lambda child: order.get(child.name, 1)):
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            else:
-                child.unlink()
+        order = {self.path / JOURNAL_FILE: 0, self.path / CONFIG_FILE: 2}
+        for path in sorted(old, key=lambda path: (order.get(path, 1), -len(path.parts))):  # what is inside comes first
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # something new is in it
+                    path.rmdir()
+            elif (path.is_symlink() or path.exists()) and path.lstat().st_ino == old[path]:
+                path.unlink()
 
     def begin(self, engine: Engine, reproducible: bool | None, extra: Mapping[str, Any]) -> None:
         """Write a new run's configuration, environment and journal header; check an old one's base model.
@@ -237,7 +243,8 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
 def is_ours(path: Path) -> bool:
     """Say whether a directory holds a run, or nothing but what a start leaves that was killed early."""
     names = {child.name for child in path.iterdir() if not child.name.startswith(".")}
-    return names <= {BASE_DIRECTORY} or bool(names & {CONFIG_FILE, JOURNAL_FILE})
+    early = {BASE_DIRECTORY, "tensorboard", "wandb"}  # trackers start before the configuration is written
+    return names <= early or bool(names & {CONFIG_FILE, JOURNAL_FILE})
 
 
 def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:

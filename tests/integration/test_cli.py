@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 import subprocess
 import sys
 import time
@@ -43,7 +42,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy(place, command):
         *text, last = done.stdout.splitlines()
         assert last.split() == ["LOADED"]
         assert text[0].startswith("usage: estune")
-    assert statistics.median(took_s) < 2  # under a second on a machine that does nothing else
+    assert min(took_s) < 1
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "score"])

@@ -66,7 +66,7 @@ def test_a_model_comes_as_an_ordinary_checkpoint(name: str, question: str, answe
     config = json.loads((model / "config.json").read_text())
     assert "quantization_config" not in config and str(tmp_path) not in json.dumps(config)
     assert any(path.name in ("LICENSE", "GEMMA_TERMS.html") for path in model.iterdir())
-    assert not list(tmp_path.glob(".partial-*"))
+    assert not list(tmp_path.glob(".estune-fetch-*"))
 
 
 def test_another_file_in_the_package_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from command_line import TOY, estune
@@ -71,11 +73,17 @@ def test_mlflow(place):
 @needs("trackio")
 def test_trackio(place):
     started(place, "trackio", TRACKIO_DIR=str(place / "trackio"), TRACKIO_PROJECT="mine")
+    other = tuple("other" if word == "run" else word for word in RUN)  # of the same name, and later
+    names = {"TRACKIO_DIR": str(place / "trackio"), "TRACKIO_PROJECT": "mine"}
+    assert estune(*other, "--run_name", "run", "--report_to", "trackio", cwd=place, env=names).code == 0
     resumed(place, "trackio", TRACKIO_DIR=str(place / "trackio"), TRACKIO_PROJECT="mine")
     [database] = (place / "trackio").glob("mine*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT DISTINCT run_name, step FROM metrics ORDER BY step").fetchall()
-    assert rows == [("run", step) for step in range(4)]
+    mine = json.loads((place / "run" / "trackers.json").read_text(encoding="utf-8"))["trackio"]
+    rows = [row for row in rows if row[0] == mine]
+    assert len({name for name, _ in rows}) == 1
+    assert [step for _, step in rows] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", LOGGERS)
@@ -93,12 +101,12 @@ def test_a_tracker_that_is_not_there_stops_the_run(place, name):
 
 
 def test_a_tracker_that_cannot_start_stops_the_run(place, monkeypatch):
-    def broken(run_dir, config, known):
+    def broken(run_dir, name, config, known):
         raise RuntimeError("no\n  disk")
 
     monkeypatch.setitem(LOGGERS, "tensorboard", ("json", broken))
     with pytest.raises(UserError, match="report_to tensorboard cannot start: RuntimeError: no disk"):
-        start_logger("tensorboard", place, {})
+        start_logger("tensorboard", place, "run", {})
 
 
 def test_a_tracker_that_breaks_later_is_switched_off(capsys):
@@ -106,7 +114,7 @@ def test_a_tracker_that_breaks_later_is_switched_off(capsys):
         def log(self, record):
             raise OSError("the server went away")
 
-        def close(self):
+        def close(self, failed=False):
             raise AssertionError("it was switched off")
 
     monitors = Monitors([], [Breaking()])
@@ -128,7 +136,7 @@ class Odd:
         self.on_log()
         self.logged.append(record)
 
-    def close(self):
+    def close(self, failed=False):
         self.on_close()
 
 
@@ -162,11 +170,48 @@ def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
     monitors.log({"step": 1})
     let_go.wait(0.1)
     monitors.log({"step": 2})
-    assert "odd broke and is off for the rest of the run: it is 0.05 s behind" in capsys.readouterr().err
+    assert "odd broke and is off for the rest of the run: it has taken no record for 0.05 s" in capsys.readouterr().err
     monitors = Monitors([], [Apart("odd", lambda: Odd(on_close=let_go.wait))])
     monitors.close()
     assert "no answer for 0.05 s" in capsys.readouterr().err
     let_go.set()
+
+
+def test_a_slow_tracker_loses_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("estune.loggers.BEHIND_S", 0.3)
+    monkeypatch.setattr("estune.loggers.CLOSE_S", 0.3)
+    odd = Odd(on_log=lambda: time.sleep(0.02))
+    monitors = Monitors([], [Apart("odd", lambda: odd)])
+    for step in range(50):
+        monitors.log({"step": step})
+    monitors.close()
+    assert len(odd.logged) == 50
+    assert capsys.readouterr().err == ""
+
+
+@needs("mlflow")
+def test_a_tracker_that_cannot_start_costs_no_run_that_was_to_be_overwritten(place):
+    started(place, "tensorboard")
+    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
+    done = estune(*RUN, "--overwrite", "--report_to", "tensorboard", "mlflow", cwd=place,
+                  env={"MLFLOW_TRACKING_URI": "nothing://here"})  # fmt: skip
+    assert done.code == 2
+    assert "report_to mlflow cannot start" in done.err
+    assert before.items() <= {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}.items()
+    assert estune(*RUN, "--overwrite", "--report_to", "tensorboard", cwd=place).code == 0
+    assert not before.keys() & set((place / "run" / "tensorboard").iterdir())
+
+
+@needs("mlflow")
+def test_a_run_that_fails_is_not_finished_for_its_tracker(place):
+    uri = f"sqlite:///{place / 'mlflow.db'}"
+    done = estune(*RUN, "--learning_rate", 1e39, "--report_to", "mlflow", cwd=place, env={"MLFLOW_TRACKING_URI": uri})
+    assert done.code == 2, done
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    [run] = client.search_runs([client.get_experiment_by_name("estune").experiment_id])
+    assert run.info.status == "FAILED"
 
 
 def test_a_tracker_that_never_starts_stops_the_run(place, monkeypatch):
@@ -174,10 +219,10 @@ def test_a_tracker_that_never_starts_stops_the_run(place, monkeypatch):
     monkeypatch.setattr("estune.loggers.START_S", 0.05)
     monkeypatch.setitem(LOGGERS, "tensorboard", ("json", lambda *_: let_go.wait() and Odd()))
     with pytest.raises(UserError, match=r"report_to tensorboard cannot start: TimeoutError: no answer for 0\.05 s"):
-        start_logger("tensorboard", place, {})
+        start_logger("tensorboard", place, "run", {})
     monkeypatch.setitem(LOGGERS, "tensorboard", ("json", lambda *_: leave()))
     with pytest.raises(UserError, match="cannot start: RuntimeError: SystemExit: 3"):
-        start_logger("tensorboard", place, {})
+        start_logger("tensorboard", place, "run", {})
     let_go.set()
 
 

@@ -84,6 +84,8 @@ render();
 const after = [...document.querySelectorAll("section")];
 const changed = after.filter((one, i) => one !== before[i]);
 document.body.dataset.changed = changed.map(one => one.querySelector("h2").textContent);
+document.body.dataset.order = after.map(one => one.querySelector("h2").textContent) + "" ===
+  before.map(one => one.querySelector("h2").textContent) + "";
 document.body.dataset.stays = document.querySelector("details").open === wanted;
 </script></body>"""
 
@@ -96,6 +98,7 @@ def test_what_did_not_change_is_not_drawn_again_and_what_was_opened_stays_open(f
     assert console == ""
     assert 'data-changed="Configuration"' in html
     assert 'data-stays="true"' in html
+    assert 'data-order="true"' in html
 
 
 def test_what_the_server_answers(address: str) -> None:

@@ -487,15 +487,11 @@ def test_run_name(run, place):
 
 
 def test_run_name_beside_output_dir(run, place):
-    """It would only be stored. What a finished run stores of both is accepted, from its file and on a resume."""
-    assert_refused(run(*RUN, "--run_name", "mine"), "run_name", "output_dir")
-    (place / "name.yaml").write_text("run_name: mine\n")
-    (place / "both.yaml").write_text("run_name: mine\noutput_dir: run\n")
+    """It names the run for trackers and reports; a directory made of a name takes the name along."""
+    assert run(*RUN, "--run_name", "mine", "--report_to", "report").code == 0
+    page = (place / "run" / "report.html").read_text(encoding="utf-8")
+    assert '"name": "mine"' in page
     words = RUN[: RUN.index("--output_dir")] + RUN[RUN.index("--output_dir") + 2 :]
-    assert_refused(run(*words, "--config", "both.yaml"), "run_name", "output_dir")
-    assert first_words(run, "--config", "name.yaml")["run_name"] is None  # flags win over the file
-    assert not (place / "run").exists()
-
     assert run(*words, "--run_name", "mine").code == 0
     stored = json.loads((place / "runs" / "mine" / "es_config.json").read_text())
     assert (stored["run_name"], stored["output_dir"]) == ("mine", "runs/mine")

@@ -429,3 +429,13 @@ def test_another_base_model_is_refused(run, place, base_run):
     ):
         assert_refused(run(*words), "fingerprint", "base")
         assert stamps(place / "run") == before
+
+
+def test_a_run_in_which_no_reward_applied_goes_on(run, place):
+    """Its fitness is null in the journal."""
+    (place / "never.py").write_text("def applies(completions, **_):\n    return [None] * len(completions)\n")
+    words = (*SMALL, "--reward_funcs", "never.py:applies")
+    assert run(*words, "--max_steps", 2).code == 0
+    assert all(value is None for step in steps(place / "run") for value in step["fitness"])
+    assert run("train", "--output_dir", "run", "--resume", "--max_steps", 3).code == 0
+    assert len(steps(place / "run")) == 3

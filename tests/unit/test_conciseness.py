@@ -29,6 +29,9 @@ def test_the_reward_is_the_distance_in_characters() -> None:
         ("4.5", ["4"], 0), ("-4", ["4"], 0), ("\u22124", ["4"], 0), ("1/2", ["2"], 0), ("-4.", ["-4"], 1),
         ("3-4", ["4"], 1), ("It is 4.", ["4"], 1), ("two hundred", ["Hundred"], 0), ("Twenty-six", ["Six"], 0),
         ("six or so", ["Six"], 1), ("Penguins", ["Penguin"], 1), ("foxes", ["Fox"], 1), ("4s", ["4"], 0),
+        ("one hundred years", ["100", "Hundred"], 1), ("hundreds of years", ["Hundred"], 0), ("one six", ["Six"], 0),
+        ("One thousand", ["Thousand"], 1), ("He is a gas", ["He"], 1), ("here he is", ["He"], 0), ("e.g. F", ["E"], 0),
+        ("It is Fe.", ["Fe"], 1), ("FE", ["Fe"], 0), ("z", ["Z", "z"], 1),
     ],
 )  # fmt: skip
 def test_an_accepted_answer_has_to_stand_there_as_whole_words(said: str, answers: list[str], right: int) -> None:

@@ -13,11 +13,11 @@ from estune.files import try_lock
 
 
 def test_what_a_killed_fetch_left_goes_and_what_another_one_holds_stays(tmp_path: Path) -> None:
-    for name in (".partial-dead", ".partial-alive"):
+    for name in (".estune-fetch-dead", ".estune-fetch-alive", ".partial-thesis"):
         (tmp_path / name / "model").mkdir(parents=True)
-    lock = try_lock(tmp_path / ".partial-alive")
+    lock = try_lock(tmp_path / ".estune-fetch-alive")
     assert lock is not None
     with pytest.raises(UserError):
         fetch("smollm2-135m", tmp_path / "model", "registry", [tmp_path / "other.whl"])
     os.close(lock)
-    assert [path.name for path in tmp_path.iterdir()] == [".partial-alive"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".estune-fetch-alive", ".partial-thesis"]

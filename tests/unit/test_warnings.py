@@ -66,7 +66,7 @@ def test_a_run_whose_members_say_what_theta_says(sigma: float, warned: bool, noi
 
 
 def test_a_resumed_run_remembers_its_best_step(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Watch.of_steps([[1.0, 3.0], [0.4, 0.6], [float("nan")] * 2])
+    watch = Watch.of_steps([[1.0, 3.0], [0.4, 0.6], [None, None]])
     assert watch.best_mean == 2.0
     watch.step(record(fitness=0.9), never)
     assert "has halved since its best step" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     header = dict(journal.header) if journal else {}
     checkpoints = journal.checkpoints if journal else {}
     return {
-        "name": directory.resolve().name,
+        "name": config.get("run_name") or directory.resolve().name,
         "steps_done": len(journal.steps) if journal else 0,
         "max_steps": config["max_steps"],
         "config": config,

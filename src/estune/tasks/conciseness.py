@@ -27,6 +27,7 @@ NUMBER_WORDS = frozenset(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million".split()
 )
+WHOLE_NUMBERS = ("hundred", "thousand", "million")
 SPLITS = ("train", "validation", "test", *FILES)
 
 # A question, then its accepted answers; the first one's length is the target.
@@ -103,34 +104,45 @@ def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list
     answer ("not Paris") or lists several passes: the measure is for models that answer, not for ones that know of it.
     """
     return [
-        float(any(holds(words(text_of(completion)), words(answer)) for answer in accepted))
+        float(any(says(text_of(completion), answer) for answer in accepted))
         for completion, accepted in zip(completions, answers, strict=True)
     ]
 
 
-def words(text: str) -> list[str]:
-    """Return the words and numbers of a text in lower case; hyphens separate words, commas within numbers vanish.
+def words(text: str, fold: bool = True) -> list[str]:
+    """Return the words and numbers of a text, in lower case; hyphens separate words, commas within numbers vanish.
 
     A number is one word with its sign, its decimals and its fraction: "-4", "4.5" and "1/2" do not hold 4, 4 and 2.
+    ``fold`` off keeps the case.
     """
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-").replace("\u2044", "/")
+    plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
+    plain = plain.casefold() if fold else plain
     return re.findall(NUMBER + r"|[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", plain))
+
+
+def says(text: str, answer: str) -> bool:
+    """Say whether a text holds an answer. In symbols of one or two letters ("O", "Fe") the case counts."""
+    symbol = len(answer) <= 2 and answer.isalpha()
+    return holds(words(text, not symbol), words(answer, not symbol))
 
 
 def holds(text: Sequence[str], answer: Sequence[str]) -> bool:
     """Say whether ``answer`` stands in ``text`` as consecutive words; its last one may stand there in the plural.
 
-    A number in words that is part of a larger one does not count: "twenty-six" holds no six.
+    A number in words that is part of a larger one does not count ("twenty-six" holds no six), nor does its plural; "one
+    hundred" is a hundred.
     """
     n = len(answer)
     if not n:
         return False
-    accepted = {answer[-1], f"{answer[-1]}s", f"{answer[-1]}es"} if answer[-1].isalpha() else {answer[-1]}
+    name = answer[-1].isalpha() and answer[-1] not in NUMBER_WORDS
+    accepted = {answer[-1], f"{answer[-1]}s", f"{answer[-1]}es"} if name else {answer[-1]}
     for i in range(len(text) - n + 1):
         *first, last = text[i : i + n]
         if first != list(answer[:-1]) or last not in accepted:
             continue
-        beside = [*text[max(0, i - 1) : i], *text[i + n : i + n + 1]]
+        before = [word for word in text[max(0, i - 1) : i] if not (word == "one" and answer[0] in WHOLE_NUMBERS)]
+        beside = [*before, *text[i + n : i + n + 1]]
         if n == 1 and answer[0] in NUMBER_WORDS and any(word in NUMBER_WORDS for word in beside):
             continue
         return True
