@@ -13,20 +13,20 @@ def rows(targets):
     return Dataset.from_list([{"prompt": prompt.format(n, n + 6), "target": n + 6} for n in targets])
 
 
-def names_the_target(completions, target, **kwargs):
+def names_the_target_at_length(completions, target, **kwargs):
     """Columns arrive as lists, one value for each completion."""
-    return [float(str(wanted) in text) for text, wanted in zip(completions, target, strict=True)]
+    return [float(str(wanted) in text) + len(text) / 100 for text, wanted in zip(completions, target, strict=True)]
 
 
 trainer = ESTrainer(
     model="tiny",
-    reward_funcs=names_the_target,
+    reward_funcs=names_the_target_at_length,
     args=ESConfig(
         output_dir="runs/custom_dataset",
-        max_steps=2,
-        population_size=8,
-        sigma=0.01,
-        eval_steps=2,
+        max_steps=4,
+        population_size=16,
+        sigma=0.02,
+        eval_steps=4,
         max_completion_length=32,
     ),
     train_dataset=rows(range(4, 10)),

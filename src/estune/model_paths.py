@@ -31,6 +31,13 @@ def public_name(model: str) -> str:
     return str(fetched["model"]) if fetched else directory.resolve().name
 
 
+def fetched_name(model: str) -> str | None:
+    """Return the name under which `estune fetch` brings a model from the registry, if it came that way."""
+    directory = local_directory(model)
+    fetched = _fetched(directory) if directory else {}
+    return fetched["name"] if fetched.get("source") == "registry" else None
+
+
 def origin(model: str) -> str:
     """Return, in brackets, what others must know of weights that are not the hub's own; mostly nothing."""
     directory = local_directory(model)

@@ -127,7 +127,7 @@ def export_command(run: Path, patch: Path) -> int:
     patch.parent.mkdir(parents=True, exist_ok=True)
     replace_file(patch, lambda file: file.write(data))
     content = read_patch(patch)
-    say(f"estune: {patch}: {len(data):,} bytes for {len(content['steps'])} steps on {content['base']['model']}; "
+    say(f"estune: {patch}: {len(data):,} bytes for {_steps(content)} on {content['base']['model']}; "
         f"fingerprint of the result {content['fingerprint']}")  # fmt: skip
     return 0
 
@@ -149,6 +149,7 @@ def apply_command(
     config = {**content["config"], "model": model, "revision": revision,
               "trust_remote_code": trust_remote_code}  # fmt: skip
     args = inputs.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
+    say(f"estune: loading {model}, then {_steps(content)} of {args.population_size} members")
     engine = inputs.load_engine(args)
     master, base = engine.master, content["base"]
     found = master.fingerprint()
@@ -172,8 +173,13 @@ def apply_command(
                         "was written")  # fmt: skip
     engine.master_changed()
     write_model(output_dir, engine, float32=False)
-    say(f"estune: {len(content['steps'])} steps applied and verified, fingerprint {found}, in {output_dir}")
+    say(f"estune: {_steps(content)} applied and verified, fingerprint {found}, in {output_dir}")
     return 0
+
+
+def _steps(content: Mapping[str, Any]) -> str:
+    count = len(content["steps"])
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def _listed(specs: Sequence[ParameterSpec]) -> list[list[Any]]:

@@ -60,6 +60,10 @@ class ESTrainer:
         processing_class: Any = None,
     ) -> None:
         args = args if args is not None else ESConfig()
+        if not isinstance(args, ESConfig):
+            raise UserError(
+                f"args must be an ESConfig, not {type(args).__name__}; most options have the same names there"
+            )
         self._module = None if model is None or isinstance(model, (str, Path)) else model
         if isinstance(model, (str, Path)):
             args = dataclasses.replace(args, model=str(model))

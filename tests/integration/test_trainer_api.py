@@ -346,3 +346,8 @@ def test_the_default_run_name_says_what_runs(llama, place):
         names.add(ESTrainer(model=str(llama), reward_funcs=vowels, args=args, train_dataset=ROWS).train())
     assert len(names) == 2
     assert all(path.parent == Path("runs") and "llama" in path.name for path in names)
+
+
+def test_another_configuration_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match="args must be an ESConfig, not dict"):
+        ESTrainer(model="tiny", args={"max_steps": 1})
