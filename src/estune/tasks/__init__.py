@@ -1,12 +1,13 @@
 """The tasks that come with estune: one file each, and the one dict that names them."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks import conciseness, countdown, mixture, quadratic, reasoning
+from estune.tasks import chain, conciseness, countdown, mixture, quadratic, reasoning, sudoku
 from estune.words import nearest
 
 __all__ = ["TASKS", "Task", "get_task"]
@@ -51,11 +52,16 @@ def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
+        _built_in(chain, "carry out k = 1, 2, 4, 8 or 16 steps on one digit, each on the result of the one before "
+                  "(chain:K, chain:K:steps)", "results"),
         _built_in(conciseness, "answer short questions in as few characters as the shortest right answer has",
                   "answer", "answers"),
         _built_in(countdown, "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
                   "numbers", "target"),
+        Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
+             sudoku.accuracy, ("puzzle", "solution")),
         _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
+        _built_in(sudoku, "complete a 9x9 grid", "puzzle", "solution"),
     )
 }  # fmt: skip
 
@@ -70,10 +76,17 @@ def get_task(name: str) -> Task:
         return TASKS[name]
     if "," in name or "=" in name:
         return _mixture(name)
+    if name.startswith("chain:"):
+        return _chain(name)
     if name.startswith(reasoning.PREFIX):
         return _reasoning(name)
     raise UserError(f"there is no task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}, rg:NAME of "
                     "reasoning-gym, or a mixture like countdown=2,rg:NAME=1")  # fmt: skip
+
+
+def _chain(name: str) -> Task:
+    lengths, reward = chain.variant(name)
+    return dataclasses.replace(TASKS["chain"], name=name, load=lambda split: chain.load(split, lengths), reward=reward)
 
 
 def _reasoning(name: str) -> Task:

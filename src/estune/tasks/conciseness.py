@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
+from estune.tasks.answers import completion_text
 
 DATA = Path(__file__).parent / "data"
 FILES = {"knowledge": "short_answers.jsonl", "knowledge_validation": "short_answers_validation.jsonl"}
@@ -87,14 +88,9 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "answer": answer, "answers": texts}
 
 
-def text_of(completion: Any) -> str:
-    """Return a completion's text, whether it is a string or a list with one assistant message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
 def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """Return -|characters of the completion - characters of the answer| per completion."""
-    return [-float(abs(len(text_of(c)) - len(a))) for c, a in zip(completions, answer, strict=True)]
+    return [-float(abs(len(completion_text(c)) - len(a))) for c, a in zip(completions, answer, strict=True)]
 
 
 def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
@@ -104,7 +100,7 @@ def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list
     answer ("not Paris") or lists several passes: the measure is for models that answer, not for ones that know of it.
     """
     return [
-        float(any(says(text_of(completion), answer) for answer in accepted))
+        float(any(says(completion_text(completion), answer) for answer in accepted))
         for completion, accepted in zip(completions, answers, strict=True)
     ]
 

@@ -13,6 +13,7 @@ from math import isfinite
 from typing import Any
 
 from estune.errors import UserError
+from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text, extract_answer
 from estune.tasks.expressions import evaluate, tokenize
 
 # The generator's problems suit both a real model and a very small one. Numbers of one or two digits and a two-digit
@@ -29,7 +30,6 @@ TOLERANCE = Fraction(1, 100_000)  # the paper's, for targets written as decimals
 MAX_TARGET_CHARACTERS = 64
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 
 # --- problems ---
@@ -208,16 +208,6 @@ def _short(value: object) -> str:
 # --- scoring ---
 
 
-def extract_answer(text: str) -> str | None:
-    """Return the content of the last closed <answer> block; None where there is none."""
-    last_close = text.rfind(ANSWER_CLOSE)
-    start = text.rfind(ANSWER_OPEN, 0, last_close) if last_close >= 0 else -1
-    if start < 0:
-        return None
-    start += len(ANSWER_OPEN)
-    return text[start : text.find(ANSWER_CLOSE, start)]
-
-
 def answer_score(text: str, numbers: Any, target: Any) -> float:
     """Return 1.0 if the last answer uses exactly the given numbers, each once, and makes the target, else 0.0."""
     given = normalise_numbers(numbers)
@@ -249,13 +239,6 @@ def format_score(text: str) -> float:
             if end >= 0 and end + len(ANSWER_CLOSE) == len(text):
                 return 1.0
     return 0.1 * (think_close >= 0) + 0.5 * (answer_close >= 0)
-
-
-def completion_text(completion: Any) -> str:
-    """Return a completion's text, whether it is a string or a list of chat messages (the last one counts)."""
-    if isinstance(completion, str):
-        return completion
-    return str(completion[-1]["content"]) if completion else ""
 
 
 def reward(completions: list[Any], numbers: list[Any], target: list[Any], **_: Any) -> list[float]:

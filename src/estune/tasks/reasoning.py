@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks.conciseness import text_of
+from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text
 from estune.words import nearest
 
 PREFIX = "rg:"
@@ -24,7 +24,6 @@ SEED = 2509_24372
 ROUNDS = 20  # times that the questions wanted are drawn, at most
 FEWEST = 70  # different questions of which splits can be made
 TAG = "\0type"
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 
 
@@ -139,7 +138,7 @@ def _scorer(name: str) -> Any:
 
 def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
     """Return the package's score of each completion's answer, 0 to 1."""
-    texts = [text_of(completion) for completion in completions]
+    texts = [completion_text(completion) for completion in completions]
     return [
         float(_scorer(name).score_answer(answer=answer_of(text), entry=unpack(json.loads(entry))))
         for text, name, entry in zip(texts, rg_task, rg_entry, strict=True)

@@ -1,0 +1,28 @@
+"""What tasks share: a completion's text, and the answer that it gives.
+
+Every function is linear in the length of what a model wrote: tags are found by `str.find`, never by a backtracking
+pattern.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+
+
+def completion_text(completion: Any) -> str:
+    """Return a completion's text, whether it is a string or a list of chat messages (the last one counts)."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"]) if completion else ""
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the content of the last closed <answer> block; None where there is none."""
+    last_close = text.rfind(ANSWER_CLOSE)
+    start = text.rfind(ANSWER_OPEN, 0, last_close) if last_close >= 0 else -1
+    if start < 0:
+        return None
+    start += len(ANSWER_OPEN)
+    return text[start : text.find(ANSWER_CLOSE, start)]
