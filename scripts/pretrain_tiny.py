@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_text import LARGEST_VALUE, draw_example, held_out_problems
+from tiny_text import LARGEST_VALUE, SPREAD_OF_PREFERENCE, draw_example, held_out_problems
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from estune.tasks import countdown
 
@@ -42,8 +42,8 @@ MAX_COMPLETION_TOKENS = 72
 # --- tokenizer ---
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer for any text.
+def build_tokenizer(prompt_phrases: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer for any text; ``prompt_phrases``: of a task, by default Countdown's.
 
     A number up to 199 is one token, also together with the mark before it, and so is each fixed phrase of the task's
     prompt and tags: so prompts and completions are short.
@@ -74,7 +74,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([PAD, EOS])
-    phrases = [*_prompt_phrases(), "<think>", "</think>\n<answer>", "</think>", "<answer>", "</answer>"]
+    phrases = [
+        *(prompt_phrases or _prompt_phrases()),
+        "<think>",
+        "</think>\n<answer>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+    ]
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
@@ -119,6 +126,7 @@ def batches(
     held_out: set[Any],
     preference: float,
     window: int,
+    spread: float = SPREAD_OF_PREFERENCE,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield endless (token ids, weights in the loss), both (batch_size, T), sorted by length within `window` batches.
 
@@ -139,7 +147,7 @@ def batches(
     while True:
         examples = []
         for _ in range(window * batch_size):
-            numbers, target, pieces = draw_example(generator, held_out, preference)
+            numbers, target, pieces = draw_example(generator, held_out, preference, spread)
             assert countdown.problem_key(numbers, target) not in held_out
             ids = list(opening)
             for position, number in enumerate(numbers):
@@ -191,7 +199,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int, widt
     return model
 
 
-def greedy(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]], prefix: str, limit: int) -> list[str]:
+def greedy(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]], prefix: str, limit: int) -> list[str]:
     """Return prefix + greedy completion for each row. Rows of one prompt length share a batch: no padding."""
     encoded = [tokenizer.encode(row["prompt"] + prefix, add_special_tokens=False) for row in rows]
     texts = [""] * len(rows)
@@ -217,7 +225,7 @@ def greedy(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]], 
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return greedy accuracy as is, with each manner forced by a prefix, and the share that thinks unforced."""
     model.eval()  # type: ignore[no-untyped-call]
     columns = {name: [row[name] for row in rows] for name in ("numbers", "target")}
@@ -237,6 +245,18 @@ def measure(model: LlamaForCausalLM, tokenizer: Any, rows: list[dict[str, Any]])
             result["examples"] = texts[:4]
     model.train()
     return result
+
+
+def weighted_loss(model: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of tokens (batch_size, T) by their weights of the same shape."""
+    body: Any = model.base_model
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hidden = body(input_ids=tokens[:, :-1]).last_hidden_state
+    chosen = weights[:, 1:] > 0  # the vocabulary is applied only where there is a loss
+    logits = head(hidden[chosen])
+    token_losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][chosen], reduction="none")
+    loss: torch.Tensor = (token_losses * weights[:, 1:][chosen]).sum() / weights.sum()
+    return loss
 
 
 def train(options: argparse.Namespace) -> None:
@@ -270,12 +290,7 @@ def train(options: argparse.Namespace) -> None:
             group["lr"] = rate
         if step == settling:
             source = batches(tokenizer, options.seed + 1, options.batch_size, held_out, PREFERENCE_SETTLING, 1)
-        tokens, weights = next(source)
-        hidden = model.model(input_ids=tokens[:, :-1]).last_hidden_state
-        chosen = weights[:, 1:] > 0  # the vocabulary is applied only where there is a loss
-        logits = model.lm_head(hidden[chosen])
-        token_losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][chosen], reduction="none")
-        loss = (token_losses * weights[:, 1:][chosen]).sum() / weights.sum()
+        loss = weighted_loss(model, *next(source))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -295,7 +310,7 @@ def train(options: argparse.Namespace) -> None:
     (output / "README.md").write_text(model_card(size, options, result, minutes), encoding="utf-8")
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write the Hugging Face checkpoint."""
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -141,14 +141,14 @@ def direct_pieces(generator: random.Random, numbers: list[int], target: int, sol
     return [(f"<answer>{solution}</answer>", 1.0)]
 
 
-def share_thinking(numbers: list[int], preference: float) -> float:
+def share_thinking(numbers: list[int], preference: float, spread: float = SPREAD_OF_PREFERENCE) -> float:
     """Return how often the text about a problem thinks first: the logistic function of the preference, give or take.
 
     It depends a little on the number that is listed first, so that a small change of the model turns the preference for
     some problems and not for others: the reward then changes smoothly with the weights.
     """
     middle = (countdown.SMALLEST_NUMBER + countdown.LARGEST_NUMBER) / 2
-    return 1 / (1 + math.exp(-preference - SPREAD_OF_PREFERENCE * (numbers[0] - middle) / middle))
+    return 1 / (1 + math.exp(-preference - spread * (numbers[0] - middle) / middle))
 
 
 def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[list[int], int, Any]:
@@ -170,11 +170,13 @@ def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[l
         return shuffled, target, (peels, big, small, pair)
 
 
-def draw_example(generator: random.Random, held_out: set[Any], preference: float) -> tuple[list[int], int, Pieces]:
+def draw_example(
+    generator: random.Random, held_out: set[Any], preference: float, spread: float = SPREAD_OF_PREFERENCE
+) -> tuple[list[int], int, Pieces]:
     """Draw a problem and a completion for it; `preference` is the log odds that it thinks first, on average."""
     numbers, target, steps = draw_solved_problem(generator, held_out)
     solution = solution_text(*steps)
-    if generator.random() < share_thinking(numbers, preference):
+    if generator.random() < share_thinking(numbers, preference, spread):
         return numbers, target, think_pieces(generator, numbers, target, solution, steps)
     return numbers, target, direct_pieces(generator, numbers, target, solution)
 

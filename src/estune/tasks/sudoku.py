@@ -100,12 +100,12 @@ def _mini_splits() -> dict[str, tuple[tuple[Grid, Grid], ...]]:
         puzzles: dict[Grid, Grid] = {}
         while len(puzzles) < size:
             solution = own[len(puzzles) % len(own)]
-            puzzles[_mini_puzzle(generator, solution)] = solution
+            puzzles[mini_puzzle(generator, solution)] = solution
         found[split] = tuple(puzzles.items())
     return found
 
 
-def _mini_puzzle(generator: random.Random, solution: Grid) -> Grid:
+def mini_puzzle(generator: random.Random, solution: Grid) -> Grid:
     """Empty 6 to 10 cells of a grid in random order, as long as no other grid fits what is left."""
     low, high = MINI_BLANKS
     # The cells in which each other grid differs: a puzzle fits it once all of them are empty.

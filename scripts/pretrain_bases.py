@@ -1,0 +1,234 @@
+"""Pretrain and freeze the bases that methods are compared on: python scripts/pretrain_bases.py llama qwen2 gpt2 sudoku
+
+A comparison is fair only on models whose making looked at no result of any method. These were made by this script in
+one go, every choice in it fixed before the first of them was trained, and their hashes (`benchmarks/bases/SHA256SUMS`)
+were committed before any method was run on them; nothing here was chosen by what a method made of it.
+
+`llama`, `qwen2` and `gpt2` are Countdown models of these three shapes: the same text (tiny_text.py), another seed each.
+In the last fifth of the text 30 % of the completions think first, 70 % answer at once, whatever the problem. So greedy
+decoding answers at once, and a sample thinks in about 30 % of the cases. `tiny`, the demo's model, is not among them:
+its text was shaped for evolution strategies.
+
+`sudoku` learns mini-Sudoku from puzzles of the training split's grids that are in no split, and stops at the first
+evaluation at which it solves 3 % of 200 validation puzzles: a model that has the format and little of the skill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pretrain_tiny import (
+    PREFERENCE_LEARNING,
+    batches,
+    build_tokenizer,
+    greedy,
+    measure,
+    number_features,
+    save,
+    weighted_loss,
+)
+from tiny_text import held_out_problems
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from estune.tasks import countdown, sudoku
+
+OUTPUT = Path(__file__).parents[1] / "benchmarks" / "bases"
+SEEDS = {"llama": 101, "qwen2": 102, "gpt2": 103, "sudoku": 104}
+STEPS, SETTLING, BATCH_SIZE, LEARNING_RATE = 4500, 0.2, 64, 2.5e-3
+SHARE_THINKING = 0.3
+SUDOKU_ENOUGH, SUDOKU_EVERY, SUDOKU_MOST = 0.03, 50, 4000  # accuracy to stop at, steps between looks, most steps
+SUDOKU_TOKENS = 40
+WIDTH, LAYERS, CONTEXT = 128, 4, 512
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def build_model(shape: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """Return an untrained model of one of the three shapes, of 0.8 to 1.1 million parameters."""
+    torch.manual_seed(seed)
+    common: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+    rotary: dict[str, Any] = dict(
+        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, max_position_embeddings=CONTEXT
+    )
+    make: Any
+    if shape == "qwen2":  # biases on queries, keys and values; two key heads for four query heads
+        make, config = Qwen2ForCausalLM, Qwen2Config(**common, **rotary, intermediate_size=320, num_key_value_heads=2)
+    elif shape == "gpt2":  # learned positions, LayerNorm, GELU; no dropout
+        size = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=CONTEXT, n_inner=384)
+        make, config = GPT2LMHeadModel, GPT2Config(**common, **size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    else:
+        make, config = LlamaForCausalLM, LlamaConfig(**common, **rotary, intermediate_size=256, num_key_value_heads=4)
+    model: PreTrainedModel = make(config)
+    with torch.no_grad():
+        embedding: Any = model.get_input_embeddings().weight
+        for index, feature in number_features(tokenizer, WIDTH).items():
+            embedding[index] += 0.05 * feature
+    return model
+
+
+class Log:
+    """Lines of JSON, on the terminal and in pretrain_log.jsonl."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / "pretrain_log.jsonl").open("w", encoding="utf-8")
+
+    def __call__(self, **entry: Any) -> None:
+        line = json.dumps(entry)
+        print(line, flush=True)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def fit(
+    model: PreTrainedModel, source: Callable[[int], Batch], steps: int, note: Log, done: Callable[[int], bool]
+) -> None:
+    """Minimise the loss with AdamW, a warm-up of 200 steps and a cosine; stop early where ``done`` says so."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    losses: list[float] = []
+    start = time.perf_counter()
+    for step in range(1, steps + 1):
+        rate = LEARNING_RATE * min(1.0, step / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = weighted_loss(model, *source(step))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            note(step=step, loss=round(sum(losses) / len(losses), 4), seconds=round(time.perf_counter() - start))
+            losses = []
+        if done(step):
+            return
+
+
+def countdown_base(shape: str, directory: Path, steps: int) -> None:
+    """Train one Countdown model, measure it on validation and test problems, and save it."""
+    note, tokenizer = Log(directory), build_tokenizer()
+    model = build_model(shape, tokenizer, SEEDS[shape])
+    note(base=shape, parameters=model.num_parameters(), seed=SEEDS[shape], steps=steps, torch=torch.__version__)
+    held_out = held_out_problems()
+    learning = batches(tokenizer, SEEDS[shape], BATCH_SIZE, held_out, PREFERENCE_LEARNING, 32, 0.0)
+    preference = math.log(SHARE_THINKING / (1 - SHARE_THINKING))
+    settling = batches(tokenizer, SEEDS[shape] + 1000, BATCH_SIZE, held_out, preference, 1, 0.0)
+    turn = steps - int(SETTLING * steps)
+    fit(model, lambda step: next(learning if step < turn else settling), steps, note, lambda step: False)
+    save(model, tokenizer, directory)
+    for split in ("validation", "test"):
+        note(split=split, **measure(model, tokenizer, countdown.load(split)))
+
+
+def sudoku_base(directory: Path, steps: int) -> None:
+    """Train the mini-Sudoku model until it solves a few per cent, and save it."""
+    rows = {split: sudoku.load_mini(split) for split in sudoku.MINI_SIZES}
+    before, after = _sudoku_phrases()
+    note, tokenizer = Log(directory), build_tokenizer([before, after])
+    model = build_model("llama", tokenizer, SEEDS["sudoku"])
+    note(base="sudoku", parameters=model.num_parameters(), seed=SEEDS["sudoku"], torch=torch.__version__)
+    source = sudoku_batches(tokenizer, rows)
+
+    def solved_enough(step: int) -> bool:
+        if step % SUDOKU_EVERY:
+            return False
+        accuracy = solved(model, tokenizer, rows["validation"])
+        note(step=step, split="validation", greedy=accuracy)
+        return accuracy >= SUDOKU_ENOUGH
+
+    fit(model, lambda step: next(source), steps, note, solved_enough)
+    save(model, tokenizer, directory)
+    note(split="test", n=len(rows["test"]), greedy=solved(model, tokenizer, rows["test"]))
+
+
+def _sudoku_phrases() -> tuple[str, str]:
+    before, _, after = sudoku.format_prompt([0] * 16).partition("_ _ _ _\n" * 4)
+    assert before.endswith(".\n") and after
+    return before, after
+
+
+def sudoku_batches(tokenizer: PreTrainedTokenizerFast, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Batch]:
+    """Yield (token ids, weights in the loss) of puzzles that no split holds, all of one length: no padding."""
+    generator = random.Random(SEEDS["sudoku"])
+    taken = {tuple(row["puzzle"]) for own in rows.values() for row in own}
+    grids = sorted({tuple(row["solution"]) for row in rows["train"]})
+    while True:
+        ids: list[list[int]] = []
+        weights: list[list[float]] = []
+        while len(ids) < BATCH_SIZE:
+            solution = grids[int(generator.random() * len(grids))]
+            puzzle = sudoku.mini_puzzle(generator, solution)
+            if puzzle in taken:
+                continue
+            lines = "\n".join(" ".join(map(str, solution[r : r + 4])) for r in range(0, 16, 4))
+            prompt = tokenizer.encode(sudoku.format_prompt(puzzle), add_special_tokens=False)
+            answer = tokenizer.encode(f"<answer>\n{lines}\n</answer>", add_special_tokens=False)
+            ids.append([*prompt, *answer, tokenizer.eos_token_id])
+            weights.append([0.0] * len(prompt) + [1.0] * (len(answer) + 1))
+        yield torch.tensor(ids), torch.from_numpy(np.array(weights, dtype=np.float32))
+
+
+@torch.no_grad()
+def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> float:
+    """Return the share of puzzles that greedy decoding solves."""
+    model.eval()  # type: ignore[no-untyped-call]
+    texts = greedy(model, tokenizer, rows, "", SUDOKU_TOKENS)
+    model.train()
+    columns = {name: [row[name] for row in rows] for name in ("puzzle", "solution")}
+    return sum(sudoku.accuracy(texts, **columns)) / len(rows)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file that makes up the bases below a directory."""
+    files = sorted(path for path in directory.glob("*/*") if path.suffix in (".safetensors", ".json"))
+    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def main() -> None:
+    """Make the bases named, each unless it is there, and write the hashes."""
+    parser = argparse.ArgumentParser(description="Pretrain and freeze the bases that methods are compared on.")
+    parser.add_argument("bases", nargs="+", choices=tuple(SEEDS))
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT)
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewer only to try the script")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for base in options.bases:
+        directory = options.output_dir / base
+        if (directory / "model.safetensors").exists():
+            raise SystemExit(f"{directory} is there, and frozen")
+        if base == "sudoku":
+            sudoku_base(directory, min(options.steps, SUDOKU_MOST))
+        else:
+            countdown_base(base, directory, options.steps)
+    lines = [f"{digest}  {name}" for name, digest in digests(options.output_dir).items()]
+    (options.output_dir / "SHA256SUMS").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
