@@ -77,10 +77,11 @@ def build_model(shape: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
         hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, max_position_embeddings=CONTEXT
     )
     make: Any
+    config: Any
     if shape == "qwen2":  # biases on queries, keys and values; two key heads for four query heads
         make, config = Qwen2ForCausalLM, Qwen2Config(**common, **rotary, intermediate_size=320, num_key_value_heads=2)
     elif shape == "gpt2":  # learned positions, LayerNorm, GELU; no dropout
-        size = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=CONTEXT, n_inner=384)
+        size: dict[str, Any] = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=CONTEXT, n_inner=384)
         make, config = GPT2LMHeadModel, GPT2Config(**common, **size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     else:
         make, config = LlamaForCausalLM, LlamaConfig(**common, **rotary, intermediate_size=256, num_key_value_heads=4)

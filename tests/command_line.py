@@ -19,7 +19,7 @@ from pathlib import Path
 TOY = ("train", "--engine", "toy", "--task", "quadratic", "--report_to", "none", "--output_dir", "run")
 INLINE = "estune: reward functions run inside the trainer"  # the warning of --reward_isolation inline
 MARK = "ESTUNE_TEST_RUN"  # in the environment of every process that a run starts
-TIMES = ("step_time", "es/perturb_s", "es/generate_s", "es/score_s", "es/update_s", "es/tokens_per_s")
+TIMES = ("step_time", "train_time_s", "es/perturb_s", "es/generate_s", "es/score_s", "es/update_s", "es/tokens_per_s")
 
 REWARDS = '''
 """Rewards of the toy task that say when they are called, and those that misbehave."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from estune import __version__
-from estune.config import FIELDS, RESUMABLE
+from estune.checkpoint import read_state
+from estune.config import FIELDS, RESUMABLE, default_of
 from estune.files import replace_file
 from estune.journal import Journal
 from estune.model_paths import fetched_name, origin, public_name
 from estune.records import read_metrics
-from estune.run import CONFIG_FILE
+from estune.run import CONFIG_FILE, METHOD_FILE
 
 CARD_FILE = "README.md"
 # What the command of a card leaves out: where the run lay says nothing to anybody else.
@@ -28,9 +29,9 @@ def command_of(config: Mapping[str, Any]) -> str:
     fetched = fetched_name(config["model"])
     model = f"models/{fetched}" if fetched else public_name(config["model"])
     words = ["estune", "train", "--model", shlex.quote(model)]
-    for name, spec in FIELDS.items():
+    for name in FIELDS:
         value = config.get(name)
-        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        default = default_of(name, config.get("method", "es"))
         if name in NOT_IN_COMMAND or value is None or value == default:
             continue
         words.append(f"--{name}")
@@ -58,38 +59,61 @@ def _bare(word: str) -> str:
 def card(run_dir: Path) -> str:
     """Return the card of a run as Markdown, from its directory alone."""
     journal = Journal.open(run_dir / "journal.jsonl", repair=False)
-    assert journal is not None
-    header, config = journal.header, journal.header["config"]
+    stored = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    if journal is None:
+        header, config = json.loads((run_dir / METHOD_FILE).read_text(encoding="utf-8")), stored
+        state = read_state(run_dir) or {}
+        steps, fingerprint = state.get("step", 0), state.get("fingerprint")
+        how, rebuilding = _by_rival(header, steps), []
+    else:
+        header, config = journal.header, journal.header["config"]
+        steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
+        how = (f"{steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
+               f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {__version__})")  # fmt: skip
+        how = f"evolution strategies: {how}"
+        rebuilding = [
+            "## Rebuilding the weights", "",
+            "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",
+            "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
+            f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
+        ]  # fmt: skip
     base, data = header["base"], header["data"]
-    steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
-    whole = {**json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8")), **config, "max_steps": steps}
+    whole = {**stored, **config, "max_steps": steps}
     source = config["task"] or config["dataset_name"] or "data given from Python"
     from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
     command = ["* Started from Python, with data or rewards that no command line names", ""] if from_python else [
         "* Command:", "", "```", *fetching(base["model"]), command_of(whole), "```", "",
     ]  # fmt: skip
-    moving = sum(math.prod(shape) for _, shape, kind in header["parameters"] if kind)
-    total = sum(math.prod(shape) for _, shape, _ in header["parameters"])
-    share = "All parameters" if moving == total else f"{moving / total:.2%} of the parameters"
-    front = ["---", "library_name: transformers", "tags: [estune, evolution-strategies]"]
+    share = _share_trained(header, config)
+    tag = "evolution-strategies" if journal else config["method"].replace("_", "-")
+    front = ["---", "library_name: transformers", f"tags: [estune, {tag}]"]
     model = public_name(base["model"])
     if "/" in model:
         front.append(f"base_model: {model}")
     lines = [
         *front, "---", "", f"# {model.rpartition('/')[2]}, tuned on {Path(source).name}", "",
-        f"{share} of `{model}`{origin(base['model'])} (fingerprint `{base['fingerprint']}`) were tuned by evolution "
-        f"strategies: {steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
-        f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {__version__}).", "",
+        f"{share} of `{model}`{origin(base['model'])} (fingerprint `{base['fingerprint']}`) were tuned by {how}.", "",
         f"* Data: `{_bare(source)}`, {data['rows']} training rows (fingerprint `{data['fingerprint']}`)",
         f"* Rewards: {', '.join(f'`{name}`' for name in header['reward_funcs'])}",
         *command,
         *_gain(read_metrics(run_dir)),
-        "## Rebuilding the weights", "",
-        "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",
-        "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
-        f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
+        *rebuilding,
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if "parameters" not in header:  # no journal
+        return "All parameters" if config["trainable_parameters"] is None else "Chosen parameters"
+    moving = sum(math.prod(shape) for _, shape, kind in header["parameters"] if kind)
+    total = sum(math.prod(shape) for _, shape, _ in header["parameters"])
+    return "All parameters" if moving == total else f"{moving / total:.2%} of the parameters"
+
+
+def _by_rival(header: Mapping[str, Any], steps: int) -> str:
+    """Return what a run that is not ES's was trained by."""
+    trainer = f"{header['trainer']} of TRL {header['trl']}" if "trl" in header else header["trainer"]
+    return f"`{header['method']}` ({trainer}, run by estune {__version__} as a baseline): {steps} steps"
 
 
 def _gain(records: list[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from estune import __version__
-from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, read_config_file
+from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, default_of, read_config_file
 from estune.errors import UserError
 from estune.fetch import MODELS
 from estune.files import full_disk_message, is_full_disk
@@ -37,7 +37,11 @@ ELSEWHERE = {
     "bf16": "; use --dtype bfloat16",
     "fp16": "; use --dtype float16",
     "lr": "; did you mean --learning_rate?",
-    "beta": "; there is no KL term, see --weight_decay_anchor base",
+    "beta": "; es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs",
+    "loss_type": "; give it in --method_kwargs",
+    "epsilon": "; give it in --method_kwargs",
+    "num_iterations": "; give it in --method_kwargs",
+    "scale_rewards": "; give it in --method_kwargs",
     "num_train_epochs": "; use --max_steps",
     "gradient_accumulation_steps": "; use --batch_size",
     "per_device_train_batch_size": "; use --batch_size",
@@ -202,7 +206,8 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
         flags = [f"--{word}" for word in (name, *spec.metadata["aliases"])]
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         choices = spec.metadata["choices"]
-        default = None if spec.default is dataclasses.MISSING else spec.default
+        default = default_of(name)
+        default = None if isinstance(default, (list, dict)) else default
         shown = "" if default in (None, "") else f" [{str(default).lower() if default in (True, False) else default}]"
         text = spec.metadata["help"] + shown
         if name == "task":
@@ -225,7 +230,12 @@ def _train(values: dict[str, Any]) -> int:
     from estune import inputs
     from estune.trainer import ESTrainer
 
-    trainer = ESTrainer(args=args)
+    if args.method == "es":
+        trainer = ESTrainer(args=args)
+    else:
+        from estune.baselines import BaselineTrainer
+
+        trainer = BaselineTrainer(args=args)
     if args.dry_run:
         prompts = trainer.prepare()
         print(inputs.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json(), end="")

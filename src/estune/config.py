@@ -25,16 +25,40 @@ from estune.words import nearest
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 PRESETS = Path(__file__).parent / "presets"
 
+# How a model is trained. `es` is what estune is for; the others are its rivals, on the same ground (estune.baselines).
+METHODS = ("es", "grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search")
+SAMPLING_METHODS = ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection")  # train on sampled completions
+# Options that mean something to some methods only.
+OF_METHODS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution",
+                     "members_per_batch", "sigma_scheduler_type"), ("es", "random_search")),
+    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor"), ("es",)),
+    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+                    tuple(method for method in METHODS if method != "random_search")),
+    "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
+}  # fmt: skip
+
 # What a resumed run may change; everything else defines the trajectory and is written into the journal's header.
 RESUMABLE = frozenset(
-    "max_steps save_steps save_total_limit eval_steps eval_rows logging_steps report_to console log_completions "
+    "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows logging_steps report_to console log_completions "
     "output_dir run_name resume overwrite dry_run push_to_hub hub_model_id hub_private_repo".split()
 )
 
 
-def _option(default: Any, help: str, choices: Iterable[str] = (), aliases: Iterable[str] = ()) -> Any:
-    """Declare a field with its help text; lists and dicts become default factories."""
+def _option(
+    default: Any,
+    help: str,
+    choices: Iterable[str] = (),
+    aliases: Iterable[str] = (),
+    by_method: Mapping[str, Any] | None = None,
+) -> Any:
+    """Declare a field with its help text; lists and dicts become default factories.
+
+    ``by_method`` names defaults of methods other than `es`; the field is filled in when the configuration is made.
+    """
     metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases)}
+    if by_method is not None:
+        return field(default=None, metadata={**metadata, "by_method": {"es": default, **by_method}})
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -88,12 +112,28 @@ class ESConfig:
     response_prefix: str = _option("", "Text the response starts with; rewards see it as part of the completion.")
     stop_strings: list[str] = _option([], "Generation ends after any of these strings.")
 
+    # Method
+    method: str = _option(
+        "es",
+        "es, or one of its rivals on the same task, prompts, rewards and evaluation: grpo, dr_grpo, rloo (TRL's), ppo, "
+        "sft_rejection (on correct samples of the base), random_search (the best member, no update).",
+        METHODS,
+    )
+    method_kwargs: dict[str, Any] = _option({}, "JSON object of arguments for the rival's trainer, such as TRL's beta.")
+
     # Evolution strategy
     max_steps: int = _option(500, "Number of steps (updates).")
+    max_time_s: float = _option(
+        0.0, "Seconds of training (evaluations and saving not counted) after which the run ends; 0: no limit."
+    )
     population_size: int = _option(30, "Members per step, N; mirrored ones counted.")
     sigma: float = _option(1e-3, "Standard deviation of the perturbations.")
-    learning_rate: float | None = _option(None, "Step size alpha; 1/sigma is folded in. Default: sigma / 2.")
-    batch_size: int | Literal["auto"] = _option("auto", "Prompts per step, B. auto: 32, or all rows if fewer.")
+    learning_rate: float | None = _option(
+        None, "Step size alpha; 1/sigma is folded in. Default: sigma / 2; of other methods what TRL has."
+    )
+    batch_size: int | Literal["auto"] = _option(
+        "auto", "Prompts per step, B. auto: 32 (8 with methods that sample), or all rows if fewer."
+    )
     antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
     noise: str = _option(
         "full",
@@ -117,8 +157,17 @@ class ESConfig:
 
     # Generation
     max_completion_length: int = _option(256, "Most tokens a completion may have.")
-    num_generations: int = _option(1, "Completions per prompt and member, G; more than 1 needs temperature > 0.")
-    temperature: float = _option(0.0, "Sampling temperature; 0 decodes greedily.")
+    num_generations: int = _option(
+        1,
+        "Completions per prompt and member, G; more than 1 needs temperature > 0.",
+        by_method={**dict.fromkeys(("grpo", "dr_grpo", "rloo", "sft_rejection"), 8), "ppo": 1, "random_search": 1},
+    )
+    temperature: float = _option(
+        0.0,
+        "Sampling temperature; 0 decodes greedily. With methods that sample: of training alone, evaluations are "
+        "greedy.",
+        by_method={**dict.fromkeys(SAMPLING_METHODS, 1.0), "random_search": 0.0},
+    )
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
     top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")
     prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass. auto: B up to 64.")
@@ -153,8 +202,14 @@ class ESConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method is {self.method!r}; it can be {', '.join(METHODS)}"
+                            f"{nearest(str(self.method), METHODS)}")  # fmt: skip
         for spec in dataclasses.fields(self):
-            setattr(self, spec.name, coerce(spec.name, getattr(self, spec.name)))
+            value = getattr(self, spec.name)
+            if value is None and "by_method" in spec.metadata:
+                value = default_of(spec.name, self.method)
+            setattr(self, spec.name, coerce(spec.name, value))
         self.validate()
 
     def validate(self) -> None:
@@ -190,6 +245,7 @@ class ESConfig:
             "warmup_steps",
             "weight_decay",
             "temperature",
+            "max_time_s",
             "top_k",
             "eval_steps",
             "eval_rows",
@@ -199,6 +255,7 @@ class ESConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} must not be negative, not {value}")
+        self._validate_method()
         if self.population_size < 2:
             raise UserError(f"population_size must be at least 2, not {self.population_size}")
         if self.antithetic and self.population_size % 2:
@@ -260,6 +317,29 @@ class ESConfig:
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError("report_to none stands alone")
 
+    def _validate_method(self) -> None:
+        """Refuse what the method would ignore or cannot do."""
+        for name, methods in OF_METHODS.items():
+            if self.method not in methods and getattr(self, name) != default_of(name, self.method):
+                raise UserError(f"method {self.method} has no use for {name}")
+        if self.max_time_s and (self.lr_scheduler_type in ("linear", "cosine") or
+                                self.sigma_scheduler_type != "constant"):  # fmt: skip
+            raise UserError("max_time_s needs constant schedules: others depend on the number of steps")
+        if self.method == "es":
+            return
+        if self.engine == "toy":
+            raise UserError(f"method {self.method} trains a language model: it needs engine hf")
+        if self.console == "panel":
+            raise UserError(f"console panel shows a population: method {self.method} has lines")
+        if self.method in SAMPLING_METHODS:
+            if self.temperature == 0:
+                raise UserError(f"method {self.method} learns from samples: temperature must be above 0")
+            if self.method in ("grpo", "dr_grpo", "rloo") and self.num_generations < 2:
+                raise UserError(f"method {self.method} compares completions of a prompt: num_generations must be 2 or "
+                                "more")  # fmt: skip
+            if self.dtype not in ("auto", "float32"):
+                raise UserError(f"method {self.method} trains in float32: leave dtype at auto")
+
     def validate_training(self) -> None:
         """Raise UserError for what an evaluation could use and a training run would ignore.
 
@@ -270,8 +350,9 @@ class ESConfig:
 
     @property
     def effective_learning_rate(self) -> float:
-        """The learning rate, sigma / 2 where none is given (the paper's rule)."""
-        return self.sigma / 2 if self.learning_rate is None else self.learning_rate
+        """The learning rate where none is given: sigma / 2 (the paper's rule), for other methods TRL's default."""
+        rates = {"grpo": 1e-6, "dr_grpo": 1e-6, "rloo": 1e-6, "ppo": 3e-6, "sft_rejection": 2e-5}
+        return rates.get(self.method, self.sigma / 2) if self.learning_rate is None else self.learning_rate
 
     def trajectory(self) -> dict[str, Any]:
         """Return the fields that define the trajectory, for the journal's header."""
@@ -289,6 +370,14 @@ class ESConfig:
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(ESConfig)}
 FIELD_TYPES = typing.get_type_hints(ESConfig)
+
+
+def default_of(name: str, method: str = "es") -> Any:
+    """Return what a field holds where nothing is given for it."""
+    spec = FIELDS[name]
+    if "by_method" in spec.metadata:
+        return spec.metadata["by_method"].get(method)
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
 def canonical_name(name: str, source: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from estune import environment
-from estune.config import ESConfig
+from estune.config import OF_METHODS, ESConfig
 from estune.data import PromptBuilder, check_columns, has_splits, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
@@ -25,6 +25,7 @@ from estune.tasks import Task, get_task
 RewardFunc = Callable[..., Any]
 LARGE_BYTES = 64 << 20  # from here on a model's matrix products are worth several threads
 DEFAULT_BATCH = 32
+DEFAULT_GROUPS = 8  # prompts a step of methods that sample several completions of each
 DEFAULT_PROMPTS_PER_BATCH = 64
 # Options that the toy engine would ignore, with the values that ask nothing of it.
 NOT_FOR_THE_TOY: dict[str, tuple[Any, ...]] = {
@@ -129,7 +130,8 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
     """Return the configuration with every ``auto`` and every default that depends on others filled in, once."""
     auto: dict[str, Any] = {"learning_rate": args.effective_learning_rate}
     if args.batch_size == "auto":
-        auto["batch_size"] = min(DEFAULT_BATCH, n_rows)
+        wanted = {"es": DEFAULT_BATCH, "random_search": DEFAULT_BATCH, "ppo": 64}.get(args.method, DEFAULT_GROUPS)
+        auto["batch_size"] = min(wanted, n_rows)
     if args.prompts_per_batch == "auto":
         auto["prompts_per_batch"] = DEFAULT_PROMPTS_PER_BATCH
     if args.num_threads == "auto":
@@ -164,6 +166,8 @@ def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
     as many share a forward pass as fit and are worth it; the population is cut into batches of nearly equal size.
     """
     args = dataclasses.replace(args, dtype=engine.compute_dtype, device=engine.info()["device"])
+    if args.method not in OF_METHODS["members_per_batch"]:
+        return args
     if args.members_per_batch != "auto":
         return args
     most = 1

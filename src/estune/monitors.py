@@ -76,11 +76,17 @@ class ConsoleMonitor:
             return
         self._times = [*self._times[-9:], record["step_time"]]
         left = (self.max_steps - record["step"]) * sum(self._times) / len(self._times)
-        failures = f"  failed {record['es/reward_errors']}" if record["es/reward_errors"] else ""
+        errors = record.get("es/reward_errors", record.get("reward_errors"))
+        failures = f"  failed {errors:.0f}" if errors else ""
+        if "es/update_ratio" in record:
+            spread = f"{_number(record['es/fitness_std'])}  best {_number(record['es/fitness_best'])}"
+            moved = f"moved {record['es/update_ratio']:.1e}"
+        else:  # a method without a population
+            spread, moved = _number(record.get("reward_std")), f"loss {_number(record.get('loss'))}"
         say(
-            f"{step}  reward {_number(record['reward'])} ± {_number(record['es/fitness_std'])}"
-            f"  best {_number(record['es/fitness_best'])}  length {record['completions/mean_length']:.0f}"
-            f"  moved {record['es/update_ratio']:.1e}  {record['step_time']:.1f} s{failures}  left {duration(left)}"
+            f"{step}  reward {_number(record.get('reward'))} ± {spread}"
+            f"  length {record.get('completions/mean_length', 0):.0f}"
+            f"  {moved}  {record['step_time']:.1f} s{failures}  left {duration(left)}"
         )
 
     def close(self, failed: bool = False) -> None:

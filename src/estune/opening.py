@@ -61,7 +61,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         found = run.files() if run.is_new else {}
         trackers = {} if run.is_new else known_trackers(run.path)
-        monitors, panel, started = _monitors(args, run, trackers)
+        monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
         stack.push(lambda kind, *_: monitors.close(failed=kind is not None))
         if run.is_new:
             run.clear(found)  # only now, when all that the user gave has been found to work
@@ -108,6 +108,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             monitors=monitors,
             checksum=engine.master.checksum(),
             tokens=run.tokens_before(),
+            train_time_s=run.train_time_s(),
             watch=metrics.Watch.of_steps(record["fitness"] for record in run.journal.steps),
         )
         session.announce(replayed)
@@ -136,8 +137,8 @@ def _keep_base(trainer: ESTrainer, run: Run) -> None:
     run.anchor = anchor if anchored else None
 
 
-def _monitors(
-    args: ESConfig, run: Run, known: Mapping[str, str]
+def start_monitors(
+    args: ESConfig, run: Run, known: Mapping[str, str], steps_done: int
 ) -> tuple[Monitors, PanelMonitor | None, dict[str, str]]:
     """Start what shows and records the run; return it, its panel, and what trackers call the run.
 
@@ -164,8 +165,10 @@ def _monitors(
     except UserError:
         Monitors([], trackers).close(failed=True)  # a tracker left open would take the next run's numbers, too
         raise
-    if args.console == "panel" or (args.console == "auto" and sys.stdout.isatty()):
+    if args.console == "panel" or (
+        args.console == "auto" and args.method == "es" and sys.stdout.isatty()
+    ):
         title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"
-        panel = PanelMonitor(title, args.max_steps, args.population_size, run.steps_done)
-    console: Monitor = panel or ConsoleMonitor(args.max_steps, run.steps_done)
+        panel = PanelMonitor(title, args.max_steps, args.population_size, steps_done)
+    console: Monitor = panel or ConsoleMonitor(args.max_steps, steps_done)
     return Monitors([JsonlMonitor(run.path / "metrics.jsonl")], [console, *started, *trackers]), panel, names

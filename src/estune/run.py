@@ -34,6 +34,7 @@ from estune.records import METRICS_FILE, cut_back, read_metrics
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"
 PENDING_FILE = "pending.jsonl"
+METHOD_FILE = "method.json"  # of a run that is not ES's: it has no journal
 # What a run directory can hold of ours, and of the model's own files; `--overwrite` deletes nothing else.
 WRITTEN = (
     ".*", CONFIG_FILE, JOURNAL_FILE, PENDING_FILE, METRICS_FILE, "env.json", "eval", "completions", "plots", "base",
@@ -41,6 +42,7 @@ WRITTEN = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "vocab.*", "merges.txt", "*.model", "*.spm", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
     "README.md", "report.html", "trackers.json", "tensorboard", "wandb",
+    METHOD_FILE, "trainer",
 )  # fmt: skip
 
 
@@ -182,11 +184,20 @@ class Run:
         """Tokens that the journalled steps have processed."""
         return sum(record["tokens"] for record in self.journal.steps)
 
+    def train_time_s(self) -> float:
+        """Seconds of training that the metrics tell of."""
+        return train_time_s(self.path)
+
     def close(self) -> None:
         """Give up the directory's lock; a directory in which nothing was written goes."""
         if not any(self.path.iterdir()):
             self.path.rmdir()
         os.close(self.lock)
+
+
+def train_time_s(path: Path) -> float:
+    """Return the seconds of training that a run's metrics tell of: steps, without evaluations and saving."""
+    return max((record.get("train_time_s") or 0.0 for record in read_metrics(path)), default=0.0)
 
 
 def open_run(args: ESConfig, given: ESConfig) -> Run:
@@ -216,6 +227,7 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
         if journal is None:
             if not is_ours(path):
                 raise UserError(f"output_dir {path} holds other files and no estune run: give another --output_dir")
+            _refuse_other_method(path, args)
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given)
         if len(journal.steps) > args.max_steps:
@@ -224,6 +236,14 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
     except BaseException:
         os.close(lock)
         raise
+
+
+def _refuse_other_method(path: Path, args: ESConfig) -> None:
+    """Raise UserError where a run of another method would be gone on with; only ES has a journal to tell."""
+    if args.resume and (path / CONFIG_FILE).exists():
+        method = read_config(path).get("method", "es")
+        if method != args.method:
+            raise UserError(f"a resume cannot change method from {method!r} to {args.method!r}")
 
 
 def refuse_overwrite(path: Path, args: ESConfig) -> None:
@@ -255,10 +275,14 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
     """
     max_steps = args.max_steps
     state = checkpoint.read_state(path)
-    if state is None or state.get("step") != max_steps or checkpoint.leftovers(path):
+    if state is None or checkpoint.leftovers(path):
         return False
+    if args.max_time_s and train_time_s(path) >= args.max_time_s:
+        max_steps = int(state.get("step", 0))
     journal = Journal.open(path / JOURNAL_FILE, repair=False)
-    if journal is None or len(journal.steps) != max_steps or max_steps not in journal.checkpoints:
+    if journal is None or not state.get("step") == len(journal.steps) == max_steps:
+        return False
+    if max_steps not in journal.checkpoints:
         return False
     adopt(args, journal.header["config"], given)
     return True
@@ -329,7 +353,8 @@ def inherited_settings(model: str, given: Collection[str]) -> dict[str, Any]:
         if (directory / CONFIG_FILE).is_file():
             stored = read_config(directory)
             names = _INHERITED.split()
-            if not set(_SAMPLING.split()) & set(given):
+            es = stored.get("method", "es") == "es"  # other methods sample in training, and are evaluated greedily
+            if es and not set(_SAMPLING.split()) & set(given):
                 names += _SAMPLING.split()
             if not {"task", "dataset_name", "reward_funcs"} & set(given):
                 names.append("task")

@@ -92,6 +92,7 @@ class Session:
     monitors: Monitors
     checksum: str  # of theta
     tokens: int  # processed by the journalled steps
+    train_time_s: float  # of the steps done, evaluations and saving not counted
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
     perturb_cos_scale: float = 0.0
     watch: metrics.Watch = field(default_factory=metrics.Watch)
@@ -100,6 +101,12 @@ class Session:
     measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
     started: float = 0.0  # clock readings of the step in hand, in seconds
     move_started: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Say whether the run has all its steps, or has used up its time."""
+        args = self.args
+        return self.run.steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
 
     def announce(self, replayed: int) -> None:
         """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
@@ -158,7 +165,7 @@ class Session:
         self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
         self.watch.step(self.measured, lambda: self._share_of_theta(step, rollouts))
         self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        self.measured |= {"es/evaluations": self._evaluations(step)} | self._theta_rank(step, rollouts)
+        self.measured |= {"num_evaluations": self._evaluations(step)} | self._theta_rank(step, rollouts)
         if np.isnan(fitness).all():
             print("estune: warning: no reward applied to anything in this step, so theta stays", file=sys.stderr)
         if step.index == 0:
@@ -190,19 +197,21 @@ class Session:
         self.checksum = moved.checksum
         refuse_diverged(moved, self.run.steps_done)
         timing = metrics.Timing(self.started, self.move_started, time.perf_counter())
-        self.log_step(self.measured | metrics.update_metrics(self.measured, moved, timing))
+        self.train_time_s += timing.ended - timing.started
+        moves = metrics.update_metrics(self.measured, moved, timing)
+        self.log_step(self.measured | moves | {"train_time_s": self.train_time_s})
         self.run.pending.clear()
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Hand the last step's metrics to the monitors, where it is one to log."""
         done = self.run.steps_done
-        if done % self.args.logging_steps == 0 or done == self.args.max_steps:
+        if done % self.args.logging_steps == 0 or self.ended:
             self.monitors.log({"step": done} | record)
 
     def after_step(self) -> None:
         """Do what is due after ``run.steps_done`` steps and was not done yet: held-out evaluation, checkpoint."""
         args, done = self.args, self.run.steps_done
-        if args.eval_steps and (done % args.eval_steps == 0 or done == args.max_steps):
+        if args.eval_steps and (done % args.eval_steps == 0 or self.ended):
             path = self.run.path / "eval" / f"step_{done:05d}.jsonl"
             if not path.exists():
                 evaluation = self._evaluate_held_out(done)

@@ -104,8 +104,8 @@ class ESTrainer:
             args, weights = session.args, self.rewards.weights
             try:
                 session.after_step()  # what a killed run had not come to
-                for index in range(session.run.steps_done, args.max_steps):
-                    step = plan_step(args, session.batches, index)  # rows (B,), members (N,)
+                while not session.ended:
+                    step = plan_step(args, session.batches, session.run.steps_done)  # rows (B,), members (N,)
                     rollouts = session.evaluate_population(step)  # rewards (N, B, G, F)
                     rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)  # (N, B, G, F)
                     fitness, utilities = shape_fitness(weigh(rewards, weights), args.fitness_shaping)  # (N,), (N,)

@@ -42,7 +42,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     checkpoints = journal.checkpoints if journal else {}
     return {
         "name": config.get("run_name") or directory.resolve().name,
-        "steps_done": len(journal.steps) if journal else 0,
+        "steps_done": len(journal.steps) if journal else max((record["step"] for record in records), default=0),
         "max_steps": config["max_steps"],
         "config": config,
         "engine": header.get("engine", {}),

@@ -84,17 +84,20 @@ def _save(figure: Figure, directory: Path) -> Path:
 
 
 def _reward_curve(axes: Any, steps: list[dict[str, Any]]) -> None:
+    is_es = all("es/fitness_mean" in record for record in steps)
+    names = ("es/fitness_mean", "es/fitness_std") if is_es else ("reward", "reward_std")
+    steps = [record for record in steps if all(record.get(name) is not None for name in names)]
     x = [record["step"] for record in steps]
-    mean = [record["es/fitness_mean"] for record in steps]
-    spread = [record["es/fitness_std"] for record in steps]
+    mean, spread = ([record[name] for record in steps] for name in names)
     axes.fill_between(
         x, [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)],
         color=SPREAD, alpha=0.6, linewidth=0, label="± 1 standard deviation",
     )  # fmt: skip
-    axes.plot(x, mean, color=REWARD, label="population mean")
-    axes.plot(x, [record["es/fitness_best"] for record in steps], color=REWARD, linewidth=0.8, linestyle=":",
-              label="best member")  # fmt: skip
-    axes.set(title="Training reward", xlabel="step", ylabel="fitness")
+    axes.plot(x, mean, color=REWARD, label="population mean" if is_es else "mean")
+    if is_es:
+        axes.plot(x, [record["es/fitness_best"] for record in steps], color=REWARD, linewidth=0.8, linestyle=":",
+                  label="best member")  # fmt: skip
+    axes.set(title="Training reward", xlabel="step", ylabel="fitness" if is_es else "reward")
     _finish(axes, bool(x))
 
 

@@ -1,0 +1,250 @@
+"""What every rival has in common with ES while it runs: rewards, evaluations, metrics, checkpoints, the end.
+
+A method trains ``module``, in float32, however it likes. `score` is the only way to a reward; `step_done` is called after
+every step and does what is due: metrics, a held-out evaluation, a checkpoint. The engine is ES's: a copy of the module's
+weights that samples completions in training (unless TRL's own generation is asked for), answers evaluations greedily,
+and is saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from estune import inputs, metrics, records
+from estune.card import write_card
+from estune.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
+from estune.config import ESConfig
+from estune.engines.base import Completion, Engine, Prompt, Sampling
+from estune.engines.hf_parameters import Binding
+from estune.errors import UserError
+from estune.evaluation import Evaluation, evaluate
+from estune.files import write_json
+from estune.fitness import fill_failures, mean, weigh
+from estune.inputs import Rewards
+from estune.monitors import Monitors, say
+from estune.rewards import RewardPool
+from estune.rollouts import Evaluator, scored
+from estune.run import METHOD_FILE, Run
+
+Rows = list[dict[str, Any]]
+
+
+class Diverged(UserError):
+    """The loss or a weight is no finite number."""
+
+
+@dataclass
+class Ground:
+    """The parts of an open run of a rival; made by `estune.baselines.trainer`."""
+
+    args: ESConfig
+    run: Run
+    engine: Engine
+    module: Any  # PreTrainedModel, float32: what is trained
+    bindings: Sequence[Binding]  # of the module
+    evaluator: Evaluator
+    accuracy_pool: RewardPool | None
+    rewards: Rewards
+    train_rows: Rows
+    train_prompts: list[Prompt]
+    eval_rows: Rows
+    eval_prompts: list[Prompt]
+    monitors: Monitors
+    should_stop: Callable[[], bool]
+    steps_done: int = 0
+    evaluations: int = 0  # completions scored in training
+    train_time_s: float = 0.0  # of steps, evaluations and saving not counted
+    clock: float = field(default_factory=time.perf_counter)  # when the step in hand began
+    measured: list[dict[str, float]] = field(default_factory=list)  # of batches scored since the last step
+    copied: bool = True  # the engine's weights are the module's
+
+    @property
+    def trainer_directory(self) -> Path:
+        """Where a trainer keeps what it needs to go on: optimizer, schedule, random states."""
+        return self.run.path / "trainer"
+
+    @property
+    def ended(self) -> bool:
+        """Say whether the run has all its steps, or has used up its time."""
+        args = self.args
+        return self.steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
+
+    def step_started(self) -> None:
+        """Start the clock of the first step."""
+        self.clock = time.perf_counter()
+
+    def ends(self) -> frozenset[int]:
+        """Return the tokens that end a completion."""
+        return frozenset(getattr(self.engine, "_eos", ()))
+
+    def keep_method(self, record: dict[str, Any]) -> None:
+        """Write `method.json`: what the method's trainer was told, the base, the data; a resume keeps the last two."""
+        path = self.run.path / METHOD_FILE
+        if self.steps_done:
+            then = json.loads(path.read_text(encoding="utf-8"))
+            facts = {name: then[name] for name in ("base", "data", "reward_funcs")}
+        else:
+            facts = {
+                "base": {"model": self.args.model, "fingerprint": self.engine.master.fingerprint()},
+                "data": inputs.data_fingerprint(self.train_rows, self.train_prompts),
+                "reward_funcs": self.rewards.names,
+            }
+        write_json(path, record | facts)
+
+    def moved(self) -> None:
+        """Note that the module's weights have changed."""
+        self.copied = False
+
+    def copy_weights(self) -> None:
+        """Let the engine have the module's weights.
+
+        Raises:
+            Diverged: a weight is no finite number.
+        """
+        if self.copied:
+            return
+        stored = {binding.name: binding for binding in self.bindings}
+
+        def read_into(name: str, flat: np.ndarray) -> None:
+            torch.from_numpy(flat).copy_(stored[name].read().reshape(-1))
+            if not np.isfinite(flat).all():
+                raise Diverged(f"{name} diverged in step {self.steps_done}: lower learning_rate")
+
+        with torch.no_grad():
+            self.engine.master.load(read_into)
+        self.engine.master_changed()
+        self.copied = True
+
+    def sample(self, prompts: Sequence[Prompt], count: int, index: int) -> list[list[Completion]]:
+        """Sample completions (B, G) of the module as it is, by ES's engine.
+
+        Args:
+            prompts: (B,).
+            count: completions of each, G.
+            index: of the batch within the run: other numbers give other samples.
+        """
+        self.copy_weights()
+        sampling = dataclasses.replace(inputs.sampling(self.args, index), num_generations=count)
+        return self.engine.generate(None, prompts, sampling, self.should_stop)
+
+    def score(self, row_ids: Sequence[int], completions: Sequence[Sequence[Completion]]) -> np.ndarray:
+        """Return the weighed rewards (B, G) of completions (B, G) of training rows; NaN where none applies.
+
+        They come from the reward workers. A failure gets the lowest reward of the row's other completions.
+        """
+        rows = [self.train_rows[row] for row in row_ids]
+        prompts = [self.train_prompts[row] for row in row_ids]
+        future = self.evaluator.score(rows, prompts, [list(answers) for answers in completions], self.trainer_state())
+        result = scored(future, self.should_stop)
+        for error in result.errors:
+            name = error.partition(":")[0]
+            if name not in self.evaluator.complained:
+                self.evaluator.complained.add(name)
+                say(f"estune: warning: reward {' '.join(error.split())} (shown once; all are counted)")
+        shape = (len(rows), -1, result.rewards.shape[1])
+        # A prompt's completions stand where ES has members: (G, B, 1, F).
+        rewards, failed = (a.reshape(shape).swapaxes(0, 1)[:, :, None] for a in (result.rewards, result.failed))
+        filled = fill_failures(rewards, failed, self.rewards.weights)
+        weighed = weigh(filled, self.rewards.weights)[:, :, 0].T  # (B, G)
+        self.evaluations += weighed.size
+        lengths = [len(completion.token_ids) for answers in completions for completion in answers]
+        spread = np.nanmax(weighed, axis=1) - np.nanmin(weighed, axis=1) if np.isfinite(weighed).all() else np.zeros(1)
+        self.measured.append(
+            {
+                "reward": mean(weighed),
+                "reward_std": float(np.nanstd(weighed)),
+                **{f"rewards/{name}/mean": mean(filled[..., f]) for f, name in enumerate(self.rewards.names)},
+                "frac_reward_zero_std": float((spread <= 1e-9).mean()),
+                "completions/mean_length": float(np.mean(lengths)),
+                "completions/clipped_ratio": float(np.mean([not c.finished for a in completions for c in a])),
+                "reward_errors": float(result.failed.sum()),
+            }
+        )
+        return weighed
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Return what reward functions are told."""
+        return {"global_step": self.steps_done, "max_steps": self.args.max_steps, "epoch": 0.0}
+
+    def step_done(self, step: int, record: dict[str, Any]) -> None:
+        """Take note of a finished step and do what is due; the module has moved.
+
+        Args:
+            step: steps done now.
+            record: the method's own metrics.
+
+        Raises:
+            Diverged: the loss is no finite number.
+        """
+        now = time.perf_counter()
+        step_time = now - self.clock
+        self.train_time_s += step_time
+        self.steps_done = step
+        self.moved()
+        if not math.isfinite(record.get("loss", 0.0)):
+            raise Diverged(f"the loss is {record['loss']} in step {step}: lower learning_rate")
+        names = dict.fromkeys(name for batch in self.measured for name in batch)
+        means = {name: mean(np.array([b[name] for b in self.measured if name in b])) for name in names}
+        self.measured = []
+        if step % self.args.logging_steps == 0 or self.ended:
+            own = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
+            self.monitors.log({"step": step, **record, **means, **own})
+        self.after_step()
+        self.clock = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Evaluate theta on held-out rows and save a checkpoint, where it is time and was not done yet."""
+        args, done = self.args, self.steps_done
+        if args.eval_steps and (done % args.eval_steps == 0 or self.ended):
+            path = self.run.path / "eval" / f"step_{done:05d}.jsonl"
+            if not path.exists():
+                evaluation = self.evaluate_held_out()
+                own = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
+                self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **own})
+                records.write_rows(path, evaluation)
+        if args.save_steps and done and done % args.save_steps == 0 and not checkpoint_path(self.run.path, done).exists():
+            self.save(final=False)
+            saved = range(0, done + 1, args.save_steps)
+            prune(self.run.path, args.save_total_limit, saved)
+
+    def evaluate_held_out(self) -> Evaluation:
+        """Answer the held-out rows greedily, as ES's evaluations do."""
+        self.copy_weights()
+        return evaluate(
+            self.evaluator,
+            self.eval_rows,
+            self.eval_prompts,
+            greedy(self.args),
+            self.rewards.weights,
+            self.accuracy_pool,
+            batch=int(self.args.prompts_per_batch),
+            trainer_state=self.trainer_state(),
+        )
+
+    def save(self, final: bool) -> None:
+        """Write ``checkpoint-<step>``, or the finished model at the run's root."""
+        self.copy_weights()
+        master = self.engine.master
+        state = {"step": self.steps_done, "fingerprint": master.fingerprint(), "checksum": master.checksum()}
+        trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
+        if final:
+            self.engine.load_theta()
+            save_final(self.run.path, self.engine, state, trainer_state)
+            write_card(self.run.path)
+        else:
+            save_checkpoint(self.run.path, self.steps_done, self.engine, state, trainer_state)
+
+
+def greedy(args: ESConfig) -> Sampling:
+    """Return how held-out rows are answered whatever the method trains on."""
+    return dataclasses.replace(inputs.sampling(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)

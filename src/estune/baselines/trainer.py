@@ -1,0 +1,202 @@
+"""BaselineTrainer: opens a run for a rival of ES, lets it train, and writes what an ES run would have written.
+
+There is no journal: the weights of a rival come from gradients and cannot be rebuilt from seeds. The run's
+`method.json` holds the trainer's arguments as they were resolved; `trainer/` holds what it needs to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from estune import inputs
+from estune.baselines.ground import Ground
+from estune.card import CARD_FILE, write_card
+from estune.checkpoint import leftovers, read_state, remove_partial
+from estune.config import RESUMABLE, ESConfig
+from estune.engines.base import Interrupted
+from estune.engines.hf_loading import load_model, resolve_device
+from estune.engines.hf_parameters import bindings
+from estune.environment import environment
+from estune.errors import UserError
+from estune.files import write_json
+from estune.hub import open_repository, push, repository_of
+from estune.loggers import keep_trackers, known_trackers
+from estune.monitors import say
+from estune.opening import start_monitors
+from estune.records import cut_back, read_metrics
+from estune.rollouts import Evaluator
+from estune.run import CONFIG_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
+from estune.signals import StopRequest
+from estune.trainer import ESTrainer
+
+
+def _policy_gradient(ground: Ground) -> None:
+    from estune.baselines.policy_gradient import policy_gradient
+
+    policy_gradient(ground)
+
+
+METHODS: dict[str, Callable[[Ground], None]] = {
+    "grpo": _policy_gradient,
+    "dr_grpo": _policy_gradient,
+    "rloo": _policy_gradient,
+}
+
+
+class BaselineTrainer(ESTrainer):
+    """Trains a model by one of ES's rivals; arguments and results are those of `ESTrainer`."""
+
+    def train(self) -> Path:
+        """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
+        if self.has_module:
+            raise UserError(f"method {self.args.method} takes the model by name")
+        self.args = self._placed(self.args)
+        run_dir = Path(self.args.output_dir or "")
+        if self.args.resume and is_finished(run_dir, self.args, self.given):
+            say(f"estune: {run_dir} is finished; nothing to do")
+            if not (run_dir / CARD_FILE).exists():
+                write_card(run_dir)
+            return run_dir
+        with open_ground(self) as ground:
+            try:
+                ground.after_step()
+                if not ground.ended:
+                    METHODS[self.args.method](ground)
+                ground.save(final=True)
+                say(f"estune: done; the model is in {run_dir}")
+                if self.args.push_to_hub:
+                    repository = open_repository(repository_of(self.args), self.args.hub_private_repo)
+                    say(f"estune: {push(run_dir, repository)}")
+            except Interrupted:
+                say(f"estune: stopped after {ground.steps_done} steps; go on with --resume --output_dir {run_dir}")
+        return run_dir
+
+
+def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
+    """Say whether a directory holds this run, with all its steps or all its time; reads only.
+
+    Raises:
+        UserError: it does, and ``args`` would have made another.
+    """
+    state = read_state(path)
+    if state is None or leftovers(path) or not (path / CONFIG_FILE).exists():
+        return False
+    adopt(args, kept_by_a_resume(path), given)
+    used_up = bool(args.max_time_s and train_time_s(path) >= args.max_time_s)
+    return state.get("step") == last_step(path) and (used_up or state.get("step") == args.max_steps)
+
+
+def kept_by_a_resume(path: Path) -> dict[str, Any]:
+    """Return what a run's configuration says and a resume cannot change."""
+    return {name: value for name, value in read_config(path).items() if name not in RESUMABLE}
+
+
+def last_step(path: Path) -> int:
+    """Return the last step that the metrics tell of."""
+    return max((record["step"] for record in read_metrics(path)), default=0)
+
+
+def resume_point(path: Path) -> int:
+    """Return the step of the newest whole checkpoint of the trainer; 0 where there is none."""
+    found = (path / "trainer").glob("checkpoint-*/trainer_state.json")
+    return max((int(json.loads(file.read_text(encoding="utf-8"))["global_step"]) for file in found), default=0)
+
+
+@contextmanager
+def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
+    """Open the directory, start the reward workers, load engine and module; everything the user gave is tried first."""
+    with ExitStack() as stack:
+        run = open_run(trainer.args, trainer.given)
+        stack.callback(run.close)
+        args = run.args
+        goes_on = args.resume and (run.path / CONFIG_FILE).exists()
+        if goes_on:
+            args = adopt(args, kept_by_a_resume(run.path), trainer.given)
+        stop = stack.enter_context(StopRequest())
+        pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
+        accuracy_pool = None
+        if trainer.rewards.accuracy is not None and trainer.eval_rows:
+            accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
+        say(f"estune: loading {args.model}")
+        trainer.args = args
+        engine = trainer.engine
+        train_prompts = trainer.prepare()
+        args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
+        eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        steps_done = resume_point(run.path) if goes_on else 0
+        found = {} if goes_on else run.files()
+        trackers = known_trackers(run.path) if goes_on else {}
+        monitors, _, started = start_monitors(args, run, trackers, steps_done)
+        stack.push(lambda kind, *_: monitors.close(failed=kind is not None and not issubclass(kind, Interrupted)))
+        if not goes_on:
+            run.clear(found)
+        module, bound = load_module(args, run, steps_done)
+        write_json(run.path / CONFIG_FILE, dataclasses.asdict(stored_config(args)))
+        write_json(run.path / "env.json", environment())
+        keep_trackers(run.path, {**trackers, **started})
+        remove_partial(run.path)
+        cut_back(run.path, steps_done)
+        past = [record for record in read_metrics(run.path) if "num_evaluations" in record]
+        ground = Ground(
+            args=args,
+            run=run,
+            engine=engine,
+            module=module,
+            bindings=bound,
+            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested),
+            accuracy_pool=accuracy_pool,
+            rewards=trainer.rewards,
+            train_rows=trainer.train_rows,
+            train_prompts=train_prompts,
+            eval_rows=trainer.eval_rows,
+            eval_prompts=eval_prompts,
+            monitors=monitors,
+            should_stop=stop.requested,
+            steps_done=steps_done,
+            evaluations=max((record["num_evaluations"] for record in past), default=0),
+            train_time_s=train_time_s(run.path),
+            copied=not steps_done,
+        )
+        data = args.task or args.dataset_name or "your dataset"
+        say(f"estune: {args.method} on {args.model}, {module.num_parameters():,} parameters; {data}: "
+            f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
+        say(f"estune: {args.batch_size} prompts a step, {args.num_generations} completions each, learning_rate "
+            f"{args.learning_rate:g}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
+        if steps_done:
+            say(f"estune: resuming after step {steps_done}")
+        yield ground
+
+
+def load_module(args: ESConfig, run: Run, steps_done: int) -> tuple[Any, Any]:
+    """Return the model to train, float32, and where its stored tensors lie in it."""
+    source = str(run.path / "trainer" / f"checkpoint-{steps_done}") if steps_done else args.model
+    module, _, _ = load_model(
+        source,
+        dtype="float32",
+        device=resolve_device(args.device),
+        revision=None if steps_done else args.revision,
+        trust_remote_code=args.trust_remote_code,
+        num_threads=1,
+        trainable_parameters=None,
+    )
+    bound, _ = bindings(module)
+    if args.trainable_parameters is not None:
+        import re
+
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        for binding in bound:
+            if any(re.search(pattern, binding.name) for pattern in args.trainable_parameters):
+                for piece in binding.pieces:
+                    piece.parameter.requires_grad_(True)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise UserError("trainable_parameters matches no parameter")
+    torch.set_num_threads(int(args.num_threads))
+    return module, bound
