@@ -7,7 +7,6 @@ an error that names the nearest known one; every user error is one sentence and 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import sys

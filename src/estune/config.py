@@ -40,8 +40,8 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
 
 # What a resumed run may change; everything else defines the trajectory and is written into the journal's header.
 RESUMABLE = frozenset(
-    "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows logging_steps report_to console log_completions "
-    "output_dir run_name resume overwrite dry_run push_to_hub hub_model_id hub_private_repo".split()
+    "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows logging_steps report_to console "
+    "log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id hub_private_repo".split()
 )
 
 

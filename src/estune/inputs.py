@@ -128,7 +128,9 @@ def resolve_rows(
 
 def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
     """Return the configuration with every ``auto`` and every default that depends on others filled in, once."""
-    auto: dict[str, Any] = {"learning_rate": args.effective_learning_rate}
+    auto: dict[str, Any] = {}
+    if args.method in OF_METHODS["learning_rate"]:
+        auto["learning_rate"] = args.effective_learning_rate
     if args.batch_size == "auto":
         wanted = {"es": DEFAULT_BATCH, "random_search": DEFAULT_BATCH, "ppo": 64}.get(args.method, DEFAULT_GROUPS)
         auto["batch_size"] = min(wanted, n_rows)

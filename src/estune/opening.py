@@ -165,9 +165,7 @@ def start_monitors(
     except UserError:
         Monitors([], trackers).close(failed=True)  # a tracker left open would take the next run's numbers, too
         raise
-    if args.console == "panel" or (
-        args.console == "auto" and args.method == "es" and sys.stdout.isatty()
-    ):
+    if args.console == "panel" or (args.console == "auto" and args.method == "es" and sys.stdout.isatty()):
         title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"
         panel = PanelMonitor(title, args.max_steps, args.population_size, steps_done)
     console: Monitor = panel or ConsoleMonitor(args.max_steps, steps_done)

@@ -3,7 +3,8 @@
 `method_kwargs` may hold any argument that TRL's configuration of the trainer has, apart from those that a field of
 `ESConfig` already decides, and:
 
-    generation                    grpo, dr_grpo, rloo: `estune`, by ES's engine (default), or `trl`, by the trainer itself
+    min_reward                    sft_rejection: reward from which a sample is right, for data without an accuracy
+    generation                    grpo, dr_grpo, rloo: `estune` (default), by ES's engine, or `trl`, by the trainer
     per_device_train_batch_size   completions in one backward pass; default: all of a step, 16 for a large model
 """
 
@@ -25,6 +26,11 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0},
     "rloo": {},
     "sft_rejection": {},
+}
+# estune's own arguments of a method, and their defaults.
+OWN: dict[str, dict[str, Any]] = {
+    **{method: {"generation": "estune"} for method in ("grpo", "dr_grpo", "rloo")},
+    "sft_rejection": {"min_reward": None},
 }
 # Decided by the configuration, or by how estune drives a trainer.
 DECIDED = frozenset(
@@ -50,22 +56,28 @@ def config_class(method: str) -> Any:
     return {"rloo": trl.RLOOConfig, "sft_rejection": trl.SFTConfig}.get(method, trl.GRPOConfig)
 
 
-def own_arguments(args: ESConfig, known: dict[str, Any]) -> dict[str, Any]:
-    """Return `method_kwargs`, with estune's own arguments of a method filled in.
+def own_arguments(args: ESConfig) -> dict[str, Any]:
+    """Return `method_kwargs`, with estune's own arguments of a method (`OWN`) filled in.
 
     Raises:
         UserError: an unknown name, or one that a field decides.
     """
+    known = OWN[args.method]
     fields = {spec.name for spec in dataclasses.fields(config_class(args.method))} | set(known)
     for name in args.method_kwargs:
         if name in DECIDED:
             raise UserError(f"method_kwargs cannot hold {name}: the configuration, or estune itself, decides it")
         if name not in fields:
             raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, fields - DECIDED)}")
-    return {**known, **args.method_kwargs}
+    given = {**known, **args.method_kwargs}
+    if given.get("generation", "trl") not in ("estune", "trl"):
+        raise UserError(f"generation is estune or trl, not {given['generation']!r}")
+    return given
 
 
-def trl_config(args: ESConfig, directory: str, batch: int, num_parameters: int, **more: Any) -> tuple[Any, dict[str, Any]]:
+def trl_config(
+    args: ESConfig, directory: str, batch: int, num_parameters: int, **more: Any
+) -> tuple[Any, dict[str, Any]]:
     """Return TRL's configuration and estune's own arguments of the method.
 
     Args:
@@ -78,11 +90,8 @@ def trl_config(args: ESConfig, directory: str, batch: int, num_parameters: int, 
     Raises:
         UserError: TRL refuses them.
     """
-    known = {"generation": "estune"} if args.method != "sft_rejection" else {}
-    given = own_arguments(args, known)
-    own = {name: given.pop(name) for name in known}
-    if own.get("generation", "trl") not in ("estune", "trl"):
-        raise UserError(f"generation is estune or trl, not {own['generation']!r}")
+    given = own_arguments(args)
+    own = {name: given.pop(name) for name in OWN[args.method]}
     micro = given.pop("per_device_train_batch_size", batch if num_parameters <= SMALL else min(batch, MICRO_BATCH))
     if not isinstance(micro, int) or micro < 1 or batch % micro:
         raise UserError(f"per_device_train_batch_size {micro} does not divide the {batch} rows of a step")

@@ -1,9 +1,9 @@
 """What every rival has in common with ES while it runs: rewards, evaluations, metrics, checkpoints, the end.
 
-A method trains ``module``, in float32, however it likes. `score` is the only way to a reward; `step_done` is called after
-every step and does what is due: metrics, a held-out evaluation, a checkpoint. The engine is ES's: a copy of the module's
-weights that samples completions in training (unless TRL's own generation is asked for), answers evaluations greedily,
-and is saved.
+A method trains ``module``, in float32, however it likes. `score` is the only way to a reward; `step_done` is called
+after every step and does what is due: metrics, a held-out evaluation, a checkpoint. The engine is ES's: a copy of the
+module's weights that samples completions in training (unless TRL's own generation is asked for), answers evaluations
+greedily, and is saved.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Ground:
     args: ESConfig
     run: Run
     engine: Engine
-    module: Any  # PreTrainedModel, float32: what is trained
+    module: Any  # PreTrainedModel, float32: what is trained; None where there is no gradient
     bindings: Sequence[Binding]  # of the module
     evaluator: Evaluator
     accuracy_pool: RewardPool | None
@@ -103,7 +103,7 @@ class Ground:
 
     def moved(self) -> None:
         """Note that the module's weights have changed."""
-        self.copied = False
+        self.copied = self.module is None
 
     def copy_weights(self) -> None:
         """Let the engine have the module's weights.
@@ -156,21 +156,41 @@ class Ground:
         rewards, failed = (a.reshape(shape).swapaxes(0, 1)[:, :, None] for a in (result.rewards, result.failed))
         filled = fill_failures(rewards, failed, self.rewards.weights)
         weighed = weigh(filled, self.rewards.weights)[:, :, 0].T  # (B, G)
+        lengths = np.array([[len(completion.token_ids) for completion in answers] for answers in completions])
+        clipped = float(np.mean([not completion.finished for answers in completions for completion in answers]))
+        self.note(weighed, filled, lengths, clipped, int(result.failed.sum()))
+        return weighed
+
+    def note(
+        self, weighed: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, clipped_ratio: float, failures: int
+    ) -> None:
+        """Count scored completions and measure them; ``rewards`` (..., F), the others one number a completion.
+
+        The last axis of ``weighed`` holds the completions that are compared with one another.
+        """
         self.evaluations += weighed.size
-        lengths = [len(completion.token_ids) for answers in completions for completion in answers]
-        spread = np.nanmax(weighed, axis=1) - np.nanmin(weighed, axis=1) if np.isfinite(weighed).all() else np.zeros(1)
+        known = np.isfinite(weighed).all(axis=-1)
+        spread = np.ptp(weighed[known], axis=-1) if known.any() else np.zeros(0)
         self.measured.append(
             {
                 "reward": mean(weighed),
-                "reward_std": float(np.nanstd(weighed)),
-                **{f"rewards/{name}/mean": mean(filled[..., f]) for f, name in enumerate(self.rewards.names)},
-                "frac_reward_zero_std": float((spread <= 1e-9).mean()),
-                "completions/mean_length": float(np.mean(lengths)),
-                "completions/clipped_ratio": float(np.mean([not c.finished for a in completions for c in a])),
-                "reward_errors": float(result.failed.sum()),
+                "reward_std": float(np.nanstd(weighed)) if np.isfinite(weighed).any() else math.nan,
+                **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
+                "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
+                "completions/mean_length": float(lengths.mean()),
+                "completions/clipped_ratio": clipped_ratio,
+                "reward_errors": float(failures),
             }
         )
-        return weighed
+
+    def use(self, theta: Mapping[str, np.ndarray]) -> None:
+        """Let the engine have other weights, by stored name: for methods that train no module."""
+
+        def read_into(name: str, flat: np.ndarray) -> None:
+            flat[...] = theta[name].reshape(-1)
+
+        self.engine.master.load(read_into)
+        self.engine.master_changed()
 
     def trainer_state(self) -> dict[str, Any]:
         """Return what reward functions are told."""
@@ -212,7 +232,12 @@ class Ground:
                 own = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
                 self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **own})
                 records.write_rows(path, evaluation)
-        if args.save_steps and done and done % args.save_steps == 0 and not checkpoint_path(self.run.path, done).exists():
+        if (
+            args.save_steps
+            and done
+            and done % args.save_steps == 0
+            and not checkpoint_path(self.run.path, done).exists()
+        ):
             self.save(final=False)
             saved = range(0, done + 1, args.save_steps)
             prune(self.run.path, args.save_total_limit, saved)

@@ -21,10 +21,19 @@ from estune.baselines.ground import Ground
 from estune.engines.base import Completion, Interrupted
 
 # TRL's numbers that estune measures itself, the same for all methods.
-MEASURED = ("reward", "reward_std", "frac_reward_zero_std", "completions/", "rewards/", "step_time", "train_", "total_flos")
+MEASURED = (
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "completions/",
+    "rewards/",
+    "step_time",
+    "train_",
+    "total_flos",
+)
 
 
-class Driver(TrainerCallback):  # type: ignore[misc]
+class Driver(TrainerCallback):
     """Tells the ground of every step, and the trainer when to stop and to save."""
 
     def __init__(self, ground: Ground) -> None:
@@ -73,14 +82,16 @@ def policy_gradient(ground: Ground) -> None:
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": prompt.text, "row": row} for row, prompt in enumerate(ground.train_prompts)]
         ),
-        processing_class=ground.engine.tokenizer,  # type: ignore[attr-defined]
+        processing_class=ground.engine.tokenizer,
         callbacks=[Driver(ground)],
     )
     drive(trainer, ground)
 
 
-def drive(trainer: Any, ground: Ground) -> None:
+def drive(trainer: Any, ground: Ground, restart_clock: bool = True) -> None:
     """Run a trainer of transformers from where the run stands to its end.
+
+    ``restart_clock``: what went before is no part of the first step.
 
     Raises:
         Interrupted: it was asked to stop.
@@ -89,7 +100,8 @@ def drive(trainer: Any, ground: Ground) -> None:
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     start = ground.trainer_directory / f"checkpoint-{ground.steps_done}" if ground.steps_done else None
-    ground.step_started()
+    if restart_clock:
+        ground.step_started()
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     if not ground.ended:
         raise Interrupted

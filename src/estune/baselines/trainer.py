@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from estune import inputs
+from estune.baselines.arguments import own_arguments
 from estune.baselines.ground import Ground
+from estune.baselines.random_search import STATE_FILE, random_search
 from estune.card import CARD_FILE, write_card
 from estune.checkpoint import leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
@@ -43,20 +45,35 @@ def _policy_gradient(ground: Ground) -> None:
     policy_gradient(ground)
 
 
+def _rejection(ground: Ground) -> None:
+    from estune.baselines.rejection import rejection
+
+    rejection(ground)
+
+
 METHODS: dict[str, Callable[[Ground], None]] = {
     "grpo": _policy_gradient,
     "dr_grpo": _policy_gradient,
     "rloo": _policy_gradient,
+    "sft_rejection": _rejection,
+    "random_search": random_search,
 }
 
 
 class BaselineTrainer(ESTrainer):
     """Trains a model by one of ES's rivals; arguments and results are those of `ESTrainer`."""
 
-    def train(self) -> Path:
-        """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        if self.args.method not in METHODS:
+            raise UserError(f"method {self.args.method} is ESTrainer's")
         if self.has_module:
             raise UserError(f"method {self.args.method} takes the model by name")
+        if self.args.method != "random_search":
+            own_arguments(self.args)  # refuses what is wrong before anything is written
+
+    def train(self) -> Path:
+        """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
         self.args = self._placed(self.args)
         run_dir = Path(self.args.output_dir or "")
         if self.args.resume and is_finished(run_dir, self.args, self.given):
@@ -105,8 +122,9 @@ def last_step(path: Path) -> int:
 
 def resume_point(path: Path) -> int:
     """Return the step of the newest whole checkpoint of the trainer; 0 where there is none."""
-    found = (path / "trainer").glob("checkpoint-*/trainer_state.json")
-    return max((int(json.loads(file.read_text(encoding="utf-8"))["global_step"]) for file in found), default=0)
+    found = [*(path / "trainer").glob("checkpoint-*/trainer_state.json"), *(path / "trainer").glob(STATE_FILE)]
+    states = [json.loads(file.read_text(encoding="utf-8")) for file in found]
+    return max((int(state.get("global_step", state.get("steps_done"))) for state in states), default=0)
 
 
 @contextmanager
@@ -122,7 +140,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         stop = stack.enter_context(StopRequest())
         pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
         accuracy_pool = None
-        if trainer.rewards.accuracy is not None and trainer.eval_rows:
+        if trainer.rewards.accuracy is not None and (trainer.eval_rows or args.method == "sft_rejection"):
             accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
         say(f"estune: loading {args.model}")
         trainer.args = args
@@ -165,17 +183,22 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             copied=not steps_done,
         )
         data = args.task or args.dataset_name or "your dataset"
-        say(f"estune: {args.method} on {args.model}, {module.num_parameters():,} parameters; {data}: "
+        say(f"estune: {args.method} on {args.model}, {engine.master.num_parameters:,} parameters; {data}: "
             f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
-        say(f"estune: {args.batch_size} prompts a step, {args.num_generations} completions each, learning_rate "
-            f"{args.learning_rate:g}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
+        size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
+            f"{args.num_generations} completions of each, learning_rate {args.learning_rate:g}"
+        )  # fmt: skip
+        say(f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
+            f"{run.path}")  # fmt: skip
         if steps_done:
             say(f"estune: resuming after step {steps_done}")
         yield ground
 
 
 def load_module(args: ESConfig, run: Run, steps_done: int) -> tuple[Any, Any]:
-    """Return the model to train, float32, and where its stored tensors lie in it."""
+    """Return the model to train, float32, and where its stored tensors lie in it; nothing for a method without one."""
+    if args.method == "random_search":
+        return None, ()
     source = str(run.path / "trainer" / f"checkpoint-{steps_done}") if steps_done else args.model
     module, _, _ = load_model(
         source,
