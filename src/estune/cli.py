@@ -26,9 +26,9 @@ DEMO_PRESET = "demo"
 # The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
 EVALUATE_FIELDS = (
     "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
-    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation apply_chat_template "
-    "chat_template_kwargs system_prompt response_prefix stop_strings seed max_completion_length num_generations "
-    "temperature top_p top_k prompts_per_batch num_threads"
+    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
+    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
+    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
 ).split()
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 # Flags of TRL and transformers whose meaning has another name here, or no place in evolution strategies.
@@ -53,11 +53,13 @@ ELSEWHERE = {
 PROBE_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
     "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
-    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings batch_size noise rank "
-    "noise_distribution seed max_completion_length num_generations temperature top_p top_k prompts_per_batch "
-    "members_per_batch num_threads"
+    "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
+    "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
+    "prompts_per_batch members_per_batch num_threads"
 ).split()
-SCORE_FIELDS = "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation".split()
+SCORE_FIELDS = (
+    "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
+).split()
 
 
 class _Parser(argparse.ArgumentParser):
