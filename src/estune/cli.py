@@ -181,6 +181,11 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     report = command("report", _report, "Write runs as one self-contained page and as PNG curves.", "RUN...")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories; several share the curves.")
     report.add_argument("--output_dir", type=Path, help="Where it goes. Default: the run, or ./report for several.")
+    compare = command("compare", _compare, "Compare methods on the same ground: tune, run, measure, report.", "FILE")
+    compare.add_argument("file", metavar="FILE", type=Path, help="YAML file that says what is compared.")
+    compare.add_argument("--output_dir", type=Path, help="Where it goes. Default: the file's.")
+    compare.add_argument("--dry_run", action="store_true", help="Check everything, say what it would take, run nothing.")
+    compare.add_argument("--report_only", action="store_true", help="Write the report of what is there.")
     watch = command("watch", _watch, "Serve the page of runs that are going on to a browser on this machine.", "RUN...")
     watch.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories.")
     watch.add_argument("--port", type=int, default=8008, help="Port [8008]; 0: any free one.")
@@ -342,6 +347,12 @@ def _report(values: dict[str, Any]) -> int:
     from estune.report.command import report_command
 
     return report_command(values["runs"], values["output_dir"])
+
+
+def _compare(values: dict[str, Any]) -> int:
+    from estune.compare.command import compare_command
+
+    return compare_command(values["file"], values["output_dir"], values["dry_run"], values["report_only"])
 
 
 def _watch(values: dict[str, Any]) -> int:
