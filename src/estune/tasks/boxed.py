@@ -33,8 +33,8 @@ def last_boxed(text: str) -> str | None:
 def reference_of(row: dict[str, Any]) -> str | None:
     """Return the reference answer of a row, as text; None where it has none.
 
-    It stands in ``answer`` or ``final_answer`` (text, a number, or a list of one), or ends the text of ``solution``. Of a
-    text with a box or with ``####`` in it, only what is boxed, or follows the last of those marks, is the answer.
+    It stands in ``answer`` or ``final_answer`` (text, a number, or a list of one), or ends the text of ``solution``.
+    Of a text with a box or with ``####`` in it, only what is boxed, or follows the last of those marks, is the answer.
     """
     for name in ("answer", "final_answer", "solution"):
         value = row.get(name)

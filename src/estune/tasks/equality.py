@@ -5,8 +5,8 @@ in one call that no signal interrupts. So the gate comes first. It looks at the 
 short, shallow, and small in its powers; what passes has two seconds of processor time (not of the clock: a busy machine
 changes no reward). The limit needs the main thread, as reward workers have it; elsewhere the gate stands alone.
 
-The gate also wants an answer to be finished. Where the reference is a plain number, or several, ``3+4`` is no way to write
-7, nor is ``5!/24`` one to write 5: what a question asks to be worked out could be copied into the box.
+The gate also wants an answer to be finished. Where the reference is a plain number, or several, ``3+4`` is no way to
+write 7, nor is ``5!/24`` one to write 5: what a question asks to be worked out could be copied into the box.
 """
 
 from __future__ import annotations

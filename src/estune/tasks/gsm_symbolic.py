@@ -1,8 +1,9 @@
 """GSM-Symbolic: school problems told as a short story, whose names and numbers change; the answer is one number.
 
-Stories are those of reasoning-gym's generator: 85 templates that it holds to be sound. Seventeen of them are kept out of
-training: ``train`` (200), ``validation`` (200) and ``test`` (1000) have the other 68, the templates taking turns, and no
-question twice; ``new_templates`` (400) has the seventeen, to see whether a model reads stories or knows them by heart.
+Stories are those of reasoning-gym's generator: 85 templates that it holds to be sound. Seventeen of them are kept out
+of training: ``train`` (200), ``validation`` (200) and ``test`` (1000) have the other 68, the templates taking turns,
+and no question twice; ``new_templates`` (400) has the seventeen, to see whether a model reads stories or knows them by
+heart.
 
 An answer is a number inside <answer></answer> and nothing else: digits, perhaps a sign, commas between groups of three,
 decimals. No unit, currency, percent, fraction, exponent or sum. Reward: 1 for the right number, 0.1 for any other
@@ -95,8 +96,8 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     answer = row.get("answer")
     text = "" if answer is None or isinstance(answer, bool) else str(answer).rpartition("####")[2].strip()
     if parse_number(text) is None:
-        raise UserError(f"a gsm_symbolic row needs the column answer: a number, or text that ends in #### and a number; "
-                        f"it has {answer!r}")  # fmt: skip
+        raise UserError("a gsm_symbolic row needs the column answer: a number, or text that ends in #### and a number; "
+                        f"it has {str(answer)[:80]!r}")  # fmt: skip
     question = next((row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None), None)
     prepared = {**row, "answer": text}
     if row.get("prompt") is None and question is not None:

@@ -1,9 +1,9 @@
 """Mathematics with the answer in a box: a small set of its own, or any data that has problems and answers.
 
-``--task math --dataset_name X`` takes MATH, AIME, OlympiadBench, GSM8K and their like: a row's problem is its ``problem``
-or ``question`` (or a ``prompt`` of its own, kept as it is); its reference answer is `boxed.reference_of` the row. The task's
-own problems, without a dataset, are of seven kinds that take turns: a sum of fractions, a linear equation, a polynomial's
-value, the roots of a quadratic, a distance, a changed price, an interval.
+``--task math --dataset_name X`` takes MATH, AIME, OlympiadBench, GSM8K and their like: a row's problem is its
+``problem`` or ``question`` (or a ``prompt`` of its own, kept as it is); its reference answer is `boxed.reference_of`
+the row. The task's own problems, without a dataset, are of seven kinds that take turns: a sum of fractions, a linear
+equation, a polynomial's value, the roots of a quadratic, a distance, a changed price, an interval.
 
 The answer is what stands in the last closed \\boxed{}. Reward and accuracy are one: 1 where it is the reference, by
 `equality.same` (math-verify behind a gate), else 0. There is no partial credit.
@@ -106,8 +106,8 @@ def _interval(draw: Draw) -> tuple[str, str]:
     high = draw(low + 1, 12)
     a, b, closed_low = draw(2, 9), draw(-20, 20), draw(0, 1)
     signs = ("\\le", "<") if closed_low else ("<", "\\le")
-    question = (f"Write all real numbers $x$ with ${a * low + b} {signs[0]} {terms(a, b)} {signs[1]} {a * high + b}$ as one "
-                "interval.")  # fmt: skip
+    bounds = f"{a * low + b} {signs[0]} {terms(a, b)} {signs[1]} {a * high + b}"
+    question = f"Write all real numbers $x$ with ${bounds}$ as one interval."
     return question, f"[{low}, {high})" if closed_low else f"({low}, {high}]"
 
 
@@ -147,8 +147,9 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     equality.require()
     answer = boxed.reference_of(row)
     if answer is None:
-        raise UserError("a row for task math needs a reference answer: the column answer (or final_answer), or solution "
-                        f"with the answer in \\boxed{{}}; it has the columns {', '.join(row) or 'none'}")  # fmt: skip
+        raise UserError("a row for task math needs a reference answer: the column answer (or final_answer), or the "
+                        "column solution with the answer in \\boxed{}; it has the columns "
+                        f"{', '.join(row) or 'none'}")  # fmt: skip
     problem = next((row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None), None)
     prepared = {**row, "answer": answer}
     if row.get("prompt") is None and problem is not None:
