@@ -256,6 +256,12 @@ HOSTILE = (
     "e^{e^{e^{e^9}}}", "\\tan^{99}x+\\cot^{99}y", "x" + "^x" * 100, "\\{1,2\\}\\cup[0,1]" * 18, "9" * 40 + "^{1249}",
     "9^{9999}" * 30,
 )  # fmt: skip
+POWERS = (
+    "9^99999999", "9^ 99999999", "9^{-99999999}", "9^+{99999999}", "9^\\frac{99999999}{1}", "9^\\left(99999999\\right)",
+    "9^|99999999|", "9^\\lfloor 99999999\\rfloor", "9^{9}^{9}", "9^9^9", "|9^{999}|^{999}", "{9^{999}}^{999}",
+    "9^{9999\\cdot9999}",
+    "\\lfloor 9^{999}\\rfloor^{999}", "9^\\text{99999999}", "9^(99999999)",
+)  # fmt: skip
 # What passes the gate and keeps sympy busy for longer than it is given.
 ENDLESS = "(x+1)^{9999}"
 
@@ -266,6 +272,13 @@ def test_hostile_answers_cost_little(answer: str) -> None:
         begin = time.process_time()
         assert score(reference, answer) == 0.0
         assert time.process_time() - begin < equality.CPU_LIMIT_S + 1.5
+
+
+def test_large_powers_are_not_let_through() -> None:
+    for answer in POWERS:
+        assert not equality.is_harmless(answer), answer
+    for answer in ("2^{2024}-2^{1012}", "x^2y^3", "10^{-9}", "(x+1)^2(x-1)^3", "2^3\\cdot3^2", "e^{-x^2}", "\\pi r^2"):
+        assert equality.is_harmless(answer), answer
 
 
 @pytest.mark.parametrize("isolation", ["process", "inline"])

@@ -45,6 +45,8 @@ FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\d|\{\s*-?\s*\d+\s*\})\s*(?:\d|\{\s*\d
 NUMBER = re.compile(  # with a fraction, or a percent sign, after it
     r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+|#)(?:\s*#)?(?:\s*\\?%)?", re.ASCII
 )
+TOWER = re.compile(r"\*\*|\^\s*(?:\d+|[A-Za-z]|\{[^{}]*\})\s*\^")
+PLAIN_BASE = re.compile(r"(?:\d|(?<![A-Za-z\\])[A-Za-z])$", re.ASCII)
 KINDS = {
     "sum": re.compile(r"\+|\\pm|\\mp|(?<=[\w#)\]}])\s*-"),
     "product": re.compile(r"[*×·÷]|\\cdot|\\times|\\div|\\ast|[#)]\s*[#(]"),
@@ -105,7 +107,7 @@ def is_harmless(text: str) -> bool:
     """Say whether math-verify may see a text: by its length, depth, commands, numbers, powers and factorials."""
     if len(text) > MAX_CHARACTERS or _depth(text) > MAX_DEPTH:
         return False
-    if UNFINISHED.intersection(COMMAND.findall(text)) or "**" in text or re.search(r"\d\s+\d", text):
+    if UNFINISHED.intersection(COMMAND.findall(text)) or TOWER.search(text) or re.search(r"\d\s+\d", text):
         return False
     sizes = [len(run) for run in re.findall(r"\d+", text)]
     if max(sizes, default=0) > MAX_DIGITS:
@@ -118,9 +120,9 @@ def is_harmless(text: str) -> bool:
     exponents = list(_exponents(SMALL_POWER.sub("x", DEGREES.sub("", text))))
     if any("^" in exponent or "!" in exponent for _, exponent in exponents):
         return False
-    # A power of a power multiplies its exponents; one of a plain number or letter is the base of none.
-    plain = [_factor(exponent) for base, exponent in exponents if base not in CLOSE]
-    grouped = [_factor(exponent) for base, exponent in exponents if base in CLOSE]
+    # A power of a power multiplies their exponents; one of a number or a letter is the base of none.
+    plain = [_factor(exponent) for is_plain, exponent in exponents if is_plain]
+    grouped = [_factor(exponent) for is_plain, exponent in exponents if not is_plain]
     return max(sizes, default=1) * max(plain, default=1) * prod(grouped) <= MAX_POWER_DIGITS
 
 
@@ -132,16 +134,29 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _exponents(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the character before each ``^``, and its exponent: a group, or a character and the signs before it."""
-    for place in [at for at, character in enumerate(text) if character == "^"]:
-        base, rest = text[:place].rstrip()[-1:] or " ", text[place + 1 :].lstrip()
-        depth = length = 0
-        for length, character in enumerate(rest, 1):  # noqa: B007
-            depth += (character in OPEN) - (character in CLOSE)
-            if depth <= 0 and character not in "-+":
-                break
-        yield base, rest[:length]
+def _exponents(text: str) -> Iterator[tuple[bool, str]]:
+    """Yield, for each ``^``, whether its base is a plain number or letter, and all that its exponent may be."""
+    text = text.replace(" ", "")
+    for mark in re.finditer(r"\^", text):
+        yield bool(PLAIN_BASE.search(text[: mark.start()])), text[mark.end() : _end_of_exponent(text, mark.end())]
+
+
+def _end_of_exponent(text: str, begin: int) -> int:
+    """Return where an exponent ends: behind a group, or behind a run of digits, letters, commands and their groups.
+
+    TeX takes one character, other readers take the whole number: this takes the most that anyone could.
+    """
+    while text[begin : begin + 1] in ("+", "-"):
+        begin += 1
+    is_group = text[begin : begin + 1] in ("(", "[", "{")
+    depth = 0
+    for at, character in enumerate(text[begin:], begin):
+        if depth == 0 and not (character.isalnum() or character in "\\.|'([{"):
+            return at
+        depth += (character in OPEN) - (character in CLOSE)
+        if depth == 0 and is_group:
+            return at + 1
+    return len(text)
 
 
 def _factor(exponent: str) -> int:
