@@ -132,8 +132,9 @@ def resolve_rows(
     if not rows:
         raise UserError(f"the {split} split has no rows")
     for index, row in enumerate(rows):
-        if "prompt" not in row:
-            raise UserError(f"row {index} of the {split} split has no column 'prompt' (it has {', '.join(row)})")
+        if row.get("prompt") is None:
+            makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else ()))
+            raise UserError(f"row {index} of the {split} split has no column 'prompt'{makes} (it has {', '.join(row)})")
     check_columns(rows, rewards.funcs, rewards.names)
     return rows
 

@@ -22,7 +22,7 @@ from estune.compare.statistics import parameter_changes
 from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
 from estune.errors import UserError
-from estune.evaluation import Evaluation, EvaluatedRow, evaluate, kl_k3
+from estune.evaluation import EvaluatedRow, Evaluation, evaluate, kl_k3
 from estune.rollouts import Evaluator
 from estune.tasks import get_task
 
@@ -88,9 +88,7 @@ def measure(comparison: Comparison, model: str, base: Base | None) -> dict[str, 
         "right_of": right_of(sampled),
         "samples": comparison.measuring.samples,
         "sampled_length": sampled.summary()["mean_length_tokens"],
-        "retention": {
-            name: retained(comparison, model, engine, kept) for name, kept in comparison.retention.items()
-        },
+        "retention": {name: retained(comparison, model, engine, kept) for name, kept in comparison.retention.items()},
     }
     if base is not None:
         result["kl"] = divergence(engine, base.engine, prompts, sampled, comparison.measuring.kl_rows)
@@ -128,9 +126,7 @@ def right_of(evaluation: Evaluation) -> list[int]:
     return [sum(value == 1.0 for value in row.accuracy or []) for row in evaluation.rows]
 
 
-def never_solved(
-    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, right: Sequence[int]
-) -> list[int]:
+def never_solved(comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, right: Sequence[int]) -> list[int]:
     """Return the rows of which no sample of the base is right, in as many as `discovery_samples`.
 
     Args:

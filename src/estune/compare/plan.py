@@ -1,9 +1,9 @@
 """From a comparison to the runs that it is made of: their configurations, steps and places.
 
-    DIR/tuning/MODEL/METHOD/trial-I        a trial on the validation split, by a seed of its own
-    DIR/runs/MODEL/METHOD/seed-S           a run; it is stopped at the budget that it reaches first, measured, and goes
-                                           on to the other one
-    DIR/results/...json                    what was measured, one file each; what is there is not done again
+DIR/tuning/MODEL/METHOD/trial-I        a trial on the validation split, by a seed of its own
+DIR/runs/MODEL/METHOD/seed-S           a run; it is stopped at the budget that it reaches first, measured, and goes
+                                       on to the other one
+DIR/results/...json                    what was measured, one file each; what is there is not done again
 """
 
 from __future__ import annotations

@@ -7,7 +7,19 @@ from types import ModuleType
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks import arc_1d, arc_agi, chain, conciseness, countdown, mixture, quadratic, reasoning, sudoku
+from estune.tasks import (
+    arc_1d,
+    arc_agi,
+    chain,
+    conciseness,
+    countdown,
+    gsm_symbolic,
+    maths,
+    mixture,
+    quadratic,
+    reasoning,
+    sudoku,
+)
 from estune.words import nearest
 
 __all__ = ["TASKS", "Task", "get_task"]
@@ -35,6 +47,8 @@ class Task:
     """Trained on, held out while a run goes on, evaluated in the end; others are for evaluation, too."""
     runs_code: bool = False
     """Whether scoring runs code that the model wrote: the sandbox has to work, or the user to do without."""
+    problem_columns: tuple[str, ...] = ()
+    """Columns of somebody's own file, one of which a prompt is made of where there is none."""
 
 
 def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
@@ -48,6 +62,7 @@ def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
         accuracy=module.accuracy,
         columns=columns,
         splits=getattr(module, "SPLITS", Task.splits),
+        problem_columns=getattr(module, "PROBLEM_COLUMNS", ()),
     )
 
 
@@ -63,6 +78,10 @@ TASKS: dict[str, Task] = {
                   "answer", "answers"),
         _built_in(countdown, "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
                   "numbers", "target"),
+        _built_in(gsm_symbolic, "solve a problem told as a short story; the answer is one number", "answer"),
+        Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
+             maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
+             maths.PROBLEM_COLUMNS),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
              sudoku.accuracy, ("puzzle", "solution")),
         _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
