@@ -32,7 +32,8 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
         budget, tuning = comparison.budget, comparison.tuning
         say(f"estune: {len(found)} methods ({', '.join(found)}) on {len(comparison.models)} models with "
             f"{len(comparison.seeds)} seeds: {runs} runs of {budget.evaluations:,} evaluations and "
-            f"{budget.time_s:g} s, after {trials} trials of {tuning.evaluations:,} evaluations; nothing was run")  # fmt: skip
+            f"{budget.time_s:g} s, after {trials} trials of {tuning.evaluations:,} evaluations; "
+            "nothing was run")  # fmt: skip
         return 0
     runner.run()
     say(f"estune: {write_report(comparison.directory)}")

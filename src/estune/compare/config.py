@@ -34,6 +34,13 @@ DECIDED = frozenset(
     "method".split()
 )
 
+# The ground: what every method gets alike.
+SHARED = frozenset(
+    "dataset_name dataset_config dataset_train_split dataset_test_split reward_funcs reward_weights reward_timeout_s "
+    "reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
+    "max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code".split()
+)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -99,6 +106,7 @@ class Comparison:
     retention: dict[str, Retained] = field(default_factory=dict)
     skill_prefix: str = ""
     established_points: float = 10.0  # gain in points of accuracy on some base from which a baseline counts
+    workers: int = 1  # runs at a time; their times are measured side by side, so leave each a core
     notes: str = ""  # shown in the report
 
     @property
@@ -177,6 +185,8 @@ def _validate(comparison: Comparison) -> None:
     budget = comparison.budget
     if budget.evaluations < 1 or budget.time_s <= 0 or comparison.tuning.evaluations < 1:
         raise UserError("budgets must be greater than 0")
+    if comparison.workers < 1:
+        raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:
         raise UserError("measuring needs samples of 1 or more, and no fewer discovery_samples")
 
@@ -188,6 +198,8 @@ def _settings(given: Any, where: str) -> dict[str, Any]:
     for name in named:
         if name in DECIDED:
             raise UserError(f"{where} cannot hold {name}: the comparison decides it")
+        if where != "settings" and name in SHARED:
+            raise UserError(f"{where} cannot hold {name}: it belongs into settings, the same for every method")
     return named
 
 

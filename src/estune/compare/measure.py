@@ -7,9 +7,11 @@ samples, length, other tasks. The same functions as in `estune evaluate` make th
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
 from estune.errors import UserError
 from estune.evaluation import EvaluatedRow, Evaluation, evaluate, kl_k3
+from estune.files import write_json
 from estune.rollouts import Evaluator
 from estune.tasks import get_task
 
@@ -36,6 +39,61 @@ class Base:
 
     engine: Engine
     rows: list[EvaluatedRow]
+
+
+def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: str | None) -> None:
+    """Measure a base, also with its skill forced by a prefix, and write what was found; or see that it is the same.
+
+    Args:
+        comparison: what to measure.
+        model: the base.
+        file: what to write; beside it `base-prefix.json`.
+        fingerprint: of the base that was measured before; None where none was.
+
+    Raises:
+        UserError: it is another one.
+    """
+    args = evaluation_config(comparison, model)
+    engine, rows = inputs.load_engine(args), test_rows(comparison)
+    found = engine.master.fingerprint()
+    if fingerprint is not None:
+        if found != fingerprint:
+            raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if comparison.skill_prefix:
+        forced = evaluation_config(comparison, model, response_prefix=comparison.skill_prefix)
+        greedy, _ = answer(forced, engine, rows)
+        own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
+        write_json(file.with_name("base-prefix.json"), own)
+    result = measure(comparison, model, None)
+    result["never_solved"] = never_solved(comparison, args, engine, rows, result["right_of"])
+    write_json(file, {**result, "model": model, "fingerprint": found})
+
+
+def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str, Any]) -> None:
+    """Evaluate a trial on the validation rows that decide, and write the outcome with the run's ``facts``."""
+    rows = get_task(comparison.task).load("validation")[: comparison.tuning.rows or None]
+    args = evaluation_config(comparison, run)
+    greedy, _ = answer(args, inputs.load_engine(args), rows)
+    summary = greedy.summary()
+    kept = {name: summary[name] for name in ("accuracy", "accuracy_ci95", "reward")}
+    write_json(file, {**facts, "status": "done", **kept})
+
+
+def measure_run(
+    comparison: Comparison, run: str, base_file: Path, files: Sequence[Path], facts: dict[str, Any]
+) -> None:
+    """Measure a run's model and write the outcome with its ``facts``, to each of ``files``."""
+    base_path = json.loads(base_file.read_text(encoding="utf-8"))["model"]
+    args = evaluation_config(comparison, base_path)
+    engine = inputs.load_engine(args)
+    base = Base(engine, answer(args, engine, test_rows(comparison))[0].rows)
+    state = json.loads((Path(run) / "es_state.json").read_text(encoding="utf-8"))
+    result = {**facts, "status": "done", **measure(comparison, run, base), "fingerprint": state["fingerprint"]}
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
 
 
 def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:

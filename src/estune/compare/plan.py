@@ -95,6 +95,11 @@ def evaluations_per_step(args: ESConfig) -> float:
     return each / int(args.method_kwargs.get("num_iterations", 1))
 
 
+def goes_on(args: ESConfig) -> bool:
+    """Say whether a run can be resumed, and so go on from one budget to the other; else each has a run of its own."""
+    return args.method != "ppo"
+
+
 def run_directory(comparison: Comparison, cell: Cell) -> Path:
     """Return where a cell's run lies."""
     return comparison.directory / "runs" / cell.name

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -39,11 +40,11 @@ def context() -> ForkServerContext:
     return made
 
 
-def train(values: dict[str, Any], log: Path, made: ForkServerContext) -> Outcome:
-    """Run or resume a training run of a configuration's values to its end; what it prints is added to ``log``."""
+def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, made: ForkServerContext) -> Outcome:
+    """Call a function in a process of its own; what it prints is added to ``log``, what it found it writes itself."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = log.stat().st_size if log.exists() else 0
-    process = made.Process(target=_child, args=(values, str(log)))
+    process = made.Process(target=_child, args=(function, arguments, str(log)))
     process.start()
     try:
         process.join()
@@ -59,6 +60,21 @@ def train(values: dict[str, Any], log: Path, made: ForkServerContext) -> Outcome
     return Outcome(process.exitcode, reason(said, process.exitcode))
 
 
+def train(values: dict[str, Any]) -> None:
+    """Run or resume a training run to its end."""
+    from estune.config import ESConfig
+
+    args = ESConfig(**values)
+    if args.method == "es":
+        from estune.trainer import ESTrainer
+
+        ESTrainer(args=args).train()
+    else:
+        from estune.baselines import BaselineTrainer
+
+        BaselineTrainer(args=args).train()
+
+
 def reason(said: str, code: int) -> str:
     """Return the sentence that tells why a run failed, from what it printed."""
     errors = re.findall(r"^estune: error: (.*)$", said, re.MULTILINE)
@@ -70,25 +86,14 @@ def reason(said: str, code: int) -> str:
     return lines[-1] if lines else f"exit status {code}"
 
 
-def _child(values: dict[str, Any], log: str) -> None:
+def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from estune.config import ESConfig
     from estune.errors import UserError
 
     try:
-        args = ESConfig(**values)
-        if args.method == "es":
-            from estune.trainer import ESTrainer
-
-            ESTrainer(args=args).train()
-        else:
-            from estune.baselines import BaselineTrainer
-
-            BaselineTrainer(args=args).train()
+        function(*arguments)
     except UserError as error:
         print(f"estune: error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
