@@ -20,7 +20,7 @@ from estune import inputs
 from estune.cli import EVALUATE_FIELDS
 from estune.compare.config import Comparison, Retained
 from estune.compare.hacking import judge
-from estune.compare.statistics import parameter_changes
+from estune.compare.changes import parameter_changes
 from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
 from estune.errors import UserError
@@ -150,9 +150,22 @@ def measure(comparison: Comparison, model: str, base: Base | None) -> dict[str, 
     }
     if base is not None:
         result["kl"] = divergence(engine, base.engine, prompts, sampled, comparison.measuring.kl_rows)
-        result["changes"] = parameter_changes(base.engine.master.arrays, engine.master.arrays)
+        result["changes"] = changes(base.engine, engine)
         result["hacking"] = dataclasses.asdict(judge(base.rows, greedy.rows))
     return result
+
+
+def changes(base: Engine, tuned: Engine) -> dict[str, Any]:
+    """Return how far the parameters moved: norms, share, and the distribution beside a random walk's."""
+    found = parameter_changes(base.master.arrays, tuned.master.arrays)
+    return {
+        "norm": found.total.change_norm,
+        "relative_norm": found.total.ratio,
+        "moved_share": found.total.moved_share,
+        "excess_kurtosis": found.kurtosis,
+        "distance_to_normal": found.distance,
+        "histogram": {"edges": found.edges, "density": found.density} if found.density else None,
+    }
 
 
 def of_greedy(evaluation: Evaluation) -> dict[str, Any]:

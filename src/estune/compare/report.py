@@ -76,8 +76,8 @@ def render(summary: dict[str, Any], figure: str) -> str:
     if comparison.get("notes"):
         parts.append(f"<p>{_text(comparison['notes'])}</p>")
     parts += [
-        "<p class=note>Intervals are 95 %, over problems and seeds. Selection (tuning) used the validation split alone. "
-        "A baseline counts as established only if it gains "
+        "<p class=note>Intervals are 95 %, over problems and seeds. Tuning used the validation split alone. A "
+        "baseline counts as established only if it gains "
         f"{comparison['established_points']:g} points or more on at least one base; of one that does not, nothing is "
         "claimed. Every figure of a seed links to the result that holds it, which names its run.</p>",
         f"<figure>{figure}</figure>",
@@ -203,8 +203,8 @@ def _changes_part(summary: dict[str, Any]) -> str:
             figures.append(f"<h3>{_text(name)}</h3><figure>{_svg(_histograms(rows))}</figure>")
     if not figures:
         return ""
-    note = ("<p class=note>Changes of all parameters in units of their root mean square (first seed, equal evaluations). "
-            "Dashed: the normal distribution, which a random walk of the same length would give.</p>")  # fmt: skip
+    note = ("<p class=note>Changes of all parameters in units of their root mean square (first seed, equal "
+            "evaluations). Dashed: the normal distribution, which a random walk of the same length would give.</p>")  # fmt: skip
     return f"<h2>How parameters moved</h2>{note}{''.join(figures)}"
 
 
