@@ -204,9 +204,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def pass_at_k_curve(
-    counts_right: Sequence[int], n: int, ks: Sequence[int] = (1, 2, 4, 8, 16)
-) -> dict[int, Estimate]:
+def pass_at_k_curve(counts_right: Sequence[int], n: int, ks: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[int, Estimate]:
     """Return the mean pass@k over problems, each with ``counts_right`` of ``n`` samples right, for every k up to n.
 
     Unbiased per problem (Chen et al. 2021); the interval is over problems, as that of `estune.evaluation.interval`.
