@@ -20,7 +20,7 @@ from estune import inputs
 from estune.cli import EVALUATE_FIELDS
 from estune.compare.changes import parameter_changes
 from estune.compare.config import Comparison, Retained
-from estune.compare.hacking import judge
+from estune.compare.hacking import BOUNDS, WORDLESS_SHARE, judge
 from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
 from estune.errors import UserError
@@ -158,7 +158,7 @@ def measure(comparison: Comparison, model: str, base: Base | None) -> dict[str, 
         asked = [prompts[i] for i in chosen]
         result["kl"] = divergence(engine, base.engine, asked, sampled, comparison.measuring.kl_rows)
         result["changes"] = changes(base.engine, engine)
-        result["hacking"] = dataclasses.asdict(judge(base.rows, greedy.rows))
+        result["hacking"] = hacking(comparison.task, base.rows, greedy.rows)
     return result
 
 
@@ -173,6 +173,16 @@ def changes(base: Engine, tuned: Engine) -> dict[str, Any]:
         "distance_to_normal": found.distance,
         "histogram": {"edges": found.edges, "density": found.density} if found.density else None,
     }
+
+
+def hacking(task: str, base: Sequence[EvaluatedRow], tuned: Sequence[EvaluatedRow]) -> dict[str, Any]:
+    """Return the detector's verdict; its rule about words counts only where the base's completions hold words."""
+    rows = [[vars(row) for row in own] for own in (base, tuned)]
+    low, high = BOUNDS.get(task, (0.0, 1.0))
+    verdict = judge(*rows, low=low, high=high)
+    if verdict.base_share_without_words >= WORDLESS_SHARE:
+        verdict = judge(*rows, low=low, high=high, words_expected=False)
+    return dataclasses.asdict(verdict)
 
 
 def of_greedy(evaluation: Evaluation) -> dict[str, Any]:

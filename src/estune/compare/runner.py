@@ -39,7 +39,6 @@ from estune.monitors import say
 from estune.records import read_metrics
 from estune.tasks import get_task
 
-
 ATTEMPTS = 3  # of a run whose process was killed, by the system or by a crash in somebody's library
 
 

@@ -133,11 +133,11 @@ def paired_difference(a: Any, b: Any) -> Difference:
 def half_width(seeds: Sequence[Component], problems: Component, alpha: float) -> float:
     """Return how far an interval of a mean reaches whose variance is the sum of the components.
 
-    It is sqrt(V (z^2 + (t_s^2 - z^2) (V_s / V)^2 + (t_p^2 - z^2) (V_p / V)^2)), where V_s and V_p are the variance due to
+    It is sqrt(V (z^2 + (t_s^2 - z^2) (V_s / V)^2 + (t_p^2 - z^2) (V_p / V)^2)): V_s and V_p are the variance due to
     seeds and to problems, V is their sum, and t_s has the degrees of freedom that Satterthwaite's rule gives the seeds
     of two methods. So it is Student's t where one of them is all, the normal distribution's where degrees are many, and
-    right to the first order in 1 / degrees between. Satterthwaite's rule for the whole sum is, too, but it is too
-    narrow where two degrees hold nine tenths of the variance: 92.2 % of such intervals hold the truth, of these 94.2 %.
+    right to the first order in 1 / degrees between. Satterthwaite's rule for the whole sum is, too, but its intervals
+    are too narrow where two degrees hold nine tenths of the variance: 92.2 % of them hold the truth, of these 94.2 %.
     """
     by_seeds = math.fsum(part for part, _ in seeds)
     total = by_seeds + problems[0]
@@ -195,7 +195,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values corrected for their number, in the order given (Holm 1979): below 0.05 is below 0.05 of all."""
+    """Return the p-values corrected for their number (Holm 1979), in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

@@ -1,0 +1,301 @@
+"""The statistics of comparisons against brute force, published values and simulations of the same kind of data."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from estune.compare import changes
+from estune.compare.changes import parameter_changes
+from estune.compare.statistics import (
+    ALPHA,
+    exact_kl,
+    half_width,
+    holm,
+    over_seeds,
+    paired_difference,
+    pass_at_k_curve,
+    tango,
+    two_level,
+)
+from estune.compare.student import outside, quantile
+from estune.evaluation import interval, kl_k3
+
+
+@pytest.mark.parametrize("degrees", [1, 1.3, 2, 2.5, 3, 4, 7.7, 30, 199, 999])
+def test_student_equals_scipy(degrees: float) -> None:
+    for t in (0.0, 0.1, 1.0, 1.96, 3.0, 12.7, 50.0):
+        assert outside(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), rel=1e-6, abs=1e-30)
+    for alpha in (0.5, 0.05, 1e-4, 1e-9):
+        assert quantile(alpha, degrees) == pytest.approx(stats.t.isf(alpha / 2, degrees), rel=1e-5)
+
+
+def test_student_of_many_degrees_is_normal() -> None:
+    assert quantile(0.05, math.inf) == pytest.approx(1.959963984540054)
+    assert quantile(0.05, 5001) == pytest.approx(stats.t.isf(0.025, 5001), rel=1e-3)
+
+
+def test_over_seeds_is_the_t_interval() -> None:
+    values = [0.52, 0.55, 0.49, 0.6]
+    found = over_seeds(values)
+    half = stats.t.isf(0.025, 3) * np.std(values, ddof=1) / 2
+    assert found.interval == pytest.approx((np.mean(values) - half, np.mean(values) + half))
+    assert found.standard_deviation == pytest.approx(np.std(values, ddof=1)) and found.range == pytest.approx(0.11)
+    alone = over_seeds([0.5])
+    assert (alone.mean, alone.interval, alone.standard_deviation, alone.range) == (0.5, None, None, 0.0)
+    with pytest.raises(ValueError, match="no seeds"):
+        over_seeds([])
+
+
+def test_half_width_is_students_or_the_normal_one_at_its_ends() -> None:
+    assert half_width([(4.0, 2)], (0.0, 99), ALPHA) == pytest.approx(2 * stats.t.isf(0.025, 2))
+    assert half_width([], (4.0, 99), ALPHA) == pytest.approx(2 * stats.t.isf(0.025, 99))
+    assert half_width([(2.0, 2), (2.0, 2)], (0.0, 99), ALPHA) == pytest.approx(2 * stats.t.isf(0.025, 4))
+    assert half_width([(1e-9, 2)], (4.0, 1e9), ALPHA) == pytest.approx(2 * 1.959964)  # type: ignore[arg-type]
+    assert half_width([], (0.0, 9), ALPHA) == 0.0
+
+
+def test_half_width_covers_a_few_degrees_beside_many() -> None:
+    """The mean is N(0, 1); a share of that variance is estimated with two degrees of freedom, the rest is known."""
+    chances = (np.arange(2000) + 0.5) / 2000
+    for share in (0.05, 0.3, 0.6, 0.9, 0.95):
+        parts = share * stats.chi2.ppf(chances, 2) / 2
+        halves = [half_width([(part, 2)], (1 - share, 10**9), ALPHA) for part in parts]
+        assert 0.94 < np.mean(2 * stats.norm.cdf(halves) - 1) < 0.958, share
+
+
+def answers(
+    rng: np.random.Generator, seeds: int, problems: np.ndarray, ability: float, spread: float, own: float
+) -> np.ndarray:
+    """Return (seeds, P) of 0 and 1: every seed of a method has its own ability, and its own luck with every problem."""
+    logits = ability + rng.normal(0, spread, (seeds, 1)) + problems + rng.normal(0, own, (seeds, problems.size))
+    return (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(np.float64)
+
+
+def expected(ability: float, *spreads: float) -> float:
+    """Return the mean that `answers` has over seeds and problems."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    logits = ability + math.hypot(*spreads) * nodes
+    return float(weights @ (1 / (1 + np.exp(-logits))) / weights.sum())
+
+
+RUNS = 800  # the Monte-Carlo error of a coverage is 0.8 points
+
+
+@pytest.mark.parametrize(("seeds", "problems"), [(3, 200), (5, 200), (3, 1000), (5, 1000)])
+@pytest.mark.parametrize("spread", [0.0, 0.15, 0.8])
+def test_two_level_covers(seeds: int, problems: int, spread: float) -> None:
+    rng = np.random.default_rng([seeds, problems, int(100 * spread)])
+    truth, hits = expected(-0.5, spread, 1.5, 0.5), 0
+    for _ in range(RUNS):
+        found = two_level(answers(rng, seeds, rng.normal(0, 1.5, problems), -0.5, spread, 0.5))
+        hits += found.low <= truth <= found.high
+    assert 0.925 <= hits / RUNS <= 0.975
+
+
+@pytest.mark.parametrize(("seeds", "others"), [(3, 3), (5, 5), (3, 5), (1, 3)])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_paired_difference_covers(seeds: int, others: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model alone, the base, has no spread over seeds. The p-value, slow, is tested elsewhere."""
+    monkeypatch.setattr("estune.compare.statistics._p_value", lambda *_: 1.0)
+    rng = np.random.default_rng([seeds, others, int(100 * spread)])
+    own = spread if seeds > 1 else 0.0
+    truth, hits = expected(0.4, own, 1.5, 0.6, 0.5) - expected(0.0, spread, 1.5, 0.6, 0.5), 0
+    for _ in range(RUNS):
+        problems = rng.normal(0, 1.5, 200)
+        a = answers(rng, seeds, problems + rng.normal(0, 0.6, 200), 0.4, own, 0.5)
+        b = answers(rng, others, problems + rng.normal(0, 0.6, 200), 0.0, spread, 0.5)
+        found = paired_difference(a, b)
+        hits += found.low <= truth <= found.high
+    assert 0.925 <= hits / RUNS <= 0.98
+
+
+def test_two_level_of_one_seed_or_of_equal_seeds_is_over_problems() -> None:
+    row = [1.0] * 30 + [0.0] * 70
+    for table in ([row], [row] * 3):
+        found = two_level(table)
+        assert (found.low, found.high) == interval(row) and found.mean == 0.3
+    assert two_level([[1.0] * 50] * 3).low < 1.0  # a table of ones is not certain
+
+
+@pytest.mark.parametrize("wrong", [[0.5, 0.5], [[]], [[2.0]], [[math.nan]]])
+def test_what_is_no_table_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="seeds, problems"):
+        two_level(wrong)
+
+
+def test_paired_difference_is_narrower_than_two_apart() -> None:
+    """What makes problems hard cancels; the order of seeds and of problems does not matter."""
+    rng = np.random.default_rng(3)
+    problems = rng.normal(0, 3, 400)
+    a, b = answers(rng, 3, problems, 0.5, 0.1, 0.1), answers(rng, 4, problems, 0.0, 0.1, 0.1)
+    found = paired_difference(a, b)
+    apart = math.hypot(*(one.high - one.low for one in (two_level(a), two_level(b))))
+    assert found.high - found.low < 0.85 * apart
+    assert found.difference == pytest.approx(a.mean() - b.mean())
+    shuffled = paired_difference(a[::-1, ::-1], b[[2, 0, 3, 1], ::-1])
+    assert (shuffled.low, shuffled.high) == pytest.approx((found.low, found.high))
+    back = paired_difference(b, a)
+    assert (-back.high, -back.low, back.p_value) == pytest.approx((found.low, found.high, found.p_value))
+    with pytest.raises(ValueError, match="400 problems against 399"):
+        paired_difference(a, b[:, 1:])
+
+
+def test_the_p_value_and_the_interval_agree() -> None:
+    rng = np.random.default_rng(4)
+    seen = set()
+    for _ in range(40):
+        problems = rng.normal(0, 1, 100)
+        found = paired_difference(
+            answers(rng, 3, problems, rng.choice([0.0, 0.5]), 0.1, 0.5), answers(rng, 3, problems, 0.0, 0.1, 0.5)
+        )
+        assert (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
+        seen.add(found.p_value < 0.05)
+    assert seen == {True, False}
+
+
+def test_paired_difference_of_graded_single_runs_is_the_paired_t_test() -> None:
+    rng = np.random.default_rng(5)
+    a, b = rng.integers(0, 5, 60) / 4, rng.integers(0, 5, 60) / 4
+    found, known = paired_difference([a], [b]), stats.ttest_rel(a, b)
+    assert found.p_value == pytest.approx(known.pvalue, rel=1e-6) and found.test == "paired t"
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()))
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (12, 2), (10, 10), (40, 60)])
+def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
+    a = [1.0] * gained + [0.0] * lost + [1.0] * 200
+    b = [0.0] * gained + [1.0] * lost + [1.0] * 200
+    found = paired_difference([a], [b])
+    known = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert found.p_value == pytest.approx(known) and found.test == "mcnemar exact"
+    assert found.difference == pytest.approx((gained - lost) / len(a)) and found.low < found.difference < found.high
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(12, 2, 50), (0, 0, 50), (5, 0, 20), (3, 40, 200), (20, 0, 20)])
+def test_tango_bounds_solve_the_score_equation(gained: int, lost: int, n: int) -> None:
+    """The likeliest share of lost pairs under a difference is found here on a grid, in the paper by a formula."""
+    for bound in tango(gained, lost, n):
+        if abs(bound) < 1 - 1e-9:
+            shares = np.linspace(max(0.0, -bound) + 1e-12, (1 - bound) / 2 - 1e-12, 400_001)
+            same = n - gained - lost
+            likelihood = gained * np.log(shares + bound) + lost * np.log(shares) + same * np.log1p(-2 * shares - bound)
+            share = shares[np.argmax(likelihood)]
+            score = (gained - lost - n * bound) / math.sqrt(n * (2 * share + bound * (1 - bound)))
+            assert abs(score) == pytest.approx(1.959964, abs=2e-3)
+
+
+def test_tango_covers() -> None:
+    rng = np.random.default_rng(6)
+    for gains, losses in ((0.1, 0.1), (0.2, 0.1), (0.02, 0.01)):
+        draws = rng.multinomial(200, [gains, losses, 1 - gains - losses], 1500)
+        bounds = {(g, x): tango(g, x, 200) for g, x, _ in map(tuple, draws.tolist())}
+        hits = sum(
+            low <= gains - losses <= high for low, high in (bounds[g, x] for g, x, _ in map(tuple, draws.tolist()))
+        )
+        assert 0.93 <= hits / 1500 <= 0.975
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
+
+
+def test_pass_at_k_curve_equals_brute_force_over_subsets() -> None:
+    counts = [0, 1, 3, 6, 2]
+    curve = pass_at_k_curve(counts, 6)
+    assert list(curve) == [1, 2, 4]  # no k above the number of samples
+    for k, found in curve.items():
+        shares = []
+        for c in counts:
+            subsets = list(combinations([True] * c + [False] * (6 - c), k))
+            shares.append(sum(map(any, subsets)) / len(subsets))
+        assert found.mean == pytest.approx(np.mean(shares)) and found.low < found.mean < found.high
+    certain = pass_at_k_curve([4] * 50, 4)[4]
+    assert certain.mean == 1.0 and certain.low < 1.0  # Wilson's interval, as elsewhere
+
+
+def test_exact_kl_by_hand_and_at_extremes() -> None:
+    p, q = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.25, 0.5]])
+    wanted = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert exact_kl(p + 7, q - 3) == pytest.approx([wanted])  # logits are known up to a constant
+    assert exact_kl(p, p) == pytest.approx([0.0], abs=1e-15)
+    assert exact_kl([0.0, -1e4], [0.0, 0.0]) == pytest.approx(math.log(2))  # a token that p never says
+    assert exact_kl(np.zeros((2, 3, 5)), np.zeros((2, 3, 5))).shape == (2, 3)
+
+
+def test_k3_on_samples_agrees_with_the_exact_divergence() -> None:
+    rng = np.random.default_rng(8)
+    p, q = rng.normal(0, 1, 40), rng.normal(0, 1, 40)
+    log_p, log_q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
+    tokens = rng.choice(40, 20_000, p=np.exp(log_p) / np.exp(log_p).sum())
+    gaps = log_q[tokens] - log_p[tokens]
+    error = np.std(np.expm1(gaps) - gaps) / math.sqrt(tokens.size)
+    assert abs(kl_k3([log_p[tokens].tolist()], [log_q[tokens].tolist()]) - exact_kl(p, q)) < 4 * error
+
+
+def model(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    shapes = {"embed.weight": (300, 40), "layers.0.mlp.weight": (200, 100), "layers.11.mlp.weight": (200, 100)}
+    return {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_parameter_changes_of_a_random_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "CHUNK", 777)  # pieces that do not divide a tensor
+    rng = np.random.default_rng(9)
+    base = model(rng)
+    tuned = {name: (value + rng.normal(0, 1e-3, value.shape)).astype(np.float32) for name, value in base.items()}
+    found = parameter_changes(base, tuned)
+    before = np.concatenate([value.ravel() for value in base.values()]).astype(np.float64)
+    change = np.concatenate([value.ravel() for value in tuned.values()]).astype(np.float64) - before
+    total = found.total
+    assert (total.parameters, total.moved) == (before.size, np.count_nonzero(change))
+    assert (total.change_norm, total.norm) == pytest.approx((np.linalg.norm(change), np.linalg.norm(before)), rel=1e-12)
+    assert total.ratio == pytest.approx(np.linalg.norm(change) / np.linalg.norm(before))
+    assert list(found.kinds) == ["embed.weight", "layers.*.mlp.weight"]
+    assert found.kinds["layers.*.mlp.weight"].parameters == 40_000
+    scaled = change / total.rms
+    assert found.kurtosis == pytest.approx(stats.kurtosis(scaled), abs=1e-6) and abs(found.kurtosis) < 0.1
+    assert found.distance == pytest.approx(stats.kstest(scaled, "norm").statistic, abs=1.3e-3)
+    assert found.density == pytest.approx(np.histogram(scaled, found.edges, density=True)[0] * (1 - found.outside))
+    assert np.abs(np.subtract(found.density, found.normal_density)).max() < 0.02
+    assert sum(found.normal_density) * 0.25 == pytest.approx(1.0)
+
+
+def test_parameter_changes_that_are_no_random_walk() -> None:
+    """Nine tenths stay where they were, and a few moved far."""
+    rng = np.random.default_rng(10)
+    base = model(rng)
+    tuned = {
+        name: (value + rng.standard_t(3, value.shape) * (rng.random(value.shape) < 0.1) * 1e-3).astype(np.float32)
+        for name, value in base.items()
+    }
+    found = parameter_changes(base, tuned)
+    assert found.total.moved_share == pytest.approx(0.1, abs=0.01)
+    assert found.kurtosis is not None and found.kurtosis > 20
+    assert found.distance is not None and found.distance > 0.4
+    assert found.outside > 0 and found.density is not None
+    assert sum(found.density) * 0.25 + found.outside == pytest.approx(1.0)
+
+
+def test_parameter_changes_of_nothing_and_of_other_models() -> None:
+    base = model(np.random.default_rng(11))
+    found = parameter_changes(base, base)
+    assert (found.total.ratio, found.total.moved, found.density, found.kurtosis, found.distance) == (
+        0,
+        0,
+        None,
+        None,
+        None,
+    )
+    with pytest.raises(ValueError, match="one model alone has x"):
+        parameter_changes(base, base | {"x": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="has the shape"):
+        parameter_changes(base, base | {"embed.weight": np.zeros(3, np.float32)})
+    zero = {"w": np.zeros(10, np.float32)}
+    alike = parameter_changes(zero, {"w": np.ones(10, np.float32)})
+    assert alike.total.ratio is None and alike.kurtosis is None and alike.total.moved_share == 1.0
