@@ -130,7 +130,7 @@ def estune(*words, cwd, env=None, **options):
     """Run `estune` in a fresh interpreter."""
     words = [sys.executable, "-m", "estune", *map(str, words)]
     done = subprocess.run(
-        words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, **options
+        words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, **{"timeout": 120, **options}
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
