@@ -24,7 +24,7 @@ from typing import Any
 from record import write_result
 
 from estune import inputs
-from estune.compare.measure import answer
+from estune.compare.measure import Judges
 from estune.config import ESConfig
 from estune.tasks import get_task, reasoning
 
@@ -83,7 +83,8 @@ def main() -> None:
         rows = [row for row in rows if len(engine.tokenizer.encode(row["prompt"])) <= 2 * LONGEST_PROMPT]
         started = time.perf_counter()
         own = ESConfig(**{**vars(args), "task": f"rg:{name}"})
-        evaluation, _ = answer(own, engine, rows)
+        with Judges() as judges:
+            evaluation, _ = judges.answer(own, engine, rows)
         wanted = [str(json.loads(row["rg_entry"])["answer"]) for row in rows]
         texts = [row.completions[0] for row in evaluation.rows]
         summary = evaluation.summary()
