@@ -26,9 +26,9 @@ DEMO_PRESET = "demo"
 # The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
 EVALUATE_FIELDS = (
     "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
-    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation apply_chat_template "
-    "chat_template_kwargs system_prompt response_prefix stop_strings seed max_completion_length num_generations "
-    "temperature top_p top_k prompts_per_batch num_threads"
+    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
+    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
+    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
 ).split()
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 # Flags of TRL and transformers whose meaning has another name here, or no place in evolution strategies.
@@ -53,11 +53,13 @@ ELSEWHERE = {
 PROBE_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
     "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
-    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings batch_size noise rank "
-    "noise_distribution seed max_completion_length num_generations temperature top_p top_k prompts_per_batch "
-    "members_per_batch num_threads"
+    "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
+    "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
+    "prompts_per_batch members_per_batch num_threads"
 ).split()
-SCORE_FIELDS = "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation".split()
+SCORE_FIELDS = (
+    "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
+).split()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -179,6 +181,11 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     report = command("report", _report, "Write runs as one self-contained page and as PNG curves.", "RUN...")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories; several share the curves.")
     report.add_argument("--output_dir", type=Path, help="Where it goes. Default: the run, or ./report for several.")
+    compare = command("compare", _compare, "Compare methods on the same ground: tune, run, measure, report.", "FILE")
+    compare.add_argument("file", metavar="FILE", type=Path, help="YAML file that says what is compared.")
+    compare.add_argument("--output_dir", type=Path, help="Where it goes. Default: the file's.")
+    compare.add_argument("--dry_run", action="store_true", help="Check everything, say what it takes, run nothing.")
+    compare.add_argument("--report_only", action="store_true", help="Write the report of what is there.")
     watch = command("watch", _watch, "Serve the page of runs that are going on to a browser on this machine.", "RUN...")
     watch.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories.")
     watch.add_argument("--port", type=int, default=8008, help="Port [8008]; 0: any free one.")
@@ -340,6 +347,12 @@ def _report(values: dict[str, Any]) -> int:
     from estune.report.command import report_command
 
     return report_command(values["runs"], values["output_dir"])
+
+
+def _compare(values: dict[str, Any]) -> int:
+    from estune.compare.command import compare_command
+
+    return compare_command(values["file"], values["output_dir"], values["dry_run"], values["report_only"])
 
 
 def _watch(values: dict[str, Any]) -> int:

@@ -100,6 +100,10 @@ class ESConfig:
     reward_isolation: str = _option(
         "process", "process: rewards run in killable workers; inline: no limits at all.", ("process", "inline")
     )
+    allow_unsandboxed_code: bool = _option(
+        False,
+        "Run code that the model writes (arc_agi:python) also where this system cannot keep it from files and network.",
+    )
 
     # Prompt
     apply_chat_template: str = _option(

@@ -335,6 +335,12 @@ def reward_inputs(
     return prompts, completions, columns
 
 
+def shared_prompts(trained: Sequence[Row], held_out: Sequence[Row]) -> int:
+    """Return how many held-out rows have a prompt that is trained on, word for word."""
+    known = {json.dumps(row["prompt"], sort_keys=True, default=str) for row in trained}
+    return sum(json.dumps(row["prompt"], sort_keys=True, default=str) in known for row in held_out)
+
+
 def column_names(rows: Sequence[Row]) -> list[str]:
     """Return the columns that reward functions are given, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from estune import environment
+from estune import environment, sandbox
 from estune.config import OF_METHODS, ESConfig
 from estune.data import PromptBuilder, check_columns, has_splits, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
@@ -45,8 +46,19 @@ class Rewards:
 
 
 def task_of(args: ESConfig) -> Task | None:
-    """Return the configured built-in task, if any; UserError for an unknown one or an impossible pairing."""
-    task = get_task(args.task) if args.task else None
+    """Return the configured built-in task, if any, after a look whether code that it has to run can be run safely.
+
+    Raises:
+        UserError: an unknown task, an impossible pairing, or no sandbox and no leave to do without.
+    """
+    task = get_task(args.task, args.allow_unsandboxed_code) if args.task else None
+    if task is not None and task.runs_code:
+        warning = sandbox.require(args.allow_unsandboxed_code)
+        if warning:
+            print(f"estune: warning: {warning}", file=sys.stderr)
+    elif args.allow_unsandboxed_code:
+        raise UserError("allow_unsandboxed_code has no effect: no code that a model writes is run here, as it is for "
+                        "task arc_agi:python")  # fmt: skip
     if (args.engine == "toy") != (args.task == "quadratic"):
         raise UserError("engine toy and task quadratic belong together: give both or neither")
     return task
@@ -120,8 +132,9 @@ def resolve_rows(
     if not rows:
         raise UserError(f"the {split} split has no rows")
     for index, row in enumerate(rows):
-        if "prompt" not in row:
-            raise UserError(f"row {index} of the {split} split has no column 'prompt' (it has {', '.join(row)})")
+        if row.get("prompt") is None:
+            makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else ()))
+            raise UserError(f"row {index} of the {split} split has no column 'prompt'{makes} (it has {', '.join(row)})")
     check_columns(rows, rewards.funcs, rewards.names)
     return rows
 

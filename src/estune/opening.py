@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from estune import inputs, metrics
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, load_master, write_model
 from estune.config import ESConfig
-from estune.data import Batches
+from estune.data import Batches, shared_prompts
 from estune.errors import UserError
 from estune.hub import open_repository, repository_of
 from estune.loggers import keep_trackers, known_trackers, start_logger
@@ -54,6 +54,10 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
         if args.reward_isolation == "inline":
             print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
+        if trainer.eval_rows and (shared := shared_prompts(trainer.train_rows, trainer.eval_rows)):
+            total = len(trainer.eval_rows)
+            print(f"estune: warning: {shared} of {total} held-out rows have a prompt that is trained on",
+                  file=sys.stderr, flush=True)  # fmt: skip
         say(f"estune: loading {args.model if not trainer.has_module else 'the model'}")
         engine = trainer.engine
         train_prompts = trainer.prepare()

@@ -155,6 +155,7 @@ MODEL_EFFECTS = {
 
 OTHERWISE = {  # field -> the test below that shows its effect
     "task": "test_task",
+    "allow_unsandboxed_code": "test_allow_unsandboxed_code",
     "engine": "test_engine",
     "device": "test_device",
     "revision": "test_revision",
@@ -304,6 +305,35 @@ def test_the_prompt_is_what_the_options_say(finished):
 
 def test_task(run):
     assert_refused(run("train", "--engine", "toy", "--task", "countdown", "--output_dir", "run"), "quadratic")
+
+
+def test_allow_unsandboxed_code(run, place):
+    """It lets programs run where this system has no sandbox, and is refused where no program runs."""
+    row = {"inputs": [[[1, 2]]], "outputs": [[[2, 1]]], "examples": [{"input": [[3, 4]], "output": [[4, 3]]}]}
+    code = "<answer>def transform(grid): return [row[::-1] for row in grid]</answer>"
+    (place / "rows.jsonl").write_text(json.dumps({**row, "completion": code}) + "\n")
+    script = place / "script.py"  # a child without Landlock; rewards inline, for workers would have their own
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom estune import sandbox\n"
+        "text = sandbox.CHILD.read_text()\n"
+        "sandbox.CHILD = Path('child.py').resolve()\n"
+        "sandbox.CHILD.write_text(text.replace('= 444, 445, 446', '= 444, 445, 9999'))\n"
+        "from estune.cli import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    words = (
+        "score",
+        "--task",
+        "arc_agi:python",
+        "--completions",
+        "rows.jsonl",
+        "--json",
+        "--reward_isolation",
+        "inline",
+    )
+    assert_refused(run(*words, script=script), "lacks", "Landlock", "--allow_unsandboxed_code")
+    done = run(*words, "--allow_unsandboxed_code", script=script)
+    assert done.code == 0 and json.loads(done.out)["rewards"] == [1.0] and "runs without Landlock" in done.err, done
+    assert_refused(run(*RUN, "--allow_unsandboxed_code"), "allow_unsandboxed_code has no effect")
 
 
 def test_engine(run, place):

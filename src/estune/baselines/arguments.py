@@ -52,7 +52,7 @@ def config_class(method: str) -> Any:
     try:
         import trl
     except ImportError:
-        raise UserError(f"method {method} needs the package trl: python -m pip install 'trl>=1.16,<1.17'") from None
+        raise UserError(f"method {method} needs the package trl: python -m pip install 'estune[baselines]'") from None
     return {"rloo": trl.RLOOConfig, "sft_rejection": trl.SFTConfig}.get(method, trl.GRPOConfig)
 
 

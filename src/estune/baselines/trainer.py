@@ -65,12 +65,9 @@ class BaselineTrainer(ESTrainer):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        if self.args.method not in METHODS:
-            raise UserError(f"method {self.args.method} is ESTrainer's")
         if self.has_module:
             raise UserError(f"method {self.args.method} takes the model by name")
-        if self.args.method != "random_search":
-            own_arguments(self.args)  # refuses what is wrong before anything is written
+        check_method(self.args)  # before anything is written
 
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
@@ -94,6 +91,18 @@ class BaselineTrainer(ESTrainer):
             except Interrupted:
                 say(f"estune: stopped after {ground.steps_done} steps; go on with --resume --output_dir {run_dir}")
         return run_dir
+
+
+def check_method(args: ESConfig) -> None:
+    """Refuse what a method's trainer would: an unknown argument, a package that is missing.
+
+    Raises:
+        UserError: with what is wrong.
+    """
+    if args.method not in METHODS:
+        raise UserError(f"method {args.method} is ESTrainer's")
+    if args.method != "random_search":
+        own_arguments(args)
 
 
 def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:

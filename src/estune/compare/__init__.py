@@ -1,1 +1,1 @@
-"""Methods side by side on the same ground: what is measured of them, and how sure one can be of a difference."""
+"""`estune compare`: methods x models x seeds on the same ground, with equal budgets, and what came of it."""

@@ -7,7 +7,19 @@ from types import ModuleType
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks import chain, conciseness, countdown, mixture, quadratic, reasoning, sudoku
+from estune.tasks import (
+    arc_1d,
+    arc_agi,
+    chain,
+    conciseness,
+    countdown,
+    gsm_symbolic,
+    maths,
+    mixture,
+    quadratic,
+    reasoning,
+    sudoku,
+)
 from estune.words import nearest
 
 __all__ = ["TASKS", "Task", "get_task"]
@@ -33,6 +45,10 @@ class Task:
     """The columns that the two functions need."""
     splits: tuple[str, ...] = ("train", "validation", "test")
     """Trained on, held out while a run goes on, evaluated in the end; others are for evaluation, too."""
+    runs_code: bool = False
+    """Whether scoring runs code that the model wrote: the sandbox has to work, or the user to do without."""
+    problem_columns: tuple[str, ...] = ()
+    """Columns of somebody's own file, one of which a prompt is made of where there is none."""
 
 
 def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
@@ -46,18 +62,26 @@ def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
         accuracy=module.accuracy,
         columns=columns,
         splits=getattr(module, "SPLITS", Task.splits),
+        problem_columns=getattr(module, "PROBLEM_COLUMNS", ()),
     )
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
+        _built_in(arc_1d, "find the rule from three rows of digits and apply it to a fourth", "puzzle", "solution"),
+        _built_in(arc_agi, "ARC-AGI-1: find the rule from a few grids and apply it to another, or write it as a "
+                  "program (arc_agi:python)", "inputs", "outputs"),
         _built_in(chain, "carry out k = 1, 2, 4, 8 or 16 steps on one digit, each on the result of the one before "
                   "(chain:K, chain:K:steps)", "results"),
         _built_in(conciseness, "answer short questions in as few characters as the shortest right answer has",
                   "answer", "answers"),
         _built_in(countdown, "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
                   "numbers", "target"),
+        _built_in(gsm_symbolic, "solve a problem told as a short story; the answer is one number", "answer"),
+        Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
+             maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
+             maths.PROBLEM_COLUMNS),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
              sudoku.accuracy, ("puzzle", "solution")),
         _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
@@ -66,8 +90,10 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, allow_unsandboxed_code: bool = False) -> Task:
     """Return the task of that name: a built-in one, ``rg:<name>`` of reasoning-gym, or a mixture ``a=2,b=1``.
+
+    ``allow_unsandboxed_code`` is for the rewards of tasks that run code; whether that can be is not asked here.
 
     Raises:
         UserError: with the nearest name where there is none.
@@ -75,7 +101,9 @@ def get_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if "," in name or "=" in name:
-        return _mixture(name)
+        return _mixture(name, allow_unsandboxed_code)
+    if name.startswith("arc_agi:"):
+        return _arc_agi(name, allow_unsandboxed_code)
     if name.startswith("chain:"):
         return _chain(name)
     if name.startswith(reasoning.PREFIX):
@@ -87,6 +115,21 @@ def get_task(name: str) -> Task:
 def _chain(name: str) -> Task:
     lengths, reward = chain.variant(name)
     return dataclasses.replace(TASKS["chain"], name=name, load=lambda split: chain.load(split, lengths), reward=reward)
+
+
+def _arc_agi(name: str, allow_unsandboxed_code: bool) -> Task:
+    python, load = arc_agi.variant(name)
+    plain = dataclasses.replace(TASKS["arc_agi"], name=name, load=load)
+    if not python:
+        return plain
+    return dataclasses.replace(
+        plain,
+        prepare_row=lambda row: arc_agi.prepare_row(row, python=True),
+        reward=arc_agi.Programs(allow_unsandboxed_code, "reward"),
+        accuracy=arc_agi.Programs(allow_unsandboxed_code, "accuracy"),
+        columns=("examples", "inputs", "outputs"),
+        runs_code=True,
+    )
 
 
 def _reasoning(name: str) -> Task:
@@ -103,10 +146,10 @@ def _reasoning(name: str) -> Task:
     )
 
 
-def _mixture(text: str) -> Task:
+def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
     parts = mixture.parse(text)
     names, weights = [name for name, _ in parts], [weight for _, weight in parts]
-    tasks = {name: get_task(name) for name in names}
+    tasks = {name: get_task(name, allow_unsandboxed_code) for name in names}
     if "quadratic" in tasks:
         raise UserError("task quadratic has no language and mixes with no other")
 
@@ -125,4 +168,5 @@ def _mixture(text: str) -> Task:
         reward=mixture.Dispatch({name: task.reward for name, task in tasks.items()}, "reward"),
         accuracy=mixture.Dispatch({name: task.accuracy for name, task in tasks.items()}, "accuracy"),
         columns=("task",),
+        runs_code=any(task.runs_code for task in tasks.values()),
     )

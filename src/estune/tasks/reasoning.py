@@ -19,6 +19,7 @@ from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text
 from estune.words import nearest
 
 PREFIX = "rg:"
+WHO = "a task that begins with rg:"
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
 SEED = 2509_24372
 ROUNDS = 20  # times that the questions wanted are drawn, at most
@@ -29,12 +30,13 @@ INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 
 def names() -> list[str]:
     """Return the generators' names."""
-    return sorted(_package().factory.DATASETS)
+    return sorted(package(WHO).factory.DATASETS)
 
 
-def _package() -> Any:
+def package(who: str) -> Any:
+    """Return reasoning-gym, imported; UserError where it is not installed and ``who`` wants it."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError("tasks that begin with rg: need the package reasoning-gym: python -m pip install reasoning-gym")
+        raise UserError(f"{who} needs the package reasoning-gym: python -m pip install reasoning-gym")
     import reasoning_gym
 
     return reasoning_gym
@@ -47,16 +49,16 @@ def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
     Raises:
         UserError: there is no generator of that name, or it has too few different questions.
     """
-    package = _package()
-    if name not in package.factory.DATASETS:
-        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, package.factory.DATASETS)}")
+    gym = package(WHO)
+    if name not in gym.factory.DATASETS:
+        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, gym.factory.DATASETS)}")
     wanted = sum(SPLIT_SIZES.values())
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for round_ in range(ROUNDS):
         # Its generators make problem i from seed + i: rounds must lie as far apart as a round is long.
         try:
-            entries = list(package.create_dataset(name, seed=SEED + round_ * wanted, size=wanted))
+            entries = list(gym.create_dataset(name, seed=SEED + round_ * wanted, size=wanted))
         except Exception as error:  # that package's code, before anything has begun
             raise UserError(f"reasoning-gym's {name} makes no problems by itself: {error}") from error
         for entry in entries:
@@ -133,7 +135,7 @@ def answer_of(completion: str) -> str:
 
 @cache
 def _scorer(name: str) -> Any:
-    return _package().create_dataset(name, seed=SEED, size=1)
+    return package(WHO).create_dataset(name, seed=SEED, size=1)
 
 
 def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:

@@ -1,0 +1,221 @@
+"""What a comparison is: one YAML file, checked in full before anything runs.
+
+    output_dir: runs/compare            where runs, results and the report go
+    task: countdown                     what is trained on (its train split), tuned on (validation), reported (test)
+    models: {llama: benchmarks/bases/llama}
+    seeds: [0, 1, 2, 3, 4]
+    budget: {evaluations: 24000, time_s: 60}   completions scored in training; seconds of training
+    tuning: {evaluations: 6000, rows: 200}     of one trial; rows of the validation split that decide
+    settings: {max_completion_length: 72}      options of every run, by their names in `estune train`
+    methods:
+      es: {method: es, settings: {sigma: 0.02}, trials: [{learning_rate: 0.01}, {learning_rate: 0.02}]}
+      grpo: {method: grpo, trials: [{learning_rate: 1.0e-5}, {learning_rate: 1.0e-4}]}
+
+Every method has the same number of trials. Rows that are always there need no mention: the base, the base with its
+skill forced by ``skill_prefix``, and random search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from estune.config import METHODS, canonical
+from estune.errors import UserError
+from estune.words import nearest
+
+RANDOM_SEARCH = "random_search"
+# Decided by the comparison itself, for every run.
+DECIDED = frozenset(
+    "model task seed output_dir run_name resume overwrite dry_run max_time_s eval_steps eval_rows save_steps "
+    "save_total_limit report_to console logging_steps log_completions push_to_hub hub_model_id hub_private_repo "
+    "method".split()
+)
+
+# The ground: what every method gets alike.
+SHARED = frozenset(
+    "dataset_name dataset_config dataset_train_split dataset_test_split reward_funcs reward_weights reward_timeout_s "
+    "reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
+    "max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code".split()
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run may use: completions scored in training, and seconds of training."""
+
+    evaluations: int = 24000
+    time_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a trial may use, the rows of the validation split that decide, and the trials' run seed."""
+
+    evaluations: int = 6000
+    rows: int = 200
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a model is measured on held-out rows."""
+
+    rows: int = 1000  # of the test split; 0: all
+    samples: int = 16  # of each row, for pass@k
+    temperature: float = 1.0  # of those samples
+    kl_rows: int = 200  # rows of which one sample each gives the divergence to the base
+    discovery_samples: int = 256  # of the base: what it never solves in these is there to be discovered
+    curve_rows: int = 100  # of the validation split, evaluated while a run goes on
+    curve_points: int = 8  # evaluations within the budget of evaluations
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it is compared: a row of the tables."""
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    trials: tuple[dict[str, Any], ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Retained:
+    """A task that is not trained on, with the options it is evaluated with."""
+
+    task: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: int = 200
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole comparison."""
+
+    output_dir: str
+    task: str
+    models: dict[str, str]
+    methods: dict[str, Entry]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    budget: Budget = field(default_factory=Budget)
+    tuning: Tuning = field(default_factory=Tuning)
+    measuring: Measuring = field(default_factory=Measuring)
+    settings: dict[str, Any] = field(default_factory=dict)
+    retention: dict[str, Retained] = field(default_factory=dict)
+    skill_prefix: str = ""
+    established_points: float = 10.0  # gain in points of accuracy on some base from which a baseline counts
+    workers: int = 1  # runs at a time; their times are measured side by side, so leave each a core
+    notes: str = ""  # shown in the report
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output_dir)
+
+
+def read_comparison(path: Path, output_dir: Path | None = None) -> Comparison:
+    """Read a comparison's YAML file.
+
+    Raises:
+        UserError: it cannot be read, has an unknown name, or cannot be a fair comparison.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be a mapping of names to values")
+    if output_dir is not None:
+        values["output_dir"] = str(output_dir)
+    return from_mapping(values)
+
+
+def from_mapping(values: dict[str, Any]) -> Comparison:
+    """Build a comparison from names and values; see `read_comparison`."""
+    values = {"output_dir": "runs/compare", **values}
+    _known(values, Comparison, "the comparison")
+    missing = [name for name in ("task", "models", "methods") if not values.get(name)]
+    if missing:
+        raise UserError(f"a comparison needs {', '.join(missing)}")
+    for name, kind in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
+        values[name] = _part(kind, values.get(name, {}), name)
+    models = values["models"]
+    values["models"] = models if isinstance(models, dict) else {Path(model).name: model for model in models}
+    values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
+    values["settings"] = _settings(values.get("settings", {}), "settings")
+    entries = {name: _entry(name, given) for name, given in values["methods"].items()}
+    values["methods"] = entries
+    values["retention"] = {
+        name: _part(Retained, given, f"retention {name}") for name, given in (values.get("retention") or {}).items()
+    }
+    comparison = Comparison(**values)
+    _validate(comparison)
+    return comparison
+
+
+def _entry(name: str, given: Any) -> Entry:
+    entry: Entry = _part(Entry, given, f"method {name}")
+    if entry.method not in METHODS:
+        raise UserError(f"method {name} is {entry.method!r}; it can be {', '.join(METHODS)}"
+                        f"{nearest(entry.method, METHODS)}")  # fmt: skip
+    trials = tuple(_settings(trial, f"a trial of {name}") for trial in entry.trials)
+    return Entry(entry.method, _settings(entry.settings, f"settings of {name}"), trials)
+
+
+def _validate(comparison: Comparison) -> None:
+    counts = {name: len(entry.trials) for name, entry in comparison.methods.items()}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"every method must have the same number of tuning trials, not {told}")
+    if 0 in counts.values():
+        raise UserError("every method needs a trial; one with nothing in it takes the defaults: trials: [{}]")
+    if len(set(comparison.seeds)) != len(comparison.seeds) or not comparison.seeds:
+        raise UserError("seeds must be different whole numbers")
+    if comparison.tuning.seed in comparison.seeds:
+        raise UserError("tuning needs a seed of its own: a run that was chosen for its luck would be reported")
+    for text in (*comparison.models, *comparison.methods, *comparison.retention):
+        if not text or any(letter in text for letter in "/\\: "):
+            raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")
+    budget = comparison.budget
+    if budget.evaluations < 1 or budget.time_s <= 0 or comparison.tuning.evaluations < 1:
+        raise UserError("budgets must be greater than 0")
+    if comparison.workers < 1:
+        raise UserError("workers must be 1 or more")
+    if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:
+        raise UserError("measuring needs samples of 1 or more, and no fewer discovery_samples")
+
+
+def _settings(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} must be a mapping of options to values")
+    named = canonical(given, where)
+    for name in named:
+        if name in DECIDED:
+            raise UserError(f"{where} cannot hold {name}: the comparison decides it")
+        if where != "settings" and name in SHARED:
+            raise UserError(f"{where} cannot hold {name}: it belongs into settings, the same for every method")
+    return named
+
+
+def _part(kind: type[Any], given: Any, where: str) -> Any:
+    if not isinstance(given, dict):
+        raise UserError(f"{where} must be a mapping")
+    _known(given, kind, where)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _known(given: dict[str, Any], kind: type[Any], where: str) -> None:
+    names = {spec.name for spec in dataclasses.fields(kind)}
+    for name in given:
+        if name not in names:
+            raise UserError(f"{where} has an unknown name {name!r}{nearest(str(name), names)}")

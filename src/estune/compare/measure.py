@@ -1,0 +1,237 @@
+"""Measuring a model on held-out rows: everything that a comparison says of it, in one dictionary.
+
+Greedy pass@1 on the test rows, the right ones among some samples of each (pass@k), KL to the base on the model's own
+samples, length, other tasks. The same functions as in `estune evaluate` make the completions and score them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from estune import inputs
+from estune.cli import EVALUATE_FIELDS
+from estune.compare.config import Comparison, Retained
+from estune.compare.hacking import judge
+from estune.compare.changes import parameter_changes
+from estune.config import ESConfig
+from estune.engines.base import Engine, Prompt
+from estune.errors import UserError
+from estune.evaluation import EvaluatedRow, Evaluation, evaluate, kl_k3
+from estune.files import write_json
+from estune.rollouts import Evaluator
+from estune.tasks import get_task
+
+Rows = list[dict[str, Any]]
+SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods
+
+
+@dataclass
+class Base:
+    """What measurements of tuned models refer to: the base's engine, and its greedy rows on the test problems."""
+
+    engine: Engine
+    rows: list[EvaluatedRow]
+
+
+def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: str | None) -> None:
+    """Measure a base, also with its skill forced by a prefix, and write what was found; or see that it is the same.
+
+    Args:
+        comparison: what to measure.
+        model: the base.
+        file: what to write; beside it `base-prefix.json`.
+        fingerprint: of the base that was measured before; None where none was.
+
+    Raises:
+        UserError: it is another one.
+    """
+    args = evaluation_config(comparison, model)
+    engine, rows = inputs.load_engine(args), test_rows(comparison)
+    found = engine.master.fingerprint()
+    if fingerprint is not None:
+        if found != fingerprint:
+            raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if comparison.skill_prefix:
+        forced = evaluation_config(comparison, model, response_prefix=comparison.skill_prefix)
+        greedy, _ = answer(forced, engine, rows)
+        own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
+        write_json(file.with_name("base-prefix.json"), own)
+    result = measure(comparison, model, None)
+    result["never_solved"] = never_solved(comparison, args, engine, rows, result["right_of"])
+    write_json(file, {**result, "model": model, "fingerprint": found})
+
+
+def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str, Any]) -> None:
+    """Evaluate a trial on the validation rows that decide, and write the outcome with the run's ``facts``."""
+    rows = get_task(comparison.task).load("validation")[: comparison.tuning.rows or None]
+    args = evaluation_config(comparison, run)
+    greedy, _ = answer(args, inputs.load_engine(args), rows)
+    summary = greedy.summary()
+    kept = {name: summary[name] for name in ("accuracy", "accuracy_ci95", "reward")}
+    write_json(file, {**facts, "status": "done", **kept})
+
+
+def measure_run(
+    comparison: Comparison, run: str, base_file: Path, files: Sequence[Path], facts: dict[str, Any]
+) -> None:
+    """Measure a run's model and write the outcome with its ``facts``, to each of ``files``."""
+    base_path = json.loads(base_file.read_text(encoding="utf-8"))["model"]
+    args = evaluation_config(comparison, base_path)
+    engine = inputs.load_engine(args)
+    base = Base(engine, answer(args, engine, test_rows(comparison))[0].rows)
+    state = json.loads((Path(run) / "es_state.json").read_text(encoding="utf-8"))
+    result = {**facts, "status": "done", **measure(comparison, run, base), "fingerprint": state["fingerprint"]}
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
+
+
+def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:
+    """Return how a model is evaluated: the comparison's options that decide a completion, greedily."""
+    kept = {name: value for name, value in comparison.settings.items() if name in EVALUATE_FIELDS}
+    for name in ("temperature", "top_p", "top_k", "num_generations", "seed"):
+        kept.pop(name, None)
+    given = {**kept, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes}
+    args = ESConfig.from_mapping(given)
+    return inputs.resolve_config(args, 1_000_000)
+
+
+def test_rows(comparison: Comparison) -> Rows:
+    """Return the held-out rows that are reported."""
+    return get_task(comparison.task).load("test")[: comparison.measuring.rows or None]
+
+
+def answer(args: ESConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
+    """Answer rows with a model and score the answers, as `estune evaluate` does."""
+    task = inputs.task_of(args)
+    rewards = inputs.resolve_rewards(args, None, task)
+    if rewards.accuracy is None:
+        raise UserError(f"a comparison needs a task with an accuracy, and {args.task} has none")
+    with ExitStack() as stack:
+        pool = stack.enter_context(inputs.reward_pool(args, rewards.funcs, rewards.names))
+        grader = stack.enter_context(inputs.reward_pool(args, [rewards.accuracy], ["accuracy"]))
+        prompts = inputs.build_prompts(args, engine, rows, task is not None)
+        evaluation = evaluate(
+            Evaluator(engine, pool, args.response_prefix), rows, prompts, inputs.sampling(args, 0), rewards.weights,
+            grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
+        )  # fmt: skip
+    return evaluation, prompts
+
+
+def measure(comparison: Comparison, model: str, base: Base | None) -> dict[str, Any]:
+    """Return what is reported of a model.
+
+    Args:
+        comparison: what to measure.
+        model: a directory, hub id, or ``tiny``.
+        base: what it was tuned from; None where it is the base.
+    """
+    args = evaluation_config(comparison, model)
+    engine = inputs.load_engine(args)
+    rows = test_rows(comparison)
+    greedy, prompts = answer(args, engine, rows)
+    sampled = sample(comparison, args, engine, rows, comparison.measuring.samples)
+    result = {
+        **of_greedy(greedy),
+        "right_of": right_of(sampled),
+        "samples": comparison.measuring.samples,
+        "sampled_length": sampled.summary()["mean_length_tokens"],
+        "retention": {name: retained(comparison, model, engine, kept) for name, kept in comparison.retention.items()},
+    }
+    if base is not None:
+        result["kl"] = divergence(engine, base.engine, prompts, sampled, comparison.measuring.kl_rows)
+        result["changes"] = changes(base.engine, engine)
+        result["hacking"] = dataclasses.asdict(judge(base.rows, greedy.rows))
+    return result
+
+
+def changes(base: Engine, tuned: Engine) -> dict[str, Any]:
+    """Return how far the parameters moved: norms, share, and the distribution beside a random walk's."""
+    found = parameter_changes(base.master.arrays, tuned.master.arrays)
+    return {
+        "norm": found.total.change_norm,
+        "relative_norm": found.total.ratio,
+        "moved_share": found.total.moved_share,
+        "excess_kurtosis": found.kurtosis,
+        "distance_to_normal": found.distance,
+        "histogram": {"edges": found.edges, "density": found.density} if found.density else None,
+    }
+
+
+def of_greedy(evaluation: Evaluation) -> dict[str, Any]:
+    """Return pass@1 and what goes with it; ``correct`` has one character per row."""
+    summary = evaluation.summary()
+    correct = "".join("1" if (row.accuracy or [0.0])[0] == 1.0 else "0" for row in evaluation.rows)
+    return {
+        "n": summary["n"],
+        "accuracy": summary["accuracy"],
+        "accuracy_ci95": summary["accuracy_ci95"],
+        "correct": correct,
+        "reward": summary["reward"],
+        "length": summary["mean_length_tokens"],
+        "clipped_ratio": summary["clipped_ratio"],
+        "reward_failures": summary["reward_failures"],
+    }
+
+
+def sample(comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, count: int, seed: int = 0) -> Evaluation:
+    """Return samples of rows; ``seed`` 0 gives the samples of the first kind, others further ones."""
+    sampling = dataclasses.replace(
+        args, temperature=comparison.measuring.temperature, num_generations=count, seed=SAMPLE_SEED + seed
+    )
+    return answer(sampling, engine, rows)[0]
+
+
+def right_of(evaluation: Evaluation) -> list[int]:
+    """Return how many of each row's completions are right."""
+    return [sum(value == 1.0 for value in row.accuracy or []) for row in evaluation.rows]
+
+
+def never_solved(comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, right: Sequence[int]) -> list[int]:
+    """Return the rows of which no sample of the base is right, in as many as `discovery_samples`.
+
+    Args:
+        comparison: says how many.
+        args: how the base is evaluated.
+        engine: the base.
+        rows: the test rows.
+        right: (rows,), right ones among the samples that there are already.
+    """
+    left = [index for index, count in enumerate(right) if not count]
+    drawn, size = comparison.measuring.samples, max(comparison.measuring.samples, 16)
+    while left and drawn < comparison.measuring.discovery_samples:
+        count = min(size, comparison.measuring.discovery_samples - drawn)
+        found = right_of(sample(comparison, args, engine, [rows[i] for i in left], count, seed=drawn))
+        left = [index for index, solved in zip(left, found, strict=True) if not solved]
+        drawn += count
+    return left
+
+
+def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained) -> dict[str, Any]:
+    """Return the greedy accuracy on a task that was not trained on."""
+    args = evaluation_config(comparison, model, **{**kept.settings, "task": kept.task})
+    rows = get_task(kept.task).load("test")[: kept.rows or None]
+    return of_greedy(answer(args, engine, rows)[0])
+
+
+def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation, rows: int) -> float:
+    """Return KL(model || base) per token at temperature 1, by the k3 estimator on one sample of each of some rows."""
+    chosen = list(zip(prompts, sampled.rows, strict=True))[: rows or None]
+    asked = [prompt for prompt, _ in chosen]
+    token_ids = [row.token_ids[0] for _, row in chosen]
+    return kl_k3(engine.token_logprobs(asked, token_ids), base.token_logprobs(asked, token_ids))
+
+
+def numbers(correct: str) -> np.ndarray:
+    """Return a result's ``correct`` as numbers (rows,)."""
+    return np.array([int(mark) for mark in correct], dtype=np.float64)

@@ -1,0 +1,110 @@
+"""From a comparison to the runs that it is made of: their configurations, steps and places.
+
+DIR/tuning/MODEL/METHOD/trial-I        a trial on the validation split, by a seed of its own
+DIR/runs/MODEL/METHOD/seed-S           a run; it is stopped at the budget that it reaches first, measured, and goes
+                                       on to the other one
+DIR/results/...json                    what was measured, one file each; what is there is not done again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estune import inputs
+from estune.compare.config import RANDOM_SEARCH, Comparison, Entry
+from estune.config import ESConfig
+from estune.errors import UserError
+from estune.tasks import get_task
+
+BUDGETS = ("evaluations", "time")
+ENDLESS = 1_000_000_000  # steps of a run that its time will end
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a model with a seed."""
+
+    model: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The cell's place below runs/ and results/."""
+        return f"{self.model}/{self.method}/seed-{self.seed}"
+
+
+def entries(comparison: Comparison) -> dict[str, Entry]:
+    """Return every method that is run, random search with the settings of the first ES entry among them."""
+    found = dict(comparison.methods)
+    es = next((entry for entry in found.values() if entry.method == "es"), None)
+    if all(entry.method != RANDOM_SEARCH for entry in found.values()) and es is not None:
+        kept = ("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution", "batch_size",
+                "num_generations", "temperature")  # fmt: skip
+        taken = [{k: v for k, v in {**es.settings, **trial}.items() if k in kept} for trial in es.trials]
+        found[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, tuple(taken))
+    return found
+
+
+def cells(comparison: Comparison) -> Iterator[Cell]:
+    """Yield all cells, seeds outermost: whatever the machine does meanwhile, it does to all methods alike."""
+    for seed in comparison.seeds:
+        for model in comparison.models:
+            for method in entries(comparison):
+                yield Cell(model, method, seed)
+
+
+def configuration(comparison: Comparison, model: str, method: str, chosen: dict[str, Any], seed: int) -> ESConfig:
+    """Return a run's configuration, without the limits that the comparison sets.
+
+    Raises:
+        UserError: the options cannot work together; the message names the method.
+    """
+    entry = entries(comparison)[method]
+    values = {**comparison.settings, **entry.settings, **chosen}
+    values |= {"model": comparison.models[model], "task": comparison.task, "seed": seed, "method": entry.method}
+    try:
+        args = ESConfig.from_mapping(values, f"method {method}")
+    except UserError as error:
+        raise UserError(f"method {method}: {error}") from None
+    if args.lr_scheduler_type in ("linear", "cosine") or args.sigma_scheduler_type != "constant":
+        raise UserError(f"method {method}: a run goes on from one budget to the other, so schedules must be constant")
+    rows = len(get_task(comparison.task).load("train"))
+    return inputs.resolve_config(args, rows)
+
+
+def with_budget(args: ESConfig, evaluations: int, n_rows: int) -> ESConfig:
+    """Return a configuration with as many steps as a budget of evaluations pays for.
+
+    `sft_rejection` spends it on samples before its first step; its steps are its own setting.
+    """
+    if args.method == "sft_rejection":
+        return dataclasses.replace(args, num_generations=max(1, evaluations // n_rows))
+    return dataclasses.replace(args, max_steps=max(1, int(evaluations // evaluations_per_step(args))))
+
+
+def evaluations_per_step(args: ESConfig) -> float:
+    """Return the completions that a step of a resolved configuration has scored."""
+    each = int(args.batch_size) * args.num_generations
+    if args.method in ("es", "random_search"):
+        return each * args.population_size
+    return each / int(args.method_kwargs.get("num_iterations", 1))
+
+
+def goes_on(args: ESConfig) -> bool:
+    """Say whether a run can be resumed, and so go on from one budget to the other; else each has a run of its own."""
+    return args.method != "ppo"
+
+
+def run_directory(comparison: Comparison, cell: Cell) -> Path:
+    """Return where a cell's run lies."""
+    return comparison.directory / "runs" / cell.name
+
+
+def result_file(comparison: Comparison, cell: Cell, budget: str) -> Path:
+    """Return where a cell's measurement at a budget is kept."""
+    return comparison.directory / "results" / cell.model / cell.method / f"seed-{cell.seed}-{budget}.json"

@@ -1,0 +1,233 @@
+"""From the files of a comparison's results to the numbers of its report: nothing is computed that they do not hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from estune.compare.plan import BUDGETS
+from estune.compare.statistics import holm, over_seeds, paired_difference, pass_at_k_curve, two_level
+from estune.errors import UserError
+from estune.evaluation import pass_at_k
+
+KS = (1, 2, 4, 8, 16)
+
+
+def read_json(file: Path) -> Any:
+    """Return a JSON file's value."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def summarise(directory: Path) -> dict[str, Any]:
+    """Return everything that the report of a comparison says.
+
+    Raises:
+        UserError: there is nothing to report yet.
+    """
+    plan = read_json(directory / "comparison.json")
+    comparison = plan["comparison"]
+    models = {}
+    for model in comparison["models"]:
+        folder = directory / "results" / model
+        if (folder / "base.json").exists():
+            models[model] = _model(directory, folder, comparison)
+    if not models:
+        raise UserError(f"{directory} holds no results yet")
+    established = _established(models, comparison)
+    for model in models.values():
+        for budget in BUDGETS:
+            model["tests"][budget] = _tests(model["rows"][budget], comparison, established)
+    return {
+        "comparison": comparison,
+        "environment": plan["environment"],
+        "evaluations_per_step": plan["evaluations_per_step"],
+        "models": models,
+        "established": established,
+    }
+
+
+def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
+    base = read_json(folder / "base.json")
+    rows: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
+    tuning: dict[str, Any] = {}
+    curves: dict[str, list[Any]] = {}
+    methods = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    order = [*comparison["methods"], *(name for name in methods if name not in comparison["methods"])]
+    for method in order:
+        if not (folder / method).is_dir():
+            continue
+        if (folder / method / "tuning.json").exists():
+            tuning[method] = read_json(folder / method / "tuning.json")
+            trials = sorted((folder / method).glob("trial-*.json"), key=lambda path: int(path.stem.split("-")[1]))
+            tuning[method]["trials"] = [
+                {**{k: v for k, v in read_json(file).items() if k != "curve"}, "file": _relative(file, directory)}
+                for file in trials
+            ]
+        for budget in BUDGETS:
+            files = sorted((folder / method).glob(f"seed-*-{budget}.json"), key=_seed_of)
+            results = [{**read_json(file), "file": _relative(file, directory)} for file in files]
+            if results:
+                rows[budget].append(_row(method, results, base))
+        longest = [max(
+            (read_json(file).get("curve", []) for file in (folder / method).glob(f"seed-{seed}-*.json")),
+            key=len, default=[],
+        ) for seed in comparison["seeds"]]  # fmt: skip
+        curves[method] = [curve for curve in longest if curve]
+    found: dict[str, Any] = {
+        "path": comparison["models"][folder.name],
+        "fingerprint": base["fingerprint"],
+        "base": _fixed("base", base, _relative(folder / "base.json", directory)),
+        "never_solved": len(base["never_solved"]),
+        "rows": rows,
+        "tests": {},
+        "tuning": tuning,
+        "curves": curves,
+    }
+    if (folder / "base-prefix.json").exists():
+        prefixed = read_json(folder / "base-prefix.json")
+        name = f"base, made to begin with {prefixed['response_prefix']}"
+        found["prefix"] = _fixed(name, prefixed, _relative(folder / "base-prefix.json", directory))
+    return found
+
+
+def _relative(file: Path, directory: Path) -> str:
+    return file.relative_to(directory).as_posix()
+
+
+def _seed_of(file: Path) -> int:
+    return int(file.stem.split("-")[1])
+
+
+def _fixed(name: str, result: dict[str, Any], file: str) -> dict[str, Any]:
+    """Return the row of a model that has no seeds."""
+    correct = _marks(result["correct"])[None]
+    row = {
+        "name": name,
+        "accuracy": dataclasses.asdict(two_level(correct)),
+        "length": result["length"],
+        "retention": {name: kept["accuracy"] for name, kept in result.get("retention", {}).items()},
+        "file": file,
+        "correct": result["correct"],
+    }
+    if "right_of" in result:
+        row["pass_at_k"] = _pass_at_k([result])
+    return row
+
+
+def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a method at a budget: all its seeds, failed ones among them."""
+    done = [result for result in results if result["status"] == "done"]
+    row: dict[str, Any] = {
+        "name": method,
+        "seeds": [_seed(result) for result in results],
+        "failed": len(results) - len(done),
+        "hacked": sum(bool(result["hacking"]["hacked"]) for result in done),
+        "settings": results[0].get("settings", {}),
+    }
+    if not done:
+        return row
+    correct = np.stack([_marks(result["correct"]) for result in done])  # (S, P)
+    unsolved = np.array(base["never_solved"], dtype=int)
+    row |= {
+        "accuracy": dataclasses.asdict(two_level(correct)),
+        "spread": dataclasses.asdict(over_seeds(correct.mean(1).tolist())),
+        "gain": dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None])),
+        "pass_at_k": _pass_at_k(done),
+        "kl": _mean(result["kl"] for result in done),
+        "length": _mean(result["length"] for result in done),
+        "retention": {
+            name: _mean(result["retention"][name]["accuracy"] for result in done) for name in done[0]["retention"]
+        },
+        "evaluations": _mean(result["evaluations"] for result in done),
+        "train_time_s": _mean(result["train_time_s"] for result in done),
+        "steps": _mean(result["steps"] for result in done),
+        "changes": _changes(done),
+        "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
+    }
+    if unsolved.size:
+        samples = np.stack([np.array(result["right_of"])[unsolved] for result in done])  # (S, U)
+        row["discovery"] = {
+            "greedy": dataclasses.asdict(two_level(correct[:, unsolved])),
+            "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
+            "samples": done[0]["samples"],
+        }
+    return row
+
+
+def _seed(result: dict[str, Any]) -> dict[str, Any]:
+    names = ("seed", "status", "error", "accuracy", "evaluations", "train_time_s", "steps", "kl", "run", "file",
+             "fingerprint")  # fmt: skip
+    return {name: result[name] for name in names if name in result}
+
+
+def _pass_at_k(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the unbiased pass@k for each k, over all seeds: mean, and the interval over problems and seeds."""
+    n = results[0]["samples"]
+    found = {}
+    for k in KS:
+        if k > n:
+            continue
+        table = np.array([[pass_at_k(n, right, k) for right in result["right_of"]] for result in results])
+        found[str(k)] = dataclasses.asdict(two_level(table))
+    if len(results) == 1:
+        curve = pass_at_k_curve(results[0]["right_of"], n, tuple(int(k) for k in found))
+        found = {str(k): dataclasses.asdict(estimate) for k, estimate in curve.items()}
+    return found
+
+
+def _changes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean change of the parameters over seeds, and the first seed's histogram."""
+    first = results[0]["changes"]
+    numbers = {name: _mean(result["changes"][name] for result in results)
+               for name, value in first.items() if isinstance(value, (int, float))}  # fmt: skip
+    return {**{name: value for name, value in first.items() if not isinstance(value, (int, float))}, **numbers}
+
+
+def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str, bool]:
+    """Say of every baseline whether it gains enough on some base, at some budget, to count."""
+    found: dict[str, bool] = {}
+    for name, entry in comparison["methods"].items():
+        if entry["method"] == "es":
+            continue
+        rows = [row for model in models.values() for budget in BUDGETS for row in model["rows"][budget]]
+        gains = [row["gain"]["difference"] for row in rows if row["name"] == name and "gain" in row]
+        found[name] = bool(gains) and 100 * max(gains) >= comparison["established_points"]
+    return found
+
+
+def _tests(rows: Sequence[dict[str, Any]], comparison: dict[str, Any], established: dict[str, bool]) -> list[Any]:
+    """Compare every ES row with every established baseline, and random search, at one budget on one base.
+
+    P-values are corrected together (Holm).
+    """
+    kinds = {name: entry["method"] for name, entry in comparison["methods"].items()}
+    done = {row["name"]: row for row in rows if "correct" in row}
+    pairs = [
+        (es, other)
+        for es in done
+        for other in done
+        if kinds.get(es) == "es" and (established.get(other) or kinds.get(other, other) == "random_search")
+    ]
+    found = []
+    for es, other in pairs:
+        difference = paired_difference(*(np.stack([_marks(seed) for seed in done[name]["correct"]])
+                                         for name in (es, other)))  # fmt: skip
+        found.append({"es": es, "other": other, **dataclasses.asdict(difference)})
+    for test, corrected in zip(found, holm([test["p_value"] for test in found]), strict=True):
+        test["p_holm"] = corrected
+    return found
+
+
+def _marks(correct: str) -> np.ndarray:
+    """Return a result's ``correct`` as numbers (P,)."""
+    return np.frombuffer(correct.encode(), dtype=np.uint8).astype(np.float64) - ord("0")
+
+
+def _mean(values: Any) -> float:
+    listed = [value for value in values if value is not None]
+    return float(np.mean(listed)) if listed else float("nan")

@@ -1,0 +1,104 @@
+"""Training runs in processes of their own: one that crashes, diverges or runs out of memory is a row, not the end.
+
+The processes are forked from a server that has loaded torch, transformers and TRL once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ("estune.compare.preload",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run's process ended: its exit status, and the error's sentence where it failed."""
+
+    code: int
+    error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Say whether the run did not come to its end."""
+        return self.code != 0
+
+
+def context() -> ForkServerContext:
+    """Return the way processes are started, with its server's modules named."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(list(PRELOADED))
+    return made
+
+
+def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, made: ForkServerContext) -> Outcome:
+    """Call a function in a process of its own; what it prints is added to ``log``, what it found it writes itself."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = log.stat().st_size if log.exists() else 0
+    process = made.Process(target=_child, args=(function, arguments, str(log)))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.join()  # it was interrupted, too, and saves what it has
+        raise
+    assert process.exitcode is not None
+    if process.exitcode == 0:
+        return Outcome(0)
+    with log.open("rb") as file:
+        file.seek(start)
+        said = file.read().decode("utf-8", errors="replace")
+    return Outcome(process.exitcode, reason(said, process.exitcode))
+
+
+def train(values: dict[str, Any]) -> None:
+    """Run or resume a training run to its end."""
+    from estune.config import ESConfig
+
+    args = ESConfig(**values)
+    if args.method == "es":
+        from estune.trainer import ESTrainer
+
+        ESTrainer(args=args).train()
+    else:
+        from estune.baselines import BaselineTrainer
+
+        BaselineTrainer(args=args).train()
+
+
+def reason(said: str, code: int) -> str:
+    """Return the sentence that tells why a run failed, from what it printed."""
+    errors = re.findall(r"^estune: error: (.*)$", said, re.MULTILINE)
+    if errors:
+        return str(errors[-1])
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit status {code}"
+
+
+def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from estune.errors import UserError
+
+    try:
+        function(*arguments)
+    except UserError as error:
+        print(f"estune: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except BaseException:  # whatever it is: a run that fails is a row of the comparison
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
