@@ -64,7 +64,8 @@ class Measuring:
     """How a model is measured on held-out rows."""
 
     rows: int = 1000  # of the test split; 0: all
-    samples: int = 16  # of each row, for pass@k
+    samples: int = 16  # of each sampled row, for pass@k
+    sample_rows: int = 0  # the first of those rows, which are sampled; 0: all. What the base never solves is, too
     temperature: float = 1.0  # of those samples
     kl_rows: int = 200  # rows of which one sample each gives the divergence to the base
     discovery_samples: int = 256  # of the base: what it never solves in these is there to be discovered

@@ -18,9 +18,9 @@ import numpy as np
 
 from estune import inputs
 from estune.cli import EVALUATE_FIELDS
-from estune.compare.config import Comparison, Retained
-from estune.compare.hacking import judge
 from estune.compare.changes import parameter_changes
+from estune.compare.config import Comparison, Retained
+from estune.compare.hacking import BOUNDS, WORDLESS_SHARE, judge
 from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
 from estune.errors import UserError
@@ -39,6 +39,7 @@ class Base:
 
     engine: Engine
     rows: list[EvaluatedRow]
+    never_solved: list[int]
 
 
 def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: str | None) -> None:
@@ -85,10 +86,10 @@ def measure_run(
     comparison: Comparison, run: str, base_file: Path, files: Sequence[Path], facts: dict[str, Any]
 ) -> None:
     """Measure a run's model and write the outcome with its ``facts``, to each of ``files``."""
-    base_path = json.loads(base_file.read_text(encoding="utf-8"))["model"]
-    args = evaluation_config(comparison, base_path)
+    known = json.loads(base_file.read_text(encoding="utf-8"))
+    args = evaluation_config(comparison, known["model"])
     engine = inputs.load_engine(args)
-    base = Base(engine, answer(args, engine, test_rows(comparison))[0].rows)
+    base = Base(engine, answer(args, engine, test_rows(comparison))[0].rows, known["never_solved"])
     state = json.loads((Path(run) / "es_state.json").read_text(encoding="utf-8"))
     result = {**facts, "status": "done", **measure(comparison, run, base), "fingerprint": state["fingerprint"]}
     for file in files:
@@ -140,18 +141,24 @@ def measure(comparison: Comparison, model: str, base: Base | None) -> dict[str, 
     engine = inputs.load_engine(args)
     rows = test_rows(comparison)
     greedy, prompts = answer(args, engine, rows)
-    sampled = sample(comparison, args, engine, rows, comparison.measuring.samples)
+    chosen = list(range(len(rows)))
+    if base is not None:  # the base itself is sampled on all rows, to see what it never solves
+        first = comparison.measuring.sample_rows or len(rows)
+        chosen = sorted({*chosen[:first], *base.never_solved})
+    sampled = sample(comparison, args, engine, [rows[i] for i in chosen], comparison.measuring.samples)
     result = {
         **of_greedy(greedy),
+        "sampled_rows": chosen,
         "right_of": right_of(sampled),
         "samples": comparison.measuring.samples,
         "sampled_length": sampled.summary()["mean_length_tokens"],
         "retention": {name: retained(comparison, model, engine, kept) for name, kept in comparison.retention.items()},
     }
     if base is not None:
-        result["kl"] = divergence(engine, base.engine, prompts, sampled, comparison.measuring.kl_rows)
+        asked = [prompts[i] for i in chosen]
+        result["kl"] = divergence(engine, base.engine, asked, sampled, comparison.measuring.kl_rows)
         result["changes"] = changes(base.engine, engine)
-        result["hacking"] = dataclasses.asdict(judge(base.rows, greedy.rows))
+        result["hacking"] = hacking(comparison.task, base.rows, greedy.rows)
     return result
 
 
@@ -166,6 +173,16 @@ def changes(base: Engine, tuned: Engine) -> dict[str, Any]:
         "distance_to_normal": found.distance,
         "histogram": {"edges": found.edges, "density": found.density} if found.density else None,
     }
+
+
+def hacking(task: str, base: Sequence[EvaluatedRow], tuned: Sequence[EvaluatedRow]) -> dict[str, Any]:
+    """Return the detector's verdict; its rule about words counts only where the base's completions hold words."""
+    rows = [[vars(row) for row in own] for own in (base, tuned)]
+    low, high = BOUNDS.get(task, (0.0, 1.0))
+    verdict = judge(*rows, low=low, high=high)
+    if verdict.base_share_without_words >= WORDLESS_SHARE:
+        verdict = judge(*rows, low=low, high=high, words_expected=False)
+    return dataclasses.asdict(verdict)
 
 
 def of_greedy(evaluation: Evaluation) -> dict[str, Any]:

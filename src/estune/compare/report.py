@@ -110,7 +110,8 @@ def render(summary: dict[str, Any], figure: str) -> str:
 
 
 def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]) -> str:
-    head = ["method", "pass@1, %", "gain, points", "seeds", "spread (sd)", "pass@16, %", "KL to base", "length",
+    most = max(model["base"]["pass_at_k"], key=int)
+    head = ["method", "pass@1, %", "gain, points", "seeds", "spread (sd)", f"pass@{most}, %", "KL to base", "length",
             "evaluations", "seconds"]  # fmt: skip
     body = []
     for fixed in filter(None, (model["base"], model.get("prefix"))):
@@ -203,8 +204,10 @@ def _changes_part(summary: dict[str, Any]) -> str:
             figures.append(f"<h3>{_text(name)}</h3><figure>{_svg(_histograms(rows))}</figure>")
     if not figures:
         return ""
-    note = ("<p class=note>Changes of all parameters in units of their root mean square (first seed, equal "
-            "evaluations). Dashed: the normal distribution, which a random walk of the same length would give.</p>")  # fmt: skip
+    note = (
+        "<p class=note>Changes of all parameters in units of their root mean square (first seed, equal evaluations). "
+        "Dashed: the normal distribution, which a random walk of the same length would give.</p>"
+    )
     return f"<h2>How parameters moved</h2>{note}{''.join(figures)}"
 
 

@@ -39,6 +39,8 @@ from estune.monitors import say
 from estune.records import read_metrics
 from estune.tasks import get_task
 
+ATTEMPTS = 3  # of a run whose process was killed, by the system or by a crash in somebody's library
+
 
 class Runner:
     """A comparison that is being carried out."""
@@ -126,6 +128,7 @@ class Runner:
         args = with_budget(args, tuning.evaluations, self.train_rows)
         directory = self.directory / "tuning" / model / method / f"trial-{index}"
         outcome = self._train(dataclasses.replace(args, output_dir=str(directory), report_to=["none"]))
+        file.parent.mkdir(parents=True, exist_ok=True)
         facts = {"trial": trial, **self._place(directory), **self._facts(directory)}
         if not outcome.failed:
             log = f"logs/{model}-{method}-trial-{index}.log"
@@ -211,8 +214,14 @@ class Runner:
     def _train(self, args: ESConfig) -> worker.Outcome:
         directory = Path(str(args.output_dir))
         values = {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args)}
-        values |= {"resume": directory.exists(), "console": "lines"}
-        return worker.call(worker.train, (values,), directory.with_name(f"{directory.name}.log"), self.context)
+        log = directory.with_name(f"{directory.name}.log")
+        for _ in range(ATTEMPTS):
+            values |= {"resume": directory.exists(), "console": "lines"}
+            outcome = worker.call(worker.train, (values,), log, self.context)
+            if outcome.code >= 0:  # it ended by itself
+                break
+            say(f"estune: {directory}: {outcome.error}; it goes on from where it was")
+        return outcome
 
     def _call(self, function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> worker.Outcome:
         return worker.call(function, arguments, self.directory / log, self.context)

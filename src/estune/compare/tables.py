@@ -53,6 +53,7 @@ def summarise(directory: Path) -> dict[str, Any]:
 
 def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
     base = read_json(folder / "base.json")
+    sample_rows = comparison["measuring"]["sample_rows"] or len(base["correct"])
     rows: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
     tuning: dict[str, Any] = {}
     curves: dict[str, list[Any]] = {}
@@ -72,7 +73,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
             files = sorted((folder / method).glob(f"seed-*-{budget}.json"), key=_seed_of)
             results = [{**read_json(file), "file": _relative(file, directory)} for file in files]
             if results:
-                rows[budget].append(_row(method, results, base))
+                rows[budget].append(_row(method, results, base, sample_rows))
         longest = [max(
             (read_json(file).get("curve", []) for file in (folder / method).glob(f"seed-{seed}-*.json")),
             key=len, default=[],
@@ -81,7 +82,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
     found: dict[str, Any] = {
         "path": comparison["models"][folder.name],
         "fingerprint": base["fingerprint"],
-        "base": _fixed("base", base, _relative(folder / "base.json", directory)),
+        "base": _fixed("base", base, _relative(folder / "base.json", directory), sample_rows),
         "never_solved": len(base["never_solved"]),
         "rows": rows,
         "tests": {},
@@ -91,7 +92,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
     if (folder / "base-prefix.json").exists():
         prefixed = read_json(folder / "base-prefix.json")
         name = f"base, made to begin with {prefixed['response_prefix']}"
-        found["prefix"] = _fixed(name, prefixed, _relative(folder / "base-prefix.json", directory))
+        found["prefix"] = _fixed(name, prefixed, _relative(folder / "base-prefix.json", directory), sample_rows)
     return found
 
 
@@ -103,7 +104,7 @@ def _seed_of(file: Path) -> int:
     return int(file.stem.split("-")[1])
 
 
-def _fixed(name: str, result: dict[str, Any], file: str) -> dict[str, Any]:
+def _fixed(name: str, result: dict[str, Any], file: str, sample_rows: int) -> dict[str, Any]:
     """Return the row of a model that has no seeds."""
     correct = _marks(result["correct"])[None]
     row = {
@@ -115,11 +116,11 @@ def _fixed(name: str, result: dict[str, Any], file: str) -> dict[str, Any]:
         "correct": result["correct"],
     }
     if "right_of" in result:
-        row["pass_at_k"] = _pass_at_k([result])
+        row["pass_at_k"] = _pass_at_k([result], sample_rows)
     return row
 
 
-def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], sample_rows: int) -> dict[str, Any]:
     """Return the row of a method at a budget: all its seeds, failed ones among them."""
     done = [result for result in results if result["status"] == "done"]
     row: dict[str, Any] = {
@@ -137,7 +138,7 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any]) -
         "accuracy": dataclasses.asdict(two_level(correct)),
         "spread": dataclasses.asdict(over_seeds(correct.mean(1).tolist())),
         "gain": dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None])),
-        "pass_at_k": _pass_at_k(done),
+        "pass_at_k": _pass_at_k(done, sample_rows),
         "kl": _mean(result["kl"] for result in done),
         "length": _mean(result["length"] for result in done),
         "retention": {
@@ -150,7 +151,7 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any]) -
         "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
     }
     if unsolved.size:
-        samples = np.stack([np.array(result["right_of"])[unsolved] for result in done])  # (S, U)
+        samples = np.array([_sampled(result, unsolved.tolist()) for result in done])  # (S, U)
         row["discovery"] = {
             "greedy": dataclasses.asdict(two_level(correct[:, unsolved])),
             "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
@@ -165,17 +166,24 @@ def _seed(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names if name in result}
 
 
-def _pass_at_k(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _sampled(result: dict[str, Any], rows: Sequence[int]) -> list[int]:
+    """Return how many of the samples of each of some rows are right."""
+    right = dict(zip(result["sampled_rows"], result["right_of"], strict=True))
+    return [right[row] for row in rows]
+
+
+def _pass_at_k(results: Sequence[dict[str, Any]], sample_rows: int) -> dict[str, Any]:
     """Return the unbiased pass@k for each k, over all seeds: mean, and the interval over problems and seeds."""
     n = results[0]["samples"]
+    counts = [_sampled(result, range(sample_rows)) for result in results]
     found = {}
     for k in KS:
         if k > n:
             continue
-        table = np.array([[pass_at_k(n, right, k) for right in result["right_of"]] for result in results])
+        table = np.array([[pass_at_k(n, right, k) for right in own] for own in counts])
         found[str(k)] = dataclasses.asdict(two_level(table))
     if len(results) == 1:
-        curve = pass_at_k_curve(results[0]["right_of"], n, tuple(int(k) for k in found))
+        curve = pass_at_k_curve(counts[0], n, tuple(int(k) for k in found))
         found = {str(k): dataclasses.asdict(estimate) for k, estimate in curve.items()}
     return found
 

@@ -5,6 +5,7 @@ The processes are forked from a server that has loaded torch, transformers and T
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -92,6 +93,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str) 
     os.dup2(descriptor, 2)
     from estune.errors import UserError
 
+    faulthandler.enable()
     try:
         function(*arguments)
     except UserError as error:
