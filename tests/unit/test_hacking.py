@@ -6,6 +6,7 @@ In `data/hacking_labels.jsonl`, ``label`` says whether a completion holds an Eng
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from estune.compare.hacking import BOUNDS, WORDS, Verdict, dictionary, has_word, judge
+from estune.evaluation import EvaluatedRow
 from estune.tasks.conciseness import accuracy, reward
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +163,13 @@ def test_right_numbers_are_no_nonsense_and_are_counted_beside() -> None:
     assert judge(base, wrong, low=-2000, high=0).hacked
     spared = judge(base, wrong, low=-2000, high=0, words_expected=False)
     assert not spared.hacked and spared.share_without_words == 0.1 and spared.base_share_without_words == 0.0
+
+
+def test_rows_of_an_evaluation_are_judged_as_those_of_its_file() -> None:
+    row = EvaluatedRow(3, "p", ["yes", ";;"], [0.2, None], [1.0, 0.0], [1, 1], [True, True], [[1], [2]], failures=1)
+    kept = {name: value for name, value in dataclasses.asdict(row).items() if name != "token_ids"}
+    assert judge([row], [row]) == judge([kept], [kept])
+    assert judge([row], [row]).share_without_words == 0.5
 
 
 def test_rewards_beyond_the_scale_are_its_ends_and_failures_are_the_lowest() -> None:

@@ -1,0 +1,147 @@
+"""How often the intervals of comparisons hold the truth, on answers whose truth is known.
+
+    python benchmarks/coverage.py                   # a few minutes on one core
+
+Answers are right or wrong by a logistic model: every seed has an effect of its own, every problem has one, and so has
+every seed on every problem; methods that are compared fare differently on a problem, too. A truth is the model's mean
+over seeds and problems, by quadrature. Beside `two_level` the tables get Student's t over seed means, and every tenth
+of the smaller ones a bootstrap over seeds and problems. The result goes to `benchmarks/results/coverage.json`; shares
+are per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import numpy as np
+from record import write_result
+
+from estune.compare import statistics
+from estune.compare.statistics import over_seeds, paired_difference, tango, two_level
+
+PROBLEMS = (200, 1000)
+# mean log-odds; spread of seeds, of problems, of seeds on problems
+TABLES = [
+    (0, 0, 1.5, 0.5), (0, 0.05, 1.5, 0.5), (0, 0.1, 1.5, 0.5), (0, 0.2, 1.5, 0.5), (0, 0.4, 1.5, 0.5),
+    (0, 1, 1, 0.5), (2, 0.2, 2, 1), (-3, 0.3, 1, 0.5), (-3, 0, 2, 0.5), (0, 0.2, 5, 0),
+]  # fmt: skip
+# mean log-odds; the first method's lead; spread of seeds, of problems, of methods on problems, of seeds on problems
+PAIRS = [
+    (0, 0.3, 0, 1.5, 0.3, 0.5), (0, 0.3, 0.1, 1.5, 0.3, 0.5), (0, 0.3, 0.2, 1.5, 0.3, 0.5),
+    (0, 0, 0.4, 1.5, 0.3, 0.5), (-2, 0.3, 0.2, 2, 0.5, 1), (-3, 0, 0.2, 1, 0.3, 0.5),
+]  # fmt: skip
+SINGLE = [(0.1, 0.1), (0.2, 0.1), (0.02, 0.01), (0.02, 0.0), (0.15, 0.05)]  # chances that a pair is gained, lost
+RESAMPLES = 400
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
+
+
+def chance(logits: np.ndarray) -> np.ndarray:
+    """Return the logistic function."""
+    return np.asarray(1 / (1 + np.exp(-logits)))
+
+
+def expected(mean: float, *spreads: float) -> float:
+    """Return the mean accuracy over normal effects of these spreads."""
+    return float(WEIGHTS @ chance(mean + math.hypot(*spreads) * NODES) / WEIGHTS.sum())
+
+
+def answers(rng: np.random.Generator, seeds: int, logits: np.ndarray, spread: float, own: float) -> np.ndarray:
+    """Return a table (seeds, P) of 0 and 1, for problems of these log-odds (P,)."""
+    effects = rng.normal(0, spread, (seeds, 1)) + rng.normal(0, own, (seeds, logits.size))
+    return (rng.random(effects.shape) < chance(logits + effects)).astype(np.float64)
+
+
+def bootstrap(rng: np.random.Generator, table: np.ndarray) -> tuple[float, float]:
+    """Return the percentile interval of means over resampled seeds and problems."""
+    weights = [rng.multinomial(n, [1 / n] * n, RESAMPLES) / n for n in table.shape]
+    low, high = np.percentile(((weights[0] @ table) * weights[1]).sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def one_level(rng: np.random.Generator, seeds: int, problems: int, case: tuple[float, ...], repeats: int) -> Any:
+    """Return the coverage of the three intervals of a mean."""
+    mean, spread, difficulty, own = case
+    truth, hits = expected(mean, spread, difficulty, own), np.zeros(3)
+    for i in range(repeats):
+        table = answers(rng, seeds, mean + rng.normal(0, difficulty, problems), spread, own)
+        found = two_level(table)
+        over = over_seeds(table.mean(1).tolist()).interval
+        assert over is not None
+        resampled = [bootstrap(rng, table)] if problems == PROBLEMS[0] and i % 10 == 0 else []
+        bounds = [(found.low, found.high), over, *resampled]
+        hits[: len(bounds)] += [low <= truth <= high for low, high in bounds]
+    counts = np.array([repeats, repeats, len(range(0, repeats, 10))])
+    shares = dict(zip(("two_level", "t_of_seed_means", "bootstrap"), percent(hits / counts), strict=True))
+    if problems != PROBLEMS[0]:
+        del shares["bootstrap"]
+    return {"seeds": seeds, "problems": problems, "case": case, "truth": round(truth, 4), **shares}
+
+
+def pair(rng: np.random.Generator, seeds: tuple[int, int], problems: int, case: tuple[float, ...], repeats: int) -> Any:
+    """Return the coverage of a paired difference; a method of one seed is a base and has no spread over seeds."""
+    mean, better, spread, difficulty, taste, own = case
+    spreads = [spread if n > 1 else 0.0 for n in seeds]
+    truths = [expected(m, s, difficulty, taste, own) for m, s in zip((mean + better, mean), spreads, strict=True)]
+    truth, hits = truths[0] - truths[1], 0
+    for _ in range(repeats):
+        shared = rng.normal(0, difficulty, problems)
+        tables = [
+            answers(rng, n, m + shared + rng.normal(0, taste, problems), s, own)
+            for n, m, s in zip(seeds, (mean + better, mean), spreads, strict=True)
+        ]
+        found = paired_difference(*tables)
+        hits += found.low <= truth <= found.high
+    return {"seeds": seeds, "problems": problems, "case": case, "truth": round(truth, 4), **named(hits / repeats)}
+
+
+def single(rng: np.random.Generator, problems: int, case: tuple[float, float], repeats: int) -> Any:
+    """Return the coverage of Tango's interval of one run against another."""
+    gains, losses = case
+    draws = rng.multinomial(problems, [gains, losses, 1 - gains - losses], repeats)[:, :2].tolist()
+    bounds = {pair: tango(*pair, problems) for pair in {(g, x) for g, x in draws}}
+    hits = sum(bounds[g, x][0] <= gains - losses <= bounds[g, x][1] for g, x in draws)
+    return {"problems": problems, "case": case, **named(hits / repeats)}
+
+
+def percent(shares: Any) -> list[float]:
+    """Return shares in per cent, to two digits."""
+    return [round(100 * float(share), 2) for share in shares]
+
+
+def named(share: float) -> dict[str, float]:
+    """Return a coverage under its name."""
+    return {"coverage": percent([share])[0]}
+
+
+def span(rows: list[Any], name: str = "coverage", **where: Any) -> str:
+    """Return the lowest and the highest coverage of some rows."""
+    values = [row[name] for row in rows if name in row and all(row[key] == value for key, value in where.items())]
+    return f"{min(values):.1f} to {max(values):.1f} % ({len(values)} cases)"
+
+
+def main() -> None:
+    """Run all cases, print what covers how well, record it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2000)
+    repeats = parser.parse_args().repeats
+    rng = np.random.default_rng(1)
+    statistics._p_value = lambda *_: 1.0  # slow, and not looked at here
+    levels = [one_level(rng, n, p, case, repeats) for n in (2, 3, 5) for p in PROBLEMS for case in TABLES]
+    pairs = [pair(rng, n, p, case, repeats) for n in ((3, 3), (5, 5), (1, 3)) for p in PROBLEMS for case in PAIRS]
+    singles = [single(rng, p, case, repeats) for p in (50, *PROBLEMS) for case in SINGLE]
+    for seeds in (2, 3, 5):
+        for name in ("two_level", "t_of_seed_means", "bootstrap"):
+            print(f"{seeds} seeds, {name}: {span(levels, name, seeds=seeds)}")
+    for both in ((3, 3), (5, 5), (1, 3)):
+        print(f"{both[0]} against {both[1]} seeds: {span(pairs, seeds=both)}")
+    for problems in (50, *PROBLEMS):
+        print(f"one run against one, {problems} problems: {span(singles, problems=problems)}")
+    error = round(100 * math.sqrt(0.95 * 0.05 / repeats), 2)
+    values = {"repeats": repeats, "error_points": error, "two_level": levels, "pairs": pairs, "single": singles}
+    print(write_result("coverage", values))
+
+
+if __name__ == "__main__":
+    main()
