@@ -130,6 +130,7 @@ def test_only_trl_comes_from_the_directory_of_its_own() -> None:
             assert trl_ppo.directory() not in Path(other.__file__).parents
     assert str(trl_ppo.directory()) not in sys.path
     assert trl_ppo.load()[1] is trl_ppo.load()[1]
+    assert f"trl=={trl_ppo.VERSION}" in (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
 
 
 def test_advantages_are_those_of_gae_and_the_first_ratio_is_one(seen, tmp_path: Path, monkeypatch) -> None:

@@ -65,9 +65,7 @@ class Ground:
     evaluations: int = 0  # completions scored in training
     train_time_s: float = 0.0  # of steps, evaluations and saving not counted
     clock: float = field(default_factory=time.perf_counter)  # when the step in hand began
-    measured: list[tuple[int, dict[str, float]]] = field(
-        default_factory=list
-    )  # of batches since the last step: size, metrics
+    measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # size, metrics; since the last step
     copied: bool = True  # the engine's weights are the module's
 
     @property
