@@ -341,6 +341,15 @@ class ESConfig:
             if self.method in ("grpo", "dr_grpo", "rloo") and self.num_generations < 2:
                 raise UserError(f"method {self.method} compares completions of a prompt: num_generations must be 2 or "
                                 "more")  # fmt: skip
+            if self.method == "ppo":
+                if self.num_generations != 1:
+                    raise UserError("method ppo learns from one completion of each prompt: num_generations must be 1")
+                if self.top_p < 1 or self.top_k > 0:
+                    raise UserError("method ppo samples from the whole distribution: leave top_p at 1 and top_k at 0")
+                if self.stop_strings:
+                    raise UserError(
+                        "method ppo knows no stop_strings: its completions end at the model's own end tokens"
+                    )
             if self.dtype not in ("auto", "float32"):
                 raise UserError(f"method {self.method} trains in float32: leave dtype at auto")
 

@@ -6,6 +6,8 @@
     min_reward                    sft_rejection: reward from which a sample is right, for data without an accuracy
     generation                    grpo, dr_grpo, rloo: `estune` (default), by ES's engine, or `trl`, by the trainer
     per_device_train_batch_size   completions in one backward pass; default: all of a step, 16 for a large model
+
+Of `ppo` it may hold what its trainer reads (`ppo_arguments`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import dataclasses
 from importlib.metadata import version
 from typing import Any
 
+from estune.baselines import ppo_arguments, trl_ppo
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.words import nearest
@@ -25,11 +28,13 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0},
     "rloo": {},
+    "ppo": {},
     "sft_rejection": {},
 }
 # estune's own arguments of a method, and their defaults.
 OWN: dict[str, dict[str, Any]] = {
     **{method: {"generation": "estune"} for method in ("grpo", "dr_grpo", "rloo")},
+    "ppo": {},
     "sft_rejection": {"min_reward": None},
 }
 # Decided by the configuration, or by how estune drives a trainer.
@@ -49,6 +54,8 @@ def config_class(method: str) -> Any:
     Raises:
         UserError: TRL is not installed.
     """
+    if method == "ppo":
+        return trl_ppo.load()[0]
     try:
         import trl
     except ImportError:
@@ -60,15 +67,20 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
     """Return `method_kwargs`, with estune's own arguments of a method (`OWN`) filled in.
 
     Raises:
-        UserError: an unknown name, or one that a field decides.
+        UserError: an unknown name, one that a field decides, or one without effect.
     """
     known = OWN[args.method]
     fields = {spec.name for spec in dataclasses.fields(config_class(args.method))} | set(known)
+    free = ppo_arguments.FREE if args.method == "ppo" else fields - DECIDED
     for name in args.method_kwargs:
         if name in DECIDED:
             raise UserError(f"method_kwargs cannot hold {name}: the configuration, or estune itself, decides it")
         if name not in fields:
-            raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, fields - DECIDED)}")
+            raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, free)}")
+        if args.method == "ppo":
+            ppo_arguments.refuse_unread(name)
+    if args.method == "ppo":
+        ppo_arguments.check(args.method_kwargs)
     given = {**known, **args.method_kwargs}
     if given.get("generation", "trl") not in ("estune", "trl"):
         raise UserError(f"generation is estune or trl, not {given['generation']!r}")
@@ -92,14 +104,18 @@ def trl_config(
     """
     given = own_arguments(args)
     own = {name: given.pop(name) for name in OWN[args.method]}
-    micro = given.pop("per_device_train_batch_size", batch if num_parameters <= SMALL else min(batch, MICRO_BATCH))
+    whole = num_parameters <= SMALL or args.method == "ppo"
+    micro = given.pop("per_device_train_batch_size", batch if whole else min(batch, MICRO_BATCH))
     if not isinstance(micro, int) or micro < 1 or batch % micro:
         raise UserError(f"per_device_train_batch_size {micro} does not divide the {batch} rows of a step")
+    if args.method == "ppo":
+        ppo_arguments.check(given, batch)
+    warms_up = args.warmup_steps and args.lr_scheduler_type == "constant"  # transformers' `constant` would not
     values = {
         "output_dir": directory,
         "max_steps": args.max_steps,
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type,
+        "lr_scheduler_type": "constant_with_warmup" if warms_up else args.lr_scheduler_type,
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
         "seed": args.seed,
@@ -124,6 +140,13 @@ def trl_config(
 
 
 def record_of(method: str, trainer: str, config: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """Return what `method.json` keeps: the trainer, its version, and every argument as it was resolved."""
-    arguments = {name: value for name, value in sorted(config.to_dict().items()) if name not in PATHS}
+    """Return what `method.json` keeps: the trainer, its version, and every argument as it was resolved.
+
+    Of PPO's trainer every one that it reads: a `max_grad_norm` that is not applied would be a false record.
+    """
+    arguments = {
+        name: value
+        for name, value in sorted(config.to_dict().items())
+        if name not in PATHS and (method != "ppo" or name in ppo_arguments.READ)
+    }
     return {"method": method, "trainer": trainer, "trl": version("trl"), "estune": own, "arguments": arguments}

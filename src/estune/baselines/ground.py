@@ -65,7 +65,7 @@ class Ground:
     evaluations: int = 0  # completions scored in training
     train_time_s: float = 0.0  # of steps, evaluations and saving not counted
     clock: float = field(default_factory=time.perf_counter)  # when the step in hand began
-    measured: list[dict[str, float]] = field(default_factory=list)  # of batches scored since the last step
+    measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # size, metrics; since the last step
     copied: bool = True  # the engine's weights are the module's
 
     @property
@@ -169,18 +169,21 @@ class Ground:
         The last axis of ``weighed`` holds the completions that are compared with one another.
         """
         self.evaluations += weighed.size
-        known = np.isfinite(weighed).all(axis=-1)
+        known = np.isfinite(weighed).all(axis=-1) & (weighed.shape[-1] > 1)  # one completion has nothing to differ from
         spread = np.ptp(weighed[known], axis=-1) if known.any() else np.zeros(0)
         self.measured.append(
-            {
-                "reward": mean(weighed),
-                "reward_std": float(np.nanstd(weighed)) if np.isfinite(weighed).any() else math.nan,
-                **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
-                "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
-                "completions/mean_length": float(lengths.mean()),
-                "completions/clipped_ratio": clipped_ratio,
-                "reward_errors": float(failures),
-            }
+            (
+                weighed.size,
+                {
+                    "reward": mean(weighed),
+                    "reward_std": float(np.nanstd(weighed)) if np.isfinite(weighed).any() else math.nan,
+                    **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
+                    "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
+                    "completions/mean_length": float(lengths.mean()),
+                    "completions/clipped_ratio": clipped_ratio,
+                    "reward_errors": float(failures),
+                },
+            )
         )
 
     def use(self, theta: Mapping[str, np.ndarray]) -> None:
@@ -213,12 +216,10 @@ class Ground:
         self.moved()
         if not math.isfinite(record.get("loss", 0.0)):
             raise Diverged(f"the loss is {record['loss']} in step {step}: lower learning_rate")
-        names = dict.fromkeys(name for batch in self.measured for name in batch)
-        means = {name: mean(np.array([b[name] for b in self.measured if name in b])) for name in names}
-        self.measured = []
+        measured, self.measured = together(self.measured), []
         if step % self.args.logging_steps == 0 or self.ended:
             own = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
-            self.monitors.log({"step": step, **record, **means, **own})
+            self.monitors.log({"step": step, **record, **measured, **own})
         self.after_step()
         self.clock = time.perf_counter()
 
@@ -268,6 +269,19 @@ class Ground:
             write_card(self.run.path)
         else:
             save_checkpoint(self.run.path, self.steps_done, self.engine, state, trainer_state)
+
+
+def together(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Return the metrics of some batches as one: means by the batches' sizes; errors are counted."""
+    if len(batches) == 1:
+        return batches[0][1]
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, batch in batches for name in batch):
+        known = [(size, batch[name]) for size, batch in batches if not math.isnan(batch.get(name, math.nan))]
+        total = math.fsum(value if name == "reward_errors" else size * value for size, value in known)
+        sizes = 1 if name == "reward_errors" else sum(size for size, _ in known)
+        found[name] = total / sizes if known else math.nan
+    return found
 
 
 def greedy(args: ESConfig) -> Sampling:

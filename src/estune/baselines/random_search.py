@@ -76,7 +76,8 @@ def _fitness(ground: Ground, step: Step) -> np.ndarray:
     rollouts = _rollouts(ground, [step.perturbation(member) for member in step.members], rows, prompts)
     weights = ground.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
-    ground.note(weighed, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, int(rollouts.failed.sum()))
+    among_members = np.moveaxis(weighed, 0, -1)  # (B, G, N)
+    ground.note(among_members, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, int(rollouts.failed.sum()))
     return population_fitness(weighed)
 
 

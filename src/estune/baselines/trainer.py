@@ -45,6 +45,12 @@ def _policy_gradient(ground: Ground) -> None:
     policy_gradient(ground)
 
 
+def _ppo(ground: Ground) -> None:
+    from estune.baselines.ppo import ppo
+
+    ppo(ground)
+
+
 def _rejection(ground: Ground) -> None:
     from estune.baselines.rejection import rejection
 
@@ -55,9 +61,11 @@ METHODS: dict[str, Callable[[Ground], None]] = {
     "grpo": _policy_gradient,
     "dr_grpo": _policy_gradient,
     "rloo": _policy_gradient,
+    "ppo": _ppo,
     "sft_rejection": _rejection,
     "random_search": random_search,
 }
+RESTARTED = ("ppo",)  # by a resume: their trainers keep nothing to go on from
 
 
 class BaselineTrainer(ESTrainer):
@@ -78,6 +86,7 @@ class BaselineTrainer(ESTrainer):
             if not (run_dir / CARD_FILE).exists():
                 write_card(run_dir)
             return run_dir
+        self._refuse_to_go_on(run_dir)
         with open_ground(self) as ground:
             try:
                 ground.after_step()
@@ -89,8 +98,19 @@ class BaselineTrainer(ESTrainer):
                     repository = open_repository(repository_of(self.args), self.args.hub_private_repo)
                     say(f"estune: {push(run_dir, repository)}")
             except Interrupted:
-                say(f"estune: stopped after {ground.steps_done} steps; go on with --resume --output_dir {run_dir}")
+                again = "start it again" if self.args.method in RESTARTED else "go on"
+                say(f"estune: stopped after {ground.steps_done} steps; {again} with --resume --output_dir {run_dir}")
         return run_dir
+
+    def _refuse_to_go_on(self, run_dir: Path) -> None:
+        """Raise UserError where a finished run would have to start again to be longer or shorter."""
+        if not self.args.resume or self.args.method not in RESTARTED or not (run_dir / CONFIG_FILE).exists():
+            return
+        stored = read_config(run_dir)
+        then = {name: stored[name] for name in ("max_steps", "max_time_s")}
+        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.given):
+            raise UserError(f"{run_dir} is finished, and a run of method {self.args.method} cannot go on from its end: "
+                            "train in another --output_dir")  # fmt: skip
 
 
 def check_method(args: ESConfig) -> None:
@@ -146,6 +166,10 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         goes_on = args.resume and (run.path / CONFIG_FILE).exists()
         if goes_on:
             args = adopt(args, kept_by_a_resume(run.path), trainer.given)
+        restarts = goes_on and args.method in RESTARTED
+        if restarts:
+            say(f"estune: {args.method} keeps nothing to go on from: starting again from step 0")
+            goes_on = False
         stop = stack.enter_context(StopRequest())
         pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
         accuracy_pool = None
@@ -159,6 +183,8 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         steps_done = resume_point(run.path) if goes_on else 0
         found = {} if goes_on else run.files()
+        if restarts:  # until it is written again, the configuration says what the next resume starts
+            del found[run.path / CONFIG_FILE]
         trackers = known_trackers(run.path) if goes_on else {}
         monitors, _, started = start_monitors(args, run, trackers, steps_done)
         stack.push(lambda kind, *_: monitors.close(failed=kind is not None and not issubclass(kind, Interrupted)))
@@ -195,7 +221,8 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         say(f"estune: {args.method} on {args.model}, {engine.master.num_parameters:,} parameters; {data}: "
             f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
         size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
-            f"{args.num_generations} completions of each, learning_rate {args.learning_rate:g}"
+            f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "
+            f"learning_rate {args.learning_rate:g}"
         )  # fmt: skip
         say(f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
             f"{run.path}")  # fmt: skip
