@@ -13,6 +13,7 @@ An argument that would have no effect is refused: those of TRL's own generation 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from importlib.metadata import version
 from typing import Any
 
@@ -47,7 +48,12 @@ DECIDED = frozenset(
     "multi_objective_aggregation".split()
 )
 DECIDED_PREFIXES = ("eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_", "vllm_", "bf16_", "fp16_")
-LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")  # TRL says it in mid-run
+# What GRPO's arguments can be; TRL says it in mid-run.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+}
 # Of TRL's own generation.
 OF_GENERATION = frozenset(
     "generation_kwargs min_p repetition_penalty cache_implementation use_transformers_continuous_batching "
@@ -76,13 +82,16 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
         UserError: an unknown name, or one that a field decides.
     """
     known = OWN[args.method]
-    fields = {spec.name for spec in dataclasses.fields(config_class(args.method))} | set(known)
+    types = {spec.name: spec.type for spec in dataclasses.fields(config_class(args.method))}
+    fields = types.keys() | known.keys()
     free = {name for name in fields if not is_decided(name)}
-    for name in args.method_kwargs:
+    for name, value in args.method_kwargs.items():
         if is_decided(name) and (name in fields or name in DECIDED):
             raise UserError(f"method_kwargs cannot hold {name}: the configuration, or estune itself, decides it")
         if name not in fields:
             raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, free)}")
+        if not _fits(value, types.get(name)):
+            raise UserError(f"{name} of method {args.method} cannot be {value!r}: TRL wants {getattr(types[name], '__name__', types[name])}")
     given = {**known, **args.method_kwargs}
     generation = given.get("generation")
     if generation not in (None, "estune", "trl"):
@@ -94,13 +103,18 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
         raise UserError("stop_strings have no effect with generation trl: leave generation at estune")
     if args.stop_strings and given.get("mask_truncated_completions"):
         raise UserError("mask_truncated_completions would mask what ends with a stop string, too: give one of the two")
-    loss = given.get("loss_type", "grpo")
-    if args.method in ("grpo", "dr_grpo") and loss not in LOSS_TYPES:
-        raise UserError(f"loss_type is {loss!r}; it can be {', '.join(LOSS_TYPES)}{nearest(str(loss), LOSS_TYPES)}")
     least = given.get("min_reward")
     if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float))):
         raise UserError(f"min_reward must be a number, not {least!r}")
     return given
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Say whether a value is of a plain type, or of one of several; of others TRL knows more."""
+    kinds = set(typing.get_args(kind) or (kind,))
+    if not kinds <= {bool, int, float, str, type(None)}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def is_decided(name: str) -> bool:
@@ -154,9 +168,14 @@ def trl_config(
         **given,
     }
     try:
-        return config_class(args.method)(**values), own
+        config = config_class(args.method)(**values)
     except (TypeError, ValueError) as error:
         raise refused(args.method, error) from error
+    for name, choices in CHOICES.items() if args.method in ("grpo", "dr_grpo") else ():
+        value = getattr(config, name)
+        if value not in choices:
+            raise UserError(f"{name} is {value!r}; it can be {', '.join(choices)}{nearest(str(value), choices)}")
+    return config, own
 
 
 def sampling_arguments(args: ESConfig) -> dict[str, Any]:

@@ -69,8 +69,6 @@ def rejection(ground: Ground) -> None:
 def _draw(ground: Ground, min_reward: float | None) -> list[Sample]:
     """Sample the base, keep what is right, and write it down for a resume."""
     args, size = ground.args, int(ground.args.prompts_per_batch)
-    if ground.accuracy_pool is None and min_reward is None:
-        raise UserError("sft_rejection needs a task, whose accuracy says what is right, or min_reward in method_kwargs")
     kept: dict[Sample, None] = {}
     for start in range(0, len(ground.train_prompts), size):
         prompts = ground.train_prompts[start : start + size]

@@ -72,7 +72,7 @@ class BaselineTrainer(ESTrainer):
         super().__init__(**given)
         if self.has_module:
             raise UserError(f"method {self.args.method} takes the model by name")
-        check_method(self.args)  # before anything is written
+        check_method(self.args, self.rewards.accuracy is not None)  # before anything is written
 
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
@@ -103,8 +103,12 @@ class BaselineTrainer(ESTrainer):
         return run_dir
 
 
-def check_method(args: ESConfig) -> None:
+def check_method(args: ESConfig, has_accuracy: bool = True) -> None:
     """Refuse what a method's trainer would: an unknown argument, a package that is missing.
+
+    Args:
+        args: resolved, or before.
+        has_accuracy: of the task, which says what is right.
 
     Raises:
         UserError: with what is wrong.
@@ -113,6 +117,8 @@ def check_method(args: ESConfig) -> None:
         raise UserError(f"method {args.method} is ESTrainer's")
     if args.method == "random_search":
         return
+    if args.method == "sft_rejection" and not has_accuracy and own_arguments(args)["min_reward"] is None:
+        raise UserError("sft_rejection needs a task, whose accuracy says what is right, or min_reward in method_kwargs")
     own_arguments(args)
     if args.batch_size != "auto":  # resolved
         sampled = args.method != "sft_rejection"
