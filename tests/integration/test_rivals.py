@@ -3,20 +3,26 @@
 import dataclasses
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from command_line import metrics, weights, write_rewards
+from command_line import Zygote, assert_same_tree, metrics, steps, tree, weights, write_rewards
 from datasets import Dataset
 from safetensors.numpy import load_file
 from tiny_models import save_tiny
 
-from estune import ESConfig
+from estune import ESConfig, ESTrainer
+from estune.cli import main
+from estune.data import Batches
+from estune.engines.base import Interrupted
 from estune.errors import UserError
 from estune.model_paths import local_directory
+from estune.report.data import read_runs
+from estune.session import plan_step
 from estune.tasks import get_task
 
 trl = pytest.importorskip("trl", reason="the rivals' trainers")
@@ -315,18 +321,17 @@ def test_prompt_options_are_those_of_es(batches, place):
         return [float(len(text)) for text in completions]
 
     rows = get_task("countdown").load("train")[:2]
-    train("grpo", rows, reward, response_prefix="<think>", stop_strings=["=", "1", "2"], max_steps=1,
-          max_completion_length=40)  # fmt: skip
+    train("grpo", rows, reward, response_prefix="<think>", stop_strings=["="], max_steps=1, max_completion_length=8)
     assert len(seen) == 8
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
     for prompt, text, ids in seen:
         assert prompt in {row["prompt"] for row in rows} and text.startswith("<think>")
-        assert tokenizer.decode(ids, skip_special_tokens=True) in text
-        assert not re.search("[=12].", text.removeprefix("<think>"), flags=re.DOTALL)
+        assert text == "<think>" + tokenizer.decode(ids, skip_special_tokens=True)
+        assert "=" not in tokenizer.decode(ids[:-1])
     [record] = metrics(place / "run")
-    ended = [text for _, text, _ in seen if text[-1] in "=12"]
-    assert ended and record["completions/clipped_ratio"] == 1 - np.mean([c.finished for row in batches[0][1] for c in row])
-    assert record["completions/clipped_ratio"] < 1
+    ended = ["=" in text or len(ids) < 8 for _, text, ids in seen]
+    assert any("=" in text for _, text, _ in seen)  # TRL, who looks for the end token, takes them for cut off
+    assert record["completions/clipped_ratio"] == 1 - np.mean(ended)
     assert record["completions/mean_length"] == np.mean([len(ids) for _, _, ids in seen])
 
 
@@ -373,7 +378,7 @@ def test_a_reward_that_fails_does_not_pay(kind, batches, place):
     (place / "bad.py").write_text(BAD)
     rows = get_task("countdown").load("train")[:2]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"reward_isolation": "process", "reward_timeout_s": 1.5 if kind == "hanging" else 60, "reward_workers": 1}
+    changes = {"reward_isolation": "process", "reward_timeout_s": 0.7 if kind == "hanging" else 60, "reward_workers": 1}
     run = train("grpo", dataset_name="rows.jsonl", reward_funcs=[f"bad.py:{kind}"], max_steps=1, max_completion_length=24,
                 **changes)  # fmt: skip
     [(_, completions, found)] = batches
@@ -450,3 +455,380 @@ def test_several_rewards_are_weighed_and_none_is_left_out(batches, place):
 def weights_of_base():
     model = BaselineTrainer(args=ESConfig(**{**SMALL, "method": "grpo", "max_steps": 0, "output_dir": "base"})).train()
     return weights(model)
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of every kind of file."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    changes = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "eval_rows": 3, "report_to": ["plot", "report"]}
+    return train("grpo", **changes, output_dir=str(run), response_prefix="<think>")
+
+
+def test_the_run_directory_is_like_that_of_es(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"es_config.json", "env.json", "method.json", "metrics.jsonl", "eval", "plots", "report.html", "README.md",
+                     "es_state.json", "trainer_state.json", "config.json", "model.safetensors", "tokenizer.json",
+                     "checkpoint-2", "checkpoint-3", "trainer"}  # fmt: skip
+    assert "checkpoint-1" not in names and "journal.jsonl" not in names
+    assert sorted(path.name for path in (whole / "eval").iterdir()) == [f"step_0000{i}.jsonl" for i in (0, 2, 3)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole)
+    stored = load_file(whole / "checkpoint-3" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert np.array_equal(parameter.detach().numpy(), stored[name])
+    assert any((stored[name] != value).any() for name, value in load_file(whole / "checkpoint-2/model.safetensors").items())
+    assert [path.name for path in (whole / "trainer").glob("checkpoint-*")] == ["checkpoint-3"]
+    records = metrics(whole, times=True)
+    steps = [record for record in records if "eval_reward" not in record]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert [record["num_evaluations"] for record in steps] == [8, 16, 24]
+    for record in steps:
+        for name in ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "reward", "reward_std", "step_time",
+                     "rewards/reward/mean", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"):
+            assert isinstance(record[name], (int, float)), name  # fmt: skip
+    assert [record["step"] for record in records if "eval_reward" in record] == [0, 2, 3]
+    assert steps[-1]["train_time_s"] == pytest.approx(sum(record["step_time"] for record in steps))
+
+
+def test_the_card_and_the_page_say_what_it_was(whole):
+    card = (whole / "README.md").read_text()
+    assert "tags: [estune, grpo]" in card and f"trl.GRPOTrainer of TRL {trl.__version__}" in card
+    assert "--method grpo" in card and "estune replay" not in card and "| after | 3 |" in card
+    assert '"name": "run"' in (whole / "report.html").read_text(encoding="utf-8")
+    [shown] = read_runs([whole])["runs"]  # what `estune watch` serves
+    assert (shown["steps_done"], shown["config"]["method"], shown["base"]["model"]) == (3, "grpo", "tiny")
+    assert shown["fingerprint"] == json.loads((whole / "es_state.json").read_text())["fingerprint"]
+    assert len(shown["steps"]) == len(shown["evaluations"]) == 3
+
+
+def test_commands_on_such_a_run(whole, capsys, place):
+    assert main(["evaluate", "--model", str(whole), "--limit", "3", "--json", "--rows", "rows.jsonl"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    held_out = [record for record in metrics(whole) if "eval_reward" in record]
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    assert found["task"] == "countdown" and len(rows) == found["n"] == 3
+    assert all(len(row["completions"]) == 1 and row["completions"][0].startswith("<think>") for row in rows)
+    assert found["mean_length_tokens"] <= SMALL["max_completion_length"] and held_out
+    assert main(["report", str(whole), "--output_dir", "page"]) == 0 and (place / "page" / "report.html").exists()
+    for words in (["export", str(whole), "--patch", "p.estp"], ["replay", "--run", str(whole), "--output_dir", "out"]):
+        capsys.readouterr()
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "holds no journal" in said
+    assert not (place / "p.estp").exists() and not (place / "out").exists()
+
+
+def test_a_run_is_quiet(whole, capfd):
+    train("grpo", save_steps=1, max_steps=1)
+    train("grpo", save_steps=1, max_steps=2, resume=True, method_kwargs={})
+    train("sft_rejection", max_steps=1, output_dir="sft", train_dataset=easy_rows(), reward_funcs=always_right,
+          method_kwargs={"min_reward": 1.0})  # fmt: skip
+    out, err = capfd.readouterr()
+    assert all(line.startswith(("estune: ", "step ")) for line in [*out.splitlines(), *err.splitlines()])
+
+
+def easy_rows(count=4):
+    return get_task("countdown").load("train")[:count]
+
+
+def always_right(completions, **_):
+    return [1.0] * len(completions)
+
+
+def test_a_run_of_no_steps_is_the_base():
+    for method in ("grpo", "sft_rejection", "random_search"):
+        run = train(method, max_steps=0, output_dir=method, **NO_GRADIENT if method == "random_search" else {})
+        assert load_file(run / "model.safetensors").keys() == load_file(f"{local_directory('tiny')}/model.safetensors").keys()
+        for name, value in load_file(run / "model.safetensors").items():
+            assert np.array_equal(value, load_file(f"{local_directory('tiny')}/model.safetensors")[name])
+        assert (run / "README.md").exists()
+
+
+NO_GRADIENT = {"learning_rate": None, "num_generations": None, "population_size": 4, "sigma": 0.02}
+
+
+def test_only_trainable_parameters_move():
+    run = train("grpo", trainable_parameters=[r"layers\.1\.", "norm"], method_kwargs={"loss_type": "dapo"})
+    before, after = load_file(f"{local_directory('tiny')}/model.safetensors"), load_file(run / "model.safetensors")
+    moved = {name for name in after if (before[name] != after[name]).any()}
+    assert moved == {name for name in after if re.search(r"layers\.1\.|norm", name)} != set(after)
+    with pytest.raises(UserError, match="matches no parameter"):
+        train("grpo", trainable_parameters=["nothing"], output_dir="other")
+
+
+def test_weights_that_diverge_are_never_the_result(capsys, place):
+    """With TRL's own sampling and with ES's; the checkpoints before are whole, and nothing lies at the root."""
+    for generation in ("estune", "trl"):
+        words = [
+            word
+            for name, value in {**SMALL, "method": "grpo", "learning_rate": 1e6, "save_steps": 1}.items()
+            for word in (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)]))
+        ]
+        words += ["--method_kwargs", json.dumps({"generation": generation}), "--overwrite"]
+        assert main(["train", *words]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert "estune: error: grpo diverged in step" in said[-1] and "lower learning_rate" in said[-1], said
+        run = place / "run"
+        assert not (run / "model.safetensors").exists() and not (run / "es_state.json").exists()
+        for path in run.rglob("*.safetensors"):
+            assert all(np.isfinite(value).all() for value in load_file(path).values()), path
+
+
+# --- a run that ends early, and goes on -------------------------------------------------------------------------------
+
+FEW = {"task": "countdown", "dataset_name": "rows.jsonl", "max_steps": 4}  # two steps an epoch
+KILLER = """
+import os, signal, sys
+from estune.baselines import ground, policy_gradient, random_search, trainer
+from estune.cli import main
+
+where, step, *words = sys.argv[1:]
+owner, name = {
+    "metrics": (ground.Ground, "after_step"),  # the step's metrics are written
+    "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
+    "kept": (ground.Progress, "keep"),  # it is whole, and nothing says so
+    "final": (ground.Ground, "save"),
+}[where]
+plain = getattr(owner, name)
+
+
+def doomed(self, *given, **named):
+    done = self.steps_done if hasattr(self, "steps_done") else self.ground.steps_done
+    if done == int(step) and (where != "final" or named.get("final")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, *given, **named)
+
+
+setattr(owner, name, doomed)
+sys.exit(main(words))
+"""
+
+
+@pytest.fixture(scope="module")
+def rivals():
+    """A process that has the rivals' trainers imported, too."""
+    with Zygote(rivals=True) as process:
+        yield process
+
+
+def words_of(method, **changes):
+    values = {**SMALL, **FEW, "save_steps": 1, "save_total_limit": 1, "method": method, **changes}
+    if method == "random_search":
+        values |= NO_GRADIENT
+    words = ["train"]
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *(value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value])]
+    return words
+
+
+def write_few(place, count=4):
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in easy_rows(count)))
+
+
+def assert_same_run(found, wanted):
+    assert weights(found) == weights(wanted)
+    assert metrics(found) == metrics(wanted)
+    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (found, wanted)]
+    assert names[0] == names[1]
+
+
+SFT = {"method_kwargs": {"min_reward": 0.0}}
+KILLED = [
+    ("grpo", {}, [("metrics", 2), ("saving", 3), ("kept", 4), ("final", 4)]),
+    ("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
+    ("sft_rejection", SFT, [("saving", 2), ("metrics", 4)]),
+    ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept", 3), ("final", 4)]),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "kills"), KILLED, ids=["grpo", "trl", "sft_rejection", "random_search"])
+def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, rivals, place):
+    """Killed again and again, in one run; SIGKILL, as the out-of-memory killer does it."""
+    write_few(place)
+    (place / "killer.py").write_text(KILLER)
+    words = words_of(method, **changes)
+    assert rivals.run([*words, "--output_dir", "whole"], place).code == 0
+    for where, step in kills:
+        done = rivals.run([where, step, *words, "--resume"], place, script=place / "killer.py")
+        assert done.code == -signal.SIGKILL, done
+    done = rivals.run([*words, "--resume"], place)
+    assert done.code == 0, done
+    assert_same_run(place / "run", place / "whole")
+    before = tree(place / "run")
+    done = rivals.run(["train", "--resume", "--output_dir", "run"], place)
+    assert done.code == 0 and "is finished" in done.out, done
+    assert_same_tree(tree(place / "run"), before)
+
+
+@pytest.mark.parametrize("generation", ["estune", "trl"])
+@pytest.mark.parametrize("when", ["sampling", "scoring"])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(generation, when, place, monkeypatch):
+    """In the midst of a step, which is then begun again; no checkpoints were asked for."""
+    write_few(place)
+    changes = {**FEW, "method_kwargs": {"generation": generation}}
+    whole = train("grpo", **changes, output_dir="whole")
+    owner, name = (Ground, "sample") if when == "sampling" and generation == "estune" else (Ground, "score")
+    plain = getattr(owner, name)
+
+    def stopped(self, *given):
+        if self.steps_done == 2:
+            signal.raise_signal(signal.SIGINT)
+            if when == "scoring":  # as where the score does not come
+                raise Interrupted
+        return plain(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stopped)
+        run = train("grpo", **changes)
+    assert not (run / "model.safetensors").exists()
+    [kept] = (run / "trainer").glob("checkpoint-*")
+    assert kept.name == ("checkpoint-3" if when == "sampling" and generation == "trl" else "checkpoint-2")
+    train("grpo", **changes, resume=True)
+    assert weights(run) == weights(whole) and metrics(run) == metrics(whole)
+
+
+def test_a_run_goes_on_to_more_steps_and_to_nothing_else(place, capsys):
+    write_few(place)
+    whole = train("rloo", **FEW, output_dir="whole")
+    run = train("rloo", **{**FEW, "max_steps": 2})
+    for changes, words in (
+        ({"learning_rate": 0.1}, "cannot change learning_rate"),
+        ({"method_kwargs": {"beta": 0.5}}, "cannot change method_kwargs"),
+        ({"seed": 3}, "cannot change seed"),
+        ({"max_steps": 1}, "already has 2 steps"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train("rloo", **{**FEW, "resume": True, **changes})
+    with pytest.raises(UserError, match="--resume"):
+        train("rloo", **FEW)
+    train("rloo", **FEW, resume=True)
+    assert weights(run) == weights(whole) and metrics(run) == metrics(whole)
+    rows = (place / "rows.jsonl").read_text().splitlines()
+    (place / "rows.jsonl").write_text("\n".join(rows[::-1]))
+    with pytest.raises(UserError, match="cannot change data"):
+        train("rloo", **{**FEW, "max_steps": 5}, resume=True)
+    train("rloo", **{**FEW, "max_steps": 1}, overwrite=True)
+    assert len(metrics(run)) == 1
+
+
+def test_methods_do_not_go_on_with_each_others_runs(place, capsys):
+    es = ("--population_size", "2", "--sigma", "0.01")
+    small = [f"--{name}={value}" for name, value in SMALL.items() if name not in ("report_to", "num_generations")]
+    assert main(["train", *small, *es, "--max_steps=1", "--output_dir=es"]) == 0
+    train("grpo", max_steps=1)
+    capsys.readouterr()
+    for directory, method, begun in (("es", "grpo", "es"), ("run", "es", "grpo"), ("run", "rloo", "grpo")):
+        before = tree(place / directory)
+        assert main(["train", "--resume", "--output_dir", directory, "--method", method]) == 2
+        assert f"cannot change method from '{begun}' to '{method}'" in capsys.readouterr().err
+        assert_same_tree(tree(place / directory), before)
+    with pytest.raises(UserError, match="cannot change method"):
+        train("grpo", output_dir="es", resume=True)
+    with pytest.raises(UserError, match="cannot change method"):
+        ESTrainer(args=ESConfig(task="countdown", output_dir="run", resume=True)).train()
+
+
+@pytest.mark.parametrize("method", ["es", "grpo", "sft_rejection", "random_search"])
+def test_a_run_ends_when_its_time_is_up(method, place):
+    """It is whole then; with more time it goes on, to the bits of a run that had all of it."""
+    write_few(place)
+    changes = {**FEW, "max_steps": 3, **(NO_GRADIENT if method in ("es", "random_search") else {})}
+    changes |= SFT if method == "sft_rejection" else {}
+
+    def run(**more):
+        if method == "es":
+            args = ESConfig(**{**SMALL, **changes, "temperature": 0.0, "num_generations": 1, **more})
+            return ESTrainer(args=args).train()
+        return train(method, **{**changes, **more})
+
+    whole = run(output_dir="whole")
+    path = run(max_time_s=1e-6)
+    assert [record["step"] for record in metrics(path)] == [1]
+    transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert json.loads((path / "es_state.json").read_text())["step"] == 1
+    before = tree(path)
+    run(max_time_s=1e-6, resume=True)  # is finished
+    assert_same_tree(tree(path), before)
+    run(max_time_s=1e-5, resume=True)  # still less than the first step took
+    assert_same_tree(tree(path), before)
+    run(max_time_s=3600, resume=True)
+    assert weights(path) == weights(whole) and metrics(path) == metrics(whole)
+    if method == "es":
+        assert steps(path) == steps(whole)
+
+
+# --- rejection sampling and random search -----------------------------------------------------------------------------
+
+
+def test_rejection_learns_right_samples_once_and_completions_alone(trainers, batches, place):
+    run = train("sft_rejection", num_generations=6, max_completion_length=48, temperature=1.0, max_steps=2, batch_size=2,
+                train_dataset=easy_rows(12), prompts_per_batch=5)  # fmt: skip
+    assert [len(rows) for rows, _, _ in batches] == [5, 5, 2]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
+    task, wanted = get_task("countdown"), {}
+    for rows, completions, _ in batches:
+        for row, answers in zip(rows, completions, strict=True):
+            for completion in answers:
+                text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                columns = {name: [value] for name, value in easy_rows(12)[row].items() if name != "prompt"}
+                [right] = task.accuracy(prompts=[""], completions=[text], completion_ids=[[]], **columns)
+                if right == 1 and completion.finished:
+                    wanted[row, completion.token_ids] = None
+    kept = [json.loads(line) for line in (run / "trainer" / "samples.jsonl").read_text().splitlines()]
+    assert wanted and [(line["row"], tuple(line["completion_ids"])) for line in kept] == list(wanted)
+    assert json.loads((run / "method.json").read_text())["samples_kept"] == len(kept)
+    assert [record["num_evaluations"] for record in metrics(run)] == [72, 72]
+    [trainer] = trainers
+    assert len(trainer.train_dataset) == len(kept)
+    for line, given in zip(kept, trainer.train_dataset, strict=True):
+        prompt = tokenizer.encode(easy_rows(12)[line["row"]]["prompt"])
+        assert given["input_ids"] == prompt + line["completion_ids"]
+        assert given["labels"] == [-100] * len(prompt) + line["completion_ids"]
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[len(kept) - 1]])
+    learned = [[label for label in row if label != -100] for row in batch["labels"].tolist()]
+    assert learned == [kept[0]["completion_ids"], kept[-1]["completion_ids"]]
+    assert batch["labels"].shape == batch["input_ids"].shape
+
+
+def test_rejection_of_all_samples_is_told(place):
+    with pytest.raises(UserError, match="none of 24 samples of the base was right"):
+        train("sft_rejection", train_dataset=easy_rows(6), method_kwargs={"min_reward": 2.0})
+    assert not (place / "run" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="none of 16 samples of the base was right"):
+        train("sft_rejection", train_dataset=easy_rows(4), max_completion_length=1, output_dir="other")
+
+
+@pytest.mark.parametrize("noise", ["full", "lowrank"])
+def test_random_search_is_theta_and_the_luckiest_member(noise, place):
+    run = train("random_search", max_steps=3, train_dataset=easy_rows(8), reward_funcs=letters, noise=noise,
+                **NO_GRADIENT)  # fmt: skip
+    best = json.loads((run / "trainer" / "best.json").read_text())
+    args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_search", "noise": noise})
+    trainer = BaselineTrainer(args=args, train_dataset=easy_rows(8), reward_funcs=letters)
+    prompts, master, found = trainer.prepare(), trainer.engine.master, {}
+    batches = Batches(8, 2, 0)
+    first = plan_step(trainer.args, batches, 0)
+    for index in range(3):
+        step = plan_step(trainer.args, batches, index)
+        for place_of, member in enumerate(step.members):
+            answers = trainer.engine.generate(
+                step.perturbation(member), [prompts[row] for row in first.rows], inputs.sampling(trainer.args, 0)
+            )
+            found[index, place_of] = np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
+    lucky = max(found, key=found.get)
+    assert (best["step"], best["member"]) == lucky and best["fitness"] == pytest.approx(found[lucky])
+    step = plan_step(trainer.args, batches, lucky[0])
+    stored = load_file(run / "model.safetensors")
+    for name in master.arrays:
+        assert np.array_equal(stored[name], master.perturb(name, step.perturbation(step.members[lucky[1]])))
+    records = metrics(run)
+    assert [record["num_evaluations"] for record in records] == [8, 16, 24]
+    assert [record["es/fitness_best"] for record in records] == sorted(record["es/fitness_best"] for record in records)
+
+
+def letters(completions, **_):
+    return [sum(map(ord, text)) / 1e4 for text in completions]

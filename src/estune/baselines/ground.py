@@ -58,6 +58,7 @@ class Progress:
     train_time_s: float = 0.0  # of steps, evaluations and saving not counted
     batches: int = 0  # sampled in training
     epochs: float = 0.0  # of the trainer's data
+    tokens: float = 0.0  # that the trainer has seen
 
     def keep(self, directory: Path) -> None:
         """Write it into a directory."""
@@ -152,10 +153,19 @@ class Ground:
             prompts: (B,).
             count: completions of each, G.
             index: of the batch within the run: other numbers give other samples.
+
+        Raises:
+            Diverged: the model gives no finite logits.
         """
         self.copy_weights()
         sampling = dataclasses.replace(inputs.sampling(self.args, index), num_generations=count)
-        return self.engine.generate(None, prompts, sampling, self.should_stop)
+        return self._finite(self.engine.generate(None, prompts, sampling, self.should_stop))
+
+    def _finite(self, answers: list[list[Completion]]) -> list[list[Completion]]:
+        """Return completions if the model still computes with numbers."""
+        if not all(completion.finite for row in answers for completion in row):
+            raise Diverged(self.args.method, self.steps_done, "its logits are not finite")
+        return answers
 
     def score(self, row_ids: Sequence[int], completions: Sequence[Sequence[Completion]]) -> np.ndarray:
         """Return the weighed rewards (B, G) of completions (B, G) of training rows; NaN where none applies.
@@ -244,7 +254,8 @@ class Ground:
         if step % self.args.logging_steps == 0 or self.ended:
             own = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
             self.monitors.log({"step": step, **record, **means, **own})
-        self.progress = Progress(step, self.evaluations, self.train_time_s, self.batches, epochs)
+        tokens = record.get("num_tokens", 0.0)
+        self.progress = Progress(step, self.evaluations, self.train_time_s, self.batches, epochs, tokens)
         self.after_step()
         self.clock = time.perf_counter()
 
@@ -283,8 +294,15 @@ class Ground:
         )
 
     def save(self, final: bool) -> None:
-        """Write ``checkpoint-<step>``, or the finished model at the run's root."""
+        """Write ``checkpoint-<step>``, or the finished model at the run's root.
+
+        Raises:
+            Diverged: a weight is no finite number, or the finished model gives no finite logits.
+        """
         self.copy_weights()
+        if final and self.module is not None and self.steps_done:
+            one = dataclasses.replace(greedy(self.args), max_completion_length=1)
+            self._finite(self.engine.generate(None, self.train_prompts[:1], one))
         master = self.engine.master
         state = {"step": self.steps_done, "fingerprint": master.fingerprint(), "checksum": master.checksum()}
         trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}

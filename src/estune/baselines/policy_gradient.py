@@ -153,6 +153,8 @@ def drive(ground: Ground, make: Callable[[Driver], Any]) -> None:
         trainer = driver.trainer = make(driver)
     except ValueError as error:
         raise refused(ground.args.method, error) from error
+    if hasattr(trainer, "_total_train_tokens"):  # TRL counts the tokens of fine-tuning from the last start
+        trainer._total_train_tokens = int(ground.progress.tokens)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)

@@ -246,7 +246,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             train_time_s=progress.train_time_s,
             batches=progress.batches,
             progress=progress,
-            copied=not steps_done,
+            copied=module is None or not steps_done,
         )
         data = args.task or args.dataset_name or "your dataset"
         say(f"estune: {args.method} on {args.model}, {engine.master.num_parameters:,} parameters; {data}: "
