@@ -324,7 +324,7 @@ def _main():
     if "torch" in sys.argv:
         import transformers
 
-        import estune.engines.hf  # noqa: F401
+        import estune.engines.hf
 
         for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)

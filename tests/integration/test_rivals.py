@@ -111,12 +111,12 @@ def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
     )  # fmt: skip
     trainer.train()
     run = train(method, seed=7, method_kwargs={**TRL, **kwargs})
-    found = load_file(run / "model.safetensors")
+    found = tensors(run)
     for name, parameter in trainer.model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), found[name]), name
     logged = [record["reward"] for record in metrics(run) if "reward" in record]  # not where samples serve twice
     assert logged == [pytest.approx(np.mean(batch), abs=1e-12) for batch in rewards]
-    base = load_file(Path(local_directory("tiny")) / "model.safetensors")
+    base = tensors(local_directory("tiny"))
     assert any((base[name] != found[name]).any() for name in found)
 
 
@@ -269,7 +269,7 @@ def test_samples_are_what_es_engine_gives_for_theta(method, batches, place):
     """Of the weights as they are in that step, with that step's numbers."""
     changes = {"temperature": 0.7, "top_k": 5, "max_steps": 2, "save_steps": 1, "seed": 5}
     if method == "sft_rejection":
-        (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in get_task("countdown").load("train")[:6]))
+        write_few(place, 6)
         changes |= {"dataset_name": "rows.jsonl", "method_kwargs": {"min_reward": 0.0}, "prompts_per_batch": 4}
     run = train(method, **changes)
     indices = (0, 4) if method == "sft_rejection" else (0, 1)
@@ -290,8 +290,17 @@ def test_samples_have_the_distribution_that_was_asked_for(generation, batches):
     """The first token's frequencies are the model's probabilities at that temperature, among the k most likely."""
     count = 400
     row = get_task("countdown").load("train")[:1]
-    train("grpo", row, max_steps=1, batch_size=1, num_generations=count, max_completion_length=1, temperature=1.7, top_k=4,
-          method_kwargs={"generation": generation})  # fmt: skip
+    train(
+        "grpo",
+        row,
+        max_steps=1,
+        batch_size=1,
+        num_generations=count,
+        max_completion_length=1,
+        temperature=1.7,
+        top_k=4,
+        method_kwargs={"generation": generation},
+    )
     [(_, [answers], _)] = batches
     first = np.array([completion.token_ids[0] for completion in answers])
     model = transformers.AutoModelForCausalLM.from_pretrained(local_directory("tiny"), dtype=torch.float32)
@@ -320,7 +329,7 @@ def test_prompt_options_are_those_of_es(batches, place):
         seen.extend(zip(prompts, completions, completion_ids, strict=True))
         return [float(len(text)) for text in completions]
 
-    rows = get_task("countdown").load("train")[:2]
+    rows = easy_rows(2)
     train("grpo", rows, reward, response_prefix="<think>", stop_strings=["="], max_steps=1, max_completion_length=8)
     assert len(seen) == 8
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
@@ -359,7 +368,9 @@ def test_conversations_reach_rewards_as_in_trl(place):
             assert message["role"] == "assistant" and isinstance(message["content"], str)
         [record] = metrics(run)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
-        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt, _ in seen]
+        texts = [
+            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt, _ in seen
+        ]
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         assert all(row.count(tokenizer.bos_token_id) == 1 for row in ids)
         assert record["num_tokens"] == sum(map(len, ids)) + 8 * record["completions/mean_length"]
@@ -376,11 +387,16 @@ def last_step_rewards(batches):
 def test_a_reward_that_fails_does_not_pay(kind, batches, place):
     """It gets the lowest reward of its prompt's group, is counted, and the run goes on."""
     (place / "bad.py").write_text(BAD)
-    rows = get_task("countdown").load("train")[:2]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_few(place, 2)
     changes = {"reward_isolation": "process", "reward_timeout_s": 0.7 if kind == "hanging" else 60, "reward_workers": 1}
-    run = train("grpo", dataset_name="rows.jsonl", reward_funcs=[f"bad.py:{kind}"], max_steps=1, max_completion_length=24,
-                **changes)  # fmt: skip
+    run = train(
+        "grpo",
+        dataset_name="rows.jsonl",
+        reward_funcs=[f"bad.py:{kind}"],
+        max_steps=1,
+        max_completion_length=24,
+        **changes,
+    )
     [(_, completions, found)] = batches
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
     failures = 0
@@ -435,7 +451,7 @@ def test_several_rewards_are_weighed_and_none_is_left_out(batches, place):
     def never(completions, **_):
         return [None] * len(completions)
 
-    run = train("rloo", get_task("countdown").load("train")[:4], [length, even], reward_weights=[0.5, 2.0], max_steps=1)
+    run = train("rloo", easy_rows(), [length, even], reward_weights=[0.5, 2.0], max_steps=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
     [(_, completions, found)] = batches
     for answers, rewards in zip(completions, found, strict=True):
@@ -445,10 +461,10 @@ def test_several_rewards_are_weighed_and_none_is_left_out(batches, place):
             assert reward == pytest.approx(0.5 * size + 2.0 if size % 2 == 0 else 2.5 * size)
     record = metrics(run)[0]
     assert record["reward"] == pytest.approx(found.mean()) and record["rewards/even/mean"] == 1.0
-    run = train("grpo", get_task("countdown").load("train")[:4], never, max_steps=1, output_dir="never")
+    run = train("grpo", easy_rows(), never, max_steps=1, output_dir="never")
     assert weights(run) == weights_of_base()  # no advantage, no gradient
     assert metrics(run)[0]["reward"] is None
-    run = train("grpo", get_task("countdown").load("train")[:4], even, max_steps=1, output_dir="even")
+    run = train("grpo", easy_rows(), even, max_steps=1, output_dir="even")
     assert metrics(run)[0]["reward"] == 1.0
 
 
@@ -470,24 +486,51 @@ def whole(tmp_path_factory):
 
 def test_the_run_directory_is_like_that_of_es(whole):
     names = {path.name for path in whole.iterdir()}
-    assert names >= {"es_config.json", "env.json", "method.json", "metrics.jsonl", "eval", "plots", "report.html", "README.md",
-                     "es_state.json", "trainer_state.json", "config.json", "model.safetensors", "tokenizer.json",
-                     "checkpoint-2", "checkpoint-3", "trainer"}  # fmt: skip
+    assert names >= {
+        "es_config.json",
+        "env.json",
+        "method.json",
+        "metrics.jsonl",
+        "eval",
+        "plots",
+        "report.html",
+        "README.md",
+        "es_state.json",
+        "trainer_state.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "checkpoint-2",
+        "checkpoint-3",
+        "trainer",
+    }
     assert "checkpoint-1" not in names and "journal.jsonl" not in names
     assert sorted(path.name for path in (whole / "eval").iterdir()) == [f"step_0000{i}.jsonl" for i in (0, 2, 3)]
     model = transformers.AutoModelForCausalLM.from_pretrained(whole)
-    stored = load_file(whole / "checkpoint-3" / "model.safetensors")
+    stored = tensors(whole / "checkpoint-3")
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), stored[name])
-    assert any((stored[name] != value).any() for name, value in load_file(whole / "checkpoint-2/model.safetensors").items())
+    assert any((stored[name] != value).any() for name, value in tensors(whole / "checkpoint-2").items())
     assert [path.name for path in (whole / "trainer").glob("checkpoint-*")] == ["checkpoint-3"]
     records = metrics(whole, times=True)
     steps = [record for record in records if "eval_reward" not in record]
     assert [record["step"] for record in steps] == [1, 2, 3]
     assert [record["num_evaluations"] for record in steps] == [8, 16, 24]
     for record in steps:
-        for name in ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "reward", "reward_std", "step_time",
-                     "rewards/reward/mean", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "num_tokens",
+            "entropy",
+            "reward",
+            "reward_std",
+            "step_time",
+            "rewards/reward/mean",
+            "frac_reward_zero_std",
+            "completions/mean_length",
+            "completions/clipped_ratio",
+        ):
             assert isinstance(record[name], (int, float)), name  # fmt: skip
     assert [record["step"] for record in records if "eval_reward" in record] == [0, 2, 3]
     assert steps[-1]["train_time_s"] == pytest.approx(sum(record["step_time"] for record in steps))
@@ -539,12 +582,16 @@ def always_right(completions, **_):
 
 
 def test_a_run_of_no_steps_is_the_base():
+    base = tensors(local_directory("tiny"))
     for method in ("grpo", "sft_rejection", "random_search"):
         run = train(method, max_steps=0, output_dir=method, **NO_GRADIENT if method == "random_search" else {})
-        assert load_file(run / "model.safetensors").keys() == load_file(f"{local_directory('tiny')}/model.safetensors").keys()
-        for name, value in load_file(run / "model.safetensors").items():
-            assert np.array_equal(value, load_file(f"{local_directory('tiny')}/model.safetensors")[name])
+        assert tensors(run).keys() == base.keys()
+        assert all(np.array_equal(value, base[name]) for name, value in tensors(run).items())
         assert (run / "README.md").exists()
+
+
+def tensors(directory):
+    return load_file(Path(directory) / "model.safetensors")
 
 
 NO_GRADIENT = {"learning_rate": None, "num_generations": None, "population_size": 4, "sigma": 0.02}
@@ -552,7 +599,7 @@ NO_GRADIENT = {"learning_rate": None, "num_generations": None, "population_size"
 
 def test_only_trainable_parameters_move():
     run = train("grpo", trainable_parameters=[r"layers\.1\.", "norm"], method_kwargs={"loss_type": "dapo"})
-    before, after = load_file(f"{local_directory('tiny')}/model.safetensors"), load_file(run / "model.safetensors")
+    before, after = tensors(local_directory("tiny")), tensors(run)
     moved = {name for name in after if (before[name] != after[name]).any()}
     assert moved == {name for name in after if re.search(r"layers\.1\.|norm", name)} != set(after)
     with pytest.raises(UserError, match="matches no parameter"):
@@ -562,13 +609,14 @@ def test_only_trainable_parameters_move():
 def test_weights_that_diverge_are_never_the_result(capsys, place):
     """With TRL's own sampling and with ES's; the checkpoints before are whole, and nothing lies at the root."""
     for generation in ("estune", "trl"):
-        words = [
-            word
-            for name, value in {**SMALL, "method": "grpo", "learning_rate": 1e6, "save_steps": 1}.items()
-            for word in (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)]))
-        ]
-        words += ["--method_kwargs", json.dumps({"generation": generation}), "--overwrite"]
-        assert main(["train", *words]) == 2
+        changes = {
+            "learning_rate": 1e6,
+            "max_steps": 3,
+            "dataset_name": None,
+            "method_kwargs": {"generation": generation},
+        }
+        words = map(str, [*words_of("grpo", **changes), "--overwrite"])
+        assert main([*words]) == 2
         said = capsys.readouterr().err.splitlines()
         assert "estune: error: grpo diverged in step" in said[-1] and "lower learning_rate" in said[-1], said
         run = place / "run"
@@ -621,7 +669,8 @@ def words_of(method, **changes):
     words = ["train"]
     for name, value in values.items():
         if value is not None:
-            words += [f"--{name}", *(value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value])]
+            value = json.dumps(value) if isinstance(value, dict) else value
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return words
 
 
@@ -765,8 +814,16 @@ def test_a_run_ends_when_its_time_is_up(method, place):
 
 
 def test_rejection_learns_right_samples_once_and_completions_alone(trainers, batches, place):
-    run = train("sft_rejection", num_generations=6, max_completion_length=48, temperature=1.0, max_steps=2, batch_size=2,
-                train_dataset=easy_rows(12), prompts_per_batch=5)  # fmt: skip
+    run = train(
+        "sft_rejection",
+        num_generations=6,
+        max_completion_length=48,
+        temperature=1.0,
+        max_steps=2,
+        batch_size=2,
+        train_dataset=easy_rows(12),
+        prompts_per_batch=5,
+    )
     assert [len(rows) for rows, _, _ in batches] == [5, 5, 2]
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
     task, wanted = get_task("countdown"), {}
@@ -822,7 +879,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     lucky = max(found, key=found.get)
     assert (best["step"], best["member"]) == lucky and best["fitness"] == pytest.approx(found[lucky])
     step = plan_step(trainer.args, batches, lucky[0])
-    stored = load_file(run / "model.safetensors")
+    stored = tensors(run)
     for name in master.arrays:
         assert np.array_equal(stored[name], master.perturb(name, step.perturbation(step.members[lucky[1]])))
     records = metrics(run)

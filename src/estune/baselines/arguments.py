@@ -91,7 +91,8 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
         if name not in fields:
             raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, free)}")
         if not _fits(value, types.get(name)):
-            raise UserError(f"{name} of method {args.method} cannot be {value!r}: TRL wants {getattr(types[name], '__name__', types[name])}")
+            wanted = getattr(types[name], "__name__", types[name])
+            raise UserError(f"{name} of method {args.method} cannot be {value!r}: TRL wants {wanted}")
     given = {**known, **args.method_kwargs}
     generation = given.get("generation")
     if generation not in (None, "estune", "trl"):

@@ -25,8 +25,8 @@ from estune.baselines.random_search import random_search
 from estune.card import CARD_FILE, write_card
 from estune.checkpoint import checkpoints, leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
-from estune.engines.base import Interrupted
 from estune.data import shared_prompts
+from estune.engines.base import Interrupted
 from estune.engines.hf_loading import load_model, quiet, resolve_device, resolve_model
 from estune.engines.hf_parameters import bindings
 from estune.environment import environment
