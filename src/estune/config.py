@@ -335,6 +335,8 @@ class ESConfig:
             raise UserError(f"method {self.method} trains a language model: it needs engine hf")
         if self.console == "panel":
             raise UserError(f"console panel shows a population: method {self.method} has lines")
+        if self.log_completions:
+            raise UserError(f"method {self.method} keeps no completions of training: log_completions is for es")
         if self.method in SAMPLING_METHODS:
             if self.temperature == 0:
                 raise UserError(f"method {self.method} learns from samples: temperature must be above 0")
@@ -352,6 +354,8 @@ class ESConfig:
                     )
             if self.dtype not in ("auto", "float32"):
                 raise UserError(f"method {self.method} trains in float32: leave dtype at auto")
+            if self.seed >= 1 << 32:
+                raise UserError(f"method {self.method} takes seeds below 2^32, as NumPy's generator does")
 
     def validate_training(self) -> None:
         """Raise UserError for what an evaluation could use and a training run would ignore.
