@@ -91,17 +91,18 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
     types = {spec.name: spec.type for spec in dataclasses.fields(config_class(args.method))}
     fields = types.keys() | known.keys()
     free = ppo_arguments.FREE if args.method == "ppo" else {name for name in fields if not is_decided(name)}
+    ppo = args.method == "ppo"  # whose trainer says of itself what it reads
     for name, value in args.method_kwargs.items():
-        if is_decided(name) and (name in fields or name in DECIDED):
+        if name in DECIDED or (is_decided(name) and name in fields and not ppo):
             raise UserError(f"method_kwargs cannot hold {name}: the configuration, or estune itself, decides it")
         if name not in fields:
             raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, free)}")
-        if args.method == "ppo":
+        if ppo:
             ppo_arguments.refuse_unread(name)
-        if not _fits(value, types.get(name)):
+        elif not _fits(value, types.get(name)):
             wanted = getattr(types[name], "__name__", types[name])
             raise UserError(f"{name} of method {args.method} cannot be {value!r}: TRL wants {wanted}")
-    if args.method == "ppo":
+    if ppo:
         ppo_arguments.check(args.method_kwargs)
     given = {**known, **args.method_kwargs}
     generation = given.get("generation")
