@@ -55,7 +55,7 @@ OUTPUT = Path(__file__).parents[1] / "benchmarks" / "bases"
 SEEDS = {"llama": 101, "qwen2": 102, "gpt2": 103, "sudoku": 104}
 STEPS, SETTLING, BATCH_SIZE, LEARNING_RATE = 4500, 0.2, 64, 2.5e-3
 SHARE_THINKING = 0.3
-SUDOKU_ENOUGH, SUDOKU_EVERY, SUDOKU_MOST = 0.03, 50, 4000  # accuracy to stop at, steps between looks, most steps
+SUDOKU_ENOUGH, SUDOKU_EVERY, SUDOKU_MOST = 0.03, 5, 4000  # accuracy to stop at, steps between looks, most steps
 SUDOKU_TOKENS = 40
 WIDTH, LAYERS, CONTEXT = 128, 4, 512
 
