@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
+# PPO's trainer is in TRL 1.12, beside the TRL of the other methods.
+PPO := $(VENV)/lib/estune-ppo
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 
@@ -30,7 +32,10 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $(RUNTIME)
 
-$(DEV): $(RUNTIME)
+$(PPO): | $(RUNTIME)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ trl==1.12.0
+
+$(DEV): $(RUNTIME) | $(PPO)
 	$(PIP) -e ".[dev]"
 	touch $(DEV)
 

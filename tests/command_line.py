@@ -130,7 +130,7 @@ def estune(*words, cwd, env=None, **options):
     """Run `estune` in a fresh interpreter."""
     words = [sys.executable, "-m", "estune", *map(str, words)]
     done = subprocess.run(
-        words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, **options
+        words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, **{"timeout": 120, **options}
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -228,8 +228,8 @@ def assert_no_process(mark, limit_s=5.0):
 class Zygote:
     """Our side: sends one request at a time as a line of JSON, gets the pid and then the exit status."""
 
-    def __init__(self, *, torch=False):
-        self._arguments = ["torch"] if torch else []
+    def __init__(self, *, torch=False, rivals=False):
+        self._arguments = ["torch"] * (torch or rivals) + ["rivals"] * rivals
 
     def __enter__(self):
         self._process = subprocess.Popen(
@@ -324,10 +324,13 @@ def _main():
     if "torch" in sys.argv:
         import transformers
 
-        import estune.engines.hf  # noqa: F401
+        import estune.engines.hf
 
         for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)
+    if "rivals" in sys.argv:
+        import estune.baselines.policy_gradient
+        import estune.baselines.rejection  # noqa: F401
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -264,6 +264,9 @@ def train_config(values: dict[str, Any]) -> ESConfig:
         from estune.run import read_config
 
         base = read_config(Path(str(given["output_dir"])))
+        begun, wanted = base.get("method", "es"), given.get("method", base.get("method", "es"))
+        if wanted != begun:  # before its options are held against the other method's
+            raise UserError(f"a resume cannot change method from {begun!r} to {wanted!r}")
     elif file is None and not given.keys() & {"model", "task", "dataset_name", "engine"}:
         if resuming:
             raise UserError(

@@ -335,14 +335,27 @@ class ESConfig:
             raise UserError(f"method {self.method} trains a language model: it needs engine hf")
         if self.console == "panel":
             raise UserError(f"console panel shows a population: method {self.method} has lines")
+        if self.log_completions:
+            raise UserError(f"method {self.method} keeps no completions of training: log_completions is for es")
         if self.method in SAMPLING_METHODS:
             if self.temperature == 0:
                 raise UserError(f"method {self.method} learns from samples: temperature must be above 0")
             if self.method in ("grpo", "dr_grpo", "rloo") and self.num_generations < 2:
                 raise UserError(f"method {self.method} compares completions of a prompt: num_generations must be 2 or "
                                 "more")  # fmt: skip
+            if self.method == "ppo":
+                if self.num_generations != 1:
+                    raise UserError("method ppo learns from one completion of each prompt: num_generations must be 1")
+                if self.top_p < 1 or self.top_k > 0:
+                    raise UserError("method ppo samples from the whole distribution: leave top_p at 1 and top_k at 0")
+                if self.stop_strings:
+                    raise UserError(
+                        "method ppo knows no stop_strings: its completions end at the model's own end tokens"
+                    )
             if self.dtype not in ("auto", "float32"):
                 raise UserError(f"method {self.method} trains in float32: leave dtype at auto")
+            if self.seed >= 1 << 32:
+                raise UserError(f"method {self.method} takes seeds below 2^32, as NumPy's generator does")
 
     def validate_training(self) -> None:
         """Raise UserError for what an evaluation could use and a training run would ignore.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from estune import config
 from estune.config import ESConfig
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ def test_same_name_same_meaning_as_in_trl() -> None:
     assert {name for name, *_ in rows} == ours & theirs - {"dtype"}
     for name, _, own, other in rows:
         value = default_of(trl.GRPOConfig, name)
-        assert (own, other) == (written(default_of(ESConfig, name)), written(value)), name
+        assert (own, other) == (written(config.default_of(name)), written(value)), name
         if value is not None and name != "max_steps":  # -1 there leaves it to the epochs, which estune has not
             beside = (
                 {"temperature": 1.0} if name == "num_generations" else {}

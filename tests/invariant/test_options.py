@@ -99,6 +99,7 @@ TOY_EFFECTS = {
     "system_prompt": (("--log_completions",), ("--system_prompt", "Be brief."), contents("completions/")),
     "response_prefix": ((), ("--response_prefix", "1"), of_steps("fitness")),
     "max_steps": ((), ("--max_steps", 3), of_steps("step")),
+    "max_time_s": ((), ("--max_time_s", 1e-9), of_steps("step")),
     "population_size": ((), ("--population_size", 6), of_steps("seeds")),
     "sigma": ((), ("--sigma", 0.2), of_steps("s", "fitness")),
     "learning_rate": ((), ("--learning_rate", 0.2), of_steps("a", "checksum")),
@@ -156,6 +157,8 @@ MODEL_EFFECTS = {
 OTHERWISE = {  # field -> the test below that shows its effect
     "task": "test_task",
     "allow_unsandboxed_code": "test_allow_unsandboxed_code",
+    "method": "test_method",
+    "method_kwargs": "test_method",
     "engine": "test_engine",
     "device": "test_device",
     "revision": "test_revision",
@@ -340,6 +343,22 @@ def test_engine(run, place):
     assert run(*RUN).code == 0
     assert journal(place / "run")[0]["engine"]["engine"] == "toy"
     assert_refused(run("train", "--task", "quadratic", "--output_dir", "hf"), "engine toy")
+
+
+def test_method(run_model, place, tiny_llama):
+    """What each method does is shown in `test_rivals`."""
+    pytest.importorskip("trl", reason="the rivals' trainers")
+    furnish(place)
+    size = MODEL.index("--population_size")
+    words = (*MODEL[:size], *MODEL[size + 2 :], "--model", tiny_llama, "--num_generations", 2, "--learning_rate", 0.01)
+    grpo = (*words, "--method", "grpo", "--output_dir")
+    found = []
+    for name, more in (("plain", ()), ("changed", ("--method_kwargs", '{"epsilon": 0.4, "max_grad_norm": 0.01}'))):
+        done = run_model(*grpo, name, *more)
+        assert done.code == 0, done
+        found.append(json.loads((place / name / "method.json").read_text())["arguments"]["epsilon"])
+    assert found == [0.2, 0.4] and weights(place / "plain") != weights(place / "changed")
+    assert not (place / "plain" / "journal.jsonl").exists()
 
 
 def test_device(run_model, place, tiny_llama):

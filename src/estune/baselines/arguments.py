@@ -6,14 +6,19 @@
     min_reward                    sft_rejection: reward from which a sample is right, for data without an accuracy
     generation                    grpo, dr_grpo, rloo: `estune` (default), by ES's engine, or `trl`, by the trainer
     per_device_train_batch_size   completions in one backward pass; default: all of a step, 16 for a large model
+
+Of `ppo` it may hold what its trainer reads (`ppo_arguments`). An argument that would have no effect is refused: those
+of TRL's own generation under ``generation: estune``, for one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from importlib.metadata import version
 from typing import Any
 
+from estune.baselines import ppo_arguments, trl_ppo
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.words import nearest
@@ -25,20 +30,38 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0},
     "rloo": {},
+    "ppo": {},
     "sft_rejection": {},
 }
 # estune's own arguments of a method, and their defaults.
 OWN: dict[str, dict[str, Any]] = {
     **{method: {"generation": "estune"} for method in ("grpo", "dr_grpo", "rloo")},
+    "ppo": {},
     "sft_rejection": {"min_reward": None},
 }
 # Decided by the configuration, or by how estune drives a trainer.
 DECIDED = frozenset(
-    "output_dir max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay seed data_seed "
-    "num_generations max_completion_length temperature top_p top_k bf16 fp16 use_cpu report_to logging_steps "
-    "logging_strategy save_strategy save_steps save_total_limit eval_strategy eval_steps disable_tqdm push_to_hub "
-    "hub_model_id run_name reward_weights chat_template_kwargs log_completions num_train_epochs generation_batch_size "
-    "use_vllm remove_unused_columns resume_from_checkpoint overwrite_output_dir do_train do_eval do_predict".split()
+    "output_dir max_steps learning_rate lr_scheduler_type warmup_steps weight_decay seed data_seed num_generations "
+    "max_completion_length temperature top_p top_k bf16 fp16 use_cpu report_to run_name reward_weights disable_tqdm "
+    "chat_template_kwargs num_train_epochs generation_batch_size gradient_accumulation_steps auto_find_batch_size "
+    "use_vllm remove_unused_columns resume_from_checkpoint do_train do_eval do_predict trust_remote_code project "
+    "model_init_kwargs chat_template_path ignore_data_skip load_best_model_at_end metric_for_best_model "
+    "greater_is_better per_device_eval_batch_size num_generations_eval num_completions_to_print full_determinism "
+    "max_length dataset_kwargs dataset_text_field dataset_num_proc packing packing_strategy padding_free eos_token "
+    "pad_token assistant_only_loss completion_only_loss truncation_mode max_tool_calling_iterations "
+    "multi_objective_aggregation".split()
+)
+DECIDED_PREFIXES = ("eval_", "hub_", "log_", "logging_", "push_", "save_", "trackio_", "vllm_", "bf16_", "fp16_")
+# What GRPO's arguments can be; TRL says it in mid-run.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+}
+# Of TRL's own generation.
+OF_GENERATION = frozenset(
+    "generation_kwargs min_p repetition_penalty cache_implementation use_transformers_continuous_batching "
+    "use_transformers_paged transformers_continuous_batching_config ds3_gather_for_generation".split()
 )
 PATHS = ("output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "hub_model_id", "local_rank")
 
@@ -49,6 +72,8 @@ def config_class(method: str) -> Any:
     Raises:
         UserError: TRL is not installed.
     """
+    if method == "ppo":
+        return trl_ppo.load()[0]
     try:
         import trl
     except ImportError:
@@ -60,19 +85,53 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
     """Return `method_kwargs`, with estune's own arguments of a method (`OWN`) filled in.
 
     Raises:
-        UserError: an unknown name, or one that a field decides.
+        UserError: an unknown name, one that a field decides, or one without effect.
     """
     known = OWN[args.method]
-    fields = {spec.name for spec in dataclasses.fields(config_class(args.method))} | set(known)
-    for name in args.method_kwargs:
-        if name in DECIDED:
+    types = {spec.name: spec.type for spec in dataclasses.fields(config_class(args.method))}
+    fields = types.keys() | known.keys()
+    free = ppo_arguments.FREE if args.method == "ppo" else {name for name in fields if not is_decided(name)}
+    ppo = args.method == "ppo"  # whose trainer says of itself what it reads
+    for name, value in args.method_kwargs.items():
+        if name in DECIDED or (is_decided(name) and name in fields and not ppo):
             raise UserError(f"method_kwargs cannot hold {name}: the configuration, or estune itself, decides it")
         if name not in fields:
-            raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, fields - DECIDED)}")
+            raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, free)}")
+        if ppo:
+            ppo_arguments.refuse_unread(name)
+        elif not _fits(value, types.get(name)):
+            wanted = getattr(types[name], "__name__", types[name])
+            raise UserError(f"{name} of method {args.method} cannot be {value!r}: TRL wants {wanted}")
+    if ppo:
+        ppo_arguments.check(args.method_kwargs)
     given = {**known, **args.method_kwargs}
-    if given.get("generation", "trl") not in ("estune", "trl"):
-        raise UserError(f"generation is estune or trl, not {given['generation']!r}")
+    generation = given.get("generation")
+    if generation not in (None, "estune", "trl"):
+        raise UserError(f"generation is estune or trl, not {generation!r}")
+    if generation == "estune":
+        for name in sorted(OF_GENERATION & given.keys()):
+            raise UserError(f"method_kwargs holds {name}, which has no effect without generation trl")
+    elif generation == "trl" and args.stop_strings:
+        raise UserError("stop_strings have no effect with generation trl: leave generation at estune")
+    if args.stop_strings and given.get("mask_truncated_completions"):
+        raise UserError("mask_truncated_completions would mask what ends with a stop string, too: give one of the two")
+    least = given.get("min_reward")
+    if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float))):
+        raise UserError(f"min_reward must be a number, not {least!r}")
     return given
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Say whether a value is of a plain type, or of one of several; of others TRL knows more."""
+    kinds = set(typing.get_args(kind) or (kind,))
+    if not kinds <= {bool, int, float, str, type(None)}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def is_decided(name: str) -> bool:
+    """Say whether an argument of TRL's is not for `method_kwargs`."""
+    return name in DECIDED or name.startswith(DECIDED_PREFIXES)
 
 
 def trl_config(
@@ -92,14 +151,20 @@ def trl_config(
     """
     given = own_arguments(args)
     own = {name: given.pop(name) for name in OWN[args.method]}
-    micro = given.pop("per_device_train_batch_size", batch if num_parameters <= SMALL else min(batch, MICRO_BATCH))
+    whole = num_parameters <= SMALL or args.method == "ppo"
+    micro = given.pop("per_device_train_batch_size", batch if whole else min(batch, MICRO_BATCH))
     if not isinstance(micro, int) or micro < 1 or batch % micro:
         raise UserError(f"per_device_train_batch_size {micro} does not divide the {batch} rows of a step")
+    if args.method == "ppo":
+        ppo_arguments.check(given, batch)
+    # transformers' `constant` knows no warmup, estune's does
+    warm = args.lr_scheduler_type == "constant" and args.warmup_steps
+    schedule = "constant_with_warmup" if warm else args.lr_scheduler_type
     values = {
         "output_dir": directory,
         "max_steps": args.max_steps,
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": args.lr_scheduler_type,
+        "lr_scheduler_type": schedule,
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
         "seed": args.seed,
@@ -109,8 +174,8 @@ def trl_config(
         "gradient_checkpointing": False,
         "use_cpu": args.device == "cpu",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is no number is to be seen
         "save_strategy": "no",  # estune says when
-        "save_total_limit": 1,
         "report_to": [],
         "disable_tqdm": True,
         **more,
@@ -118,12 +183,35 @@ def trl_config(
         **given,
     }
     try:
-        return config_class(args.method)(**values), own
+        config = config_class(args.method)(**values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"TRL refuses the arguments of method {args.method}: {' '.join(str(error).split())}") from error
+        raise refused(args.method, error) from error
+    for name, choices in CHOICES.items() if args.method in ("grpo", "dr_grpo") else ():
+        value = getattr(config, name)
+        if value not in choices:
+            raise UserError(f"{name} is {value!r}; it can be {', '.join(choices)}{nearest(str(value), choices)}")
+    return config, own
+
+
+def sampling_arguments(args: ESConfig) -> dict[str, Any]:
+    """Return what only the methods have that sample in every step."""
+    names = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "trust_remote_code")
+    return {name: getattr(args, name) for name in names}
+
+
+def refused(method: str, error: Exception) -> UserError:
+    """Return the error for arguments that TRL does not take."""
+    return UserError(f"TRL refuses the arguments of method {method}: {' '.join(str(error).split())}")
 
 
 def record_of(method: str, trainer: str, config: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """Return what `method.json` keeps: the trainer, its version, and every argument as it was resolved."""
-    arguments = {name: value for name, value in sorted(config.to_dict().items()) if name not in PATHS}
+    """Return what `method.json` keeps: the trainer, its version, and every argument as it was resolved.
+
+    Of PPO's trainer every one that it reads: a `max_grad_norm` that is not applied would be a false record.
+    """
+    arguments = {
+        name: value
+        for name, value in sorted(config.to_dict().items())
+        if name not in PATHS and (method != "ppo" or name in ppo_arguments.READ)
+    }
     return {"method": method, "trainer": trainer, "trl": version("trl"), "estune": own, "arguments": arguments}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,16 +32,43 @@ from estune.evaluation import Evaluation, evaluate
 from estune.files import write_json
 from estune.fitness import fill_failures, mean, weigh
 from estune.inputs import Rewards
-from estune.monitors import Monitors, say
+from estune.monitors import Monitors
 from estune.rewards import RewardPool
 from estune.rollouts import Evaluator, scored
 from estune.run import METHOD_FILE, Run
 
 Rows = list[dict[str, Any]]
+PROGRESS_FILE = "progress.json"  # in a directory a run can go on from; written last, so it says that all is there
 
 
 class Diverged(UserError):
-    """The loss or a weight is no finite number."""
+    """The loss, its gradient or a weight is no finite number."""
+
+    def __init__(self, method: str, step: int, what: str) -> None:
+        super().__init__(f"{method} diverged in step {step} ({what}): lower learning_rate; earlier checkpoints are "
+                         "whole")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, as it is kept for a resume."""
+
+    steps_done: int = 0
+    evaluations: int = 0  # completions scored in training
+    train_time_s: float = 0.0  # of steps, evaluations and saving not counted
+    batches: int = 0  # sampled in training
+    epochs: float = 0.0  # of the trainer's data
+    tokens: float = 0.0  # that the trainer has seen
+
+    def keep(self, directory: Path) -> None:
+        """Write it into a directory."""
+        write_json(directory / PROGRESS_FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> Progress | None:
+        """Return what a directory holds; None where it is not whole."""
+        path = directory / PROGRESS_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 @dataclass
@@ -60,12 +88,15 @@ class Ground:
     eval_rows: Rows
     eval_prompts: list[Prompt]
     monitors: Monitors
+    facts: dict[str, Any]  # base, data, rewards: what a resume cannot change
     should_stop: Callable[[], bool]
     steps_done: int = 0
     evaluations: int = 0  # completions scored in training
     train_time_s: float = 0.0  # of steps, evaluations and saving not counted
+    batches: int = 0  # sampled in training
+    progress: Progress = field(default_factory=Progress)  # at the end of the last step
     clock: float = field(default_factory=time.perf_counter)  # when the step in hand began
-    measured: list[dict[str, float]] = field(default_factory=list)  # of batches scored since the last step
+    measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # size, metrics; since the last step
     copied: bool = True  # the engine's weights are the module's
 
     @property
@@ -80,7 +111,7 @@ class Ground:
         return self.steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
 
     def step_started(self) -> None:
-        """Start the clock of the first step."""
+        """Start the clock of a step."""
         self.clock = time.perf_counter()
 
     def ends(self) -> frozenset[int]:
@@ -88,18 +119,8 @@ class Ground:
         return frozenset(getattr(self.engine, "_eos", ()))
 
     def keep_method(self, record: dict[str, Any]) -> None:
-        """Write `method.json`: what the method's trainer was told, the base, the data; a resume keeps the last two."""
-        path = self.run.path / METHOD_FILE
-        if self.steps_done:
-            then = json.loads(path.read_text(encoding="utf-8"))
-            facts = {name: then[name] for name in ("base", "data", "reward_funcs")}
-        else:
-            facts = {
-                "base": {"model": self.args.model, "fingerprint": self.engine.master.fingerprint()},
-                "data": inputs.data_fingerprint(self.train_rows, self.train_prompts),
-                "reward_funcs": self.rewards.names,
-            }
-        write_json(path, record | facts)
+        """Write `method.json`: what the method's trainer was told, and the run's facts."""
+        write_json(self.run.path / METHOD_FILE, record | self.facts)
 
     def moved(self) -> None:
         """Note that the module's weights have changed."""
@@ -118,7 +139,7 @@ class Ground:
         def read_into(name: str, flat: np.ndarray) -> None:
             torch.from_numpy(flat).copy_(stored[name].read().reshape(-1))
             if not np.isfinite(flat).all():
-                raise Diverged(f"{name} diverged in step {self.steps_done}: lower learning_rate")
+                raise Diverged(self.args.method, self.steps_done, f"{name} is not finite")
 
         with torch.no_grad():
             self.engine.master.load(read_into)
@@ -132,10 +153,19 @@ class Ground:
             prompts: (B,).
             count: completions of each, G.
             index: of the batch within the run: other numbers give other samples.
+
+        Raises:
+            Diverged: the model gives no finite logits.
         """
         self.copy_weights()
         sampling = dataclasses.replace(inputs.sampling(self.args, index), num_generations=count)
-        return self.engine.generate(None, prompts, sampling, self.should_stop)
+        return self._finite(self.engine.generate(None, prompts, sampling, self.should_stop))
+
+    def _finite(self, answers: list[list[Completion]]) -> list[list[Completion]]:
+        """Return completions if the model still computes with numbers."""
+        if not all(completion.finite for row in answers for completion in row):
+            raise Diverged(self.args.method, self.steps_done, "its logits are not finite")
+        return answers
 
     def score(self, row_ids: Sequence[int], completions: Sequence[Sequence[Completion]]) -> np.ndarray:
         """Return the weighed rewards (B, G) of completions (B, G) of training rows; NaN where none applies.
@@ -150,7 +180,8 @@ class Ground:
             name = error.partition(":")[0]
             if name not in self.evaluator.complained:
                 self.evaluator.complained.add(name)
-                say(f"estune: warning: reward {' '.join(error.split())} (shown once; all are counted)")
+                error = " ".join(error.split())
+                print(f"estune: warning: reward {error} (shown once; all are counted)", file=sys.stderr)
         shape = (len(rows), -1, result.rewards.shape[1])
         # A prompt's completions stand where ES has members: (G, B, 1, F).
         rewards, failed = (a.reshape(shape).swapaxes(0, 1)[:, :, None] for a in (result.rewards, result.failed))
@@ -169,18 +200,21 @@ class Ground:
         The last axis of ``weighed`` holds the completions that are compared with one another.
         """
         self.evaluations += weighed.size
-        known = np.isfinite(weighed).all(axis=-1)
+        known = np.isfinite(weighed).all(axis=-1) & (weighed.shape[-1] > 1)  # one completion has nothing to differ from
         spread = np.ptp(weighed[known], axis=-1) if known.any() else np.zeros(0)
         self.measured.append(
-            {
-                "reward": mean(weighed),
-                "reward_std": float(np.nanstd(weighed)) if np.isfinite(weighed).any() else math.nan,
-                **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
-                "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
-                "completions/mean_length": float(lengths.mean()),
-                "completions/clipped_ratio": clipped_ratio,
-                "reward_errors": float(failures),
-            }
+            (
+                weighed.size,
+                {
+                    "reward": mean(weighed),
+                    "reward_std": float(np.nanstd(weighed)) if np.isfinite(weighed).any() else math.nan,
+                    **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
+                    "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
+                    "completions/mean_length": float(lengths.mean()),
+                    "completions/clipped_ratio": clipped_ratio,
+                    "reward_errors": float(failures),
+                },
+            )
         )
 
     def use(self, theta: Mapping[str, np.ndarray]) -> None:
@@ -194,31 +228,35 @@ class Ground:
 
     def trainer_state(self) -> dict[str, Any]:
         """Return what reward functions are told."""
-        return {"global_step": self.steps_done, "max_steps": self.args.max_steps, "epoch": 0.0}
+        args, done = self.args, self.steps_done
+        epoch = done * int(args.batch_size) / len(self.train_rows)
+        return {"global_step": done, "max_steps": args.max_steps, "epoch": epoch}
 
-    def step_done(self, step: int, record: dict[str, Any]) -> None:
+    def step_done(self, step: int, record: dict[str, Any], epochs: float = 0.0) -> None:
         """Take note of a finished step and do what is due; the module has moved.
 
         Args:
             step: steps done now.
             record: the method's own metrics.
+            epochs: of the trainer's data, done now.
 
         Raises:
-            Diverged: the loss is no finite number.
+            Diverged: the loss or its gradient is no finite number.
         """
         now = time.perf_counter()
         step_time = now - self.clock
         self.train_time_s += step_time
         self.steps_done = step
         self.moved()
-        if not math.isfinite(record.get("loss", 0.0)):
-            raise Diverged(f"the loss is {record['loss']} in step {step}: lower learning_rate")
-        names = dict.fromkeys(name for batch in self.measured for name in batch)
-        means = {name: mean(np.array([b[name] for b in self.measured if name in b])) for name in names}
-        self.measured = []
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(record.get(name, 0.0)):
+                raise Diverged(self.args.method, step, f"its {name} is {record[name]}")
+        measured, self.measured = together(self.measured), []
         if step % self.args.logging_steps == 0 or self.ended:
             own = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
-            self.monitors.log({"step": step, **record, **means, **own})
+            self.monitors.log({"step": step, **record, **measured, **own})
+        tokens = record.get("num_tokens", 0.0)
+        self.progress = Progress(step, self.evaluations, self.train_time_s, self.batches, epochs, tokens)
         self.after_step()
         self.clock = time.perf_counter()
 
@@ -257,8 +295,15 @@ class Ground:
         )
 
     def save(self, final: bool) -> None:
-        """Write ``checkpoint-<step>``, or the finished model at the run's root."""
+        """Write ``checkpoint-<step>``, or the finished model at the run's root.
+
+        Raises:
+            Diverged: a weight is no finite number, or the finished model gives no finite logits.
+        """
         self.copy_weights()
+        if final and self.module is not None and self.steps_done:
+            one = dataclasses.replace(greedy(self.args), max_completion_length=1)
+            self._finite(self.engine.generate(None, self.train_prompts[:1], one))
         master = self.engine.master
         state = {"step": self.steps_done, "fingerprint": master.fingerprint(), "checksum": master.checksum()}
         trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
@@ -268,6 +313,19 @@ class Ground:
             write_card(self.run.path)
         else:
             save_checkpoint(self.run.path, self.steps_done, self.engine, state, trainer_state)
+
+
+def together(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Return the metrics of some batches as one: means by the batches' sizes; errors are counted."""
+    if len(batches) == 1:
+        return batches[0][1]
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, batch in batches for name in batch):
+        known = [(size, batch[name]) for size, batch in batches if not math.isnan(batch.get(name, math.nan))]
+        total = math.fsum(value if name == "reward_errors" else size * value for size, value in known)
+        sizes = 1 if name == "reward_errors" else sum(size for size, _ in known)
+        found[name] = total / sizes if known else math.nan
+    return found
 
 
 def greedy(args: ESConfig) -> Sampling:

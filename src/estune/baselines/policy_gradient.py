@@ -8,17 +8,23 @@ through an ordinary reward function. Two methods of the trainer are replaced for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+import random
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 import trl
 from transformers import TrainerCallback
 
-from estune.baselines.arguments import record_of, trl_config
-from estune.baselines.ground import Ground
+from estune.baselines.arguments import record_of, refused, sampling_arguments, trl_config
+from estune.baselines.ground import Diverged, Ground
 from estune.engines.base import Completion, Interrupted
+from estune.files import sync_tree
 
 # TRL's numbers that estune measures itself, the same for all methods.
 MEASURED = (
@@ -38,6 +44,14 @@ class Driver(TrainerCallback):
 
     def __init__(self, ground: Ground) -> None:
         self.ground = ground
+        self.trainer: Any = None
+        self.at_step_end: tuple[Any, ...] | None = None  # random states and tokens seen
+        self.saved = ground.steps_done  # the step whose state is on disk
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock, where what went before is no part of the first step."""
+        if self.ground.steps_done or not self.ground.measured:
+            self.ground.step_started()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Take a step's metrics."""
@@ -45,13 +59,51 @@ class Driver(TrainerCallback):
             return
         ground = self.ground
         record = {name: value for name, value in logs.items() if not name.startswith(MEASURED) and name != "epoch"}
-        ground.step_done(state.global_step, record)
+        self.at_step_end = (*random_states(), state.num_input_tokens_seen)
+        ground.step_done(state.global_step, record, float(state.epoch or 0.0))
         done, every = ground.steps_done, ground.args.save_steps
         stopped = ground.should_stop()
         if ground.ended or stopped:
             control.should_training_stop = True
         if ground.ended or stopped or (every and done % every == 0):
             control.should_save = True
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Say in the trainer's checkpoint how far the run is, which makes it one to go on from; drop those before."""
+        ground = self.ground
+        directory = ground.trainer_directory / f"checkpoint-{ground.steps_done}"
+        sync_tree(directory)
+        ground.progress.keep(directory)
+        for other in ground.trainer_directory.glob("checkpoint-*"):
+            if other != directory:
+                shutil.rmtree(other)
+        self.saved = ground.steps_done
+        ground.step_started()  # saving is no part of the next step
+
+    def save_where_interrupted(self) -> None:
+        """Save the state at the end of the last step: the one that was interrupted has moved random states alone."""
+        if self.at_step_end is None or self.saved == self.ground.steps_done:
+            return
+        *states, tokens = self.at_step_end
+        set_random_states(*states)
+        self.trainer.state.num_input_tokens_seen = tokens
+        self.trainer._save_checkpoint(self.trainer.model, None)
+        self.on_save()
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the generators that a trainer draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(python: Any, numpy: Any, cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    """Set what `random_states` returned."""
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
 
 
 def policy_gradient(ground: Ground) -> None:
@@ -67,53 +119,66 @@ def policy_gradient(ground: Ground) -> None:
         str(ground.trainer_directory),
         batch,
         ground.module.num_parameters(),
-        num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
+        **sampling_arguments(args),
     )
     base = trl.RLOOTrainer if args.method == "rloo" else trl.GRPOTrainer
     ground.keep_method(record_of(args.method, f"trl.{base.__name__}", config, own))
-    trainer = _trainer_class(base, ground, own["generation"] == "estune")(
-        model=ground.module,
-        reward_funcs=reward_function(ground),
-        args=config,
-        train_dataset=datasets.Dataset.from_list(
-            [{"prompt": prompt.text, "row": row} for row, prompt in enumerate(ground.train_prompts)]
+    if ground.ended:
+        return
+    finished: dict[tuple[int, ...], bool] = {}
+    # Two rows may have the same text: TRL sees a prompt as the number of its row.
+    rows = [{"prompt": str(row), "row": row} for row in range(len(ground.train_prompts))]
+    drive(
+        ground,
+        lambda driver: _trainer_class(base, ground, own["generation"] == "estune", finished)(
+            model=ground.module,
+            reward_funcs=reward_function(ground, finished),
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=copy.deepcopy(ground.engine.tokenizer),  # TRL gives it a padding token
+            callbacks=[driver],
         ),
-        processing_class=ground.engine.tokenizer,
-        callbacks=[Driver(ground)],
     )
-    drive(trainer, ground)
 
 
-def drive(trainer: Any, ground: Ground, restart_clock: bool = True) -> None:
+def drive(ground: Ground, make: Callable[[Driver], Any]) -> None:
     """Run a trainer of transformers from where the run stands to its end.
 
-    ``restart_clock``: what went before is no part of the first step.
-
     Raises:
-        Interrupted: it was asked to stop.
+        Interrupted: it was asked to stop; its state at the end of the last step is saved.
+        UserError: TRL does not take the arguments.
     """
+    driver = Driver(ground)
+    try:
+        trainer = driver.trainer = make(driver)
+    except ValueError as error:
+        raise refused(ground.args.method, error) from error
+    if hasattr(trainer, "_total_train_tokens"):  # TRL counts the tokens of fine-tuning from the last start
+        trainer._total_train_tokens = int(ground.progress.tokens)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     start = ground.trainer_directory / f"checkpoint-{ground.steps_done}" if ground.steps_done else None
-    if restart_clock:
-        ground.step_started()
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except Interrupted:
+        driver.save_where_interrupted()
+        raise
     if not ground.ended:
         raise Interrupted
 
 
-def reward_function(ground: Ground) -> Any:
-    """Return the reward function that TRL calls with a batch's completions, each prompt's G in a row."""
+def reward_function(ground: Ground, finished: dict[tuple[int, ...], bool]) -> Any:
+    """Return the reward function that TRL calls with a batch's completions, each prompt's G in a row.
+
+    ``finished`` tells of completions that ES's engine sampled whether they ended by themselves.
+    """
 
     def score(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
         count = ground.args.num_generations
         ends = ground.ends()
-        answers = [Completion(tuple(ids), bool(ids) and ids[-1] in ends) for ids in completion_ids]
+        listed = [tuple(ids) for ids in completion_ids]
+        answers = [Completion(ids, finished.get(ids, bool(ids) and ids[-1] in ends)) for ids in listed]
         grouped = [answers[i : i + count] for i in range(0, len(answers), count)]
         rewards = ground.score(row[::count], grouped)
         return [None if np.isnan(value) else float(value) for value in rewards.reshape(-1)]
@@ -121,25 +186,39 @@ def reward_function(ground: Ground) -> Any:
     return score
 
 
-def _trainer_class(base: type[Any], ground: Ground, engine_generates: bool) -> type[Any]:
-    """Return TRL's trainer class with ES's tokens, and ES's engine for sampling."""
-    known = {prompt.text: prompt for prompt in ground.train_prompts}
-    by_tokens = {prompt.token_ids: prompt for prompt in ground.train_prompts}
+def _trainer_class(
+    base: type[Any], ground: Ground, engine_generates: bool, finished: dict[tuple[int, ...], bool]
+) -> type[Any]:
+    """Return TRL's trainer class with ES's tokens, and ES's engine for sampling; see `reward_function`."""
 
     class Trainer(base):  # type: ignore[misc]
-        batches = ground.evaluations // (int(ground.args.batch_size) * ground.args.num_generations)
+        drawn: Sequence[int] = ()  # rows of the batch in hand, each prompt's G in a row
+
+        def _get_train_sampler(self, *given: Any) -> Any:
+            sampler = super()._get_train_sampler(*given)
+            for _ in range(math.floor(ground.progress.epochs + 1e-9)):  # its order of each epoch goes on from the last
+                torch.randperm(len(ground.train_rows), generator=sampler.generator)
+            return sampler
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
-            return [list(known[text].token_ids) for text in prompts], None, {}
+            self.drawn = [int(row) for row in prompts]
+            return [list(ground.train_prompts[row].token_ids) for row in self.drawn], None, {}
 
         def _generate_single_turn(self, prompt_ids: Sequence[Sequence[int]], *rest: Any, **named: Any) -> Any:
             if not engine_generates:
-                return super()._generate_single_turn(prompt_ids, *rest, **named)
+                try:
+                    return super()._generate_single_turn(prompt_ids, *rest, **named)
+                except RuntimeError as error:
+                    if "probability tensor" not in str(error):
+                        raise
+                    raise Diverged(ground.args.method, ground.steps_done, "its probabilities are no numbers") from error
             count = ground.args.num_generations
-            prompts = [by_tokens[tuple(ids)] for ids in prompt_ids[::count]]
+            prompts = [ground.train_prompts[row] for row in self.drawn[::count]]
             ground.moved()  # the optimizer may have moved the weights since the last step was noted
-            answers = ground.sample(prompts, count, self.batches)
-            self.batches += 1
+            answers = ground.sample(prompts, count, ground.batches)
+            ground.batches += 1
+            finished.clear()
+            finished.update((completion.token_ids, completion.finished) for row in answers for completion in row)
             ids = [list(completion.token_ids) for row in answers for completion in row]
             return ids if base is trl.RLOOTrainer else (ids, None)
 

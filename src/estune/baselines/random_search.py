@@ -7,7 +7,6 @@ all steps answer the same prompts, those of the first step, so that their fitnes
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,11 +30,13 @@ class Best:
 
     step: int = -1
     member: int = -1
-    fitness: float = -math.inf
+    fitness: float | None = None
 
 
 def random_search(ground: Ground) -> None:
     """Draw members until the run has ended; leave theta at the best one.
+
+    `best.json` follows a step's metrics, evaluation and checkpoint: a run that is killed begins a step again.
 
     Raises:
         Interrupted: it was asked to stop.
@@ -46,27 +47,36 @@ def random_search(ground: Ground) -> None:
     best = _read(ground)
     ground.keep_method({"method": args.method, "trainer": "estune.random_search", "arguments": {}})
     ground.step_started()
+    if ground.ended and ground.steps_done:  # killed before the finished model was written
+        ground.use(_theta(ground, batches, best))
     while not ground.ended:
         if ground.should_stop():
             raise Interrupted
         step = plan_step(args, batches, ground.steps_done)
         step = Step(**{**vars(step), "rows": plan_step(args, batches, 0).rows})
         fitness = _fitness(ground, step)  # (N,)
-        if not np.isnan(fitness).all() and float(np.nanmax(fitness)) > best.fitness:
-            best = Best(step.index, int(np.nanargmax(fitness)), float(np.nanmax(fitness)))
+        luckiest = Best() if np.isnan(fitness).all() else Best(step.index, int(np.nanargmax(fitness)))
+        if luckiest.member >= 0:
+            luckiest.fitness = float(fitness[luckiest.member])
+            if best.fitness is None or luckiest.fitness > best.fitness:
+                best = luckiest
+        ground.use(_theta(ground, batches, best))
+        ground.step_done(step.index + 1, {"es/fitness_best": best.fitness})
         ground.trainer_directory.mkdir(exist_ok=True)
-        write_json(ground.trainer_directory / STATE_FILE, {**vars(best), "steps_done": step.index + 1})
-        theta = dict(base)
-        if best.step >= 0:
-            chosen = plan_step(args, batches, best.step)
-            perturbation = chosen.perturbation(chosen.members[best.member])
-            theta = {name: master.perturb(name, perturbation) for name in base}
-        ground.use(theta)
-        try:
-            ground.step_done(step.index + 1, {"es/fitness_best": best.fitness, "loss": 0.0})
-        finally:
-            if not ground.ended:
-                ground.use(base)
+        write_json(ground.trainer_directory / STATE_FILE, vars(best))
+        ground.progress.keep(ground.trainer_directory)
+        if not ground.ended:
+            ground.use(base)
+
+
+def _theta(ground: Ground, batches: Batches, best: Best) -> dict[str, np.ndarray]:
+    """Return the weights of a member, by stored name; the engine holds the base."""
+    master = ground.engine.master
+    if best.step < 0:
+        return {name: array.copy() for name, array in master.arrays.items()}
+    chosen = plan_step(ground.args, batches, best.step)
+    perturbation = chosen.perturbation(chosen.members[best.member])
+    return {name: master.perturb(name, perturbation) for name in master.arrays}
 
 
 def _fitness(ground: Ground, step: Step) -> np.ndarray:
@@ -76,7 +86,8 @@ def _fitness(ground: Ground, step: Step) -> np.ndarray:
     rollouts = _rollouts(ground, [step.perturbation(member) for member in step.members], rows, prompts)
     weights = ground.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
-    ground.note(weighed, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, int(rollouts.failed.sum()))
+    by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members are what is compared
+    ground.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, int(rollouts.failed.sum()))
     return population_fitness(weighed)
 
 
@@ -98,6 +109,4 @@ def _read(ground: Ground) -> Best:
     path = ground.trainer_directory / STATE_FILE
     if not ground.steps_done:
         return Best()
-    state = json.loads(path.read_text(encoding="utf-8"))
-    state.pop("steps_done")
-    return Best(**state)
+    return Best(**json.loads(path.read_text(encoding="utf-8")))

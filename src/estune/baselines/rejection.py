@@ -8,6 +8,7 @@ loss counts the completion's tokens only.
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -17,7 +18,7 @@ import trl
 
 from estune.baselines.arguments import own_arguments, record_of, trl_config
 from estune.baselines.ground import Ground
-from estune.baselines.policy_gradient import Driver, drive
+from estune.baselines.policy_gradient import drive
 from estune.errors import UserError
 from estune.files import replace_file
 from estune.rollouts import Evaluator, scored
@@ -36,7 +37,7 @@ def rejection(ground: Ground) -> None:
     args = ground.args
     ground.step_started()
     own = own_arguments(args)
-    kept = _read(ground) if ground.steps_done else _draw(ground, own["min_reward"])
+    kept = _read(ground) if ground.steps_done else [] if ground.ended else _draw(ground, own["min_reward"])
     batch = int(args.batch_size)
     config, own = trl_config(
         args,
@@ -47,25 +48,27 @@ def rejection(ground: Ground) -> None:
         max_length=None,
     )
     ground.keep_method({**record_of(args.method, "trl.SFTTrainer", config, own), "samples_kept": len(kept)})
+    if ground.ended:
+        return
     rows = []
     for row, tokens in kept:
         prompt = list(ground.train_prompts[row].token_ids)
         rows.append({"input_ids": [*prompt, *tokens], "labels": [-100] * len(prompt) + list(tokens)})
-    trainer = trl.SFTTrainer(
-        model=ground.module,
-        args=config,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=ground.engine.tokenizer,
-        callbacks=[Driver(ground)],
+    drive(
+        ground,
+        lambda driver: trl.SFTTrainer(
+            model=ground.module,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=copy.deepcopy(ground.engine.tokenizer),  # TRL gives it a padding token
+            callbacks=[driver],
+        ),
     )
-    drive(trainer, ground, restart_clock=False)
 
 
 def _draw(ground: Ground, min_reward: float | None) -> list[Sample]:
     """Sample the base, keep what is right, and write it down for a resume."""
     args, size = ground.args, int(ground.args.prompts_per_batch)
-    if ground.accuracy_pool is None and min_reward is None:
-        raise UserError("sft_rejection needs a task, whose accuracy says what is right, or min_reward in method_kwargs")
     kept: dict[Sample, None] = {}
     for start in range(0, len(ground.train_prompts), size):
         prompts = ground.train_prompts[start : start + size]

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,14 +19,15 @@ from typing import Any
 import torch
 
 from estune import inputs
-from estune.baselines.arguments import own_arguments
-from estune.baselines.ground import Ground
-from estune.baselines.random_search import STATE_FILE, random_search
+from estune.baselines.arguments import own_arguments, sampling_arguments, trl_config
+from estune.baselines.ground import Ground, Progress
+from estune.baselines.random_search import random_search
 from estune.card import CARD_FILE, write_card
-from estune.checkpoint import leftovers, read_state, remove_partial
+from estune.checkpoint import checkpoints, leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
+from estune.data import shared_prompts
 from estune.engines.base import Interrupted
-from estune.engines.hf_loading import load_model, resolve_device
+from estune.engines.hf_loading import load_model, quiet, resolve_device, resolve_model
 from estune.engines.hf_parameters import bindings
 from estune.environment import environment
 from estune.errors import UserError
@@ -33,8 +37,9 @@ from estune.loggers import keep_trackers, known_trackers
 from estune.monitors import say
 from estune.opening import start_monitors
 from estune.records import cut_back, read_metrics
+from estune.rewards import INLINE_WARNING
 from estune.rollouts import Evaluator
-from estune.run import CONFIG_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
+from estune.run import CONFIG_FILE, METHOD_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
 from estune.signals import StopRequest
 from estune.trainer import ESTrainer
 
@@ -43,6 +48,12 @@ def _policy_gradient(ground: Ground) -> None:
     from estune.baselines.policy_gradient import policy_gradient
 
     policy_gradient(ground)
+
+
+def _ppo(ground: Ground) -> None:
+    from estune.baselines.ppo import ppo
+
+    ppo(ground)
 
 
 def _rejection(ground: Ground) -> None:
@@ -55,9 +66,11 @@ METHODS: dict[str, Callable[[Ground], None]] = {
     "grpo": _policy_gradient,
     "dr_grpo": _policy_gradient,
     "rloo": _policy_gradient,
+    "ppo": _ppo,
     "sft_rejection": _rejection,
     "random_search": random_search,
 }
+RESTARTED = ("ppo",)  # by a resume: their trainers keep nothing to go on from
 
 
 class BaselineTrainer(ESTrainer):
@@ -67,7 +80,7 @@ class BaselineTrainer(ESTrainer):
         super().__init__(**given)
         if self.has_module:
             raise UserError(f"method {self.args.method} takes the model by name")
-        check_method(self.args)  # before anything is written
+        check_method(self.args, self.rewards.accuracy is not None)  # before anything is written
 
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
@@ -77,32 +90,60 @@ class BaselineTrainer(ESTrainer):
             say(f"estune: {run_dir} is finished; nothing to do")
             if not (run_dir / CARD_FILE).exists():
                 write_card(run_dir)
+            if self.args.push_to_hub:
+                say(f"estune: {push(run_dir, open_repository(repository_of(self.args), self.args.hub_private_repo))}")
             return run_dir
+        self._refuse_to_go_on(run_dir)
+        repository = None
+        if self.args.push_to_hub:
+            repository = open_repository(repository_of(self.args), self.args.hub_private_repo)
         with open_ground(self) as ground:
             try:
-                ground.after_step()
-                if not ground.ended:
+                if ground.module is not None or not ground.steps_done:  # random search has done all before it kept it
+                    ground.after_step()
+                with quiet():
                     METHODS[self.args.method](ground)
                 ground.save(final=True)
                 say(f"estune: done; the model is in {run_dir}")
-                if self.args.push_to_hub:
-                    repository = open_repository(repository_of(self.args), self.args.hub_private_repo)
+                if repository is not None:
                     say(f"estune: {push(run_dir, repository)}")
             except Interrupted:
-                say(f"estune: stopped after {ground.steps_done} steps; go on with --resume --output_dir {run_dir}")
+                again = "start it again" if self.args.method in RESTARTED else "go on"
+                say(f"estune: stopped after {ground.steps_done} steps; {again} with --resume --output_dir {run_dir}")
         return run_dir
 
+    def _refuse_to_go_on(self, run_dir: Path) -> None:
+        """Raise UserError where a finished run would have to start again to be longer or shorter."""
+        if not self.args.resume or self.args.method not in RESTARTED or not (run_dir / CONFIG_FILE).exists():
+            return
+        stored = read_config(run_dir)
+        then = {name: stored[name] for name in ("max_steps", "max_time_s")}
+        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.given):
+            raise UserError(f"{run_dir} is finished, and a run of method {self.args.method} cannot go on from its end: "
+                            "train in another --output_dir")  # fmt: skip
 
-def check_method(args: ESConfig) -> None:
+
+def check_method(args: ESConfig, has_accuracy: bool = True) -> None:
     """Refuse what a method's trainer would: an unknown argument, a package that is missing.
+
+    Args:
+        args: resolved, or before.
+        has_accuracy: of the task, which says what is right.
 
     Raises:
         UserError: with what is wrong.
     """
     if args.method not in METHODS:
         raise UserError(f"method {args.method} is ESTrainer's")
-    if args.method != "random_search":
-        own_arguments(args)
+    if args.method == "random_search":
+        return
+    if args.method == "sft_rejection" and not has_accuracy and own_arguments(args)["min_reward"] is None:
+        raise UserError("sft_rejection needs a task, whose accuracy says what is right, or min_reward in method_kwargs")
+    own_arguments(args)
+    if args.batch_size != "auto" and args.method != "ppo":  # resolved; PPO's arguments depend on its model, too
+        sampled = args.method != "sft_rejection"
+        batch = int(args.batch_size) * (args.num_generations if sampled else 1)
+        trl_config(args, "trainer", batch, 0, **(sampling_arguments(args) if sampled else {}))
 
 
 def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
@@ -129,11 +170,30 @@ def last_step(path: Path) -> int:
     return max((record["step"] for record in read_metrics(path)), default=0)
 
 
-def resume_point(path: Path) -> int:
-    """Return the step of the newest whole checkpoint of the trainer; 0 where there is none."""
-    found = [*(path / "trainer").glob("checkpoint-*/trainer_state.json"), *(path / "trainer").glob(STATE_FILE)]
-    states = [json.loads(file.read_text(encoding="utf-8")) for file in found]
-    return max((int(state.get("global_step", state.get("steps_done"))) for state in states), default=0)
+def resume_point(path: Path) -> Progress:
+    """Return how far a run has come that can be gone on with: to the newest whole state of its method."""
+    found = [Progress.read(directory) for directory in (path / "trainer", *(path / "trainer").glob("checkpoint-*"))]
+    return max((progress for progress in found if progress), key=lambda p: p.steps_done, default=Progress())
+
+
+def forget_later(path: Path, steps_done: int) -> None:
+    """Drop what a killed run wrote of steps that are to be done again."""
+    cut_back(path, steps_done)
+    for step, directory in checkpoints(path):
+        if step > steps_done:
+            shutil.rmtree(directory)
+
+
+def check_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Refuse to go on with other data, rewards or another base than a run was begun with.
+
+    Raises:
+        UserError: names what differs.
+    """
+    then = json.loads((path / METHOD_FILE).read_text(encoding="utf-8"))
+    for name, value in facts.items():
+        if then[name] != value:
+            raise UserError(f"a resume cannot change {name} from {then[name]} to {value}")
 
 
 @contextmanager
@@ -146,19 +206,40 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         goes_on = args.resume and (run.path / CONFIG_FILE).exists()
         if goes_on:
             args = adopt(args, kept_by_a_resume(run.path), trainer.given)
+        restarts = goes_on and args.method in RESTARTED
+        if restarts:
+            say(f"estune: {args.method} keeps nothing to go on from: starting again from step 0")
+            goes_on = False
         stop = stack.enter_context(StopRequest())
         pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
         accuracy_pool = None
         if trainer.rewards.accuracy is not None and (trainer.eval_rows or args.method == "sft_rejection"):
             accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
+        if args.reward_isolation == "inline":
+            print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
+        if trainer.eval_rows and (shared := shared_prompts(trainer.train_rows, trainer.eval_rows)):
+            print(f"estune: warning: {shared} of {len(trainer.eval_rows)} held-out rows have a prompt that is trained "
+                  "on", file=sys.stderr, flush=True)  # fmt: skip
         say(f"estune: loading {args.model}")
         trainer.args = args
         engine = trainer.engine
         train_prompts = trainer.prepare()
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
-        steps_done = resume_point(run.path) if goes_on else 0
+        facts = {
+            "base": {"model": args.model, "fingerprint": engine.master.fingerprint()},
+            "data": inputs.data_fingerprint(trainer.train_rows, train_prompts),
+            "reward_funcs": trainer.rewards.names,
+        }
+        progress = resume_point(run.path) if goes_on else Progress()
+        steps_done = progress.steps_done
+        if steps_done:
+            check_facts(run.path, facts)
+        if steps_done > args.max_steps:
+            raise UserError(f"{run.path} already has {steps_done} steps, more than max_steps {args.max_steps}")
         found = {} if goes_on else run.files()
+        if restarts:  # until it is written again, the configuration says what the next resume starts
+            del found[run.path / CONFIG_FILE]
         trackers = known_trackers(run.path) if goes_on else {}
         monitors, _, started = start_monitors(args, run, trackers, steps_done)
         stack.push(lambda kind, *_: monitors.close(failed=kind is not None and not issubclass(kind, Interrupted)))
@@ -169,8 +250,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         write_json(run.path / "env.json", environment())
         keep_trackers(run.path, {**trackers, **started})
         remove_partial(run.path)
-        cut_back(run.path, steps_done)
-        past = [record for record in read_metrics(run.path) if "num_evaluations" in record]
+        forget_later(run.path, steps_done)
         ground = Ground(
             args=args,
             run=run,
@@ -185,17 +265,21 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             eval_rows=trainer.eval_rows,
             eval_prompts=eval_prompts,
             monitors=monitors,
+            facts=facts,
             should_stop=stop.requested,
             steps_done=steps_done,
-            evaluations=max((record["num_evaluations"] for record in past), default=0),
-            train_time_s=train_time_s(run.path),
-            copied=not steps_done,
+            evaluations=progress.evaluations,
+            train_time_s=progress.train_time_s,
+            batches=progress.batches,
+            progress=progress,
+            copied=module is None or not steps_done,
         )
         data = args.task or args.dataset_name or "your dataset"
         say(f"estune: {args.method} on {args.model}, {engine.master.num_parameters:,} parameters; {data}: "
             f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
         size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
-            f"{args.num_generations} completions of each, learning_rate {args.learning_rate:g}"
+            f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "
+            f"learning_rate {args.learning_rate:g}"
         )  # fmt: skip
         say(f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
             f"{run.path}")  # fmt: skip
@@ -218,10 +302,9 @@ def load_module(args: ESConfig, run: Run, steps_done: int) -> tuple[Any, Any]:
         num_threads=1,
         trainable_parameters=None,
     )
+    module.config._name_or_path = resolve_model(args.model)  # where TRL finds the reference of a KL term
     bound, _ = bindings(module)
     if args.trainable_parameters is not None:
-        import re
-
         for parameter in module.parameters():
             parameter.requires_grad_(False)
         for binding in bound:

@@ -180,7 +180,7 @@ def _validate(comparison: Comparison) -> None:
         raise UserError("seeds must be different whole numbers")
     if comparison.tuning.seed in comparison.seeds:
         raise UserError("tuning needs a seed of its own: a run that was chosen for its luck would be reported")
-    for text in (*comparison.models, *comparison.methods, *comparison.retention):
+    for text in (*comparison.models, *comparison.methods):
         if not text or any(letter in text for letter in "/\\: "):
             raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")
     budget = comparison.budget

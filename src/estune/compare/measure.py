@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from estune.engines.base import Engine, Prompt
 from estune.errors import UserError
 from estune.evaluation import EvaluatedRow, Evaluation, evaluate, kl_k3
 from estune.files import write_json
+from estune.inputs import Rewards
+from estune.rewards import RewardPool
 from estune.rollouts import Evaluator
 from estune.tasks import get_task
 
@@ -62,13 +64,14 @@ def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: st
             raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    if comparison.skill_prefix:
-        forced = evaluation_config(comparison, model, response_prefix=comparison.skill_prefix)
-        greedy, _ = answer(forced, engine, rows)
-        own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
-        write_json(file.with_name("base-prefix.json"), own)
-    result = measure(comparison, model, None)
-    result["never_solved"] = never_solved(comparison, args, engine, rows, result["right_of"])
+    with Judges() as judges:
+        if comparison.skill_prefix:
+            forced = evaluation_config(comparison, model, response_prefix=comparison.skill_prefix)
+            greedy, _ = judges.answer(forced, engine, rows)
+            own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
+            write_json(file.with_name("base-prefix.json"), own)
+        result = measure(comparison, model, None, judges)
+        result["never_solved"] = never_solved(comparison, args, engine, rows, result["right_of"], judges)
     write_json(file, {**result, "model": model, "fingerprint": found})
 
 
@@ -76,7 +79,8 @@ def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str,
     """Evaluate a trial on the validation rows that decide, and write the outcome with the run's ``facts``."""
     rows = get_task(comparison.task).load("validation")[: comparison.tuning.rows or None]
     args = evaluation_config(comparison, run)
-    greedy, _ = answer(args, inputs.load_engine(args), rows)
+    with Judges() as judges:
+        greedy, _ = judges.answer(args, inputs.load_engine(args), rows)
     summary = greedy.summary()
     kept = {name: summary[name] for name in ("accuracy", "accuracy_ci95", "reward")}
     write_json(file, {**facts, "status": "done", **kept})
@@ -89,9 +93,11 @@ def measure_run(
     known = json.loads(base_file.read_text(encoding="utf-8"))
     args = evaluation_config(comparison, known["model"])
     engine = inputs.load_engine(args)
-    base = Base(engine, answer(args, engine, test_rows(comparison))[0].rows, known["never_solved"])
+    with Judges() as judges:
+        greedy, _ = judges.answer(args, engine, test_rows(comparison))
+        found = measure(comparison, run, Base(engine, greedy.rows, known["never_solved"]), judges)
     state = json.loads((Path(run) / "es_state.json").read_text(encoding="utf-8"))
-    result = {**facts, "status": "done", **measure(comparison, run, base), "fingerprint": state["fingerprint"]}
+    result = {**facts, "status": "done", **found, "fingerprint": state["fingerprint"]}
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result)
@@ -112,47 +118,71 @@ def test_rows(comparison: Comparison) -> Rows:
     return get_task(comparison.task).load("test")[: comparison.measuring.rows or None]
 
 
-def answer(args: ESConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
-    """Answer rows with a model and score the answers, as `estune evaluate` does."""
-    task = inputs.task_of(args)
-    rewards = inputs.resolve_rewards(args, None, task)
-    if rewards.accuracy is None:
-        raise UserError(f"a comparison needs a task with an accuracy, and {args.task} has none")
-    with ExitStack() as stack:
-        pool = stack.enter_context(inputs.reward_pool(args, rewards.funcs, rewards.names))
-        grader = stack.enter_context(inputs.reward_pool(args, [rewards.accuracy], ["accuracy"]))
-        prompts = inputs.build_prompts(args, engine, rows, task is not None)
+class Judges:
+    """The reward workers that score answers, started once for each task; a context manager."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._known: dict[str, tuple[Rewards, RewardPool, RewardPool]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def of(self, args: ESConfig) -> tuple[Rewards, RewardPool, RewardPool]:
+        """Return a task's rewards and the workers for reward and accuracy."""
+        key = str(args.task)
+        if key not in self._known:
+            rewards = inputs.resolve_rewards(args, None, inputs.task_of(args))
+            if rewards.accuracy is None:
+                raise UserError(f"a comparison needs a task with an accuracy, and {args.task} has none")
+            pools = [
+                self._stack.enter_context(inputs.reward_pool(args, funcs, names))
+                for funcs, names in ((rewards.funcs, rewards.names), ([rewards.accuracy], ["accuracy"]))
+            ]
+            self._known[key] = (rewards, pools[0], pools[1])
+        return self._known[key]
+
+    def answer(self, args: ESConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
+        """Answer rows with a model and score the answers, as `estune evaluate` does."""
+        rewards, pool, grader = self.of(args)
+        prompts = inputs.build_prompts(args, engine, rows, args.task is not None)
         evaluation = evaluate(
             Evaluator(engine, pool, args.response_prefix), rows, prompts, inputs.sampling(args, 0), rewards.weights,
             grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
         )  # fmt: skip
-    return evaluation, prompts
+        return evaluation, prompts
 
 
-def measure(comparison: Comparison, model: str, base: Base | None) -> dict[str, Any]:
+def measure(comparison: Comparison, model: str, base: Base | None, judges: Judges) -> dict[str, Any]:
     """Return what is reported of a model.
 
     Args:
         comparison: what to measure.
         model: a directory, hub id, or ``tiny``.
         base: what it was tuned from; None where it is the base.
+        judges: who score the answers.
     """
     args = evaluation_config(comparison, model)
     engine = inputs.load_engine(args)
     rows = test_rows(comparison)
-    greedy, prompts = answer(args, engine, rows)
+    greedy, prompts = judges.answer(args, engine, rows)
     chosen = list(range(len(rows)))
     if base is not None:  # the base itself is sampled on all rows, to see what it never solves
         first = comparison.measuring.sample_rows or len(rows)
         chosen = sorted({*chosen[:first], *base.never_solved})
-    sampled = sample(comparison, args, engine, [rows[i] for i in chosen], comparison.measuring.samples)
+    sampled = sample(comparison, args, engine, [rows[i] for i in chosen], comparison.measuring.samples, judges)
     result = {
         **of_greedy(greedy),
         "sampled_rows": chosen,
         "right_of": right_of(sampled),
         "samples": comparison.measuring.samples,
         "sampled_length": sampled.summary()["mean_length_tokens"],
-        "retention": {name: retained(comparison, model, engine, kept) for name, kept in comparison.retention.items()},
+        "retention": {
+            name: retained(comparison, model, engine, kept, judges) for name, kept in comparison.retention.items()
+        },
     }
     if base is not None:
         asked = [prompts[i] for i in chosen]
@@ -201,12 +231,14 @@ def of_greedy(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def sample(comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, count: int, seed: int = 0) -> Evaluation:
+def sample(
+    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, count: int, judges: Judges, seed: int = 0
+) -> Evaluation:
     """Return samples of rows; ``seed`` 0 gives the samples of the first kind, others further ones."""
     sampling = dataclasses.replace(
         args, temperature=comparison.measuring.temperature, num_generations=count, seed=SAMPLE_SEED + seed
     )
-    return answer(sampling, engine, rows)[0]
+    return judges.answer(sampling, engine, rows)[0]
 
 
 def right_of(evaluation: Evaluation) -> list[int]:
@@ -214,7 +246,9 @@ def right_of(evaluation: Evaluation) -> list[int]:
     return [sum(value == 1.0 for value in row.accuracy or []) for row in evaluation.rows]
 
 
-def never_solved(comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, right: Sequence[int]) -> list[int]:
+def never_solved(
+    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, right: Sequence[int], judges: Judges
+) -> list[int]:
     """Return the rows of which no sample of the base is right, in as many as `discovery_samples`.
 
     Args:
@@ -223,22 +257,23 @@ def never_solved(comparison: Comparison, args: ESConfig, engine: Engine, rows: R
         engine: the base.
         rows: the test rows.
         right: (rows,), right ones among the samples that there are already.
+        judges: who score the answers.
     """
     left = [index for index, count in enumerate(right) if not count]
     drawn, size = comparison.measuring.samples, max(comparison.measuring.samples, 16)
     while left and drawn < comparison.measuring.discovery_samples:
         count = min(size, comparison.measuring.discovery_samples - drawn)
-        found = right_of(sample(comparison, args, engine, [rows[i] for i in left], count, seed=drawn))
+        found = right_of(sample(comparison, args, engine, [rows[i] for i in left], count, judges, seed=drawn))
         left = [index for index, solved in zip(left, found, strict=True) if not solved]
         drawn += count
     return left
 
 
-def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained) -> dict[str, Any]:
+def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained, judges: Judges) -> dict[str, Any]:
     """Return the greedy accuracy on a task that was not trained on."""
     args = evaluation_config(comparison, model, **{**kept.settings, "task": kept.task})
     rows = get_task(kept.task).load("test")[: kept.rows or None]
-    return of_greedy(answer(args, engine, rows)[0])
+    return of_greedy(judges.answer(args, engine, rows)[0])
 
 
 def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation, rows: int) -> float:

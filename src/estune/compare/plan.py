@@ -97,7 +97,9 @@ def evaluations_per_step(args: ESConfig) -> float:
 
 def goes_on(args: ESConfig) -> bool:
     """Say whether a run can be resumed, and so go on from one budget to the other; else each has a run of its own."""
-    return args.method != "ppo"
+    from estune.baselines.trainer import RESTARTED
+
+    return args.method not in RESTARTED
 
 
 def run_directory(comparison: Comparison, cell: Cell) -> Path:

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 
-for name in ("estune.trainer", "estune.engines.hf", "estune.baselines.trainer"):
+for name in ("estune.trainer", "estune.engines.hf", "estune.baselines.trainer", "estune.report.plots"):
     importlib.import_module(name)
 with contextlib.suppress(ImportError):  # a comparison of ES alone needs no TRL
     for name in ("estune.baselines.policy_gradient", "estune.baselines.rejection"):

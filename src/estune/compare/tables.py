@@ -74,7 +74,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
             results = [{**read_json(file), "file": _relative(file, directory)} for file in files]
             if results:
                 rows[budget].append(_row(method, results, base, sample_rows))
-        longest = [max(
+        longest: list[list[Any]] = [max(
             (read_json(file).get("curve", []) for file in (folder / method).glob(f"seed-{seed}-*.json")),
             key=len, default=[],
         ) for seed in comparison["seeds"]]  # fmt: skip

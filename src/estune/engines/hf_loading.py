@@ -110,7 +110,7 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
     path = resolve_model(model)
     options = hub_options(model, path, revision)
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(
                 path, revision=revision, trust_remote_code=trust_remote_code, **options
             )
@@ -144,7 +144,7 @@ def load_model(
     options = hub_options(model, path, revision)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(path, **options)
             if getattr(config, "quantization_config", None) is not None:
                 raise UserError(f"model {model!r} is quantized; estune moves full weights, so dequantize it first")
@@ -163,7 +163,7 @@ def load_model(
     if compute != torch.float32:
         del bound, buffers, working
         gc.collect()
-        with _quiet():
+        with quiet():
             working = auto_model.from_pretrained(path, dtype=compute, **options)
     if compute != torch.float32 or device.type != "cpu":
         working = working.to(device)
@@ -307,7 +307,7 @@ def _as_numpy(buffer: torch.Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and reports away: what matters in them becomes a UserError."""
     logging: Any = _logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

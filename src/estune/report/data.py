@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from estune.checkpoint import read_state
 from estune.errors import UserError
 from estune.journal import Journal
 from estune.records import read_metrics
-from estune.run import CONFIG_FILE, JOURNAL_FILE
+from estune.run import CONFIG_FILE, JOURNAL_FILE, METHOD_FILE
 
 MOST_ROWS = 24  # of completions shown side by side
 MOST_CHARACTERS = 2000  # of one completion
@@ -40,6 +41,10 @@ def read_run(directory: Path) -> dict[str, Any]:
     records = read_metrics(directory)
     header = dict(journal.header) if journal else {}
     checkpoints = journal.checkpoints if journal else {}
+    if journal is None and (directory / METHOD_FILE).is_file():  # a rival of ES
+        header = _json(directory / METHOD_FILE)
+        state = read_state(directory)
+        checkpoints = {state["step"]: state["fingerprint"]} if state else {}
     return {
         "name": config.get("run_name") or directory.resolve().name,
         "steps_done": len(journal.steps) if journal else max((record["step"] for record in records), default=0),

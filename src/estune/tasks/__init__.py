@@ -81,7 +81,7 @@ TASKS: dict[str, Task] = {
         _built_in(gsm_symbolic, "solve a problem told as a short story; the answer is one number", "answer"),
         Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
              maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
-             maths.PROBLEM_COLUMNS),
+             problem_columns=maths.PROBLEM_COLUMNS),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
              sudoku.accuracy, ("puzzle", "solution")),
         _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),

@@ -1,0 +1,115 @@
+"""On which of reasoning-gym's tasks does a real model know more than its answers say?
+
+    estune fetch smollm2-135m
+    python benchmarks/scan_reasoning.py            # about 20 minutes on two quiet cores
+
+A model may hold the answer in its text and still score nothing, because it never gives it as asked. Such a task shows
+what outcome-only training can bring out. Every generator makes its rows in a process of its own with a time limit; of
+those that do, the model answers some rows of the *validation* split greedily (the test split is left alone). Reported
+are the exact accuracy, the share of completions that hold the answer as a word somewhere, and the lengths. Tasks are
+ranked by the second less the first; no training result has a part in it. It goes to
+`benchmarks/results/scan_reasoning.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from record import write_result
+
+from estune import inputs
+from estune.compare.measure import Judges
+from estune.config import ESConfig
+from estune.tasks import get_task, reasoning
+
+ROWS, TOKENS, LONGEST_PROMPT = 32, 64, 160  # rows and completion tokens a task; tokens of a prompt, at most
+SECONDS = 90.0  # in which a generator has to make its rows
+
+
+def holds(completion: str, wanted: str) -> bool:
+    """Say whether a completion holds the answer, as a word of its own."""
+    return re.search(rf"(?<![\w.-]){re.escape(wanted)}(?!\w|\.\d)", completion) is not None
+
+
+def _load(name: str, found: Any) -> None:
+    try:
+        found.put(get_task(f"rg:{name}").load("validation")[:ROWS])
+    except Exception as error:  # somebody else's generator: whatever it is, it is reported
+        found.put(f"{type(error).__name__}: {error}")
+
+
+def rows_of(name: str) -> list[dict[str, Any]] | str:
+    """Return a generator's validation rows, or why there are none."""
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    process = context.Process(target=_load, args=(name, found))
+    process.start()
+    try:
+        rows: list[dict[str, Any]] | str = found.get(timeout=SECONDS)
+    except Exception:
+        rows = f"no rows within {SECONDS:g} s"
+    process.kill()
+    process.join()
+    return rows
+
+
+def main() -> None:
+    """Scan and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--names", nargs="+", default=reasoning.names())
+    parser.add_argument("--num_threads", type=int, default=2)
+    options = parser.parse_args()
+    generated = {name: rows_of(name) for name in options.names}
+    args = ESConfig(model=options.model, task="rg:gcd", max_completion_length=TOKENS, num_threads=options.num_threads,
+                    reward_isolation="inline")  # fmt: skip
+    args = inputs.resolve_config(args, ROWS)
+    engine = inputs.load_engine(args)
+    tasks: dict[str, Any] = {}
+    for name, rows in generated.items():
+        if isinstance(rows, str):
+            tasks[name] = {"left_out": rows}
+            continue
+        lengths = sorted(len(engine.tokenizer.encode(row["prompt"])) for row in rows)
+        if lengths[len(lengths) // 2] > LONGEST_PROMPT:
+            tasks[name] = {"left_out": f"its median prompt has {lengths[len(lengths) // 2]} tokens"}
+            continue
+        rows = [row for row in rows if len(engine.tokenizer.encode(row["prompt"])) <= 2 * LONGEST_PROMPT]
+        started = time.perf_counter()
+        own = ESConfig(**{**vars(args), "task": f"rg:{name}"})
+        with Judges() as judges:
+            evaluation, _ = judges.answer(own, engine, rows)
+        wanted = [str(json.loads(row["rg_entry"])["answer"]) for row in rows]
+        texts = [row.completions[0] for row in evaluation.rows]
+        summary = evaluation.summary()
+        tasks[name] = {
+            "n": len(rows),
+            "accuracy": summary["accuracy"],
+            "reward": summary["reward"],
+            "holds_answer": sum(map(holds, texts, wanted)) / len(rows),
+            "tagged": sum("<answer>" in text for text in texts) / len(rows),
+            "length": summary["mean_length_tokens"],
+            "prompt_tokens": lengths[len(lengths) // 2],
+            "example": {"prompt": rows[0]["prompt"], "completion": texts[0], "answer": wanted[0]},
+        }
+        found = tasks[name]
+        print(
+            f"{name:28} right {found['accuracy']:.2f}, holds it {found['holds_answer']:.2f}, tagged "
+            f"{found['tagged']:.2f}, {found['length']:.0f} tokens, {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+    scanned = [name for name, found in tasks.items() if "n" in found]
+    ranked = sorted(scanned, key=lambda name: tasks[name]["accuracy"] - tasks[name]["holds_answer"])
+    path = write_result("scan_reasoning", {"model": Path(options.model).name, "rows": ROWS, "tokens": TOKENS,
+                                           "ranked": ranked, "tasks": tasks})  # fmt: skip
+    print(f"most to bring out: {', '.join(ranked[:6])}; {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A whole comparison in miniature, through the command line: bases, tuning, runs, both budgets, report, going on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from command_line import assert_refused, estune
+
+MINIATURE = {
+    "output_dir": "out",
+    "task": "countdown",
+    "models": {"tiny": "tiny"},
+    "seeds": [0, 1],
+    "budget": {"evaluations": 64, "time_s": 600},
+    "tuning": {"evaluations": 32, "rows": 8},
+    "settings": {"max_completion_length": 24, "num_threads": 1},
+    "measuring": {"rows": 24, "samples": 2, "sample_rows": 12, "discovery_samples": 4, "kl_rows": 4, "curve_rows": 8,
+                  "curve_points": 1},
+    "skill_prefix": "<think>",
+    "retention": {"at once": {"task": "countdown", "settings": {"response_prefix": "<answer>"}, "rows": 8}},
+    "methods": {
+        "es": {"method": "es", "settings": {"population_size": 4, "batch_size": 8, "noise": "lowrank"},
+               "trials": [{"sigma": 0.01}, {"sigma": 0.02}]},
+        "grpo": {"method": "grpo", "settings": {"batch_size": 2}, "trials": [{}, {"learning_rate": 1e-4}]},
+        "broken": {"method": "grpo", "settings": {"batch_size": 2},
+                   "trials": [{"learning_rate": 1e20}, {"learning_rate": 1e25}]},
+    },
+}  # fmt: skip
+
+
+def write(directory: Path, **changes: object) -> Path:
+    file = directory / "comparison.yaml"
+    file.write_text(yaml.safe_dump({**MINIATURE, **changes}), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("compare")
+    done = estune("compare", write(directory), cwd=directory, timeout=280)
+    assert done.code == 0, done.err + done.out
+    return directory
+
+
+def result(directory: Path, name: str) -> dict:
+    return json.loads((directory / "out" / "results" / "tiny" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_row_is_there(compared: Path) -> None:
+    summary = json.loads((compared / "out" / "summary.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["evaluations"]}
+    assert set(rows) == {"es", "grpo", "broken", "random_search"}
+    assert {"base", "prefix"} <= summary["models"]["tiny"].keys()
+    for name in ("es", "grpo", "random_search"):
+        assert rows[name]["failed"] == 0 and len(rows[name]["seeds"]) == 2
+        assert rows[name]["evaluations"] == 64
+        assert rows[name]["accuracy"]["low"] <= rows[name]["accuracy"]["mean"] <= rows[name]["accuracy"]["high"]
+    assert rows["broken"]["failed"] == 2 and "accuracy" not in rows["broken"]
+    assert "diverged" in rows["broken"]["seeds"][0]["error"] or "loss" in rows["broken"]["seeds"][0]["error"]
+    assert summary["established"] == {"grpo": False, "broken": False}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> None:
+    for method, seed in (("es", 0), ("grpo", 1)):
+        found = result(compared, f"{method}/seed-{seed}-evaluations.json")
+        run = compared / "out" / found["run"]
+        state = json.loads((run / "es_state.json").read_text(encoding="utf-8"))
+        assert state["fingerprint"] == found["fingerprint"]
+        assert json.loads((run / "es_config.json").read_text(encoding="utf-8"))["seed"] == seed == found["seed"]
+        assert len(found["correct"]) == 24 and found["samples"] == 2
+        assert found["sampled_rows"][:12] == list(range(12))
+        never = result(compared, "base.json")["never_solved"]
+        assert set(never) <= set(found["sampled_rows"])
+        assert found["kl"] >= 0 and found["changes"]["relative_norm"] > 0
+        assert found["retention"]["at once"]["n"] == 8
+    # The model that a run left is the model that was measured.
+    done = estune("evaluate", "--model", compared / "out" / found["run"], "--task", "countdown", "--limit", 24,
+                  "--json", cwd=compared)  # fmt: skip
+    assert json.loads(done.out)["accuracy"] == pytest.approx(found["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
+    for method in ("es", "grpo", "random_search"):
+        tuned = result(compared, f"{method}/tuning.json")
+        trials = [result(compared, f"{method}/trial-{index}.json") for index in (0, 1)]
+        assert tuned["cost"]["evaluations"] == sum(trial["evaluations"] for trial in trials) == 64
+        best = max(trials, key=lambda trial: (trial["accuracy"], trial["reward"]))
+        assert tuned["chosen"] == best["trial"] and tuned["rows"] == 8
+        config = compared / "out" / trials[0]["run"] / "es_config.json"
+        assert json.loads(config.read_text(encoding="utf-8"))["seed"] == 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_report_needs_nothing_else(compared: Path) -> None:
+    page = (compared / "out" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    assert "not established: no claim" in page and "2 of 2 failed" in page
+    for link in re.findall(r'href="(results/[^"]+)"', page):
+        assert (compared / "out" / link).is_file(), link
+    assert (compared / "out" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared, tmp_path / "copy")
+    directory = tmp_path / "copy"
+    before = {path: path.stat().st_mtime_ns for path in (directory / "out" / "results").rglob("seed-*.json")}
+    (directory / "out" / "results" / "tiny" / "es" / "seed-1-evaluations.json").unlink()
+    gone = directory / "out" / "results" / "tiny" / "es" / "seed-1-evaluations.json"
+    done = estune("compare", write(directory), cwd=directory, timeout=200)
+    assert done.code == 0, done.err
+    assert gone.exists()
+    again = {path: path.stat().st_mtime_ns for path in before if path != gone}
+    assert again == {path: before[path] for path in again}
+    changed = write(directory, budget={"evaluations": 128, "time_s": 600})
+    assert_refused(estune("compare", changed, cwd=directory), "budget", "another output_dir")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"taks": "countdown"}, ("'taks'", "task")),
+        ({"models": {}}, ("models",)),
+        ({"seeds": [0, 0]}, ("seeds",)),
+        ({"seeds": [1000]}, ("tuning", "seed")),
+        ({"settings": {"seed": 3}}, ("seed", "comparison decides")),
+        ({"settings": {"max_completion_lenght": 3}}, ("max_completion_length",)),
+        ({"methods": {"a": {"method": "es"}, "b": {"method": "grpo", "trials": [{}, {}]}}}, ("a 1, b 2",)),
+        ({"methods": {"a": {"method": "gpro"}}}, ("gpro", "grpo")),
+        ({"methods": {"a": {"method": "grpo", "settings": {"system_prompt": "x"}}}}, ("system_prompt", "settings")),
+        ({"methods": {"a": {"method": "grpo", "settings": {"sigma": 0.1}}}}, ("method a", "sigma")),
+        ({"methods": {"a": {"method": "es", "settings": {"lr_scheduler_type": "cosine"}}}}, ("constant",)),
+        ({"budget": {"evaluations": 0}}, ("budgets",)),
+        ({"measuring": {"discovery_samples": 1, "samples": 2}}, ("discovery_samples",)),
+        ({"task": "countdwon"}, ("countdown",)),
+        ({"methods": {"a b": {"method": "es"}}}, ("file name",)),
+    ],
+)  # fmt: skip
+def test_what_is_refused_before_anything_runs(tmp_path: Path, changes: dict, parts: tuple[str, ...]) -> None:
+    assert_refused(estune("compare", write(tmp_path, **changes), cwd=tmp_path), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
+    done = estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
+    assert done.code == 0 and "8 runs" in done.out and "8 trials" in done.out
+    assert not (tmp_path / "out").exists()
+    assert_refused(estune("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
