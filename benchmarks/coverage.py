@@ -1,6 +1,6 @@
 """How often the intervals of comparisons hold the truth, on answers whose truth is known.
 
-    python benchmarks/coverage.py                   # a few minutes on one core
+    python benchmarks/coverage.py                   # about 10 minutes on one core
 
 Answers are right or wrong by a logistic model: every seed has an effect of its own, every problem has one, and so has
 every seed on every problem; methods that are compared fare differently on a problem, too. A truth is the model's mean
@@ -124,7 +124,7 @@ def span(rows: list[Any], name: str = "coverage", **where: Any) -> str:
 def main() -> None:
     """Run all cases, print what covers how well, record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=8000)
     repeats = parser.parse_args().repeats
     rng = np.random.default_rng(1)
     statistics._p_value = lambda *_: 1.0  # slow, and not looked at here
