@@ -120,7 +120,7 @@ def check_method(args: ESConfig, has_accuracy: bool = True) -> None:
     if args.method == "sft_rejection" and not has_accuracy and own_arguments(args)["min_reward"] is None:
         raise UserError("sft_rejection needs a task, whose accuracy says what is right, or min_reward in method_kwargs")
     own_arguments(args)
-    if args.batch_size != "auto":  # resolved
+    if args.batch_size != "auto" and args.method in ("grpo", "dr_grpo", "rloo", "sft_rejection"):  # resolved
         sampled = args.method != "sft_rejection"
         batch = int(args.batch_size) * (args.num_generations if sampled else 1)
         trl_config(args, "trainer", batch, 0, **(sampling_arguments(args) if sampled else {}))
