@@ -59,6 +59,8 @@ def ppo(ground: Ground) -> None:
     with trl_ppo.in_place(), quiet(), _cheap_collections(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"var\(\)")  # of one number, the ratio of a single optimizer step
         trainer = make_trainer(ground)
+        if ground.ended:  # max_steps 0
+            return
         ground.step_started()
         try:
             trainer.train()
