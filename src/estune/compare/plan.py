@@ -77,14 +77,22 @@ def configuration(comparison: Comparison, model: str, method: str, chosen: dict[
     return inputs.resolve_config(args, rows)
 
 
-def with_budget(args: ESConfig, evaluations: int, n_rows: int) -> ESConfig:
-    """Return a configuration with as many steps as a budget of evaluations pays for.
+def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) -> ESConfig:
+    """Return a configuration with as many steps as a budget of evaluations pays for, and ``points`` held-out ones.
 
-    `sft_rejection` spends it on samples before its first step; its steps are its own setting.
+    `sft_rejection` spends it on samples before its first step; its steps are its own setting. ES evaluates theta beside
+    its members wherever it evaluates held-out rows, and pays for that.
     """
     if args.method == "sft_rejection":
-        return dataclasses.replace(args, num_generations=max(1, evaluations // n_rows))
-    return dataclasses.replace(args, max_steps=max(1, int(evaluations // evaluations_per_step(args))))
+        args = dataclasses.replace(args, num_generations=max(1, evaluations // n_rows))
+        return dataclasses.replace(args, eval_steps=max(1, args.max_steps // points) if points else 0)
+    steps = max(1, int(evaluations // evaluations_per_step(args)))
+    while True:
+        every = max(1, steps // points) if points else 0
+        of_theta = steps // every * int(args.batch_size) * args.num_generations if every and args.method == "es" else 0
+        if steps == 1 or steps * evaluations_per_step(args) + of_theta <= evaluations:
+            return dataclasses.replace(args, max_steps=steps, eval_steps=every)
+        steps -= 1
 
 
 def evaluations_per_step(args: ESConfig) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -157,14 +158,10 @@ class Runner:
             return
         tuned = json.loads((files["time"].parent / "tuning.json").read_text(encoding="utf-8"))
         args = configuration(self.comparison, cell.model, cell.method, tuned["chosen"], cell.seed)
-        args = with_budget(args, self.comparison.budget.evaluations, self.train_rows)
         measuring, limit = self.comparison.measuring, self.comparison.budget.time_s
-        args = dataclasses.replace(
-            args,
-            output_dir=str(run_directory(self.comparison, cell)),
-            eval_steps=max(1, args.max_steps // measuring.curve_points),
-            eval_rows=measuring.curve_rows,
-        )
+        args = with_budget(args, self.comparison.budget.evaluations, self.train_rows, measuring.curve_points)
+        directory = str(run_directory(self.comparison, cell))
+        args = dataclasses.replace(args, output_dir=directory, eval_rows=measuring.curve_rows)
         say(f"estune: {cell.name}: {_told(tuned['chosen'])}")
         if not goes_on(args):
             for budget in left:
@@ -200,6 +197,7 @@ class Runner:
         files = [result_file(self.comparison, cell, budget) for budget in budgets]
         known = {**facts, **self._origin(cell, directory)}
         if not outcome.failed and files:
+            known["measured"] = self._keep(directory, cell, budgets[0])
             log = f"logs/{cell.name.replace('/', '-')}.log"
             arguments = (self.comparison, str(directory), self.base_file(cell.model), files, known)
             outcome = self._call(measure.measure_run, arguments, log)
@@ -210,6 +208,16 @@ class Runner:
                 write_json(file, {**known, "status": "failed", "error": outcome.error})
             return None
         return facts
+
+    def _keep(self, directory: Path, cell: Cell, budget: str) -> str:
+        """Keep the model that is measured, which the run may replace by a later one; return where."""
+        place = self.directory / "models" / cell.model / cell.method / f"seed-{cell.seed}-{budget}"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        for file in directory.iterdir():
+            if file.is_file() and file.suffix in (".safetensors", ".json"):
+                os.link(file, place / file.name)  # a later model is renamed over the name, not written into the file
+        return str(place.relative_to(self.directory))
 
     def _train(self, args: ESConfig) -> worker.Outcome:
         directory = Path(str(args.output_dir))
