@@ -40,8 +40,9 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
 
 # What a resumed run may change; everything else defines the trajectory and is written into the journal's header.
 RESUMABLE = frozenset(
-    "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows logging_steps report_to console "
-    "log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id hub_private_repo".split()
+    "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows eval_greedy logging_steps report_to "
+    "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
+    "hub_private_repo".split()
 )
 
 
@@ -192,6 +193,9 @@ class ESConfig:
     log_completions: bool = _option(False, "Keep the population's completions every logging_steps.")
     eval_steps: int = _option(0, "Steps between held-out evaluations, theta before the first step included; 0: none.")
     eval_rows: int = _option(0, "Rows of the held-out split in evaluations within a run; 0: all.")
+    eval_greedy: bool = _option(
+        False, "Decode those evaluations greedily where training samples; methods that learn from samples always do."
+    )
     save_steps: int = _option(0, "Steps between checkpoints; 0: only the final model.")
     save_total_limit: int = _option(0, "Checkpoints to keep, newest first; 0: all.")
     push_to_hub: bool = _option(False, "Upload the finished model; the token is the hub client's (HF_TOKEN).")
@@ -288,6 +292,8 @@ class ESConfig:
             raise UserError("lr_scheduler_type constant_with_warmup needs warmup_steps above 0")
         if self.eval_rows and not self.eval_steps:
             raise UserError("eval_rows has no effect without eval_steps")
+        if self.eval_greedy and not (self.eval_steps and self.temperature and self.method == "es"):
+            raise UserError("eval_greedy needs eval_steps, method es and temperature above 0: else it has no effect")
         if self.save_total_limit and not self.save_steps:
             raise UserError("save_total_limit has no effect without save_steps")
         if self.reward_isolation == "inline" and (self.reward_workers != "auto" or self.reward_timeout_s != 60.0):

@@ -268,6 +268,13 @@ def sampling(args: ESConfig, step: int) -> Sampling:
     )
 
 
+def evaluation_sampling(args: ESConfig) -> Sampling:
+    """Return how held-out rows are answered within a run: as in training, or greedily."""
+    if args.method == "es" and not args.eval_greedy:
+        return sampling(args, 0)
+    return dataclasses.replace(sampling(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
+
+
 def build_prompts(
     args: ESConfig, engine: Engine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
 ) -> list[Prompt]:

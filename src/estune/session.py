@@ -285,7 +285,7 @@ class Session:
             self.evaluator,
             self.eval_rows,
             self.eval_prompts,
-            inputs.sampling(self.args, 0),
+            inputs.evaluation_sampling(self.args),
             self.rewards.weights,
             self.accuracy_pool,
             batch=int(self.args.prompts_per_batch),

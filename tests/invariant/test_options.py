@@ -158,6 +158,7 @@ OTHERWISE = {  # field -> the test below that shows its effect
     "task": "test_task",
     "allow_unsandboxed_code": "test_allow_unsandboxed_code",
     "method": "test_method",
+    "eval_greedy": "test_eval_greedy",
     "method_kwargs": "test_method",
     "engine": "test_engine",
     "device": "test_device",
@@ -359,6 +360,22 @@ def test_method(run_model, place, tiny_llama):
         found.append(json.loads((place / name / "method.json").read_text())["arguments"]["epsilon"])
     assert found == [0.2, 0.4] and weights(place / "plain") != weights(place / "changed")
     assert not (place / "plain" / "journal.jsonl").exists()
+
+
+def test_eval_greedy(run_model, place):
+    words = ("train", "--task", "countdown", "--model", "tiny", "--max_steps", 0, "--eval_steps", 1, "--eval_rows", 8)
+    words += ("--max_completion_length", 24, "--reward_isolation", "inline", "--report_to", "none")
+    for name, more in (
+        ("greedy", ()),
+        ("sampled", ("--temperature", 1)),
+        ("asked", ("--temperature", 1, "--eval_greedy")),
+    ):
+        done = run_model(*words, *more, "--output_dir", name)
+        assert done.code == 0, done
+    greedy, sampled, asked = ((place / name / "eval" / "step_00000.jsonl").read_text() for name in
+                              ("greedy", "sampled", "asked"))  # fmt: skip
+    assert asked == greedy != sampled
+    assert_refused(run_model(*words, "--eval_greedy", "--output_dir", "idle"), "eval_greedy", "temperature")
 
 
 def test_device(run_model, place, tiny_llama):

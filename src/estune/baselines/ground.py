@@ -25,7 +25,7 @@ from estune import inputs, metrics, records
 from estune.card import write_card
 from estune.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
 from estune.config import ESConfig
-from estune.engines.base import Completion, Engine, Prompt, Sampling
+from estune.engines.base import Completion, Engine, Prompt
 from estune.engines.hf_parameters import Binding
 from estune.errors import UserError
 from estune.evaluation import Evaluation, evaluate
@@ -287,7 +287,7 @@ class Ground:
             self.evaluator,
             self.eval_rows,
             self.eval_prompts,
-            greedy(self.args),
+            inputs.evaluation_sampling(self.args),
             self.rewards.weights,
             self.accuracy_pool,
             batch=int(self.args.prompts_per_batch),
@@ -302,7 +302,7 @@ class Ground:
         """
         self.copy_weights()
         if final and self.module is not None and self.steps_done:
-            one = dataclasses.replace(greedy(self.args), max_completion_length=1)
+            one = dataclasses.replace(inputs.evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
         master = self.engine.master
         state = {"step": self.steps_done, "fingerprint": master.fingerprint(), "checksum": master.checksum()}
@@ -326,8 +326,3 @@ def together(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float
         sizes = 1 if name == "reward_errors" else sum(size for size, _ in known)
         found[name] = total / sizes if known else math.nan
     return found
-
-
-def greedy(args: ESConfig) -> Sampling:
-    """Return how held-out rows are answered whatever the method trains on."""
-    return dataclasses.replace(inputs.sampling(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)

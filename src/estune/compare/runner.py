@@ -161,7 +161,8 @@ class Runner:
         measuring, limit = self.comparison.measuring, self.comparison.budget.time_s
         args = with_budget(args, self.comparison.budget.evaluations, self.train_rows, measuring.curve_points)
         directory = str(run_directory(self.comparison, cell))
-        args = dataclasses.replace(args, output_dir=directory, eval_rows=measuring.curve_rows)
+        sampled = args.method == "es" and args.temperature > 0  # curves are of greedy answers, whatever trains
+        args = dataclasses.replace(args, output_dir=directory, eval_rows=measuring.curve_rows, eval_greedy=sampled)
         say(f"estune: {cell.name}: {_told(tuned['chosen'])}")
         if not goes_on(args):
             for budget in left:
