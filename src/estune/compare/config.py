@@ -30,8 +30,8 @@ RANDOM_SEARCH = "random_search"
 # Decided by the comparison itself, for every run.
 DECIDED = frozenset(
     "model task seed output_dir run_name resume overwrite dry_run max_time_s eval_steps eval_rows eval_greedy "
-    "save_steps save_total_limit report_to console logging_steps log_completions push_to_hub hub_model_id hub_private_repo "
-    "method".split()
+    "save_steps save_total_limit report_to console logging_steps log_completions push_to_hub hub_model_id "
+    "hub_private_repo method".split()
 )
 
 # The ground: what every method gets alike.
