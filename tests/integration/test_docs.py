@@ -28,6 +28,7 @@ def run(command: list[str], place: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_runs(page: Path, tmp_path: Path) -> None:
     """Blocks of one page share a directory; those marked ``console`` need a download, and have tests of their own."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     for language, text in re.findall(r"```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         if text.startswith("# rewards.py"):
             (tmp_path / "rewards.py").write_text(text, encoding="utf-8")
