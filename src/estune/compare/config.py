@@ -27,6 +27,14 @@ from estune.errors import UserError
 from estune.words import nearest
 
 RANDOM_SEARCH = "random_search"
+# What YAML gives for a type, and how that is told.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+    "tuple": ((list,), "a list"),
+    "dict": ((dict,), "a mapping"),
+}
 # Decided by the comparison itself, for every run.
 DECIDED = frozenset(
     "model task seed output_dir run_name resume overwrite dry_run max_time_s eval_steps eval_rows eval_greedy "
@@ -144,10 +152,17 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
     missing = [name for name in ("task", "models", "methods") if not values.get(name)]
     if missing:
         raise UserError(f"a comparison needs {', '.join(missing)}")
+    models = values["models"]
+    if isinstance(models, list):
+        values["models"] = models = {Path(str(model)).name: model for model in models}
+    _typed(values, Comparison, "the comparison")
+    if any(type(seed) is not int for seed in values.get("seeds", ())):
+        raise UserError(f"seeds must be whole numbers, not {values['seeds']}")
+    for name, model in models.items():
+        if not isinstance(model, str):
+            raise UserError(f"model {name} must be a directory or an id, not {model!r}")
     for name, kind in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
         values[name] = _part(kind, values.get(name, {}), name)
-    models = values["models"]
-    values["models"] = models if isinstance(models, dict) else {Path(model).name: model for model in models}
     values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
     values["settings"] = _settings(values.get("settings", {}), "settings")
     entries = {name: _entry(name, given) for name, given in values["methods"].items()}
@@ -208,11 +223,20 @@ def _part(kind: type[Any], given: Any, where: str) -> Any:
     if not isinstance(given, dict):
         raise UserError(f"{where} must be a mapping")
     _known(given, kind, where)
+    _typed(given, kind, where)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from None
+    needed = [spec.name for spec in dataclasses.fields(kind)
+              if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING]  # fmt: skip
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{where} needs {', '.join(missing)}")
+    return kind(**values)
+
+
+def _typed(given: dict[str, Any], kind: type[Any], where: str) -> None:
+    for spec in dataclasses.fields(kind):
+        classes, wanted = KINDS.get(str(spec.type).partition("[")[0], ((dict,), "a mapping"))
+        if spec.name in given and (not isinstance(value := given[spec.name], classes) or isinstance(value, bool)):
+            raise UserError(f"{spec.name} of {where} must be {wanted}, not {value!r}")
 
 
 def _known(given: dict[str, Any], kind: type[Any], where: str) -> None:

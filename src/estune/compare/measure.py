@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from estune import inputs
 from estune.cli import EVALUATE_FIELDS
 from estune.compare.changes import parameter_changes
@@ -282,8 +280,3 @@ def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled:
     asked = [prompt for prompt, _ in chosen]
     token_ids = [row.token_ids[0] for _, row in chosen]
     return kl_k3(engine.token_logprobs(asked, token_ids), base.token_logprobs(asked, token_ids))
-
-
-def numbers(correct: str) -> np.ndarray:
-    """Return a result's ``correct`` as numbers (rows,)."""
-    return np.array([int(mark) for mark in correct], dtype=np.float64)

@@ -58,6 +58,9 @@ class Runner:
         Raises:
             UserError: one cannot work.
         """
+        for kept in self.comparison.retention.values():
+            get_task(kept.task)
+            measure.evaluation_config(self.comparison, "tiny", **{**kept.settings, "task": kept.task})
         for model in self.comparison.models:
             for method, entry in entries(self.comparison).items():
                 for trial in entry.trials:
