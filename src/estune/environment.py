@@ -6,7 +6,9 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from hashlib import blake2b
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("estune", "torch", "transformers", "numba", "numpy", "tokenizers", "safetensors", "datasets")
@@ -21,6 +23,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code_digest() -> str:
+    """Return a short hash of this package's own code: results of other code can be told apart, whatever its version."""
+    root = Path(__file__).parent
+    digest = blake2b(digest_size=8)
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def cores() -> int:

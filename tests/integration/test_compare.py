@@ -11,6 +11,8 @@ import pytest
 import yaml
 from command_line import assert_refused, estune
 
+from estune.environment import code_digest
+
 MINIATURE = {
     "output_dir": "out",
     "task": "countdown",
@@ -81,6 +83,7 @@ def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> N
         assert found["sampled_rows"][:12] == list(range(12))
         never = result(compared, "base.json")["never_solved"]
         assert set(never) <= set(found["sampled_rows"])
+        assert found["code"] == code_digest()
         assert found["kl"] >= 0 and found["changes"]["relative_norm"] > 0
         assert found["retention"]["at once"]["n"] == 8
     # The model that is kept is the one that was measured.

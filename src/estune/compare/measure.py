@@ -21,6 +21,7 @@ from estune.compare.config import Comparison, Retained
 from estune.compare.hacking import BOUNDS, WORDLESS_SHARE, judge
 from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
+from estune.environment import code_digest
 from estune.errors import UserError
 from estune.evaluation import EvaluatedRow, Evaluation, evaluate, kl_k3
 from estune.files import write_json
@@ -70,7 +71,7 @@ def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: st
             write_json(file.with_name("base-prefix.json"), own)
         result = measure(comparison, model, None, judges)
         result["never_solved"] = never_solved(comparison, args, engine, rows, result["right_of"], judges)
-    write_json(file, {**result, "model": model, "fingerprint": found})
+    write_json(file, {**result, "model": model, "fingerprint": found, "code": code_digest()})
 
 
 def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from estune.compare.plan import (
     with_budget,
 )
 from estune.config import ESConfig
-from estune.environment import environment
+from estune.environment import code_digest, environment
 from estune.errors import UserError
 from estune.files import try_lock, write_json
 from estune.monitors import say
@@ -51,6 +51,7 @@ class Runner:
         self.directory = comparison.directory
         self.train_rows = len(get_task(comparison.task).load("train"))
         self.context = worker.context()
+        self.code = code_digest()
 
     def check(self) -> None:
         """Try every configuration before anything runs.
@@ -133,7 +134,7 @@ class Runner:
         directory = self.directory / "tuning" / model / method / f"trial-{index}"
         outcome = self._train(dataclasses.replace(args, output_dir=str(directory), report_to=["none"]))
         file.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"trial": trial, **self._place(directory), **self._facts(directory)}
+        facts = {"trial": trial, "code": self.code, **self._place(directory), **self._facts(directory)}
         if not outcome.failed:
             log = f"logs/{model}-{method}-trial-{index}.log"
             outcome = self._call(measure.measure_trial, (comparison, str(directory), file, facts), log)
@@ -249,6 +250,7 @@ class Runner:
             "model": cell.model,
             "method": cell.method,
             "seed": cell.seed,
+            "code": self.code,
             **self._place(directory),
             "settings": {name: value for name, value in settings.items() if name not in left_out},
         }
