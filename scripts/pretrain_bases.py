@@ -38,6 +38,7 @@ from pretrain_tiny import (
     weighted_loss,
 )
 from tiny_text import held_out_problems
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -93,6 +94,35 @@ def build_model(shape: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
     return model
 
 
+def spelled_out(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the same ids that needs no pre-tokenizer: what is longer than a byte is an added token.
+
+    transformers gives every model of type qwen2 the pre-tokenizer of Qwen2, whatever its files say, and that one would
+    take every number apart.
+    """
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary: dict[str, int] = settings["model"]["vocab"]
+    added = {entry["id"]: entry["content"] for entry in settings["added_tokens"]}
+    special = [entry["content"] for entry in settings["added_tokens"] if entry["special"]]
+    bytes_ = {text: index for text, index in vocabulary.items() if len(text) == 1 or text in special}
+    rest = {index: text.replace("Ġ", " ") for text, index in vocabulary.items() if text not in bytes_}
+    rest |= {index: text for index, text in added.items() if text not in special}
+    plain = Tokenizer(models.BPE(vocab=bytes_, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    plain.decoder = decoders.ByteLevel()
+    plain.add_special_tokens(special)
+    plain.add_tokens([AddedToken(rest[index], normalized=False) for index in sorted(rest)])
+    assert all(plain.token_to_id(text) == index for index, text in rest.items())
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=plain,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 class Log:
     """Lines of JSON, on the terminal and in pretrain_log.jsonl."""
 
@@ -142,7 +172,7 @@ def countdown_base(shape: str, directory: Path, steps: int) -> None:
     settling = batches(tokenizer, SEEDS[shape] + 1000, BATCH_SIZE, held_out, preference, 1, 0.0)
     turn = steps - int(SETTLING * steps)
     fit(model, lambda step: next(learning if step < turn else settling), steps, note, lambda step: False)
-    save(model, tokenizer, directory)
+    save(model, spelled_out(tokenizer) if shape == "qwen2" else tokenizer, directory)
     for split in ("validation", "test"):
         note(split=split, **measure(model, tokenizer, countdown.load(split)))
 

@@ -22,3 +22,20 @@ def test_all_files_have_a_hash() -> None:
 @pytest.mark.parametrize(("digest", "name"), LINES)
 def test_every_file_is_the_frozen_one(digest: str, name: str) -> None:
     assert hashlib.sha256((BASES / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_prompts_have_the_tokens_that_the_base_was_trained_on(name: str) -> None:
+    """However transformers chooses a tokenizer class: it overrules the files of some model types."""
+    from transformers import PreTrainedTokenizerFast
+
+    from estune.engines.hf_loading import load_tokenizer
+    from estune.tasks import countdown
+
+    trained = PreTrainedTokenizerFast.from_pretrained(BASES / "llama")
+    loaded = load_tokenizer(str(BASES / name))
+    for row in countdown.load("test")[:200]:
+        assert loaded.encode(row["prompt"]) == trained.encode(row["prompt"])
+    text = "<think>28-6=22; 28+12=40; 28/14=2, 12/6=2</think>\n<answer>(12/6+3)*14</answer>"
+    assert loaded.encode(text) == trained.encode(text)
+    assert loaded.decode(loaded.encode(text), skip_special_tokens=True) == text
