@@ -122,12 +122,15 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"
     before = {path: path.stat().st_mtime_ns for path in (directory / "out" / "results").rglob("seed-*.json")}
-    (directory / "out" / "results" / "tiny" / "es" / "seed-1-evaluations.json").unlink()
-    gone = directory / "out" / "results" / "tiny" / "es" / "seed-1-evaluations.json"
+    results = directory / "out" / "results" / "tiny"
+    gone, cut = results / "es" / "seed-1-evaluations.json", results / "grpo" / "seed-0-time.json"
+    gone.unlink()
+    cut.unlink()  # as if it had been killed on its way to the second budget
     done = estune("compare", write(directory), cwd=directory, timeout=200)
     assert done.code == 0, done.err
-    assert gone.exists()
-    again = {path: path.stat().st_mtime_ns for path in before if path != gone}
+    assert all(json.loads(path.read_text(encoding="utf-8"))["status"] == "done" for path in (gone, cut))
+    assert json.loads(gone.read_text(encoding="utf-8"))["evaluations"] == 72
+    again = {path: path.stat().st_mtime_ns for path in before if path not in (gone, cut)}
     assert again == {path: before[path] for path in again}
     changed = write(directory, budget={"evaluations": 128, "time_s": 2})
     assert_refused(estune("compare", changed, cwd=directory), "budget", "another output_dir")

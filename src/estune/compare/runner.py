@@ -175,15 +175,18 @@ class Runner:
                     own = dataclasses.replace(own, max_steps=ENDLESS, max_time_s=limit)
                 self._bring(cell, own, [budget])
             return
-        facts = self._bring(cell, dataclasses.replace(args, max_time_s=limit), left, steps=args.max_steps)
-        if facts is None:
-            return
-        whole = facts["steps"] >= args.max_steps
-        rest = "time" if whole else "evaluations"
-        if not files[rest].exists():
-            own = dataclasses.replace(args, max_steps=ENDLESS, max_time_s=limit) if whole else args
-            self._bring(cell, own, [rest])
-        _drop_trainer(Path(str(args.output_dir)))
+        steps_done = self._facts(Path(directory))["steps"]
+        if "evaluations" in left and steps_done > args.max_steps:  # its result was taken away, and the run is past it
+            shutil.rmtree(directory)
+        if len(left) == len(BUDGETS):
+            facts = self._bring(cell, dataclasses.replace(args, max_time_s=limit), left, steps=args.max_steps)
+            if facts is None:
+                return
+            left = [budget for budget in BUDGETS if not files[budget].exists()]
+        for budget in left:
+            own = dataclasses.replace(args, max_steps=ENDLESS, max_time_s=limit) if budget == "time" else args
+            self._bring(cell, own, [budget])
+        _drop_trainer(Path(directory))
 
     def _bring(self, cell: Cell, args: ESConfig, budgets: list[str], steps: int = 0) -> dict[str, Any] | None:
         """Run to the end of a configuration, measure, and keep that for the budgets that are reached.
