@@ -21,14 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from random_models import MODELS, save_in_child
 from record import RESULTS, stamp, write_result
 
-MODELS: dict[str, dict[str, Any]] = {
-    "0.5B": dict(model_type="llama", hidden_size=1280, num_hidden_layers=20, intermediate_size=3456,
-                 num_attention_heads=20, num_key_value_heads=20, vocab_size=32000, tie_word_embeddings=False),
-    "1.5B": dict(model_type="qwen2", hidden_size=1536, num_hidden_layers=28, intermediate_size=8960,
-                 num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-}  # fmt: skip
 PROCESSES = {"0.5B": ("train", "resume", "replay"), "1.5B": ("train",)}
 LIMITS = {"full": 2.3, "lowrank": 1.3}
 
@@ -65,18 +60,8 @@ REWARD = "def numbers(completions, completion_ids, **_):\n    return [sum(ids) %
 
 def measure(name: str, directory: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Build a random model with the embedded tokenizer; train, resume and replay it, each in a child process."""
-    build = (  # runs in a child, so that building leaves nothing in memory here
-        "import json, sys, torch; from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer;"
-        "torch.manual_seed(0); shape = json.loads(sys.argv[1]);"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[3]);"
-        "config = AutoConfig.for_model(**shape, eos_token_id=tokenizer.eos_token_id);"
-        "model = AutoModelForCausalLM.from_config(config); print(4 * sum(p.numel() for p in model.parameters()));"
-        "model.save_pretrained(sys.argv[2]); tokenizer.save_pretrained(sys.argv[2])"
-    )
-    tiny = Path(__file__).resolve().parents[1] / "src" / "estune" / "models" / "tiny"
     model = directory / "model"
-    command = [sys.executable, "-c", build, json.dumps(MODELS[name]), str(model), str(tiny)]
-    weights = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[0])
+    weights = 4 * save_in_child(name, model)  # in a child, so that building leaves nothing in memory here
     (directory / "rewards.py").write_text(REWARD, encoding="utf-8")
     results: dict[str, dict[str, dict[str, float]]] = {}
     for noise in LIMITS:

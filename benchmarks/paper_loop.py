@@ -17,6 +17,14 @@ from typing import Any
 
 import torch
 
+
+def now() -> float:
+    """Return a clock's seconds, when a GPU that is in use has finished what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 PARTS = ("perturb", "generate", "restore", "update")
 
 
@@ -50,15 +58,15 @@ class PaperLoop:
         Raises:
             RuntimeError: a sequence ended early, so that the times would be of other work.
         """
-        readings = [time.perf_counter()]
+        readings = [now()]
         self.add_noise(seed, sigma)
-        readings.append(time.perf_counter())
+        readings.append(now())
         tokens = self.generate()
-        readings.append(time.perf_counter())
+        readings.append(now())
         self.add_noise(seed, -sigma)
-        readings.append(time.perf_counter())
+        readings.append(now())
         self.add_noise(seed, share)
-        readings.append(time.perf_counter())
+        readings.append(now())
         if tokens.shape != (len(self.ids), self.new_tokens):
             raise RuntimeError(f"{tuple(tokens.shape)} tokens, not {(len(self.ids), self.new_tokens)}")
         parts = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(readings)), strict=True))

@@ -27,7 +27,7 @@ from typing import Any
 
 from environments import CONSTRAINTS, make_environment
 from record import write_result
-from step import CASES, Bench, Case, endless_model
+from step import CASES, Bench, Case, Place, endless_model
 
 from estune import ESConfig, environment, inputs
 from estune.data import Batches
@@ -177,7 +177,7 @@ def estune_child(values: dict[str, Any]) -> list[float]:
     case = dataclasses.replace(case, tokens=values["tokens"])
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         model = endless_model(Path(values["model"]), Path(name) / "model")
-        bench = Bench(case, stack, model, Path(name), values["population_size"], values["num_threads"])
+        bench = Bench(case, stack, model, Path(name), values["population_size"], Place(values["num_threads"]))
         bench.lowrank_pass()
         return [bench.lowrank_step()["step"] for _ in range(values["measurements"])]
 

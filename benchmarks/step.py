@@ -22,6 +22,12 @@ repetition; the first repetition is not counted, and medians are reported.
 
 Utilities are a fixed ramp and the learning rate is next to nothing, so that every update does its whole work and theta
 stays where it is. The result goes to `benchmarks/results/step.json`.
+
+    python benchmarks/random_models.py 1.5B models/random-1.5b     # on a GPU: a larger model, random, of 16 bits
+    python benchmarks/step.py --model models/random-1.5b --device cuda --dtype bfloat16 --members_per_batch 30 \\
+        --task countdown --name step_gpu
+
+On a GPU every variant runs there, and a clock is read when the device has finished.
 """
 
 from __future__ import annotations
@@ -32,13 +38,12 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from paper_loop import PaperLoop
+from paper_loop import PaperLoop, now
 from record import write_result
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -86,15 +91,22 @@ def endless_model(model: Path, directory: Path) -> Path:
     return directory
 
 
-def es_config(
-    case: Case, noise: str, model: Path, run: Path, population_size: int, num_threads: int | str = "auto"
-) -> ESConfig:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where and in what the model computes."""
+
+    num_threads: int | str = "auto"
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+def es_config(case: Case, noise: str, model: Path, run: Path, population_size: int, place: Place) -> ESConfig:
     """Return the configuration of a case's run."""
     lowrank = {"members_per_batch": case.members_per_batch} if noise == "lowrank" else {}
     return ESConfig(model=str(model), output_dir=str(run), noise=noise, population_size=population_size, sigma=0.01,
                     learning_rate=NEXT_TO_NOTHING, batch_size=case.prompts, max_completion_length=case.tokens,
-                    max_steps=NO_STEPS_END, report_to=["none"], num_threads=num_threads,
-                    task=case.task, **lowrank)  # fmt: skip
+                    max_steps=NO_STEPS_END, report_to=["none"], num_threads=place.num_threads,
+                    device=place.device, dtype=place.dtype, task=case.task, **lowrank)  # fmt: skip
 
 
 class Bench:
@@ -107,13 +119,13 @@ class Bench:
         model: Path,
         directory: Path,
         population_size: int,
-        num_threads: int | str = "auto",
+        place: Place,
     ) -> None:
         self.case, self.population_size = case, population_size
         self.sessions: dict[str, Session] = {}
         for noise in ("full", "lowrank"):
             run = directory / f"{case.name}-{noise}"
-            trainer = ESTrainer(args=es_config(case, noise, model, run, population_size, num_threads))
+            trainer = ESTrainer(args=es_config(case, noise, model, run, population_size, place))
             self.sessions[noise] = stack.enter_context(open_session(trainer))
         lowrank = self.sessions["lowrank"]
         engine: Any = lowrank.engine
@@ -124,7 +136,7 @@ class Bench:
         self.members_per_batch = min(int(lowrank.args.members_per_batch), population_size)
         self.batch_prompts = self.prompts * self.members_per_batch  # the rows of one low-rank forward pass
         auto_model: Any = AutoModelForCausalLM
-        self.hf_model = auto_model.from_pretrained(model, dtype=torch.float32).eval()
+        self.hf_model = auto_model.from_pretrained(model, dtype=engine.model.dtype).eval().to(engine.device)
         pad = lowrank.engine.tokenizer.pad_token_id
         self.hf_model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=pad)
         self.pad = pad
@@ -132,7 +144,7 @@ class Bench:
         self.members_timed = 0  # by the paper's loop and by full noise, each time another one
 
     def _batch(self, prompts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return left_pad([prompt.token_ids for prompt in prompts], self.pad, torch.device("cpu"))
+        return left_pad([prompt.token_ids for prompt in prompts], self.pad, self.hf_model.device)
 
     def paper_member(self) -> dict[str, float]:
         """Time one member of the paper's loop."""
@@ -144,18 +156,18 @@ class Bench:
         step = plan_step(session.args, session.batches, 0)
         member = step.members[self.members_timed % len(step.members)]
         times = self._evaluate(session, dataclasses.replace(step, members=[member]))
-        started = time.perf_counter()
+        started = now()
         session.engine.master.update(ramp_update(step))
         session.engine.master_changed()
-        return times | {"update": time.perf_counter() - started}
+        return times | {"update": now() - started}
 
     def lowrank_step(self) -> dict[str, float]:
         """Time a step of low-rank noise as `ESTrainer.train` takes it, utilities apart."""
         session = self.sessions["lowrank"]
-        started = time.perf_counter()
+        started = now()
         step = plan_step(session.args, session.batches, session.run.steps_done)
         rollouts = session.evaluate_population(step)
-        evaluated = time.perf_counter()
+        evaluated = now()
         weights = session.rewards.weights
         rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)
         fitness, _ = shape_fitness(weigh(rewards, weights), session.args.fitness_shaping)
@@ -163,7 +175,7 @@ class Bench:
         session.journal_step(step, rewards, fitness, rollouts, update)
         session.move(update)
         session.after_step()
-        ended = time.perf_counter()
+        ended = now()
         self._check(rollouts.lengths)
         return _parts(rollouts) | {
             "evaluate": evaluated - started, "update": ended - evaluated, "step": ended - started,
@@ -174,20 +186,20 @@ class Bench:
         session = self.sessions["lowrank"]
         step = plan_step(session.args, session.batches, 0)
         times = self._evaluate(session, dataclasses.replace(step, members=step.members[: self.members_per_batch]))
-        started = time.perf_counter()
+        started = now()
         session.engine.master.update(ramp_update(step))
         session.engine.master_changed()
-        return times | {"update": time.perf_counter() - started}
+        return times | {"update": now() - started}
 
     def pure_transformers(self) -> dict[str, float]:
         """Time `generate` of transformers on the rows of a low-rank forward pass."""
         ids, mask = self._batch(self.batch_prompts)
-        started = time.perf_counter()
+        started = now()
         with torch.inference_mode():
             output = self.hf_model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.case.tokens
             )
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         self._check([output.shape[1] - ids.shape[1]])
         return {"generate": seconds}
 
@@ -199,7 +211,7 @@ class Bench:
         rows = [decoding.Row(prompt.token_ids, prompt.row_id, 0) for prompt in self.prompts]
         groups, sampling = self.members_per_batch, inputs.sampling(session.args, 0)
         lengths = []
-        started = time.perf_counter()
+        started = now()
         for cut in decoding.cut(rows, engine.prompts_per_batch):
             caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
             batch = [rows[i] for _ in range(groups) for i in cut]
@@ -207,7 +219,7 @@ class Bench:
                 caller, batch, sampling, engine._eos, engine._pad, engine._stop, lambda: False, engine.device
             )
             lengths += [len(completion.token_ids) for completion in done]
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         self._check(lengths)
         return {"generate": seconds}
 
@@ -217,17 +229,17 @@ class Bench:
         engine: Any = session.engine
         engine.load_theta()
         kept, engine.prompts_per_batch = engine.prompts_per_batch, len(self.batch_prompts)
-        started = time.perf_counter()
+        started = now()
         answers = engine.generate(None, self.batch_prompts, inputs.sampling(session.args, 0))
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         engine.prompts_per_batch = kept
         self._check([len(completion.token_ids) for row in answers for completion in row])
         return {"generate": seconds}
 
     def _evaluate(self, session: Session, step: Step) -> dict[str, float]:
-        started = time.perf_counter()
+        started = now()
         rollouts = session.evaluate_population(step)
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         session.run.pending.clear()  # or the next call would find these members evaluated
         self._check(rollouts.lengths)
         return _parts(rollouts) | {"evaluate": seconds}
@@ -304,12 +316,10 @@ def _parts(rollouts: Any) -> dict[str, float]:
     }
 
 
-def measure_case(
-    case: Case, model: Path, directory: Path, population_size: int, num_threads: int | str
-) -> dict[str, Any]:
+def measure_case(case: Case, model: Path, directory: Path, population_size: int, place: Place) -> dict[str, Any]:
     """Return medians, ratios and every sample of one case."""
     with ExitStack() as stack:
-        bench = Bench(case, stack, model, directory, population_size, num_threads)
+        bench = Bench(case, stack, model, directory, population_size, place)
         bench.repetition()  # compiled kernels, touched memory
         samples = []
         for index in range(case.repetitions):
@@ -352,14 +362,14 @@ def measure(
     model: str | Path,
     population_size: int = 30,
     cases: tuple[Case, ...] = CASES,
-    num_threads: int | str = "auto",
+    place: Place = Place(),
 ) -> dict[str, Any]:
-    """Measure some cases; return them by name. ``model`` is the directory of SmolLM2-135M-Instruct."""
+    """Measure some cases; return them by name. ``model`` is a directory, of SmolLM2-135M-Instruct say."""
     source = Path(model).expanduser().resolve()
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        endless = endless_model(source, place / "model")
-        return {case.name: measure_case(case, endless, place, population_size, num_threads) for case in cases}
+        directory = Path(name)
+        endless = endless_model(source, directory / "model")
+        return {case.name: measure_case(case, endless, directory, population_size, place) for case in cases}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -384,6 +394,11 @@ def main() -> int:
     parser.add_argument("--population_size", type=int, default=30)
     parser.add_argument("--tokens", type=int, help="another number of tokens, for trials")
     parser.add_argument("--num_threads", default="auto", help="auto: the cores")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--members_per_batch", type=int, help="another number of low-rank members in a forward pass")
+    parser.add_argument("--task", help="another one's prompts, for models that know no chat")
+    parser.add_argument("--name", default="step", help="of the result file")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
     cases = tuple(case for case in CASES if not options.cases or case.name in options.cases)
@@ -391,10 +406,17 @@ def main() -> int:
         cases = tuple(dataclasses.replace(case, tokens=options.tokens) for case in cases)
     if options.repetitions:
         cases = tuple(dataclasses.replace(case, repetitions=options.repetitions) for case in cases)
-    results = measure(options.model, options.population_size, cases, options.num_threads)
+    if options.members_per_batch:
+        cases = tuple(dataclasses.replace(case, members_per_batch=options.members_per_batch) for case in cases)
+    if options.task:
+        cases = tuple(dataclasses.replace(case, task=options.task) for case in cases)
+    place = Place(options.num_threads, options.device, options.dtype)
+    results = measure(options.model, options.population_size, cases, place)
     print(table(results))
     if not options.no_record:
-        write_result("step", {"model": Path(options.model).name, "cases": results})
+        gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+        write_result(options.name, {"model": Path(options.model).name, "dtype": options.dtype, "gpu": gpu,
+                                    "cases": results})  # fmt: skip
     return 0
 
 

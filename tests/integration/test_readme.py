@@ -45,3 +45,11 @@ def test_the_annotated_tree_names_every_module_and_no_other() -> None:
         assert there == named, f"{folder}: not in the tree {sorted(there - named)}, not there {sorted(named - there)}"
     for path in (ROOT / "benchmarks").iterdir():
         assert not path.is_dir() or path.name == "__pycache__" or f"{path.name}/" in parts[6], path.name
+
+
+def test_programs_shadow_no_package() -> None:
+    """A program's directory comes first on its path, so a file named like a package would be imported in its place."""
+    code = "import numba, estune.trainer, estune.engines.hf, transformers.models.llama, matplotlib.pyplot"
+    for directory in ("benchmarks", "scripts"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / directory, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

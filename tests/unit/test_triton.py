@@ -1,4 +1,4 @@
-"""The GPU path without a GPU: kernels compiled for sm_80 and sm_90, run under the interpreter, streamed in any order.
+"""The GPU path: kernels compiled for sm_80 and sm_90, run under the interpreter and on a GPU, streamed in any order.
 
 The compiled kernels are read, not run: every place where bits rest on the compiler is looked up in the PTX that LLVM
 wrote and in the machine code that ptxas made of it.
@@ -43,12 +43,16 @@ POINTERS = {
 }  # fmt: skip
 
 
-def test_bits_under_the_interpreter() -> None:
-    """Runs `triton_interpreted.py` in a child, where triton is imported as an interpreter."""
-    file = Path(__file__).with_name("triton_interpreted.py")
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_bits(interpreted: bool) -> None:
+    """Runs `kernels_on_device.py` in a child, where triton is imported as an interpreter, or on the GPU."""
+    if not interpreted and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    file = Path(__file__).with_name("kernels_on_device.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=file.parents[2], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpreted))}, cwd=file.parents[2],
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE) or "[100%]" in done.stdout

@@ -1,10 +1,12 @@
-"""The GPU kernels and the device's master under Triton's interpreter; `test_triton` runs this file in a child.
+"""The GPU kernels and the device's master: on a GPU where there is one, or under Triton's interpreter on the CPU.
 
-``TRITON_INTERPRET=1`` must be set before triton is imported, so nothing here is collected in the suite's own process.
+`test_triton` runs this file in a child. ``TRITON_INTERPRET=1`` must be set before triton is imported, so nothing here
+is collected in the suite's own process.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from estune.optimizer import Update, make_update
 from estune.population import Member, members_for_step
 
 CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+DEVICE = CPU if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 DISTRIBUTIONS = ("normal", "rademacher")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # float16's infinity is meant
@@ -42,7 +46,12 @@ def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def bits_of(out: torch.Tensor) -> np.ndarray:
-    return out.view(torch.int16 if out.itemsize == 2 else torch.int32).numpy()
+    return out.cpu().view(torch.int16 if out.itemsize == 2 else torch.int32).numpy()
+
+
+def on_device(values: np.ndarray) -> torch.Tensor:
+    """A copy on the device, also where that is the CPU."""
+    return torch.from_numpy(values.copy()).to(DEVICE)
 
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -66,9 +75,9 @@ def test_a_member(start: int, count: int, dtype: str, distribution: str, sign: i
     theta, scale = theta_values(count), perturbation_scale(1e-3, distribution)
     noise = sign * wide_noise(plain_key(seed, name), start, count, distribution).astype(np.int64)
     expected = theta + np.float32(scale) * noise.astype(np.float32)  # an integer 0 has no sign
-    out = torch.empty(count, dtype=DTYPES[dtype])
+    out = torch.empty(count, dtype=DTYPES[dtype], device=DEVICE)
     rademacher = distribution == "rademacher"
-    gpu.perturb_into(out, torch.from_numpy(theta), start, noise_key(seed, name), sign * scale, rademacher)
+    gpu.perturb_into(out, on_device(theta), start, noise_key(seed, name), sign * scale, rademacher)
     assert np.array_equal(bits_of(out), cast(expected, dtype))
 
 
@@ -79,15 +88,15 @@ def test_the_cast_to_bfloat16_is_to_nearest_even_for_every_upper_half() -> None:
     for lower in (0x0000, 0x7FFF, 0x8000, 0x8001):
         theta = ((upper << np.uint32(16)) | np.uint32(lower)).view(np.float32)
         theta = np.where(theta == 0, np.float32(0), theta)  # -0.0 + 0.0 = 0.0
-        out = torch.empty(theta.size, dtype=torch.bfloat16)
-        gpu.perturb_into(out, torch.from_numpy(theta), 0, (1, 2), 0.0, False)
+        out = torch.empty(theta.size, dtype=torch.bfloat16, device=DEVICE)
+        gpu.perturb_into(out, on_device(theta), 0, (1, 2), 0.0, False)
         assert np.array_equal(bits_of(out), nearest_bfloat16(theta).view(np.int16))
         assert np.array_equal(bits_of(out), bits_of(torch.from_numpy(theta).to(torch.bfloat16)))
 
 
 def test_members_and_updates_equal_the_cpu_kernels() -> None:
     """Includes decay to 0 and to an anchor, the end of a key block, checksums, norms and low-rank stacks."""
-    assert gpu_check.check(CPU) == []
+    assert gpu_check.check(DEVICE) == []
 
 
 def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +112,7 @@ def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyP
 
     for name in ("perturb_into", "update_into", "perturb_lowrank_into", "update_lowrank_into"):
         monkeypatch.setattr(gpu, name, spoiled(getattr(gpu, name)))
-    monkeypatch.setattr(gpu, "checksum_of", lambda theta, start: torch.tensor(0))
+    monkeypatch.setattr(gpu, "checksum_of", lambda theta, start: torch.tensor(0, device=DEVICE))
     dtypes = [f"member in {dtype}" for dtype in DTYPES.values()]
     decays = ["update without decay", "update with decay to 0", "update with decay to an anchor"]
     compared = [
@@ -112,7 +121,7 @@ def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyP
         *(f"a low-rank {what}" for what in dtypes + decays),
     ]
     expected = [f"{what} ({distribution})" for distribution in DISTRIBUTIONS for what in compared]
-    assert gpu_check.check(CPU) == ["a checksum", *expected]
+    assert gpu_check.check(DEVICE) == ["a checksum", *expected]
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -126,23 +135,25 @@ def test_an_update_of_thirty_members_by_its_definition(antithetic: bool) -> None
         acc += q * member.sign * wide_noise(plain_key(member.seed, name), start, count)
     theta = theta_values(count)
     expected = np.where(acc == 0, theta, (theta + update.a * acc.astype(np.float64)).astype(np.float32))
-    moved = torch.from_numpy(theta.copy())
-    keys = gpu.words(np.array([noise_key(m.seed, name) for m in members], dtype=np.uint32), CPU)
-    q = torch.tensor([m.sign * q for m, q in zip(members, update.q, strict=True)], dtype=torch.int32)
+    moved = on_device(theta)
+    keys = gpu.words(np.array([noise_key(m.seed, name) for m in members], dtype=np.uint32), DEVICE)
+    q = torch.tensor([m.sign * q for m, q in zip(members, update.q, strict=True)], dtype=torch.int32, device=DEVICE)
     sums = gpu.update_into(moved, start, keys, q, update.a, False, 0.0, None)
-    assert same_bits(moved.numpy(), expected)
+    assert same_bits(moved.cpu().numpy(), expected)
     assert int(sums.checksum) % 2**64 == wide_checksum(expected, start)
     change = expected.astype(np.float64) - theta
     assert float(sums.moved) == pytest.approx(float(change @ change), rel=1e-12)
 
 
 def test_a_scale_far_below_float32_reaches_the_kernel_as_float64() -> None:
-    theta, keys = theta_values(40), gpu.words(np.array([noise_key(0, "w")], dtype=np.uint32), CPU)
-    moved = torch.from_numpy(theta.copy())
-    gpu.update_into(moved, 0, keys, torch.tensor([32767], dtype=torch.int32), 2.0**-150, False, 0.0, None)
+    theta, keys = theta_values(40), gpu.words(np.array([noise_key(0, "w")], dtype=np.uint32), DEVICE)
+    moved = on_device(theta)
+    gpu.update_into(
+        moved, 0, keys, torch.tensor([32767], dtype=torch.int32, device=DEVICE), 2.0**-150, False, 0.0, None
+    )
     acc = 32767 * wide_noise(plain_key(0, "w"), 0, 40).astype(np.float64)
     expected = np.where(acc == 0, theta, (theta + 2.0**-150 * acc).astype(np.float32))
-    assert same_bits(moved.numpy(), expected) and not same_bits(expected, theta)
+    assert same_bits(moved.cpu().numpy(), expected) and not same_bits(expected, theta)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -155,12 +166,12 @@ def test_a_low_rank_member(shape: tuple[int, ...], rank: int, distribution: str,
     scale = lowrank_scale(1e-3, rank, distribution)
     noise = -lowrank_ints(seed, name, shape, rank, distribution).reshape(-1)
     expected = (theta.astype(np.float64) + scale * noise.astype(np.float64)).astype(np.float32)
-    out = torch.empty(theta.size, dtype=DTYPES[dtype])
+    out = torch.empty(theta.size, dtype=DTYPES[dtype], device=DEVICE)
     d0, d1 = shape[-2:]
     rows = gpu.Rows(d0, d1, 0, theta.size // (d0 * d1), 0, d0)
     words = [word for factor in ("#A", "#B") for word in noise_key(seed, name + factor)]
     rademacher = distribution == "rademacher"
-    gpu.perturb_lowrank_into(out, torch.from_numpy(theta), rows, rank, words, -1, scale, rademacher)
+    gpu.perturb_lowrank_into(out, on_device(theta), rows, rank, words, -1, scale, rademacher)
     assert np.array_equal(bits_of(out), cast(expected, dtype))
 
 
@@ -175,10 +186,10 @@ def test_rows_of_a_matrix_past_two_to_the_32_elements() -> None:
         expected.reshape(n_rows, d1), row0, 0, keys[:1], keys[1:], np.array([-321], dtype=np.int32), rank, 2.0**-30,
         False, np.float32(0), np.empty(0, np.float32),
     )  # fmt: skip
-    moved = torch.from_numpy(theta.copy())
-    q = torch.tensor([-321], dtype=torch.int32)
-    sums = gpu.update_lowrank_into(moved, rows, rank, gpu.words(keys, CPU), q, 2.0**-30, False, 0.0, None)
-    assert same_bits(moved.numpy(), expected) and int(sums.checksum) % 2**64 == int(wanted[0])
+    moved = on_device(theta)
+    q = torch.tensor([-321], dtype=torch.int32, device=DEVICE)
+    sums = gpu.update_lowrank_into(moved, rows, rank, gpu.words(keys, DEVICE), q, 2.0**-30, False, 0.0, None)
+    assert same_bits(moved.cpu().numpy(), expected) and int(sums.checksum) % 2**64 == int(wanted[0])
 
 
 SPECS = [
@@ -226,7 +237,7 @@ def members() -> list[Perturbation | None]:
 def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
     """Members, updates, checksums and saves, whether theta is resident or streamed, in parts or whole."""
     host = host_master()
-    device = DeviceMaster(host_master(), CPU, resident=not stage, stage=stage or 1 << 10)
+    device = DeviceMaster(host_master(), DEVICE, resident=not stage, stage=stage or 1 << 10)
     base = {name: array.copy() for name, array in host.arrays.items()}
 
     def anchor(name: str, start: int, count: int) -> np.ndarray:
@@ -239,7 +250,7 @@ def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
         for j, perturbation in enumerate(members() if device.version in (0, 2) else ()):
             for i, spec in enumerate(SPECS):
                 dtype = list(DTYPES)[(i + j + device.version) % 3]
-                out = torch.full(spec.shape, float("nan"), dtype=DTYPES[dtype])
+                out = torch.full(spec.shape, float("nan"), dtype=DTYPES[dtype], device=DEVICE)
                 device.perturb_into(spec.name, perturbation, out)
                 wanted = host.perturb(spec.name, perturbation).reshape(-1)
                 assert np.array_equal(bits_of(out.view(-1)), cast(wanted, dtype)), (spec.name, dtype)
@@ -260,7 +271,7 @@ def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
     """The host's copy is behind then, where theta lives on the device."""
-    host, device = host_master(), DeviceMaster(host_master(), CPU, resident=resident)
+    host, device = host_master(), DeviceMaster(host_master(), DEVICE, resident=resident)
     for update, perturbation in zip(updates(), members()[:2], strict=False):
         host.update(update)
         device.update(update)
@@ -273,7 +284,7 @@ def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
 def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
     host, given = host_master(), host_master()
     shared = dict(given.arrays)
-    device = DeviceMaster(given, CPU, resident=True)
+    device = DeviceMaster(given, DEVICE, resident=True)
     device.unshare()
     for master in (host, device):
         master.update(updates()[0])
@@ -284,7 +295,7 @@ def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
 def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
     """The arrays given to the master are the host's copy: they show what was downloaded."""
     host, given = host_master(), host_master()
-    device = DeviceMaster(given, CPU, resident=True)
+    device = DeviceMaster(given, DEVICE, resident=True)
     for master in (host, device):
         master.update(updates()[0])
     perturbation = members()[1]
@@ -298,16 +309,18 @@ def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
 
 def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
     host, given = host_master(), host_master()
-    device = DeviceMaster(given, CPU, resident=True)
+    device = DeviceMaster(given, DEVICE, resident=True)
     for master in (host, device):
         master.update(updates()[0])
-    model = torch.nn.ParameterDict({"matrix": torch.zeros(12, 67), "vector": torch.zeros(513)})
+    model = torch.nn.ParameterDict(
+        {"matrix": torch.zeros(12, 67, device=DEVICE), "vector": torch.zeros(513, device=DEVICE)}
+    )
     shared = SharedForward(model, [], device)
     shared.parameters = {"matrix": model["matrix"], "norm.weight": model["vector"]}
     perturbations = [Perturbation(Member(seed, -1), 0.25, "normal", 4, 0.5) for seed in (3, 4)]
     vectors = Members(shared, perturbations).stand_ins["norm.weight"].values
     assert all(
-        same_bits(vector.numpy(), host.perturb("norm.weight", perturbation))
+        same_bits(vector.cpu().numpy(), host.perturb("norm.weight", perturbation))
         for vector, perturbation in zip(vectors, perturbations, strict=True)
     )
     check_downloaded(given, host, {"norm.weight"})
@@ -324,28 +337,83 @@ def check_downloaded(copy: Master, current: Master, names: set[str]) -> None:
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_what_a_device_master_refuses(resident: bool) -> None:
-    device = DeviceMaster(host_master(), CPU, resident=resident)
+    device = DeviceMaster(host_master(), DEVICE, resident=resident)
     full = Perturbation(Member(1, 1), 1e-3)
     with pytest.raises(ValueError, match="rank of at least 1"):
-        device.perturb_into("one", full, torch.empty(1))
+        device.perturb_into("one", full, torch.empty(1, device=DEVICE))
     with pytest.raises(ValueError, match="of 513 elements"):
-        device.perturb_into("norm.weight", None, torch.empty(512))
+        device.perturb_into("norm.weight", None, torch.empty(512, device=DEVICE))
     with pytest.raises(ValueError, match="float16, not"):
-        device.perturb_into("one", None, torch.empty(1, dtype=torch.float64))
+        device.perturb_into("one", None, torch.empty(1, dtype=torch.float64, device=DEVICE))
     with pytest.raises(ValueError, match="theta_0"):
         device.update(updates()[2])
 
 
 def test_blocks_past_two_to_the_32_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_master, "BLOCK_SIZE", 400)
-    device = DeviceMaster(host_master(), CPU, resident=True)
-    out = torch.empty(513)
+    device = DeviceMaster(host_master(), DEVICE, resident=True)
+    out = torch.empty(513, device=DEVICE)
     device.perturb_into("norm.weight", Perturbation(Member(3, 1), 0.25, rank=1), out)
     theta = device.arrays["norm.weight"]
     noise = [wide_noise(plain_key(3, "norm.weight"), 0, 400), wide_noise(plain_key(3, "norm.weight#1"), 0, 113)]
-    assert same_bits(out.numpy(), theta + np.float32(0.25) * np.concatenate(noise).astype(np.float32))
+    assert same_bits(out.cpu().numpy(), theta + np.float32(0.25) * np.concatenate(noise).astype(np.float32))
 
 
 def test_on_a_cpu_the_master_stays_where_it_is(tmp_path: Path) -> None:
     master = host_master()
     assert gpu_master.on_device(master, CPU) is master
+
+
+@pytest.mark.skipif(INTERPRETED, reason="streams and pinned memory are a GPU's")
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_master_streamed_from_pinned_memory(decay: float) -> None:
+    """Parameters of many staging buffers: copies up, work and copies down overlap, also from one update to the next."""
+    shapes = {"full": ((5 << 20) + 17,), "experts": (3, 700, 1100), "tall": (4096, 600)}
+    specs = [ParameterSpec(name, shape, True, lowrank=len(shape) > 1) for name, shape in shapes.items()]
+    rng = np.random.default_rng(5)
+    values = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    host = Master(specs, {name: array.copy() for name, array in values.items()})
+    device = DeviceMaster(
+        Master(specs, {name: array.copy() for name, array in values.items()}), DEVICE, resident=False, stage=1 << 16
+    )
+
+    def anchor(name: str, start: int, count: int) -> np.ndarray:
+        return values[name].reshape(-1)[start : start + count]
+
+    perturbation = Perturbation(Member(3, -1), perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2))
+    for step in range(4):
+        several = members_for_step(1, step, 6, antithetic=False)
+        update = make_update(
+            several, rng.standard_normal(6).tolist(), 0.02, weight_decay=decay, anchored=step % 2 == 1, rank=2
+        )
+        assert device.update(update, anchor).checksum == host.update(update, anchor).checksum
+        for spec in specs:
+            out = torch.empty(spec.shape, dtype=torch.bfloat16, device=DEVICE)
+            device.perturb_into(spec.name, perturbation, out)
+            assert np.array_equal(
+                bits_of(out.view(-1)), cast(host.perturb(spec.name, perturbation).reshape(-1), "bfloat16")
+            )
+    assert device.checksum() == host.checksum()
+    assert all(same_bits(device.arrays[name], host.arrays[name]) for name in shapes)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="10 GiB: a GPU's")
+def test_elements_past_two_to_the_31() -> None:
+    """Offsets and counts need 64 bits; the first and last elements and those around the limit are compared."""
+    count = 2**31 + 3 * gpu.BLOCK + 5
+    if torch.cuda.mem_get_info(DEVICE)[0] < 14 * count:
+        pytest.skip("too little memory")
+    theta = torch.zeros(count, device=DEVICE)
+    out = torch.empty(count, dtype=torch.bfloat16, device=DEVICE)
+    key, scale = noise_key(3, "w"), perturbation_scale(1e-3)
+    gpu.perturb_into(out, theta, 0, key, scale, False)
+    keys = gpu.words(np.array([key], dtype=np.uint32), DEVICE)
+    update = make_update([Member(3, 1)], [1.0], 0.5)
+    q = torch.tensor(update.q, dtype=torch.int32, device=DEVICE)
+    gpu.update_into(theta, 0, keys, q, update.a, False, 0.0, None)
+    for start in (0, 2**31 - 2048, count - 2048):
+        noise = wide_noise(plain_key(3, "w"), start, 2048)
+        member = np.float32(scale) * noise.astype(np.float32)
+        assert np.array_equal(bits_of(out[start : start + 2048]), cast(member + np.float32(0), "bfloat16"))
+        moved = (update.a * (update.q[0] * noise.astype(np.float64))).astype(np.float32)
+        assert np.array_equal(theta[start : start + 2048].cpu().numpy(), moved)

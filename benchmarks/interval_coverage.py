@@ -1,11 +1,11 @@
 """How often the intervals of comparisons hold the truth, on answers whose truth is known.
 
-    python benchmarks/coverage.py                   # about 10 minutes on one core
+    python benchmarks/interval_coverage.py                   # about 10 minutes on one core
 
 Answers are right or wrong by a logistic model: every seed has an effect of its own, every problem has one, and so has
 every seed on every problem; methods that are compared fare differently on a problem, too. A truth is the model's mean
 over seeds and problems, by quadrature. Beside `two_level` the tables get Student's t over seed means, and every tenth
-of the smaller ones a bootstrap over seeds and problems. The result goes to `benchmarks/results/coverage.json`; shares
+of the smaller ones a bootstrap over seeds and problems. The result goes to `benchmarks/results/interval_coverage.json`; shares
 are per cent.
 """
 
@@ -140,7 +140,7 @@ def main() -> None:
         print(f"one run against one, {problems} problems: {span(singles, problems=problems)}")
     error = round(100 * math.sqrt(0.95 * 0.05 / repeats), 2)
     values = {"repeats": repeats, "error_points": error, "two_level": levels, "pairs": pairs, "single": singles}
-    print(write_result("coverage", values))
+    print(write_result("interval_coverage", values))
 
 
 if __name__ == "__main__":
