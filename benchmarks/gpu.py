@@ -1,4 +1,4 @@
-"""Members and updates on a GPU, beside a copy and beside `torch.randn`. It was never executed on a GPU.
+"""Members and updates on a GPU, beside a copy and beside `torch.randn`.
 
     python benchmarks/gpu.py                    # needs an NVIDIA GPU, triton, and 6 GiB of its memory
 

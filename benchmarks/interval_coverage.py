@@ -5,8 +5,8 @@
 Answers are right or wrong by a logistic model: every seed has an effect of its own, every problem has one, and so has
 every seed on every problem; methods that are compared fare differently on a problem, too. A truth is the model's mean
 over seeds and problems, by quadrature. Beside `two_level` the tables get Student's t over seed means, and every tenth
-of the smaller ones a bootstrap over seeds and problems. The result goes to `benchmarks/results/interval_coverage.json`; shares
-are per cent.
+of the smaller ones a bootstrap over seeds and problems. The result goes to
+`benchmarks/results/interval_coverage.json`; shares are per cent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parts of host memory on their way through a device: a ring of buffers, copies beside the work. Never run on a GPU.
+"""Parts of host memory on their way through a device: a ring of buffers, copies beside the work.
 
 What orders the streams are the events that `Lane.run` takes and returns; the tests run the ring on simulated streams
 that delay their work at random.

@@ -133,7 +133,7 @@ def _live_memory(binding: Binding) -> np.ndarray | None:
 
 
 def _on_device(master: Master, device: torch.device) -> DeviceMaster | None:
-    """On CUDA, let Triton's kernels keep theta (never executed on a GPU so far); None where the host keeps it."""
+    """On CUDA, let Triton's kernels keep theta; None where the host keeps it."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from estune.gpu_master import DeviceMaster, on_device

@@ -1,7 +1,6 @@
 """Does a device compute what the CPU kernels compute, to the bit? Asked once, before anything relies on it.
 
-The kernels were never executed on a GPU: until they were, and on hardware, drivers and Triton versions that nobody
-tried, this comparison is what stands between a wrong bit and a journal. It takes milliseconds beside the compiler.
+On hardware, drivers and Triton versions that nobody tried (an H100 with Triton 3.6 was), this comparison is what stands between a wrong bit and a journal. It takes milliseconds beside the compiler.
 """
 
 from __future__ import annotations

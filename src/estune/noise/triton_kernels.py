@@ -1,6 +1,6 @@
-"""The noise on GPUs: Triton kernels that equal `reference` bit for bit. They were never executed on a GPU.
+"""The noise on GPUs: Triton kernels that equal `reference` bit for bit.
 
-What stands behind that claim without a GPU: the same source runs under Triton's interpreter, where the tests compare
+The tests say so of an H100, and where there is no GPU: the same source runs under Triton's interpreter, where the tests compare
 it with the CPU kernels, and every kernel is compiled for sm_80 and sm_90, where the tests read the machine code. Where
 bits depend on the compiler:
 
