@@ -1,9 +1,9 @@
 """theta for a working model on a GPU: float32 on the device, or pinned on the host and streamed through it.
 
 A `DeviceMaster` is a `estune.master.Master` whose members and updates are computed on the device by the kernels of
-`estune.noise.gpu`, to the same bits. `on_device` compares a device with the CPU kernels first and hands the host's master
-back where a bit differs. Where theta does not fit beside the working model
-it stays in (pinned) host memory, and parts of it pass through the ring of `estune.gpu_staging`. Needs triton.
+`estune.noise.gpu`, to the same bits. `on_device` compares a device with the CPU kernels first and hands the host's
+master back where a bit differs. Where theta does not fit beside the working model it stays in (pinned) host memory, and
+parts of it pass through the ring of `estune.gpu_staging`. Needs triton.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ RUN = (
 
 def estune(*words: str, cwd: Path, device: str | None = None) -> str:
     """Run a command; without ``device`` the GPU is hidden from it."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path}
     if device is None:
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:

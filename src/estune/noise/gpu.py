@@ -1,9 +1,9 @@
 """The noise at memory speed on GPUs: launches of `triton_kernels` with the meaning of `cpu`'s functions.
 
-`gpu_check.check` compares a device with the CPU kernels before anything relies on it. Tensors
-are flat float32 (outputs: float32, bfloat16 or float16), contiguous, on one device, and lie within one key block.
-Nothing here waits for the device: sums come back as tensors on it. Under ``TRITON_INTERPRET=1``, set before Triton is
-imported, the same functions take tensors on the CPU.
+`gpu_check.check` compares a device with the CPU kernels before anything relies on it. Tensors are flat float32
+(outputs: float32, bfloat16 or float16), contiguous, on one device, and lie within one key block. Nothing here
+waits for the device: sums come back as tensors on it. Under ``TRITON_INTERPRET=1``, set before Triton is imported, the
+same functions take tensors on the CPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Does a device compute what the CPU kernels compute, to the bit? Asked once, before anything relies on it.
 
-On hardware, drivers and Triton versions that nobody tried (an H100 with Triton 3.6 was), this comparison is what stands between a wrong bit and a journal. It takes milliseconds beside the compiler.
+An H100 with Triton 3.6 does. On hardware, drivers and versions that nobody tried, this comparison is what stands
+between a wrong bit and a journal. It takes milliseconds beside the compiler.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The noise on GPUs: Triton kernels that equal `reference` bit for bit.
 
-The tests say so of an H100, and where there is no GPU: the same source runs under Triton's interpreter, where the tests compare
-it with the CPU kernels, and every kernel is compiled for sm_80 and sm_90, where the tests read the machine code. Where
-bits depend on the compiler:
+The tests say so of an H100. Where there is no GPU the same source runs under Triton's interpreter, where the tests
+compare it with the CPU kernels, and every kernel is compiled for sm_80 and sm_90, where the tests read the machine
+code. Where bits depend on the compiler:
 
 * integers wrap modulo 2^32, shifts of unsigned words are logical, the sums over members are exact in int32;
 * ``scale * n`` (16 bits times 5), ``a * acc`` (22 bits times 31, in float64) and the low-rank products are exact, so
