@@ -68,6 +68,7 @@ def test_every_row_is_there(compared: Path) -> None:
     assert rows["broken"]["failed"] == 2 and "accuracy" not in rows["broken"]
     assert "samples of the base was right" in rows["broken"]["seeds"][0]["error"]
     assert summary["established"] == {"grpo": False, "broken": False}
+    assert summary["cost"]["sittings"] == 1 and summary["cost"]["cpu_h"] > 0 and 0 < summary["cost"]["wall_h"] < 1
 
 
 @pytest.mark.slow
@@ -132,6 +133,8 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
     assert json.loads(gone.read_text(encoding="utf-8"))["evaluations"] == 72
     again = {path: path.stat().st_mtime_ns for path in before if path not in (gone, cut)}
     assert again == {path: before[path] for path in again}
+    sittings = json.loads((directory / "out" / "results" / "cost.json").read_text(encoding="utf-8"))
+    assert len(sittings) == 2 and all(sitting["cpu_s"] > 0 for sitting in sittings)
     changed = write(directory, budget={"evaluations": 128, "time_s": 2})
     assert_refused(estune("compare", changed, cwd=directory), "budget", "another output_dir")
 

@@ -71,7 +71,7 @@ def render(summary: dict[str, Any], figure: str) -> str:
         f"<h1>{_text(comparison['task'])}: methods compared</h1>",
         f"<p class=note>{len(comparison['models'])} models, {seeds} seeds, budgets {budget['evaluations']:,} scored "
         f"completions and {budget['time_s']:g} s of training. Held-out pass@1 is greedy, on {_rows_of(summary):,} test "
-        f"problems. Machine: {_text(_machine(environment))}.</p>",
+        f"problems. Machine: {_text(_machine(environment))}.{_told_cost(summary['cost'])}</p>",
     ]
     if comparison.get("notes"):
         parts.append(f"<p>{_text(comparison['notes'])}</p>")
@@ -104,6 +104,12 @@ def render(summary: dict[str, Any], figure: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
     )
+
+
+def _told_cost(cost: dict[str, float] | None) -> str:
+    if cost is None:
+        return ""
+    return f" Cost: {cost['cpu_h']:.2f} hours of processor time, {cost['wall_h']:.2f} of waiting."
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

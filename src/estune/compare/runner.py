@@ -19,6 +19,7 @@ from typing import Any
 
 from estune.compare import measure, worker
 from estune.compare.config import Comparison
+from estune.compare.cost import Cost
 from estune.compare.plan import (
     BUDGETS,
     ENDLESS,
@@ -52,6 +53,7 @@ class Runner:
         self.train_rows = len(get_task(comparison.task).load("train"))
         self.context = worker.context()
         self.code = code_digest()
+        self.cost = Cost()
 
     def check(self) -> None:
         """Try every configuration before anything runs.
@@ -79,6 +81,7 @@ class Runner:
             raise UserError(f"another process runs the comparison in {self.directory}")
         self._keep_plan()
         started = time.perf_counter()
+        self.cost.open(self.directory / "results" / "cost.json", self.code)
         self._each(self._base, list(self.comparison.models))
         todo = [
             (model, method, index)
@@ -234,13 +237,16 @@ class Runner:
         for _ in range(ATTEMPTS):
             values |= {"resume": directory.exists(), "console": "lines"}
             outcome = worker.call(worker.train, (values,), log, self.context)
+            self.cost.add(outcome.cpu_s)
             if outcome.code >= 0:  # it ended by itself
                 break
             say(f"estune: {directory}: {outcome.error}; it goes on from where it was")
         return outcome
 
     def _call(self, function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> worker.Outcome:
-        return worker.call(function, arguments, self.directory / log, self.context)
+        outcome = worker.call(function, arguments, self.directory / log, self.context)
+        self.cost.add(outcome.cpu_s)
+        return outcome
 
     def _place(self, directory: Path) -> dict[str, Any]:
         return {"run": str(directory.relative_to(self.directory))}

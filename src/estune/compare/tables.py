@@ -48,7 +48,17 @@ def summarise(directory: Path) -> dict[str, Any]:
         "evaluations_per_step": plan["evaluations_per_step"],
         "models": models,
         "established": established,
+        "cost": _cost(directory / "results" / "cost.json"),
     }
+
+
+def _cost(file: Path) -> dict[str, float] | None:
+    """Return the hours of processor and wall time of all sittings; None where they were not counted."""
+    if not file.exists():
+        return None
+    sittings = read_json(file)
+    cpu_h, wall_h = (sum(sitting[name] for sitting in sittings) / 3600 for name in ("cpu_s", "wall_s"))
+    return {"sittings": len(sittings), "cpu_h": cpu_h, "wall_h": wall_h}
 
 
 def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import faulthandler
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,14 @@ PRELOADED = ("estune.compare.preload",)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run's process ended: its exit status, and the error's sentence where it failed."""
+    """How a run's process ended: its exit status, the error's sentence where it failed, and what it cost.
+
+    ``cpu_s`` are the seconds of processor time of the process and of those that it started; 0 where it was killed.
+    """
 
     code: int
     error: str = ""
+    cpu_s: float = 0.0
 
     @property
     def failed(self) -> bool:
@@ -47,20 +53,27 @@ def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, m
     """Call a function in a process of its own; what it prints is added to ``log``, what it found it writes itself."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = log.stat().st_size if log.exists() else 0
-    process = made.Process(target=_child, args=(function, arguments, str(log)))
+    told, tell = made.Pipe(duplex=False)
+    process = made.Process(target=_child, args=(function, arguments, str(log), tell))
     process.start()
+    tell.close()
     try:
         process.join()
     except KeyboardInterrupt:
         process.join()  # it was interrupted, too, and saves what it has
         raise
     assert process.exitcode is not None
+    try:
+        cpu_s = float(told.recv())
+    except EOFError:  # killed before it could tell
+        cpu_s = 0.0
+    told.close()
     if process.exitcode == 0:
-        return Outcome(0)
+        return Outcome(0, cpu_s=cpu_s)
     with log.open("rb") as file:
         file.seek(start)
         said = file.read().decode("utf-8", errors="replace")
-    return Outcome(process.exitcode, reason(said, process.exitcode))
+    return Outcome(process.exitcode, reason(said, process.exitcode), cpu_s)
 
 
 def train(values: dict[str, Any]) -> None:
@@ -89,7 +102,7 @@ def reason(said: str, code: int) -> str:
     return lines[-1] if lines else f"exit status {code}"
 
 
-def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> None:
+def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, tell: Connection) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -102,9 +115,18 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str) 
         function(*arguments)
     except UserError as error:
         print(f"estune: error: {error}", file=sys.stderr, flush=True)
+        tell.send(_cpu_s())
         os._exit(2)
     except BaseException:  # whatever it is: a run that fails is a row of the comparison
         traceback.print_exc()
         sys.stderr.flush()
+        tell.send(_cpu_s())
         os._exit(1)
     sys.stdout.flush()
+    tell.send(_cpu_s())
+
+
+def _cpu_s() -> float:
+    """Return the processor seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
