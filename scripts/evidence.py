@@ -1,0 +1,128 @@
+"""Write the tables of `docs/evidence.md` from what comparisons wrote, and copy their curves beside it.
+
+    python scripts/evidence.py            # after a comparison
+    python scripts/evidence.py --check    # exit status 1 where the page says something else than the results
+
+A table stands between `<!-- compare_NAME -->` and `<!-- end -->`; it is made from
+`benchmarks/results/compare_NAME/summary.json`, whose curves become `docs/images/compare_NAME.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS, IMAGES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+PLACE = re.compile(r"(<!-- (compare_\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
+HEAD = ["method", "pass@1, %", "gain, points", "seeds, %", "pass@16, %", "KL", "kept, %", "evaluations", "seconds"]
+
+
+def share(estimate: dict[str, Any], name: str = "mean", sign: str = "") -> str:
+    """Return an estimate and its interval in per cent."""
+    mean, low, high = (100 * estimate[key] for key in (name, "low", "high"))
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def kept(values: dict[str, float]) -> str:
+    """Return the accuracies on tasks that were not trained on, in per cent."""
+    return ", ".join(f"{100 * value:.1f}" for value in values.values())
+
+
+def line(row: dict[str, Any], established: dict[str, bool]) -> list[str]:
+    """Return one method's cells."""
+    notes = []
+    if established.get(row["name"]) is False:
+        notes.append("not established: no claim")
+    if row["failed"]:
+        notes.append(f"{row['failed']} of {len(row['seeds'])} failed")
+    if row["hacked"]:
+        notes.append(f"{row['hacked']} hacked")
+    name = row["name"] + (f" ({'; '.join(notes)})" if notes else "")
+    if "accuracy" not in row:
+        return [name] + [""] * (len(HEAD) - 1)
+    seeds = sorted(100 * seed["accuracy"] for seed in row["seeds"] if "accuracy" in seed)
+    last = row["pass_at_k"][max(row["pass_at_k"], key=int)]
+    return [
+        name, share(row["accuracy"]), share(row["gain"], "difference", "+"), f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
+        share(last), f"{row['kl']:.2f}", kept(row["retention"]), f"{row['evaluations']:,.0f}",
+        f"{row['train_time_s']:.0f}",
+    ]  # fmt: skip
+
+
+def fixed(row: dict[str, Any]) -> list[str]:
+    """Return the cells of a model that nothing trained."""
+    samples = row.get("pass_at_k", {})
+    name = row["name"].replace("<", "&lt;")
+    return [name, share(row["accuracy"]), "", "", share(samples[max(samples, key=int)]) if samples else "", "",
+            kept(row["retention"]), "", ""]  # fmt: skip
+
+
+def table(rows: list[list[str]], head: list[str]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def tests(found: list[dict[str, Any]]) -> str:
+    """Return the paired differences, one line each."""
+    rows = [
+        [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"] for test in found
+    ]
+    return table(rows, ["difference, points", "mean [95 %]", "p (Holm)"]) if rows else ""
+
+
+def section(name: str) -> str:
+    """Return everything that the page says by itself of a comparison."""
+    summary = json.loads((RESULTS / name / "summary.json").read_text(encoding="utf-8"))
+    comparison = summary["comparison"]
+    parts = [f"![Accuracy while the runs went on](images/{name}.png)\n"]
+    for model, found in summary["models"].items():
+        for budget, told in BUDGETS.items():
+            rows = found["rows"][budget]
+            if not rows:
+                continue
+            parts.append(f"**{model}, {told}** ({len(comparison['seeds'])} seeds)\n")
+            body = [fixed(row) for row in (found["base"], found.get("prefix")) if row]
+            parts.append(table([*body, *(line(row, summary["established"]) for row in rows)], HEAD))
+            parts.append(tests(found["tests"][budget]))
+    if summary["cost"]:
+        cost = summary["cost"]
+        parts.append(f"Cost: {cost['cpu_h']:.1f} hours of processor time, {cost['wall_h']:.1f} of waiting.\n")
+    return "\n".join(part for part in parts if part)
+
+
+def page(text: str) -> str:
+    """Return the page with its tables made anew."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{section(place[2])}\n{place[3]}", text)
+
+
+def main() -> int:
+    """Write the page and the pictures, or say what is not as it should be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    made = page(text)
+    wrong = [] if made == text else [PAGE]
+    for _, name, _ in PLACE.findall(text):
+        picture, copy = RESULTS / name / "curves.png", IMAGES / f"{name}.png"
+        if not copy.exists() or picture.read_bytes() != copy.read_bytes():
+            wrong.append(copy)
+            if not options.check:
+                copy.write_bytes(picture.read_bytes())
+    if options.check:
+        for path in wrong:
+            print(f"{path.relative_to(ROOT)} is not what the results say: python scripts/evidence.py", file=sys.stderr)
+        return int(bool(wrong))
+    PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
