@@ -39,6 +39,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine() -> str:
+    """Return what decides how fast a run is, in words: processor and cores."""
+    return f"{_processor()}, {cores()} cores"
+
+
 def environment() -> dict[str, Any]:
     """Return versions, platform, processor, cores and memory as a JSON-able dict."""
     return {

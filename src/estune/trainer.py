@@ -85,6 +85,7 @@ class ESTrainer:
         self.args = inputs.resolve_config(args, len(self.train_rows), self._module)
         Batches(len(self.train_rows), int(self.args.batch_size), self.args.seed)  # refuses a batch above the rows
         self._engine: Engine | None = None
+        self.stopped = False  # whether the last `train` was asked to stop before its end
 
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model.
@@ -93,6 +94,7 @@ class ESTrainer:
         """
         self.args = self._placed(self.args)
         run_dir = Path(self.args.output_dir or "")
+        self.stopped = False
         if self.args.resume and is_finished(run_dir, self.args, self.given):
             say(f"estune: {run_dir} is finished ({self.args.max_steps} steps); nothing to do")
             if not (run_dir / CARD_FILE).exists():  # killed between the last checkpoint and the card
@@ -123,6 +125,7 @@ class ESTrainer:
                     session.after_step()
                 session.finish()
             except Interrupted:
+                self.stopped = True
                 session.save_interrupted()
         return run_dir
 

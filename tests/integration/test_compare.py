@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,7 @@ MINIATURE = {
     "task": "countdown",
     "models": {"tiny": "tiny"},
     "seeds": [0, 1],
-    "budget": {"evaluations": 72, "time_s": 2},
+    "budget": {"evaluations": 72, "time_s": 1},
     "tuning": {"evaluations": 32, "rows": 8},
     "settings": {"max_completion_length": 24, "num_threads": 1},
     "measuring": {"rows": 24, "samples": 2, "sample_rows": 12, "discovery_samples": 4, "kl_rows": 4, "curve_rows": 8,
@@ -135,8 +140,39 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
     assert again == {path: before[path] for path in again}
     sittings = json.loads((directory / "out" / "results" / "cost.json").read_text(encoding="utf-8"))
     assert len(sittings) == 2 and all(sitting["cpu_s"] > 0 for sitting in sittings)
-    changed = write(directory, budget={"evaluations": 128, "time_s": 2})
+    changed = write(directory, budget={"evaluations": 128, "time_s": 1})
     assert_refused(estune("compare", changed, cwd=directory), "budget", "another output_dir")
+    for part, name in (("methods", "grpo"), ("seeds", "seed 1")):
+        less = {"methods": {k: v for k, v in MINIATURE["methods"].items() if k != "grpo"}, "seeds": [0]}[part]
+        assert_refused(estune("compare", write(directory, **{part: less}), cwd=directory), name, "left out")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["es", "grpo"])
+def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(method: str, compared: Path, tmp_path: Path) -> None:
+    """The time is up first, long before the evaluations; the run goes on to them as if nothing had happened."""
+    methods = {method: MINIATURE["methods"][method]}
+    first = tmp_path / "out" / "results" / "tiny" / method / "seed-0-time.json"
+    second = first.with_name("seed-0-evaluations.json")
+    file = write(tmp_path, methods=methods, seeds=[0], budget={"evaluations": 72, "time_s": 0.001}, retention={})
+    command = [sys.executable, "-m", "estune", "compare", str(file)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        while not first.exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    assert not second.exists()
+    done = estune("compare", file, cwd=tmp_path, timeout=200)
+    assert done.code == 0, done.err
+    found = json.loads(second.read_text(encoding="utf-8"))
+    whole = result(compared, f"{method}/seed-0-evaluations.json")
+    assert found["status"] == "done" and found["steps"] == whole["steps"]
+    assert found["fingerprint"] == whole["fingerprint"]  # of the comparison that nobody disturbed
+    early = json.loads(first.read_text(encoding="utf-8"))
+    assert early["steps"] < found["steps"] and early["fingerprint"] != found["fingerprint"]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ class BaselineTrainer(ESTrainer):
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
         self.args = self._placed(self.args)
         run_dir = Path(self.args.output_dir or "")
+        self.stopped = False
         if self.args.resume and is_finished(run_dir, self.args, self.given):
             say(f"estune: {run_dir} is finished; nothing to do")
             if not (run_dir / CARD_FILE).exists():
@@ -108,6 +109,7 @@ class BaselineTrainer(ESTrainer):
                 if repository is not None:
                     say(f"estune: {push(run_dir, repository)}")
             except Interrupted:
+                self.stopped = True
                 again = "start it again" if self.args.method in RESTARTED else "go on"
                 say(f"estune: stopped after {ground.steps_done} steps; {again} with --resume --output_dir {run_dir}")
         return run_dir

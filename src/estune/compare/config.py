@@ -46,7 +46,8 @@ DECIDED = frozenset(
 SHARED = frozenset(
     "dataset_name dataset_config dataset_train_split dataset_test_split reward_funcs reward_weights reward_timeout_s "
     "reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
-    "max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code".split()
+    "max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code num_threads "
+    "prompts_per_batch reward_workers trainable_parameters".split()
 )
 
 
@@ -60,11 +61,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a trial may use, the rows of the validation split that decide, and the trials' run seed."""
+    """What a trial may use, the rows of the validation split that decide, and the trials' run seed.
+
+    ``split`` is the validation split of a data set that was given (`dataset_name`); a task has its own.
+    """
 
     evaluations: int = 6000
     rows: int = 200
     seed: int = 1000
+    split: str = "validation"
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,12 @@ def _validate(comparison: Comparison) -> None:
     for text in (*comparison.models, *comparison.methods):
         if not text or any(letter in text for letter in "/\\: "):
             raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")
+    if "dataset_name" in comparison.settings:
+        splits = [comparison.settings.get("dataset_train_split", "train"), comparison.tuning.split,
+                  comparison.settings.get("dataset_test_split", "test")]  # fmt: skip
+        if len(set(splits)) < len(splits):
+            raise UserError("dataset_train_split, split of tuning and dataset_test_split must be three, not "
+                            f"{', '.join(splits)}")  # fmt: skip
     budget = comparison.budget
     if budget.evaluations < 1 or budget.time_s <= 0 or comparison.tuning.evaluations < 1:
         raise UserError("budgets must be greater than 0")

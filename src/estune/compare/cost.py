@@ -20,12 +20,12 @@ class Cost:
         self._sittings: list[dict[str, Any]] = []
         self._started = 0.0
 
-    def open(self, file: Path, code: str) -> None:
-        """Begin a sitting; ``code`` is the digest of the code that runs it."""
+    def open(self, file: Path, facts: dict[str, Any]) -> None:
+        """Begin a sitting; ``facts`` say what code runs it, on which machine."""
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._started = file, time.perf_counter()
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        self._sittings = [*before, {"cpu_s": 0.0, "wall_s": 0.0, "code": code}]
+        self._sittings = [*before, {"cpu_s": 0.0, "wall_s": 0.0, **facts}]
 
     def add(self, cpu_s: float) -> None:
         """Count a process that has ended."""

@@ -9,6 +9,7 @@ DIR/results/...json                    what was measured, one file each; what is
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from estune.tasks import get_task
 
 BUDGETS = ("evaluations", "time")
 ENDLESS = 1_000_000_000  # steps of a run that its time will end
+MANY = 1_000_000  # samples of each prompt, where its time ends the drawing
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,48 @@ def entries(comparison: Comparison) -> dict[str, Entry]:
         kept = ("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution", "batch_size",
                 "num_generations", "temperature")  # fmt: skip
         taken = [{k: v for k, v in {**es.settings, **trial}.items() if k in kept} for trial in es.trials]
-        found[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, tuple(taken))
+        found[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, _distinct(taken))
     return found
 
 
+def _distinct(trials: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return as many trials without equals: of those that only ES told apart, one gets twice or half the sigma."""
+    equals = [trial for i, trial in enumerate(trials) if trial in trials[:i]]
+    found = [trial for i, trial in enumerate(trials) if trial not in trials[:i]]
+    for trial in equals:
+        sigmas = (float(trial.get("sigma", ESConfig.sigma)) * 2.0**power for power in (1, -1, 2, -2, 3, -3, 4, -4))
+        others = ({**trial, "sigma": sigma} for sigma in sigmas)
+        found.append(next(other for other in others if other not in found))
+    return tuple(found)
+
+
 def cells(comparison: Comparison) -> Iterator[Cell]:
-    """Yield all cells, seeds outermost: whatever the machine does meanwhile, it does to all methods alike."""
+    """Yield all cells, seeds outermost: whatever the machine does meanwhile, it does to all methods alike.
+
+    Within a seed their order is shuffled, so that a method does not always run beside the same other one.
+    """
     for seed in comparison.seeds:
-        for model in comparison.models:
-            for method in entries(comparison):
-                yield Cell(model, method, seed)
+        own = [Cell(model, method, seed) for model in comparison.models for method in entries(comparison)]
+        random.Random(seed).shuffle(own)
+        yield from own
+
+
+def rows_of(comparison: Comparison, split: str) -> list[dict[str, Any]]:
+    """Return the rows of ``train``, ``validation`` or ``test``: the task's own, or those of the data set given.
+
+    Raises:
+        UserError: the data set has no such split, or its rows lack what the task needs.
+    """
+    task = get_task(comparison.task)
+    names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
+    given = {name: comparison.settings[name] for name in names if name in comparison.settings}
+    if "dataset_name" not in given:
+        return task.load(split)
+    if split == "validation":
+        given["dataset_test_split"] = comparison.tuning.split
+    args = ESConfig.from_mapping({**given, "task": comparison.task})
+    rewards = inputs.resolve_rewards(args, None, task)
+    return inputs.resolve_rows(args, None, task, "train" if split == "train" else "test", rewards)
 
 
 def configuration(comparison: Comparison, model: str, method: str, chosen: dict[str, Any], seed: int) -> ESConfig:
@@ -71,28 +105,45 @@ def configuration(comparison: Comparison, model: str, method: str, chosen: dict[
         args = ESConfig.from_mapping(values, f"method {method}")
     except UserError as error:
         raise UserError(f"method {method}: {error}") from None
+    if "dataset_name" in comparison.settings:  # what is evaluated while a run goes on is not what is reported
+        args = dataclasses.replace(args, dataset_test_split=comparison.tuning.split)
     if args.lr_scheduler_type in ("linear", "cosine") or args.sigma_scheduler_type != "constant":
         raise UserError(f"method {method}: a run goes on from one budget to the other, so schedules must be constant")
-    rows = len(get_task(comparison.task).load("train"))
-    return inputs.resolve_config(args, rows)
+    return inputs.resolve_config(args, len(rows_of(comparison, "train")))
 
 
 def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) -> ESConfig:
     """Return a configuration with as many steps as a budget of evaluations pays for, and ``points`` held-out ones.
 
     `sft_rejection` spends it on samples before its first step; its steps are its own setting. ES evaluates theta beside
-    its members wherever it evaluates held-out rows, and pays for that.
+    its members wherever it evaluates held-out rows, and pays for that. A method that learns from the same samples
+    several times takes all of its steps on them.
+
+    Raises:
+        UserError: a single step costs more.
     """
     if args.method == "sft_rejection":
-        args = dataclasses.replace(args, num_generations=max(1, evaluations // n_rows))
+        kwargs = {**args.method_kwargs, "max_samples": evaluations}
+        args = dataclasses.replace(args, num_generations=-(-evaluations // n_rows), method_kwargs=kwargs)
         return dataclasses.replace(args, eval_steps=max(1, args.max_steps // points) if points else 0)
-    steps = max(1, int(evaluations // evaluations_per_step(args)))
-    while True:
+    again = int(args.method_kwargs.get("num_iterations", 1))
+    each, steps = evaluations_per_step(args), int(evaluations // (evaluations_per_step(args) * again)) * again
+    while steps > 0:
         every = max(1, steps // points) if points else 0
         of_theta = steps // every * int(args.batch_size) * args.num_generations if every and args.method == "es" else 0
-        if steps == 1 or steps * evaluations_per_step(args) + of_theta <= evaluations:
+        if steps * each + of_theta <= evaluations:
             return dataclasses.replace(args, max_steps=steps, eval_steps=every)
-        steps -= 1
+        steps -= again
+    raise UserError(f"a budget of {evaluations} evaluations does not pay for one step of method {args.method}, which "
+                    f"scores {each * again:g} completions")  # fmt: skip
+
+
+def with_time(args: ESConfig, limit: float) -> ESConfig:
+    """Return a configuration that ends with its time, in seconds, and with nothing else."""
+    if args.method == "sft_rejection":
+        kwargs = {name: value for name, value in args.method_kwargs.items() if name != "max_samples"}
+        args = dataclasses.replace(args, num_generations=MANY, method_kwargs=kwargs)
+    return dataclasses.replace(args, max_steps=ENDLESS, max_time_s=limit)
 
 
 def evaluations_per_step(args: ESConfig) -> float:
@@ -104,10 +155,13 @@ def evaluations_per_step(args: ESConfig) -> float:
 
 
 def goes_on(args: ESConfig) -> bool:
-    """Say whether a run can be resumed, and so go on from one budget to the other; else each has a run of its own."""
+    """Say whether a run goes on from one budget to the other; else each has a run of its own.
+
+    PPO cannot be resumed, and rejection sampling decides with its budget how much it draws before it learns.
+    """
     from estune.baselines.trainer import RESTARTED
 
-    return args.method not in RESTARTED
+    return args.method not in (*RESTARTED, "sft_rejection")
 
 
 def run_directory(comparison: Comparison, cell: Cell) -> Path:

@@ -73,16 +73,19 @@ def render(summary: dict[str, Any], figure: str) -> str:
         f"completions and {budget['time_s']:g} s of training. Held-out pass@1 is greedy, on {_rows_of(summary):,} test "
         f"problems. Machine: {_text(_machine(environment))}.{_told_cost(summary['cost'])}</p>",
     ]
+    for what, found in summary["mixed"].items():
+        parts.append(f'<p class="bad">Results of more than one {what} are mixed here: {_text("; ".join(found))}.</p>')
     if comparison.get("notes"):
         parts.append(f"<p>{_text(comparison['notes'])}</p>")
     parts += [
         "<p class=note>Intervals are 95 %, over problems and seeds. Tuning used the validation split alone. A "
         "baseline counts as established only if it gains "
         f"{comparison['established_points']:g} points or more on at least one base; of one that does not, nothing is "
-        "claimed. Every figure of a seed links to the result that holds it, which names its run.</p>",
+        "claimed. A run that failed counts as the base that it left. Every figure of a seed links to the result that "
+        "holds it, which names its run.</p>",
         f"<figure>{figure}</figure>",
         "<p class=note>Accuracy on validation problems while the runs went on: mean over seeds, band from the lowest "
-        "to the highest seed.</p>",
+        "to the highest seed; a cross where a run ended long before the others.</p>",
     ]
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")
@@ -285,12 +288,18 @@ def _band(axes: Any, runs: Sequence[Sequence[Sequence[float]]], place: int, colo
     known = [run for run in known if len(run) > 1]
     if not known:
         return
-    end = min(run[-1][0] for run in known)
+    end = float(np.median([run[-1][0] for run in known]))  # one that ended early, by failing say, is no measure
     x = np.linspace(0, end, 60)
-    values = np.array([np.interp(x, [a for a, _ in run], [b for _, b in run]) for run in known])  # (S, X)
-    axes.plot(x, values.mean(0), color=colour, linewidth=1.8, label=label)
+    values = np.array(
+        [np.interp(x, [a for a, _ in run], [b for _, b in run], right=math.nan) for run in known]
+    )  # (S, X); nan behind a run's end
+    with np.errstate(invalid="ignore"):
+        axes.plot(x, np.nanmean(values, 0), color=colour, linewidth=1.8, label=label)
     if len(known) > 1:
-        axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=colour, alpha=0.13, linewidth=0)
+    for run in known:
+        if run[-1][0] < 0.9 * end:
+            axes.plot(run[-1][0], run[-1][1], "x", color=colour, markersize=6)
 
 
 def _histograms(rows: Sequence[dict[str, Any]]) -> Figure:

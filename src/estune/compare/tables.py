@@ -40,8 +40,7 @@ def summarise(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} holds no results yet")
     established = _established(models, comparison)
     for model in models.values():
-        for budget in BUDGETS:
-            model["tests"][budget] = _tests(model["rows"][budget], comparison, established)
+        model["tests"] = _tests(model["rows"], comparison, established)
     return {
         "comparison": comparison,
         "environment": plan["environment"],
@@ -49,6 +48,7 @@ def summarise(directory: Path) -> dict[str, Any]:
         "models": models,
         "established": established,
         "cost": _cost(directory / "results" / "cost.json"),
+        "mixed": _mixed(directory / "results"),
     }
 
 
@@ -61,9 +61,18 @@ def _cost(file: Path) -> dict[str, float] | None:
     return {"sittings": len(sittings), "cpu_h": cpu_h, "wall_h": wall_h}
 
 
+def _mixed(results: Path) -> dict[str, list[str]]:
+    """Return the versions of the code and the machines that made the results, where there are several."""
+    read = [read_json(file) for file in results.rglob("*.json") if file.name != "cost.json"]
+    codes = sorted({result["code"] for result in read if "code" in result})
+    cost = results / "cost.json"
+    machines = sorted({sitting["machine"] for sitting in read_json(cost)}) if cost.exists() else []
+    return {name: found for name, found in (("code", codes), ("machine", machines)) if len(found) > 1}
+
+
 def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
     base = read_json(folder / "base.json")
-    sample_rows = comparison["measuring"]["sample_rows"] or len(base["correct"])
+    sample_rows = min(comparison["measuring"]["sample_rows"] or len(base["correct"]), len(base["correct"]))
     rows: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
     tuning: dict[str, Any] = {}
     curves: dict[str, list[Any]] = {}
@@ -131,7 +140,11 @@ def _fixed(name: str, result: dict[str, Any], file: str, sample_rows: int) -> di
 
 
 def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], sample_rows: int) -> dict[str, Any]:
-    """Return the row of a method at a budget: all its seeds, failed ones among them."""
+    """Return the row of a method at a budget: all its seeds, failed ones among them.
+
+    Who starts a run and gets nothing has the base: a failed seed counts as the base's answers in accuracy, spread, gain
+    and tests. What only a model has, KL and the like, is of those that there are.
+    """
     done = [result for result in results if result["status"] == "done"]
     row: dict[str, Any] = {
         "name": method,
@@ -142,7 +155,9 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
     }
     if not done:
         return row
-    correct = np.stack([_marks(result["correct"]) for result in done])  # (S, P)
+    delivered = [result if result["status"] == "done" else base for result in results]
+    correct = np.stack([_marks(result["correct"]) for result in delivered])  # (S, P)
+    own = np.stack([_marks(result["correct"]) for result in done])  # (done, P)
     unsolved = np.array(base["never_solved"], dtype=int)
     row |= {
         "accuracy": dataclasses.asdict(two_level(correct)),
@@ -163,7 +178,7 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
     if unsolved.size:
         samples = np.array([_sampled(result, unsolved.tolist()) for result in done])  # (S, U)
         row["discovery"] = {
-            "greedy": dataclasses.asdict(two_level(correct[:, unsolved])),
+            "greedy": dataclasses.asdict(two_level(own[:, unsolved])),
             "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
             "samples": done[0]["samples"],
         }
@@ -210,7 +225,7 @@ def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str
     """Say of every baseline whether it gains enough on some base, at some budget, to count."""
     found: dict[str, bool] = {}
     for name, entry in comparison["methods"].items():
-        if entry["method"] == "es":
+        if entry["method"] in ("es", "random_search"):
             continue
         rows = [row for model in models.values() for budget in BUDGETS for row in model["rows"][budget]]
         gains = [row["gain"]["difference"] for row in rows if row["name"] == name and "gain" in row]
@@ -218,25 +233,25 @@ def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str
     return found
 
 
-def _tests(rows: Sequence[dict[str, Any]], comparison: dict[str, Any], established: dict[str, bool]) -> list[Any]:
-    """Compare every ES row with every established baseline, and random search, at one budget on one base.
+def _tests(
+    rows: dict[str, list[dict[str, Any]]], comparison: dict[str, Any], established: dict[str, bool]
+) -> dict[str, list[dict[str, Any]]]:
+    """Compare every ES row with every established baseline, and random search, on one base, at each budget.
 
-    P-values are corrected together (Holm).
+    P-values of all of them, both budgets together, are corrected (Holm).
     """
     kinds = {name: entry["method"] for name, entry in comparison["methods"].items()}
-    done = {row["name"]: row for row in rows if "correct" in row}
-    pairs = [
-        (es, other)
-        for es in done
-        for other in done
-        if kinds.get(es) == "es" and (established.get(other) or kinds.get(other, other) == "random_search")
-    ]
-    found = []
-    for es, other in pairs:
-        difference = paired_difference(*(np.stack([_marks(seed) for seed in done[name]["correct"]])
-                                         for name in (es, other)))  # fmt: skip
-        found.append({"es": es, "other": other, **dataclasses.asdict(difference)})
-    for test, corrected in zip(found, holm([test["p_value"] for test in found]), strict=True):
+    found: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
+    for budget in BUDGETS:
+        done = {row["name"]: row for row in rows[budget] if "correct" in row}
+        others = [name for name in done if established.get(name) or kinds[name] == "random_search"]
+        for es in (name for name in done if kinds[name] == "es"):
+            for other in others:
+                difference = paired_difference(*(np.stack([_marks(seed) for seed in done[name]["correct"]])
+                                                 for name in (es, other)))  # fmt: skip
+                found[budget].append({"es": es, "other": other, **dataclasses.asdict(difference)})
+    listed = [test for budget in BUDGETS for test in found[budget]]
+    for test, corrected in zip(listed, holm([test["p_value"] for test in listed]), strict=True):
         test["p_holm"] = corrected
     return found
 

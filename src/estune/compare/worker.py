@@ -23,6 +23,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PRELOADED = ("estune.compare.preload",)
+STOPPED = 75  # exit status of what was asked to stop, and did
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Outcome:
         """Say whether the run did not come to its end."""
         return self.code != 0
 
+    @property
+    def cut(self) -> bool:
+        """Say whether it was killed or asked to stop, and so says nothing of the run itself."""
+        return self.code < 0 or self.code == STOPPED
+
 
 def context() -> ForkServerContext:
     """Return the way processes are started, with its server's modules named."""
@@ -57,11 +63,7 @@ def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, m
     process = made.Process(target=_child, args=(function, arguments, str(log), tell))
     process.start()
     tell.close()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()  # it was interrupted, too, and saves what it has
-        raise
+    process.join()
     assert process.exitcode is not None
     try:
         cpu_s = float(told.recv())
@@ -77,18 +79,25 @@ def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, m
 
 
 def train(values: dict[str, Any]) -> None:
-    """Run or resume a training run to its end."""
+    """Run or resume a training run to its end.
+
+    Raises:
+        Interrupted: it was asked to stop, and has saved what it has.
+    """
     from estune.config import ESConfig
+    from estune.engines.base import Interrupted
+    from estune.trainer import ESTrainer
 
     args = ESConfig(**values)
-    if args.method == "es":
-        from estune.trainer import ESTrainer
-
-        ESTrainer(args=args).train()
-    else:
+    kind = ESTrainer
+    if args.method != "es":
         from estune.baselines import BaselineTrainer
 
-        BaselineTrainer(args=args).train()
+        kind = BaselineTrainer
+    trainer = kind(args=args)
+    trainer.train()
+    if trainer.stopped:
+        raise Interrupted
 
 
 def reason(said: str, code: int) -> str:
@@ -98,6 +107,8 @@ def reason(said: str, code: int) -> str:
         return str(errors[-1])
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
+    if code == STOPPED:
+        return "asked to stop"
     lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {code}"
 
@@ -106,6 +117,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    from estune.engines.base import Interrupted
     from estune.errors import UserError
 
     faulthandler.enable()
@@ -117,6 +129,9 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
         print(f"estune: error: {error}", file=sys.stderr, flush=True)
         tell.send(_cpu_s())
         os._exit(2)
+    except (Interrupted, KeyboardInterrupt):
+        tell.send(_cpu_s())
+        os._exit(STOPPED)
     except BaseException:  # whatever it is: a run that fails is a row of the comparison
         traceback.print_exc()
         sys.stderr.flush()

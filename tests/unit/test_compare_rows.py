@@ -1,0 +1,160 @@
+"""What a comparison makes of its file and of its results, without a run: budgets, data, failed seeds, correction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.compare import worker
+from estune.compare.config import Comparison, from_mapping
+from estune.compare.plan import cells, configuration, entries, rows_of, with_budget, with_time
+from estune.compare.runner import Runner, Stopped
+from estune.compare.tables import summarise
+from estune.errors import UserError
+
+ES = {"method": "es", "settings": {"population_size": 4, "batch_size": 8}}
+
+
+def comparison(**changes: Any) -> Comparison:
+    return from_mapping({"task": "countdown", "models": {"tiny": "tiny"}, "methods": {"es": ES}, **changes})
+
+
+def planned(made: Comparison, method: str) -> Any:
+    return configuration(made, "tiny", method, entries(made)[method].trials[0], 0)
+
+
+def test_random_searchs_trials_differ_where_only_es_told_them_apart() -> None:
+    trials = [{"sigma": 0.02, "learning_rate": 0.01}, {"sigma": 0.02, "learning_rate": 0.02}, {"sigma": 0.04}]
+    made = entries(comparison(methods={"es": {**ES, "trials": trials}}))["random_search"]
+    assert [trial["sigma"] for trial in made.trials] == [0.02, 0.04, 0.01]
+
+
+def test_a_budget_pays_for_whole_steps_and_at_least_one() -> None:
+    made = comparison(methods={"grpo": {"method": "grpo", "settings": {
+        "batch_size": 2, "num_generations": 8, "method_kwargs": {"num_iterations": 4}}}})  # fmt: skip
+    args = planned(made, "grpo")
+    assert with_budget(args, 100, 200).max_steps == 24  # six generations of 16, each learnt from four times
+    with pytest.raises(UserError, match="does not pay for one step of method grpo, which scores 16"):
+        with_budget(args, 15, 200)
+    with pytest.raises(UserError, match="one step of method es, which scores 32"):
+        with_budget(planned(comparison(), "es"), 31, 200)
+
+
+def test_rejection_sampling_draws_what_its_budget_says() -> None:
+    args = planned(comparison(methods={"sft": {"method": "sft_rejection"}}), "sft")
+    draws = with_budget(args, 250, 200)
+    assert draws.method_kwargs["max_samples"] == 250 and draws.num_generations == 2
+    timed = with_time(draws, 5.0)
+    assert "max_samples" not in timed.method_kwargs and timed.max_time_s == 5.0 and timed.max_steps > 10**6
+
+
+def test_cells_are_shuffled_within_a_seed_alike_each_time() -> None:
+    methods = {f"es{i}": ES for i in range(6)}
+    made = comparison(methods=methods, seeds=[0, 1])
+    listed = list(cells(made))
+    assert listed == list(cells(made)) and [cell.seed for cell in listed] == [0] * 7 + [1] * 7
+    names = [[cell.method for cell in listed if cell.seed == seed] for seed in (0, 1)]
+    assert sorted(names[0]) == sorted(names[1]) == sorted([*methods, "random_search"]) and names[0] != names[1]
+
+
+def test_data_of_ones_own_is_trained_on_chosen_on_and_reported(tmp_path: Path) -> None:
+    for split, target in (("train", 24), ("validation", 25), ("test", 26)):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"numbers": [1, 2, 3, 4], "target": target}) + "\n")
+    made = comparison(settings={"dataset_name": str(tmp_path)}, methods={"es": {"method": "es"}})
+    assert [rows_of(made, split)[0]["target"] for split in ("train", "validation", "test")] == [24, 25, 26]
+    args = planned(made, "es")
+    assert args.batch_size == 1 and args.dataset_test_split == "validation"
+    with pytest.raises(UserError, match="must be three"):
+        comparison(settings={"dataset_name": str(tmp_path)}, tuning={"split": "test"})
+    assert rows_of(comparison(), "validation") != rows_of(comparison(), "test")
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+MEASURED = {
+    "status": "done", "n": 4, "samples": 1, "sampled_rows": [0, 1, 2, 3], "right_of": [1, 0, 0, 0], "length": 5.0,
+    "retention": {}, "kl": 0.1, "evaluations": 64, "train_time_s": 1.0, "steps": 2, "run": "runs/x", "code": "a",
+    "hacking": {"hacked": False}, "changes": {"relative_norm": 0.1}, "reward": 0.5,
+}  # fmt: skip
+
+
+def write(path: Path, **values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**MEASURED, **values}), encoding="utf-8")
+
+
+def results(directory: Path, marks: dict[str, list[str | None]]) -> dict[str, Any]:
+    """Write a comparison of ES and GRPO whose seeds gave these marks (None: failed), at both budgets; summarise it."""
+    made = comparison(methods={"es": ES, "grpo": {"method": "grpo"}}, seeds=[0, 1, 2], output_dir=str(directory))
+    runner = Runner(made)
+    directory.mkdir(exist_ok=True)
+    runner._keep_plan()
+    folder = directory / "results" / "tiny"
+    write(folder / "base.json", correct="1000", never_solved=[], fingerprint="f", model="tiny")
+    for method, seeds in marks.items():
+        for seed, correct in enumerate(seeds):
+            for budget in ("evaluations", "time"):
+                values = {"correct": correct} if correct else {"status": "failed", "error": "it diverged"}
+                write(folder / method / f"seed-{seed}-{budget}.json", seed=seed, accuracy=0.0, **values)
+    return summarise(directory)
+
+
+def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
+    summary = results(tmp_path, {"es": ["1100"] * 3, "grpo": ["1111", None, None], "random_search": ["1000"] * 3})
+    rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["time"]}
+    assert rows["grpo"]["failed"] == 2
+    assert rows["grpo"]["accuracy"]["mean"] == pytest.approx((1.0 + 0.25 + 0.25) / 3)
+    assert rows["grpo"]["gain"]["difference"] == pytest.approx(0.25)
+    tests = {test["other"]: test for test in summary["models"]["tiny"]["tests"]["time"]}
+    assert tests["grpo"]["difference"] == pytest.approx(0.0) and tests["random_search"]["difference"] == 0.25
+
+
+def test_p_values_of_both_budgets_are_corrected_together(tmp_path: Path) -> None:
+    summary = results(tmp_path, {"es": ["1100"] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3})
+    tests = [test for budget in ("evaluations", "time") for test in summary["models"]["tiny"]["tests"][budget]]
+    assert len(tests) == 4
+    smallest = min(tests, key=lambda test: test["p_value"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 4 * smallest["p_value"]))
+
+
+def test_what_is_mixed_is_said(tmp_path: Path) -> None:
+    marks: dict[str, list[str | None]] = {"es": ["1100"] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3}
+    assert results(tmp_path, marks)["mixed"] == {}
+    write(tmp_path / "results" / "tiny" / "es" / "seed-1-time.json", seed=1, correct="1100", code="b", accuracy=0.5)
+    machines = [{"cpu_s": 1.0, "wall_s": 1.0, "code": "a", "machine": name} for name in ("slow", "fast")]
+    (tmp_path / "results" / "cost.json").write_text(json.dumps(machines))
+    assert summarise(tmp_path)["mixed"] == {"code": ["a", "b"], "machine": ["fast", "slow"]}
+
+
+def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path: Path) -> None:
+    trials = [{"sigma": 0.01}, {"sigma": 0.02}]
+    made = comparison(methods={"es": {**ES, "trials": trials}}, output_dir=str(tmp_path))
+    runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
+    write(folder / "trial-0.json", trial=trials[0], accuracy=0.5)
+    write(folder / "trial-1.json", trial=trials[1], accuracy=0.4, status="failed")
+    runner._choose("tiny", "es")
+    write(folder / "seed-0-time.json")
+    runner._choose("tiny", "es")
+    write(folder / "trial-1.json", trial=trials[1], accuracy=0.6)
+    with pytest.raises(UserError, match=r"holds results of sigma 0.01, and its trials now choose sigma 0.02"):
+        runner._choose("tiny", "es")
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(comparison(output_dir=str(tmp_path)))
+    runner.cost.open(tmp_path / "results" / "cost.json", {})
+    monkeypatch.setattr("estune.compare.runner.GRACE_S", 0.0)
+    for codes, calls, last in (([-9, -11, 0], 3, 0), ([-9, -9, -9, 0], 3, -9), ([1, 0], 1, 1), ([75, 0], 2, 0)):
+        left = list(codes)
+        outcome = runner._to_its_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
+        assert (len(codes) - len(left), outcome.code) == (calls, last)
+    assert json.loads((tmp_path / "results" / "cost.json").read_text())[0]["cpu_s"] == 9.0
+    runner.stopping.set()
+    with pytest.raises(Stopped):
+        runner._to_its_end(lambda: worker.Outcome(0), "a run")
