@@ -230,6 +230,18 @@ def test_what_cannot_work_is_refused_before_anything_is_written(method, changes,
 def test_a_seed_of_64_bits_is_one_like_any_other_to_random_search():
     assert ESConfig(method="random_search", task="countdown", seed=1 << 40).seed == 1 << 40
     assert trl_seed_limit() == 1 << 32
+@pytest.mark.parametrize(("rows", "size"), [(24, 12), (64, 16), (20, 10), (17, 1), (7, 7)])
+def test_a_large_model_takes_any_batch_in_whole_parts(rows, size):
+    """Of itself: what nobody asked for is no reason to refuse a batch."""
+    args = ESConfig(method="sft_rejection", task="countdown", batch_size=rows, learning_rate=1e-3, device="cpu")
+    config, _ = arguments.trl_config(args, "trainer", rows, 135_000_000)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (size, rows // size)
+    asked = dataclasses.replace(args, method_kwargs={"per_device_train_batch_size": 16})
+    if rows % 16:
+        with pytest.raises(UserError, match="does not divide"):
+            arguments.trl_config(asked, "trainer", rows, 135_000_000)
+
+
 
 
 def trl_seed_limit():

@@ -5,7 +5,9 @@
 
     min_reward                    sft_rejection: reward from which a sample is right, for data without an accuracy
     generation                    grpo, dr_grpo, rloo: `estune` (default), by ES's engine, or `trl`, by the trainer
-    per_device_train_batch_size   completions in one backward pass; default: all of a step, 16 for a large model
+    max_samples                   sft_rejection: samples that are drawn at most, in rounds of one for each prompt
+    per_device_train_batch_size   completions in one backward pass; default: all of a step, of a large model the most
+                                  up to 16 that a step has whole batches of
 
 Of `ppo` it may hold what its trainer reads (`ppo_arguments`). An argument that would have no effect is refused: those
 of TRL's own generation under ``generation: estune``, for one.
@@ -152,7 +154,7 @@ def trl_config(
     given = own_arguments(args)
     own = {name: given.pop(name) for name in OWN[args.method]}
     whole = num_parameters <= SMALL or args.method == "ppo"
-    micro = given.pop("per_device_train_batch_size", batch if whole else min(batch, MICRO_BATCH))
+    micro = given.pop("per_device_train_batch_size", batch if whole else micro_batch(batch))
     if not isinstance(micro, int) or micro < 1 or batch % micro:
         raise UserError(f"per_device_train_batch_size {micro} does not divide the {batch} rows of a step")
     if args.method == "ppo":
@@ -196,6 +198,11 @@ def trl_config(
 def sampling_arguments(args: ESConfig) -> dict[str, Any]:
     """Return what only the methods have that sample in every step."""
     names = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "trust_remote_code")
+def micro_batch(batch: int) -> int:
+    """Return the rows of a step that a large model takes in one backward pass: the largest divisor up to 16."""
+    return max(size for size in range(1, MICRO_BATCH + 1) if batch % size == 0)
+
+
     return {name: getattr(args, name) for name in names}
 
 
