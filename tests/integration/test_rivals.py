@@ -28,8 +28,9 @@ from estune.tasks import get_task
 trl = pytest.importorskip("trl", reason="the rivals' trainers")
 
 from estune import inputs  # noqa: E402
-from estune.baselines import BaselineTrainer, arguments, policy_gradient, rejection  # noqa: E402
+from estune.baselines import BaselineTrainer, arguments, policy_gradient, random_search, rejection  # noqa: E402
 from estune.baselines.ground import Ground  # noqa: E402
+from estune.compare.plan import evaluations_per_step  # noqa: E402
 
 SMALL = {
     "model": "tiny",
@@ -878,25 +879,68 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     best = json.loads((run / "trainer" / "best.json").read_text())
     args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_search", "noise": noise})
     trainer = BaselineTrainer(args=args, train_dataset=easy_rows(8), reward_funcs=letters)
-    prompts, master, found = trainer.prepare(), trainer.engine.master, {}
-    batches = Batches(8, 2, 0)
-    first = plan_step(trainer.args, batches, 0)
+    prompts, master = trainer.prepare(), trainer.engine.master
+    order = [row for epoch in range(2) for row in Batches(8, 8, 0).rows_for_step(epoch)]
+
+    def fitness(perturbation, first, index):  # two prompts from a place of the run's order
+        rows = [prompts[row] for row in order[first : first + 2]]
+        answers = trainer.engine.generate(perturbation, rows, inputs.sampling(trainer.args, index))
+        return np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
+
+    place_of, holder, fitnesses = (-1, -1), None, []
     for index in range(3):
-        step = plan_step(trainer.args, batches, index)
-        for place_of, member in enumerate(step.members):
-            answers = trainer.engine.generate(
-                step.perturbation(member), [prompts[row] for row in first.rows], inputs.sampling(trainer.args, 0)
-            )
-            found[index, place_of] = np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
-    lucky = max(found, key=found.get)
-    assert (best["step"], best["member"]) == lucky and best["fitness"] == pytest.approx(found[lucky])
-    step = plan_step(trainer.args, batches, lucky[0])
+        step = plan_step(trainer.args, Batches(8, 2, 0), index)
+        drawn = [step.perturbation(member) for member in step.members[:2]]
+        first = [fitness(one, 4 * index, 2 * index) for one in drawn]
+        luckiest = int(np.argmax(first))
+        then, now = (fitness(one, 4 * index + 2, 2 * index + 1) for one in (holder, drawn[luckiest]))
+        if now > then:
+            place_of, holder = (index, luckiest), drawn[luckiest]
+        fitnesses.append(max(then, now))
+    assert (best["step"], best["member"]) == place_of != (-1, -1)
     stored = tensors(run)
     for name in master.arrays:
-        assert np.array_equal(stored[name], master.perturb(name, step.perturbation(step.members[lucky[1]])))
+        assert np.array_equal(stored[name], master.perturb(name, holder))
     records = metrics(run)
     assert [record["num_evaluations"] for record in records] == [8, 16, 24]
-    assert [record["es/fitness_best"] for record in records] == sorted(record["es/fitness_best"] for record in records)
+    assert [record["es/fitness_best"] for record in records] == pytest.approx(fitnesses)
+
+
+def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
+    """Each step looks at new prompts, and its best member is taken where it is better on yet others."""
+    nan = float("nan")
+    looks = iter([[1.0, 1.0], [0.5, 0.75],  # the first of two full scores, better than theta
+                  [1.0, 0.5], [0.5, 0.5],  # no better
+                  [0.5, 1.0], [0.5, 0.75],  # better
+                  [1.0, nan], [0.25, nan], [nan, nan], [nan, nan]])  # fmt: skip
+    seen, plain = [], random_search._fitness
+
+    def scripted(ground, contestants, rows, index):
+        plain(ground, contestants, rows, index)
+        seen.append(rows)
+        return np.array(next(looks))
+
+    kept, write = [], random_search.write_json
+    monkeypatch.setattr(random_search, "_fitness", scripted)
+    monkeypatch.setattr(random_search, "write_json", lambda path, value: (kept.append({**value}), write(path, value)))
+    train("random_search", max_steps=5, train_dataset=easy_rows(8), reward_funcs=letters, **NO_GRADIENT)
+    assert [tuple(best.values()) for best in kept] == [
+        (0, 0, 0.75), (0, 0, 0.5), (2, 1, 0.75), (2, 1, 0.25), (2, 1, None)
+    ]  # fmt: skip
+    rows = [row for epoch in range(3) for row in Batches(8, 8, 0).rows_for_step(epoch)]
+    assert [row for look in seen for row in look] == rows[:20]
+
+
+@pytest.mark.parametrize(("population", "batch"), [(4, 2), (30, 32), (6, 3), (3, 1), (2, 1)])
+def test_a_step_of_random_search_costs_what_one_of_es_does(population, batch):
+    args = {"task": "countdown", "population_size": population, "batch_size": batch, "antithetic": False}
+    cost = evaluations_per_step(ESConfig(method="random_search", **args))
+    of_es = evaluations_per_step(ESConfig(method="es", **args))
+    assert cost == {(6, 3): 17, (2, 1): 3}.get((population, batch), of_es)
+    if population < 30:
+        run = train("random_search", max_steps=1, reward_funcs=letters, train_dataset=easy_rows(8), batch_size=batch,
+                    **{**NO_GRADIENT, "population_size": population, "antithetic": False})  # fmt: skip
+        assert metrics(run)[0]["num_evaluations"] == cost
 
 
 def letters(completions, **_):

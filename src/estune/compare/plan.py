@@ -98,7 +98,11 @@ def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) 
 def evaluations_per_step(args: ESConfig) -> float:
     """Return the completions that a step of a resolved configuration has scored."""
     each = int(args.batch_size) * args.num_generations
-    if args.method in ("es", "random_search"):
+    if args.method == RANDOM_SEARCH:
+        from estune.baselines import random_search
+
+        return random_search.evaluations_per_step(args)
+    if args.method == "es":
         return each * args.population_size
     return each / int(args.method_kwargs.get("num_iterations", 1))
 
