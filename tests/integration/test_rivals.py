@@ -208,6 +208,8 @@ REFUSED = [
     ("grpo", {"log_completions": True}, "log_completions"),
     ("grpo", {"max_time_s": 1, "lr_scheduler_type": "linear"}, "constant schedules"),
     ("sft_rejection", {"method_kwargs": {"min_reward": "much"}}, "min_reward must be a number"),
+    ("sft_rejection", {"method_kwargs": {"max_samples": 0}}, "max_samples must be a whole number from 1"),
+    ("sft_rejection", {"method_kwargs": {"max_samples": 1.5}}, "max_samples must be a whole number from 1"),
     ("sft_rejection", {"method_kwargs": {"packing": True}}, "cannot hold packing"),
     ("sft_rejection", {"task": None, "dataset_name": "rows.jsonl", "reward_funcs": ["rewards.py:vowels"]},
      "min_reward in method_kwargs"),
@@ -228,9 +230,6 @@ def test_what_cannot_work_is_refused_before_anything_is_written(method, changes,
     assert not (place / "run").exists()
 
 
-def test_a_seed_of_64_bits_is_one_like_any_other_to_random_search():
-    assert ESConfig(method="random_search", task="countdown", seed=1 << 40).seed == 1 << 40
-    assert trl_seed_limit() == 1 << 32
 @pytest.mark.parametrize(("rows", "size"), [(24, 12), (64, 16), (20, 10), (17, 1), (7, 7)])
 def test_a_large_model_takes_any_batch_in_whole_parts(rows, size):
     """Of itself: what nobody asked for is no reason to refuse a batch."""
@@ -243,6 +242,9 @@ def test_a_large_model_takes_any_batch_in_whole_parts(rows, size):
             arguments.trl_config(asked, "trainer", rows, 135_000_000)
 
 
+def test_a_seed_of_64_bits_is_one_like_any_other_to_random_search():
+    assert ESConfig(method="random_search", task="countdown", seed=1 << 40).seed == 1 << 40
+    assert trl_seed_limit() == 1 << 32
 
 
 def trl_seed_limit():
@@ -284,18 +286,29 @@ def test_samples_are_what_es_engine_gives_for_theta(method, batches, place):
     if method == "sft_rejection":
         write_few(place, 6)
         changes |= {"dataset_name": "rows.jsonl", "method_kwargs": {"min_reward": 0.0}, "prompts_per_batch": 4}
+        changes |= {"num_generations": 2}
     run = train(method, **changes)
-    indices = (0, 4) if method == "sft_rejection" else (0, 1)
-    assert len(batches) == 2
+    indices = (0, 0, 1, 1) if method == "sft_rejection" else (0, 1)  # two rounds of six rows, four at a time
     for index, (rows, completions, _) in zip(indices, batches, strict=True):
         model = "tiny" if method == "sft_rejection" or index == 0 else run / f"checkpoint-{index}"
         args = ESConfig(**{**SMALL, "method": method, **changes, "model": str(model), "save_steps": 0})
         trainer = BaselineTrainer(args=args)
         prompts = [trainer.prepare()[row] for row in rows]
-        wanted = trainer.engine.generate(None, prompts, inputs.sampling(trainer.args, index))
+        sampling = inputs.sampling(trainer.args, index)
+        if method == "sft_rejection":
+            sampling = dataclasses.replace(sampling, num_generations=1)
+        wanted = trainer.engine.generate(None, prompts, sampling)
         assert [[c.token_ids for c in row] for row in completions] == [[c.token_ids for c in row] for row in wanted]
         assert [[c.finished for c in row] for row in completions] == [[c.finished for c in row] for row in wanted]
-        assert len({c.token_ids for c in wanted[0]}) > 1  # samples of a prompt differ
+        if method != "sft_rejection":
+            assert len({c.token_ids for c in wanted[0]}) > 1  # samples of a prompt differ
+    if method == "sft_rejection":
+        rounds = [
+            {row: answers for rows, found, _ in part for row, [answers] in zip(rows, found, strict=True)}
+            for part in (batches[:2], batches[2:])
+        ]
+        assert all(sorted(one) == list(range(6)) for one in rounds)
+        assert any(rounds[0][row].token_ids != rounds[1][row].token_ids for row in range(6))
 
 
 @pytest.mark.parametrize("generation", ["estune", "trl"])
@@ -652,6 +665,8 @@ owner, name = {
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
     "kept": (ground.Progress, "keep"),  # it is whole, and nothing says so
     "final": (ground.Ground, "save"),
+    "scoring": (ground.Ground, "score"),  # of what was sampled
+    "method": (ground.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
 }[where]
 plain = getattr(owner, name)
 
@@ -702,7 +717,7 @@ SFT = {"method_kwargs": {"min_reward": 0.0}}
 KILLED = [
     ("grpo", {}, [("metrics", 2), ("saving", 3), ("kept", 4), ("final", 4)]),
     ("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
-    ("sft_rejection", SFT, [("saving", 2), ("metrics", 4)]),
+    ("sft_rejection", SFT, [("scoring", 0), ("method", 0), ("saving", 2), ("metrics", 4)]),
     ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept", 3), ("final", 4)]),
 ]
 
@@ -799,7 +814,8 @@ def test_a_run_ends_when_its_time_is_up(method, place):
     """It is whole then; with more time it goes on, to the bits of a run that had all of it."""
     write_few(place)
     changes = {**FEW, "max_steps": 3, **(NO_GRADIENT if method in ("es", "random_search") else {})}
-    changes |= SFT if method == "sft_rejection" else {}
+    if method == "sft_rejection":  # as many samples as a run of any time draws at once
+        changes["method_kwargs"] = {"min_reward": 0.0, "max_samples": 4}
 
     def run(**more):
         if method == "es":
@@ -837,7 +853,7 @@ def test_rejection_learns_right_samples_once_and_completions_alone(trainers, bat
         train_dataset=easy_rows(12),
         prompts_per_batch=5,
     )
-    assert [len(rows) for rows, _, _ in batches] == [5, 5, 2]
+    assert [len(rows) for rows, _, _ in batches] == [5, 5, 2] * 6
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
     task, wanted = get_task("countdown"), {}
     for rows, completions, _ in batches:
@@ -862,6 +878,70 @@ def test_rejection_learns_right_samples_once_and_completions_alone(trainers, bat
     learned = [[label for label in row if label != -100] for row in batch["labels"].tolist()]
     assert learned == [kept[0]["completion_ids"], kept[-1]["completion_ids"]]
     assert batch["labels"].shape == batch["input_ids"].shape
+
+
+DRAWN = {"train_dataset": easy_rows(6), "seed": 3, "max_steps": 2, "prompts_per_batch": 2, "num_generations": 3,
+         "max_completion_length": 48}  # fmt: skip
+
+
+def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
+    """A bound leaves the first samples of the whole draw, to the sample; a part of a round follows the run's order."""
+
+    def drawn(name, **own):
+        batches.clear()
+        run = train("sft_rejection", **DRAWN, reward_funcs=always_right, output_dir=name,
+                    method_kwargs={"min_reward": 1.0, **own})  # fmt: skip
+        told = json.loads((run / "method.json").read_text())
+        found = [
+            (row, answers) for rows, completions, _ in batches for row, answers in zip(rows, completions, strict=True)
+        ]
+        assert len(found) == told["samples_drawn"] == metrics(run)[-1]["num_evaluations"]
+        return found
+
+    whole = drawn("whole")
+    order = Batches(6, 6, 3)
+    assert [row for row, _ in whole] == [row for index in range(3) for row in order.rows_for_step(index)]
+    assert all(len(answers) == 1 for _, answers in whole)
+    for most in (1, 7, 12):
+        assert drawn(f"first{most}", max_samples=most) == whole[:most]
+    assert drawn("all", max_samples=100) == whole
+
+
+def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
+    """The batch in hand is kept; the steps have the rest, and a run with more time draws no more."""
+    sample = Ground.sample
+
+    def slow(self, *given):
+        self.clock -= 10
+        return sample(self, *given)
+
+    monkeypatch.setattr(Ground, "sample", slow)
+    given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
+    run = train("sft_rejection", **given, max_time_s=50)
+    assert len(batches) == 3
+    records = metrics(run, times=True)
+    assert [record["num_evaluations"] for record in records] == [6, 6] and 30 < records[-1]["train_time_s"] < 50
+    train("sft_rejection", **{**given, "max_steps": 3}, max_time_s=5000, resume=True)
+    assert len(batches) == 3 and metrics(run)[-1]["num_evaluations"] == 6
+
+
+def test_rejection_that_has_drawn_does_not_draw_again(batches, monkeypatch):
+    """Killed before its first step was kept, it goes on with the same samples, and counts them and their time."""
+    given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
+    whole = train("sft_rejection", **given, output_dir="whole")
+
+    def stopped(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rejection, "drive", stopped)
+        run = train("sft_rejection", **given)
+    batches.clear()
+    train("sft_rejection", **given, resume=True)
+    assert not batches
+    assert weights(run) == weights(whole) and metrics(run) == metrics(whole)
+    cost = json.loads((run / "trainer" / "drawing.json").read_text())
+    assert metrics(run, times=True)[0]["train_time_s"] >= cost["seconds"] > 0
 
 
 def test_rejection_of_all_samples_is_told(place):

@@ -39,7 +39,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 OWN: dict[str, dict[str, Any]] = {
     **{method: {"generation": "estune"} for method in ("grpo", "dr_grpo", "rloo")},
     "ppo": {},
-    "sft_rejection": {"min_reward": None},
+    "sft_rejection": {"min_reward": None, "max_samples": None},
 }
 # Decided by the configuration, or by how estune drives a trainer.
 DECIDED = frozenset(
@@ -120,6 +120,9 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
     least = given.get("min_reward")
     if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float))):
         raise UserError(f"min_reward must be a number, not {least!r}")
+    most = given.get("max_samples")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise UserError(f"max_samples must be a whole number from 1, or null for no limit, not {most!r}")
     return given
 
 
@@ -195,14 +198,14 @@ def trl_config(
     return config, own
 
 
-def sampling_arguments(args: ESConfig) -> dict[str, Any]:
-    """Return what only the methods have that sample in every step."""
-    names = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "trust_remote_code")
 def micro_batch(batch: int) -> int:
     """Return the rows of a step that a large model takes in one backward pass: the largest divisor up to 16."""
     return max(size for size in range(1, MICRO_BATCH + 1) if batch % size == 0)
 
 
+def sampling_arguments(args: ESConfig) -> dict[str, Any]:
+    """Return what only the methods have that sample in every step."""
+    names = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "trust_remote_code")
     return {name: getattr(args, name) for name in names}
 
 
