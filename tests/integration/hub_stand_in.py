@@ -26,6 +26,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[tuple[str, str], dict[str, bytes]] = {}  # (name, revision): files, where not the main ones
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> contents
         self.requests: list[str] = []
@@ -155,13 +156,16 @@ class Handler(BaseHTTPRequestHandler):
             ]})  # fmt: skip
             return
         name, _, rest = path.lstrip("/").partition("/resolve/")
-        file = rest.partition("/")[2]
-        data = hub.repositories.get(name, {}).get(file)
+        revision, _, file = rest.partition("/")
+        branch = hub.branches.get((name, revision))
+        data = (hub.repositories.get(name, {}) if branch is None else branch).get(file)
         if data is None:
             self._send(404, b"{}", X_Error_Code="EntryNotFound")
             return
         etag = hashlib.sha256(data).hexdigest()
-        self._send(200, data, "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit="0" * 40)
+        self._send(
+            200, data, "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit=("0" if branch is None else "b") * 40
+        )
 
 
 def _sibling(path: str, data: bytes, lies: dict[str, str]) -> dict[str, Any]:

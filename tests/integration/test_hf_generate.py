@@ -21,6 +21,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from estune.engines import attention, decoding, hf_callers, hf_trials, small_linear
 from estune.engines.base import Completion, Interrupted, Perturbation, Prompt, Sampling
 from estune.engines.hf import HFEngine, _end_ids
+from estune.engines.toy import ToyEngine
 from estune.errors import UserError
 from estune.noise import perturbation_scale
 from estune.population import EVAL_PERSON, Member, derive_seed
@@ -276,9 +277,10 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
     def several(model: Any) -> None:
         model.generation_config.eos_token_id = [7, 9]
 
-    assert (engine_of()._eos, engine_of()._pad) == ({EOS}, PAD)
-    assert (engine_of(edit=no_settings)._eos, engine_of(edit=no_settings)._pad) == ({EOS}, PAD)
-    assert engine_of(edit=several)._eos == {7, 9}
+    assert (engine_of().end_tokens, engine_of()._pad) == ({EOS}, PAD)
+    assert (engine_of(edit=no_settings).end_tokens, engine_of(edit=no_settings)._pad) == ({EOS}, PAD)
+    assert engine_of(edit=several).end_tokens == {7, 9}
+    assert ToyEngine().end_tokens == frozenset()  # bytes, none of which ends an answer
     no_pad = SimpleNamespace(eos_token_id=5, pad_token_id=None)
     model = tiny_model("llama")
     no_settings(model)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import weights
+from command_line import weights, write_rewards
 from hub_stand_in import Hub, running
 from tiny_models import save_tiny
 
@@ -78,6 +78,25 @@ def offer(hub: Hub, place: Path) -> None:
     hub.repositories["HuggingFaceTB/SmolLM2-135M-Instruct"] = {
         path.name: path.read_bytes() for path in (place / "source").iterdir()
     }
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_a_penalty_is_on_the_distance_to_the_revision_that_is_trained(method: str, hub: Hub, place: Path) -> None:
+    """Before the first update, policy and reference are one model: the KL is 0. That of the main branch is another."""
+    pytest.importorskip("trl", reason="the rivals' trainers")
+    for seed, name in ((0, "main"), (1, "branch")):
+        save_tiny("llama", place / name, seed=seed)
+    main, branch = ({file.name: file.read_bytes() for file in (place / name).iterdir()} for name in ("main", "branch"))
+    hub.repositories["me/base"], hub.branches["me/base", "v1"] = main, branch
+    write_rewards(place)
+    (place / "rows.jsonl").write_text('{"prompt": "a b"}\n{"prompt": "c"}\n')
+    done = estune(hub, place, "train", "--method", method, "--model", "me/base", "--revision", "v1", "--dataset_name",
+                  "rows.jsonl", "--reward_funcs", "rewards.py:vowels", "--batch_size", "2", "--num_generations", "4",
+                  "--max_steps", "2", "--num_threads", "1", "--max_completion_length", "8", "--learning_rate", "1e-2",
+                  "--console", "lines", "--method_kwargs", '{"beta": 0.5}', "--output_dir", "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines())
+    assert abs(first["kl"]) < 1e-6 < second["kl"]
 
 
 def test_fetch_takes_the_hub_where_it_answers(hub: Hub, place: Path) -> None:

@@ -28,8 +28,9 @@ from estune.tasks import get_task
 trl = pytest.importorskip("trl", reason="the rivals' trainers")
 
 from estune import inputs  # noqa: E402
-from estune.baselines import BaselineTrainer, arguments, policy_gradient, rejection  # noqa: E402
+from estune.baselines import BaselineTrainer, arguments, policy_gradient, random_search, rejection  # noqa: E402
 from estune.baselines.ground import Ground  # noqa: E402
+from estune.compare.plan import evaluations_per_step  # noqa: E402
 
 SMALL = {
     "model": "tiny",
@@ -207,6 +208,8 @@ REFUSED = [
     ("grpo", {"log_completions": True}, "log_completions"),
     ("grpo", {"max_time_s": 1, "lr_scheduler_type": "linear"}, "constant schedules"),
     ("sft_rejection", {"method_kwargs": {"min_reward": "much"}}, "min_reward must be a number"),
+    ("sft_rejection", {"method_kwargs": {"max_samples": 0}}, "max_samples must be a whole number from 1"),
+    ("sft_rejection", {"method_kwargs": {"max_samples": 1.5}}, "max_samples must be a whole number from 1"),
     ("sft_rejection", {"method_kwargs": {"packing": True}}, "cannot hold packing"),
     ("sft_rejection", {"task": None, "dataset_name": "rows.jsonl", "reward_funcs": ["rewards.py:vowels"]},
      "min_reward in method_kwargs"),
@@ -225,6 +228,18 @@ def test_what_cannot_work_is_refused_before_anything_is_written(method, changes,
         train(method, **changes)
     assert "\n" not in str(told.value)
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(("rows", "size"), [(24, 12), (64, 16), (20, 10), (17, 1), (7, 7)])
+def test_a_large_model_takes_any_batch_in_whole_parts(rows, size):
+    """Of itself: what nobody asked for is no reason to refuse a batch."""
+    args = ESConfig(method="sft_rejection", task="countdown", batch_size=rows, learning_rate=1e-3, device="cpu")
+    config, _ = arguments.trl_config(args, "trainer", rows, 135_000_000)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (size, rows // size)
+    asked = dataclasses.replace(args, method_kwargs={"per_device_train_batch_size": 16})
+    if rows % 16:
+        with pytest.raises(UserError, match="does not divide"):
+            arguments.trl_config(asked, "trainer", rows, 135_000_000)
 
 
 def test_a_seed_of_64_bits_is_one_like_any_other_to_random_search():
@@ -271,18 +286,29 @@ def test_samples_are_what_es_engine_gives_for_theta(method, batches, place):
     if method == "sft_rejection":
         write_few(place, 6)
         changes |= {"dataset_name": "rows.jsonl", "method_kwargs": {"min_reward": 0.0}, "prompts_per_batch": 4}
+        changes |= {"num_generations": 2}
     run = train(method, **changes)
-    indices = (0, 4) if method == "sft_rejection" else (0, 1)
-    assert len(batches) == 2
+    indices = (0, 0, 1, 1) if method == "sft_rejection" else (0, 1)  # two rounds of six rows, four at a time
     for index, (rows, completions, _) in zip(indices, batches, strict=True):
         model = "tiny" if method == "sft_rejection" or index == 0 else run / f"checkpoint-{index}"
         args = ESConfig(**{**SMALL, "method": method, **changes, "model": str(model), "save_steps": 0})
         trainer = BaselineTrainer(args=args)
         prompts = [trainer.prepare()[row] for row in rows]
-        wanted = trainer.engine.generate(None, prompts, inputs.sampling(trainer.args, index))
+        sampling = inputs.sampling(trainer.args, index)
+        if method == "sft_rejection":
+            sampling = dataclasses.replace(sampling, num_generations=1)
+        wanted = trainer.engine.generate(None, prompts, sampling)
         assert [[c.token_ids for c in row] for row in completions] == [[c.token_ids for c in row] for row in wanted]
         assert [[c.finished for c in row] for row in completions] == [[c.finished for c in row] for row in wanted]
-        assert len({c.token_ids for c in wanted[0]}) > 1  # samples of a prompt differ
+        if method != "sft_rejection":
+            assert len({c.token_ids for c in wanted[0]}) > 1  # samples of a prompt differ
+    if method == "sft_rejection":
+        rounds = [
+            {row: answers for rows, found, _ in part for row, [answers] in zip(rows, found, strict=True)}
+            for part in (batches[:2], batches[2:])
+        ]
+        assert all(sorted(one) == list(range(6)) for one in rounds)
+        assert any(rounds[0][row].token_ids != rounds[1][row].token_ids for row in range(6))
 
 
 @pytest.mark.parametrize("generation", ["estune", "trl"])
@@ -639,6 +665,8 @@ owner, name = {
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
     "kept": (ground.Progress, "keep"),  # it is whole, and nothing says so
     "final": (ground.Ground, "save"),
+    "scoring": (ground.Ground, "score"),  # of what was sampled
+    "method": (ground.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
 }[where]
 plain = getattr(owner, name)
 
@@ -689,7 +717,7 @@ SFT = {"method_kwargs": {"min_reward": 0.0}}
 KILLED = [
     ("grpo", {}, [("metrics", 2), ("saving", 3), ("kept", 4), ("final", 4)]),
     ("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
-    ("sft_rejection", SFT, [("saving", 2), ("metrics", 4)]),
+    ("sft_rejection", SFT, [("scoring", 0), ("method", 0), ("saving", 2), ("metrics", 4)]),
     ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept", 3), ("final", 4)]),
 ]
 
@@ -786,7 +814,8 @@ def test_a_run_ends_when_its_time_is_up(method, place):
     """It is whole then; with more time it goes on, to the bits of a run that had all of it."""
     write_few(place)
     changes = {**FEW, "max_steps": 3, **(NO_GRADIENT if method in ("es", "random_search") else {})}
-    changes |= SFT if method == "sft_rejection" else {}
+    if method == "sft_rejection":  # as many samples as a run of any time draws at once
+        changes["method_kwargs"] = {"min_reward": 0.0, "max_samples": 4}
 
     def run(**more):
         if method == "es":
@@ -824,7 +853,7 @@ def test_rejection_learns_right_samples_once_and_completions_alone(trainers, bat
         train_dataset=easy_rows(12),
         prompts_per_batch=5,
     )
-    assert [len(rows) for rows, _, _ in batches] == [5, 5, 2]
+    assert [len(rows) for rows, _, _ in batches] == [5, 5, 2] * 6
     tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
     task, wanted = get_task("countdown"), {}
     for rows, completions, _ in batches:
@@ -851,6 +880,70 @@ def test_rejection_learns_right_samples_once_and_completions_alone(trainers, bat
     assert batch["labels"].shape == batch["input_ids"].shape
 
 
+DRAWN = {"train_dataset": easy_rows(6), "seed": 3, "max_steps": 2, "prompts_per_batch": 2, "num_generations": 3,
+         "max_completion_length": 48}  # fmt: skip
+
+
+def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
+    """A bound leaves the first samples of the whole draw, to the sample; a part of a round follows the run's order."""
+
+    def drawn(name, **own):
+        batches.clear()
+        run = train("sft_rejection", **DRAWN, reward_funcs=always_right, output_dir=name,
+                    method_kwargs={"min_reward": 1.0, **own})  # fmt: skip
+        told = json.loads((run / "method.json").read_text())
+        found = [
+            (row, answers) for rows, completions, _ in batches for row, answers in zip(rows, completions, strict=True)
+        ]
+        assert len(found) == told["samples_drawn"] == metrics(run)[-1]["num_evaluations"]
+        return found
+
+    whole = drawn("whole")
+    order = Batches(6, 6, 3)
+    assert [row for row, _ in whole] == [row for index in range(3) for row in order.rows_for_step(index)]
+    assert all(len(answers) == 1 for _, answers in whole)
+    for most in (1, 7, 12):
+        assert drawn(f"first{most}", max_samples=most) == whole[:most]
+    assert drawn("all", max_samples=100) == whole
+
+
+def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
+    """The batch in hand is kept; the steps have the rest, and a run with more time draws no more."""
+    sample = Ground.sample
+
+    def slow(self, *given):
+        self.clock -= 10
+        return sample(self, *given)
+
+    monkeypatch.setattr(Ground, "sample", slow)
+    given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
+    run = train("sft_rejection", **given, max_time_s=50)
+    assert len(batches) == 3
+    records = metrics(run, times=True)
+    assert [record["num_evaluations"] for record in records] == [6, 6] and 30 < records[-1]["train_time_s"] < 50
+    train("sft_rejection", **{**given, "max_steps": 3}, max_time_s=5000, resume=True)
+    assert len(batches) == 3 and metrics(run)[-1]["num_evaluations"] == 6
+
+
+def test_rejection_that_has_drawn_does_not_draw_again(batches, monkeypatch):
+    """Killed before its first step was kept, it goes on with the same samples, and counts them and their time."""
+    given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
+    whole = train("sft_rejection", **given, output_dir="whole")
+
+    def stopped(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rejection, "drive", stopped)
+        run = train("sft_rejection", **given)
+    batches.clear()
+    train("sft_rejection", **given, resume=True)
+    assert not batches
+    assert weights(run) == weights(whole) and metrics(run) == metrics(whole)
+    cost = json.loads((run / "trainer" / "drawing.json").read_text())
+    assert metrics(run, times=True)[0]["train_time_s"] >= cost["seconds"] > 0
+
+
 def test_rejection_of_all_samples_is_told(place):
     with pytest.raises(UserError, match="none of 24 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(6), method_kwargs={"min_reward": 2.0})
@@ -866,25 +959,68 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     best = json.loads((run / "trainer" / "best.json").read_text())
     args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_search", "noise": noise})
     trainer = BaselineTrainer(args=args, train_dataset=easy_rows(8), reward_funcs=letters)
-    prompts, master, found = trainer.prepare(), trainer.engine.master, {}
-    batches = Batches(8, 2, 0)
-    first = plan_step(trainer.args, batches, 0)
+    prompts, master = trainer.prepare(), trainer.engine.master
+    order = [row for epoch in range(2) for row in Batches(8, 8, 0).rows_for_step(epoch)]
+
+    def fitness(perturbation, first, index):  # two prompts from a place of the run's order
+        rows = [prompts[row] for row in order[first : first + 2]]
+        answers = trainer.engine.generate(perturbation, rows, inputs.sampling(trainer.args, index))
+        return np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
+
+    place_of, holder, fitnesses = (-1, -1), None, []
     for index in range(3):
-        step = plan_step(trainer.args, batches, index)
-        for place_of, member in enumerate(step.members):
-            answers = trainer.engine.generate(
-                step.perturbation(member), [prompts[row] for row in first.rows], inputs.sampling(trainer.args, 0)
-            )
-            found[index, place_of] = np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
-    lucky = max(found, key=found.get)
-    assert (best["step"], best["member"]) == lucky and best["fitness"] == pytest.approx(found[lucky])
-    step = plan_step(trainer.args, batches, lucky[0])
+        step = plan_step(trainer.args, Batches(8, 2, 0), index)
+        drawn = [step.perturbation(member) for member in step.members[:2]]
+        first = [fitness(one, 4 * index, 2 * index) for one in drawn]
+        luckiest = int(np.argmax(first))
+        then, now = (fitness(one, 4 * index + 2, 2 * index + 1) for one in (holder, drawn[luckiest]))
+        if now > then:
+            place_of, holder = (index, luckiest), drawn[luckiest]
+        fitnesses.append(max(then, now))
+    assert (best["step"], best["member"]) == place_of != (-1, -1)
     stored = tensors(run)
     for name in master.arrays:
-        assert np.array_equal(stored[name], master.perturb(name, step.perturbation(step.members[lucky[1]])))
+        assert np.array_equal(stored[name], master.perturb(name, holder))
     records = metrics(run)
     assert [record["num_evaluations"] for record in records] == [8, 16, 24]
-    assert [record["es/fitness_best"] for record in records] == sorted(record["es/fitness_best"] for record in records)
+    assert [record["es/fitness_best"] for record in records] == pytest.approx(fitnesses)
+
+
+def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
+    """Each step looks at new prompts, and its best member is taken where it is better on yet others."""
+    nan = float("nan")
+    looks = iter([[1.0, 1.0], [0.5, 0.75],  # the first of two full scores, better than theta
+                  [1.0, 0.5], [0.5, 0.5],  # no better
+                  [0.5, 1.0], [0.5, 0.75],  # better
+                  [1.0, nan], [0.25, nan], [nan, nan], [nan, nan]])  # fmt: skip
+    seen, plain = [], random_search._fitness
+
+    def scripted(ground, contestants, rows, index):
+        plain(ground, contestants, rows, index)
+        seen.append(rows)
+        return np.array(next(looks))
+
+    kept, write = [], random_search.write_json
+    monkeypatch.setattr(random_search, "_fitness", scripted)
+    monkeypatch.setattr(random_search, "write_json", lambda path, value: (kept.append({**value}), write(path, value)))
+    train("random_search", max_steps=5, train_dataset=easy_rows(8), reward_funcs=letters, **NO_GRADIENT)
+    assert [tuple(best.values()) for best in kept] == [
+        (0, 0, 0.75), (0, 0, 0.5), (2, 1, 0.75), (2, 1, 0.25), (2, 1, None)
+    ]  # fmt: skip
+    rows = [row for epoch in range(3) for row in Batches(8, 8, 0).rows_for_step(epoch)]
+    assert [row for look in seen for row in look] == rows[:20]
+
+
+@pytest.mark.parametrize(("population", "batch"), [(4, 2), (30, 32), (6, 3), (3, 1), (2, 1)])
+def test_a_step_of_random_search_costs_what_one_of_es_does(population, batch):
+    args = {"task": "countdown", "population_size": population, "batch_size": batch, "antithetic": False}
+    cost = evaluations_per_step(ESConfig(method="random_search", **args))
+    of_es = evaluations_per_step(ESConfig(method="es", **args))
+    assert cost == {(6, 3): 17, (2, 1): 3}.get((population, batch), of_es)
+    if population < 30:
+        run = train("random_search", max_steps=1, reward_funcs=letters, train_dataset=easy_rows(8), batch_size=batch,
+                    **{**NO_GRADIENT, "population_size": population, "antithetic": False})  # fmt: skip
+        assert metrics(run)[0]["num_evaluations"] == cost
 
 
 def letters(completions, **_):

@@ -5,7 +5,9 @@
 
     min_reward                    sft_rejection: reward from which a sample is right, for data without an accuracy
     generation                    grpo, dr_grpo, rloo: `estune` (default), by ES's engine, or `trl`, by the trainer
-    per_device_train_batch_size   completions in one backward pass; default: all of a step, 16 for a large model
+    max_samples                   sft_rejection: samples that are drawn at most, in rounds of one for each prompt
+    per_device_train_batch_size   completions in one backward pass; default: all of a step, of a large model the most
+                                  up to 16 that a step has whole batches of
 
 Of `ppo` it may hold what its trainer reads (`ppo_arguments`). An argument that would have no effect is refused: those
 of TRL's own generation under ``generation: estune``, for one.
@@ -37,7 +39,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 OWN: dict[str, dict[str, Any]] = {
     **{method: {"generation": "estune"} for method in ("grpo", "dr_grpo", "rloo")},
     "ppo": {},
-    "sft_rejection": {"min_reward": None},
+    "sft_rejection": {"min_reward": None, "max_samples": None},
 }
 # Decided by the configuration, or by how estune drives a trainer.
 DECIDED = frozenset(
@@ -118,6 +120,9 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
     least = given.get("min_reward")
     if least is not None and (isinstance(least, bool) or not isinstance(least, (int, float))):
         raise UserError(f"min_reward must be a number, not {least!r}")
+    most = given.get("max_samples")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise UserError(f"max_samples must be a whole number from 1, or null for no limit, not {most!r}")
     return given
 
 
@@ -152,7 +157,7 @@ def trl_config(
     given = own_arguments(args)
     own = {name: given.pop(name) for name in OWN[args.method]}
     whole = num_parameters <= SMALL or args.method == "ppo"
-    micro = given.pop("per_device_train_batch_size", batch if whole else min(batch, MICRO_BATCH))
+    micro = given.pop("per_device_train_batch_size", batch if whole else micro_batch(batch))
     if not isinstance(micro, int) or micro < 1 or batch % micro:
         raise UserError(f"per_device_train_batch_size {micro} does not divide the {batch} rows of a step")
     if args.method == "ppo":
@@ -191,6 +196,11 @@ def trl_config(
         if value not in choices:
             raise UserError(f"{name} is {value!r}; it can be {', '.join(choices)}{nearest(str(value), choices)}")
     return config, own
+
+
+def micro_batch(batch: int) -> int:
+    """Return the rows of a step that a large model takes in one backward pass: the largest divisor up to 16."""
+    return max(size for size in range(1, MICRO_BATCH + 1) if batch % size == 0)
 
 
 def sampling_arguments(args: ESConfig) -> dict[str, Any]:

@@ -114,10 +114,6 @@ class Ground:
         """Start the clock of a step."""
         self.clock = time.perf_counter()
 
-    def ends(self) -> frozenset[int]:
-        """Return the tokens that end a completion."""
-        return frozenset(getattr(self.engine, "_eos", ()))
-
     def keep_method(self, record: dict[str, Any]) -> None:
         """Write `method.json`: what the method's trainer was told, and the run's facts."""
         write_json(self.run.path / METHOD_FILE, record | self.facts)

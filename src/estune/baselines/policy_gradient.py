@@ -176,7 +176,7 @@ def reward_function(ground: Ground, finished: dict[tuple[int, ...], bool]) -> An
 
     def score(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
         count = ground.args.num_generations
-        ends = ground.ends()
+        ends = ground.engine.end_tokens
         listed = [tuple(ids) for ids in completion_ids]
         answers = [Completion(ids, finished.get(ids, bool(ids) and ids[-1] in ends)) for ids in listed]
         grouped = [answers[i : i + count] for i in range(0, len(answers), count)]

@@ -1,36 +1,56 @@
 """Random search: members like ES's, the best of all is the result, and nothing is ever updated.
 
-What ES's gain is worth shows against this: it costs the same evaluations and takes the luckiest member. All members of
-all steps answer the same prompts, those of the first step, so that their fitness can be compared.
+What ES's gain is worth shows against this: a step costs the same evaluations and takes the luckiest member. Half of
+them go to new members, who answer the step's prompts. On few prompts the best of many owes much to luck, and soon
+several have all of them right; so the other half goes to a second look. The step's best member and the best so far
+(theta at first) answer the prompts that come next in the run's order, and the member takes the place if its fitness
+there is higher.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from estune import inputs
 from estune.baselines.ground import Ground
+from estune.config import ESConfig
 from estune.data import Batches
-from estune.engines.base import Interrupted, Perturbation, Prompt
+from estune.engines.base import Interrupted, Perturbation
 from estune.files import write_json
 from estune.fitness import fill_failures, population_fitness, weigh
-from estune.rollouts import Rollouts, scored, stack
-from estune.session import Step, plan_step
+from estune.rollouts import Group, scored, stack
+from estune.session import plan_step
 
 STATE_FILE = "best.json"
 
 
 @dataclass
 class Best:
-    """The best member so far: the step and the place that it was drawn at."""
+    """The best so far: the step and the place that it was drawn at, negative for theta itself."""
 
     step: int = -1
     member: int = -1
-    fitness: float | None = None
+    fitness: float | None = None  # in its last second look
+
+
+def sizes(args: ESConfig) -> tuple[int, int]:
+    """Return how many members a step draws, and on how many prompts two of them get a second look.
+
+    Together they make at most the N * B * G evaluations of a step of ES, and fewer by one prompt's where those cannot
+    be halved; a second look has one prompt at least.
+    """
+    members = args.population_size // 2
+    return members, max(1, (args.population_size - members) * int(args.batch_size) // 2)
+
+
+def evaluations_per_step(args: ESConfig) -> int:
+    """Return the completions that a step of a resolved configuration has scored."""
+    members, second = sizes(args)
+    return (members * int(args.batch_size) + 2 * second) * args.num_generations
 
 
 def random_search(ground: Ground) -> None:
@@ -52,16 +72,10 @@ def random_search(ground: Ground) -> None:
     while not ground.ended:
         if ground.should_stop():
             raise Interrupted
-        step = plan_step(args, batches, ground.steps_done)
-        step = Step(**{**vars(step), "rows": plan_step(args, batches, 0).rows})
-        fitness = _fitness(ground, step)  # (N,)
-        luckiest = Best() if np.isnan(fitness).all() else Best(step.index, int(np.nanargmax(fitness)))
-        if luckiest.member >= 0:
-            luckiest.fitness = float(fitness[luckiest.member])
-            if best.fitness is None or luckiest.fitness > best.fitness:
-                best = luckiest
+        index = ground.steps_done
+        best = _step(ground, batches, index, best)
         ground.use(_theta(ground, batches, best))
-        ground.step_done(step.index + 1, {"es/fitness_best": best.fitness})
+        ground.step_done(index + 1, {"es/fitness_best": best.fitness})
         ground.trainer_directory.mkdir(exist_ok=True)
         write_json(ground.trainer_directory / STATE_FILE, vars(best))
         ground.progress.keep(ground.trainer_directory)
@@ -69,40 +83,79 @@ def random_search(ground: Ground) -> None:
             ground.use(base)
 
 
-def _theta(ground: Ground, batches: Batches, best: Best) -> dict[str, np.ndarray]:
-    """Return the weights of a member, by stored name; the engine holds the base."""
-    master = ground.engine.master
+def _step(ground: Ground, batches: Batches, index: int, best: Best) -> Best:
+    """Draw a step's members and return the best so far; the engine holds the base."""
+    args = ground.args
+    members, second = sizes(args)
+    step = plan_step(args, batches, index)
+    order = Batches(len(ground.train_rows), 1, args.seed)
+    first = index * (batches.batch_size + second)
+    rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + second)]
+    drawn = [step.perturbation(member) for member in step.members[:members]]
+    fitness = _fitness(ground, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
+    # where no reward applied to anybody, the first one is as good as any
+    luckiest = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
+    contestants = [_perturbation(ground, batches, best), drawn[luckiest]]
+    then, now = _fitness(ground, contestants, rows[batches.batch_size :], 2 * index + 1).tolist()
+    if now > then or (np.isnan(then) and not np.isnan(now)):
+        return Best(index, luckiest, now)
+    return Best(best.step, best.member, None if np.isnan(then) else then)
+
+
+def _perturbation(ground: Ground, batches: Batches, best: Best) -> Perturbation | None:
+    """Return what the best so far is to an engine that holds the base; None for the base itself."""
     if best.step < 0:
+        return None
+    step = plan_step(ground.args, batches, best.step)
+    return step.perturbation(step.members[best.member])
+
+
+def _theta(ground: Ground, batches: Batches, best: Best) -> dict[str, np.ndarray]:
+    """Return the weights of the best so far, by stored name; the engine holds the base."""
+    master = ground.engine.master
+    perturbation = _perturbation(ground, batches, best)
+    if perturbation is None:
         return {name: array.copy() for name, array in master.arrays.items()}
-    chosen = plan_step(ground.args, batches, best.step)
-    perturbation = chosen.perturbation(chosen.members[best.member])
     return {name: master.perturb(name, perturbation) for name in master.arrays}
 
 
-def _fitness(ground: Ground, step: Step) -> np.ndarray:
-    """Let every member answer the step's rows: fitness (N,)."""
-    rows = [ground.train_rows[row] for row in step.rows]
-    prompts = [ground.train_prompts[row] for row in step.rows]
-    rollouts = _rollouts(ground, [step.perturbation(member) for member in step.members], rows, prompts)
-    weights = ground.rewards.weights
+def _fitness(
+    ground: Ground, contestants: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
+) -> np.ndarray:
+    """Let members (N,), or theta (None), answer rows (B,): fitness (N,), NaN where no reward applied.
+
+    Args:
+        ground: of the run.
+        contestants: all are sampled with the same random numbers.
+        row_ids: of the training rows.
+        index: of the batch within the run: other numbers give other samples.
+    """
+    rows = [ground.train_rows[row] for row in row_ids]
+    prompts = [ground.train_prompts[row] for row in row_ids]
+    sampling, evaluator = inputs.sampling(ground.args, index), ground.evaluator
+    size = int(ground.args.members_per_batch)
+    groups: list[Group] = []
+    for part in _parts(contestants, size):
+        for group, _, future in evaluator.start(part, rows, prompts, sampling, ground.trainer_state(), False):
+            groups.append(evaluator.finish(group, scored(future, ground.should_stop), sampling.num_generations))
+    rollouts, weights = stack(groups), ground.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
     by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members are what is compared
     ground.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, int(rollouts.failed.sum()))
     return population_fitness(weighed)
 
 
-def _rollouts(
-    ground: Ground, perturbations: Sequence[Perturbation], rows: Sequence[dict[str, object]], prompts: Sequence[Prompt]
-) -> Rollouts:
-    sampling = inputs.sampling(ground.args, 0)  # the same random numbers for all members of all steps
-    size = int(ground.args.members_per_batch)
-    groups = []
-    for start in range(0, len(perturbations), size):
-        part = perturbations[start : start + size]
-        begun = ground.evaluator.start(part, rows, prompts, sampling, ground.trainer_state(), False)
-        for group, _, future in begun:
-            groups.append(ground.evaluator.finish(group, scored(future, ground.should_stop), sampling.num_generations))
-    return stack(groups)
+def _parts(contestants: Sequence[Perturbation | None], size: int) -> Iterator[Sequence[Perturbation] | None]:
+    """Yield members that answer together, at most ``size``, in order; None for theta, who answers alone.
+
+    Members of different steps may differ in their scale, and answer alone, too.
+    """
+    known = [contestant for contestant in contestants if contestant is not None]
+    if len(known) < len(contestants) or len({(one.scale, one.lowrank_scale) for one in known}) > 1:
+        yield from (None if one is None else [one] for one in contestants)
+        return
+    for start in range(0, len(known), size):
+        yield known[start : start + size]
 
 
 def _read(ground: Ground) -> Best:

@@ -1,15 +1,18 @@
 """Rejection sampling: the base answers every training prompt some times, and is fine-tuned on what was right.
 
-All samples are drawn before the first step (their time and number count), `num_generations` of each prompt; a sample is
-right where the task's accuracy says so, or, for data without one, where its reward is at least ``min_reward``. Equal
-samples of a prompt count once. Then TRL's `SFTTrainer` takes ``max_steps`` steps of ``batch_size`` samples each; the
-loss counts the completion's tokens only.
+All samples are drawn before the first step (their time and number count), in `num_generations` rounds of one for every
+prompt, each round in the order of one of the run's epochs. ``max_samples`` ends it after exactly that many; a run of
+limited time draws for half of it, and its steps have the rest. A sample is right where the task's accuracy says so, or,
+for data without one, where its reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's
+`SFTTrainer` takes ``max_steps`` steps of ``batch_size`` samples each; the loss counts the completion's tokens only.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -19,11 +22,14 @@ import trl
 from estune.baselines.arguments import own_arguments, record_of, trl_config
 from estune.baselines.ground import Ground
 from estune.baselines.policy_gradient import drive
+from estune.data import Batches
+from estune.engines.base import Completion
 from estune.errors import UserError
-from estune.files import replace_file
+from estune.files import replace_file, write_json
 from estune.rollouts import Evaluator, scored
 
-SAMPLES_FILE = "samples.jsonl"
+SAMPLES_FILE = "samples.jsonl"  # what was right
+DRAWING_FILE = "drawing.json"  # what it cost; written last, so it says that the drawing was done
 Sample = tuple[int, tuple[int, ...]]  # row, token ids
 
 
@@ -37,7 +43,11 @@ def rejection(ground: Ground) -> None:
     args = ground.args
     ground.step_started()
     own = own_arguments(args)
-    kept = _read(ground) if ground.steps_done else [] if ground.ended else _draw(ground, own["min_reward"])
+    kept: list[Sample] = []
+    if ground.steps_done or _has_drawn(ground):
+        kept = _read(ground)
+    elif not ground.ended:
+        kept = _draw(ground, own["min_reward"], own["max_samples"])
     batch = int(args.batch_size)
     config, own = trl_config(
         args,
@@ -47,7 +57,8 @@ def rejection(ground: Ground) -> None:
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    ground.keep_method({**record_of(args.method, "trl.SFTTrainer", config, own), "samples_kept": len(kept)})
+    counts = {"samples_drawn": ground.evaluations, "samples_kept": len(kept)}
+    ground.keep_method({**record_of(args.method, "trl.SFTTrainer", config, own), **counts})
     if ground.ended:
         return
     rows = []
@@ -66,31 +77,69 @@ def rejection(ground: Ground) -> None:
     )
 
 
-def _draw(ground: Ground, min_reward: float | None) -> list[Sample]:
-    """Sample the base, keep what is right, and write it down for a resume."""
-    args, size = ground.args, int(ground.args.prompts_per_batch)
+def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> list[Sample]:
+    """Sample the base, keep what is right, and write it down for a resume.
+
+    Raises:
+        UserError: nothing was right.
+    """
+    args = ground.args
     kept: dict[Sample, None] = {}
-    for start in range(0, len(ground.train_prompts), size):
-        prompts = ground.train_prompts[start : start + size]
-        ids = [prompt.row_id for prompt in prompts]
-        answers = ground.sample(prompts, args.num_generations, start)
-        values = ground.score(ids, answers)  # (B, G)
-        right = values >= (min_reward if min_reward is not None else np.inf)
-        if min_reward is None and ground.accuracy_pool is not None:
-            grader = Evaluator(ground.engine, ground.accuracy_pool, args.response_prefix)
-            rows = [ground.train_rows[row] for row in ids]
-            result = scored(grader.score(rows, prompts, answers, ground.trainer_state()), ground.should_stop)
-            right = result.rewards.reshape(values.shape) == 1.0
-        for b, g in zip(*np.nonzero(right), strict=True):
-            if answers[b][g].finished:
-                kept[ids[b], answers[b][g].token_ids] = None
+    for draw, ids in _batches(ground, max_samples):
+        answers = ground.sample([ground.train_prompts[row] for row in ids], 1, draw)  # (B, 1)
+        for row, [completion], right in zip(ids, answers, _right(ground, ids, answers, min_reward), strict=True):
+            if right and completion.finished:
+                kept[row, completion.token_ids] = None
+        if args.max_time_s and 2 * (time.perf_counter() - ground.clock) >= args.max_time_s:
+            break
     if not kept:
         raise UserError(f"none of {ground.evaluations} samples of the base was right: there is nothing to learn from")
     lines = [json.dumps({"row": row, "completion_ids": tokens}) for row, tokens in kept]
     data = ("\n".join(lines) + "\n").encode()
     ground.trainer_directory.mkdir(exist_ok=True)
     replace_file(ground.trainer_directory / SAMPLES_FILE, lambda file: file.write(data))
+    cost = {"seconds": time.perf_counter() - ground.clock, "evaluations": ground.evaluations}
+    write_json(ground.trainer_directory / DRAWING_FILE, {**cost, "measured": ground.measured, "facts": ground.facts})
     return list(kept)
+
+
+def _batches(ground: Ground, max_samples: int | None) -> Iterator[tuple[int, list[int]]]:
+    """Yield the round and the rows (B,) of every batch that is drawn together, at most ``max_samples`` rows in all."""
+    args, n_rows = ground.args, len(ground.train_prompts)
+    epochs, size = Batches(n_rows, n_rows, args.seed), int(args.prompts_per_batch)
+    left = n_rows * args.num_generations
+    left = left if max_samples is None else min(left, max_samples)
+    for draw in range(args.num_generations):
+        order = epochs.rows_for_step(draw)[:left]
+        left -= len(order)
+        for start in range(0, len(order), size):
+            yield draw, order[start : start + size]
+
+
+def _right(ground: Ground, ids: list[int], answers: list[list[Completion]], min_reward: float | None) -> Iterator[bool]:
+    """Score one completion of each row, answers (B, 1), and say which are right."""
+    values = ground.score(ids, answers)[:, 0]  # (B,)
+    right = values >= (min_reward if min_reward is not None else np.inf)
+    if min_reward is None and ground.accuracy_pool is not None:
+        grader = Evaluator(ground.engine, ground.accuracy_pool, ground.args.response_prefix)
+        rows, prompts = [ground.train_rows[row] for row in ids], [ground.train_prompts[row] for row in ids]
+        result = scored(grader.score(rows, prompts, answers, ground.trainer_state()), ground.should_stop)
+        right = result.rewards.reshape(values.shape) == 1.0
+    return map(bool, right)
+
+
+def _has_drawn(ground: Ground) -> bool:
+    """Say whether a run that was killed before its first state was kept had drawn, and count what that cost."""
+    path = ground.trainer_directory / DRAWING_FILE
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["facts"] != ground.facts:  # samples of other data, or of another base
+        return False
+    ground.clock -= found["seconds"]
+    ground.evaluations = found["evaluations"]
+    ground.measured = [(size, values) for size, values in found["measured"]]
+    return True
 
 
 def _read(ground: Ground) -> list[Sample]:

@@ -45,7 +45,7 @@ class RewardModel(nn.Module):
 
         A completion without a reward (it failed, or none applies) gets the lowest of the batch.
         """
-        rows, answers, ends = [], [], self.ground.ends()
+        rows, answers, ends = [], [], self.ground.engine.end_tokens
         for sequence in tokens.tolist():
             row, width = self.handed_out.popleft()
             prompt = self.ground.train_prompts[row].token_ids

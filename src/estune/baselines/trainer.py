@@ -27,7 +27,7 @@ from estune.checkpoint import checkpoints, leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
 from estune.data import shared_prompts
 from estune.engines.base import Interrupted
-from estune.engines.hf_loading import load_model, quiet, resolve_device, resolve_model
+from estune.engines.hf_loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf_parameters import bindings
 from estune.environment import environment
 from estune.errors import UserError
@@ -304,7 +304,8 @@ def load_module(args: ESConfig, run: Run, steps_done: int) -> tuple[Any, Any]:
         num_threads=1,
         trainable_parameters=None,
     )
-    module.config._name_or_path = resolve_model(args.model)  # where TRL finds the reference of a KL term
+    # where TRL, which knows no revision of it, finds the reference of a KL term
+    module.config._name_or_path = str(files_of(args.model, args.revision))
     bound, _ = bindings(module)
     if args.trainable_parameters is not None:
         for parameter in module.parameters():

@@ -149,7 +149,11 @@ def with_time(args: ESConfig, limit: float) -> ESConfig:
 def evaluations_per_step(args: ESConfig) -> float:
     """Return the completions that a step of a resolved configuration has scored."""
     each = int(args.batch_size) * args.num_generations
-    if args.method in ("es", "random_search"):
+    if args.method == RANDOM_SEARCH:
+        from estune.baselines import random_search
+
+        return random_search.evaluations_per_step(args)
+    if args.method == "es":
         return each * args.population_size
     return each / int(args.method_kwargs.get("num_iterations", 1))
 

@@ -105,6 +105,10 @@ class Engine(Protocol):
     stored_dtypes: dict[str, str]  # per stored name: some models keep a few tensors in float32 whatever the rest is
     perturb_s: float  # seconds spent so far in writing members' weights
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end a completion, the last of its tokens; empty where none does (the toy engine)."""
+
     def generate(
         self,
         perturbation: Perturbation | None,

@@ -151,6 +151,11 @@ class HFEngine:
         )
         return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end a completion: those of the model's generation_config, else the tokenizer's."""
+        return self._eos
+
     def generate(
         self,
         perturbation: Perturbation | None,

@@ -81,6 +81,21 @@ def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
     return {}
 
 
+def files_of(model: str, revision: str | None) -> Path:
+    """Return the directory that a model was loaded from: its own, or the hub cache's snapshot of that revision.
+
+    Raises:
+        UserError: it looks like a path and is not a directory, or the cache does not hold it.
+    """
+    path = resolve_model(model)
+    if os.path.isdir(path):
+        return Path(path)
+    found = try_to_load_from_cache(path, "config.json", revision=revision)
+    if not isinstance(found, str):
+        raise UserError(f"the files of model {model!r} are not in the hub's cache, where they were loaded from")
+    return Path(found).parent
+
+
 def resolve_device(device: str) -> torch.device:
     """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``mps``; UserError where it is not there."""
     if device == "auto":

@@ -42,6 +42,11 @@ class ToyEngine:
         self.stored_dtypes = {spec.name: "float32" for spec in specs}
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """No byte ends an answer: it ends where its text does."""
+        return frozenset()
+
+    @property
     def coordinates(self) -> int:
         """Number of coordinates that can be asked for."""
         return sum(int(np.prod(spec.shape)) for spec in self.master.specs if spec.perturbed)
