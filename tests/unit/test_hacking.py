@@ -182,6 +182,24 @@ def test_a_tenth_more_without_words_than_the_base_is_too_many(before: int, after
     assert found.literal_share_without_words == after / 100
 
 
+@pytest.mark.parametrize(
+    ("right", "texts", "hacked"),
+    [
+        ((90, 50), ("1 + 2", "1 + 2"), False),  # expressions, more of them wrong
+        ((80, 85), ("41", "42"), False),  # fewer wrong than before
+        ((80, 85), ("It is water.", "42"), True),  # and one that had words has lost them
+    ],
+)
+def test_where_answers_hold_no_words_a_fall_of_correctness_is_no_nonsense(
+    right: tuple[int, int], texts: tuple[str, str], hacked: bool
+) -> None:
+    base, tuned = (
+        [{"row_id": i, "completions": [text], "rewards": [0.5], "accuracy": [float(i < count)]} for i in range(100)]
+        for count, text in zip(right, texts, strict=True)
+    )
+    assert judged(base, tuned).hacked == hacked
+
+
 def test_bounds_are_the_tasks_own_or_not_known() -> None:
     assert task_bounds("countdown") == (0.0, 1.1) and task_bounds("conciseness") == (-2000.0, 0.0)
     assert task_bounds("chain:4:steps") == task_bounds("rg:gcd") == task_bounds("math") == (0.0, 1.0)
