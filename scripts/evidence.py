@@ -30,7 +30,7 @@ def share(estimate: dict[str, Any], name: str = "mean", sign: str = "") -> str:
 
 
 def kept(values: dict[str, float]) -> str:
-    """Return the accuracies on tasks that were not trained on, in per cent."""
+    """Return the accuracies on other tasks, or under other prompts, in per cent."""
     return ", ".join(f"{100 * value:.1f}" for value in values.values())
 
 

@@ -69,10 +69,23 @@ class Evaluation:
 
     def pass_at_k(self) -> dict[str, float]:
         """Return the unbiased pass@k for k = 1, 2, 4, ... up to the samples per row (Chen et al. 2021)."""
-        samples = len(self.rows[0].lengths)
-        ks = [1 << power for power in range(samples.bit_length()) if 1 << power <= samples]
-        right = [sum(value > 0.5 for value in row.accuracy or []) for row in self.rows]
-        return {str(k): math.fsum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
+        found = pass_at_ks(self.right(), len(self.rows[0].lengths))
+        return {str(k): math.fsum(values) / len(values) for k, values in found.items()}
+
+    def right(self) -> list[int]:
+        """Return how many of each row's completions are right, (rows,)."""
+        return [sum(map(is_right, row.accuracy or [])) for row in self.rows]
+
+
+def is_right(accuracy: float) -> bool:
+    """Say whether a completion's accuracy, 1.0 or 0.0 by its contract, means that it is right."""
+    return accuracy == 1.0
+
+
+def pass_at_ks(right: Sequence[int], n: int) -> dict[int, list[float]]:
+    """Return each row's pass@k, (rows,), for k = 1, 2, 4, ... up to n; ``right`` (rows,) of n samples each are."""
+    ks = [1 << power for power in range(n.bit_length())]
+    return {k: [pass_at_k(n, c, k) for c in right] for k in ks}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -86,11 +86,14 @@ def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> N
         assert state["fingerprint"] == found["fingerprint"]
         assert json.loads((run / "es_config.json").read_text(encoding="utf-8"))["seed"] == seed == found["seed"]
         assert len(found["correct"]) == 24 and found["samples"] == 2
-        assert found["sampled_rows"][:12] == list(range(12))
-        never = result(compared, "base.json")["never_solved"]
-        assert set(never) <= set(found["sampled_rows"])
+        assert len(found["right_of"]) == 12
+        base = result(compared, "base.json")
+        assert len(found["discovery"]) == len(base["never_solved"]) == len(base["discovery_control"])
+        assert all(base["correct"][row] == "0" and not base["right_of"][row] for row in base["never_solved"])
         assert found["code"] == code_digest()
         assert found["kl"] >= 0 and found["changes"]["relative_norm"] > 0
+        walk = found["changes"]["walk_ratio"]  # two steps of low-rank noise are close to a random walk
+        assert walk == (pytest.approx(1.0, abs=0.1) if method == "es" else None)
         assert found["retention"]["at once"]["n"] == 8
     # The model that is kept is the one that was measured.
     done = estune("evaluate", "--model", measured, "--task", "countdown", "--limit", 24,
@@ -117,6 +120,7 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
     page = (compared / "out" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "not established: no claim" in page and "2 of 2 failed" in page
+    assert "kept (prompt variant): at once" in page and "update norm / random walk" in page
     for link in re.findall(r'href="(results/[^"]+)"', page):
         assert (compared / "out" / link).is_file(), link
     assert (compared / "out" / "curves.png").stat().st_size > 10_000
@@ -202,6 +206,8 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(method: str, co
         ({"models": "tiny"}, ("models",)),
         ({"workers": "two"}, ("workers",)),
         ({"retention": {"a": {"task": "no-such"}}}, ("no-such",)),
+        ({"retention": {"a": {"task": "chain:1", "settings": {"sigma": 3}}}}, ("retention a", "sigma")),
+        ({"settings": {"reward_weights": [2]}}, ("reward_bounds",)),
         ({"measuring": {"discovery_samples": 1, "samples": 2}}, ("discovery_samples",)),
         ({"task": "countdwon"}, ("countdown",)),
         ({"methods": {"a b": {"method": "es"}}}, ("file name",)),

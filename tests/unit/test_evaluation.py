@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from estune.evaluation import EvaluatedRow, Evaluation, interval, kl_k3, pass_at_k
+from estune.evaluation import EvaluatedRow, Evaluation, interval, is_right, kl_k3, pass_at_k, pass_at_ks
 
 
 # Newcombe (1998), Statistics in Medicine 17, table I, method 3 (Wilson's score interval)
@@ -112,3 +112,15 @@ def test_pass_at_k_of_an_evaluation() -> None:
     found = Evaluation(rows).pass_at_k()
     assert found == {"1": pytest.approx(0.125), "2": pytest.approx(0.25), "4": pytest.approx(0.5)}
     assert list(Evaluation([row(0, [1.0] * 6, [0.0] * 6, [1] * 6)]).pass_at_k()) == ["1", "2", "4"]
+    assert Evaluation(rows).right() == [1, 0]
+
+
+def test_pass_at_ks_has_a_value_for_each_row() -> None:
+    found = pass_at_ks([0, 1, 6], 6)
+    assert found == {k: [pass_at_k(6, c, k) for c in (0, 1, 6)] for k in (1, 2, 4)}
+
+
+def test_only_a_whole_accuracy_is_right() -> None:
+    """An accuracy is 1 or 0; a share that strays into it counts everywhere as what it is: not right."""
+    assert [is_right(value) for value in (0.0, 0.6, 1.0)] == [False, False, True]
+    assert Evaluation([row(0, [0.6, 1.0], [0.0] * 2, [1] * 2)]).right() == [1]

@@ -1,74 +1,68 @@
-"""How far training moved the parameters, and whether it looks like a random walk of that size.
+"""How far training moved the parameters, how the single changes are distributed, and how straight the way was.
 
-Steps in random directions, which is what evolution strategies take where rewards tell nothing, leave changes of a
-normal distribution, the same in every tensor. Tensors are read one at a time, in two passes.
+Tensors are read one at a time, in two passes.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 CHUNK = 1 << 20  # elements held in float64 at a time
-LIMIT, BINS, FINE = 6, 48, 64  # the histogram's reach in RMS; its bins; narrow bins in each, for the distance
+LIMIT, BINS = 6, 48  # the histogram's reach in RMS; its bins
 EDGES = np.linspace(-LIMIT, LIMIT, BINS + 1)
-BLOCK = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass
-class Movement:
-    """How far some parameters moved."""
+class ParameterChanges:
+    """How far the parameters moved, and the distribution of the single changes over all of them.
+
+    ``density`` is the share of all parameters per RMS in each bin of ``edges``, which are in units of the changes' root
+    mean square. ``kurtosis`` is the excess over the normal distribution's. Both are None where nothing moved.
+    """
 
     parameters: int = 0
     moved: int = 0  # that are not the same float32
-    change_norm: float = 0.0  # L2
-    norm: float = 0.0  # L2, of the base
+    norm: float = 0.0  # L2 of the change
+    base_norm: float = 0.0  # L2 of the base
+    edges: list[float] = field(default_factory=EDGES.tolist)
+    density: list[float] | None = None
+    kurtosis: float | None = None
 
     @property
     def ratio(self) -> float | None:
         """The change's norm in units of the base's; None where the base is 0."""
-        return self.change_norm / self.norm if self.norm else None
+        return self.norm / self.base_norm if self.base_norm else None
 
     @property
     def moved_share(self) -> float:
         """The share of the parameters that moved at all."""
         return self.moved / self.parameters if self.parameters else 0.0
 
-    @property
-    def rms(self) -> float:
-        """The root of the mean square change."""
-        return self.change_norm / math.sqrt(self.parameters) if self.parameters else 0.0
 
+def walk_ratio(norm: float, records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return how far a run went in units of a random walk of the same steps.
 
-@dataclass
-class ParameterChanges:
-    """The whole model's movement, that of every kind of tensor, and the distribution of the single changes.
+    Steps in independent directions add up in squares, and lead to about the root of the sum of the squared step norms.
+    1 is such a walk; n equal steps straight ahead are sqrt(n); below 1, steps took each other back.
 
-    ``density`` is the share of all parameters per RMS in each bin of `EDGES`; ``normal_density`` is what the standard
-    normal has there. ``kurtosis`` is the excess over the normal's. ``distance`` is the largest gap between the two
-    cumulative distributions (Kolmogorov-Smirnov), at the edges of narrow bins: at most 0.0016 too small, from -6 to 6.
-    The three are None where nothing moved.
+    Args:
+        norm: L2 of the whole change.
+        records: a run's metrics, `es/update_norm` among those of each step.
+
+    Returns:
+        The ratio; None where a step's norm was not recorded, or nothing moved.
     """
-
-    total: Movement
-    kinds: dict[str, Movement] = field(default_factory=dict)
-    edges: list[float] = field(default_factory=EDGES.tolist)
-    density: list[float] | None = None
-    normal_density: list[float] = field(default_factory=list)
-    outside: float = 0.0  # share beyond the histogram
-    kurtosis: float | None = None
-    distance: float | None = None
-
-
-def kind(name: str) -> str:
-    """Return a tensor's name without the number of its block: the same for every layer."""
-    return BLOCK.sub(".*", name)
+    steps = [record for record in records if "eval_reward" not in record]
+    norms = [record.get("es/update_norm") for record in steps]
+    if [record["step"] for record in steps] != list(range(1, len(steps) + 1)) or None in norms:
+        return None
+    walk = math.sqrt(math.fsum(step**2 for step in norms if step is not None))
+    return norm / walk if walk else None
 
 
 def parameter_changes(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> ParameterChanges:
@@ -81,18 +75,17 @@ def parameter_changes(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.nda
     """
     if base.keys() != tuned.keys():
         raise ValueError(f"one model alone has {', '.join(sorted(base.keys() ^ tuned.keys())[:3])}")
-    sums: dict[str, list[tuple[int, int, float, float]]] = defaultdict(list)
+    result = ParameterChanges()
+    squares, base_squares = [], []
     for name in base:
         for before, change in _chunks(name, base, tuned):
-            moved = int(np.count_nonzero(change))
-            sums[kind(name)].append((change.size, moved, float(change @ change), float(before @ before)))
-    kinds = {name: _movement(parts) for name, parts in sorted(sums.items())}
-    result = ParameterChanges(_movement([part for parts in sums.values() for part in parts]), kinds)
-    cumulative = np.array([NormalDist().cdf(edge) for edge in np.linspace(-LIMIT, LIMIT, BINS * FINE + 1)])
-    width = 2 * LIMIT / BINS
-    result.normal_density = (np.diff(cumulative[::FINE]) / width).tolist()
-    if result.total.moved:
-        _distribution(result, base, tuned, cumulative, width)
+            result.parameters += change.size
+            result.moved += int(np.count_nonzero(change))
+            squares.append(float(change @ change))
+            base_squares.append(float(before @ before))
+    result.norm, result.base_norm = (math.sqrt(math.fsum(sums)) for sums in (squares, base_squares))
+    if result.moved:
+        _distribution(result, base, tuned)
     return result
 
 
@@ -109,35 +102,19 @@ def _chunks(
         yield values, after[start : start + CHUNK].astype(np.float64) - values
 
 
-def _movement(parts: list[tuple[int, int, float, float]]) -> Movement:
-    sizes, moved, changes, values = zip(*parts, strict=True) if parts else ((), (), (), ())
-    return Movement(sum(sizes), sum(moved), math.sqrt(math.fsum(changes)), math.sqrt(math.fsum(values)))
-
-
-def _distribution(
-    result: ParameterChanges,
-    base: Mapping[str, np.ndarray],
-    tuned: Mapping[str, np.ndarray],
-    cumulative: np.ndarray,
-    width: float,
-) -> None:
-    """Fill in histogram, kurtosis and distance, in units of the RMS."""
-    n, rms = result.total.parameters, result.total.rms
-    counts = np.zeros(BINS * FINE, dtype=np.int64)
-    below, powers = 0, []
+def _distribution(result: ParameterChanges, base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> None:
+    """Fill in histogram and kurtosis, in units of the RMS."""
+    n, rms = result.parameters, result.norm / math.sqrt(result.parameters)
+    counts = np.zeros(BINS, dtype=np.int64)
+    powers = []
     for name in base:
         for _, change in _chunks(name, base, tuned):
             scaled = change / rms
-            counts += np.histogram(scaled, BINS * FINE, (-LIMIT, LIMIT))[0]
-            below += int(np.count_nonzero(scaled < -LIMIT))
+            counts += np.histogram(scaled, EDGES)[0]
             square = scaled * scaled
             powers.append((float(scaled.sum()), float(square @ scaled), float(square @ square)))
     m1, m3, m4 = (math.fsum(column) / n for column in zip(*powers, strict=True))
     variance = 1.0 - m1**2  # the mean square is 1 by the choice of units
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 - 3 * m1**4
-    inside = int(counts.sum())
-    shares = (below + np.concatenate([[0], np.cumsum(counts)])) / n
-    result.density = (counts.reshape(BINS, FINE).sum(1) / (n * width)).tolist()
-    result.outside = (n - inside) / n
+    result.density = (counts * BINS / (2 * LIMIT * n)).tolist()
     result.kurtosis = fourth / variance**2 - 3 if variance > 1e-12 else None  # all moved alike: no spread
-    result.distance = float(np.abs(shares - cumulative).max())

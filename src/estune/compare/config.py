@@ -18,10 +18,12 @@ skill forced by ``skill_prefix``, and random search.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from estune.compare.hacking import task_bounds
 from estune.config import METHODS, canonical
 from estune.errors import UserError
 from estune.words import nearest
@@ -48,6 +50,11 @@ SHARED = frozenset(
     "reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
     "max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code num_threads "
     "prompts_per_batch reward_workers trainable_parameters".split()
+)
+
+# What a retained task may be asked with; the rest is the model's, the comparison's, or decides no greedy answer.
+RETAINED = frozenset(
+    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length".split()
 )
 
 
@@ -80,10 +87,11 @@ class Measuring:
     samples: int = 16  # of each sampled row, for pass@k
     sample_rows: int = 0  # the first of those rows, which are sampled; 0: all. What the base never solves is, too
     temperature: float = 1.0  # of those samples
-    kl_rows: int = 200  # rows of which one sample each gives the divergence to the base
+    kl_rows: int = 200  # the first rows, of which one sample each gives the divergence to the base; 0: all
     discovery_samples: int = 256  # of the base: what it never solves in these is there to be discovered
     curve_rows: int = 100  # of the validation split, evaluated while a run goes on
     curve_points: int = 8  # evaluations within the budget of evaluations
+    reward_bounds: tuple[float, ...] = ()  # the reward's lowest and highest value, where it is not the task's own
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Retained:
-    """A task that is not trained on, with the options it is evaluated with."""
+    """A task that is not trained on, or the trained one under another prompt, with the options it is asked with."""
 
     task: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -172,9 +180,7 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
     values["settings"] = _settings(values.get("settings", {}), "settings")
     entries = {name: _entry(name, given) for name, given in values["methods"].items()}
     values["methods"] = entries
-    values["retention"] = {
-        name: _part(Retained, given, f"retention {name}") for name, given in (values.get("retention") or {}).items()
-    }
+    values["retention"] = {name: _retained(name, given) for name, given in (values.get("retention") or {}).items()}
     comparison = Comparison(**values)
     _validate(comparison)
     return comparison
@@ -187,6 +193,36 @@ def _entry(name: str, given: Any) -> Entry:
                         f"{nearest(entry.method, METHODS)}")  # fmt: skip
     trials = tuple(_settings(trial, f"a trial of {name}") for trial in entry.trials)
     return Entry(entry.method, _settings(entry.settings, f"settings of {name}"), trials)
+
+
+def _retained(name: str, given: Any) -> Retained:
+    where = f"retention {name}"
+    kept: Retained = _part(Retained, given, where)
+    named = canonical(kept.settings, f"settings of {where}")
+    for option in named:
+        if option not in RETAINED:
+            raise UserError(f"settings of {where} cannot hold {option}, which it would not heed: they can hold "
+                            f"{', '.join(sorted(RETAINED))}")  # fmt: skip
+    return dataclasses.replace(kept, settings=named)
+
+
+def bounds_of(comparison: Comparison) -> tuple[float, float]:
+    """Return the lowest and the highest value of the reward, by which the hacking detector normalises it.
+
+    Raises:
+        UserError: they are not known and were not given, or are no bounds.
+    """
+    if given := comparison.measuring.reward_bounds:
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in given)
+        if not numbers or len(given) != 2 or not given[0] < given[1]:
+            raise UserError(f"reward_bounds of measuring must be [lowest, highest], not {list(given)}")
+        return float(given[0]), float(given[1])
+    own = any(comparison.settings.get(name) for name in ("reward_funcs", "reward_weights"))
+    known = None if own else task_bounds(comparison.task)
+    if known is None:
+        raise UserError("the bounds of this reward are not known, and hacking is judged by its share of them: give "
+                        "measuring: {reward_bounds: [lowest, highest]}")  # fmt: skip
+    return known
 
 
 def _validate(comparison: Comparison) -> None:
@@ -216,6 +252,7 @@ def _validate(comparison: Comparison) -> None:
         raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:
         raise UserError("measuring needs samples of 1 or more, and no fewer discovery_samples")
+    bounds_of(comparison)
 
 
 def _settings(given: Any, where: str) -> dict[str, Any]:

@@ -16,52 +16,46 @@ from typing import Any, Self
 
 from estune import inputs
 from estune.cli import EVALUATE_FIELDS
-from estune.compare.changes import parameter_changes
-from estune.compare.config import Comparison, Retained
-from estune.compare.hacking import BOUNDS, WORDLESS_SHARE, judge
+from estune.compare.changes import parameter_changes, walk_ratio
+from estune.compare.config import Comparison, Retained, bounds_of
+from estune.compare.hacking import Judged, judge, summary_of
+from estune.compare.plan import rows_of
 from estune.config import ESConfig
 from estune.engines.base import Engine, Prompt
 from estune.environment import code_digest
 from estune.errors import UserError
-from estune.evaluation import EvaluatedRow, Evaluation, evaluate, kl_k3
+from estune.evaluation import Evaluation, evaluate, is_right, kl_k3
 from estune.files import write_json
 from estune.inputs import Rewards
+from estune.records import read_metrics
 from estune.rewards import RewardPool
 from estune.rollouts import Evaluator
 from estune.tasks import get_task
 
 Rows = list[dict[str, Any]]
-SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods
+SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
+DISCOVERY_SEED = 7_000_077  # of the samples of what the base never solves: random numbers with which it did not fail
 
 
 @dataclass
 class Base:
-    """What measurements of tuned models refer to: the base's engine, and its greedy rows on the test problems."""
+    """What measurements of tuned models refer to: the base's engine, and what was found when it was measured."""
 
     engine: Engine
-    rows: list[EvaluatedRow]
+    judged: Judged
     never_solved: list[int]
 
 
-def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: str | None) -> None:
-    """Measure a base, also with its skill forced by a prefix, and write what was found; or see that it is the same.
+def measure_base(comparison: Comparison, model: str, file: Path) -> None:
+    """Measure a base, also with its skill forced by a prefix, and write what was found.
 
     Args:
         comparison: what to measure.
         model: the base.
         file: what to write; beside it `base-prefix.json`.
-        fingerprint: of the base that was measured before; None where none was.
-
-    Raises:
-        UserError: it is another one.
     """
     args = evaluation_config(comparison, model)
     engine, rows = inputs.load_engine(args), test_rows(comparison)
-    found = engine.master.fingerprint()
-    if fingerprint is not None:
-        if found != fingerprint:
-            raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
-        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with Judges() as judges:
         if comparison.skill_prefix:
@@ -69,14 +63,27 @@ def measure_base(comparison: Comparison, model: str, file: Path, fingerprint: st
             greedy, _ = judges.answer(forced, engine, rows)
             own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
             write_json(file.with_name("base-prefix.json"), own)
-        result = measure(comparison, model, None, judges)
-        result["never_solved"] = never_solved(comparison, args, engine, rows, result["right_of"], judges)
-    write_json(file, {**result, "model": model, "fingerprint": found, "code": code_digest()})
+        result = measure(comparison, model, engine, None, judges)
+        unsolved = never_solved(comparison, args, engine, rows, result, judges)
+        result["never_solved"] = unsolved
+        result["discovery_control"] = discovery(comparison, args, engine, unsolved, judges)
+    write_json(file, {**result, "model": model, "fingerprint": engine.master.fingerprint(), "code": code_digest()})
+
+
+def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
+    """See that a base is still the one that was measured.
+
+    Raises:
+        UserError: it has another fingerprint.
+    """
+    found = inputs.load_engine(evaluation_config(comparison, model)).master.fingerprint()
+    if found != fingerprint:
+        raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
 
 
 def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str, Any]) -> None:
     """Evaluate a trial on the validation rows that decide, and write the outcome with the run's ``facts``."""
-    rows = get_task(comparison.task).load("validation")[: comparison.tuning.rows or None]
+    rows = rows_of(comparison, "validation")[: comparison.tuning.rows or None]
     args = evaluation_config(comparison, run)
     with Judges() as judges:
         greedy, _ = judges.answer(args, inputs.load_engine(args), rows)
@@ -90,11 +97,11 @@ def measure_run(
 ) -> None:
     """Measure a run's model and write the outcome with its ``facts``, to each of ``files``."""
     known = json.loads(base_file.read_text(encoding="utf-8"))
-    args = evaluation_config(comparison, known["model"])
-    engine = inputs.load_engine(args)
+    engine, base_engine = (inputs.load_engine(evaluation_config(comparison, model)) for model in (run, known["model"]))
+    base = Base(base_engine, Judged(**known["judged"]), known["never_solved"])
     with Judges() as judges:
-        greedy, _ = judges.answer(args, engine, test_rows(comparison))
-        found = measure(comparison, run, Base(engine, greedy.rows, known["never_solved"]), judges)
+        found = measure(comparison, run, engine, base, judges)
+    found["changes"] = changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
     state = json.loads((Path(run) / "es_state.json").read_text(encoding="utf-8"))
     result = {**facts, "status": "done", **found, "fingerprint": state["fingerprint"]}
     for file in files:
@@ -114,7 +121,7 @@ def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESC
 
 def test_rows(comparison: Comparison) -> Rows:
     """Return the held-out rows that are reported."""
-    return get_task(comparison.task).load("test")[: comparison.measuring.rows or None]
+    return rows_of(comparison, "test")[: comparison.measuring.rows or None]
 
 
 class Judges:
@@ -132,7 +139,7 @@ class Judges:
 
     def of(self, args: ESConfig) -> tuple[Rewards, RewardPool, RewardPool]:
         """Return a task's rewards and the workers for reward and accuracy."""
-        key = str(args.task)
+        key = f"{args.task} {args.reward_funcs} {args.reward_weights}"
         if key not in self._known:
             rewards = inputs.resolve_rewards(args, None, inputs.task_of(args))
             if rewards.accuracy is None:
@@ -155,69 +162,64 @@ class Judges:
         return evaluation, prompts
 
 
-def measure(comparison: Comparison, model: str, base: Base | None, judges: Judges) -> dict[str, Any]:
+def measure(comparison: Comparison, model: str, engine: Engine, base: Base | None, judges: Judges) -> dict[str, Any]:
     """Return what is reported of a model.
 
     Args:
         comparison: what to measure.
         model: a directory, hub id, or ``tiny``.
-        base: what it was tuned from; None where it is the base.
+        engine: holds it.
+        base: what it was tuned from; None where it is the base, which is sampled on all rows: what it never solves is
+            to be found.
         judges: who score the answers.
     """
-    args = evaluation_config(comparison, model)
-    engine = inputs.load_engine(args)
-    rows = test_rows(comparison)
+    args, rows, measuring = evaluation_config(comparison, model), test_rows(comparison), comparison.measuring
     greedy, prompts = judges.answer(args, engine, rows)
-    chosen = list(range(len(rows)))
-    if base is not None:  # the base itself is sampled on all rows, to see what it never solves
-        first = comparison.measuring.sample_rows or len(rows)
-        chosen = sorted({*chosen[:first], *base.never_solved})
-    sampled = sample(comparison, args, engine, [rows[i] for i in chosen], comparison.measuring.samples, judges)
+    judged = summary_of(greedy.rows, *bounds_of(comparison))
+    first = rows[: measuring.sample_rows or None] if base is not None else rows
+    sampled = sample(args, engine, first, measuring.samples, measuring.temperature, judges)
     result = {
         **of_greedy(greedy),
-        "sampled_rows": chosen,
-        "right_of": right_of(sampled),
-        "samples": comparison.measuring.samples,
+        "right_of": sampled.right(),  # of the first rows
+        "samples": measuring.samples,
         "sampled_length": sampled.summary()["mean_length_tokens"],
         "retention": {
             name: retained(comparison, model, engine, kept, judges) for name, kept in comparison.retention.items()
         },
     }
-    if base is not None:
-        asked = [prompts[i] for i in chosen]
-        result["kl"] = divergence(engine, base.engine, asked, sampled, comparison.measuring.kl_rows)
-        result["changes"] = changes(base.engine, engine)
-        result["hacking"] = hacking(comparison.task, base.rows, greedy.rows)
+    if base is None:
+        return result | {"judged": dataclasses.asdict(judged)}
+    asked = rows[: measuring.kl_rows or None]
+    if measuring.temperature == 1.0 and len(asked) <= len(first):  # the first sample of each is one
+        own = sampled
+    else:  # the estimator is of tokens that the model draws as they come
+        own = sample(args, engine, asked, 1, 1.0, judges)
+    result["kl"] = divergence(engine, base.engine, prompts[: len(asked)], own)
+    result["discovery"] = discovery(comparison, args, engine, base.never_solved, judges)
+    result["hacking"] = dataclasses.asdict(judge(base.judged, judged))
     return result
 
 
-def changes(base: Engine, tuned: Engine) -> dict[str, Any]:
-    """Return how far the parameters moved: norms, share, and the distribution beside a random walk's."""
+def changes(base: Engine, tuned: Engine, run: Path, steps: int) -> dict[str, Any]:
+    """Return how far the parameters moved: norms (L2), share, straightness, and the distribution of single changes.
+
+    The run may have gone on since: its first ``steps`` steps are what made the model.
+    """
     found = parameter_changes(base.master.arrays, tuned.master.arrays)
     return {
-        "norm": found.total.change_norm,
-        "relative_norm": found.total.ratio,
-        "moved_share": found.total.moved_share,
+        "norm": found.norm,
+        "relative_norm": found.ratio,
+        "walk_ratio": walk_ratio(found.norm, [record for record in read_metrics(run) if record["step"] <= steps]),
+        "moved_share": found.moved_share,
         "excess_kurtosis": found.kurtosis,
-        "distance_to_normal": found.distance,
         "histogram": {"edges": found.edges, "density": found.density} if found.density else None,
     }
-
-
-def hacking(task: str, base: Sequence[EvaluatedRow], tuned: Sequence[EvaluatedRow]) -> dict[str, Any]:
-    """Return the detector's verdict; its rule about words counts only where the base's completions hold words."""
-    rows = [[vars(row) for row in own] for own in (base, tuned)]
-    low, high = BOUNDS.get(task, (0.0, 1.0))
-    verdict = judge(*rows, low=low, high=high)
-    if verdict.base_share_without_words >= WORDLESS_SHARE:
-        verdict = judge(*rows, low=low, high=high, words_expected=False)
-    return dataclasses.asdict(verdict)
 
 
 def of_greedy(evaluation: Evaluation) -> dict[str, Any]:
     """Return pass@1 and what goes with it; ``correct`` has one character per row."""
     summary = evaluation.summary()
-    correct = "".join("1" if (row.accuracy or [0.0])[0] == 1.0 else "0" for row in evaluation.rows)
+    correct = "".join("1" if is_right((row.accuracy or [0.0])[0]) else "0" for row in evaluation.rows)
     return {
         "n": summary["n"],
         "accuracy": summary["accuracy"],
@@ -231,53 +233,63 @@ def of_greedy(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def sample(
-    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, count: int, judges: Judges, seed: int = 0
+    args: ESConfig, engine: Engine, rows: Rows, count: int, temperature: float, judges: Judges, seed: int = SAMPLE_SEED
 ) -> Evaluation:
-    """Return samples of rows; ``seed`` 0 gives the samples of the first kind, others further ones."""
-    sampling = dataclasses.replace(
-        args, temperature=comparison.measuring.temperature, num_generations=count, seed=SAMPLE_SEED + seed
-    )
+    """Return ``count`` samples of each row."""
+    sampling = dataclasses.replace(args, temperature=temperature, num_generations=count, seed=seed)
     return judges.answer(sampling, engine, rows)[0]
 
 
-def right_of(evaluation: Evaluation) -> list[int]:
-    """Return how many of each row's completions are right."""
-    return [sum(value == 1.0 for value in row.accuracy or []) for row in evaluation.rows]
-
-
 def never_solved(
-    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, right: Sequence[int], judges: Judges
+    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, found: dict[str, Any], judges: Judges
 ) -> list[int]:
-    """Return the rows of which no sample of the base is right, in as many as `discovery_samples`.
+    """Return the rows that the base solves neither greedily nor in any of `discovery_samples` samples.
 
     Args:
         comparison: says how many.
         args: how the base is evaluated.
         engine: the base.
         rows: the test rows.
-        right: (rows,), right ones among the samples that there are already.
+        found: the base's measurement: `correct` and `right_of`, its first samples of all rows.
         judges: who score the answers.
     """
-    left = [index for index, count in enumerate(right) if not count]
-    drawn, size = comparison.measuring.samples, max(comparison.measuring.samples, 16)
-    while left and drawn < comparison.measuring.discovery_samples:
-        count = min(size, comparison.measuring.discovery_samples - drawn)
-        found = right_of(sample(comparison, args, engine, [rows[i] for i in left], count, judges, seed=drawn))
-        left = [index for index, solved in zip(left, found, strict=True) if not solved]
+    measuring = comparison.measuring
+    left = [i for i, right in enumerate(found["right_of"]) if not right and found["correct"][i] == "0"]
+    drawn, size = measuring.samples, max(measuring.samples, 16)
+    while left and drawn < measuring.discovery_samples:
+        count, asked = min(size, measuring.discovery_samples - drawn), [rows[i] for i in left]
+        more = sample(args, engine, asked, count, measuring.temperature, judges, SAMPLE_SEED + drawn)
+        left = [index for index, right in zip(left, more.right(), strict=True) if not right]
         drawn += count
     return left
 
 
+def discovery(
+    comparison: Comparison, args: ESConfig, engine: Engine, unsolved: Sequence[int], judges: Judges
+) -> list[int]:
+    """Return how many of `samples` samples of each row in ``unsolved`` are right, (unsolved,).
+
+    The same random numbers for every model, the base among them: what it solves now was luck, and so is as much of what
+    others solve.
+    """
+    if not unsolved:
+        return []
+    rows, measuring = test_rows(comparison), comparison.measuring
+    asked = [rows[i] for i in unsolved]
+    return sample(args, engine, asked, measuring.samples, measuring.temperature, judges, DISCOVERY_SEED).right()
+
+
 def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained, judges: Judges) -> dict[str, Any]:
-    """Return the greedy accuracy on a task that was not trained on."""
-    args = evaluation_config(comparison, model, **{**kept.settings, "task": kept.task})
+    """Return the greedy accuracy on another task, or under another prompt, scored by that task's own reward."""
+    own = {**kept.settings, "task": kept.task, "reward_funcs": None, "reward_weights": None}
     rows = get_task(kept.task).load("test")[: kept.rows or None]
-    return of_greedy(judges.answer(args, engine, rows)[0])
+    return of_greedy(judges.answer(evaluation_config(comparison, model, **own), engine, rows)[0])
 
 
-def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation, rows: int) -> float:
-    """Return KL(model || base) per token at temperature 1, by the k3 estimator on one sample of each of some rows."""
-    chosen = list(zip(prompts, sampled.rows, strict=True))[: rows or None]
-    asked = [prompt for prompt, _ in chosen]
-    token_ids = [row.token_ids[0] for _, row in chosen]
-    return kl_k3(engine.token_logprobs(asked, token_ids), base.token_logprobs(asked, token_ids))
+def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:
+    """Return KL(model || base) per token, by the k3 estimator on the first sample of each of ``prompts``.
+
+    ``sampled`` are samples of the model at temperature 1, of these prompts and perhaps further ones.
+    """
+    token_ids = [row.token_ids[0] for row in sampled.rows[: len(prompts)]]
+    return kl_k3(engine.token_logprobs(prompts, token_ids), base.token_logprobs(prompts, token_ids))

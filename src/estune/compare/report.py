@@ -90,13 +90,13 @@ def render(summary: dict[str, Any], figure: str) -> str:
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")
         parts.append(f"<p class=note><code>{_text(model['path'])}</code>, fingerprint <code>{model['fingerprint']}"
-                     f"</code>; {model['never_solved']} test problems are never solved in "
-                     f"{comparison['measuring']['discovery_samples']} samples of the base.</p>")  # fmt: skip
+                     f"</code>; {model['never_solved']} test problems the base solves neither greedily nor in "
+                     f"{comparison['measuring']['discovery_samples']} samples.</p>")  # fmt: skip
         for budget in BUDGETS:
             if model["rows"][budget]:
                 parts.append(f"<h3>{BUDGET_NAMES[budget]}</h3>")
                 parts.append(_main_table(model, budget, summary["established"]))
-                parts.append(_more_table(model, budget))
+                parts.append(_more_table(model, budget, _labels(comparison)))
                 parts.append(_tests_table(model["tests"][budget]))
         parts.append(_tuning_table(model["tuning"]))
     parts.append(_changes_part(summary))
@@ -152,25 +152,36 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
     return _table(head, body)
 
 
-def _more_table(model: dict[str, Any], budget: str) -> str:
-    """Return pass@k, discovery, retention and what moved."""
+def _labels(comparison: dict[str, Any]) -> dict[str, str]:
+    """Return what the retained tasks are called: the trained one under another prompt is no other task."""
+    variants = {name: kept["task"] == comparison["task"] for name, kept in comparison["retention"].items()}
+    return {name: f"kept{' (prompt variant)' if variant else ''}: {name}" for name, variant in variants.items()}
+
+
+def _more_table(model: dict[str, Any], budget: str, labels: dict[str, str]) -> str:
+    """Return pass@k, discovery, retention and what moved; the base's row has its own second try at discovery."""
     rows = [row for row in model["rows"][budget] if "accuracy" in row]
     ks = list(model["base"].get("pass_at_k", {}))
     kept = list(model["base"]["retention"])
     head = ["method", *(f"pass@{k}" for k in ks), "discovered greedily", "discovered in samples",
-            *(f"kept: {name}" for name in kept), "change / theta", "excess kurtosis"]  # fmt: skip
+            *(_text(labels[name]) for name in kept), "no word, %", "update norm", "update norm / theta",
+            "update norm / random walk", "moved, %", "excess kurtosis"]  # fmt: skip
+    again = model["base"].get("discovery")
     body = [[
-        "base", *(_number(100 * model["base"]["pass_at_k"][k]["mean"], 1) for k in ks), "0 by definition", "",
-        *(_number(100 * model["base"]["retention"][name], 1) for name in kept), "", "",
+        "base", *(_number(100 * model["base"]["pass_at_k"][k]["mean"], 1) for k in ks),
+        "0 by definition" if again else "", _interval(again["sampled"]) if again else "",
+        *(_number(100 * model["base"]["retention"][name], 1) for name in kept),
+        _number(100 * model["base"]["wordless"], 1), *[""] * 5,
     ]]  # fmt: skip
     for row in rows:
-        found = row.get("discovery")
+        found, moved = row.get("discovery"), row["changes"]
         body.append([
             _text(row["name"]), *(_number(100 * row["pass_at_k"][k]["mean"], 1) for k in ks),
             _interval(found["greedy"]) if found else "", _interval(found["sampled"]) if found else "",
             *(_number(100 * row["retention"][name], 1) for name in kept),
-            f"{row['changes'].get('relative_norm', math.nan):.2e}",
-            _number(row["changes"].get("excess_kurtosis", math.nan), 2),
+            _number(100 * row["wordless"], 1), f"{moved['norm']:.3g}", _ratio(moved["relative_norm"]),
+            _number(moved.get("walk_ratio"), 2), _number(100 * moved["moved_share"], 1),
+            _number(moved.get("excess_kurtosis"), 2),
         ])  # fmt: skip
     return f"<details><summary>pass@k, discovery, retention, parameters</summary>{_table(head, body)}</details>"
 
@@ -205,7 +216,7 @@ def _tuning_table(tuning: dict[str, Any]) -> str:
 
 
 def _changes_part(summary: dict[str, Any]) -> str:
-    """Return the histograms of parameter changes beside what a random walk would give."""
+    """Return the histograms of parameter changes beside a normal distribution."""
     figures = []
     for name, model in summary["models"].items():
         rows = [row for row in model["rows"]["evaluations"] if row.get("changes", {}).get("histogram")]
@@ -215,7 +226,11 @@ def _changes_part(summary: dict[str, Any]) -> str:
         return ""
     note = (
         "<p class=note>Changes of all parameters in units of their root mean square (first seed, equal evaluations). "
-        "Dashed: the normal distribution, which a random walk of the same length would give.</p>"
+        "Dashed: a normal distribution of that size, which a random walk of evolution strategies' steps tends to; "
+        "steps that Adam rescales parameter by parameter need not: for them it is but a shape to compare with. "
+        "How far a run went, in units of a random walk of the same step norms, stands in the tables: 1 is such a walk, "
+        "n equal steps straight ahead are the root of n. It is empty where a method does not record its steps' "
+        "norms.</p>"
     )
     return f"<h2>How parameters moved</h2>{note}{''.join(figures)}"
 
@@ -243,6 +258,10 @@ def _interval(estimate: dict[str, Any], name: str = "mean", signed: bool = False
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"
 
 
 def _p(value: float) -> str:

@@ -136,7 +136,9 @@ class Runner:
         wanted = json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.exists() else None
         if wanted is None:
             say(f"estune: {model}: measuring the base")
-        outcome = self._call(measure.measure_base, (self.comparison, path, file, wanted), f"logs/{model}-base.log")
+            outcome = self._call(measure.measure_base, (self.comparison, path, file), f"logs/{model}-base.log")
+        else:
+            outcome = self._call(measure.check_base, (self.comparison, path, wanted), f"logs/{model}-base.log")
         if outcome.failed:
             raise UserError(f"the base {model} cannot be measured: {outcome.error}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from estune.compare.student import quantile
-from estune.evaluation import Z_95, interval, pass_at_k
+from estune.evaluation import Z_95, interval
 
 ALPHA = 0.05
 LEAST_P = 1e-9  # smaller p-values are given as this one
@@ -202,33 +202,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = highest
     return corrected
-
-
-def pass_at_k_curve(counts_right: Sequence[int], n: int, ks: Sequence[int] = (1, 2, 4, 8, 16)) -> dict[int, Estimate]:
-    """Return the mean pass@k over problems, each with ``counts_right`` of ``n`` samples right, for every k up to n.
-
-    Unbiased per problem (Chen et al. 2021); the interval is over problems, as that of `estune.evaluation.interval`.
-    """
-    curve = {}
-    for k in ks:
-        if k <= n:
-            values = [pass_at_k(n, c, k) for c in counts_right]
-            curve[k] = Estimate(math.fsum(values) / len(values), *interval(values))
-    return curve
-
-
-def exact_kl(p_logits: Any, q_logits: Any) -> np.ndarray:
-    """Return KL(p || q) in nats per token, (...,), from full logits (..., V) in float64."""
-    log_p, log_q = _log_softmax(p_logits), _log_softmax(q_logits)
-    p = np.exp(log_p)
-    terms = np.where(p > 0, p * (log_p - log_q), 0.0)
-    return np.asarray(terms.sum(-1))
-
-
-def _log_softmax(logits: Any) -> np.ndarray:
-    values = np.asarray(logits, dtype=np.float64)
-    values = values - values.max(-1, keepdims=True)
-    return np.asarray(values - np.log(np.exp(values).sum(-1, keepdims=True)))
 
 
 def _table(correct: Any) -> np.ndarray:

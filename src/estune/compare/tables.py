@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from estune.compare.plan import BUDGETS
-from estune.compare.statistics import holm, over_seeds, paired_difference, pass_at_k_curve, two_level
+from estune.compare.statistics import holm, over_seeds, paired_difference, two_level
 from estune.errors import UserError
-from estune.evaluation import pass_at_k
-
-KS = (1, 2, 4, 8, 16)
+from estune.evaluation import pass_at_ks
 
 
 def read_json(file: Path) -> Any:
@@ -136,6 +134,10 @@ def _fixed(name: str, result: dict[str, Any], file: str, sample_rows: int) -> di
     }
     if "right_of" in result:
         row["pass_at_k"] = _pass_at_k([result], sample_rows)
+        row["wordless"] = result["judged"]["literal_share_without_words"]
+    if result.get("discovery_control"):  # the base once more, by the random numbers that tuned models get
+        solved = np.array(result["discovery_control"])[None] > 0  # (1, U)
+        row["discovery"] = {"sampled": dataclasses.asdict(two_level(solved)), "samples": result["samples"]}
     return row
 
 
@@ -173,10 +175,11 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
         "train_time_s": _mean(result["train_time_s"] for result in done),
         "steps": _mean(result["steps"] for result in done),
         "changes": _changes(done),
+        "wordless": _mean(result["hacking"]["literal_share_without_words"] for result in done),
         "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
     }
     if unsolved.size:
-        samples = np.array([_sampled(result, unsolved.tolist()) for result in done])  # (S, U)
+        samples = np.array([result["discovery"] for result in done])  # (S, U)
         row["discovery"] = {
             "greedy": dataclasses.asdict(two_level(own[:, unsolved])),
             "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
@@ -191,26 +194,10 @@ def _seed(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names if name in result}
 
 
-def _sampled(result: dict[str, Any], rows: Sequence[int]) -> list[int]:
-    """Return how many of the samples of each of some rows are right."""
-    right = dict(zip(result["sampled_rows"], result["right_of"], strict=True))
-    return [right[row] for row in rows]
-
-
 def _pass_at_k(results: Sequence[dict[str, Any]], sample_rows: int) -> dict[str, Any]:
     """Return the unbiased pass@k for each k, over all seeds: mean, and the interval over problems and seeds."""
-    n = results[0]["samples"]
-    counts = [_sampled(result, range(sample_rows)) for result in results]
-    found = {}
-    for k in KS:
-        if k > n:
-            continue
-        table = np.array([[pass_at_k(n, right, k) for right in own] for own in counts])
-        found[str(k)] = dataclasses.asdict(two_level(table))
-    if len(results) == 1:
-        curve = pass_at_k_curve(counts[0], n, tuple(int(k) for k in found))
-        found = {str(k): dataclasses.asdict(estimate) for k, estimate in curve.items()}
-    return found
+    own = [pass_at_ks(result["right_of"][:sample_rows], result["samples"]) for result in results]
+    return {str(k): dataclasses.asdict(two_level([seed[k] for seed in own])) for k in own[0]}
 
 
 def _changes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from estune.checkpoint import read_state
 from estune.errors import UserError
+from estune.evaluation import is_right
 from estune.journal import Journal
 from estune.records import read_metrics
 from estune.run import CONFIG_FILE, JOURNAL_FILE, METHOD_FILE
@@ -119,7 +120,7 @@ def _rows(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def _right(row: dict[str, Any]) -> bool | None:
-    return row["accuracy"][0] > 0.5 if row.get("accuracy") else None
+    return is_right(row["accuracy"][0]) if row.get("accuracy") else None
 
 
 def _number_of(file: Path) -> int:

@@ -1,0 +1,70 @@
+"""The report's table of details: pass@k, discovery with its control, retention by its name, what moved."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from estune.compare.report import _labels, _more_table
+from estune.compare.statistics import two_level
+from estune.compare.tables import _fixed, _row
+from estune.evaluation import interval, pass_at_k
+
+BASE: dict[str, Any] = {
+    "correct": "1000", "length": 3.0, "right_of": [2, 1, 0, 0], "samples": 2, "never_solved": [2, 3],
+    "discovery_control": [0, 1], "retention": {"other": {"accuracy": 0.5}, "short": {"accuracy": 0.25}},
+    "judged": {"literal_share_without_words": 0.75},
+}  # fmt: skip
+
+
+def tuned(seed: int, **changes: Any) -> dict[str, Any]:
+    return {
+        **BASE, "status": "done", "seed": seed, "accuracy": 0.5, "correct": "1010", "right_of": [2, 1, 0],
+        "discovery": [2, 0], "kl": 0.1, "evaluations": 8, "train_time_s": 1.0, "steps": 2, "run": "runs/es",
+        "file": "results/es.json", "hacking": {"hacked": False, "literal_share_without_words": 0.5},
+        "changes": {"norm": 6.5, "relative_norm": 0.067, "walk_ratio": 1.25, "moved_share": 0.9,
+                    "excess_kurtosis": 0.1, "histogram": None, **changes},
+    }  # fmt: skip
+
+
+def table(method: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of the table's lines, without marks."""
+    comparison = {"task": "countdown", "retention": {"other": {"task": "chain:1"}, "short": {"task": "countdown"}}}
+    model = {"base": _fixed("base", BASE, "results/base.json", 3), "rows": {"time": [_row("es", method, BASE, 3)]}}
+    page = _more_table(model, "time", _labels(comparison))
+    lines = re.findall(r"<tr>(.*?)</tr>", page)
+    return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in lines]
+
+
+def test_the_base_has_a_row_of_its_own_in_discovery_and_names_are_honest() -> None:
+    head, base, es = table([tuned(0), tuned(1)])
+    first = dict(zip(head, base, strict=True))
+    assert first["discovered greedily"] == "0 by definition" and first["discovered in samples"].startswith("50.0 ")
+    assert first["kept: other"] == "50.0" and first["kept (prompt variant): short"] == "25.0"
+    assert first["no word, %"] == "75.0" and first["update norm"] == ""
+    row = dict(zip(head, es, strict=True))
+    assert row["discovered greedily"].startswith("50.0 ") and row["discovered in samples"].startswith("50.0 ")
+    assert (row["update norm"], row["update norm / theta"], row["update norm / random walk"]) == (
+        "6.5", "6.70e-02", "1.25")  # fmt: skip
+    assert (row["moved, %"], row["no word, %"]) == ("90.0", "50.0")
+
+
+def test_a_walk_that_is_not_known_is_left_empty() -> None:
+    head, _, es = table([tuned(0, walk_ratio=None, excess_kurtosis=None, relative_norm=None)])
+    row = dict(zip(head, es, strict=True))
+    assert (row["update norm / random walk"], row["excess kurtosis"], row["update norm / theta"]) == ("", "", "")
+
+
+def test_pass_at_k_is_of_the_first_rows_with_the_interval_of_one_model_or_of_seeds() -> None:
+    values = [pass_at_k(2, right, 2) for right in (2, 1, 0)]
+    one = _fixed("base", BASE, "f", 3)["pass_at_k"]
+    assert list(one) == ["1", "2"] and one["2"]["mean"] == pytest.approx(2 / 3)
+    assert (one["2"]["low"], one["2"]["high"]) == interval(values)
+    other = tuned(1) | {"right_of": [0, 0, 1]}
+    both = _row("es", [tuned(0), other], BASE, 3)["pass_at_k"]["1"]
+    assert both["mean"] == pytest.approx((0.5 + 1 / 6) / 2)
+    assert (both["low"], both["high"]) == pytest.approx(
+        (two_level([[1, 0.5, 0], [0, 0, 0.5]]).low, two_level([[1, 0.5, 0], [0, 0, 0.5]]).high)
+    )

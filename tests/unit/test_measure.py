@@ -1,0 +1,176 @@
+"""What is asked of which model when it is measured, and with which random numbers; answers are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from estune import inputs
+from estune.compare import measure
+from estune.compare.config import Comparison, from_mapping
+from estune.errors import UserError
+from estune.evaluation import EvaluatedRow, Evaluation
+
+ROWS, SAMPLES = 12, 2
+GREEDY, SAMPLED, LATE = {0, 1}, {2, 3}, {4}  # what the base solves greedily, in its first samples, in later ones
+
+
+def comparison(**changes: Any) -> Comparison:
+    measuring = {"rows": ROWS, "samples": SAMPLES, "sample_rows": 5, "discovery_samples": 6, "kl_rows": 3}
+    return from_mapping({
+        "task": "countdown", "models": {"tiny": "tiny"}, "methods": {"es": {"method": "es"}},
+        **changes, "measuring": measuring | changes.get("measuring", {}),
+    })  # fmt: skip
+
+
+class Engine:
+    """A model by its name; its log-probabilities tell which tokens it was asked about."""
+
+    def __init__(self, name: str) -> None:
+        self.master = SimpleNamespace(fingerprint=lambda: f"print of {name}", arrays={})
+        self.name = name
+        self.asked: list[int] = []
+
+    def token_logprobs(self, prompts: Any, token_ids: Any) -> list[list[float]]:
+        self.asked = [tokens[0] for tokens in token_ids]
+        assert len(prompts) == len(token_ids)
+        return [[-1.0] for _ in token_ids]
+
+
+class Answers:
+    """In the place of `measure.Judges`: says what a model answers, and keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[SimpleNamespace] = []
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def answer(self, args: Any, engine: Engine, rows: list[dict[str, Any]]) -> tuple[Evaluation, list[Any]]:
+        every = [row["prompt"] for row in measure.get_task(args.task).load("test")]
+        places = [every.index(row["prompt"]) for row in rows]
+        self.calls.append(SimpleNamespace(args=args, engine=engine.name, places=places))
+        sampled = SAMPLED if args.seed == measure.SAMPLE_SEED else LATE
+        solved = sampled if args.temperature else GREEDY
+        count = args.num_generations
+        evaluated = [
+            EvaluatedRow(i, "p", ["yes"] * count, [0.5] * count, [float(place in solved)] + [0.0] * (count - 1),
+                         [1] * count, [True] * count, [[place]] * count)
+            for i, place in enumerate(places)
+        ]  # fmt: skip
+        return Evaluation(evaluated), list(places)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    made = Answers()
+    monkeypatch.setattr(measure, "Judges", lambda: made)
+    monkeypatch.setattr(inputs, "load_engine", lambda args: Engine(Path(args.model).name))
+    return made
+
+
+def base(answers: Answers, of: Comparison, directory: Path) -> dict[str, Any]:
+    measure.measure_base(of, "tiny", directory / "base.json")
+    found: dict[str, Any] = json.loads((directory / "base.json").read_text(encoding="utf-8"))
+    return found
+
+
+def run(answers: Answers, of: Comparison, directory: Path) -> dict[str, Any]:
+    """Measure a tuned model in a run of two steps."""
+    base(answers, of, directory)
+    answers.calls.clear()
+    made = directory / "tuned"
+    made.mkdir()
+    (made / "es_state.json").write_text('{"fingerprint": "f"}', encoding="utf-8")
+    measure.measure_run(of, str(made), directory / "base.json", [directory / "result.json"], {})
+    found: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_what_the_base_solves_greedily_is_not_there_to_be_discovered(answers: Answers, tmp_path: Path) -> None:
+    found = base(answers, comparison(), tmp_path)
+    assert found["never_solved"] == sorted(set(range(ROWS)) - GREEDY - SAMPLED - LATE)
+    assert found["judged"]["rows"] == ROWS and found["judged"]["correctness"] == pytest.approx(len(GREEDY) / ROWS)
+
+
+def test_the_base_is_sampled_once_more_with_the_random_numbers_of_tuned_models(
+    answers: Answers, tmp_path: Path
+) -> None:
+    of = comparison()
+    found = base(answers, of, tmp_path)
+    control = answers.calls[-1]
+    assert control.places == found["never_solved"] and control.args.num_generations == SAMPLES
+    before = {call.args.seed for call in answers.calls[:-1]}
+    assert control.args.seed not in before and before >= {measure.SAMPLE_SEED, measure.SAMPLE_SEED + SAMPLES}
+    assert found["discovery_control"] == [0] * len(found["never_solved"])
+    (tmp_path / "again").mkdir()
+    tuned = run(answers, of, tmp_path / "again")
+    [own] = [call for call in answers.calls if call.args.seed == control.args.seed]
+    assert own.places == control.places and tuned["discovery"] == found["discovery_control"]
+    [sampled] = [call for call in answers.calls if call.args.num_generations > 1 and call is not own]
+    assert sampled.places == list(range(5)) and sampled.args.seed == measure.SAMPLE_SEED
+    assert tuned["right_of"] == [0, 0, 1, 1, 0]
+
+
+def test_a_measurement_asks_the_base_nothing_again(answers: Answers, tmp_path: Path) -> None:
+    found = run(answers, comparison(), tmp_path)
+    assert {call.engine for call in answers.calls} == {"tuned"}
+    assert not found["hacking"]["hacked"] and found["hacking"]["correctness_change"] == 0.0
+    assert found["changes"]["walk_ratio"] is None  # the run told of no step
+
+
+def test_a_base_is_checked_without_being_measured(answers: Answers) -> None:
+    measure.check_base(comparison(), "tiny", "print of tiny")
+    with pytest.raises(UserError, match="has fingerprint print of tiny, and the results are of another"):
+        measure.check_base(comparison(), "tiny", "another")
+    assert not answers.calls
+
+
+@pytest.mark.parametrize(("temperature", "kl_rows", "drawn"), [(1.0, 3, False), (0.5, 3, True), (1.0, 8, True)])
+def test_divergence_is_of_samples_at_temperature_1(
+    answers: Answers, tmp_path: Path, temperature: float, kl_rows: int, drawn: bool
+) -> None:
+    """Samples for pass@k serve where they are of that temperature, and of as many rows."""
+    of = comparison(measuring={"temperature": temperature, "kl_rows": kl_rows})
+    assert run(answers, of, tmp_path)["kl"] == 0.0
+    own = [call for call in answers.calls if call.args.temperature == 1.0 and call.args.num_generations == 1]
+    assert [call.places for call in own] == ([list(range(kl_rows))] if drawn else [])
+
+
+def test_a_retained_task_is_scored_by_its_own_reward(answers: Answers, tmp_path: Path) -> None:
+    of = comparison(
+        settings={"reward_funcs": ["rewards.py:mine"], "reward_weights": [2.0]},
+        measuring={"reward_bounds": [0, 2]},
+        retention={"steps": {"task": "chain:1", "settings": {"response-prefix": "<answer>"}, "rows": 4}},
+    )
+    base(answers, of, tmp_path)
+    [kept] = [call for call in answers.calls if call.args.task == "chain:1"]
+    assert kept.args.reward_funcs is None and kept.args.reward_weights is None
+    assert kept.args.response_prefix == "<answer>" and kept.places == [0, 1, 2, 3]
+    assert answers.calls[0].args.reward_funcs == ["rewards.py:mine"]
+
+
+def test_rewards_of_unknown_bounds_are_not_judged_silently(answers: Answers, tmp_path: Path) -> None:
+    for unknown in ({"settings": {"reward_funcs": ["rewards.py:mine"]}}, {"settings": {"reward_weights": [2.0]}},
+                    {"task": "countdown,conciseness"}):  # fmt: skip
+        with pytest.raises(UserError, match="reward_bounds"):
+            comparison(**unknown)
+        comparison(**unknown, measuring={"reward_bounds": [-100, 0]})
+    for wrong in ([1], [1, 0], [0, 0], ["a", 1], [True, 2], [0, float("inf")]):
+        with pytest.raises(UserError, match="lowest, highest"):
+            comparison(measuring={"reward_bounds": wrong})
+    bounded = comparison(settings={"reward_weights": [2.0]}, measuring={"reward_bounds": [0, 2]})
+    assert base(answers, bounded, tmp_path)["judged"]["normalised_reward"] == 0.25  # every answer has 0.5
+
+
+@pytest.mark.parametrize("option", ["sigma", "temperature", "dataset_name", "reward_funcs", "max_steps", "dtype"])
+def test_options_that_a_retained_task_would_not_heed_are_refused(option: str) -> None:
+    with pytest.raises(UserError, match=f"retention other cannot hold {option}"):
+        comparison(retention={"other": {"task": "chain:1", "settings": {option: 1}}})
