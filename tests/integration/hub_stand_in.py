@@ -33,6 +33,14 @@ class Hub(ThreadingHTTPServer):
         self.refused: set[str] = set()  # what answers 403: "create", "commit"
         self.lies: dict[str, str] = {}  # path -> sha256 that is told instead of the right one
 
+    def at(self, name: str, revision: str) -> tuple[dict[str, bytes], str]:
+        """Return a repository's files at a branch or commit, and its commit."""
+        for (of, branch), files in self.branches.items():
+            commit = hashlib.sha1(branch.encode()).hexdigest()
+            if of == name and revision in (branch, commit):
+                return files, commit
+        return self.repositories.get(name, {}), "0" * 40
+
     @property
     def url(self) -> str:
         """Where it listens."""
@@ -144,28 +152,28 @@ class Handler(BaseHTTPRequestHandler):
             self._json({"name": "me", "type": "user", "auth": {}})
             return
         if path.startswith("/api/models/"):
-            name, _, listing = path.removeprefix("/api/models/").partition("/revision/")[0].partition("/tree/")
+            place, _, revision = path.removeprefix("/api/models/").partition("/revision/")
+            name, _, listing = place.partition("/tree/")
             if name not in hub.repositories:
                 self._send(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
                 return
+            files, commit = hub.at(name, revision or listing.partition("/")[0])
             if listing:
-                self._json([_entry(path, data) for path, data in hub.repositories[name].items()])
+                self._json([_entry(path, data) for path, data in files.items()])
                 return
-            self._json({"id": name, "sha": "0" * 40, "private": hub.private.get(name, False), "siblings": [
-                _sibling(path, data, hub.lies) for path, data in hub.repositories[name].items()
+            self._json({"id": name, "sha": commit, "private": hub.private.get(name, False), "siblings": [
+                _sibling(path, data, hub.lies) for path, data in files.items()
             ]})  # fmt: skip
             return
         name, _, rest = path.lstrip("/").partition("/resolve/")
         revision, _, file = rest.partition("/")
-        branch = hub.branches.get((name, revision))
-        data = (hub.repositories.get(name, {}) if branch is None else branch).get(file)
+        files, commit = hub.at(name, revision)
+        data = files.get(file)
         if data is None:
             self._send(404, b"{}", X_Error_Code="EntryNotFound")
             return
         etag = hashlib.sha256(data).hexdigest()
-        self._send(
-            200, data, "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit=("0" if branch is None else "b") * 40
-        )
+        self._send(200, data, "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit=commit)
 
 
 def _sibling(path: str, data: bytes, lies: dict[str, str]) -> dict[str, Any]:

@@ -305,7 +305,8 @@ def load_module(args: ESConfig, run: Run, steps_done: int) -> tuple[Any, Any]:
         trainable_parameters=None,
     )
     # where TRL, which knows no revision of it, finds the reference of a KL term
-    module.config._name_or_path = str(files_of(args.model, args.revision))
+    commit = getattr(module.config, "_commit_hash", None) or args.revision
+    module.config._name_or_path = str(files_of(args.model, commit))
     bound, _ = bindings(module)
     if args.trainable_parameters is not None:
         for parameter in module.parameters():
