@@ -75,9 +75,10 @@ def test_data_of_ones_own_is_trained_on_chosen_on_and_reported(tmp_path: Path) -
 # --- results ----------------------------------------------------------------------------------------------------------
 
 MEASURED = {
-    "status": "done", "n": 4, "samples": 1, "sampled_rows": [0, 1, 2, 3], "right_of": [1, 0, 0, 0], "length": 5.0,
+    "status": "done", "n": 4, "samples": 1, "right_of": [1, 0, 0, 0], "length": 5.0, "discovery": [],
     "retention": {}, "kl": 0.1, "evaluations": 64, "train_time_s": 1.0, "steps": 2, "run": "runs/x", "code": "a",
-    "hacking": {"hacked": False}, "changes": {"relative_norm": 0.1}, "reward": 0.5,
+    "hacking": {"hacked": False, "literal_share_without_words": 0.0},
+    "judged": {"literal_share_without_words": 0.0}, "changes": {"relative_norm": 0.1}, "reward": 0.5,
 }  # fmt: skip
 
 
