@@ -21,7 +21,7 @@ from estune.loggers import keep_trackers, known_trackers, start_logger
 from estune.model_paths import local_directory, public_name
 from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor, say
 from estune.panel import PanelMonitor
-from estune.rewards import INLINE_WARNING
+from estune.rewards import INLINE_WARNING, RewardPool
 from estune.rollouts import Evaluator
 from estune.run import Run, open_run
 from estune.session import Session, plan_step
@@ -48,16 +48,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         if args.push_to_hub:
             repository = open_repository(repository_of(args), args.hub_private_repo)
         stop = stack.enter_context(StopRequest())
-        pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
-        accuracy_pool = None
-        if trainer.rewards.accuracy is not None and trainer.eval_rows:
-            accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
-        if args.reward_isolation == "inline":
-            print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
-        if trainer.eval_rows and (shared := shared_prompts(trainer.train_rows, trainer.eval_rows)):
-            total = len(trainer.eval_rows)
-            print(f"estune: warning: {shared} of {total} held-out rows have a prompt that is trained on",
-                  file=sys.stderr, flush=True)  # fmt: skip
+        pool, accuracy_pool = start_workers(stack, trainer, args, grades=bool(trainer.eval_rows))
         say(f"estune: loading {args.model if not trainer.has_module else 'the model'}")
         engine = trainer.engine
         train_prompts = trainer.prepare()
@@ -120,6 +111,29 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         if unlogged is not None and last_move is not None:
             session.log_step(unlogged | metrics.update_metrics(unlogged, last_move, None))
         yield session
+
+
+def start_workers(
+    stack: ExitStack, trainer: ESTrainer, args: ESConfig, *, grades: bool
+) -> tuple[RewardPool, RewardPool | None]:
+    """Start the workers of rewards, and with ``grades`` those of accuracy; warn of what a run should not have.
+
+    Args:
+        stack: closes them.
+        trainer: whose rewards and rows they are.
+        args: of the run.
+        grades: whether accuracy will be asked for.
+    """
+    pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
+    accuracy_pool = None
+    if trainer.rewards.accuracy is not None and grades:
+        accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
+    if args.reward_isolation == "inline":
+        print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
+    if trainer.eval_rows and (shared := shared_prompts(trainer.train_rows, trainer.eval_rows)):
+        print(f"estune: warning: {shared} of {len(trainer.eval_rows)} held-out rows have a prompt that is trained on",
+              file=sys.stderr, flush=True)  # fmt: skip
+    return pool, accuracy_pool
 
 
 def _keep_base(trainer: ESTrainer, run: Run) -> None:

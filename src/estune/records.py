@@ -16,6 +16,11 @@ from estune.rollouts import Rollouts
 METRICS_FILE = "metrics.jsonl"
 
 
+def evaluation_path(run_dir: Path, step: int) -> Path:
+    """Return where the held-out rows are kept that were answered after ``step`` steps."""
+    return run_dir / "eval" / f"step_{step:05d}.jsonl"
+
+
 def write_rows(path: Path, evaluation: Evaluation) -> None:
     """Write an evaluation's rows as JSON lines; the file appears whole."""
     path.parent.mkdir(exist_ok=True)
@@ -65,7 +70,7 @@ def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
         step = record["step"]
     except (ValueError, KeyError, TypeError):
         return False
-    if "eval_reward" in record and not (run_dir / "eval" / f"step_{step:05d}.jsonl").exists():
+    if "eval_reward" in record and not evaluation_path(run_dir, step).exists():
         return False
     return bool(step <= steps_done)
 

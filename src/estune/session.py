@@ -19,22 +19,18 @@ from estune.card import write_card
 from estune.checkpoint import checkpoint_path, prune
 from estune.config import ESConfig
 from estune.data import Batches
-from estune.engines.base import Engine, Perturbation, Prompt
-from estune.evaluation import Evaluation, evaluate
+from estune.engines.base import Perturbation, Prompt
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.hub import push
-from estune.inputs import Rewards
 from estune.journal import step_record
-from estune.monitors import Monitors, say
+from estune.monitors import say
 from estune.noise import lowrank_scale, perturbation_scale
+from estune.open_run import OpenRun, Rows
 from estune.optimizer import Update, scheduled
 from estune.panel import PanelMonitor, Said
 from estune.population import Member, members_for_step
-from estune.rewards import RewardPool
-from estune.rollouts import Evaluator, Rollouts, digest
-from estune.run import Run, refuse_diverged
-
-Rows = list[dict[str, Any]]
+from estune.rollouts import Rollouts, digest
+from estune.run import refuse_diverged
 
 
 @dataclass(frozen=True)
@@ -75,24 +71,12 @@ def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
 
 
 @dataclass
-class Session:
-    """The parts of an open run; made by `estune.opening.open_session`."""
+class Session(OpenRun):
+    """The parts of an open run of evolution strategies; made by `estune.opening.open_session`."""
 
-    args: ESConfig
-    run: Run
-    engine: Engine
-    evaluator: Evaluator
-    accuracy_pool: RewardPool | None
-    rewards: Rewards
-    train_rows: Rows
-    train_prompts: list[Prompt]
-    eval_rows: Rows
-    eval_prompts: list[Prompt]
     batches: Batches
-    monitors: Monitors
     checksum: str  # of theta
     tokens: int  # processed by the journalled steps
-    train_time_s: float  # of the steps done, evaluations and saving not counted
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
     perturb_cos_scale: float = 0.0
     watch: metrics.Watch = field(default_factory=metrics.Watch)
@@ -105,8 +89,7 @@ class Session:
     @property
     def ended(self) -> bool:
         """Say whether the run has all its steps, or has used up its time."""
-        args = self.args
-        return self.run.steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
+        return self.has_ended(self.run.steps_done)
 
     def announce(self, replayed: int) -> None:
         """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
@@ -142,7 +125,7 @@ class Session:
             rows,
             prompts,
             inputs.sampling(self.args, step.index),
-            self._trainer_state(step.index),
+            self.trainer_state(step.index),
             members_per_batch=int(self.args.members_per_batch),
             pending=self.run.pending,
             head=self.run.journal.head,
@@ -211,12 +194,10 @@ class Session:
     def after_step(self) -> None:
         """Do what is due after ``run.steps_done`` steps and was not done yet: held-out evaluation, checkpoint."""
         args, done = self.args, self.run.steps_done
-        if args.eval_steps and (done % args.eval_steps == 0 or self.ended):
-            path = self.run.path / "eval" / f"step_{done:05d}.jsonl"
-            if not path.exists():
-                evaluation = self._evaluate_held_out(done)
-                self.monitors.log({"step": done, **metrics.evaluation_record(evaluation)})
-                records.write_rows(path, evaluation)
+        if self.is_evaluation_due(done):
+            evaluation = self.answer_held_out(done)
+            self.monitors.log({"step": done, **metrics.evaluation_record(evaluation)})
+            records.write_rows(records.evaluation_path(self.run.path, done), evaluation)
         if args.save_steps and done and done % args.save_steps == 0:
             if not self.run.has_checkpoint():
                 self.run.save(self.engine, final=False)
@@ -266,7 +247,7 @@ class Session:
         if not self.args.eval_steps or (step.index + 1) % self.args.eval_steps:
             return {}
         sampling = inputs.sampling(self.args, step.index)
-        own = self.evaluator.theta(*self._inputs(step), sampling, self._trainer_state(step.index))
+        own = self.evaluator.theta(*self._inputs(step), sampling, self.trainer_state(step.index))
         rewards = np.concatenate([rollouts.rewards, own.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, own.failed])
         weights = self.rewards.weights
@@ -280,24 +261,8 @@ class Session:
         own = [[digest(completion.token_ids) for completion in row] for row in answers]  # (B, G)
         return float(np.mean(np.array([group.digests for group in rollouts.groups]) == np.array(own)))
 
-    def _evaluate_held_out(self, done: int) -> Evaluation:
-        return evaluate(
-            self.evaluator,
-            self.eval_rows,
-            self.eval_prompts,
-            inputs.evaluation_sampling(self.args),
-            self.rewards.weights,
-            self.accuracy_pool,
-            batch=int(self.args.prompts_per_batch),
-            trainer_state=self._trainer_state(done),
-        )
-
     def _keeps_completions(self, step: Step) -> bool:
         return self.args.log_completions and (step.index + 1) % self.args.logging_steps == 0
-
-    def _trainer_state(self, index: int) -> dict[str, Any]:
-        epoch = index * int(self.args.batch_size) / len(self.train_rows)
-        return {"global_step": index, "max_steps": self.args.max_steps, "epoch": epoch}
 
 
 def said(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:

@@ -24,20 +24,15 @@ import torch
 from estune import inputs, metrics, records
 from estune.card import write_card
 from estune.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
-from estune.config import ESConfig
-from estune.engines.base import Completion, Engine, Prompt
+from estune.engines.base import Completion, Prompt
 from estune.engines.hf_parameters import Binding
 from estune.errors import UserError
-from estune.evaluation import Evaluation, evaluate
 from estune.files import write_json
 from estune.fitness import fill_failures, mean, weigh
-from estune.inputs import Rewards
-from estune.monitors import Monitors
-from estune.rewards import RewardPool
-from estune.rollouts import Evaluator, scored
-from estune.run import METHOD_FILE, Run
+from estune.open_run import OpenRun
+from estune.rollouts import scored
+from estune.run import METHOD_FILE
 
-Rows = list[dict[str, Any]]
 PROGRESS_FILE = "progress.json"  # in a directory a run can go on from; written last, so it says that all is there
 
 
@@ -72,27 +67,15 @@ class Progress:
 
 
 @dataclass
-class Ground:
+class Ground(OpenRun):
     """The parts of an open run of a rival; made by `estune.baselines.trainer`."""
 
-    args: ESConfig
-    run: Run
-    engine: Engine
     module: Any  # PreTrainedModel, float32: what is trained; None where there is no gradient
     bindings: Sequence[Binding]  # of the module
-    evaluator: Evaluator
-    accuracy_pool: RewardPool | None
-    rewards: Rewards
-    train_rows: Rows
-    train_prompts: list[Prompt]
-    eval_rows: Rows
-    eval_prompts: list[Prompt]
-    monitors: Monitors
     facts: dict[str, Any]  # base, data, rewards: what a resume cannot change
     should_stop: Callable[[], bool]
     steps_done: int = 0
     evaluations: int = 0  # completions scored in training
-    train_time_s: float = 0.0  # of steps, evaluations and saving not counted
     batches: int = 0  # sampled in training
     progress: Progress = field(default_factory=Progress)  # at the end of the last step
     clock: float = field(default_factory=time.perf_counter)  # when the step in hand began
@@ -107,8 +90,7 @@ class Ground:
     @property
     def ended(self) -> bool:
         """Say whether the run has all its steps, or has used up its time."""
-        args = self.args
-        return self.steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
+        return self.has_ended(self.steps_done)
 
     def step_started(self) -> None:
         """Start the clock of a step."""
@@ -170,7 +152,7 @@ class Ground:
         """
         rows = [self.train_rows[row] for row in row_ids]
         prompts = [self.train_prompts[row] for row in row_ids]
-        future = self.evaluator.score(rows, prompts, [list(answers) for answers in completions], self.trainer_state())
+        future = self.evaluator.score(rows, prompts, [list(answers) for answers in completions], self.state())
         result = scored(future, self.should_stop)
         for error in result.errors:
             name = error.partition(":")[0]
@@ -222,11 +204,9 @@ class Ground:
         self.engine.master.load(read_into)
         self.engine.master_changed()
 
-    def trainer_state(self) -> dict[str, Any]:
-        """Return what reward functions are told."""
-        args, done = self.args, self.steps_done
-        epoch = done * int(args.batch_size) / len(self.train_rows)
-        return {"global_step": done, "max_steps": args.max_steps, "epoch": epoch}
+    def state(self) -> dict[str, Any]:
+        """Return what reward functions are told now."""
+        return self.trainer_state(self.steps_done)
 
     def step_done(self, step: int, record: dict[str, Any], epochs: float = 0.0) -> None:
         """Take note of a finished step and do what is due; the module has moved.
@@ -259,13 +239,12 @@ class Ground:
     def after_step(self) -> None:
         """Evaluate theta on held-out rows and save a checkpoint, where it is time and was not done yet."""
         args, done = self.args, self.steps_done
-        if args.eval_steps and (done % args.eval_steps == 0 or self.ended):
-            path = self.run.path / "eval" / f"step_{done:05d}.jsonl"
-            if not path.exists():
-                evaluation = self.evaluate_held_out()
-                own = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
-                self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **own})
-                records.write_rows(path, evaluation)
+        if self.is_evaluation_due(done):
+            self.copy_weights()
+            evaluation = self.answer_held_out(done)
+            own = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
+            self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **own})
+            records.write_rows(records.evaluation_path(self.run.path, done), evaluation)
         if (
             args.save_steps
             and done
@@ -275,20 +254,6 @@ class Ground:
             self.save(final=False)
             saved = range(0, done + 1, args.save_steps)
             prune(self.run.path, args.save_total_limit, saved)
-
-    def evaluate_held_out(self) -> Evaluation:
-        """Answer the held-out rows greedily, as ES's evaluations do."""
-        self.copy_weights()
-        return evaluate(
-            self.evaluator,
-            self.eval_rows,
-            self.eval_prompts,
-            inputs.evaluation_sampling(self.args),
-            self.rewards.weights,
-            self.accuracy_pool,
-            batch=int(self.args.prompts_per_batch),
-            trainer_state=self.trainer_state(),
-        )
 
     def save(self, final: bool) -> None:
         """Write ``checkpoint-<step>``, or the finished model at the run's root.

@@ -136,7 +136,7 @@ def _fitness(
     size = int(ground.args.members_per_batch)
     groups: list[Group] = []
     for part in _parts(contestants, size):
-        for group, _, future in evaluator.start(part, rows, prompts, sampling, ground.trainer_state(), False):
+        for group, _, future in evaluator.start(part, rows, prompts, sampling, ground.state(), False):
             groups.append(evaluator.finish(group, scored(future, ground.should_stop), sampling.num_generations))
     rollouts, weights = stack(groups), ground.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)

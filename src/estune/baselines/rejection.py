@@ -123,7 +123,7 @@ def _right(ground: Ground, ids: list[int], answers: list[list[Completion]], min_
     if min_reward is None and ground.accuracy_pool is not None:
         grader = Evaluator(ground.engine, ground.accuracy_pool, ground.args.response_prefix)
         rows, prompts = [ground.train_rows[row] for row in ids], [ground.train_prompts[row] for row in ids]
-        result = scored(grader.score(rows, prompts, answers, ground.trainer_state()), ground.should_stop)
+        result = scored(grader.score(rows, prompts, answers, ground.state()), ground.should_stop)
         right = result.rewards.reshape(values.shape) == 1.0
     return map(bool, right)
 

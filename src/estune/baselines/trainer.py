@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +24,6 @@ from estune.baselines.random_search import random_search
 from estune.card import CARD_FILE, write_card
 from estune.checkpoint import checkpoints, leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
-from estune.data import shared_prompts
 from estune.engines.base import Interrupted
 from estune.engines.hf_loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf_parameters import bindings
@@ -35,9 +33,8 @@ from estune.files import write_json
 from estune.hub import open_repository, push, repository_of
 from estune.loggers import keep_trackers, known_trackers
 from estune.monitors import say
-from estune.opening import start_monitors
+from estune.opening import start_monitors, start_workers
 from estune.records import cut_back, read_metrics
-from estune.rewards import INLINE_WARNING
 from estune.rollouts import Evaluator
 from estune.run import CONFIG_FILE, METHOD_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
 from estune.signals import StopRequest
@@ -213,15 +210,8 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             say(f"estune: {args.method} keeps nothing to go on from: starting again from step 0")
             goes_on = False
         stop = stack.enter_context(StopRequest())
-        pool = stack.enter_context(inputs.reward_pool(args, trainer.rewards.funcs, trainer.rewards.names))
-        accuracy_pool = None
-        if trainer.rewards.accuracy is not None and (trainer.eval_rows or args.method == "sft_rejection"):
-            accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
-        if args.reward_isolation == "inline":
-            print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
-        if trainer.eval_rows and (shared := shared_prompts(trainer.train_rows, trainer.eval_rows)):
-            print(f"estune: warning: {shared} of {len(trainer.eval_rows)} held-out rows have a prompt that is trained "
-                  "on", file=sys.stderr, flush=True)  # fmt: skip
+        grades = bool(trainer.eval_rows) or args.method == "sft_rejection"
+        pool, accuracy_pool = start_workers(stack, trainer, args, grades=grades)
         say(f"estune: loading {args.model}")
         trainer.args = args
         engine = trainer.engine

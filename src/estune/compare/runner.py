@@ -223,7 +223,7 @@ class Runner:
 
     def _is_past(self, directory: Path, left: Sequence[str], steps: int) -> bool:
         """Say whether a run is beyond a budget that is to be measured: its model of then is gone."""
-        times = [record["train_time_s"] for record in read_metrics(directory) if "num_evaluations" in record]
+        times = [record["train_time_s"] for record in read_metrics(directory) if "eval_reward" not in record]
         over = {
             "evaluations": self._facts(directory)["steps"] > steps,
             "time": any(seconds >= self.comparison.budget.time_s for seconds in times[:-1]),
