@@ -290,7 +290,8 @@ def test_a_full_disk_ends_in_one_sentence_and_harms_nothing(zygote, run, place):
                 file.write(bytes(room * os.statvfs(at).f_bsize))
             done = zygote.run(options, at)
             filler.unlink()
-            outcomes.add(len(steps(at / "run")) if (at / "run" / "journal.jsonl").exists() else None)
+            journal = at / "run" / "journal.jsonl"  # its last line may be torn
+            outcomes.add(journal.read_bytes().count(b"\n") if journal.exists() else None)
             if done.code:
                 assert_disk_full(done, at / "run", wanted)
             done = zygote.run((*options, "--resume"), at)
