@@ -13,6 +13,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 from estune.evaluation import kl_k3
 
 SAMPLES = 4000
+pytestmark = pytest.mark.miniature
 
 
 @pytest.mark.parametrize("moved", [0.01, 0.05])

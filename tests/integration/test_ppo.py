@@ -133,6 +133,7 @@ def test_only_trl_comes_from_the_directory_of_its_own() -> None:
     assert f"trl=={trl_ppo.VERSION}" in (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
 
 
+@pytest.mark.miniature
 def test_advantages_are_those_of_gae_and_the_first_ratio_is_one(seen, tmp_path: Path, monkeypatch) -> None:
     """Advantages and returns of two updates, against the sums that define them; temperature is not 1."""
     save_tiny("llama", tmp_path / "model")
@@ -226,6 +227,7 @@ def probabilities(directory: Path) -> torch.Tensor:
 BANDIT = {"rows": [{"prompt": "?"}] * 32, "reward": goes_right, "max_completion_length": 1, "batch_size": 32}
 
 
+@pytest.mark.miniature
 def test_it_solves_a_bandit(tmp_path: Path) -> None:
     bandit(tmp_path / "model")
     assert probabilities(tmp_path / "model")[3] < 0.4

@@ -88,6 +88,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.miniature
 @pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
 def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
     trainer_class, config_class = (

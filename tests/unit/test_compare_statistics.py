@@ -82,6 +82,7 @@ def expected(ability: float, *spreads: float) -> float:
     return float(weights @ (1 / (1 + np.exp(-logits))) / weights.sum())
 
 
+pytestmark = pytest.mark.miniature
 RUNS = 800  # the Monte-Carlo error of a coverage is 0.8 points
 
 
