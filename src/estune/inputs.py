@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from estune import environment, sandbox
-from estune.config import OF_METHODS, ESConfig
+from estune.config import OF_METHODS, SAMPLING_METHODS, ESConfig
 from estune.data import PromptBuilder, check_columns, has_splits, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
@@ -147,6 +147,8 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
     if args.batch_size == "auto":
         wanted = {"es": DEFAULT_BATCH, "random_search": DEFAULT_BATCH, "ppo": 64}.get(args.method, DEFAULT_GROUPS)
         auto["batch_size"] = min(wanted, n_rows)
+    if args.method in SAMPLING_METHODS and args.dtype == "auto":  # they train in it, and so they sample
+        auto["dtype"] = "float32"
     if args.prompts_per_batch == "auto":
         auto["prompts_per_batch"] = DEFAULT_PROMPTS_PER_BATCH
     if args.num_threads == "auto":

@@ -1026,3 +1026,35 @@ def test_a_step_of_random_search_costs_what_one_of_es_does(population, batch):
 
 def letters(completions, **_):
     return [sum(map(ord, text)) / 1e4 for text in completions]
+
+
+@pytest.mark.parametrize(("method", "trainer"), [("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer")])
+def test_what_is_trained_is_the_model_that_answered(method, trainer, monkeypatch):
+    """On a model of absolute positions, with prompts of several lengths: log-probabilities of model and reference."""
+    seen, base = [], Path(__file__).parents[2] / "benchmarks" / "bases" / "gpt2"
+    spied = getattr(trl, trainer)._get_per_token_logps_and_entropies
+
+    def spy(self, model, ids, mask, keep, *rest, **given):
+        found = spied(self, model, ids, mask, keep, *rest, **given)
+        seen.append((ids, mask, keep, found[0].detach()))
+        return found
+
+    monkeypatch.setattr(getattr(trl, trainer), "_get_per_token_logps_and_entropies", spy)
+    train(method, model=str(base), max_steps=1, batch_size=4, num_generations=2, method_kwargs={"beta": 0.05})
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert len(seen) >= 2  # the model and its reference
+    for ids, mask, keep, found in seen:
+        assert len({int(row[:-keep].sum()) for row in mask}) > 1, "prompts of one length show nothing"
+        for row, used, own in zip(ids, mask.bool(), found, strict=True):
+            with torch.no_grad():
+                logits = model(row[used][None]).logits[0, :-1].log_softmax(-1)  # no padding at all
+            count = int(used[-keep:].sum())
+            wanted = logits.gather(-1, row[used][1:, None])[:, 0][-count:]
+            assert torch.allclose(own[:count], wanted, atol=2e-4)
+
+
+def test_a_method_that_trains_in_float32_samples_in_it_wherever_it_runs():
+    """On a GPU `auto` is otherwise what a checkpoint of 16 bits has."""
+    for method, dtype in (("grpo", "float32"), ("sft_rejection", "float32"), ("random_search", "auto")):
+        given = ESConfig(**{**SMALL, "method": method, **(NO_GRADIENT if method == "random_search" else {})})
+        assert inputs.resolve_config(given, 200).dtype == dtype

@@ -9,6 +9,7 @@ through an ordinary reward function. Two methods of the trainer are replaced for
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 import shutil
@@ -168,6 +169,24 @@ def drive(ground: Ground, make: Callable[[Driver], Any]) -> None:
         raise Interrupted
 
 
+def count_positions_from_the_mask(model: Any) -> None:
+    """Let a model place tokens where the engine that sampled them did: at 0 behind the padding on the left.
+
+    TRL gives no positions, and a model whose positions are absolute (GPT-2's, say) counts the padding then: what is
+    trained is another model than the one that answered. TRL's own generation has that, too, and is left as it is.
+    """
+    if model is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        return
+
+    def add(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and given.get("position_ids") is None:
+            given = {**given, "position_ids": (mask.long().cumsum(-1) - 1).clamp_(min=0)}
+        return args, given
+
+    model.register_forward_pre_hook(add, with_kwargs=True)
+
+
 def reward_function(ground: Ground, finished: dict[tuple[int, ...], bool]) -> Any:
     """Return the reward function that TRL calls with a batch's completions, each prompt's G in a row.
 
@@ -193,6 +212,12 @@ def _trainer_class(
 
     class Trainer(base):  # type: ignore[misc]
         drawn: Sequence[int] = ()  # rows of the batch in hand, each prompt's G in a row
+
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            if engine_generates:
+                for model in (self.model, getattr(self, "ref_model", None)):
+                    count_positions_from_the_mask(model)
 
         def _get_train_sampler(self, *given: Any) -> Any:
             sampler = super()._get_train_sampler(*given)
