@@ -7,6 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
+LEAST_ABI = 3  # from which on a file that may be read cannot be emptied
 LANDLOCK_CREATE_RULESET, VERSION = 444, 1  # a system call, the same everywhere, and its flag that asks for the ABI
 
 
@@ -14,7 +15,7 @@ def kernel_has_it() -> bool:
     """Say whether there are Landlock and seccomp filters, on an architecture that the sandbox knows."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64") or sys.maxsize < 1 << 32:
         return False
-    return landlock_abi() >= 1 and has_seccomp_filters()
+    return landlock_abi() >= LEAST_ABI and has_seccomp_filters()
 
 
 def landlock_abi() -> int:

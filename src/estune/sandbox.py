@@ -5,12 +5,13 @@ argument. What holds it, on Linux (x86_64, aarch64), all of it put on before a l
 
 * files: the standard library can be read, an empty directory (its home) written where the kernel grants a file system
   in memory; nothing else can be opened, no installed package either (Landlock);
-* no sockets, processes, threads, signals, sleeping; no descriptor is inherited (seccomp, and namespaces where granted);
+* no sockets, processes, threads, signals; no descriptor is inherited (seccomp, and namespaces where granted);
 * CPU, memory, file size, wall time are limited, and so is what is read of its answer.
 
 Only the arguments go in and only JSON comes out. Whatever the function does to its own process, all it can forge is its
-own answer: who knows the right one, and grades, is the caller. Answers repeat: strings hash alike in every run, and
-`random` is seeded.
+own answer: who knows the right one, and grades, is the caller. Strings hash alike in every run and `random` is seeded;
+a program that asks the system for randomness or the time may answer otherwise each time. Names, sizes and times of
+files can be seen anywhere, their contents cannot.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "readlinkat": (267, 78), "faccessat": (269, 48), "dup3": (292, 24), "getrandom": (318, 278),
     "renameat2": (316, 276), "statx": (332, 291), "faccessat2": (439, 439),
 }  # fmt: skip
+FCNTL = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
 AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
@@ -57,6 +58,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 14, 1 << 18
 SCRATCH = b"size=8m,nr_inodes=256"  # of the file system over DIRECTORY
 
 # Landlock's rights of ABI 1; later ones (moving between directories, truncating, devices) are added by version.
+LEAST_ABI = 3  # before, a file that may be read can be emptied: opened for reading, and truncated
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # system calls, the same everywhere
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
@@ -120,6 +122,8 @@ def set_limits(limits: dict[str, int]) -> None:
 def restrict_files(directory: str, writable: bool) -> None:
     """Let this process read the standard library and its directory, and open nothing else; OSError where impossible."""
     version = libc_call("syscall", LANDLOCK_CREATE, None, 0, 1)
+    if version < LEAST_ABI:
+        raise OSError(f"its ABI is {version}")
     handled = sum(rights for since, rights in RIGHTS.items() if since <= version)
     attributes = struct.pack("=Q", handled)
     ruleset = libc_call("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
@@ -146,19 +150,30 @@ def restrict_files(directory: str, writable: bool) -> None:
 
 
 def seccomp_program(architecture: str) -> bytes:
-    """Return the filter: another architecture's calls kill, listed ones pass, the rest fails with EPERM."""
+    """Return the filter: another architecture's calls kill, listed ones pass, the rest fails with EPERM.
+
+    Of `fcntl` only the commands of FCNTL pass: others name a process that gets a signal when a descriptor is ready.
+    """
     column = list(AUDIT_ARCHITECTURES).index(architecture)
-    numbers = sorted(number for pair in SYSTEM_CALLS.values() if (number := pair[column]) is not None)
+    numbers = sorted(
+        number for name, pair in SYSTEM_CALLS.items() if (number := pair[column]) is not None and name != "fcntl"
+    )
 
     def instruction(code: int, yes: int, no: int, value: int) -> bytes:
         return struct.pack("=HBBI", code, yes, no, value)
 
     load, equal, answer = 0x20, 0x15, 0x06
+    fcntl = SYSTEM_CALLS["fcntl"][column]
+    assert fcntl is not None
     program = [
         instruction(load, 0, 0, 4),
         instruction(equal, 1, 0, AUDIT_ARCHITECTURES[architecture]),
         instruction(answer, 0, 0, SECCOMP_KILL),
         instruction(load, 0, 0, 0),
+        instruction(equal, 0, len(FCNTL) + 2, fcntl),
+        instruction(load, 0, 0, 24),  # the low word of the second argument: what is asked of the descriptor
+        *(instruction(equal, len(FCNTL) - i + len(numbers) + 1, 0, command) for i, command in enumerate(FCNTL)),
+        instruction(answer, 0, 0, SECCOMP_ERRNO | EPERM),
         *(instruction(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)),
         instruction(answer, 0, 0, SECCOMP_ERRNO | EPERM),
         instruction(answer, 0, 0, SECCOMP_ALLOW),
@@ -187,7 +202,7 @@ def lock_in(request: dict[str, Any], directory: str, writable: bool) -> list[str
     try:
         restrict_files(directory, writable)
     except OSError as error:
-        missing.append(f"Landlock, which keeps files unread (Linux 5.13 or later; {error.strerror or error})")
+        missing.append(f"Landlock, which keeps files unread and whole (Linux 6.2 or later; {error.strerror or error})")
     try:
         restrict_calls()
     except OSError as error:

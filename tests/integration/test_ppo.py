@@ -286,6 +286,22 @@ def test_a_reward_that_fails_never_pays(seen, tmp_path: Path) -> None:
     assert record["objective/scores"] == pytest.approx(np.mean([*known, -1.0]), abs=1e-6)
 
 
+def test_a_failure_among_strangers_of_its_chunk_gets_the_lowest_of_the_run(seen, tmp_path: Path) -> None:
+    """TRL scores as many completions at a time as a forward pass has: here each is alone, and rewards are negative."""
+    save_tiny("llama", tmp_path / "model")
+
+    def failing(completions, bonus, **_):
+        if 0.7 in bonus:
+            raise ValueError("not this one")
+        return [own - 1 for own in bonus]
+
+    run = train(tmp_path / "model", tmp_path / "run", reward=failing, batch_size=8, prompts_per_batch=1, max_steps=2)
+    for record in metrics(run):
+        known = [i / 10 - 1 for i in range(8) if i != 7]
+        assert min(known) - 1e-5 <= 8 * record["objective/scores"] - sum(known) <= 1e-5
+    assert 8 * record["objective/scores"] - sum(known) == pytest.approx(min(known), abs=1e-5)  # by now it was seen
+
+
 def test_it_stops_when_its_time_is_used_up(tmp_path: Path) -> None:
     bandit(tmp_path / "model")
     run = train(tmp_path / "model", tmp_path / "run", **BANDIT, max_steps=1000, max_time_s=0.2)

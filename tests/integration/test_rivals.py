@@ -132,7 +132,7 @@ OF_ALL = {
     "logging_nan_inf_filter": False, "report_to": [],
 }  # fmt: skip
 OF_SAMPLING = {"num_generations": 4, "temperature": 0.8, "top_p": 0.9, "top_k": 20, "max_completion_length": 16,
-               "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_iterations": 1}  # fmt: skip
+               "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_iterations": 2}  # fmt: skip
 RESOLVED = {
     "grpo": {**OF_SAMPLING, "loss_type": "grpo", "scale_rewards": "group", "beta": 0.0, "epsilon": 0.3},
     "dr_grpo": {**OF_SAMPLING, "loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "epsilon": 0.3},
@@ -144,7 +144,9 @@ RESOLVED = {
 @pytest.mark.parametrize("method", RESOLVED)
 def test_what_a_method_was_told_is_kept_and_true(method, trainers, place):
     write_rewards(place)
-    own = {"adam_beta2": 0.98, "min_reward": 0.0} if method == "sft_rejection" else {"epsilon": 0.3}
+    own = (
+        {"adam_beta2": 0.98, "min_reward": 0.0} if method == "sft_rejection" else {"epsilon": 0.3, "num_iterations": 2}
+    )
     run = train(method, **GIVEN, method_kwargs=own)
     kept = json.loads((run / "method.json").read_text())
     assert kept["method"] == method and kept["trl"] == trl.__version__
@@ -199,6 +201,13 @@ REFUSED = [
     ("grpo", {"method_kwargs": {"per_device_train_batch_size": 3}}, "does not divide the 8 rows"),
     ("grpo", {"method_kwargs": {"epsilon": "wide"}}, "epsilon of method grpo cannot be 'wide'"),
     ("grpo", {"method_kwargs": {"steps_per_generation": 0.5}}, "cannot be 0.5"),
+    ("grpo", {"method_kwargs": {"epsilon": 0.3}}, "epsilon has no effect without num_iterations or steps"),
+    ("rloo", {"method_kwargs": {"epsilon": 0.3, "num_iterations": 1}}, "epsilon has no effect"),
+    ("grpo", {"method_kwargs": {"use_bias_correction_kl": True}}, "no effect without beta"),
+    ("grpo", {"method_kwargs": {"sync_ref_model": True}}, "cannot hold sync_ref_model"),
+    ("grpo", {"method_kwargs": {"label_smoothing_factor": 0.1}}, "cannot hold label_smoothing_factor"),
+    ("dr_grpo", {"method_kwargs": {"loss_type": "grpo"}}, "loss_type is what makes dr_grpo"),
+    ("dr_grpo", {"method_kwargs": {"beta": 0.1}}, "beta is what makes dr_grpo"),
     ("grpo", {"num_generations": 1}, "num_generations must be 2 or more"),
     ("grpo", {"temperature": 0, "num_generations": 1}, "temperature must be above 0"),
     ("grpo", {"dtype": "bfloat16"}, "float32"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +65,46 @@ def test_the_answer_of_a_completion(text: str, answer: str) -> None:
 def test_an_unknown_generator_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
         get_task("rg:chain_summ")
+
+
+EVALUATING = (
+    "binary_matrix countdown intermediate_integration n_queens polynomial_multiplication puzzle24 simple_integration "
+    "spiral_matrix string_insertion".split()
+)
+
+
+def test_scorers_that_run_what_a_model_wrote_are_refused() -> None:
+    assert [name for name in reasoning.names() if reasoning.runs_answers(name)] == EVALUATING
+    for name in EVALUATING:
+        with pytest.raises(UserError, match="--allow_unsandboxed_code"):
+            get_task(f"rg:{name}")
+    with pytest.raises(UserError, match="--allow_unsandboxed_code"):
+        get_task("rg:gcd=1,rg:spiral_matrix=1")
+    assert get_task("rg:spiral_matrix", True).runs_code
+    row = get_task("rg:spiral_matrix", True).load("test")[0]
+    with pytest.raises(UserError, match="cannot have rg_task 'spiral_matrix'"):  # another scorer than was let in
+        get_task("rg:gcd").prepare_row(row)
+
+
+def test_an_exact_reward_pays_for_no_guess() -> None:
+    loose, exact = get_task("rg:gcd"), get_task("rg:gcd:exact")
+    rows = exact.load("test")
+    assert rows == loose.load("test")
+    columns = {key: [row[key] for row in rows] for key in exact.columns}
+    guess = ["<answer>12</answer>"] * len(rows)
+    assert sum(loose.reward(completions=guess, **columns)) > 0.2 * len(rows)
+    assert exact.reward(completions=guess, **columns) == exact.accuracy(completions=guess, **columns)
+    assert sum(exact.reward(completions=guess, **columns)) < 0.05 * len(rows)
+
+
+@pytest.mark.parametrize("name", ["isomorphic_strings", "ransom_note"])
+def test_rows_are_the_same_whatever_strings_hash_to(name: str) -> None:
+    code = f"from estune.tasks import get_task; import json; print(json.dumps(get_task('rg:{name}').load('test')[:50]))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("0", "5")
+    }  # fmt: skip
+    assert len(found) == 1

@@ -148,6 +148,10 @@ def test_home_is_empty_and_small() -> None:
         "import os; os.chmod('.', 0o777)",
         "import os; os.symlink('/etc/passwd', 'p'); open('p').read()",
         "import os; os.truncate('/tmp', 0)",
+        "import os; os.open(os.__file__, os.O_RDONLY | os.O_TRUNC)",
+        "import fcntl; fcntl.fcntl(1, fcntl.F_SETOWN, x)",
+        "import fcntl; fcntl.fcntl(1, fcntl.F_SETFL, 0o20000)",  # a signal when it is ready
+        "import fcntl; fcntl.fcntl(1, 10, 9)",  # and which one
         "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
         "import os; os.sched_setaffinity(0, [0])",
         "open('/etc/passwd').read()",
@@ -219,13 +223,13 @@ def test_the_filter_passes_what_is_listed(machine: str) -> None:
     """By interpreting it, for the architecture that is not here as well."""
     program = list(struct.iter_unpack("=HBBI", sandbox_child.seccomp_program(machine)))
 
-    def answer(architecture: int, number: int) -> int:
+    def answer(architecture: int, number: int, command: int = 0) -> int:
         at, held = 0, 0
         while True:
             code, yes, no, value = program[at]
             at += 1
             if code == 0x20:
-                held = {0: number, 4: architecture}[value]
+                held = {0: number, 4: architecture, 24: command}[value]
             elif code == 0x15:
                 at += yes if held == value else no
             else:
@@ -237,6 +241,10 @@ def test_the_filter_passes_what_is_listed(machine: str) -> None:
         wanted = sandbox_child.SECCOMP_ALLOW if number in listed else sandbox_child.SECCOMP_ERRNO | 1
         assert answer(sandbox_child.AUDIT_ARCHITECTURES[machine], number) == wanted
     assert answer(0x40000003, 1) == sandbox_child.SECCOMP_KILL
+    fcntl, own = sandbox_child.SYSTEM_CALLS["fcntl"][column], sandbox_child.AUDIT_ARCHITECTURES[machine]
+    assert fcntl is not None
+    passed = [command for command in range(2048) if answer(own, fcntl, command) == sandbox_child.SECCOMP_ALLOW]
+    assert passed == [0, 1, 2, 3, 1030]
 
 
 @pytest.mark.usefixtures("both")
@@ -438,3 +446,15 @@ def test_in_a_reward_worker(tmp_path: Path) -> None:
     with RewardPool([reward], ["reward"], timeout_s=ESConfig().reward_timeout_s, workers=1) as pool:
         result = pool.submit(RewardBatch(["", ""], list(texts), [[], []])).result()
     assert result.rewards[0, 0] == 6.0 and result.failed[:, 0].tolist() == [False, True]
+
+
+def test_an_older_landlock_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before ABI 3 a file that may be read can be emptied."""
+    text = CHILD.read_text(encoding="utf-8").replace("if version < LEAST_ABI", "if version < 99")
+    (tmp_path / "child.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "child.py")
+    sandbox.missing_guarantees.cache_clear()
+    try:
+        assert "Landlock" in sandbox.missing_guarantees()[0] and "6.2" in sandbox.missing_guarantees()[0]
+    finally:
+        sandbox.missing_guarantees.cache_clear()

@@ -49,6 +49,7 @@ DECIDED = frozenset(
     "use_vllm remove_unused_columns resume_from_checkpoint do_train do_eval do_predict trust_remote_code project "
     "model_init_kwargs chat_template_path ignore_data_skip load_best_model_at_end metric_for_best_model "
     "greater_is_better per_device_eval_batch_size num_generations_eval num_completions_to_print full_determinism "
+    "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha label_smoothing_factor "
     "max_length dataset_kwargs dataset_text_field dataset_num_proc packing packing_strategy padding_free eos_token "
     "pad_token assistant_only_loss completion_only_loss truncation_mode max_tool_calling_iterations "
     "multi_objective_aggregation".split()
@@ -60,6 +61,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),
 }
+# Arguments without effect unless one of some others has another value than these: name, TRL's default, idle values.
+# With one pass over each batch of samples the ratio that is clipped is exactly 1.
+AGAIN = (("num_iterations", 1, (1,)), ("steps_per_generation", None, (None, 1)))
+NEEDS: dict[str, tuple[tuple[str, Any, tuple[Any, ...]], ...]] = {
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta"), AGAIN),
+    "use_bias_correction_kl": (("beta", 0.0, (0.0, 0, None)),),
+    **dict.fromkeys(("entropy_target", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+                    (("use_adaptive_entropy", False, (False, None)),)),
+}  # fmt: skip
 # Of TRL's own generation.
 OF_GENERATION = frozenset(
     "generation_kwargs min_p repetition_penalty cache_implementation use_transformers_continuous_batching "
@@ -90,6 +100,8 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
         UserError: an unknown name, one that a field decides, or one without effect.
     """
     known = OWN[args.method]
+    if args.method == "dr_grpo" and (fixed := sorted(OF_METHOD["dr_grpo"].keys() & args.method_kwargs.keys())):
+        raise UserError(f"{fixed[0]} is what makes dr_grpo: with another one it is method grpo")
     types = {spec.name: spec.type for spec in dataclasses.fields(config_class(args.method))}
     fields = types.keys() | known.keys()
     free = ppo_arguments.FREE if args.method == "ppo" else {name for name in fields if not is_decided(name)}
@@ -115,6 +127,10 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
             raise UserError(f"method_kwargs holds {name}, which has no effect without generation trl")
     elif generation == "trl" and args.stop_strings:
         raise UserError("stop_strings have no effect with generation trl: leave generation at estune")
+    for name, needed in NEEDS.items() if args.method in ("grpo", "dr_grpo", "rloo") else ():
+        if name in args.method_kwargs and not any(given.get(other, default) not in idle
+                                                  for other, default, idle in needed):  # fmt: skip
+            raise UserError(f"{name} has no effect without {' or '.join(other for other, _, _ in needed)}")
     if args.stop_strings and given.get("mask_truncated_completions"):
         raise UserError("mask_truncated_completions would mask what ends with a stop string, too: give one of the two")
     least = given.get("min_reward")

@@ -221,8 +221,9 @@ def _trainer_class(
 
         def _get_train_sampler(self, *given: Any) -> Any:
             sampler = super()._get_train_sampler(*given)
-            for _ in range(math.floor(ground.progress.epochs + 1e-9)):  # its order of each epoch goes on from the last
-                torch.randperm(len(ground.train_rows), generator=sampler.generator)
+            generator = getattr(sampler, "generator", None)  # it has none where it does not shuffle
+            for _ in range(math.floor(ground.progress.epochs + 1e-9) if generator is not None else 0):
+                torch.randperm(len(ground.train_rows), generator=generator)  # each epoch's order goes on from the last
             return sampler
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:

@@ -32,6 +32,7 @@ class RewardModel(nn.Module):
         self.ground, self.pad = ground, pad
         self.backbone = _Tokens()
         self.handed_out: deque[tuple[int, int]] = deque()  # row, tokens of its padded prompt; of those not scored yet
+        self.lowest = 0.0  # reward of the run so far, and 0 at most
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the prompts of some rows, padded on the left: (B, T)."""
@@ -43,7 +44,7 @@ class RewardModel(nn.Module):
     def score(self, tokens: Tensor) -> Tensor:
         """Return the rewards (B, T, 1) of prompts with their completions (B, T), the same number at every token.
 
-        A completion without a reward (it failed, or none applies) gets the lowest of the batch.
+        A completion without a reward (it failed, or none applies) gets the lowest of the run so far, 0 at most.
         """
         rows, answers, ends = [], [], self.ground.engine.end_tokens
         for sequence in tokens.tolist():
@@ -57,7 +58,9 @@ class RewardModel(nn.Module):
             answers.append([Completion(tuple(answer), bool(answer) and answer[-1] in ends)])
         rewards = self.ground.score(rows, answers)[:, 0]  # (B,)
         known = np.isfinite(rewards)
-        rewards = np.where(known, rewards, rewards[known].min() if known.any() else 0.0)
+        if known.any():
+            self.lowest = min(self.lowest, float(rewards[known].min()))
+        rewards = np.where(known, rewards, self.lowest)
         given = torch.tensor(rewards, dtype=torch.float32, device=tokens.device)
         return given[:, None, None].expand(-1, tokens.shape[1], 1)
 

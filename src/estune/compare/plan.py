@@ -80,7 +80,7 @@ def rows_of(comparison: Comparison, split: str) -> list[dict[str, Any]]:
     Raises:
         UserError: the data set has no such split, or its rows lack what the task needs.
     """
-    task = get_task(comparison.task)
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
     names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
     given = {name: comparison.settings[name] for name in names if name in comparison.settings}
     if "dataset_name" not in given:

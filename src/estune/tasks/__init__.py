@@ -107,7 +107,7 @@ def get_task(name: str, allow_unsandboxed_code: bool = False) -> Task:
     if name.startswith("chain:"):
         return _chain(name)
     if name.startswith(reasoning.PREFIX):
-        return _reasoning(name)
+        return _reasoning(name, allow_unsandboxed_code)
     raise UserError(f"there is no task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}, rg:NAME of "
                     "reasoning-gym, or a mixture like countdown=2,rg:NAME=1")  # fmt: skip
 
@@ -132,17 +132,23 @@ def _arc_agi(name: str, allow_unsandboxed_code: bool) -> Task:
     )
 
 
-def _reasoning(name: str) -> Task:
-    generator = name.removeprefix(reasoning.PREFIX)
-    reasoning.rows_of(generator)  # refuses unknown names
+def _reasoning(name: str, allow_unsandboxed_code: bool) -> Task:
+    generator, exact = reasoning.generator_of(name.removeprefix(reasoning.PREFIX))
+    runs_answers = reasoning.runs_answers(generator)
+    if runs_answers and not allow_unsandboxed_code:
+        raise UserError(
+            f"reasoning-gym's scorer of {generator} runs what the model wrote as Python, without a sandbox; on a "
+            "machine where it can do no harm: --allow_unsandboxed_code"
+        )
     return Task(
         name=name,
         description=f"reasoning-gym's {generator}",
         load=lambda split: reasoning.rows_of(generator)[split],
-        prepare_row=reasoning.prepare_row,
-        reward=reasoning.reward,
+        prepare_row=lambda row: reasoning.prepare_row(row, generator),
+        reward=reasoning.accuracy if exact else reasoning.reward,
         accuracy=reasoning.accuracy,
         columns=("rg_task", "rg_entry"),
+        runs_code=runs_answers,
     )
 
 

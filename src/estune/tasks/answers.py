@@ -15,7 +15,7 @@ def completion_text(completion: Any) -> str:
     """Return a completion's text, whether it is a string or a list of chat messages (the last one counts)."""
     if isinstance(completion, str):
         return completion
-    return str(completion[-1]["content"]) if completion else ""
+    return str(completion[-1].get("content") or "") if completion else ""
 
 
 def extract_answer(text: str) -> str | None:

@@ -24,7 +24,7 @@ LENGTHS = (1, 2, 4, 8, 16)
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
 SEED = 2509_24372
 LARGEST_OPERAND = 99
-STEP = re.compile(r"^\s*step (\d{1,2}): ?(\d)\s*$", re.IGNORECASE | re.ASCII | re.MULTILINE)
+STEP = re.compile(r"^[ \t]*step (\d{1,2}): ?(\d)[ \t\r]*$", re.IGNORECASE | re.ASCII | re.MULTILINE)
 
 # Name and operands of each operation; all permute the digits, and none leaves every digit as it is.
 OPERANDS: dict[str, tuple[int, ...]] = {

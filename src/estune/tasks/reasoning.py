@@ -3,14 +3,22 @@
 Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits; a generator of
 fewer different questions gives each split its share of what there is. A completion's answer is what stands in
 ``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it 0 to 1, and the accuracy
-is 1 where it gives 1. Scorers are code of that package, some evaluate what the model wrote: rewards run in workers of
-their own.
+is 1 where it gives 1. Many scorers pay for the right answer among other text ("16" for 6 is worth a half), which a
+constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead.
+
+Problems are made in a process whose strings hash by seed 0, since some generators walk over sets. Some scorers run what
+the model wrote as Python: those are refused, but for `allow_unsandboxed_code`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -26,6 +34,10 @@ ROUNDS = 20  # times that the questions wanted are drawn, at most
 FEWEST = 70  # different questions of which splits can be made
 TAG = "\0type"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
+EXACT = ":exact"  # behind a name: the reward is the accuracy
+# In a generator's module: what the model wrote is evaluated (sympy's parsers call eval as well).
+EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(\s*answer\b")
+MAKE = "import sys; from estune.tasks import reasoning; sys.stdout.write(reasoning.made(sys.argv[1]))"
 
 
 def names() -> list[str]:
@@ -42,16 +54,59 @@ def package(who: str) -> Any:
     return reasoning_gym
 
 
-@cache
-def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
-    """Return all splits' rows of a generator.
+def generator_of(task: str) -> tuple[str, bool]:
+    """Return the generator of a task's name behind ``rg:``, and whether its reward is exact.
 
     Raises:
-        UserError: there is no generator of that name, or it has too few different questions.
+        UserError: there is no generator of that name.
     """
+    name, exact = task.removesuffix(EXACT), task.endswith(EXACT)
+    known = package(WHO).factory.DATASETS
+    if name not in known:
+        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, known)}")
+    return name, exact
+
+
+@cache
+def runs_answers(name: str) -> bool:
+    """Say whether a generator's scorer evaluates what the model wrote as Python."""
+    module = inspect.getmodule(package(WHO).factory.DATASETS[name][0])
+    return module is None or EVALUATES.search(inspect.getsource(module)) is not None
+
+
+@cache
+def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Return all splits' rows of a generator, the same in every process.
+
+    Raises:
+        UserError: it makes no problems by itself, or too few different ones.
+    """
+    if not sys.flags.hash_randomization and os.environ.get("PYTHONHASHSEED", "random") == "0":
+        found = json.loads(made(name))
+    else:
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", MAKE, name], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise UserError(f"reasoning-gym's {name} makes no problems: {(done.stderr.split(chr(10)) or [''])[-2]}")
+        found = json.loads(done.stdout)
+    if "error" in found:
+        raise UserError(found["error"])
+    rows: dict[str, list[dict[str, Any]]] = found["rows"]
+    return rows
+
+
+def made(name: str) -> str:
+    """Return a generator's rows as JSON, ``{"rows": ...}`` or ``{"error": ...}``; see `rows_of`."""
+    try:
+        return json.dumps({"rows": _make(name)})
+    except UserError as error:
+        return json.dumps({"error": str(error)})
+
+
+def _make(name: str) -> dict[str, list[dict[str, Any]]]:
     gym = package(WHO)
-    if name not in gym.factory.DATASETS:
-        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, gym.factory.DATASETS)}")
     wanted = sum(SPLIT_SIZES.values())
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
@@ -115,11 +170,13 @@ def unpack(value: Any) -> Any:
     return {"tuple": tuple, "set": set, "dict": dict}[value[TAG]](items)
 
 
-def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Check a foreign row; it needs what `rows_of` makes."""
+def prepare_row(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Check a foreign row; it needs what `rows_of` makes, of the generator ``name``: its scorer is what was let in."""
     missing = [name for name in ("rg_task", "rg_entry") if not isinstance(row.get(name), str)]
     if missing:
         raise UserError(f"a row of reasoning-gym needs the columns {', '.join(missing)}")
+    if row["rg_task"] != name:
+        raise UserError(f"a row of rg:{name} cannot have rg_task {row['rg_task']!r}")
     return row
 
 
