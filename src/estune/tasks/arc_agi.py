@@ -64,7 +64,16 @@ def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
         shuffled = [key for _, key in sorted((generator.random(), key) for key in sorted(data[source]))]
         for i, split in enumerate(halves):
             found[split] = {key: data[source][key] for key in shuffled[i * HALF : (i + 1) * HALF]}
+    # A few tasks of the two halves of ARC are one and the same: none of those is trained or chosen on.
+    held_out = {pair for task in found["evaluation"].values() for pair in _pairs(task)}
+    for split in ("train", "validation"):
+        found[split] = {key: task for key, task in found[split].items() if not held_out & _pairs(task)}
     return found
+
+
+def _pairs(task: dict[str, list[Pair]]) -> set[str]:
+    """Return what identifies each example and test of a task."""
+    return {json.dumps([pair["input"], pair["output"]]) for pairs in task.values() for pair in pairs}
 
 
 def format_prompt(examples: Sequence[Pair], puzzles: Sequence[Grid], python: bool) -> str:
@@ -155,11 +164,12 @@ def accuracy(completions: list[Any], inputs: list[Any], outputs: list[Any], **_:
 
 
 def code_of(text: str) -> str | None:
-    """Return the code that a completion answers, out of its fence if it has one; None where there is none."""
+    """Return the code that a completion answers, out of its last fence if it has one; None where there is none."""
     code = (extract_answer(text) or "").strip()
-    if code.startswith("```"):
-        code = code.partition("\n")[2].removesuffix("```")
-    return code if f"def {FUNCTION}" in code else None
+    parts = code.split("```")
+    if len(parts) > 1:  # text before or behind a fence is no code
+        code = parts[-2 if len(parts) % 2 else -1].partition("\n")[2]
+    return code if FUNCTION in code else None
 
 
 def program_score(
