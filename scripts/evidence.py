@@ -87,7 +87,8 @@ def section(name: str) -> str:
             rows = found["rows"][budget]
             if not rows:
                 continue
-            parts.append(f"**{model}, {told}** ({len(comparison['seeds'])} seeds)\n")
+            seeds = max(len(row["seeds"]) for row in rows)
+            parts.append(f"**{model}, {told}** ({seeds} of {len(comparison['seeds'])} seeds)\n")
             body = [fixed(row) for row in (found["base"], found.get("prefix")) if row]
             parts.append(table([*body, *(line(row, summary["established"]) for row in rows)], HEAD))
             parts.append(tests(found["tests"][budget]))
