@@ -354,11 +354,11 @@ def test_method(run_model, place, tiny_llama):
     words = (*MODEL[:size], *MODEL[size + 2 :], "--model", tiny_llama, "--num_generations", 2, "--learning_rate", 0.01)
     grpo = (*words, "--method", "grpo", "--output_dir")
     found = []
-    for name, more in (("plain", ()), ("changed", ("--method_kwargs", '{"epsilon": 0.4, "max_grad_norm": 0.01}'))):
+    for name, more in (("plain", ()), ("changed", ("--method_kwargs", '{"max_grad_norm": 0.01}'))):
         done = run_model(*grpo, name, *more)
         assert done.code == 0, done
-        found.append(json.loads((place / name / "method.json").read_text())["arguments"]["epsilon"])
-    assert found == [0.2, 0.4] and weights(place / "plain") != weights(place / "changed")
+        found.append(json.loads((place / name / "method.json").read_text())["arguments"]["max_grad_norm"])
+    assert found == [1.0, 0.01] and weights(place / "plain") != weights(place / "changed")
     assert not (place / "plain" / "journal.jsonl").exists()
 
 
