@@ -28,6 +28,7 @@ MINIATURE = {
     "task": "countdown",
     "models": {"tiny": "tiny"},
     "seeds": [0, 1],
+    "workers": 2,
     "budget": {"evaluations": 72, "time_s": 1},
     "tuning": {"evaluations": 32, "rows": 8},
     "settings": {"max_completion_length": 24, "num_threads": 1},
