@@ -21,8 +21,6 @@ from estune.compare.runner import Runner
 from estune.environment import code_digest
 from estune.errors import UserError
 
-pytestmark = pytest.mark.miniature
-
 MINIATURE = {
     "output_dir": "out",
     "task": "countdown",
@@ -64,6 +62,7 @@ def result(directory: Path, name: str) -> dict:
     return json.loads((directory / "out" / "results" / "tiny" / name).read_text(encoding="utf-8"))
 
 
+@pytest.mark.miniature
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_row_is_there(compared: Path) -> None:
@@ -81,6 +80,7 @@ def test_every_row_is_there(compared: Path) -> None:
     assert summary["cost"]["sittings"] == 1 and summary["cost"]["cpu_h"] > 0 and 0 < summary["cost"]["wall_h"] < 1
 
 
+@pytest.mark.miniature
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> None:
@@ -106,6 +106,7 @@ def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> N
     assert json.loads(done.out)["accuracy"] == pytest.approx(found["accuracy"])
 
 
+@pytest.mark.miniature
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
@@ -118,6 +119,7 @@ def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
         assert json.loads(config.read_text(encoding="utf-8"))["seed"] == 1000
 
 
+@pytest.mark.miniature
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_report_needs_nothing_else(compared: Path) -> None:
@@ -130,6 +132,7 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
     assert (compared / "out" / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.miniature
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
@@ -185,6 +188,7 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
     assert early["steps"] < found["steps"] and early["fingerprint"] != found["fingerprint"]
 
 
+@pytest.mark.miniature
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -224,6 +228,7 @@ def test_what_is_refused_before_anything_runs(tmp_path: Path, changes: dict, par
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.miniature
 def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
     done = estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
     assert done.code == 0 and "8 runs" in done.out and "4 trials" in done.out
