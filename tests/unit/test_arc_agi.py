@@ -313,3 +313,13 @@ def test_no_example_or_test_of_the_evaluation_set_is_trained_or_chosen_on() -> N
 @pytest.mark.parametrize("code", ["def transform(grid):\n    return grid", "transform = lambda grid: grid"])
 def test_code_is_found_in_its_wrapping(text: str, code: str) -> None:
     assert (arc_agi.code_of(text.format(code)) or "").strip() == code
+
+
+def test_copying_an_examples_output_is_worth_next_to_nothing() -> None:
+    for split in ("train", "test"):
+        rows = GRID.load(split)
+        copies = [f"<answer>{grids.format_grid(row['examples'][0]['output'])}</answer>" for row in rows]
+        columns = {name: [row[name] for row in rows] for name in ("inputs", "outputs")}
+        assert 0 < sum(arc_agi.reward(copies, **columns)) / len(rows) < 0.025
+        shown = sum(row["outputs"][0] in [pair["output"] for pair in row["examples"]] for row in rows)
+        assert 0.02 < shown / len(rows) < 0.07

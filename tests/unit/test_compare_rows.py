@@ -70,6 +70,8 @@ def test_data_of_ones_own_is_trained_on_chosen_on_and_reported(tmp_path: Path) -
     with pytest.raises(UserError, match="must be three"):
         comparison(settings={"dataset_name": str(tmp_path)}, tuning={"split": "test"})
     assert rows_of(comparison(), "validation") != rows_of(comparison(), "test")
+    with pytest.raises(UserError, match="dataset_name"):
+        comparison(tuning={"split": "dev"})
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -239,6 +239,8 @@ def _validate(comparison: Comparison) -> None:
     for text in (*comparison.models, *comparison.methods):
         if not text or any(letter in text for letter in "/\\: "):
             raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")
+    if "dataset_name" not in comparison.settings and comparison.tuning.split != Tuning.split:
+        raise UserError("split of tuning is for data given as dataset_name: a task has its own")
     if "dataset_name" in comparison.settings:
         splits = [comparison.settings.get("dataset_train_split", "train"), comparison.tuning.split,
                   comparison.settings.get("dataset_test_split", "test")]  # fmt: skip
