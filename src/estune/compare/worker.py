@@ -123,22 +123,22 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     faulthandler.enable()
     if sys.platform == "linux":  # a comparison that is killed leaves nobody behind: the run saves and stops
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    code = 0
     try:
         function(*arguments)
     except UserError as error:
-        print(f"estune: error: {error}", file=sys.stderr, flush=True)
-        tell.send(_cpu_s())
-        os._exit(2)
+        print(f"estune: error: {error}", file=sys.stderr)
+        code = 2
     except (Interrupted, KeyboardInterrupt):
-        tell.send(_cpu_s())
-        os._exit(STOPPED)
+        code = STOPPED
     except BaseException:  # whatever it is: a run that fails is a row of the comparison
         traceback.print_exc()
-        sys.stderr.flush()
-        tell.send(_cpu_s())
-        os._exit(1)
+        code = 1
     sys.stdout.flush()
+    sys.stderr.flush()
     tell.send(_cpu_s())
+    if code:
+        os._exit(code)
 
 
 def _cpu_s() -> float:
