@@ -161,3 +161,17 @@ def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, mo
     runner.stopping.set()
     with pytest.raises(Stopped):
         runner._to_its_end(lambda: worker.Outcome(0), "a run")
+
+
+def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:
+    """What its file does not name had the default; another value is another comparison."""
+    made = comparison(output_dir=str(tmp_path))
+    Runner(made)._keep_plan()
+    file = tmp_path / "comparison.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    del kept["comparison"]["measuring"]["discovery_rows"]
+    file.write_text(json.dumps(kept), encoding="utf-8")
+    Runner(made)._keep_plan()
+    file.write_text(json.dumps(kept), encoding="utf-8")
+    with pytest.raises(UserError, match="another output_dir"):
+        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3}))._keep_plan()

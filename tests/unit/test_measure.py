@@ -101,6 +101,15 @@ def test_what_the_base_solves_greedily_is_not_there_to_be_discovered(answers: An
     assert found["judged"]["rows"] == ROWS and found["judged"]["correctness"] == pytest.approx(len(GREEDY) / ROWS)
 
 
+@pytest.mark.parametrize(("sought", "sampled"), [(8, 8), (3, 5), (0, ROWS), (100, ROWS)])
+def test_what_the_base_never_solves_is_sought_in_the_first_rows(
+    answers: Answers, tmp_path: Path, sought: int, sampled: int
+) -> None:
+    found = base(answers, comparison(measuring={"discovery_rows": sought}), tmp_path)
+    assert found["never_solved"] == sorted(set(range(sought or ROWS)) & set(range(ROWS)) - GREEDY - SAMPLED - LATE)
+    assert len(found["right_of"]) == sampled and len(found["correct"]) == ROWS
+
+
 def test_the_base_is_sampled_once_more_with_the_random_numbers_of_tuned_models(
     answers: Answers, tmp_path: Path
 ) -> None:

@@ -85,9 +85,10 @@ class Measuring:
 
     rows: int = 1000  # of the test split; 0: all
     samples: int = 16  # of each sampled row, for pass@k
-    sample_rows: int = 0  # the first of those rows, which are sampled; 0: all. What the base never solves is, too
+    sample_rows: int = 0  # the first of those rows, which are sampled; 0: all
     temperature: float = 1.0  # of those samples
     kl_rows: int = 200  # the first rows, of which one sample each gives the divergence to the base; 0: all
+    discovery_rows: int = 0  # the first rows, among which is sought what the base never solves; 0: all
     discovery_samples: int = 256  # of the base: what it never solves in these is there to be discovered
     curve_rows: int = 100  # of the validation split, evaluated while a run goes on
     curve_points: int = 8  # evaluations within the budget of evaluations
@@ -254,6 +255,9 @@ def _validate(comparison: Comparison) -> None:
         raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:
         raise UserError("measuring needs samples of 1 or more, and no fewer discovery_samples")
+    for name, value in vars(comparison.measuring).items():
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"{name} of measuring cannot be negative, not {value}")
     bounds_of(comparison)
 
 

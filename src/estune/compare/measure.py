@@ -169,14 +169,16 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
         comparison: what to measure.
         model: a directory, hub id, or ``tiny``.
         engine: holds it.
-        base: what it was tuned from; None where it is the base, which is sampled on all rows: what it never solves is
-            to be found.
+        base: what it was tuned from; None where it is the base, which is sampled on `discovery_rows`, too: what it
+            never solves is to be found.
         judges: who score the answers.
     """
     args, rows, measuring = evaluation_config(comparison, model), test_rows(comparison), comparison.measuring
     greedy, prompts = judges.answer(args, engine, rows)
     judged = summary_of(greedy.rows, *bounds_of(comparison))
-    first = rows[: measuring.sample_rows or None] if base is not None else rows
+    first = rows[: measuring.sample_rows or None]
+    if base is None and len(sought := rows[: measuring.discovery_rows or None]) > len(first):
+        first = sought
     sampled = sample(args, engine, first, measuring.samples, measuring.temperature, judges)
     result = {
         **of_greedy(greedy),
@@ -243,18 +245,19 @@ def sample(
 def never_solved(
     comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, found: dict[str, Any], judges: Judges
 ) -> list[int]:
-    """Return the rows that the base solves neither greedily nor in any of `discovery_samples` samples.
+    """Return which of `discovery_rows` the base solves neither greedily nor in any of `discovery_samples` samples.
 
     Args:
         comparison: says how many.
         args: how the base is evaluated.
         engine: the base.
-        rows: the test rows.
-        found: the base's measurement: `correct` and `right_of`, its first samples of all rows.
+        rows: the test rows, in which the result counts.
+        found: the base's measurement: `correct`, and `right_of` of its first samples of these rows at least.
         judges: who score the answers.
     """
     measuring = comparison.measuring
-    left = [i for i, right in enumerate(found["right_of"]) if not right and found["correct"][i] == "0"]
+    sought = found["right_of"][: measuring.discovery_rows or None]
+    left = [i for i, right in enumerate(sought) if not right and found["correct"][i] == "0"]
     drawn, size = measuring.samples, max(measuring.samples, 16)
     while left and drawn < measuring.discovery_samples:
         count, asked = min(size, measuring.discovery_samples - drawn), [rows[i] for i in left]

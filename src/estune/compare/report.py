@@ -90,8 +90,8 @@ def render(summary: dict[str, Any], figure: str) -> str:
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")
         parts.append(f"<p class=note><code>{_text(model['path'])}</code>, fingerprint <code>{model['fingerprint']}"
-                     f"</code>; {model['never_solved']} test problems the base solves neither greedily nor in "
-                     f"{comparison['measuring']['discovery_samples']} samples.</p>")  # fmt: skip
+                     f"</code>; {model['never_solved']} of {model['sought']} test problems the base solves neither "
+                     f"greedily nor in {comparison['measuring']['discovery_samples']} samples.</p>")  # fmt: skip
         for budget in BUDGETS:
             if model["rows"][budget]:
                 parts.append(f"<h3>{BUDGET_NAMES[budget]}</h3>")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.compare import measure, worker
-from estune.compare.config import Comparison
+from estune.compare.config import Comparison, from_mapping
 from estune.compare.cost import Cost
 from estune.compare.plan import (
     BUDGETS,
@@ -365,7 +365,7 @@ class Runner:
         growing = ("seeds", "output_dir", "notes", "methods", "models", "established_points", "workers")
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            then = kept["comparison"]
+            then = json.loads(json.dumps(dataclasses.asdict(from_mapping(kept["comparison"]))))  # options added since
             for name in plan:
                 if name not in growing and plan[name] != then[name]:
                     raise UserError(f"{self.directory} holds a comparison with {name} {then[name]!r}, not "

@@ -100,7 +100,8 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
         "path": comparison["models"][folder.name],
         "fingerprint": base["fingerprint"],
         "base": _fixed("base", base, _relative(folder / "base.json", directory), sample_rows),
-        "never_solved": len(base["never_solved"]),
+        "never_solved": len(base["never_solved"]),  # of the first `sought` rows
+        "sought": min(comparison["measuring"].get("discovery_rows") or len(base["correct"]), len(base["correct"])),
         "rows": rows,
         "tests": {},
         "tuning": tuning,

@@ -1,0 +1,45 @@
+"""Fixtures of the tests of ES's rivals."""
+
+import pytest
+
+
+@pytest.fixture
+def in_place(place, monkeypatch):
+    """The test's own directory is the current one."""
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers of transformers that runs make, as they make them."""
+    from estune.baselines import policy_gradient, rejection
+
+    made = []
+    drive = policy_gradient.drive
+
+    def spied(ground, make):
+        def kept(driver):
+            made.append(make(driver))
+            return made[-1]
+
+        return drive(ground, kept)
+
+    monkeypatch.setattr(policy_gradient, "drive", spied)
+    monkeypatch.setattr(rejection, "drive", spied)
+    return made
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What runs had scored: (rows, completions (B, G), rewards (B, G)) of each batch."""
+    from estune.baselines.ground import Ground
+
+    seen = []
+    score = Ground.score
+
+    def spied(self, row_ids, completions):
+        seen.append((list(row_ids), completions, score(self, row_ids, completions)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(Ground, "score", spied)
+    return seen

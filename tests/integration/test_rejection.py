@@ -1,0 +1,203 @@
+"""Rejection sampling and random search: what they draw, keep and cost."""
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+from command_line import metrics, weights
+from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
+
+from estune import ESConfig, inputs
+from estune.baselines import BaselineTrainer, random_search, rejection
+from estune.baselines.ground import Ground
+from estune.compare.plan import evaluations_per_step
+from estune.data import Batches
+from estune.engines.base import Interrupted
+from estune.errors import UserError
+from estune.model_paths import local_directory
+from estune.session import plan_step
+from estune.tasks import get_task
+
+pytestmark = pytest.mark.usefixtures("in_place")
+
+
+def test_rejection_learns_right_samples_once_and_completions_alone(trainers, batches, place):
+    run = train(
+        "sft_rejection",
+        num_generations=6,
+        max_completion_length=48,
+        temperature=1.0,
+        max_steps=2,
+        batch_size=2,
+        train_dataset=easy_rows(12),
+        prompts_per_batch=5,
+    )
+    assert [len(rows) for rows, _, _ in batches] == [5, 5, 2] * 6
+    tokenizer = transformers.AutoTokenizer.from_pretrained(local_directory("tiny"))
+    task, wanted = get_task("countdown"), {}
+    for rows, completions, _ in batches:
+        for row, answers in zip(rows, completions, strict=True):
+            for completion in answers:
+                text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                columns = {name: [value] for name, value in easy_rows(12)[row].items() if name != "prompt"}
+                [right] = task.accuracy(prompts=[""], completions=[text], completion_ids=[[]], **columns)
+                if right == 1 and completion.finished:
+                    wanted[row, completion.token_ids] = None
+    kept = [json.loads(line) for line in (run / "trainer" / "samples.jsonl").read_text().splitlines()]
+    assert wanted and [(line["row"], tuple(line["completion_ids"])) for line in kept] == list(wanted)
+    assert json.loads((run / "method.json").read_text())["samples_kept"] == len(kept)
+    assert [record["num_evaluations"] for record in metrics(run)] == [72, 72]
+    [trainer] = trainers
+    assert len(trainer.train_dataset) == len(kept)
+    for line, given in zip(kept, trainer.train_dataset, strict=True):
+        prompt = tokenizer.encode(easy_rows(12)[line["row"]]["prompt"])
+        assert given["input_ids"] == prompt + line["completion_ids"]
+        assert given["labels"] == [-100] * len(prompt) + line["completion_ids"]
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[len(kept) - 1]])
+    learned = [[label for label in row if label != -100] for row in batch["labels"].tolist()]
+    assert learned == [kept[0]["completion_ids"], kept[-1]["completion_ids"]]
+    assert batch["labels"].shape == batch["input_ids"].shape
+
+
+DRAWN = {"train_dataset": easy_rows(6), "seed": 3, "max_steps": 2, "prompts_per_batch": 2, "num_generations": 3,
+         "max_completion_length": 48}  # fmt: skip
+
+
+def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
+    """A bound leaves the first samples of the whole draw, to the sample; a part of a round follows the run's order."""
+
+    def drawn(name, **own):
+        batches.clear()
+        run = train("sft_rejection", **DRAWN, reward_funcs=always_right, output_dir=name,
+                    method_kwargs={"min_reward": 1.0, **own})  # fmt: skip
+        told = json.loads((run / "method.json").read_text())
+        found = [
+            (row, answers) for rows, completions, _ in batches for row, answers in zip(rows, completions, strict=True)
+        ]
+        assert len(found) == told["samples_drawn"] == metrics(run)[-1]["num_evaluations"]
+        return found
+
+    whole = drawn("whole")
+    order = Batches(6, 6, 3)
+    assert [row for row, _ in whole] == [row for index in range(3) for row in order.rows_for_step(index)]
+    assert all(len(answers) == 1 for _, answers in whole)
+    for most in (1, 7, 12):
+        assert drawn(f"first{most}", max_samples=most) == whole[:most]
+    assert drawn("all", max_samples=100) == whole
+
+
+def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
+    """The batch in hand is kept; the steps have the rest, and a run with more time draws no more."""
+    sample = Ground.sample
+
+    def slow(self, *given):
+        self.clock -= 10
+        return sample(self, *given)
+
+    monkeypatch.setattr(Ground, "sample", slow)
+    given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
+    run = train("sft_rejection", **given, max_time_s=50)
+    assert len(batches) == 3
+    records = metrics(run, times=True)
+    assert [record["num_evaluations"] for record in records] == [6, 6] and 30 < records[-1]["train_time_s"] < 50
+    train("sft_rejection", **{**given, "max_steps": 3}, max_time_s=5000, resume=True)
+    assert len(batches) == 3 and metrics(run)[-1]["num_evaluations"] == 6
+
+
+def test_rejection_that_has_drawn_does_not_draw_again(batches, monkeypatch):
+    """Killed before its first step was kept, it goes on with the same samples, and counts them and their time."""
+    given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
+    whole = train("sft_rejection", **given, output_dir="whole")
+
+    def stopped(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rejection, "drive", stopped)
+        run = train("sft_rejection", **given)
+    batches.clear()
+    train("sft_rejection", **given, resume=True)
+    assert not batches
+    assert weights(run) == weights(whole) and metrics(run) == metrics(whole)
+    cost = json.loads((run / "trainer" / "drawing.json").read_text())
+    assert metrics(run, times=True)[0]["train_time_s"] >= cost["seconds"] > 0
+
+
+def test_rejection_of_all_samples_is_told(place):
+    with pytest.raises(UserError, match="none of 24 samples of the base was right"):
+        train("sft_rejection", train_dataset=easy_rows(6), method_kwargs={"min_reward": 2.0})
+    assert not (place / "run" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="none of 16 samples of the base was right"):
+        train("sft_rejection", train_dataset=easy_rows(4), max_completion_length=1, output_dir="other")
+
+
+@pytest.mark.parametrize("noise", ["full", "lowrank"])
+def test_random_search_is_theta_and_the_luckiest_member(noise, place):
+    run = train("random_search", max_steps=3, train_dataset=easy_rows(8), reward_funcs=letters, noise=noise,
+                **NO_GRADIENT)  # fmt: skip
+    best = json.loads((run / "trainer" / "best.json").read_text())
+    args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_search", "noise": noise})
+    trainer = BaselineTrainer(args=args, train_dataset=easy_rows(8), reward_funcs=letters)
+    prompts, master = trainer.prepare(), trainer.engine.master
+    order = [row for epoch in range(2) for row in Batches(8, 8, 0).rows_for_step(epoch)]
+
+    def fitness(perturbation, first, index):  # two prompts from a place of the run's order
+        rows = [prompts[row] for row in order[first : first + 2]]
+        answers = trainer.engine.generate(perturbation, rows, inputs.sampling(trainer.args, index))
+        return np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
+
+    place_of, holder, fitnesses = (-1, -1), None, []
+    for index in range(3):
+        step = plan_step(trainer.args, Batches(8, 2, 0), index)
+        drawn = [step.perturbation(member) for member in step.members[:2]]
+        first = [fitness(one, 4 * index, 2 * index) for one in drawn]
+        luckiest = int(np.argmax(first))
+        then, now = (fitness(one, 4 * index + 2, 2 * index + 1) for one in (holder, drawn[luckiest]))
+        if now > then:
+            place_of, holder = (index, luckiest), drawn[luckiest]
+        fitnesses.append(max(then, now))
+    assert (best["step"], best["member"]) == place_of != (-1, -1)
+    stored = tensors(run)
+    for name in master.arrays:
+        assert np.array_equal(stored[name], master.perturb(name, holder))
+    records = metrics(run)
+    assert [record["num_evaluations"] for record in records] == [8, 16, 24]
+    assert [record["es/fitness_best"] for record in records] == pytest.approx(fitnesses)
+
+
+def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
+    """Each step looks at new prompts, and its best member is taken where it is better on yet others."""
+    nan = float("nan")
+    looks = iter([[1.0, 1.0], [0.5, 0.75],  # the first of two full scores, better than theta
+                  [1.0, 0.5], [0.5, 0.5],  # no better
+                  [0.5, 1.0], [0.5, 0.75],  # better
+                  [1.0, nan], [0.25, nan], [nan, nan], [nan, nan]])  # fmt: skip
+    seen, plain = [], random_search._fitness
+
+    def scripted(ground, contestants, rows, index):
+        plain(ground, contestants, rows, index)
+        seen.append(rows)
+        return np.array(next(looks))
+
+    kept, write = [], random_search.write_json
+    monkeypatch.setattr(random_search, "_fitness", scripted)
+    monkeypatch.setattr(random_search, "write_json", lambda path, value: (kept.append({**value}), write(path, value)))
+    train("random_search", max_steps=5, train_dataset=easy_rows(8), reward_funcs=letters, **NO_GRADIENT)
+    assert [tuple(best.values()) for best in kept] == [
+        (0, 0, 0.75), (0, 0, 0.5), (2, 1, 0.75), (2, 1, 0.25), (2, 1, None)
+    ]  # fmt: skip
+    rows = [row for epoch in range(3) for row in Batches(8, 8, 0).rows_for_step(epoch)]
+    assert [row for look in seen for row in look] == rows[:20]
+
+
+@pytest.mark.parametrize(("population", "batch"), [(4, 2), (30, 32), (6, 3), (3, 1), (2, 1)])
+def test_a_step_of_random_search_costs_what_one_of_es_does(population, batch):
+    args = {"task": "countdown", "population_size": population, "batch_size": batch, "antithetic": False}
+    cost = evaluations_per_step(ESConfig(method="random_search", **args))
+    of_es = evaluations_per_step(ESConfig(method="es", **args))
+    assert cost == {(6, 3): 17, (2, 1): 3}.get((population, batch), of_es)
+    if population < 30:
+        run = train("random_search", max_steps=1, reward_funcs=letters, train_dataset=easy_rows(8), batch_size=batch,
+                    **{**NO_GRADIENT, "population_size": population, "antithetic": False})  # fmt: skip
+        assert metrics(run)[0]["num_evaluations"] == cost
