@@ -28,7 +28,7 @@ MINIATURE = {
     "seeds": [0, 1],
     "workers": 2,
     "budget": {"evaluations": 72, "time_s": 1},
-    "tuning": {"evaluations": 32, "rows": 8},
+    "tuning": {"evaluations": 32, "time_s": 0.5, "rows": 8},
     "settings": {"max_completion_length": 24, "num_threads": 1},
     "measuring": {"rows": 24, "samples": 2, "sample_rows": 12, "discovery_samples": 4, "kl_rows": 4, "curve_rows": 8,
                   "curve_points": 1},
@@ -113,8 +113,10 @@ def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
     for method in ("es", "grpo", "random_search"):
         tuned = result(compared, f"{method}/tuning.json")
         trial = result(compared, f"{method}/trial-0.json")
-        assert tuned["cost"]["evaluations"] == trial["evaluations"] == 32
-        assert tuned["chosen"] == trial["trial"] and tuned["rows"] == 8
+        timed = result(compared, f"{method}/trial-0-time.json")
+        assert trial["evaluations"] == 32 and timed["train_time_s"] >= 0.5 and timed["run"] == trial["run"]
+        assert tuned["cost"]["evaluations"] == max(32, timed["evaluations"])  # one run went on to both budgets
+        assert tuned["chosen"] == tuned["chosen_time"] == trial["trial"] and tuned["rows"] == 8
         config = compared / "out" / trial["run"] / "es_config.json"
         assert json.loads(config.read_text(encoding="utf-8"))["seed"] == 1000
 

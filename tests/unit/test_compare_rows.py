@@ -10,8 +10,9 @@ import pytest
 
 from estune.compare import worker
 from estune.compare.config import Comparison, from_mapping
-from estune.compare.plan import cells, configuration, entries, rows_of, with_budget, with_time
-from estune.compare.runner import Runner, Stopped
+from estune.compare.plan import Cell, cells, configuration, entries, rows_of, with_budget, with_time
+from estune.compare.processes import Stopped
+from estune.compare.runner import Runner
 from estune.compare.tables import summarise
 from estune.errors import UserError
 
@@ -146,21 +147,54 @@ def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path
         runner._choose("tiny", "es")
 
 
+def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
+    """A run that went on from one budget to the other paid for both at once."""
+    trials = [{"sigma": 0.01}, {"sigma": 0.02}]
+    made = comparison(methods={"es": {**ES, "trials": trials}}, output_dir=str(tmp_path), tuning={"time_s": 3.0})
+    runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
+    for index, marks in enumerate([(0.5, 0.3), (0.4, 0.6)]):
+        for accuracy, suffix, evaluations, run in zip(marks, ("", "-time"), (64, 90), ("whole", "apart"), strict=True):
+            write(folder / f"trial-{index}{suffix}.json", trial=trials[index], accuracy=accuracy, train_time_s=2.0,
+                  evaluations=evaluations, run="whole" if index == 0 else run)  # fmt: skip
+    runner._choose("tiny", "es")
+    tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
+    assert (tuned["chosen"], tuned["chosen_time"]) == (trials[0], trials[1])
+    assert tuned["cost"] == {"evaluations": 90 + 90, "train_time_s": 4.0}
+    jobs = runner._runs(Cell("tiny", "es", 0))
+    assert [(job.args.sigma, list(job.files), job.directory.name) for job in jobs] == [
+        (0.01, ["evaluations"], "seed-0-evaluations"), (0.02, ["time"], "seed-0-time")]  # fmt: skip
+    for same in ({"chosen": trials[1], "chosen_time": trials[1]}, {"chosen": trials[1]}):
+        (folder / "tuning.json").write_text(json.dumps(same))
+        [job] = runner._runs(Cell("tiny", "es", 0))
+        assert (job.args.sigma, list(job.files), job.directory.name) == (0.02, ["evaluations", "time"], "seed-0")
+
+
+def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:
+    methods = {"sft": {"method": "sft_rejection"}}
+    runner = Runner(comparison(methods=methods, output_dir=str(tmp_path), tuning={"time_s": 3.0}))
+    write(tmp_path / "results" / "tiny" / "sft" / "tuning.json", chosen={}, chosen_time={})
+    for jobs, name in ((runner._runs(Cell("tiny", "sft", 0)), "seed-0"), (runner._trials("tiny", "sft", 0), "trial-0")):
+        assert [(list(job.files), job.directory.name) for job in jobs] == [
+            (["evaluations"], f"{name}-evaluations"), (["time"], f"{name}-time")]  # fmt: skip
+    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trials("tiny", "sft", 0)
+    assert (list(job.files), job.directory.name) == (["evaluations"], "trial-0")
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(comparison(output_dir=str(tmp_path)))
-    runner.cost.open(tmp_path / "results" / "cost.json", {})
-    monkeypatch.setattr("estune.compare.runner.GRACE_S", 0.0)
+    runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
+    monkeypatch.setattr("estune.compare.processes.GRACE_S", 0.0)
     for codes, calls, last in (([-9, -11, 0], 3, 0), ([-9, -9, -9, 0], 3, -9), ([1, 0], 1, 1), ([75, 0], 2, 0)):
         left = list(codes)
-        outcome = runner._to_its_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
+        outcome = runner.processes.to_its_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
         assert (len(codes) - len(left), outcome.code) == (calls, last)
     assert json.loads((tmp_path / "results" / "cost.json").read_text())[0]["cpu_s"] == 9.0
-    runner.stopping.set()
+    runner.processes.stopping.set()
     with pytest.raises(Stopped):
-        runner._to_its_end(lambda: worker.Outcome(0), "a run")
+        runner.processes.to_its_end(lambda: worker.Outcome(0), "a run")
 
 
 def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:

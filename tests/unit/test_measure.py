@@ -90,7 +90,7 @@ def run(answers: Answers, of: Comparison, directory: Path) -> dict[str, Any]:
     made.mkdir()
     (made / "es_state.json").write_text('{"fingerprint": "f"}', encoding="utf-8")
     facts = {"run": str(made.resolve()), "steps": 3}
-    measure.measure_run(of, str(made), directory / "base.json", [directory / "result.json"], facts)
+    measure.measure_run(of, directory / "base.json", str(made), directory / "result.json", facts)
     found: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     return found
 

@@ -5,7 +5,7 @@
     models: {llama: benchmarks/bases/llama}
     seeds: [0, 1, 2, 3, 4]
     budget: {evaluations: 24000, time_s: 60}   completions scored in training; seconds of training
-    tuning: {evaluations: 6000, rows: 200}     of one trial; rows of the validation split that decide
+    tuning: {evaluations: 6000, time_s: 30, rows: 200}   of one trial; rows of the validation split that decide
     settings: {max_completion_length: 72}      options of every run, by their names in `estune train`
     methods:
       es: {method: es, settings: {sigma: 0.02}, trials: [{learning_rate: 0.01}, {learning_rate: 0.02}]}
@@ -70,10 +70,13 @@ class Budget:
 class Tuning:
     """What a trial may use, the rows of the validation split that decide, and the trials' run seed.
 
+    With ``time_s`` trials go on to that time, and each budget gets what was best at its own; else what was best at
+    ``evaluations`` serves both.
     ``split`` is the validation split of a data set that was given (`dataset_name`); a task has its own.
     """
 
     evaluations: int = 6000
+    time_s: float = 0.0
     rows: int = 200
     seed: int = 1000
     split: str = "validation"
@@ -251,6 +254,8 @@ def _validate(comparison: Comparison) -> None:
     budget = comparison.budget
     if budget.evaluations < 1 or budget.time_s <= 0 or comparison.tuning.evaluations < 1:
         raise UserError("budgets must be greater than 0")
+    if comparison.tuning.time_s < 0:
+        raise UserError("time_s of tuning cannot be negative; 0 tunes by evaluations alone")
     if comparison.workers < 1:
         raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:

@@ -81,10 +81,10 @@ def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
         raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
 
 
-def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str, Any]) -> None:
-    """Evaluate a trial on the validation rows that decide, and write the outcome with the run's ``facts``."""
+def measure_trial(comparison: Comparison, model: str, file: Path, facts: dict[str, Any]) -> None:
+    """Evaluate a trial's model on the validation rows that decide, and write the outcome with the run's ``facts``."""
     rows = rows_of(comparison, "validation")[: comparison.tuning.rows or None]
-    args = evaluation_config(comparison, run)
+    args = evaluation_config(comparison, model)
     with Judges() as judges:
         greedy, _ = judges.answer(args, inputs.load_engine(args), rows)
     summary = greedy.summary()
@@ -92,21 +92,16 @@ def measure_trial(comparison: Comparison, run: str, file: Path, facts: dict[str,
     write_json(file, {**facts, "status": "done", **kept})
 
 
-def measure_run(
-    comparison: Comparison, run: str, base_file: Path, files: Sequence[Path], facts: dict[str, Any]
-) -> None:
-    """Measure a run's model and write the outcome with its ``facts``, to each of ``files``."""
+def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: dict[str, Any]) -> None:
+    """Measure a run's model and write the outcome with the run's ``facts``."""
     known = json.loads(base_file.read_text(encoding="utf-8"))
-    engine, base_engine = (inputs.load_engine(evaluation_config(comparison, model)) for model in (run, known["model"]))
+    engine, base_engine = (inputs.load_engine(evaluation_config(comparison, each)) for each in (model, known["model"]))
     base = Base(base_engine, Judged(**known["judged"]), known["never_solved"])
     with Judges() as judges:
-        found = measure(comparison, run, engine, base, judges)
+        found = measure(comparison, model, engine, base, judges)
     found["changes"] = changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
-    state = json.loads((Path(run) / "es_state.json").read_text(encoding="utf-8"))
-    result = {**facts, "status": "done", **found, "fingerprint": state["fingerprint"]}
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, result)
+    state = json.loads((Path(model) / "es_state.json").read_text(encoding="utf-8"))
+    write_json(file, {**facts, "status": "done", **found, "fingerprint": state["fingerprint"]})
 
 
 def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:

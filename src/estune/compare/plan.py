@@ -3,6 +3,7 @@
 DIR/tuning/MODEL/METHOD/trial-I        a trial on the validation split, by a seed of its own
 DIR/runs/MODEL/METHOD/seed-S           a run; it is stopped at the budget that it reaches first, measured, and goes
                                        on to the other one
+DIR/.../seed-S-evaluations, ...-time   a run for each budget, where a method cannot go on, or was tuned differently
 DIR/results/...json                    what was measured, one file each; what is there is not done again
 """
 
@@ -22,6 +23,7 @@ from estune.errors import UserError
 from estune.tasks import get_task
 
 BUDGETS = ("evaluations", "time")
+CHOSEN = {"evaluations": "chosen", "time": "chosen_time"}  # in tuning.json; the first serves both if it stands alone
 ENDLESS = 1_000_000_000  # steps of a run that its time will end
 MANY = 1_000_000  # samples of each prompt, where its time ends the drawing
 
@@ -171,6 +173,17 @@ def goes_on(args: ESConfig) -> bool:
 def run_directory(comparison: Comparison, cell: Cell) -> Path:
     """Return where a cell's run lies."""
     return comparison.directory / "runs" / cell.name
+
+
+def tuned_budgets(comparison: Comparison) -> tuple[str, ...]:
+    """Return the budgets for which a method is tuned; where it is for evaluations alone, that serves both."""
+    return BUDGETS if comparison.tuning.time_s else BUDGETS[:1]
+
+
+def trial_file(comparison: Comparison, model: str, method: str, index: int, budget: str) -> Path:
+    """Return where a trial's accuracy at a budget is kept."""
+    name = f"trial-{index}{'-time' if budget == 'time' else ''}.json"
+    return comparison.directory / "results" / model / method / name
 
 
 def result_file(comparison: Comparison, cell: Cell, budget: str) -> Path:

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.figure import Figure
 
-from estune.compare.plan import BUDGETS
+from estune.compare.plan import BUDGETS, CHOSEN
 from estune.compare.tables import summarise
 from estune.files import replace_file
 
@@ -202,10 +202,12 @@ def _tuning_table(tuning: dict[str, Any]) -> str:
     body = []
     for method, found in tuning.items():
         trials = []
-        for trial in found["trials"]:
+        for trial in sorted(found["trials"], key=lambda trial: BUDGETS.index(trial["budget"])):
             told = ", ".join(f"{name} {value}" for name, value in trial["trial"].items()) or "defaults"
+            if CHOSEN["time"] in found:
+                told += f" ({BUDGET_NAMES[trial['budget']].lower()})"
             right = f"{100 * trial['accuracy']:.1f}" if trial["status"] == "done" else f"failed: {trial['error']}"
-            mark = "<b>" if trial["trial"] == found["chosen"] else "<span>"
+            mark = "<b>" if trial["trial"] == found[CHOSEN[trial["budget"]]] else "<span>"
             trials.append(
                 f'{mark}<a href="{_text(trial["file"])}">{_text(told)}: {_text(right)}</a>{mark.replace("<", "</")}'
             )

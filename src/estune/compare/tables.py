@@ -83,7 +83,11 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
             tuning[method] = read_json(folder / method / "tuning.json")
             trials = sorted((folder / method).glob("trial-*.json"), key=lambda path: int(path.stem.split("-")[1]))
             tuning[method]["trials"] = [
-                {**{k: v for k, v in read_json(file).items() if k != "curve"}, "file": _relative(file, directory)}
+                {
+                    **{k: v for k, v in read_json(file).items() if k not in ("curve", "settings")},
+                    "budget": "time" if file.stem.endswith("-time") else "evaluations",
+                    "file": _relative(file, directory),
+                }
                 for file in trials
             ]
         for budget in BUDGETS:

@@ -1,0 +1,179 @@
+"""One training run of a comparison, brought to its budgets and measured at each.
+
+The budget that it reaches first comes first. There its model is kept, and measured as that of then: the run goes on to
+the other one. What was measured is in a file of its own; what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estune.compare import worker
+from estune.compare.plan import with_time
+from estune.compare.processes import Processes
+from estune.config import ESConfig
+from estune.files import write_json
+from estune.monitors import say
+from estune.records import read_metrics
+
+FACTS_FILE = "comparison_facts.json"  # with a model that is kept: how it was made
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and what is to be measured of it.
+
+    ``measure(model, file, facts)`` measures the model in a directory and writes ``file``, with what is known of it and
+    ``status`` `done`; it is called in another process.
+    """
+
+    name: str
+    root: Path  # the comparison's directory
+    args: ESConfig  # with the run's directory, and as many steps as its budget of evaluations pays for
+    limit: float  # seconds of training: its budget of time
+    files: dict[str, Path]  # of each budget: what was measured
+    models: Path  # below it, models that are to be measured
+    facts: dict[str, Any]  # to be written down with every measurement
+    measure: Callable[[str, Path, dict[str, Any]], None]
+    keeps_models: bool = True  # also after they were measured
+    told: str = ""  # of its settings, where it begins
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return Path(str(self.args.output_dir))
+
+    def bring(self, processes: Processes) -> None:
+        """Do what is not there yet.
+
+        Raises:
+            Stopped: the comparison is being stopped.
+        """
+        for budget in self._left():
+            self._measure_kept(processes, budget)
+        left = self._left()
+        if not left:
+            return
+        say(f"estune: {self.name}: {self.told}")
+        if self._is_past(left):
+            shutil.rmtree(self.directory)
+        if len(left) > 1:
+            if not self._go(processes, dataclasses.replace(self.args, max_time_s=self.limit), left):
+                return
+            left = self._left()
+        for budget in left:
+            self._go(processes, with_time(self.args, self.limit) if budget == "time" else self.args, [budget])
+        shutil.rmtree(self.directory / "trainer", ignore_errors=True)  # optimizer and weights, for a resume
+
+    def _left(self) -> list[str]:
+        return [budget for budget, file in self.files.items() if not file.exists()]
+
+    def _is_past(self, left: Sequence[str]) -> bool:
+        """Say whether the run is beyond a budget that is to be measured: its model of then is gone."""
+        times = [record["train_time_s"] for record in read_metrics(self.directory) if "eval_reward" not in record]
+        over = {
+            "evaluations": progress_of(self.directory)["steps"] > self.args.max_steps,
+            "time": any(seconds >= self.limit for seconds in times[:-1]),
+        }
+        return any(over[budget] for budget in left)
+
+    def _go(self, processes: Processes, args: ESConfig, budgets: Sequence[str]) -> bool:
+        """Run to the end of a configuration, and measure the model for those of ``budgets`` that are reached.
+
+        Returns whether the training itself came to its end.
+        """
+        outcome = processes.train(args)
+        progress = progress_of(self.directory)
+        known = {**progress, **self.facts, "run": self._place(self.directory), "settings": self._settings()}
+        if not outcome.failed:
+            reached = {
+                "evaluations": progress["steps"] >= self.args.max_steps,
+                "time": progress["train_time_s"] >= args.max_time_s > 0,
+            }
+            for budget in [budget for budget in budgets if reached[budget]]:
+                self._keep(budget, known)
+                self._measure_kept(processes, budget)
+            if any(reached[budget] for budget in budgets):
+                return True
+            outcome = worker.Outcome(1, f"the run ended after {progress['steps']} steps, before any of its budgets")
+        for budget in budgets:
+            self._fail(budget, known, outcome)
+        return False
+
+    def _kept(self, budget: str) -> Path:
+        return self.models.with_name(f"{self.models.name}-{budget}")
+
+    def _keep(self, budget: str, known: dict[str, Any]) -> None:
+        """Keep the model that is to be measured, and what is known of it: the run may go on and replace it."""
+        place = self._kept(budget)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        for file in self.directory.iterdir():
+            if file.is_file() and file.suffix in (".safetensors", ".json"):
+                os.link(file, place / file.name)  # a later model is renamed over the name, not written into the file
+        facts = {**known, "measured": self._place(place)}
+        write_json(place / FACTS_FILE, facts)  # last: all is there
+
+    def _measure_kept(self, processes: Processes, budget: str) -> None:
+        """Measure the model that was kept for a budget, if one was."""
+        place, file = self._kept(budget), self.files[budget]
+        if not (place / FACTS_FILE).exists():
+            return
+        known = json.loads((place / FACTS_FILE).read_text(encoding="utf-8"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        twin = self._twin(budget, known)
+        if twin is not None:
+            write_json(file, {**twin, "measured": known["measured"]})
+        else:
+            log = f"logs/{self.name.replace('/', '-')}.log"
+            outcome = processes.call(self.measure, (str(place), file, known), log)
+            if outcome.failed:
+                self._fail(budget, known, outcome)
+        if not self.keeps_models:
+            shutil.rmtree(place)
+
+    def _twin(self, budget: str, known: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what was measured for the other budget, if it was this very model: one step may meet both."""
+        for other, file in self.files.items():
+            if other != budget and file.exists():
+                found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                if found["status"] == "done" and all(found[name] == known[name] for name in ("run", "steps")):
+                    return found
+        return None
+
+    def _fail(self, budget: str, known: dict[str, Any], outcome: worker.Outcome) -> None:
+        """Write a run that failed down as a row."""
+        say(f"estune: {self.name}, {budget}: failed: {outcome.error}")
+        file = self.files[budget]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**known, "status": "failed", "error": outcome.error})
+
+    def _place(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the run's resolved options, those apart that say how long and where."""
+        config = self.directory / "es_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        left_out = ("model", "output_dir", "run_name", "max_steps", "max_time_s")
+        return {name: value for name, value in settings.items() if name not in left_out}
+
+
+def progress_of(directory: Path) -> dict[str, Any]:
+    """Return what a run has used so far, and the curve of its held-out evaluations."""
+    records = read_metrics(directory) if directory.exists() else []
+    curve: list[list[float | None]] = []
+    last = {"evaluations": 0, "train_time_s": 0.0}
+    for record in records:
+        if "eval_reward" in record:
+            curve.append([last["evaluations"], last["train_time_s"], record.get("eval_accuracy")])
+        else:
+            last = {"evaluations": record["num_evaluations"], "train_time_s": record["train_time_s"] or 0.0}
+    return {**last, "steps": max((record["step"] for record in records), default=0), "curve": curve}

@@ -1,0 +1,78 @@
+"""A comparison's processes: brought to their end, started again where somebody else killed them, and paid for."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from estune.compare import worker
+from estune.compare.cost import Cost
+from estune.config import ESConfig
+from estune.monitors import say
+
+ATTEMPTS = 3  # of a process that was killed, by the system or by a crash in somebody's library
+GRACE_S = 1.0  # between a process that was cut off and another one in its place
+
+
+class Stopped(Exception):
+    """The comparison is being stopped: what was cut off is not written down, and goes on with the next start."""
+
+
+class Processes:
+    """Starts what a comparison has done in processes of their own; usable from several threads.
+
+    Args:
+        directory: the comparison's.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.context = worker.context()
+        self.cost = Cost()
+        self.stopping = threading.Event()
+
+    def train(self, args: ESConfig) -> worker.Outcome:
+        """Run or resume a training run to its end; what it prints is in a log beside its directory.
+
+        Raises:
+            Stopped: the comparison is being stopped.
+        """
+        directory = Path(str(args.output_dir))
+        values = {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args)}
+
+        def once() -> worker.Outcome:
+            given = {**values, "resume": directory.exists(), "console": "lines"}
+            return worker.call(worker.train, (given,), directory.with_name(f"{directory.name}.log"), self.context)
+
+        return self.to_its_end(once, str(directory))
+
+    def call(self, function: Callable[..., None], arguments: tuple[Any, ...], log: str) -> worker.Outcome:
+        """Call a function, to its end; what it prints is in ``log``, a path below the comparison's directory.
+
+        Raises:
+            Stopped: the comparison is being stopped.
+        """
+        return self.to_its_end(lambda: worker.call(function, arguments, self.directory / log, self.context), log)
+
+    def to_its_end(self, once: Callable[[], worker.Outcome], name: str) -> worker.Outcome:
+        """Start a process, and again where it was killed or asked to stop by somebody else.
+
+        Raises:
+            Stopped: the comparison is being stopped.
+        """
+        for attempt in range(ATTEMPTS):
+            if self.stopping.is_set():
+                raise Stopped
+            outcome = once()
+            self.cost.add(outcome.cpu_s)
+            if not outcome.cut:
+                break
+            self.stopping.wait(GRACE_S)  # Ctrl-C reaches the process and, a little later, this one
+            if self.stopping.is_set():
+                raise Stopped
+            if attempt + 1 < ATTEMPTS:
+                say(f"estune: {name}: {outcome.error}; it goes on from where it was")
+        return outcome
