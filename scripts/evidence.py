@@ -77,11 +77,57 @@ def tests(found: list[dict[str, Any]]) -> str:
     return table(rows, ["difference, points", "mean [95 %]", "p (Holm)"]) if rows else ""
 
 
+def overview(summary: dict[str, Any], budget: str) -> str:
+    """Return pass@1 of every method on every base, and what the runs used on average over the bases."""
+    models, methods = summary["models"], list(summary["comparison"]["methods"])
+    found = {
+        method: {
+            model: row
+            for model, its in models.items()
+            for row in its["rows"][budget]
+            if row["name"] == method and "accuracy" in row
+        }
+        for method in methods
+    }
+    body = []
+    for label in ("base", "prefix"):
+        fixed_rows = [its.get(label) for its in models.values()]
+        if all(fixed_rows):
+            name = fixed_rows[0]["name"].replace("<", "&lt;")
+            body.append([name, *(share(row["accuracy"]) for row in fixed_rows), "", ""])
+    for method, rows in found.items():
+        if rows:
+            used = [sum(row[name] for row in rows.values()) / len(rows) for name in ("evaluations", "train_time_s")]
+            name = method + ("" if summary["established"].get(method, True) else " (not established: no claim)")
+            cells = [share(rows[model]["accuracy"]) if model in rows else "" for model in models]
+            body.append([name, *cells, f"{used[0]:,.0f}", f"{used[1]:.0f}"])
+    return table(body, ["pass@1, %", *models, "evaluations", "seconds"])
+
+
+def differences(summary: dict[str, Any], budget: str) -> str:
+    """Return in a sentence how many paired differences of evolution strategies to others are more than chance."""
+    found = [test for its in summary["models"].values() for test in its["tests"][budget]]
+    sure = [test for test in found if test["p_holm"] < 0.05]
+    better = [test for test in sure if test["difference"] > 0]
+    luckiest = sum(test["other"] == "random_search" for test in better)
+    return (
+        f"Of {len(found)} paired differences between evolution strategies and another method, one for each base and "
+        f"kind of members, {len(better)} are in favour of evolution strategies with p < 0.05 (Holm), {luckiest} of "
+        f"them against random search, and {len(sure) - len(better)} against them.\n"
+        if found
+        else ""
+    )
+
+
 def section(name: str) -> str:
     """Return everything that the page says by itself of a comparison."""
     summary = json.loads((RESULTS / name / "summary.json").read_text(encoding="utf-8"))
     comparison = summary["comparison"]
     parts = [f"![Accuracy while the runs went on](images/{name}.png)\n"]
+    for budget, told in BUDGETS.items():
+        if any(its["rows"][budget] for its in summary["models"].values()):
+            parts += [f"**{told.capitalize()}**\n", overview(summary, budget), differences(summary, budget)]
+    parts.append('<details markdown="1"><summary>All that was measured, and every paired difference</summary>\n')
     for model, found in summary["models"].items():
         for budget, told in BUDGETS.items():
             rows = found["rows"][budget]
@@ -92,6 +138,7 @@ def section(name: str) -> str:
             body = [fixed(row) for row in (found["base"], found.get("prefix")) if row]
             parts.append(table([*body, *(line(row, summary["established"]) for row in rows)], HEAD))
             parts.append(tests(found["tests"][budget]))
+    parts.append("</details>\n")
     if summary["cost"]:
         cost = summary["cost"]
         parts.append(f"Cost: {cost['cpu_h']:.1f} hours of processor time, {cost['wall_h']:.1f} of waiting.\n")
