@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,22 @@ def tests(found: list[dict[str, Any]]) -> str:
     return table(rows, ["difference, points", "mean [95 %]", "p (Holm)"]) if rows else ""
 
 
+def half_way(summary: dict[str, Any], method: str) -> str:
+    """Return the seconds of training, median over bases and seeds, to half of what the forced skill is worth.
+
+    Of the evaluations while runs went on, on validation rows; empty where no skill was forced.
+    """
+    found = []
+    for its in summary["models"].values():
+        if "prefix" not in its:
+            return ""
+        wanted = (its["base"]["accuracy"]["mean"] + its["prefix"]["accuracy"]["mean"]) / 2
+        for curve in its["curves"].get(method, []):
+            found.append(next((seconds for _, seconds, accuracy in curve if (accuracy or 0) >= wanted), math.inf))
+    median = statistics.median(found) if found else math.inf
+    return f"{median:.0f}" if math.isfinite(median) else "never"
+
+
 def overview(summary: dict[str, Any], budget: str) -> str:
     """Return pass@1 of every method on every base, and what the runs used on average over the bases."""
     models, methods = summary["models"], list(summary["comparison"]["methods"])
@@ -94,14 +112,14 @@ def overview(summary: dict[str, Any], budget: str) -> str:
         fixed_rows = [its.get(label) for its in models.values()]
         if all(fixed_rows):
             name = fixed_rows[0]["name"].replace("<", "&lt;")
-            body.append([name, *(share(row["accuracy"]) for row in fixed_rows), "", ""])
+            body.append([name, *(share(row["accuracy"]) for row in fixed_rows), "", "", ""])
     for method, rows in found.items():
         if rows:
             used = [sum(row[name] for row in rows.values()) / len(rows) for name in ("evaluations", "train_time_s")]
             name = method + ("" if summary["established"].get(method, True) else " (not established: no claim)")
             cells = [share(rows[model]["accuracy"]) if model in rows else "" for model in models]
-            body.append([name, *cells, f"{used[0]:,.0f}", f"{used[1]:.0f}"])
-    return table(body, ["pass@1, %", *models, "evaluations", "seconds"])
+            body.append([name, *cells, f"{used[0]:,.0f}", f"{used[1]:.0f}", half_way(summary, method)])
+    return table(body, ["pass@1, %", *models, "evaluations", "seconds", "half way, s"])
 
 
 def differences(summary: dict[str, Any], budget: str) -> str:
@@ -126,7 +144,9 @@ def section(name: str) -> str:
     parts = [f"![Accuracy while the runs went on](images/{name}.png)\n"]
     for budget, told in BUDGETS.items():
         if any(its["rows"][budget] for its in summary["models"].values()):
-            parts += [f"**{told.capitalize()}**\n", overview(summary, budget), differences(summary, budget)]
+            seeds = max(len(row["seeds"]) for its in summary["models"].values() for row in its["rows"][budget])
+            of = "" if seeds == len(comparison["seeds"]) else f" ({seeds} of {len(comparison['seeds'])} seeds so far)"
+            parts += [f"**{told.capitalize()}**{of}\n", overview(summary, budget), differences(summary, budget)]
     parts.append('<details markdown="1"><summary>All that was measured, and every paired difference</summary>\n')
     for model, found in summary["models"].items():
         for budget, told in BUDGETS.items():

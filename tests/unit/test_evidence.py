@@ -27,11 +27,18 @@ SUMMARY = {
     "models": {
         "a": {
             "base": {"name": "base", "accuracy": estimate(0.2)},
+            "prefix": {"name": "base, <forced>", "accuracy": estimate(0.8)},
+            "curves": {
+                "es": [[[8, 1.0, 0.2], [16, 3.0, 0.5]], [[8, 2.0, 0.1], [16, 5.0, None], [24, 7.0, 0.6]]],
+                "grpo": [[[8, 1.0, 0.4]]],
+            },
             "rows": {"time": [row("es", 0.6), row("grpo", 0.7), row("ppo", 0.2), {"name": "random_search"}]},
             "tests": {"time": [difference("grpo", -0.1, 0.01), difference("random_search", 0.1, 0.04)]},
         },
         "b": {
             "base": {"name": "base", "accuracy": estimate(0.3)},
+            "prefix": {"name": "base, <forced>", "accuracy": estimate(0.5)},
+            "curves": {"es": [[[8, 4.0, 0.4]]]},
             "rows": {"time": [row("es", 0.8)]},
             "tests": {"time": [difference("grpo", 0.3, 0.001), difference("random_search", 0.1, 0.05)]},
         },
@@ -42,12 +49,13 @@ SUMMARY = {
 def test_an_overview_has_a_line_for_each_method_and_a_column_for_each_base() -> None:
     with loaded("scripts/evidence.py") as evidence:
         lines = evidence.overview(SUMMARY, "time").splitlines()
-    assert lines[0] == "| pass@1, % | a | b | evaluations | seconds |"
+    assert lines[0] == "| pass@1, % | a | b | evaluations | seconds | half way, s |"
     assert lines[2:] == [
-        "| base | 20.0 [10.0, 30.0] | 30.0 [20.0, 40.0] |  |  |",
-        "| es | 60.0 [50.0, 70.0] | 80.0 [70.0, 90.0] | 700 | 7 |",
-        "| grpo | 70.0 [60.0, 80.0] |  | 700 | 7 |",
-        "| ppo (not established: no claim) | 20.0 [10.0, 30.0] |  | 200 | 2 |",
+        "| base | 20.0 [10.0, 30.0] | 30.0 [20.0, 40.0] |  |  |  |",
+        "| base, &lt;forced> | 80.0 [70.0, 90.0] | 50.0 [40.0, 60.0] |  |  |  |",
+        "| es | 60.0 [50.0, 70.0] | 80.0 [70.0, 90.0] | 700 | 7 | 4 |",
+        "| grpo | 70.0 [60.0, 80.0] |  | 700 | 7 | never |",
+        "| ppo (not established: no claim) | 20.0 [10.0, 30.0] |  | 200 | 2 | never |",
     ]
 
 
