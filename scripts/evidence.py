@@ -1,28 +1,31 @@
-"""Write the tables of `docs/evidence.md` from what comparisons wrote, and copy their curves beside it.
+"""Write the tables of `docs/evidence.md` from what comparisons measured, and copy their curves beside it.
 
     python scripts/evidence.py            # after a comparison
     python scripts/evidence.py --check    # exit status 1 where the page says something else than the results
 
-A table stands between `<!-- compare_NAME -->` and `<!-- end -->`; it is made from
-`benchmarks/results/compare_NAME/summary.json`, whose curves become `docs/images/compare_NAME.png`.
+A table stands between `<!-- compare_NAME -->` and `<!-- end -->`; it is made from `benchmarks/results/compare_NAME`,
+whose curves become `docs/images/compare_NAME.png`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from estune.compare.tables import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS, IMAGES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 PLACE = re.compile(r"(<!-- (compare_\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
-HEAD = ["method", "pass@1, %", "gain, points", "seeds, %", "pass@16, %", "KL", "kept, %", "evaluations", "seconds"]
+FEWEST_SEEDS = 3  # from which differences are counted
 
 
 def share(estimate: dict[str, Any], name: str = "mean", sign: str = "") -> str:
@@ -31,38 +34,9 @@ def share(estimate: dict[str, Any], name: str = "mean", sign: str = "") -> str:
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def kept(values: dict[str, float]) -> str:
-    """Return the accuracies on other tasks, or under other prompts, in per cent."""
-    return ", ".join(f"{100 * value:.1f}" for value in values.values())
-
-
-def line(row: dict[str, Any], established: dict[str, bool]) -> list[str]:
-    """Return one method's cells."""
-    notes = []
-    if established.get(row["name"]) is False:
-        notes.append("not established: no claim")
-    if row["failed"]:
-        notes.append(f"{row['failed']} of {len(row['seeds'])} failed")
-    if row["hacked"]:
-        notes.append(f"{row['hacked']} hacked")
-    name = row["name"] + (f" ({'; '.join(notes)})" if notes else "")
-    if "accuracy" not in row:
-        return [name] + [""] * (len(HEAD) - 1)
-    seeds = sorted(100 * seed["accuracy"] for seed in row["seeds"] if "accuracy" in seed)
-    last = row["pass_at_k"][max(row["pass_at_k"], key=int)]
-    return [
-        name, share(row["accuracy"]), share(row["gain"], "difference", "+"), f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
-        share(last), f"{row['kl']:.2f}", kept(row["retention"]), f"{row['evaluations']:,.0f}",
-        f"{row['train_time_s']:.0f}",
-    ]  # fmt: skip
-
-
-def fixed(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a model that nothing trained."""
-    samples = row.get("pass_at_k", {})
-    name = row["name"].replace("<", "&lt;")
-    return [name, share(row["accuracy"]), "", "", share(samples[max(samples, key=int)]) if samples else "", "",
-            kept(row["retention"]), "", ""]  # fmt: skip
+def number(value: float | None, digits: int) -> str:
+    """Return a number, nothing where there is none."""
+    return "" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
 def table(rows: list[list[str]], head: list[str]) -> str:
@@ -71,60 +45,82 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tests(found: list[dict[str, Any]]) -> str:
-    """Return the paired differences, one line each."""
-    rows = [
-        [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"] for test in found
-    ]
-    return table(rows, ["difference, points", "mean [95 %]", "p (Holm)"]) if rows else ""
+def labelled(row: dict[str, Any], established: dict[str, bool]) -> str:
+    """Return a method's name, and what has to be said with it."""
+    notes = []
+    if established.get(row["name"]) is False:
+        notes.append("not established: no claim")
+    if row.get("failed"):
+        notes.append(f"{row['failed']} of {len(row['seeds'])} failed")
+    if row.get("hacked"):
+        notes.append(f"{row['hacked']} hacked")
+    name = str(row["name"]).replace("<", "&lt;")
+    return f"{name} ({'; '.join(notes)})" if notes else name
 
 
-def half_way(summary: dict[str, Any], method: str) -> str:
+def seeds_told(rows: Sequence[dict[str, Any]], wanted: int) -> str:
+    """Return how many seeds these rows have, where it is not all of them."""
+    counts = [len(row["seeds"]) for row in rows]
+    few, many = min(counts), max(counts)
+    if few == wanted:
+        return ""
+    alone = "; an interval of one seed is over problems alone" if few == 1 else ""
+    return f" ({few if few == many else f'{few} to {many}'} of {wanted} seeds so far{alone})"
+
+
+# --- all bases --------------------------------------------------------------------------------------------------------
+
+
+def half_way(summary: dict[str, Any], budget: str, method: str) -> str:
     """Return the seconds of training, median over bases and seeds, to half of what the forced skill is worth.
 
-    Of the evaluations while runs went on, on validation rows; empty where no skill was forced.
+    Read off the evaluations on validation rows while runs went on, straight lines between them; a run that never got
+    there, or failed before it was evaluated, counts as never. Nothing where no skill was forced.
     """
     found = []
     for its in summary["models"].values():
         if "prefix" not in its:
             return ""
         wanted = (its["base"]["accuracy"]["mean"] + its["prefix"]["accuracy"]["mean"]) / 2
-        for curve in its["curves"].get(method, []):
-            found.append(next((seconds for _, seconds, accuracy in curve if (accuracy or 0) >= wanted), math.inf))
-    median = statistics.median(found) if found else math.inf
-    return f"{median:.0f}" if math.isfinite(median) else "never"
+        for curve in its["curves"][budget].get(method, []):
+            points = [(seconds, accuracy) for _, seconds, accuracy in curve if accuracy is not None]
+            crossings = (
+                t + (u - t) * (wanted - a) / (b - a) for (t, a), (u, b) in itertools.pairwise(points) if a < wanted <= b
+            )
+            found.append(next(crossings, math.inf))
+    median = statistics.median(found) if found else math.nan
+    return "never" if median == math.inf else number(median, 0)
 
 
 def overview(summary: dict[str, Any], budget: str) -> str:
-    """Return pass@1 of every method on every base, and what the runs used on average over the bases."""
-    models, methods = summary["models"], list(summary["comparison"]["methods"])
-    found = {
-        method: {
-            model: row
-            for model, its in models.items()
-            for row in its["rows"][budget]
-            if row["name"] == method and "accuracy" in row
-        }
-        for method in methods
-    }
+    """Return pass@1 of every method on every base, and what runs used on average; nothing where a base lacks them."""
+    models = summary["models"]
+    halves = all("prefix" in its for its in models.values())
     body = []
     for label in ("base", "prefix"):
-        fixed_rows = [its.get(label) for its in models.values()]
-        if all(fixed_rows):
-            name = fixed_rows[0]["name"].replace("<", "&lt;")
-            body.append([name, *(share(row["accuracy"]) for row in fixed_rows), "", "", ""])
-    for method, rows in found.items():
-        if rows:
-            used = [sum(row[name] for row in rows.values()) / len(rows) for name in ("evaluations", "train_time_s")]
-            name = method + ("" if summary["established"].get(method, True) else " (not established: no claim)")
-            cells = [share(rows[model]["accuracy"]) if model in rows else "" for model in models]
-            body.append([name, *cells, f"{used[0]:,.0f}", f"{used[1]:.0f}", half_way(summary, method)])
-    return table(body, ["pass@1, %", *models, "evaluations", "seconds", "half way, s"])
+        rows = [its.get(label) for its in models.values()]
+        if all(rows):
+            body.append([labelled(rows[0], {}), *(share(row["accuracy"]) for row in rows), "", "", *[""] * halves])
+    for method in summary["comparison"]["methods"]:
+        found = [next((row for row in its["rows"][budget] if row["name"] == method), None) for its in models.values()]
+        known = [row for row in found if row is not None]
+        if not known:
+            continue
+        cells = [share(row["accuracy"]) if row and "accuracy" in row else "" for row in found]
+        used = ["", ""]
+        if all(cells):
+            used = [number(statistics.mean(row[name] for row in known), 0) for name in ("evaluations", "train_time_s")]
+        notes = labelled({"name": method}, summary["established"])
+        body.append([notes, *cells, *used, *[half_way(summary, budget, method)] * halves])
+    return table(body, ["pass@1, %", *models, "evaluations", "seconds", *["half way, s"] * halves])
 
 
 def differences(summary: dict[str, Any], budget: str) -> str:
     """Return in a sentence how many paired differences of evolution strategies to others are more than chance."""
     found = [test for its in summary["models"].values() for test in its["tests"][budget]]
+    rows = [row for its in summary["models"].values() for row in its["rows"][budget]]
+    if not found or min(len(row["seeds"]) for row in rows) < FEWEST_SEEDS:
+        return ""
     sure = [test for test in found if test["p_holm"] < 0.05]
     better = [test for test in sure if test["difference"] > 0]
     luckiest = sum(test["other"] == "random_search" for test in better)
@@ -132,37 +128,78 @@ def differences(summary: dict[str, Any], budget: str) -> str:
         f"Of {len(found)} paired differences between evolution strategies and another method, one for each base and "
         f"kind of members, {len(better)} are in favour of evolution strategies with p < 0.05 (Holm), {luckiest} of "
         f"them against random search, and {len(sure) - len(better)} against them.\n"
-        if found
-        else ""
     )
+
+
+# --- one base ---------------------------------------------------------------------------------------------------------
+
+
+def line(row: dict[str, Any], established: dict[str, bool], columns: int) -> list[str]:
+    """Return one method's cells."""
+    name = labelled(row, established)
+    if "accuracy" not in row:
+        return [name] + [""] * (columns - 1)
+    seeds = sorted(100 * seed["accuracy"] for seed in row["seeds"] if "accuracy" in seed)
+    last = row["pass_at_k"][max(row["pass_at_k"], key=int)]
+    kept = [number(100 * value, 1) for value in row["retention"].values()]
+    return [
+        name, share(row["accuracy"]), share(row["gain"], "difference", "+"), f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
+        share(last), number(row["kl"], 2), *kept, number(row["evaluations"], 0), number(row["train_time_s"], 0),
+    ]  # fmt: skip
+
+
+def fixed(row: dict[str, Any], kept: Sequence[str]) -> list[str]:
+    """Return the cells of a model that nothing trained."""
+    samples = row.get("pass_at_k", {})
+    last = share(samples[max(samples, key=int)]) if samples else ""
+    others = [number(100 * row["retention"][name], 1) if name in row["retention"] else "" for name in kept]
+    return [labelled(row, {}), share(row["accuracy"]), "", "", last, "", *others, "", ""]
+
+
+def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
+    """Return everything that was measured on a base at a budget."""
+    found, comparison = summary["models"][model], summary["comparison"]
+    rows, kept = found["rows"][budget], list(found["base"]["retention"])
+    k = max(found["base"]["pass_at_k"], key=int)
+    head = ["method", "pass@1, %", "gain, points", "seeds, %", f"pass@{k}, %", "KL",
+            *(f"kept: {name}, %" for name in kept), "evaluations", "seconds"]  # fmt: skip
+    body = [fixed(row, kept) for row in (found["base"], found.get("prefix")) if row]
+    body += [line(row, summary["established"], len(head)) for row in rows]
+    tests = [
+        [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"]
+        for test in found["tests"][budget]
+    ]
+    title = f"**{model}, {BUDGETS[budget]}**{seeds_told(rows, len(comparison['seeds']))}\n"
+    shown = table(tests, ["difference, points", "mean [95 %]", "p (Holm)"]) if tests else ""
+    return "\n".join(part for part in (title, table(body, head), shown) if part)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def section(name: str) -> str:
     """Return everything that the page says by itself of a comparison."""
-    summary = json.loads((RESULTS / name / "summary.json").read_text(encoding="utf-8"))
-    comparison = summary["comparison"]
+    summary = summarise(RESULTS / name)
+    models, wanted = summary["models"], len(summary["comparison"]["seeds"])
     parts = [f"![Accuracy while the runs went on](images/{name}.png)\n"]
-    for budget, told in BUDGETS.items():
-        if any(its["rows"][budget] for its in summary["models"].values()):
-            seeds = max(len(row["seeds"]) for its in summary["models"].values() for row in its["rows"][budget])
-            of = "" if seeds == len(comparison["seeds"]) else f" ({seeds} of {len(comparison['seeds'])} seeds so far)"
-            parts += [f"**{told.capitalize()}**{of}\n", overview(summary, budget), differences(summary, budget)]
+    budgets = [budget for budget in BUDGETS if any(its["rows"][budget] for its in models.values())]
+    for budget in budgets:
+        rows = [row for its in models.values() for row in its["rows"][budget]]
+        title = f"**{BUDGETS[budget].capitalize()}**{seeds_told(rows, wanted)}\n"
+        parts += [title, overview(summary, budget), differences(summary, budget)]
     parts.append('<details markdown="1"><summary>All that was measured, and every paired difference</summary>\n')
-    for model, found in summary["models"].items():
-        for budget, told in BUDGETS.items():
-            rows = found["rows"][budget]
-            if not rows:
-                continue
-            seeds = max(len(row["seeds"]) for row in rows)
-            parts.append(f"**{model}, {told}** ({seeds} of {len(comparison['seeds'])} seeds)\n")
-            body = [fixed(row) for row in (found["base"], found.get("prefix")) if row]
-            parts.append(table([*body, *(line(row, summary["established"]) for row in rows)], HEAD))
-            parts.append(tests(found["tests"][budget]))
+    parts += [one_base(summary, model, budget) for model, its in models.items() for budget in budgets
+              if its["rows"][budget]]  # fmt: skip
     parts.append("</details>\n")
-    if summary["cost"]:
-        cost = summary["cost"]
-        parts.append(f"Cost: {cost['cpu_h']:.1f} hours of processor time, {cost['wall_h']:.1f} of waiting.\n")
-    return "\n".join(part for part in parts if part)
+    found = summary["environment"]
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "trl")
+                         if name in found.get("versions", {}))  # fmt: skip
+    parts.append(f"Machine: {found['processor']}, {found['cores']} cores{'; ' if versions else ''}{versions}.")
+    for what, values in summary["mixed"].items():
+        parts.append(f"Results of more than one {what} are mixed here: {'; '.join(values)}.")
+    if cost := summary["cost"]:
+        parts.append(f"Cost: {cost['cpu_h']:.1f} hours of processor time, {cost['wall_h']:.1f} of waiting.")
+    return "\n".join(part for part in parts if part) + "\n"
 
 
 def page(text: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 PACKAGES = ("estune", "torch", "transformers", "numba", "numpy", "tokenizers", "safetensors", "datasets")
 
 
-def versions() -> dict[str, str]:
-    """Return the installed versions that can change a bit of a run; packages that are absent are left out."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions that can change a bit of a run, and of ``more`` packages; what is absent is left out."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -36,13 +36,14 @@ JOURNAL_FILE = "journal.jsonl"
 PENDING_FILE = "pending.jsonl"
 METHOD_FILE = "method.json"  # of a run that is not ES's: it has no journal
 # What a run directory can hold of ours, and of the model's own files; `--overwrite` deletes nothing else.
-WRITTEN = (
+OF_RUN = (
     ".*", CONFIG_FILE, JOURNAL_FILE, PENDING_FILE, METRICS_FILE, "env.json", "eval", "completions", "plots", "base",
-    "checkpoint-*", "es_state.json", "trainer_state.json", "config.json", "generation_config.json", "*.safetensors",
+    "checkpoint-*", "README.md", "report.html", "trackers.json", "tensorboard", "wandb", METHOD_FILE, "trainer",
+)  # fmt: skip
+WRITTEN = (
+    *OF_RUN, "es_state.json", "trainer_state.json", "config.json", "generation_config.json", "*.safetensors",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "vocab.*", "merges.txt", "*.model", "*.spm", "configuration_*.py", "modeling_*.py", "tokenization_*.py",
-    "README.md", "report.html", "trackers.json", "tensorboard", "wandb",
-    METHOD_FILE, "trainer",
 )  # fmt: skip
 
 

@@ -206,6 +206,8 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
         ({"methods": {"a": {"method": "grpo", "settings": {"sigma": 0.1}}}}, ("method a", "sigma")),
         ({"methods": {"a": {"method": "es", "settings": {"lr_scheduler_type": "cosine"}}}}, ("constant",)),
         ({"budget": {"evaluations": 0}}, ("budgets",)),
+        ({"budget": {"time_s": float("inf")}}, ("budgets", "end")),
+        ({"tuning": {"time_s": float("nan")}}, ("time_s of tuning",)),
         ({"budget": {"evaluations": "many"}}, ("evaluations", "whole number")),
         ({"budget": {"evalations": 3}}, ("evaluations",)),
         ({"seeds": 3}, ("seeds", "list")),
@@ -234,6 +236,6 @@ def test_what_is_refused_before_anything_runs(tmp_path: Path, changes: dict, par
 @pytest.mark.miniature
 def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
     done = estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
-    assert done.code == 0 and "8 runs" in done.out and "4 trials" in done.out
+    assert done.code == 0 and "8 runs" in done.out and "4 trials of 32 evaluations and 0.5 s" in done.out
     assert not (tmp_path / "out").exists()
     assert_refused(estune("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")

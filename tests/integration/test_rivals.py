@@ -123,6 +123,26 @@ def test_the_defaults_of_methods_are_trls():
     assert (resolved.batch_size, resolved.learning_rate) == (8, 1e-6)
 
 
+def test_the_page_names_the_defaults_that_a_run_gets():
+    lines = (Path(__file__).parents[2] / "docs" / "rivals.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, text in enumerate(lines) if text.startswith("| | `grpo`"))
+    head, _, *body = [[cell.strip() for cell in text.strip("|").split("|")] for text in lines[start : start + 11]]
+    table = {cells[0].split(",")[0].strip("`"): dict(zip(head[1:], cells[1:], strict=True)) for cells in body}
+    for method in ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search"):
+        args = inputs.resolve_config(ESConfig(method=method, task="countdown"), 200)
+        for name in ("learning_rate", "batch_size", "num_generations", "temperature"):
+            told = table[name][f"`{method}`"].split()[:1]
+            if (method, name) == ("random_search", "learning_rate"):
+                assert not told
+            else:
+                assert float(told[0]) == getattr(args, name), (method, name)
+    for method, own in arguments.OF_METHOD.items():
+        for name in ("loss_type", "scale_rewards"):
+            assert table[name][f"`{method}`"] == own.get(
+                name, "nll" if (method, name) == ("sft_rejection", "loss_type") else ""
+            )
+
+
 def test_a_constant_rate_rises_where_warmup_is_asked_for(trainers):
     train("grpo", warmup_steps=3)
     assert trainers[0].args.lr_scheduler_type == "constant_with_warmup"

@@ -347,7 +347,7 @@ def test_engine(run, place):
 
 
 def test_method(run_model, place, tiny_llama):
-    """What each method does is shown in `test_rivals`."""
+    """What each method does is shown in `test_rivals`, `test_rejection` and `test_ppo`."""
     pytest.importorskip("trl", reason="the rivals' trainers")
     furnish(place)
     size = MODEL.index("--population_size")

@@ -1,4 +1,4 @@
-"""The report's table of details: pass@k, discovery with its control, retention by its name, what moved."""
+"""The report's tables of details: pass@k, discovery with its control, what is kept, what moved; and of tuning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from estune.compare.report import _labels, _more_table
+from estune.compare.report import _labels, _more_table, _tuning_table
 from estune.compare.statistics import two_level
 from estune.compare.tables import _fixed, _row
 from estune.evaluation import interval, pass_at_k
@@ -68,3 +68,27 @@ def test_pass_at_k_is_of_the_first_rows_with_the_interval_of_one_model_or_of_see
     assert (both["low"], both["high"]) == pytest.approx(
         (two_level([[1, 0.5, 0], [0, 0, 0.5]]).low, two_level([[1, 0.5, 0], [0, 0, 0.5]]).high)
     )
+
+
+def test_the_tuning_table_marks_what_each_budget_chose() -> None:
+    trials = [
+        {
+            "trial": {"sigma": sigma},
+            "status": "done",
+            "accuracy": right,
+            "budget": budget,
+            "file": f"{budget}-{sigma}",
+        }
+        for sigma, budget, right in ((0.1, "evaluations", 0.5), (0.1, "time", 0.25), (0.2, "time", 0.75))
+    ]
+    cost = {"evaluations": 1234, "train_time_s": 5.4}
+    both = {"es": {"chosen": {"sigma": 0.1}, "chosen_time": {"sigma": 0.2}, "trials": trials, "cost": cost}}
+    page = _tuning_table(both)
+    assert re.findall(r"<b>(.*?)</b>", page) == [
+        '<a href="evaluations-0.1">sigma 0.1 (equal evaluations): 50.0</a>',
+        '<a href="time-0.2">sigma 0.2 (equal time): 75.0</a>',
+    ]
+    assert re.findall(r"<span>(.*?)</span>", page) == ['<a href="time-0.1">sigma 0.1 (equal time): 25.0</a>']
+    assert "<td>1,234</td><td>5</td>" in page
+    one = {"es": {"chosen": {"sigma": 0.1}, "trials": trials[:1], "cost": cost}}
+    assert re.findall(r"<b>(.*?)</b>", _tuning_table(one)) == ['<a href="evaluations-0.1">sigma 0.1: 50.0</a>']

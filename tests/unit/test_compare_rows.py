@@ -148,18 +148,18 @@ def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path
 
 
 def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
-    """A run that went on from one budget to the other paid for both at once."""
+    """A run that went on from one budget to the other paid for both at once; two runs both paid."""
     trials = [{"sigma": 0.01}, {"sigma": 0.02}]
     made = comparison(methods={"es": {**ES, "trials": trials}}, output_dir=str(tmp_path), tuning={"time_s": 3.0})
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
     for index, marks in enumerate([(0.5, 0.3), (0.4, 0.6)]):
-        for accuracy, suffix, evaluations, run in zip(marks, ("", "-time"), (64, 90), ("whole", "apart"), strict=True):
+        for accuracy, suffix, evaluations in zip(marks, ("", "-time"), (64, 90), strict=True):
             write(folder / f"trial-{index}{suffix}.json", trial=trials[index], accuracy=accuracy, train_time_s=2.0,
-                  evaluations=evaluations, run="whole" if index == 0 else run)  # fmt: skip
+                  evaluations=evaluations, run="trial-0" if index == 0 else f"trial-1{suffix}")  # fmt: skip
     runner._choose("tiny", "es")
     tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
     assert (tuned["chosen"], tuned["chosen_time"]) == (trials[0], trials[1])
-    assert tuned["cost"] == {"evaluations": 90 + 90, "train_time_s": 4.0}
+    assert tuned["cost"] == {"evaluations": 90 + (64 + 90), "train_time_s": 2.0 + (2.0 + 2.0)}
     jobs = runner._runs(Cell("tiny", "es", 0))
     assert [(job.args.sigma, list(job.files), job.directory.name) for job in jobs] == [
         (0.01, ["evaluations"], "seed-0-evaluations"), (0.02, ["time"], "seed-0-time")]  # fmt: skip
@@ -173,10 +173,10 @@ def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:
     methods = {"sft": {"method": "sft_rejection"}}
     runner = Runner(comparison(methods=methods, output_dir=str(tmp_path), tuning={"time_s": 3.0}))
     write(tmp_path / "results" / "tiny" / "sft" / "tuning.json", chosen={}, chosen_time={})
-    for jobs, name in ((runner._runs(Cell("tiny", "sft", 0)), "seed-0"), (runner._trials("tiny", "sft", 0), "trial-0")):
+    for jobs, name in ((runner._runs(Cell("tiny", "sft", 0)), "seed-0"), (runner._trial("tiny", "sft", 0), "trial-0")):
         assert [(list(job.files), job.directory.name) for job in jobs] == [
             (["evaluations"], f"{name}-evaluations"), (["time"], f"{name}-time")]  # fmt: skip
-    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trials("tiny", "sft", 0)
+    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trial("tiny", "sft", 0)
     assert (list(job.files), job.directory.name) == (["evaluations"], "trial-0")
 
 

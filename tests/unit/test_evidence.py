@@ -2,85 +2,133 @@
 
 from __future__ import annotations
 
-import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from script_loading import ROOT, loaded
+from script_loading import loaded
 
 
 def estimate(mean: float, spread: float = 0.1) -> dict[str, float]:
     return {"mean": mean, "low": mean - spread, "high": mean + spread}
 
 
-def row(name: str, accuracy: float) -> dict[str, Any]:
-    return {"name": name, "accuracy": estimate(accuracy), "evaluations": 1000 * accuracy, "train_time_s": 10 * accuracy}
+def row(name: str, accuracy: float, seeds: int = 3) -> dict[str, Any]:
+    return {"name": name, "accuracy": estimate(accuracy), "evaluations": 1000 * accuracy, "train_time_s": 10 * accuracy,
+            "seeds": [{"seed": seed} for seed in range(seeds)]}  # fmt: skip
 
 
 def difference(other: str, points: float, p: float) -> dict[str, Any]:
     return {"es": "es", "other": other, "difference": points, "low": 0.0, "high": 0.0, "p_holm": p}
 
 
-SUMMARY = {
-    "comparison": {"methods": {"es": {}, "grpo": {}, "random_search": {}, "ppo": {}}},
-    "established": {"grpo": True, "ppo": False},
-    "models": {
-        "a": {
-            "base": {"name": "base", "accuracy": estimate(0.2)},
-            "prefix": {"name": "base, <forced>", "accuracy": estimate(0.8)},
-            "curves": {
-                "es": [[[8, 1.0, 0.2], [16, 3.0, 0.5]], [[8, 2.0, 0.1], [16, 5.0, None], [24, 7.0, 0.6]]],
-                "grpo": [[[8, 1.0, 0.4]]],
+def summary(seeds: int = 3) -> dict[str, Any]:
+    """Two bases at equal time; the second has no row of grpo's kin."""
+    return {
+        "comparison": {"methods": {"es": {}, "grpo": {}, "random_search": {}, "ppo": {}}},
+        "established": {"grpo": True, "ppo": False},
+        "models": {
+            "a": {
+                "base": {"name": "base", "accuracy": estimate(0.2)},
+                "prefix": {"name": "base, <forced>", "accuracy": estimate(0.8)},
+                "curves": {"time": {
+                    "es": [[[0, 0.0, 0.2], [16, 3.0, 0.5]], [[0, 0.0, 0.1], [8, 5.0, None], [16, 8.0, 0.5]]],
+                    "grpo": [[[0, 1.0, 0.4]], []],
+                }},
+                "rows": {"time": [row("es", 0.6), row("grpo", 0.7, seeds), row("ppo", 0.2),
+                                  {"name": "random_search", "seeds": [{}] * 3, "failed": 3}]},
+                "tests": {"time": [difference("grpo", -0.1, 0.01), difference("random_search", 0.1, 0.04)]},
             },
-            "rows": {"time": [row("es", 0.6), row("grpo", 0.7), row("ppo", 0.2), {"name": "random_search"}]},
-            "tests": {"time": [difference("grpo", -0.1, 0.01), difference("random_search", 0.1, 0.04)]},
+            "b": {
+                "base": {"name": "base", "accuracy": estimate(0.3)},
+                "prefix": {"name": "base, <forced>", "accuracy": estimate(0.5)},
+                "curves": {"time": {"es": [[[0, 0.0, 0.3], [8, 4.0, 0.5], [16, 5.0, 0.3], [24, 9.0, 0.5]]]}},
+                "rows": {"time": [row("es", 0.8)]},
+                "tests": {"time": [difference("grpo", 0.3, 0.001), difference("random_search", 0.1, 0.05)]},
+            },
         },
-        "b": {
-            "base": {"name": "base", "accuracy": estimate(0.3)},
-            "prefix": {"name": "base, <forced>", "accuracy": estimate(0.5)},
-            "curves": {"es": [[[8, 4.0, 0.4]]]},
-            "rows": {"time": [row("es", 0.8)]},
-            "tests": {"time": [difference("grpo", 0.3, 0.001), difference("random_search", 0.1, 0.05)]},
-        },
-    },
-}
+    }  # fmt: skip
 
 
 def test_an_overview_has_a_line_for_each_method_and_a_column_for_each_base() -> None:
     with loaded("scripts/evidence.py") as evidence:
-        lines = evidence.overview(SUMMARY, "time").splitlines()
+        lines = evidence.overview(summary(), "time").splitlines()
     assert lines[0] == "| pass@1, % | a | b | evaluations | seconds | half way, s |"
     assert lines[2:] == [
         "| base | 20.0 [10.0, 30.0] | 30.0 [20.0, 40.0] |  |  |  |",
         "| base, &lt;forced> | 80.0 [70.0, 90.0] | 50.0 [40.0, 60.0] |  |  |  |",
-        "| es | 60.0 [50.0, 70.0] | 80.0 [70.0, 90.0] | 700 | 7 | 4 |",
-        "| grpo | 70.0 [60.0, 80.0] |  | 700 | 7 | never |",
-        "| ppo (not established: no claim) | 20.0 [10.0, 30.0] |  | 200 | 2 | never |",
+        "| es | 60.0 [50.0, 70.0] | 80.0 [70.0, 90.0] | 700 | 7 | 3 |",
+        "| grpo | 70.0 [60.0, 80.0] |  |  |  | never |",
+        "| random_search |  |  |  |  |  |",
+        "| ppo (not established: no claim) | 20.0 [10.0, 30.0] |  |  |  |  |",
     ]
 
 
-def test_differences_are_counted_in_both_directions() -> None:
+@pytest.mark.parametrize(
+    ("curves", "told"),
+    [
+        ([[[0, 0.0, 0.2], [8, 10.0, 0.4], [16, 20.0, 0.6]]], "15"),  # half of what is between two evaluations
+        ([[[0, 0.0, 0.2], [8, 10.0, 0.8]], [[0, 0.0, 0.2]], []], "never"),  # one never came, one failed at once
+        ([[[0, 0.0, 0.2], [8, 10.0, 0.5], [16, 11.0, 0.2], [24, 12.0, 0.9]]], "10"),  # the first time counts
+    ],
+)
+def test_half_way_is_read_off_between_evaluations_and_counts_runs_that_never_came(curves: Any, told: str) -> None:
+    its = {"base": {"accuracy": estimate(0.2)}, "prefix": {"accuracy": estimate(0.8)},
+           "curves": {"time": {"es": curves}}}  # fmt: skip
     with loaded("scripts/evidence.py") as evidence:
-        told = evidence.differences(SUMMARY, "time")
+        assert evidence.half_way({"models": {"a": its}}, "time", "es") == told
+
+
+def test_differences_are_counted_in_both_directions_and_not_of_a_seed_or_two() -> None:
+    with loaded("scripts/evidence.py") as evidence:
+        told = evidence.differences(summary(), "time")
+        assert evidence.differences(summary(seeds=2), "time") == ""
     assert "Of 4 paired" in told and "2 are in favour" in told and "1 of them against random search" in told
     assert told.endswith("and 1 against them.\n")
 
 
-def test_a_page_that_says_something_else_than_the_results_is_found(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The page as it is says what the results say; with a figure changed it does not."""
+def test_seeds_that_are_missing_are_told() -> None:
     with loaded("scripts/evidence.py") as evidence:
-        monkeypatch.setattr("sys.argv", ["evidence.py", "--check"])
+        rows = [row("es", 0.5, 5), row("grpo", 0.5, 1)]
+        assert evidence.seeds_told(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
+        assert evidence.seeds_told(rows[:1], 5) == ""
+
+
+def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
+    lost = {"name": "grpo", "failed": 2, "hacked": 0, "seeds": [{}, {}]}
+    done = {
+        "name": "es", "failed": 1, "hacked": 1, "accuracy": estimate(0.5), "kl": None, "retention": {"x": 0.25},
+        "gain": {"difference": 0.25, "low": 0.125, "high": 0.375},
+        "pass_at_k": {"1": estimate(0.5), "8": estimate(0.75)},
+        "seeds": [{"accuracy": 0.75}, {}, {"accuracy": 0.25}], "evaluations": 1000.0, "train_time_s": 9.6,
+    }  # fmt: skip
+    with loaded("scripts/evidence.py") as evidence:
+        assert evidence.line(lost, {"grpo": False}, 4) == [
+            "grpo (not established: no claim; 2 of 2 failed)",
+            "",
+            "",
+            "",
+        ]
+        assert evidence.line(done, {}, 9) == [
+            "es (1 of 3 failed; 1 hacked)", "50.0 [40.0, 60.0]", "+25.0 [+12.5, +37.5]", "25.0 to 75.0",
+            "75.0 [65.0, 85.0]", "", "25.0", "1,000", "10",
+        ]  # fmt: skip
+
+
+def test_the_page_says_what_the_results_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And with one figure changed it is found."""
+    monkeypatch.setattr("sys.argv", ["evidence.py", "--check"])
+    with loaded("scripts/evidence.py") as evidence:
         assert evidence.main() == 0, capsys.readouterr().err
-        names = [name for _, name, _ in evidence.PLACE.findall(evidence.PAGE.read_text(encoding="utf-8"))]
-        assert names
-        for name in names:
-            summary = json.loads((ROOT / "benchmarks" / "results" / name / "summary.json").read_text(encoding="utf-8"))
-            first = next(iter(summary["models"].values()))["base"]["accuracy"]
-            assert f"| base | {evidence.share(first)} |" in evidence.section(name)
-            first["mean"] = 0.98765
-            monkeypatch.setattr(evidence.json, "loads", lambda text, summary=summary: summary)
-            assert evidence.main() == 1 and "python scripts/evidence.py" in capsys.readouterr().err
-            monkeypatch.undo()
-            monkeypatch.setattr("sys.argv", ["evidence.py", "--check"])
+        text = evidence.PAGE.read_text(encoding="utf-8")
+        changed = re.sub(r"(\| base \| )(\d)", lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", text, count=1)
+        assert changed != text
+        monkeypatch.setattr(evidence, "ROOT", tmp_path)
+        monkeypatch.setattr(evidence, "PAGE", tmp_path / "evidence.md")
+        evidence.PAGE.write_text(changed, encoding="utf-8")
+        assert evidence.main() == 1 and "python scripts/evidence.py" in capsys.readouterr().err
+        monkeypatch.setattr("sys.argv", ["evidence.py"])
+        assert evidence.main() == 0 and evidence.PAGE.read_text(encoding="utf-8") == text

@@ -30,9 +30,10 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
         runs, found = len(list(cells(comparison))), entries(comparison)
         trials = sum(len(entry.trials) for entry in found.values()) * len(comparison.models)
         budget, tuning = comparison.budget, comparison.tuning
+        timed = f" and {tuning.time_s:g} s" if tuning.time_s else ""
         say(f"estune: {len(found)} methods ({', '.join(found)}) on {len(comparison.models)} models with "
             f"{len(comparison.seeds)} seeds: {runs} runs of {budget.evaluations:,} evaluations and "
-            f"{budget.time_s:g} s, after {trials} trials of {tuning.evaluations:,} evaluations; "
+            f"{budget.time_s:g} s, after {trials} trials of {tuning.evaluations:,} evaluations{timed}; "
             "nothing was run")  # fmt: skip
         return 0
     runner.run()

@@ -252,10 +252,10 @@ def _validate(comparison: Comparison) -> None:
             raise UserError("dataset_train_split, split of tuning and dataset_test_split must be three, not "
                             f"{', '.join(splits)}")  # fmt: skip
     budget = comparison.budget
-    if budget.evaluations < 1 or budget.time_s <= 0 or comparison.tuning.evaluations < 1:
-        raise UserError("budgets must be greater than 0")
-    if comparison.tuning.time_s < 0:
-        raise UserError("time_s of tuning cannot be negative; 0 tunes by evaluations alone")
+    if budget.evaluations < 1 or not 0 < budget.time_s < math.inf or comparison.tuning.evaluations < 1:
+        raise UserError("budgets must be greater than 0, and have an end")
+    if not 0 <= comparison.tuning.time_s < math.inf:
+        raise UserError("time_s of tuning must be seconds; 0 tunes by evaluations alone")
     if comparison.workers < 1:
         raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:

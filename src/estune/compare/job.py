@@ -12,16 +12,18 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from estune.compare import worker
-from estune.compare.plan import with_time
+from estune.compare.plan import EVALUATIONS, TIME, with_time
 from estune.compare.processes import Processes
 from estune.config import ESConfig
 from estune.files import write_json
 from estune.monitors import say
 from estune.records import read_metrics
+from estune.run import CONFIG_FILE, METHOD_FILE, OF_RUN
 
 FACTS_FILE = "comparison_facts.json"  # with a model that is kept: how it was made
 
@@ -37,13 +39,13 @@ class Job:
     name: str
     root: Path  # the comparison's directory
     args: ESConfig  # with the run's directory, and as many steps as its budget of evaluations pays for
-    limit: float  # seconds of training: its budget of time
-    files: dict[str, Path]  # of each budget: what was measured
-    models: Path  # below it, models that are to be measured
+    time_s: float  # of training: its budget of time, where ``files`` has one
+    files: dict[str, Path]  # of each budget that it is brought to: what was measured
+    models: Path  # beside this path, the budget's name behind it: a model that is to be measured
     facts: dict[str, Any]  # to be written down with every measurement
     measure: Callable[[str, Path, dict[str, Any]], None]
     keeps_models: bool = True  # also after they were measured
-    told: str = ""  # of its settings, where it begins
+    settings: str = ""  # in words, for who watches
 
     @property
     def directory(self) -> Path:
@@ -56,21 +58,25 @@ class Job:
         Raises:
             Stopped: the comparison is being stopped.
         """
-        for budget in self._left():
-            self._measure_kept(processes, budget)
-        left = self._left()
-        if not left:
+        for budget, file in self.files.items():
+            if not file.exists():
+                self._measure_kept(processes, budget)
+            elif not self.keeps_models:  # killed between the two
+                shutil.rmtree(self._kept(budget), ignore_errors=True)
+        if not (left := self._left()):
             return
-        say(f"estune: {self.name}: {self.told}")
+        only = f" ({left[0]})" if len(self.files) == 1 else ""
+        say(f"estune: {self.name}{only}: {self.settings}")
         if self._is_past(left):
             shutil.rmtree(self.directory)
-        if len(left) > 1:
-            if not self._go(processes, dataclasses.replace(self.args, max_time_s=self.limit), left):
-                return
+        if len(left) > 1 and self._go(processes, dataclasses.replace(self.args, max_time_s=self.time_s), left):
             left = self._left()
         for budget in left:
-            self._go(processes, with_time(self.args, self.limit) if budget == "time" else self.args, [budget])
-        shutil.rmtree(self.directory / "trainer", ignore_errors=True)  # optimizer and weights, for a resume
+            if not self.files[budget].exists():
+                args = with_time(self.args, self.time_s) if budget == TIME else self.args
+                self._go(processes, args, [budget])
+        for state in (self.directory / "trainer").glob("checkpoint-*"):  # optimizer and weights, for a resume
+            shutil.rmtree(state)
 
     def _left(self) -> list[str]:
         return [budget for budget, file in self.files.items() if not file.exists()]
@@ -79,28 +85,29 @@ class Job:
         """Say whether the run is beyond a budget that is to be measured: its model of then is gone."""
         times = [record["train_time_s"] for record in read_metrics(self.directory) if "eval_reward" not in record]
         over = {
-            "evaluations": progress_of(self.directory)["steps"] > self.args.max_steps,
-            "time": any(seconds >= self.limit for seconds in times[:-1]),
+            EVALUATIONS: _progress(self.directory)["steps"] > self.args.max_steps,
+            TIME: any(seconds >= self.time_s for seconds in times[:-1]),
         }
         return any(over[budget] for budget in left)
 
     def _go(self, processes: Processes, args: ESConfig, budgets: Sequence[str]) -> bool:
         """Run to the end of a configuration, and measure the model for those of ``budgets`` that are reached.
 
-        Returns whether the training itself came to its end.
+        Returns whether one was; else all of them are written down as failed.
         """
         outcome = processes.train(args)
-        progress = progress_of(self.directory)
-        known = {**progress, **self.facts, "run": self._place(self.directory), "settings": self._settings()}
+        progress = _progress(self.directory)
+        known = {**progress, **self.facts, "run": self._place(self.directory), "settings": self._options()}
         if not outcome.failed:
-            reached = {
-                "evaluations": progress["steps"] >= self.args.max_steps,
-                "time": progress["train_time_s"] >= args.max_time_s > 0,
+            met = {
+                EVALUATIONS: progress["steps"] >= self.args.max_steps,
+                TIME: progress["train_time_s"] >= args.max_time_s > 0,
             }
-            for budget in [budget for budget in budgets if reached[budget]]:
+            reached = [budget for budget in budgets if met[budget]]
+            for budget in reached:
                 self._keep(budget, known)
                 self._measure_kept(processes, budget)
-            if any(reached[budget] for budget in budgets):
+            if reached:
                 return True
             outcome = worker.Outcome(1, f"the run ended after {progress['steps']} steps, before any of its budgets")
         for budget in budgets:
@@ -111,14 +118,20 @@ class Job:
         return self.models.with_name(f"{self.models.name}-{budget}")
 
     def _keep(self, budget: str, known: dict[str, Any]) -> None:
-        """Keep the model that is to be measured, and what is known of it: the run may go on and replace it."""
+        """Keep the model that is to be measured, and what is known of it: the run may go on and replace it.
+
+        Everything that is the model's, its tokenizer's, chat template's and code's files among it, and how it decodes.
+        """
         place = self._kept(budget)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        for file in self.directory.iterdir():
-            if file.is_file() and file.suffix in (".safetensors", ".json"):
-                os.link(file, place / file.name)  # a later model is renamed over the name, not written into the file
-        facts = {**known, "measured": self._place(place)}
+        for path in self.directory.iterdir():
+            if path.name in (CONFIG_FILE, METHOD_FILE) or not any(fnmatch(path.name, pattern) for pattern in OF_RUN):
+                if path.is_dir():
+                    shutil.copytree(path, place / path.name, copy_function=os.link)
+                else:
+                    os.link(path, place / path.name)  # a later one is renamed over the name, not written into the file
+        facts = {**known, "measured": self._place(place)} if self.keeps_models else known
         write_json(place / FACTS_FILE, facts)  # last: all is there
 
     def _measure_kept(self, processes: Processes, budget: str) -> None:
@@ -130,12 +143,13 @@ class Job:
         file.parent.mkdir(parents=True, exist_ok=True)
         twin = self._twin(budget, known)
         if twin is not None:
-            write_json(file, {**twin, "measured": known["measured"]})
+            write_json(file, twin | ({"measured": known["measured"]} if self.keeps_models else {}))
         else:
             log = f"logs/{self.name.replace('/', '-')}.log"
             outcome = processes.call(self.measure, (str(place), file, known), log)
             if outcome.failed:
                 self._fail(budget, known, outcome)
+                return  # the model stays: with the result deleted it is measured again
         if not self.keeps_models:
             shutil.rmtree(place)
 
@@ -158,15 +172,15 @@ class Job:
     def _place(self, path: Path) -> str:
         return str(path.relative_to(self.root))
 
-    def _settings(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """Return the run's resolved options, those apart that say how long and where."""
-        config = self.directory / "es_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        config = self.directory / CONFIG_FILE
+        options = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         left_out = ("model", "output_dir", "run_name", "max_steps", "max_time_s")
-        return {name: value for name, value in settings.items() if name not in left_out}
+        return {name: value for name, value in options.items() if name not in left_out}
 
 
-def progress_of(directory: Path) -> dict[str, Any]:
+def _progress(directory: Path) -> dict[str, Any]:
     """Return what a run has used so far, and the curve of its held-out evaluations."""
     records = read_metrics(directory) if directory.exists() else []
     curve: list[list[float | None]] = []

@@ -22,8 +22,9 @@ from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task
 
-BUDGETS = ("evaluations", "time")
-CHOSEN = {"evaluations": "chosen", "time": "chosen_time"}  # in tuning.json; the first serves both if it stands alone
+EVALUATIONS, TIME = "evaluations", "time"
+BUDGETS = (EVALUATIONS, TIME)
+CHOSEN = {EVALUATIONS: "chosen", TIME: "chosen_time"}  # in tuning.json; the first serves both if it stands alone
 ENDLESS = 1_000_000_000  # steps of a run that its time will end
 MANY = 1_000_000  # samples of each prompt, where its time ends the drawing
 
@@ -177,12 +178,12 @@ def run_directory(comparison: Comparison, cell: Cell) -> Path:
 
 def tuned_budgets(comparison: Comparison) -> tuple[str, ...]:
     """Return the budgets for which a method is tuned; where it is for evaluations alone, that serves both."""
-    return BUDGETS if comparison.tuning.time_s else BUDGETS[:1]
+    return BUDGETS if comparison.tuning.time_s else (EVALUATIONS,)
 
 
 def trial_file(comparison: Comparison, model: str, method: str, index: int, budget: str) -> Path:
     """Return where a trial's accuracy at a budget is kept."""
-    name = f"trial-{index}{'-time' if budget == 'time' else ''}.json"
+    name = f"trial-{index}{'-time' if budget == TIME else ''}.json"
     return comparison.directory / "results" / model / method / name
 
 

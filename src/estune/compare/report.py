@@ -84,8 +84,8 @@ def render(summary: dict[str, Any], figure: str) -> str:
         "claimed. A run that failed counts as the base that it left. Every figure of a seed links to the result that "
         "holds it, which names its run.</p>",
         f"<figure>{figure}</figure>",
-        "<p class=note>Accuracy on validation problems while the runs went on: mean over seeds, band from the lowest "
-        "to the highest seed; a cross where a run ended long before the others.</p>",
+        "<p class=note>Accuracy on validation problems while runs went on to each budget: mean over seeds, band from "
+        "the lowest to the highest seed; a cross where a run ended long before the others.</p>",
     ]
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")
@@ -292,10 +292,12 @@ def curves(summary: dict[str, Any]) -> Figure:
     models = summary["models"]
     figure = Figure(figsize=(11, 3.4 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), len(AXES), squeeze=False)
+    methods = list(summary["comparison"]["methods"])
     for line, (name, model) in zip(panels, models.items(), strict=True):
-        for panel, (place, label) in zip(line, AXES.values(), strict=True):
-            for colour, (method, runs) in zip(_colours(len(model["curves"])), model["curves"].items(), strict=True):
-                _band(panel, runs, place, colour, method)
+        for panel, (budget, (place, label)) in zip(line, AXES.items(), strict=True):
+            runs = model["curves"][budget]
+            for colour, method in zip(_colours(len(methods)), methods, strict=True):
+                _band(panel, runs.get(method, []), place, colour, method)
             panel.axhline(100 * model["base"]["accuracy"]["mean"], color="#999999", linewidth=0.8, linestyle=":")
             panel.set(title=name, xlabel=label, ylabel="validation accuracy, %")
             panel.grid(alpha=0.3)

@@ -23,6 +23,8 @@ from estune.compare.job import Job
 from estune.compare.plan import (
     BUDGETS,
     CHOSEN,
+    EVALUATIONS,
+    TIME,
     Cell,
     cells,
     configuration,
@@ -37,7 +39,7 @@ from estune.compare.plan import (
     with_budget,
 )
 from estune.compare.processes import Processes
-from estune.environment import code_digest, environment, machine
+from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
 from estune.monitors import say
@@ -94,7 +96,7 @@ class Runner:
             for method, entry in entries(self.comparison).items()
             for index in range(len(entry.trials))
         ]
-        self._each(lambda trial: self._bring(self._trials(*trial)), todo)
+        self._each(lambda trial: self._bring(self._trial(*trial)), todo)
         for model in self.comparison.models:
             for method in entries(self.comparison):
                 self._choose(model, method)
@@ -139,8 +141,10 @@ class Runner:
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
-    def _trials(self, model: str, method: str, index: int) -> list[Job]:
-        """Return a trial with the tuning's seed and budgets, evaluated on validation rows."""
+    def _trial(self, model: str, method: str, index: int) -> list[Job]:
+        """Return a trial with the tuning's seed and budgets, evaluated on validation rows; more than one run of it
+        where one cannot go on from budget to budget.
+        """
         comparison, tuning, entry = self.comparison, self.comparison.tuning, entries(self.comparison)[method]
         trial = entry.trials[index]
         args = configuration(comparison, model, method, trial, tuning.seed)
@@ -157,12 +161,14 @@ class Runner:
             {"trial": trial, "code": self.code},
             partial(measure.measure_trial, comparison),
             keeps_models=False,
-            told=f"{_told(trial)}; {index + 1} of {len(entry.trials)} trials",
+            settings=f"{_told(trial)}; {index + 1} of {len(entry.trials)} trials",
         )
-        return [job] if goes_on(args) or len(files) == 1 else _apart(job)
+        return [job] if goes_on(args) or len(files) == 1 else [_of(job, budget) for budget in files]
 
     def _choose(self, model: str, method: str) -> None:
         """Choose a method's best trial on the validation split, once for each budget, and keep what the tuning cost.
+
+        What was done again, because its result was deleted, is not counted twice.
 
         Raises:
             UserError: trials that were done again choose another, and there are results of the first.
@@ -197,7 +203,7 @@ class Runner:
         tuned = json.loads((self.directory / "results" / cell.model / cell.method / "tuning.json").read_text("utf-8"))
         jobs = {}
         for budget in BUDGETS:
-            chosen = tuned.get(CHOSEN[budget], tuned[CHOSEN["evaluations"]])
+            chosen = tuned.get(CHOSEN[budget], tuned[CHOSEN[EVALUATIONS]])
             args = configuration(comparison, cell.model, cell.method, chosen, cell.seed)
             args = with_budget(args, comparison.budget.evaluations, self.train_rows, measuring.curve_points)
             sampled = args.method == "es" and args.temperature > 0  # curves are of greedy answers, whatever trains
@@ -216,12 +222,12 @@ class Runner:
                 self.directory / "models" / cell.name,
                 {"model": cell.model, "method": cell.method, "seed": cell.seed, "code": self.code},
                 partial(measure.measure_run, comparison, self.base_file(cell.model)),
-                told=_told(chosen),
+                settings=_told(chosen),
             )
-        whole = jobs["evaluations"]
-        if goes_on(whole.args) and whole.args == jobs["time"].args:
+        whole = jobs[EVALUATIONS]
+        if goes_on(whole.args) and whole.args == jobs[TIME].args:
             return [whole]
-        return [_apart(job)[BUDGETS.index(budget)] for budget, job in jobs.items()]
+        return [_of(job, budget) for budget, job in jobs.items()]
 
     def _keep_plan(self) -> None:
         """Write what is compared and where; another comparison's results are not mixed in.
@@ -232,11 +238,15 @@ class Runner:
         file = self.directory / "comparison.json"
         whole = dataclasses.replace(self.comparison, methods=entries(self.comparison))
         plan = json.loads(json.dumps(dataclasses.asdict(whole)))
-        found = environment()
+        found = environment() | {"versions": versions("trl", "reasoning-gym")}
         growing = ("seeds", "output_dir", "notes", "methods", "models", "established_points", "workers")
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            then = json.loads(json.dumps(dataclasses.asdict(from_mapping(kept["comparison"]))))  # options added since
+            try:
+                before = from_mapping(kept["comparison"])  # with the defaults of options that came since
+            except UserError as error:
+                raise UserError(f"{file} is of another estune: {error}") from None
+            then = json.loads(json.dumps(dataclasses.asdict(before)))
             for name in plan:
                 if name not in growing and plan[name] != then[name]:
                     raise UserError(f"{self.directory} holds a comparison with {name} {then[name]!r}, not "
@@ -264,11 +274,7 @@ def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items()) or "defaults"
 
 
-def _apart(job: Job) -> list[Job]:
-    """Return a job as one run for each of its budgets."""
-    return [
-        dataclasses.replace(
-            job, args=dataclasses.replace(job.args, output_dir=f"{job.directory}-{budget}"), files={budget: file}
-        )
-        for budget, file in job.files.items()
-    ]
+def _of(job: Job, budget: str) -> Job:
+    """Return a job's own run for one of its budgets."""
+    args = dataclasses.replace(job.args, output_dir=f"{job.directory}-{budget}")
+    return dataclasses.replace(job, args=args, files={budget: job.files[budget]})

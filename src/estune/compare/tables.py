@@ -73,7 +73,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
     sample_rows = min(comparison["measuring"]["sample_rows"] or len(base["correct"]), len(base["correct"]))
     rows: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
     tuning: dict[str, Any] = {}
-    curves: dict[str, list[Any]] = {}
+    curves: dict[str, dict[str, list[Any]]] = {budget: {} for budget in BUDGETS}
     methods = sorted(path.name for path in folder.iterdir() if path.is_dir())
     order = [*comparison["methods"], *(name for name in methods if name not in comparison["methods"])]
     for method in order:
@@ -95,11 +95,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
             results = [{**read_json(file), "file": _relative(file, directory)} for file in files]
             if results:
                 rows[budget].append(_row(method, results, base, sample_rows))
-        longest: list[list[Any]] = [max(
-            (read_json(file).get("curve", []) for file in (folder / method).glob(f"seed-{seed}-*.json")),
-            key=len, default=[],
-        ) for seed in comparison["seeds"]]  # fmt: skip
-        curves[method] = [curve for curve in longest if curve]
+                curves[budget][method] = [result.get("curve", []) for result in results]
     found: dict[str, Any] = {
         "path": comparison["models"][folder.name],
         "fingerprint": base["fingerprint"],

@@ -1,0 +1,191 @@
+"""A run on its way to its budgets: stopped at every point, measured once, never from the wrong model.
+
+The processes are played: a run is a directory whose metrics grow by a step of 10 evaluations and 2 seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estune.compare.job import FACTS_FILE, Job
+from estune.compare.processes import Stopped
+from estune.compare.worker import Outcome
+from estune.config import ESConfig
+
+TEMPLATE = "{{ messages[0].content }}"
+
+
+def measure(model: str, file: Path, facts: dict[str, Any]) -> None:
+    """What a measurement would write: which model it was, how it is asked, and what is known of it."""
+    weights = (Path(model) / "model.safetensors").read_text()
+    asked = (Path(model) / "chat_template.jinja").read_text()
+    file.write_text(json.dumps({**facts, "status": "done", "weights": weights, "asked": asked}))
+
+
+class Played:
+    """In the place of `Processes`: ``cut`` says at which call, counted from 0, the comparison is stopped."""
+
+    def __init__(self, cut: int = -1, broken: str = "", unmeasured: bool = False) -> None:
+        self.calls: list[str] = []
+        self.cut, self.broken, self.unmeasured = cut, broken, unmeasured
+
+    def _called(self, what: str) -> None:
+        self.calls.append(what)
+        if len(self.calls) - 1 == self.cut:
+            raise Stopped
+
+    def train(self, args: ESConfig) -> Outcome:
+        run = Path(str(args.output_dir))
+        (run / "trainer" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        (run / "trainer" / "samples.jsonl").touch()
+        metrics = run / "metrics.jsonl"
+        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        while done < args.max_steps and not (args.max_time_s and 2.0 * done >= args.max_time_s):
+            done += 1
+            record = {"step": done, "num_evaluations": 10 * done, "train_time_s": 2.0 * done}
+            with metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if done == 2:
+                self._called("step 2")  # a stop in the midst of training: what was done is kept
+        if self.broken:
+            self._called("train")
+            return Outcome(1, self.broken)
+        for name, text in (("model.safetensors", f"after {done}"), ("es_config.json", '{"seed": 3, "max_steps": 9}'),
+                           ("chat_template.jinja", TEMPLATE), ("modeling_own.py", "code")):  # fmt: skip
+            new = run / f".{name}.partial"
+            new.write_text(text)
+            new.rename(run / name)
+        (run / "additional_chat_templates").mkdir(exist_ok=True)
+        (run / "additional_chat_templates" / "tool.jinja").touch()
+        self._called("train")
+        return Outcome(0)
+
+    def call(self, function: Any, arguments: tuple[Any, ...], log: str) -> Outcome:
+        self._called("measure")
+        if self.unmeasured:
+            return Outcome(1, "no memory")
+        function(*arguments)
+        return Outcome(0)
+
+
+def job(
+    directory: Path, steps: int = 5, time_s: float = 6.0, budgets: Any = ("evaluations", "time"), **more: Any
+) -> Job:
+    args = ESConfig(task="countdown", output_dir=str(directory / "run"), max_steps=steps)
+    files = {budget: directory / "results" / f"{budget}.json" for budget in budgets}
+    made = Job("m/es/seed-0", directory, args, time_s, files, directory / "models" / "seed-0", {"code": "c"}, measure)
+    return dataclasses.replace(made, **more)
+
+
+def results(made: Job) -> dict[str, Any]:
+    return {budget: json.loads(file.read_text()) for budget, file in made.files.items() if file.exists()}
+
+
+WEIGHTS = {(5, 6.0): ("after 5", "after 3"), (3, 10.0): ("after 3", "after 5"), (4, 8.0): ("after 4", "after 4")}
+
+
+@pytest.mark.parametrize(("steps", "time_s"), WEIGHTS, ids=["time first", "evaluations first", "both at once"])
+def test_each_budget_is_measured_by_the_model_of_then(tmp_path: Path, steps: int, time_s: float) -> None:
+    played, made = Played(), job(tmp_path, steps, time_s)
+    made.bring(played)
+    found = results(made)
+    assert (found["evaluations"]["weights"], found["time"]["weights"]) == WEIGHTS[steps, time_s]
+    assert found["evaluations"]["evaluations"] == 10 * steps and found["time"]["train_time_s"] == time_s
+    assert played.calls.count("measure") == (1 if steps == 4 else 2)  # one model that meets both is measured once
+    for budget in found:
+        kept = tmp_path / found[budget]["measured"]
+        assert kept.name == f"seed-0-{budget}" and (kept / "model.safetensors").read_text() == found[budget]["weights"]
+        assert found[budget]["settings"] == {"seed": 3} and found[budget]["code"] == "c"
+    before = list(played.calls)
+    made.bring(played)
+    assert played.calls == before
+
+
+def test_a_kept_model_is_whole(tmp_path: Path) -> None:
+    """Chat templates and code of its own go with it: without them it would be asked otherwise than in training."""
+    made = job(tmp_path)
+    made.bring(Played())
+    assert results(made)["time"]["asked"] == TEMPLATE
+    kept = {str(path.relative_to(tmp_path / "models" / "seed-0-time"))
+            for path in (tmp_path / "models" / "seed-0-time").rglob("*")}  # fmt: skip
+    assert kept == {"model.safetensors", "es_config.json", "chat_template.jinja", "modeling_own.py",
+                    "additional_chat_templates", "additional_chat_templates/tool.jinja", FACTS_FILE}  # fmt: skip
+
+
+@pytest.mark.parametrize("keeps_models", [True, False])
+@pytest.mark.parametrize(("steps", "time_s"), WEIGHTS, ids=["time first", "evaluations first", "both at once"])
+def test_stopped_anywhere_it_ends_in_the_same_results(
+    tmp_path: Path, steps: int, time_s: float, keeps_models: bool
+) -> None:
+    whole = job(tmp_path / "whole", steps, time_s, keeps_models=keeps_models)
+    played = Played()
+    whole.bring(played)
+    for cut in range(len(played.calls)):
+        made = job(tmp_path / str(cut), steps, time_s, keeps_models=keeps_models)
+        with pytest.raises(Stopped):
+            made.bring(Played(cut))
+        assert all(result["status"] == "done" for result in results(made).values())
+        made.bring(Played())
+        assert results(made) == results(whole)
+        assert len(list((tmp_path / str(cut) / "models").iterdir())) == (2 if keeps_models else 0)
+
+
+@pytest.mark.parametrize("budget", ["evaluations", "time"])
+def test_a_result_that_was_deleted_is_measured_again_or_trained_anew(tmp_path: Path, budget: str) -> None:
+    """From the model that was kept; where none was, from a new run if the old one is past that budget."""
+    for keeps_models in (True, False):
+        made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
+        made.bring(Played())
+        before = results(made)
+        made.files[budget].unlink()
+        again = Played()
+        made.bring(again)
+        assert results(made) == before
+        assert ("train" in again.calls) != keeps_models
+
+
+def test_a_run_that_failed_is_a_row_at_both_budgets_and_not_tried_again(tmp_path: Path) -> None:
+    made = job(tmp_path)
+    made.bring(Played(broken="it diverged"))
+    found = results(made)
+    assert {(found[budget]["status"], found[budget]["error"]) for budget in found} == {("failed", "it diverged")}
+    assert not list((tmp_path / "run" / "trainer").glob("checkpoint-*"))  # nothing that only a resume would need
+    again = Played()
+    made.bring(again)
+    assert not again.calls and len(found) == 2
+
+
+def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
+    for keeps_models in (True, False):
+        made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
+        made.bring(Played(unmeasured=True))
+        assert all(result["error"] == "no memory" for result in results(made).values())
+        for file in made.files.values():
+            file.unlink()
+        again = Played()
+        made.bring(again)
+        assert "train" not in again.calls and results(made)["time"]["weights"] == "after 3"
+
+
+def test_a_run_that_ends_before_its_budget_says_so(tmp_path: Path) -> None:
+    made = job(tmp_path, steps=5, budgets=("evaluations",))
+
+    class Lazy(Played):
+        def train(self, args: ESConfig) -> Outcome:
+            return super().train(dataclasses.replace(args, max_steps=2))
+
+    made.bring(Lazy())
+    assert "ended after 2 steps, before any of its budgets" in results(made)["evaluations"]["error"]
+
+
+def test_what_a_method_learnt_from_stays_and_its_optimizer_does_not(tmp_path: Path) -> None:
+    for budgets in (("evaluations",), ("time",)):
+        made = job(tmp_path / budgets[0], budgets=budgets)
+        made.bring(Played())
+        assert [path.name for path in (tmp_path / budgets[0] / "run" / "trainer").iterdir()] == ["samples.jsonl"]
+        assert results(made)[budgets[0]]["status"] == "done"
