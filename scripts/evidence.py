@@ -3,14 +3,15 @@
     python scripts/evidence.py            # after a comparison
     python scripts/evidence.py --check    # exit status 1 where the page says something else than the results
 
-A table stands between `<!-- compare_NAME -->` and `<!-- end -->`; it is made from `benchmarks/results/compare_NAME`,
-whose curves become `docs/images/compare_NAME.png`.
+A table stands between `<!-- NAME -->` and `<!-- end -->`. That of a `compare_*` is made from `benchmarks/results/NAME`,
+whose curves become `docs/images/NAME.png`; those of `scan_reasoning` and `paths` from `benchmarks/results/NAME.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import re
 import statistics
@@ -23,7 +24,7 @@ from estune.compare.tables import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS, IMAGES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
-PLACE = re.compile(r"(<!-- (compare_\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
 FEWEST_SEEDS = 3  # from which differences are counted
 
@@ -177,7 +178,34 @@ def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def section(name: str) -> str:
+def scan(name: str) -> str:
+    """Return the tasks that a scan ranked first."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    body = []
+    for task in (task for task in found["ranked"] if "right_samples" in found["tasks"][task]):
+        its = found["tasks"][task]
+        label = f"**{task}**" if task in found["chosen"] else task
+        body.append([label, number(100 * its["accuracy"], 0), number(100 * its["holds_answer"], 0),
+                     f"{its['right_samples']} of {its['samples']}", number(its["length"], 0)])  # fmt: skip
+    scanned = sum("n" in its for its in found["tasks"].values())
+    head = ["task", "right, %", "holds the answer, %", "right samples", "tokens"]
+    told = f"{scanned} tasks, {found['rows']} validation problems each; those in bold were chosen.\n"
+    return f"{told}\n{table(body, head)}"
+
+
+def paths(name: str) -> str:
+    """Return what a few steps of each of the harder tasks gave."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    body = []
+    for task, its in found["tasks"].items():
+        rewards = ", ".join(number(step["reward"], 3) for step in its["steps"])
+        cut = statistics.mean(step["completions/clipped_ratio"] for step in its["steps"])
+        held = " to ".join(number(record["eval_reward"], 3) for record in (its["held_out"][0], its["held_out"][-1]))
+        body.append([f"`{task}`", rewards, held, number(100 * cut, 0), its["replay"]])
+    return table(body, ["task", "mean reward of each step", "held out, before to after", "cut off, %", "replay"])
+
+
+def comparison_of(name: str) -> str:
     """Return everything that the page says by itself of a comparison."""
     summary = summarise(RESULTS / name)
     models, wanted = summary["models"], len(summary["comparison"]["seeds"])
@@ -202,6 +230,11 @@ def section(name: str) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
+def section(name: str) -> str:
+    """Return what stands in a place of the page."""
+    return {"scan_reasoning": scan, "paths": paths}.get(name, comparison_of)(name)
+
+
 def page(text: str) -> str:
     """Return the page with its tables made anew."""
     return PLACE.sub(lambda place: f"{place[1]}\n{section(place[2])}\n{place[3]}", text)
@@ -215,7 +248,7 @@ def main() -> int:
     text = PAGE.read_text(encoding="utf-8")
     made = page(text)
     wrong = [] if made == text else [PAGE]
-    for _, name, _ in PLACE.findall(text):
+    for name in (name for _, name, _ in PLACE.findall(text) if name.startswith("compare_")):
         picture, copy = RESULTS / name / "curves.png", IMAGES / f"{name}.png"
         if not copy.exists() or picture.read_bytes() != copy.read_bytes():
             wrong.append(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,24 @@ def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
             "es (1 of 3 failed; 1 hacked)", "50.0 [40.0, 60.0]", "+25.0 [+12.5, +37.5]", "25.0 to 75.0",
             "75.0 [65.0, 85.0]", "", "25.0", "1,000", "10",
         ]  # fmt: skip
+
+
+def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    its = {"n": 4, "accuracy": 0.25, "holds_answer": 0.75, "right_samples": 3, "samples": 128, "length": 12.4}
+    scanned = {"rows": 4, "ranked": ["b", "a", "c"], "chosen": ["b"],
+               "tasks": {"a": its, "b": its, "c": {"n": 4}, "d": {"left_out": "slow"}}}  # fmt: skip
+    steps = [{"reward": 0.5, "completions/clipped_ratio": 0.25}, {"reward": 0.0, "completions/clipped_ratio": 0.75}]
+    held = [{"eval_reward": 0.125}, {"eval_reward": 0.25}]
+    tried = {"tasks": {"sudoku": {"steps": steps, "held_out": held, "replay": "the same"}}}
+    for name, value in (("scan_reasoning", scanned), ("paths", tried)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    with loaded("scripts/evidence.py") as evidence:
+        monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+        told = evidence.section("scan_reasoning").splitlines()
+        assert told[0].startswith("3 tasks, 4 validation problems each") and len(told) == 6
+        assert told[4:] == ["| **b** | 25 | 75 | 3 of 128 | 12 |", "| a | 25 | 75 | 3 of 128 | 12 |"]
+        line = evidence.section("paths").splitlines()[2]
+        assert line == "| `sudoku` | 0.500, 0.000 | 0.125 to 0.250 | 50 | the same |"
 
 
 def test_the_page_says_what_the_results_say(
