@@ -58,7 +58,7 @@ def one(model: str, task: str, options: list[str], run: Path) -> dict[str, Any]:
         "held_out": [{name: record.get(name) for name in evaluated} for record in held_out],
         "num_evaluations": steps[-1]["num_evaluations"],
         "train_s": trained,
-        "replay": said.strip().splitlines()[-1].replace(str(run.parent), "").lstrip("/"),
+        "replay": said.strip().splitlines()[-1].replace(f"{run.parent}/", ""),
     }
 
 

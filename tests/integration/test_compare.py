@@ -190,7 +190,6 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
     assert early["steps"] < found["steps"] and early["fingerprint"] != found["fingerprint"]
 
 
-@pytest.mark.miniature
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
