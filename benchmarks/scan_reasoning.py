@@ -18,8 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ def holds(completion: str, wanted: str) -> bool:
 
 
 def _load(name: str, found: Any) -> None:
+    os.setsid()  # a group of its own: the generator is a child of this process, and has to go with it
     try:
         found.put(get_task(f"rg:{name}").load("validation")[:ROWS])
     except Exception as error:  # somebody else's generator: whatever it is, it is reported
@@ -59,7 +63,8 @@ def rows_of(name: str) -> list[dict[str, Any]] | str:
         rows: list[dict[str, Any]] | str = found.get(timeout=SECONDS)
     except Exception:
         rows = f"no rows within {SECONDS:g} s"
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return rows
 

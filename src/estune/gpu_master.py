@@ -241,6 +241,16 @@ class DeviceMaster(Master):
             for name, flat in self._host.items():
                 self._theta[name].copy_(flat)
 
+    def assign(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Overwrite theta; see `Master.assign`. What is on the device already does not pass through the host."""
+        if not self.resident:
+            super().assign(read)
+            return
+        for spec in self.specs:
+            self._theta[spec.name].copy_(read(spec.name).reshape(-1))
+            self._stale.add(spec.name)
+        self.version += 1
+
     def unshare(self) -> None:
         """Move the host's copy into memory of its own; see `Master.unshare`."""
         super().unshare()

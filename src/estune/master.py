@@ -16,6 +16,7 @@ from functools import partial
 from hashlib import blake2b
 
 import numpy as np
+import torch
 
 from estune.engines.base import ParameterSpec, Perturbation
 from estune.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shapes, noise_keys
@@ -269,6 +270,14 @@ class Master:
         for spec in self.specs:
             read_into(spec.name, self._flat[spec.name])
         self.version += 1
+
+    def assign(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Overwrite theta: ``read(name)`` is each parameter's new value, of any floating dtype and device."""
+
+        def read_into(name: str, flat: np.ndarray) -> None:
+            torch.from_numpy(flat).copy_(read(name).reshape(-1))
+
+        self.load(read_into)
 
     def head(self, name: str, count: int) -> np.ndarray:
         """Return the first ``count`` elements of a parameter, or all if it has fewer; flat."""

@@ -281,6 +281,26 @@ def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
         assert all(same_bits(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_theta_assigned_from_tensors_of_the_device(resident: bool) -> None:
+    """As a gradient method's weights are, between its steps."""
+    host, device = host_master(), DeviceMaster(host_master(), DEVICE, resident=resident)
+    arrays = {name: np.asarray(array * 2 + 1) for name, array in host_master().arrays.items()}
+    given = {name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()}
+    for master in (host, device):
+        before = master.version
+        master.assign(given.__getitem__)
+        assert master.version == before + 1
+    assert all(same_bits(host.arrays[name], array) for name, array in arrays.items())
+    perturbation = members()[1]
+    for spec in SPECS:
+        out = torch.empty(spec.shape, device=DEVICE)
+        device.perturb_into(spec.name, perturbation, out)
+        assert same_bits(out.cpu().numpy(), host.perturb(spec.name, perturbation))
+    assert device.checksum() == host.checksum()
+    assert device.fingerprint() == host.fingerprint()
+
+
 def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
     host, given = host_master(), host_master()
     shared = dict(given.arrays)

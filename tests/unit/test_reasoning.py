@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,13 @@ def test_rows_are_the_same_whatever_strings_hash_to(name: str) -> None:
         for seed in ("0", "5")
     }  # fmt: skip
     assert len(found) == 1
+
+
+def test_a_generator_that_prints_and_writes_files_is_refused_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`codeio` runs programs: some print, one leaves `planet.com` where it is, and one's output is no JSON."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="codeio makes no problems by itself"):
+        get_task("rg:codeio").load("train")
+    assert not list(tmp_path.iterdir())

@@ -114,13 +114,14 @@ class Ground(OpenRun):
             return
         stored = {binding.name: binding for binding in self.bindings}
 
-        def read_into(name: str, flat: np.ndarray) -> None:
-            torch.from_numpy(flat).copy_(stored[name].read().reshape(-1))
-            if not np.isfinite(flat).all():
+        def read(name: str) -> torch.Tensor:
+            weights = stored[name].read()
+            if not torch.isfinite(weights).all():
                 raise Diverged(self.args.method, self.steps_done, f"{name} is not finite")
+            return weights
 
         with torch.no_grad():
-            self.engine.master.load(read_into)
+            self.engine.master.assign(read)
         self.engine.master_changed()
         self.copied = True
 

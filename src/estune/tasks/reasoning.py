@@ -19,7 +19,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
@@ -37,7 +39,10 @@ INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 EXACT = ":exact"  # behind a name: the reward is the accuracy
 # In a generator's module: what the model wrote is evaluated (sympy's parsers call eval as well).
 EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(\s*answer\b")
-MAKE = "import sys; from estune.tasks import reasoning; sys.stdout.write(reasoning.made(sys.argv[1]))"
+MAKE = (  # what a generator prints is not taken for its rows
+    "import os, sys; told = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1); "
+    "from estune.tasks import reasoning; told.write(reasoning.made(sys.argv[1]))"
+)
 
 
 def names() -> list[str]:
@@ -84,10 +89,11 @@ def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
     if not sys.flags.hash_randomization and os.environ.get("PYTHONHASHSEED", "random") == "0":
         found = json.loads(made(name))
     else:
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", MAKE, name], env=environment, capture_output=True, text=True, check=False
-        )
+        found_here = [str(Path(place).absolute()) for place in sys.path if place]
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(found_here)}
+        with tempfile.TemporaryDirectory() as place:  # some generators write files where they are
+            done = subprocess.run([sys.executable, "-P", "-c", MAKE, name], env=environment, cwd=place,
+                                  capture_output=True, text=True, check=False)  # fmt: skip
         if done.returncode:
             raise UserError(f"reasoning-gym's {name} makes no problems: {(done.stderr.split(chr(10)) or [''])[-2]}")
         found = json.loads(done.stdout)
