@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
@@ -40,12 +42,23 @@ def cores() -> int:
 
 
 def machine() -> str:
-    """Return what decides how fast a run is, in words: processor and cores."""
-    return f"{_processor()}, {cores()} cores"
+    """Return what decides how fast a run is, in words: processor, cores, and GPUs where there are any."""
+    return ", ".join([_processor(), f"{cores()} cores", *gpus()])
+
+
+@cache
+def gpus() -> tuple[str, ...]:
+    """Return the names of the NVIDIA GPUs, by `nvidia-smi`: asking torch would open the driver in this process."""
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, platform, processor, cores and memory as a JSON-able dict."""
+    """Return versions, platform, processor, cores, memory and GPUs as a JSON-able dict."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -54,6 +67,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "executable_bits": 64 if sys.maxsize > 1 << 32 else 32,
         "byteorder": sys.byteorder,
+        "gpus": list(gpus()),
     }
 
 

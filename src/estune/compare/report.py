@@ -280,8 +280,9 @@ def _rows_of(summary: dict[str, Any]) -> int:
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    kept = [str(environment[name]) for name in ("processor", "cores") if environment.get(name)]
-    return ", ".join(kept) or "see comparison.json"
+    cores = environment.get("cores")
+    kept = [environment.get("processor"), cores and f"{cores} cores", *environment.get("gpus", [])]
+    return ", ".join(filter(None, kept)) or "see comparison.json"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
