@@ -222,7 +222,8 @@ def comparison_of(name: str) -> str:
     found = summary["environment"]
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "trl")
                          if name in found.get("versions", {}))  # fmt: skip
-    parts.append(f"Machine: {found['processor']}, {found['cores']} cores{'; ' if versions else ''}{versions}.")
+    machine = ", ".join([found["processor"], f"{found['cores']} cores", *found.get("gpus", [])])
+    parts.append(f"Machine: {machine}{'; ' if versions else ''}{versions}.")
     for what, values in summary["mixed"].items():
         parts.append(f"Results of more than one {what} are mixed here: {'; '.join(values)}.")
     if cost := summary["cost"]:

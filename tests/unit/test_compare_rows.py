@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,36 @@ def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
         (folder / "tuning.json").write_text(json.dumps(same))
         [job] = runner._runs(Cell("tiny", "es", 0))
         assert (job.args.sigma, list(job.files), job.directory.name) == (0.02, ["evaluations", "time"], "seed-0")
+
+
+@pytest.mark.parametrize("method", ["es", "sft_rejection"])
+def test_where_time_alone_is_compared_there_is_one_run_and_its_pace_is_the_trials(tmp_path: Path, method: str) -> None:
+    entry = {**ES, "trials": [{}]} if method == "es" else {"method": method}
+    given = {"methods": {"m": entry}, "output_dir": str(tmp_path), "measuring": {"curve_points": 4}}
+    made = comparison(**given, budget={"evaluations": 0, "time_s": 60.0}, tuning={"time_s": 10.0})
+    assert made.tuning.evaluations == 0
+    assert from_mapping(json.loads(json.dumps(dataclasses.asdict(made)))) == made  # as it is kept
+    runner, folder = Runner(made), tmp_path / "results" / "tiny" / "m"
+    [job] = runner._trial("tiny", "m", 0)
+    assert (list(job.files), job.directory.name, job.time_s) == (["time"], "trial-0", 10.0)
+    write(
+        folder / "trial-0-time.json", trial={}, accuracy=0.5, steps=8, train_time_s=11.0, evaluations=64, run="trial-0"
+    )
+    runner._choose("tiny", "m")
+    tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
+    assert tuned["chosen_time"] == {} and "chosen" not in tuned
+    [job] = runner._runs(Cell("tiny", "m", 0))
+    assert (list(job.files), job.directory.name, job.args.eval_steps) == (["time"], "seed-0", int(8 / 11 * 60 / 4))
+    write(folder / "trial-0-time.json", trial={}, status="failed", error="none right", steps=0, train_time_s=0.0)
+    [job] = runner._runs(Cell("tiny", "m", 0))
+    assert job.args.eval_steps == 0
+
+
+def test_where_evaluations_alone_are_compared_no_time_is_measured(tmp_path: Path) -> None:
+    made = comparison(methods={"es": ES}, output_dir=str(tmp_path), budget={"evaluations": 4096, "time_s": 0})
+    write(tmp_path / "results" / "tiny" / "es" / "tuning.json", chosen={})
+    [job] = Runner(made)._runs(Cell("tiny", "es", 0))
+    assert list(job.files) == ["evaluations"]
 
 
 def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:

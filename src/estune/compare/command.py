@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from estune.compare.config import read_comparison
+from estune.compare.config import Budget, Tuning, read_comparison
 from estune.compare.plan import cells, entries
 from estune.errors import UserError
 from estune.monitors import say
@@ -30,12 +30,15 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
         runs, found = len(list(cells(comparison))), entries(comparison)
         trials = sum(len(entry.trials) for entry in found.values()) * len(comparison.models)
         budget, tuning = comparison.budget, comparison.tuning
-        timed = f" and {tuning.time_s:g} s" if tuning.time_s else ""
         say(f"estune: {len(found)} methods ({', '.join(found)}) on {len(comparison.models)} models with "
-            f"{len(comparison.seeds)} seeds: {runs} runs of {budget.evaluations:,} evaluations and "
-            f"{budget.time_s:g} s, after {trials} trials of {tuning.evaluations:,} evaluations{timed}; "
-            "nothing was run")  # fmt: skip
+            f"{len(comparison.seeds)} seeds: {runs} runs of {_told(budget)}, after {trials} trials of "
+            f"{_told(tuning)}; nothing was run")  # fmt: skip
         return 0
     runner.run()
     say(f"estune: {write_report(comparison.directory)}")
     return 0
+
+
+def _told(limits: Budget | Tuning) -> str:
+    evaluations = f"{limits.evaluations:,} evaluations" if limits.evaluations else ""
+    return " and ".join(filter(None, [evaluations, f"{limits.time_s:g} s" if limits.time_s else ""]))

@@ -60,7 +60,7 @@ RETAINED = frozenset(
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run may use: completions scored in training, and seconds of training."""
+    """What every run may use: completions scored in training, and seconds of training. 0 leaves a budget out."""
 
     evaluations: int = 24000
     time_s: float = 60.0
@@ -71,7 +71,7 @@ class Tuning:
     """What a trial may use, the rows of the validation split that decide, and the trials' run seed.
 
     With ``time_s`` trials go on to that time, and each budget gets what was best at its own; else what was best at
-    ``evaluations`` serves both.
+    ``evaluations`` serves both. Where time alone is compared and ``time_s`` given, it is all that a trial has.
     ``split`` is the validation split of a data set that was given (`dataset_name`); a task has its own.
     """
 
@@ -180,6 +180,9 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
             raise UserError(f"model {name} must be a directory or an id, not {model!r}")
     for name, kind in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
         values[name] = _part(kind, values.get(name, {}), name)
+    tuning = values["tuning"]
+    if not values["budget"].evaluations and tuning.time_s and tuning.evaluations == Tuning.evaluations:
+        values["tuning"] = dataclasses.replace(tuning, evaluations=0)  # the default of a budget that is left out
     values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
     values["settings"] = _settings(values.get("settings", {}), "settings")
     entries = {name: _entry(name, given) for name, given in values["methods"].items()}
@@ -251,11 +254,14 @@ def _validate(comparison: Comparison) -> None:
         if len(set(splits)) < len(splits):
             raise UserError("dataset_train_split, split of tuning and dataset_test_split must be three, not "
                             f"{', '.join(splits)}")  # fmt: skip
-    budget = comparison.budget
-    if budget.evaluations < 1 or not 0 < budget.time_s < math.inf or comparison.tuning.evaluations < 1:
-        raise UserError("budgets must be greater than 0, and have an end")
-    if not 0 <= comparison.tuning.time_s < math.inf:
-        raise UserError("time_s of tuning must be seconds; 0 tunes by evaluations alone")
+    for where, limits in (("budget", comparison.budget), ("tuning", comparison.tuning)):
+        if limits.evaluations < 0 or not 0 <= limits.time_s < math.inf or not (limits.evaluations or limits.time_s):
+            raise UserError(f"evaluations and time_s of {where} must be numbers from 0, of which 0 leaves one out, and "
+                            "not 0 both")  # fmt: skip
+    if comparison.tuning.time_s and not comparison.budget.time_s:
+        raise UserError("time_s of tuning is for a budget of time, and time_s of budget is 0")
+    if comparison.tuning.evaluations and comparison.tuning.time_s and not comparison.budget.evaluations:
+        raise UserError("evaluations of tuning have no effect beside its time_s, since evaluations of budget are 0")
     if comparison.workers < 1:
         raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:

@@ -176,9 +176,31 @@ def run_directory(comparison: Comparison, cell: Cell) -> Path:
     return comparison.directory / "runs" / cell.name
 
 
+def budgets_of(comparison: Comparison) -> tuple[str, ...]:
+    """Return the budgets that are compared."""
+    limits = {EVALUATIONS: comparison.budget.evaluations, TIME: comparison.budget.time_s}
+    return tuple(budget for budget in BUDGETS if limits[budget])
+
+
 def tuned_budgets(comparison: Comparison) -> tuple[str, ...]:
-    """Return the budgets for which a method is tuned; where it is for evaluations alone, that serves both."""
-    return BUDGETS if comparison.tuning.time_s else (EVALUATIONS,)
+    """Return the budgets for which a method is tuned; where it is for one alone, that serves both."""
+    limits = {EVALUATIONS: comparison.tuning.evaluations, TIME: comparison.tuning.time_s}
+    return tuple(budget for budget in BUDGETS if limits[budget])
+
+
+def chosen_for(tuned: dict[str, Any], budget: str) -> dict[str, Any]:
+    """Return the trial that a budget's runs get, from what is in `tuning.json`."""
+    found: dict[str, Any] = next(tuned[CHOSEN[own]] for own in (budget, *BUDGETS) if CHOSEN[own] in tuned)
+    return found
+
+
+def evaluated_every(args: ESConfig, trial: dict[str, Any], limit: float, points: int) -> ESConfig:
+    """Return a configuration that evaluates about ``points`` times within a time, at the pace of a trial's run.
+
+    Where the trial made no step its pace is not known: then not at all.
+    """
+    pace = trial["steps"] / trial["train_time_s"] if trial.get("train_time_s") else 0.0  # steps per second
+    return dataclasses.replace(args, eval_steps=max(1, int(pace * limit / points)) if pace and points else 0)
 
 
 def trial_file(comparison: Comparison, model: str, method: str, index: int, budget: str) -> Path:

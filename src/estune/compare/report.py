@@ -66,12 +66,12 @@ def write_report(directory: Path) -> Path:
 def render(summary: dict[str, Any], figure: str) -> str:
     """Return the page."""
     comparison, environment = summary["comparison"], summary["environment"]
-    seeds, budget = len(comparison["seeds"]), comparison["budget"]
+    seeds = len(comparison["seeds"])
     parts = [
         f"<h1>{_text(comparison['task'])}: methods compared</h1>",
-        f"<p class=note>{len(comparison['models'])} models, {seeds} seeds, budgets {budget['evaluations']:,} scored "
-        f"completions and {budget['time_s']:g} s of training. Held-out pass@1 is greedy, on {_rows_of(summary):,} test "
-        f"problems. Machine: {_text(_machine(environment))}.{_told_cost(summary['cost'])}</p>",
+        f"<p class=note>{len(comparison['models'])} models, {seeds} seeds, {_told_budget(comparison['budget'])}. "
+        f"Held-out pass@1 is greedy, on {_rows_of(summary):,} test problems. Machine: {_text(_machine(environment))}."
+        f"{_told_cost(summary['cost'])}</p>",
     ]
     for what, found in summary["mixed"].items():
         parts.append(f'<p class="bad">Results of more than one {what} are mixed here: {_text("; ".join(found))}.</p>')
@@ -107,6 +107,13 @@ def render(summary: dict[str, Any], figure: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
     )
+
+
+def _told_budget(budget: dict[str, Any]) -> str:
+    parts = [f"{budget['evaluations']:,} scored completions" if budget["evaluations"] else "",
+             f"{budget['time_s']:g} s of training" if budget["time_s"] else ""]  # fmt: skip
+    told = " and ".join(filter(None, parts))
+    return f"{'budgets' if all(parts) else 'budget'} {told}"
 
 
 def _told_cost(cost: dict[str, float] | None) -> str:
@@ -296,7 +303,7 @@ def curves(summary: dict[str, Any]) -> Figure:
     methods = list(summary["comparison"]["methods"])
     for line, (name, model) in zip(panels, models.items(), strict=True):
         for panel, (budget, (place, label)) in zip(line, AXES.items(), strict=True):
-            runs = model["curves"][budget]
+            runs: dict[str, list[Any]] = model["curves"][budget] or next(filter(None, model["curves"].values()), {})
             for colour, method in zip(_colours(len(methods)), methods, strict=True):
                 _band(panel, runs.get(method, []), place, colour, method)
             panel.axhline(100 * model["base"]["accuracy"]["mean"], color="#999999", linewidth=0.8, linestyle=":")

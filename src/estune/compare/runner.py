@@ -21,14 +21,14 @@ from estune.compare import measure
 from estune.compare.config import Comparison, from_mapping
 from estune.compare.job import Job
 from estune.compare.plan import (
-    BUDGETS,
     CHOSEN,
-    EVALUATIONS,
-    TIME,
     Cell,
+    budgets_of,
     cells,
+    chosen_for,
     configuration,
     entries,
+    evaluated_every,
     evaluations_per_step,
     goes_on,
     result_file,
@@ -73,8 +73,9 @@ class Runner:
             for method, entry in entries(self.comparison).items():
                 for trial in entry.trials:
                     args = configuration(self.comparison, model, method, trial, 0)
-                    for evaluations in (self.comparison.tuning.evaluations, self.comparison.budget.evaluations):
-                        with_budget(args, evaluations, self.train_rows)
+                    for limits in (self.comparison.tuning, self.comparison.budget):
+                        if limits.evaluations:
+                            with_budget(args, limits.evaluations, self.train_rows)
                     if args.method != "es":
                         from estune.baselines.trainer import check_method
 
@@ -148,7 +149,9 @@ class Runner:
         comparison, tuning, entry = self.comparison, self.comparison.tuning, entries(self.comparison)[method]
         trial = entry.trials[index]
         args = configuration(comparison, model, method, trial, tuning.seed)
-        args = with_budget(args, tuning.evaluations, self.train_rows)
+        if tuning.evaluations:
+            args = with_budget(args, tuning.evaluations, self.train_rows)
+        args = dataclasses.replace(args, eval_steps=0)
         directory = self.directory / "tuning" / model / method / f"trial-{index}"
         files = {budget: trial_file(comparison, model, method, index, budget) for budget in tuned_budgets(comparison)}
         job = Job(
@@ -202,10 +205,15 @@ class Runner:
         comparison, measuring = self.comparison, self.comparison.measuring
         tuned = json.loads((self.directory / "results" / cell.model / cell.method / "tuning.json").read_text("utf-8"))
         jobs = {}
-        for budget in BUDGETS:
-            chosen = tuned.get(CHOSEN[budget], tuned[CHOSEN[EVALUATIONS]])
+        budgets = budgets_of(comparison)
+        for budget in budgets:
+            chosen = chosen_for(tuned, budget)
             args = configuration(comparison, cell.model, cell.method, chosen, cell.seed)
-            args = with_budget(args, comparison.budget.evaluations, self.train_rows, measuring.curve_points)
+            if comparison.budget.evaluations:
+                args = with_budget(args, comparison.budget.evaluations, self.train_rows, measuring.curve_points)
+            else:
+                trial = self._tried(cell, chosen)
+                args = evaluated_every(args, trial, comparison.budget.time_s, measuring.curve_points)
             sampled = args.method == "es" and args.temperature > 0  # curves are of greedy answers, whatever trains
             args = dataclasses.replace(
                 args,
@@ -218,16 +226,23 @@ class Runner:
                 self.directory,
                 args,
                 comparison.budget.time_s,
-                {each: result_file(comparison, cell, each) for each in BUDGETS},
+                {each: result_file(comparison, cell, each) for each in budgets},
                 self.directory / "models" / cell.name,
                 {"model": cell.model, "method": cell.method, "seed": cell.seed, "code": self.code},
                 partial(measure.measure_run, comparison, self.base_file(cell.model)),
                 settings=_told(chosen),
             )
-        whole = jobs[EVALUATIONS]
-        if goes_on(whole.args) and whole.args == jobs[TIME].args:
+        whole = next(iter(jobs.values()))
+        if len(jobs) == 1 or (goes_on(whole.args) and all(whole.args == job.args for job in jobs.values())):
             return [whole]
         return [_of(job, budget) for budget, job in jobs.items()]
+
+    def _tried(self, cell: Cell, chosen: dict[str, Any]) -> dict[str, Any]:
+        """Return what a cell's trial with these settings gave, at the last budget that trials had."""
+        trials, last = entries(self.comparison)[cell.method].trials, tuned_budgets(self.comparison)[-1]
+        file = trial_file(self.comparison, cell.model, cell.method, trials.index(chosen), last)
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
 
     def _keep_plan(self) -> None:
         """Write what is compared and where; another comparison's results are not mixed in.
