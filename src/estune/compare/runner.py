@@ -218,8 +218,8 @@ class Runner:
             args = dataclasses.replace(
                 args,
                 output_dir=str(run_directory(comparison, cell)),
-                eval_rows=measuring.curve_rows,
-                eval_greedy=sampled,
+                eval_rows=measuring.curve_rows if args.eval_steps else 0,
+                eval_greedy=bool(args.eval_steps) and sampled,
             )
             jobs[budget] = Job(
                 cell.name,
