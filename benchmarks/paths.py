@@ -74,7 +74,8 @@ def main() -> None:
             found[task] = one(options.model, task, TASKS[task], Path(name) / task.replace(":", "-"))
             print(f"{task:22} {found[task]['train_s']:6.0f} s  {found[task]['steps'][-1]}", flush=True)
             print(f"{'':22} {found[task]['replay']}", flush=True)
-    print(write_result("paths", {"model": Path(options.model).name, "tasks": found}))
+            path = write_result("paths", {"model": Path(options.model).name, "tasks": found})
+    print(path)
 
 
 if __name__ == "__main__":
