@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS, IMAGES = ROOT / "docs" / "evidence.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
+SHOWN = 8  # tasks of a scan
 FEWEST_SEEDS = 3  # from which differences are counted
 
 
@@ -125,6 +126,12 @@ def differences(summary: dict[str, Any], budget: str) -> str:
     sure = [test for test in found if test["p_holm"] < 0.05]
     better = [test for test in sure if test["difference"] > 0]
     luckiest = sum(test["other"] == "random_search" for test in better)
+    if len(found) == 1:
+        told = "more than chance" if sure else "within chance"
+        return (
+            f"The one paired difference, of {found[0]['es']} and {found[0]['other']}, is {told} "
+            f"({100 * found[0]['difference']:+.1f} points, p {found[0]['p_holm']:.2g}, Holm).\n"
+        )
     return (
         f"Of {len(found)} paired differences between evolution strategies and another method, one for each base and "
         f"kind of members, {len(better)} are in favour of evolution strategies with p < 0.05 (Holm), {luckiest} of "
@@ -179,16 +186,19 @@ def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
 
 
 def scan(name: str) -> str:
-    """Return the tasks that a scan ranked first."""
+    """Return the tasks that a scan ranked first, those that were sampled among them."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     body = []
-    for task in (task for task in found["ranked"] if "right_samples" in found["tasks"][task]):
+    for place, task in enumerate(found["ranked"]):
         its = found["tasks"][task]
+        if place >= SHOWN and "right_samples" not in its:
+            continue
         label = f"**{task}**" if task in found["chosen"] else task
+        right = f"{its['right_samples']} of {its['samples']}" if "right_samples" in its else "not sampled"
         body.append([label, number(100 * its["accuracy"], 0), number(100 * its["holds_answer"], 0),
-                     f"{its['right_samples']} of {its['samples']}", number(its["length"], 0)])  # fmt: skip
+                     number(100 * its["answer_in_prompt"], 0), right, number(its["length"], 0)])  # fmt: skip
     scanned = sum("n" in its for its in found["tasks"].values())
-    head = ["task", "right, %", "holds the answer, %", "right samples", "tokens"]
+    head = ["task", "right, %", "holds the answer, %", "answer in the prompt, %", "right samples", "tokens"]
     told = f"{scanned} tasks, {found['rows']} validation problems each; those in bold were chosen.\n"
     return f"{told}\n{table(body, head)}"
 

@@ -118,9 +118,10 @@ def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
 
 
 def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    its = {"n": 4, "accuracy": 0.25, "holds_answer": 0.75, "right_samples": 3, "samples": 128, "length": 12.4}
-    scanned = {"rows": 4, "ranked": ["b", "a", "c"], "chosen": ["b"],
-               "tasks": {"a": its, "b": its, "c": {"n": 4}, "d": {"left_out": "slow"}}}  # fmt: skip
+    plain = {"n": 4, "accuracy": 0.25, "holds_answer": 0.75, "answer_in_prompt": 0.5, "length": 12.4}
+    its = {**plain, "right_samples": 3, "samples": 128}
+    scanned = {"rows": 4, "ranked": ["b", "c", "a", "e"], "chosen": ["b"],
+               "tasks": {"a": its, "b": its, "c": plain, "e": plain, "d": {"left_out": "slow"}}}  # fmt: skip
     steps = [{"reward": 0.5, "completions/clipped_ratio": 0.25}, {"reward": 0.0, "completions/clipped_ratio": 0.75}]
     held = [{"eval_reward": 0.125}, {"eval_reward": 0.25}]
     tried = {"tasks": {"sudoku": {"steps": steps, "held_out": held, "replay": "the same"}}}
@@ -128,9 +129,11 @@ def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatc
         (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     with loaded("scripts/evidence.py") as evidence:
         monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+        monkeypatch.setattr(evidence, "SHOWN", 2)
         told = evidence.section("scan_reasoning").splitlines()
-        assert told[0].startswith("3 tasks, 4 validation problems each") and len(told) == 6
-        assert told[4:] == ["| **b** | 25 | 75 | 3 of 128 | 12 |", "| a | 25 | 75 | 3 of 128 | 12 |"]
+        assert told[0].startswith("4 tasks, 4 validation problems each") and len(told) == 7
+        assert told[4:] == ["| **b** | 25 | 75 | 50 | 3 of 128 | 12 |", "| c | 25 | 75 | 50 | not sampled | 12 |",
+                            "| a | 25 | 75 | 50 | 3 of 128 | 12 |"]  # fmt: skip
         line = evidence.section("paths").splitlines()[2]
         assert line == "| `sudoku` | 0.500, 0.000 | 0.125 to 0.250 | 50 | the same |"
 

@@ -197,8 +197,11 @@ def chosen_for(tuned: dict[str, Any], budget: str) -> dict[str, Any]:
 def evaluated_every(args: ESConfig, trial: dict[str, Any], limit: float, points: int) -> ESConfig:
     """Return a configuration that evaluates about ``points`` times within a time, at the pace of a trial's run.
 
-    Where the trial made no step its pace is not known: then not at all.
+    Where the trial made no step its pace is not known: then not at all. `sft_rejection` draws for most of its time, and
+    has the steps that it was given as a measure.
     """
+    if args.method == "sft_rejection" and points:
+        return dataclasses.replace(args, eval_steps=max(1, args.max_steps // points))
     pace = trial["steps"] / trial["train_time_s"] if trial.get("train_time_s") else 0.0  # steps per second
     return dataclasses.replace(args, eval_steps=max(1, int(pace * limit / points)) if pace and points else 0)
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,10 @@ def write_report(directory: Path) -> Path:
 def render(summary: dict[str, Any], figure: str) -> str:
     """Return the page."""
     comparison, environment = summary["comparison"], summary["environment"]
-    seeds = len(comparison["seeds"])
     parts = [
         f"<h1>{_text(comparison['task'])}: methods compared</h1>",
-        f"<p class=note>{len(comparison['models'])} models, {seeds} seeds, {_told_budget(comparison['budget'])}. "
+        f"<p class=note>{_count('model', comparison['models'])}, {_count('seed', comparison['seeds'])}, "
+        f"{_told_budget(comparison['budget'])}. "
         f"Held-out pass@1 is greedy, on {_rows_of(summary):,} test problems. Machine: {_text(_machine(environment))}."
         f"{_told_cost(summary['cost'])}</p>",
     ]
@@ -107,6 +107,10 @@ def render(summary: dict[str, Any], figure: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
     )
+
+
+def _count(name: str, listed: Sized) -> str:
+    return f"{len(listed)} {name}{'' if len(listed) == 1 else 's'}"
 
 
 def _told_budget(budget: dict[str, Any]) -> str:
