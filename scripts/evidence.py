@@ -209,10 +209,12 @@ def paths(name: str) -> str:
     body = []
     for task, its in found["tasks"].items():
         rewards = ", ".join(number(step["reward"], 3) for step in its["steps"])
+        short = " to ".join(number(step["shorter"], 2) for step in (its["steps"][0], its["steps"][-1]))
+        moved = ", ".join(number(step["es/update_norm"], 2) for step in its["steps"])
         cut = statistics.mean(step["completions/clipped_ratio"] for step in its["steps"])
-        held = " to ".join(number(record["eval_reward"], 3) for record in (its["held_out"][0], its["held_out"][-1]))
-        body.append([f"`{task}`", rewards, held, number(100 * cut, 0), its["replay"]])
-    return table(body, ["task", "mean reward of each step", "held out, before to after", "cut off, %", "replay"])
+        body.append([f"`{task}`", rewards, short, moved, number(100 * cut, 0), its["replay"]])
+    head = ["task", "the task's reward, each step", "that for brevity", "update, L2", "cut off, %", "replay"]
+    return table(body, head)
 
 
 def comparison_of(name: str) -> str:

@@ -122,9 +122,9 @@ def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatc
     its = {**plain, "right_samples": 3, "samples": 128}
     scanned = {"rows": 4, "ranked": ["b", "c", "a", "e"], "chosen": ["b"],
                "tasks": {"a": its, "b": its, "c": plain, "e": plain, "d": {"left_out": "slow"}}}  # fmt: skip
-    steps = [{"reward": 0.5, "completions/clipped_ratio": 0.25}, {"reward": 0.0, "completions/clipped_ratio": 0.75}]
-    held = [{"eval_reward": 0.125}, {"eval_reward": 0.25}]
-    tried = {"tasks": {"sudoku": {"steps": steps, "held_out": held, "replay": "the same"}}}
+    step = {"reward": 0.5, "shorter": 0.25, "es/update_norm": 1.5, "completions/clipped_ratio": 0.25}
+    steps = [step, {**step, "reward": 0.0, "shorter": 0.5, "completions/clipped_ratio": 0.75}]
+    tried = {"tasks": {"sudoku": {"steps": steps, "replay": "the same"}}}
     for name, value in (("scan_reasoning", scanned), ("paths", tried)):
         (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     with loaded("scripts/evidence.py") as evidence:
@@ -135,7 +135,7 @@ def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatc
         assert told[4:] == ["| **b** | 25 | 75 | 50 | 3 of 128 | 12 |", "| c | 25 | 75 | 50 | not sampled | 12 |",
                             "| a | 25 | 75 | 50 | 3 of 128 | 12 |"]  # fmt: skip
         line = evidence.section("paths").splitlines()[2]
-        assert line == "| `sudoku` | 0.500, 0.000 | 0.125 to 0.250 | 50 | the same |"
+        assert line == "| `sudoku` | 0.500, 0.000 | 0.25 to 0.50 | 1.50, 1.50 | 50 | the same |"
 
 
 def test_the_page_says_what_the_results_say(
