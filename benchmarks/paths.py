@@ -4,10 +4,10 @@
     python benchmarks/paths.py                     # about 15 minutes on two quiet cores
 
 Each task is trained for some steps of a small population, evaluated before and after on a few held-out rows, and its
-run rebuilt from base model and journal by `estune replay`. A model of this size is hardly ever right here, and where all
-members score 0 nothing moves: so a trace of a second reward, for short answers, is added to the task's, and there are
-updates to be journalled and rebuilt. Kept are both rewards of every step, the update's norm, how many completions were
-cut off, and what `replay` says. It goes to `benchmarks/results/paths.json`.
+run rebuilt from base model and journal by `estune replay`. A model of this size is hardly ever right here, and where
+all members score 0 nothing moves: so a trace of a second reward, for short answers, is added to the task's, and there
+are updates to be journalled and rebuilt. Kept are both rewards of every step, the update's norm, how many completions
+were cut off, and what `replay` says. It goes to `benchmarks/results/paths.json`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def cores() -> int:
 
 
 def machine() -> str:
-    """Return what decides how fast a run is, in words: processor, cores, and GPUs where there are any."""
+    """Return what decides how fast a run is, in words: processor, cores, and NVIDIA GPUs where there are any."""
     return ", ".join([_processor(), f"{cores()} cores", *gpus()])
 
 
@@ -51,14 +51,14 @@ def gpus() -> tuple[str, ...]:
     """Return the names of the NVIDIA GPUs, by `nvidia-smi`: asking torch would open the driver in this process."""
     asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, platform, processor, cores, memory and GPUs as a JSON-able dict."""
+    """Return versions, platform, processor, cores, memory and NVIDIA GPUs as a JSON-able dict."""
     return {
         "versions": versions(),
         "platform": platform.platform(),

@@ -36,7 +36,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
 PARTIAL = ".estune-fetch-"
-READS_GGUF = "5.19"  # a transformers whose tokenizers from GGUF files are right; 5.17 gives other special tokens
+READS_GGUF = "5.19"  # of transformers; 5.17 makes another tokenizer of the file
 PRIVATE_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
@@ -307,7 +307,7 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     wanted = (model.num_parameters, model.eos_token, tokenizer.eos_token_id, model.chat_template)
     if found != wanted:
         raise UserError(f"transformers {transformers.__version__} reads the GGUF file of {model.name} wrongly: {found} "
-                        f"instead of {wanted}; {READS_GGUF} reads it rightly")  # fmt: skip
+                        f"instead of {wanted}. Read rightly it was by {READS_GGUF}")  # fmt: skip
     # The weights are plain float32 from here on, but transformers would still save them as a quantized model.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(loaded.config, name):

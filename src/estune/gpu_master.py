@@ -246,10 +246,10 @@ class DeviceMaster(Master):
         if not self.resident:
             super().assign(read)
             return
-        for spec in self.specs:
-            self._theta[spec.name].copy_(read(spec.name).reshape(-1))
-            self._stale.add(spec.name)
         self.version += 1
+        for spec in self.specs:
+            self._stale.add(spec.name)
+            self._theta[spec.name].copy_(read(spec.name).detach().reshape(-1))
 
     def unshare(self) -> None:
         """Move the host's copy into memory of its own; see `Master.unshare`."""

@@ -14,14 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from estune.engines.base import ParameterSpec, Perturbation
 from estune.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shapes, noise_keys
 from estune.noise.reference import BLOCK_SIZE
 from estune.optimizer import Update
+
+if TYPE_CHECKING:
+    import torch  # nothing here needs it, but for tensors that a caller has
 
 STREAMED_BYTES = 128 << 20  # of weights; from here on they are written past the caches
 PIECE = 1 << 18  # elements per unit of work: 1 MiB of float32
@@ -267,15 +270,16 @@ class Master:
 
     def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
         """Overwrite theta in place: ``read_into(name, flat)`` fills each parameter's flat float32 array (d,)."""
+        self.version += 1  # also where it raises half way: what is there is not what was
         for spec in self.specs:
             read_into(spec.name, self._flat[spec.name])
-        self.version += 1
 
     def assign(self, read: Callable[[str], torch.Tensor]) -> None:
         """Overwrite theta: ``read(name)`` is each parameter's new value, of any floating dtype and device."""
+        import torch
 
         def read_into(name: str, flat: np.ndarray) -> None:
-            torch.from_numpy(flat).copy_(read(name).reshape(-1))
+            torch.from_numpy(flat).copy_(read(name).detach().reshape(-1))
 
         self.load(read_into)
 

@@ -190,6 +190,38 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
     assert early["steps"] < found["steps"] and early["fingerprint"] != found["fingerprint"]
 
 
+def test_at_equal_time_alone(tmp_path: Path) -> None:
+    """One run a seed, one table, curves over both, and nothing done again."""
+    methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
+                      "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
+    file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
+                 tuning={"time_s": 1.0, "rows": 8})  # fmt: skip
+    assert "2 runs of 2 s, after 2 trials of 1 s;" in estune("compare", file, "--dry_run", cwd=tmp_path).out
+    done = estune("compare", file, cwd=tmp_path, timeout=250)
+    assert done.code == 0, done.err
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    [model] = summary["models"].values()
+    assert not model["rows"]["evaluations"] and {row["name"] for row in model["rows"]["time"]} == {
+        "es",
+        "random_search",
+    }
+    assert all(row["train_time_s"] >= 2.0 for row in model["rows"]["time"])
+    [results] = [path for path in (out / "results").iterdir() if path.is_dir()]
+    found = json.loads((results / "es" / "seed-0-time.json").read_text(encoding="utf-8"))
+    assert found["status"] == "done" and len(found["curve"]) > 2
+    assert sorted(path.name for path in (results / "es").iterdir()) == [
+        "seed-0-time.json",
+        "trial-0-time.json",
+        "tuning.json",
+    ]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "budget 2 s of training" in page and "Equal evaluations" not in page and "How parameters moved" in page
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
+    assert estune("compare", file, cwd=tmp_path, timeout=100).code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

@@ -187,11 +187,11 @@ def test_where_time_alone_is_compared_there_is_one_run_and_its_pace_is_the_trial
     tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
     assert tuned["chosen_time"] == {} and "chosen" not in tuned
     [job] = runner._runs(Cell("tiny", "m", 0))
-    every = int(8 / 11 * 60 / 4) if method == "es" else job.args.max_steps // 4
+    every = int(8 / 11 * 60 / 4)
     assert (list(job.files), job.directory.name, job.args.eval_steps) == (["time"], "seed-0", every)
     write(folder / "trial-0-time.json", trial={}, status="failed", error="none right", steps=0, train_time_s=0.0)
     [job] = runner._runs(Cell("tiny", "m", 0))
-    assert job.args.eval_steps == (0 if method == "es" else every)
+    assert job.args.eval_steps == 0
 
 
 def test_where_evaluations_alone_are_compared_no_time_is_measured(tmp_path: Path) -> None:

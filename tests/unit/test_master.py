@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from fractions import Fraction
 from hashlib import blake2b
 
 import numpy as np
 import pytest
+import torch
 from plain_noise import nearest_float32, plain_key, plain_noise, same_bits, wide_checksum, wide_noise
 
 import estune.master
@@ -376,3 +379,26 @@ def test_fingerprint_is_blake2b_over_raw_bytes_in_name_order() -> None:
         digest.update(b"".join(x.to_bytes(8, "little") for x in shapes[name]) + arrays[name].tobytes())
     assert fingerprint(specs, arrays) == fingerprint(specs[::-1], arrays) == digest.hexdigest()
     assert Master(specs, arrays).fingerprint() == digest.hexdigest()
+
+
+def test_the_core_needs_no_torch() -> None:
+    """A replay, the toy engine and the journal run where torch is not installed; `assign` alone is for its tensors."""
+    blocked = "import sys; sys.modules['torch'] = None; import estune.master, estune.engines.toy, estune.checkpoint, estune.run"
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_theta_that_was_written_half_is_another_version() -> None:
+    """What holds weights of the version before must not take them for current."""
+    specs = [ParameterSpec(name, (3,), True) for name in ("a", "b")]
+    master = Master(specs, {spec.name: np.zeros(3, dtype=np.float32) for spec in specs})
+    before = master.version
+
+    def read(name: str) -> torch.Tensor:
+        if name == "b":
+            raise ValueError("not finite")
+        return torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+
+    with pytest.raises(ValueError, match="not finite"):
+        master.assign(read)
+    assert master.version != before and master.arrays["a"].tolist() == [1.0] * 3

@@ -94,7 +94,7 @@ class Measuring:
     discovery_rows: int = 0  # the first rows, among which is sought what the base never solves; 0: all
     discovery_samples: int = 256  # of the base: what it never solves in these is there to be discovered
     curve_rows: int = 100  # of the validation split, evaluated while a run goes on
-    curve_points: int = 8  # evaluations within the budget of evaluations
+    curve_points: int = 8  # evaluations within the budget of evaluations, or of time where that is all
     reward_bounds: tuple[float, ...] = ()  # the reward's lowest and highest value, where it is not the task's own
 
 
@@ -178,11 +178,12 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
     for name, model in models.items():
         if not isinstance(model, str):
             raise UserError(f"model {name} must be a directory or an id, not {model!r}")
+    tuning = values.get("tuning", {})
+    given_evaluations = isinstance(tuning, dict) and "evaluations" in tuning
     for name, kind in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
         values[name] = _part(kind, values.get(name, {}), name)
-    tuning = values["tuning"]
-    if not values["budget"].evaluations and tuning.time_s and tuning.evaluations == Tuning.evaluations:
-        values["tuning"] = dataclasses.replace(tuning, evaluations=0)  # the default of a budget that is left out
+    if not values["budget"].evaluations and values["tuning"].time_s and not given_evaluations:
+        values["tuning"] = dataclasses.replace(values["tuning"], evaluations=0)  # not the default
     values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
     values["settings"] = _settings(values.get("settings", {}), "settings")
     entries = {name: _entry(name, given) for name, given in values["methods"].items()}

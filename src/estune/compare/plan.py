@@ -24,7 +24,8 @@ from estune.tasks import get_task
 
 EVALUATIONS, TIME = "evaluations", "time"
 BUDGETS = (EVALUATIONS, TIME)
-CHOSEN = {EVALUATIONS: "chosen", TIME: "chosen_time"}  # in tuning.json; the first serves both if it stands alone
+LIMITS = {EVALUATIONS: "evaluations", TIME: "time_s"}  # of `Budget` and `Tuning`; 0 leaves one out
+CHOSEN = {EVALUATIONS: "chosen", TIME: "chosen_time"}  # in tuning.json; one that stands alone serves both
 ENDLESS = 1_000_000_000  # steps of a run that its time will end
 MANY = 1_000_000  # samples of each prompt, where its time ends the drawing
 
@@ -178,14 +179,12 @@ def run_directory(comparison: Comparison, cell: Cell) -> Path:
 
 def budgets_of(comparison: Comparison) -> tuple[str, ...]:
     """Return the budgets that are compared."""
-    limits = {EVALUATIONS: comparison.budget.evaluations, TIME: comparison.budget.time_s}
-    return tuple(budget for budget in BUDGETS if limits[budget])
+    return tuple(budget for budget in BUDGETS if getattr(comparison.budget, LIMITS[budget]))
 
 
 def tuned_budgets(comparison: Comparison) -> tuple[str, ...]:
     """Return the budgets for which a method is tuned; where it is for one alone, that serves both."""
-    limits = {EVALUATIONS: comparison.tuning.evaluations, TIME: comparison.tuning.time_s}
-    return tuple(budget for budget in BUDGETS if limits[budget])
+    return tuple(budget for budget in BUDGETS if getattr(comparison.tuning, LIMITS[budget]))
 
 
 def chosen_for(tuned: dict[str, Any], budget: str) -> dict[str, Any]:
@@ -197,11 +196,9 @@ def chosen_for(tuned: dict[str, Any], budget: str) -> dict[str, Any]:
 def evaluated_every(args: ESConfig, trial: dict[str, Any], limit: float, points: int) -> ESConfig:
     """Return a configuration that evaluates about ``points`` times within a time, at the pace of a trial's run.
 
-    Where the trial made no step its pace is not known: then not at all. `sft_rejection` draws for most of its time, and
-    has the steps that it was given as a measure.
+    Where the trial made no step its pace is not known: then not at all. `sft_rejection` learns in the half of its time
+    in which it does not draw.
     """
-    if args.method == "sft_rejection" and points:
-        return dataclasses.replace(args, eval_steps=max(1, args.max_steps // points))
     pace = trial["steps"] / trial["train_time_s"] if trial.get("train_time_s") else 0.0  # steps per second
     return dataclasses.replace(args, eval_steps=max(1, int(pace * limit / points)) if pace and points else 0)
 

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.figure import Figure
 
-from estune.compare.plan import BUDGETS, CHOSEN
+from estune.compare.plan import BUDGETS, CHOSEN, LIMITS
 from estune.compare.tables import summarise
 from estune.files import replace_file
 
@@ -231,14 +231,16 @@ def _tuning_table(tuning: dict[str, Any]) -> str:
 def _changes_part(summary: dict[str, Any]) -> str:
     """Return the histograms of parameter changes beside a normal distribution."""
     figures = []
+    budget = next(budget for budget in BUDGETS if summary["comparison"]["budget"][LIMITS[budget]])
     for name, model in summary["models"].items():
-        rows = [row for row in model["rows"]["evaluations"] if row.get("changes", {}).get("histogram")]
+        rows = [row for row in model["rows"][budget] if row.get("changes", {}).get("histogram")]
         if rows:
             figures.append(f"<h3>{_text(name)}</h3><figure>{_svg(_histograms(rows))}</figure>")
     if not figures:
         return ""
     note = (
-        "<p class=note>Changes of all parameters in units of their root mean square (first seed, equal evaluations). "
+        "<p class=note>Changes of all parameters in units of their root mean square (first seed, "
+        f"{BUDGET_NAMES[budget].lower()}). "
         "Dashed: a normal distribution of that size, which a random walk of evolution strategies' steps tends to; "
         "steps that Adam rescales parameter by parameter need not: for them it is but a shape to compare with. "
         "How far a run went, in units of a random walk of the same step norms, stands in the tables: 1 is such a walk, "
@@ -307,7 +309,8 @@ def curves(summary: dict[str, Any]) -> Figure:
     methods = list(summary["comparison"]["methods"])
     for line, (name, model) in zip(panels, models.items(), strict=True):
         for panel, (budget, (place, label)) in zip(line, AXES.items(), strict=True):
-            runs: dict[str, list[Any]] = model["curves"][budget] or next(filter(None, model["curves"].values()), {})
+            left_out = not summary["comparison"]["budget"][LIMITS[budget]]
+            runs = model["curves"][BUDGETS[1 - BUDGETS.index(budget)] if left_out else budget]
             for colour, method in zip(_colours(len(methods)), methods, strict=True):
                 _band(panel, runs.get(method, []), place, colour, method)
             panel.axhline(100 * model["base"]["accuracy"]["mean"], color="#999999", linewidth=0.8, linestyle=":")

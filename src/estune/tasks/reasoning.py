@@ -86,17 +86,15 @@ def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
     Raises:
         UserError: it makes no problems by itself, or too few different ones.
     """
-    if not sys.flags.hash_randomization and os.environ.get("PYTHONHASHSEED", "random") == "0":
-        found = json.loads(made(name))
-    else:
-        found_here = [str(Path(place).absolute()) for place in sys.path if place]
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(found_here)}
-        with tempfile.TemporaryDirectory() as place:  # some generators write files where they are
-            done = subprocess.run([sys.executable, "-P", "-c", MAKE, name], env=environment, cwd=place,
-                                  capture_output=True, text=True, check=False)  # fmt: skip
-        if done.returncode:
-            raise UserError(f"reasoning-gym's {name} makes no problems: {(done.stderr.split(chr(10)) or [''])[-2]}")
-        found = json.loads(done.stdout)
+    found_here = [str(Path(place).absolute()) for place in sys.path if place]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(found_here)}
+    with tempfile.TemporaryDirectory() as place:  # some generators write files where they are
+        done = subprocess.run([sys.executable, "-P", "-c", MAKE, name], env=environment, cwd=place,
+                              capture_output=True, text=True, errors="replace", check=False)  # fmt: skip
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"reasoning-gym's {name} makes no problems: {said[-1]}")
+    found = json.loads(done.stdout)
     if "error" in found:
         raise UserError(found["error"])
     rows: dict[str, list[dict[str, Any]]] = found["rows"]
