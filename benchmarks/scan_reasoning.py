@@ -6,28 +6,24 @@
 A model may hold the answer in its text and still score nothing, because it never gives it as asked. Such a task shows
 what outcome-only training can bring out. Every generator makes its rows in a process of its own with a time limit; of
 those that do, the model answers some rows of the *validation* split greedily (the test split is left alone). Reported
-are the exact accuracy, the share of completions that hold the answer as a word somewhere, and the lengths. An answer
-that is a word of its own prompt (True, say, or the next number of a series that repeats) is not counted as held: a copy
-of the prompt would hold it.
+are the exact accuracy, the share of completions that hold the answer as a word somewhere, the share that one constant
+answer would have, and the lengths. An answer that is a word of its own prompt (True, say, or the next number of a
+series that repeats) is not counted as held: a copy of the prompt would hold it.
 
-Tasks are ranked by the second less the first. An exact reward can only bring out what is sometimes right: of the tasks
-where that gap is a tenth or more, some rows are sampled at temperature 1, and the first two with 3 right samples of 128
-or more are chosen: a threshold on few samples, which only leaves out what is hopeless. Where fewer than two have that,
-the first others of the ranking are taken, and `seldom` names them: there the reward is to be found first. No training
-result has a part in it. The result goes to `benchmarks/results/scan_reasoning.json`.
+Tasks are ranked by what is held less what is right or what a constant would have, whichever is more. An exact reward
+can only bring out what is sometimes right: of the tasks where that gap is a tenth or more, some rows are sampled at
+temperature 1, and the first two with 3 right samples of 128 or more are chosen, a threshold on few samples. There may
+be none. No training result has a part in it. The result goes to `benchmarks/results/scan_reasoning.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
-import multiprocessing
-import os
 import re
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ from record import write_result
 from estune import inputs
 from estune.compare.measure import Judges
 from estune.config import ESConfig
+from estune.errors import UserError
 from estune.tasks import get_task, reasoning
 
 ROWS, TOKENS, LONGEST_PROMPT = 32, 64, 160  # rows and completion tokens a task; tokens of a prompt, at most
@@ -51,28 +48,13 @@ def holds(text: str, wanted: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(wanted)}(?!\w|\.\d)", text) is not None
 
 
-def _load(name: str, found: Any) -> None:
-    os.setsid()  # a group of its own: the generator is a child of this process, and has to go with it
-    try:
-        found.put(get_task(f"rg:{name}").load("validation")[:ROWS])
-    except Exception as error:  # somebody else's generator: whatever it is, it is reported
-        found.put(f"{type(error).__name__}: {error}")
-
-
 def rows_of(name: str) -> list[dict[str, Any]] | str:
     """Return a generator's validation rows, or why there are none."""
-    context = multiprocessing.get_context("fork")
-    found = context.Queue()
-    process = context.Process(target=_load, args=(name, found))
-    process.start()
     try:
-        rows: list[dict[str, Any]] | str = found.get(timeout=SECONDS)
-    except Exception:
-        rows = f"no rows within {SECONDS:g} s"
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    return rows
+        get_task(f"rg:{name}")  # which refuses scorers that run answers
+        return reasoning.rows_of(name, SECONDS)["validation"][:ROWS]
+    except UserError as error:
+        return str(error)
 
 
 def main() -> None:
@@ -114,6 +96,7 @@ def main() -> None:
             "accuracy": summary["accuracy"],
             "reward": summary["reward"],
             "holds_answer": held / len(rows),
+            "constant": collections.Counter(wanted).most_common(1)[0][1] / len(rows),
             "answer_in_prompt": sum(copied) / len(rows),
             "tagged": sum("<answer>" in text for text in texts) / len(rows),
             "length": summary["mean_length_tokens"],
@@ -127,8 +110,10 @@ def main() -> None:
             flush=True,
         )
     scanned = [name for name, found in tasks.items() if "n" in found]
-    ranked = sorted(scanned, key=lambda name: tasks[name]["accuracy"] - tasks[name]["holds_answer"])
-    gaps = {name: tasks[name]["holds_answer"] - tasks[name]["accuracy"] for name in ranked}
+    gaps = {
+        name: tasks[name]["holds_answer"] - max(tasks[name]["accuracy"], tasks[name]["constant"]) for name in scanned
+    }
+    ranked = sorted(scanned, key=lambda name: -gaps[name])
     sampled = [name for name in ranked if gaps[name] >= LEAST_GAP]
     for name in sampled:
         own = ESConfig(**{**vars(args), "task": f"rg:{name}", "temperature": 1.0, "num_generations": SAMPLES})
@@ -137,11 +122,9 @@ def main() -> None:
         tasks[name] |= {"right_samples": sum(right), "samples": len(right) * SAMPLES}
         print(f"{name:28} {sum(right)} of {len(right) * SAMPLES} samples right", flush=True)
     chosen = [name for name in sampled if tasks[name]["right_samples"] >= FEWEST_RIGHT][:CHOSEN]
-    seldom = [name for name in ranked if name not in chosen][: CHOSEN - len(chosen)]
     path = write_result("scan_reasoning", {"model": Path(options.model).name, "rows": ROWS, "tokens": TOKENS,
-                                           "ranked": ranked, "chosen": chosen + seldom,
-                                           "seldom": seldom, "tasks": tasks})  # fmt: skip
-    print(f"chosen: {', '.join(chosen + seldom)}; seldom right: {', '.join(seldom) or 'none'}; {path}")
+                                           "ranked": ranked, "chosen": chosen, "tasks": tasks})  # fmt: skip
+    print(f"chosen: {', '.join(chosen) or 'none'}; {path}")
 
 
 if __name__ == "__main__":

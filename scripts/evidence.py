@@ -148,20 +148,23 @@ def line(row: dict[str, Any], established: dict[str, bool], columns: int) -> lis
     if "accuracy" not in row:
         return [name] + [""] * (columns - 1)
     seeds = sorted(100 * seed["accuracy"] for seed in row["seeds"] if "accuracy" in seed)
-    last = row["pass_at_k"][max(row["pass_at_k"], key=int)]
     kept = [number(100 * value, 1) for value in row["retention"].values()]
     return [
         name, share(row["accuracy"]), share(row["gain"], "difference", "+"), f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
-        share(last), number(row["kl"], 2), *kept, number(row["evaluations"], 0), number(row["train_time_s"], 0),
+        *sampled(row), number(row["kl"], 2), *kept, number(row["evaluations"], 0), number(row["train_time_s"], 0),
     ]  # fmt: skip
 
 
 def fixed(row: dict[str, Any], kept: Sequence[str]) -> list[str]:
     """Return the cells of a model that nothing trained."""
-    samples = row.get("pass_at_k", {})
-    last = share(samples[max(samples, key=int)]) if samples else ""
     others = [number(100 * row["retention"][name], 1) if name in row["retention"] else "" for name in kept]
-    return [labelled(row, {}), share(row["accuracy"]), "", "", last, "", *others, "", ""]
+    return [labelled(row, {}), share(row["accuracy"]), "", "", *sampled(row), "", *others, "", ""]
+
+
+def sampled(row: dict[str, Any]) -> tuple[str, str]:
+    """Return a sample's accuracy at temperature 1, and pass@k of the most samples."""
+    found = row.get("pass_at_k", {})
+    return (share(found["1"]), share(found[max(found, key=int)])) if found else ("", "")
 
 
 def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
@@ -169,7 +172,7 @@ def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
     found, comparison = summary["models"][model], summary["comparison"]
     rows, kept = found["rows"][budget], list(found["base"]["retention"])
     k = max(found["base"]["pass_at_k"], key=int)
-    head = ["method", "pass@1, %", "gain, points", "seeds, %", f"pass@{k}, %", "KL",
+    head = ["method", "pass@1, %", "gain, points", "seeds, %", "a sample, %", f"pass@{k}, %", "KL",
             *(f"kept: {name}, %" for name in kept), "evaluations", "seconds"]  # fmt: skip
     body = [fixed(row, kept) for row in (found["base"], found.get("prefix")) if row]
     body += [line(row, summary["established"], len(head)) for row in rows]
@@ -195,11 +198,20 @@ def scan(name: str) -> str:
             continue
         label = f"**{task}**" if task in found["chosen"] else task
         right = f"{its['right_samples']} of {its['samples']}" if "right_samples" in its else "not sampled"
-        body.append([label, number(100 * its["accuracy"], 0), number(100 * its["holds_answer"], 0),
-                     number(100 * its["answer_in_prompt"], 0), right, number(its["length"], 0)])  # fmt: skip
+        shares = ("accuracy", "holds_answer", "constant", "answer_in_prompt")
+        body.append([label, *(number(100 * its[name], 0) for name in shares), right, number(its["length"], 0)])
     scanned = sum("n" in its for its in found["tasks"].values())
-    head = ["task", "right, %", "holds the answer, %", "answer in the prompt, %", "right samples", "tokens"]
-    told = f"{scanned} tasks, {found['rows']} validation problems each; those in bold were chosen.\n"
+    head = [
+        "task",
+        "right, %",
+        "holds the answer, %",
+        "a constant, %",
+        "answer in the prompt, %",
+        "right samples",
+        "tokens",
+    ]
+    bold = "those in bold were chosen" if found["chosen"] else "none was chosen"
+    told = f"{scanned} tasks, {found['rows']} validation problems each; {bold}.\n"
     return f"{told}\n{table(body, head)}"
 
 

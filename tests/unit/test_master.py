@@ -383,7 +383,8 @@ def test_fingerprint_is_blake2b_over_raw_bytes_in_name_order() -> None:
 
 def test_the_core_needs_no_torch() -> None:
     """A replay, the toy engine and the journal run where torch is not installed; `assign` alone is for its tensors."""
-    blocked = "import sys; sys.modules['torch'] = None; import estune.master, estune.engines.toy, estune.checkpoint, estune.run"
+    core = "estune.master, estune.engines.toy, estune.checkpoint, estune.run"
+    blocked = f"import sys; sys.modules['torch'] = None; import {core}"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -80,17 +80,20 @@ def runs_answers(name: str) -> bool:
 
 
 @cache
-def rows_of(name: str) -> dict[str, list[dict[str, Any]]]:
+def rows_of(name: str, timeout_s: float | None = None) -> dict[str, list[dict[str, Any]]]:
     """Return all splits' rows of a generator, the same in every process.
 
     Raises:
-        UserError: it makes no problems by itself, or too few different ones.
+        UserError: it makes no problems by itself, or too few different ones, or not within ``timeout_s``.
     """
     found_here = [str(Path(place).absolute()) for place in sys.path if place]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(found_here)}
     with tempfile.TemporaryDirectory() as place:  # some generators write files where they are
-        done = subprocess.run([sys.executable, "-P", "-c", MAKE, name], env=environment, cwd=place,
-                              capture_output=True, text=True, errors="replace", check=False)  # fmt: skip
+        try:
+            done = subprocess.run([sys.executable, "-P", "-c", MAKE, name], env=environment, cwd=place, check=False,
+                                  capture_output=True, text=True, errors="replace", timeout=timeout_s)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"reasoning-gym's {name} makes no problems within {timeout_s:g} s") from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise UserError(f"reasoning-gym's {name} makes no problems: {said[-1]}")
