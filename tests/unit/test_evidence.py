@@ -134,8 +134,10 @@ def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatc
         assert told[0].startswith("4 tasks, 4 validation problems each") and len(told) == 7
         first = "25 | 75 | 12 | 50"
         assert told[4:] == [
-            f"| **b** | {first} | 3 of 128 | 12 |", f"| c | {first} | not sampled | 12 |", f"| a | {first} | 3 of 128 | 12 |"
-        ]  # fmt: skip
+            f"| **b** | {first} | 3 of 128 | 12 |",
+            f"| c | {first} | not sampled | 12 |",
+            f"| a | {first} | 3 of 128 | 12 |",
+        ]
         line = evidence.section("paths").splitlines()[2]
         assert line == "| `sudoku` | 0.500, 0.000 | 0.25 to 0.50 | 1.50, 1.50 | 50 | the same |"
 
