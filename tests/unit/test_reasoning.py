@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,25 @@ def test_a_generator_that_prints_and_writes_files_is_refused_cleanly(
     with pytest.raises(UserError, match="codeio makes no problems by itself"):
         get_task("rg:codeio").load("train")
     assert not list(tmp_path.iterdir())
+
+
+def test_easy_problems_are_of_the_lowest_level() -> None:
+    """And another set of problems than the default, with the same scorer and splits that share nothing."""
+    task = get_task("rg:leg_counting:easy:exact")
+    rows = {split: task.load(split) for split in task.splits}
+    prompts = [row["prompt"] for own in rows.values() for row in own]
+    assert len(set(prompts)) == len(prompts) and {len(re.findall(r"\d+", prompt)) for prompt in prompts} == {1}
+    harder = get_task("rg:leg_counting").load("test")
+    assert min(len(re.findall(r"\d+", row["prompt"])) for row in harder) > 1
+    row = rows["test"][0]
+    right = json.loads(row["rg_entry"])["answer"]
+    columns = {name: [row[name]] * 3 for name in task.columns}
+    assert task.reward([right, f"It is {right}.", ""], **columns) == [1.0, 0.0, 0.0]
+    sums = [row["prompt"] for own in ("train", "test") for row in get_task("rg:chain_sum:easy").load(own)]
+    assert all(re.search(r": \d [+-] \d =", prompt) for prompt in sums)
+
+
+@pytest.mark.parametrize("name", ["gsm_symbolic:easy", "chain_sum:exact:easy", "chain_sums:easy"])
+def test_what_has_no_levels_or_is_written_otherwise_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"no levels|no task"):
+        get_task(f"rg:{name}")

@@ -4,7 +4,8 @@ Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no que
 fewer different questions gives each split its share of what there is. A completion's answer is what stands in
 ``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it 0 to 1, and the accuracy
 is 1 where it gives 1. Many scorers pay for the right answer among other text ("16" for 6 is worth a half), which a
-constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead.
+constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead. ``rg:<name>:easy`` has the problems of
+the lowest level of the package's curriculum (sums of two digits, say), for models to which the default ones are closed.
 
 Problems are made in a process whose strings hash by seed 0, since some generators walk over sets. Some scorers run what
 the model wrote as Python: those are refused, but for `allow_unsandboxed_code`.
@@ -37,6 +38,7 @@ FEWEST = 70  # different questions of which splits can be made
 TAG = "\0type"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 EXACT = ":exact"  # behind a name: the reward is the accuracy
+EASY = ":easy"  # behind a name, before that: problems of the lowest level
 # In a generator's module: what the model wrote is evaluated (sympy's parsers call eval as well).
 EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(\s*answer\b")
 MAKE = (  # what a generator prints is not taken for its rows
@@ -60,22 +62,33 @@ def package(who: str) -> Any:
 
 
 def generator_of(task: str) -> tuple[str, bool]:
-    """Return the generator of a task's name behind ``rg:``, and whether its reward is exact.
+    """Return the generator of a task's name behind ``rg:``, `:easy` with it, and whether its reward is exact.
 
     Raises:
-        UserError: there is no generator of that name.
+        UserError: there is no generator of that name, or it has no levels.
     """
-    name, exact = task.removesuffix(EXACT), task.endswith(EXACT)
-    known = package(WHO).factory.DATASETS
-    if name not in known:
-        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, known)}")
-    return name, exact
+    problems, exact = task.removesuffix(EXACT), task.endswith(EXACT)
+    name, factory = problems.removesuffix(EASY), package(WHO).factory
+    if name not in factory.DATASETS:
+        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, factory.DATASETS)}")
+    if name != problems and name not in factory.CURRICULA:
+        raise UserError(f"reasoning-gym's {name} has no levels, and so no {EASY}")
+    return problems, exact
+
+
+def dataset(problems: str, seed: int, size: int) -> Any:
+    """Return the package's data set of a generator's name, with or without `:easy`."""
+    gym, name = package(WHO), problems.removesuffix(EASY)
+    if name == problems:
+        return gym.create_dataset(name, seed=seed, size=size)
+    config = gym.factory.CURRICULA[name]().generate_configuration({"seed": seed, "size": size})
+    return gym.factory.DATASETS[name][0](config)
 
 
 @cache
-def runs_answers(name: str) -> bool:
+def runs_answers(problems: str) -> bool:
     """Say whether a generator's scorer evaluates what the model wrote as Python."""
-    module = inspect.getmodule(package(WHO).factory.DATASETS[name][0])
+    module = inspect.getmodule(package(WHO).factory.DATASETS[problems.removesuffix(EASY)][0])
     return module is None or EVALUATES.search(inspect.getsource(module)) is not None
 
 
@@ -113,14 +126,13 @@ def made(name: str) -> str:
 
 
 def _make(name: str) -> dict[str, list[dict[str, Any]]]:
-    gym = package(WHO)
     wanted = sum(SPLIT_SIZES.values())
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for round_ in range(ROUNDS):
         # Its generators make problem i from seed + i: rounds must lie as far apart as a round is long.
         try:
-            entries = list(gym.create_dataset(name, seed=SEED + round_ * wanted, size=wanted))
+            entries = list(dataset(name, SEED + round_ * wanted, wanted))
         except Exception as error:  # that package's code, before anything has begun
             raise UserError(f"reasoning-gym's {name} makes no problems by itself: {error}") from error
         for entry in entries:
@@ -199,7 +211,7 @@ def answer_of(completion: str) -> str:
 
 @cache
 def _scorer(name: str) -> Any:
-    return package(WHO).create_dataset(name, seed=SEED, size=1)
+    return dataset(name, SEED, 1)
 
 
 def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
