@@ -195,7 +195,8 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
                       "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
     file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
-                 tuning={"time_s": 1.0, "rows": 8})  # fmt: skip
+                 tuning={"time_s": 1.0, "rows": 8},
+                 measuring={**MINIATURE["measuring"], "curve_points": 6})  # fmt: skip
     assert "2 runs of 2 s, after 2 trials of 1 s;" in estune("compare", file, "--dry_run", cwd=tmp_path).out
     done = estune("compare", file, cwd=tmp_path, timeout=250)
     assert done.code == 0, done.err
