@@ -46,3 +46,19 @@ def test_the_papers_loop_refuses_completions_of_another_length(loop) -> None:
     loop.model.generate = lambda **kwargs: generate(**kwargs | {"max_new_tokens": 3})
     with pytest.raises(RuntimeError, match=r"\(2, 3\) tokens, not \(2, 5\)"):
         loop.time_member(0, 0.01, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("The answer is 6.", True), ("6", True), ("x = 6, so", True), ("16", False), ("6.5", False), ("-6", False),
+     ("6th", False), ("1.6", False), ("", False)],
+)  # fmt: skip
+def test_the_scan_looks_for_an_answer_as_a_word(text: str, held: bool) -> None:
+    with loaded("benchmarks/scan_reasoning.py") as scan:
+        assert scan.holds(text, "6") is held
+
+
+def test_a_short_answer_is_rewarded_as_a_step_of_the_paths() -> None:
+    with loaded("benchmarks/paths.py") as paths:
+        assert paths.shorter(completions=["", "x" * 100]) == [1.0, 0.5]
+        assert paths.shorter(completions=[[{"role": "assistant", "content": "x" * 300}]]) == [0.25]
