@@ -2,6 +2,7 @@
 
     estune fetch smollm2-135m
     python benchmarks/scan_reasoning.py            # about 25 minutes on two quiet cores
+    python benchmarks/scan_reasoning.py --easy     # the same of the lowest levels of the package's curricula
 
 A model may hold the answer in its text and still score nothing, because it never gives it as asked. Such a task shows
 what outcome-only training can bring out. Every generator makes its rows in a process of its own with a time limit; of
@@ -12,8 +13,9 @@ series that repeats) is not counted as held: a copy of the prompt would hold it.
 
 Tasks are ranked by what is held less what is right or what a constant would have, whichever is more. An exact reward
 can only bring out what is sometimes right: of the tasks where that gap is a tenth or more, some rows are sampled at
-temperature 1, and the first two with 3 right samples of 128 or more are chosen, a threshold on few samples. There may
-be none. No training result has a part in it. The result goes to `benchmarks/results/scan_reasoning.json`.
+temperature 1, and the first two with 3 right samples of 128 or more are chosen, a threshold on few samples; those with
+a full test split come before those of few different problems. There may be none. No training result has a part in it.
+The result goes to `benchmarks/results/scan_reasoning.json`, that of the easy problems to `scan_reasoning_easy.json`.
 """
 
 from __future__ import annotations
@@ -48,11 +50,12 @@ def holds(text: str, wanted: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(wanted)}(?!\w|\.\d)", text) is not None
 
 
-def rows_of(name: str) -> list[dict[str, Any]] | str:
-    """Return a generator's validation rows, or why there are none."""
+def rows_of(name: str) -> tuple[list[dict[str, Any]], int] | str:
+    """Return a generator's validation rows and the number of its test rows, or why there are none."""
     try:
         get_task(f"rg:{name}")  # which refuses scorers that run answers
-        return reasoning.rows_of(name, SECONDS)["validation"][:ROWS]
+        splits = reasoning.rows_of(name, SECONDS)
+        return splits["validation"][:ROWS], len(splits["test"])
     except UserError as error:
         return str(error)
 
@@ -62,20 +65,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--names", nargs="+", default=reasoning.names())
+    parser.add_argument("--easy", action="store_true", help="the lowest levels")
     parser.add_argument("--num_threads", type=int, default=2)
     options = parser.parse_args()
+    names = [name + reasoning.EASY * options.easy for name in options.names]
     with ThreadPoolExecutor(options.num_threads) as pool:
-        generated = dict(zip(options.names, pool.map(rows_of, options.names), strict=True))
+        generated = dict(zip(names, pool.map(rows_of, names), strict=True))
     args = ESConfig(model=options.model, task="rg:gcd", max_completion_length=TOKENS, num_threads=options.num_threads,
                     reward_isolation="inline")  # fmt: skip
     args = inputs.resolve_config(args, ROWS)
     engine = inputs.load_engine(args)
     tasks: dict[str, Any] = {}
     asked: dict[str, list[dict[str, Any]]] = {}
-    for name, rows in generated.items():
-        if isinstance(rows, str):
-            tasks[name] = {"left_out": rows}
+    for name, its in generated.items():
+        if isinstance(its, str):
+            tasks[name] = {"left_out": its}
             continue
+        rows, tests = its
         lengths = sorted(len(engine.tokenizer.encode(row["prompt"])) for row in rows)
         if lengths[len(lengths) // 2] > LONGEST_PROMPT:
             tasks[name] = {"left_out": f"its median prompt has {lengths[len(lengths) // 2]} tokens"}
@@ -93,6 +99,7 @@ def main() -> None:
         held = sum(not here and holds(text, answer) for here, text, answer in zip(copied, texts, wanted, strict=True))
         tasks[name] = {
             "n": len(rows),
+            "test_rows": tests,
             "accuracy": summary["accuracy"],
             "reward": summary["reward"],
             "holds_answer": held / len(rows),
@@ -121,9 +128,11 @@ def main() -> None:
             right = judges.answer(own, engine, asked[name][:SAMPLED_ROWS])[0].right()
         tasks[name] |= {"right_samples": sum(right), "samples": len(right) * SAMPLES}
         print(f"{name:28} {sum(right)} of {len(right) * SAMPLES} samples right", flush=True)
-    chosen = [name for name in sampled if tasks[name]["right_samples"] >= FEWEST_RIGHT][:CHOSEN]
-    path = write_result("scan_reasoning", {"model": Path(options.model).name, "rows": ROWS, "tokens": TOKENS,
-                                           "ranked": ranked, "chosen": chosen, "tasks": tasks})  # fmt: skip
+    passed = [name for name in sampled if tasks[name]["right_samples"] >= FEWEST_RIGHT]
+    chosen = sorted(passed, key=lambda name: tasks[name]["test_rows"] < reasoning.SPLIT_SIZES["test"])[:CHOSEN]
+    found = {"model": Path(options.model).name, "rows": ROWS, "tokens": TOKENS, "ranked": ranked, "passed": passed,
+             "chosen": chosen, "tasks": tasks}  # fmt: skip
+    path = write_result("scan_reasoning" + "_easy" * options.easy, found)
     print(f"chosen: {', '.join(chosen) or 'none'}; {path}")
 
 
