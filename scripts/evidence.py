@@ -99,7 +99,7 @@ def overview(summary: dict[str, Any], budget: str) -> str:
     models = summary["models"]
     halves = all("prefix" in its for its in models.values())
     body = []
-    for label in ("base", "prefix"):
+    for label in ("base", "prefix", "constant"):
         rows = [its.get(label) for its in models.values()]
         if all(rows):
             body.append([labelled(rows[0], {}), *(share(row["accuracy"]) for row in rows), "", "", *[""] * halves])
@@ -174,7 +174,7 @@ def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
     k = max(found["base"]["pass_at_k"], key=int)
     head = ["method", "pass@1, %", "gain, points", "seeds, %", "a sample, %", f"pass@{k}, %", "KL",
             *(f"kept: {name}, %" for name in kept), "evaluations", "seconds"]  # fmt: skip
-    body = [fixed(row, kept) for row in (found["base"], found.get("prefix")) if row]
+    body = [fixed(row, kept) for row in (found["base"], found.get("prefix"), found.get("constant")) if row]
     body += [line(row, summary["established"], len(head)) for row in rows]
     tests = [
         [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"]

@@ -6,6 +6,7 @@ samples, length, other tasks. The same functions as in `estune evaluate` make th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -30,11 +31,13 @@ from estune.inputs import Rewards
 from estune.records import read_metrics
 from estune.rewards import RewardPool
 from estune.rollouts import Evaluator
-from estune.tasks import get_task
+from estune.tasks import Task, get_task
 
 Rows = list[dict[str, Any]]
 SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
 DISCOVERY_SEED = 7_000_077  # of the samples of what the base never solves: random numbers with which it did not fail
+
+CONSTANTS = 20  # answers that are tried
 
 
 @dataclass
@@ -47,12 +50,12 @@ class Base:
 
 
 def measure_base(comparison: Comparison, model: str, file: Path) -> None:
-    """Measure a base, also with its skill forced by a prefix, and write what was found.
+    """Measure a base, also with its skill forced by a prefix, and the best constant answer; write what was found.
 
     Args:
         comparison: what to measure.
         model: the base.
-        file: what to write; beside it `base-prefix.json`.
+        file: what to write; beside it `base-prefix.json` and `constant.json`.
     """
     args = evaluation_config(comparison, model)
     engine, rows = inputs.load_engine(args), test_rows(comparison)
@@ -63,6 +66,8 @@ def measure_base(comparison: Comparison, model: str, file: Path) -> None:
             greedy, _ = judges.answer(forced, engine, rows)
             own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
             write_json(file.with_name("base-prefix.json"), own)
+        if constant := best_constant(comparison, engine, rows):
+            write_json(file.with_name("constant.json"), constant)
         result = measure(comparison, model, engine, None, judges)
         unsolved = never_solved(comparison, args, engine, rows, result, judges)
         result["never_solved"] = unsolved
@@ -117,6 +122,34 @@ def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESC
 def test_rows(comparison: Comparison) -> Rows:
     """Return the held-out rows that are reported."""
     return rows_of(comparison, "test")[: comparison.measuring.rows or None]
+
+
+def best_constant(comparison: Comparison, engine: Engine, rows: Rows) -> dict[str, Any] | None:
+    """Return what a model that says the same whatever it is asked would have on ``rows``, at best.
+
+    Of the right answers that are most common among the *training* rows, the one that is right on most of those, as the
+    task's accuracy has it. None where a task has no answer that fits two rows.
+    """
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
+    if task.right_answer is None:
+        return None
+    train = rows_of(comparison, "train")
+    common = [text for text, _ in collections.Counter(map(task.right_answer, train)).most_common(CONSTANTS)]
+    text = max(common, key=lambda text: sum(_right_with(task, text, train)))
+    right = _right_with(task, text, rows)
+    return {
+        "says": text,
+        "n": len(rows),
+        "accuracy": sum(right) / len(rows),
+        "correct": "".join("1" if each else "0" for each in right),
+        "length": len(engine.tokenizer.encode(text, add_special_tokens=False)),
+        "train_accuracy": sum(_right_with(task, text, train)) / len(train),
+    }
+
+
+def _right_with(task: Task, text: str, rows: Rows) -> list[bool]:
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    return [is_right(score) for score in task.accuracy(completions=[text] * len(rows), **columns)]
 
 
 class Judges:

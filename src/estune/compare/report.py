@@ -134,7 +134,7 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
     head = ["method", "pass@1, %", "gain, points", "seeds", "spread (sd)", f"pass@{most}, %", "KL to base", "length",
             "evaluations", "seconds"]  # fmt: skip
     body = []
-    for fixed in filter(None, (model["base"], model.get("prefix"))):
+    for fixed in filter(None, (model["base"], model.get("prefix"), model.get("constant"))):
         last = fixed.get("pass_at_k", {})
         body.append([
             f'<a href="{_text(fixed["file"])}">{_text(fixed["name"])}</a>', _interval(fixed["accuracy"]), "", "", "",

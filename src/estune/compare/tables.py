@@ -111,6 +111,10 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
         prefixed = read_json(folder / "base-prefix.json")
         name = f"base, made to begin with {prefixed['response_prefix']}"
         found["prefix"] = _fixed(name, prefixed, _relative(folder / "base-prefix.json", directory), sample_rows)
+    if (folder / "constant.json").exists():
+        constant = read_json(folder / "constant.json")
+        name = f"always {constant['says']}"
+        found["constant"] = _fixed(name, constant, _relative(folder / "constant.json", directory), sample_rows)
     return found
 
 

@@ -49,6 +49,8 @@ class Task:
     """Whether scoring runs code that the model wrote: the sandbox has to work, or the user to do without."""
     problem_columns: tuple[str, ...] = ()
     """Columns of somebody's own file, one of which a prompt is made of where there is none."""
+    right_answer: Callable[[Row], str] | None = None
+    """A right completion of a row, where several rows can have the same one; None elsewhere."""
 
 
 def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
@@ -63,6 +65,7 @@ def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
         columns=columns,
         splits=getattr(module, "SPLITS", Task.splits),
         problem_columns=getattr(module, "PROBLEM_COLUMNS", ()),
+        right_answer=getattr(module, "right_answer", None),
     )
 
 
@@ -81,7 +84,7 @@ TASKS: dict[str, Task] = {
         _built_in(gsm_symbolic, "solve a problem told as a short story; the answer is one number", "answer"),
         Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
              maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
-             problem_columns=maths.PROBLEM_COLUMNS),
+             problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
              sudoku.accuracy, ("puzzle", "solution")),
         _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
@@ -149,6 +152,7 @@ def _reasoning(name: str, allow_unsandboxed_code: bool) -> Task:
         accuracy=reasoning.accuracy,
         columns=("rg_task", "rg_entry"),
         runs_code=runs_answers,
+        right_answer=reasoning.right_answer,
     )
 
 

@@ -18,6 +18,11 @@ def completion_text(completion: Any) -> str:
     return str(completion[-1].get("content") or "") if completion else ""
 
 
+def in_tags(answer: Any) -> str:
+    """Return an answer as prompts ask for it."""
+    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+
+
 def extract_answer(text: str) -> str | None:
     """Return the content of the last closed <answer> block; None where there is none."""
     last_close = text.rfind(ANSWER_CLOSE)

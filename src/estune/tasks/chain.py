@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks.answers import completion_text, extract_answer
+from estune.tasks.answers import completion_text, extract_answer, in_tags
 
 LENGTHS = (1, 2, 4, 8, 16)
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
@@ -105,6 +105,11 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(results, (list, tuple)) or not results or not all(r in range(10) for r in results):
         raise UserError("task chain needs the column results: the digit after each step")
     return {**row, "results": [int(r) for r in results], "steps": len(results)}
+
+
+def right_answer(row: dict[str, Any]) -> str:
+    """Return a right completion of a row."""
+    return in_tags(row["results"][-1])
 
 
 def answered(text: str) -> int | None:

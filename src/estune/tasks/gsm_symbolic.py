@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks.answers import completion_text, extract_answer
+from estune.tasks.answers import completion_text, extract_answer, in_tags
 
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000, "new_templates": 400}
 SPLITS = tuple(SPLIT_SIZES)
@@ -103,6 +103,11 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("prompt") is None and question is not None:
         prepared["prompt"] = format_prompt(str(question))
     return prepared
+
+
+def right_answer(row: dict[str, Any]) -> str:
+    """Return a right completion of a row."""
+    return in_tags(row["answer"])
 
 
 def number_score(text: str, wanted: Fraction | None) -> float:

@@ -157,6 +157,11 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     return prepared
 
 
+def right_answer(row: dict[str, Any]) -> str:
+    """Return a right completion of a row."""
+    return f"\\boxed{{{row['answer']}}}"
+
+
 def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """Return 1 per completion whose last box holds the reference answer, else 0."""
     boxes = [boxed.last_boxed(completion_text(completion)) for completion in completions]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text
+from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text, in_tags
 from estune.words import nearest
 
 PREFIX = "rg:"
@@ -197,6 +197,11 @@ def prepare_row(row: dict[str, Any], name: str) -> dict[str, Any]:
     if row["rg_task"] != name:
         raise UserError(f"a row of rg:{name} cannot have rg_task {row['rg_task']!r}")
     return row
+
+
+def right_answer(row: dict[str, Any]) -> str:
+    """Return a right completion of a row."""
+    return in_tags(json.loads(row["rg_entry"])["answer"])
 
 
 def answer_of(completion: str) -> str:
