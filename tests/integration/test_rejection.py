@@ -87,6 +87,17 @@ def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
     assert drawn("all", max_samples=100) == whole
 
 
+@pytest.mark.parametrize(("most", "passes"), [(None, [(6, 2), (6, 1)]), (13, [(6, 2), (1, 1)]), (5, [(5, 1)])])
+def test_rejection_of_few_prompts_draws_several_rounds_at_once(batches, most, passes):
+    given = {**DRAWN, "prompts_per_batch": 13, "reward_funcs": always_right}
+    bound = {} if most is None else {"max_samples": most}
+    run = train("sft_rejection", **given, method_kwargs={"min_reward": 1.0, **bound})
+    assert [(len(rows), len(completions[0])) for rows, completions, _ in batches] == passes
+    assert metrics(run)[-1]["num_evaluations"] == sum(rows * count for rows, count in passes)
+    drawn = [tuple(answers) for rows, completions, _ in batches for answers in completions]
+    assert any(len(set(answers)) > 1 for answers in drawn) or most == 5  # samples of a prompt are its own
+
+
 def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
     """The batch in hand is kept; the steps have the rest, and a run with more time draws no more."""
     sample = Ground.sample

@@ -1,10 +1,11 @@
 """Rejection sampling: the base answers every training prompt some times, and is fine-tuned on what was right.
 
 All samples are drawn before the first step (their time and number count), in `num_generations` rounds of one for every
-prompt, each round in the order of one of the run's epochs. ``max_samples`` ends it after exactly that many; a run of
-limited time draws for half of it, and its steps have the rest. A sample is right where the task's accuracy says so, or,
-for data without one, where its reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's
-`SFTTrainer` takes ``max_steps`` steps of ``batch_size`` samples each; the loss counts the completion's tokens only.
+prompt, each round in the order of one of the run's epochs; where prompts are fewer than `prompts_per_batch`, several
+rounds share a forward pass. ``max_samples`` ends it after exactly that many; a run of limited time draws for half of
+it, and its steps have the rest. A sample is right where the task's accuracy says so, or, for data without one, where its
+reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's `SFTTrainer` takes ``max_steps``
+steps of ``batch_size`` samples each; the loss counts the completion's tokens only.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> 
     """
     args = ground.args
     kept: dict[Sample, None] = {}
-    for draw, ids in _batches(ground, max_samples):
-        answers = ground.sample([ground.train_prompts[row] for row in ids], 1, draw)  # (B, 1)
-        for row, [completion], right in zip(ids, answers, _right(ground, ids, answers, min_reward), strict=True):
-            if right and completion.finished:
-                kept[row, completion.token_ids] = None
+    for draw, ids, count in _batches(ground, max_samples):
+        answers = ground.sample([ground.train_prompts[row] for row in ids], count, draw)  # (B, G)
+        for row, own, right in zip(ids, answers, _right(ground, ids, answers, min_reward), strict=True):
+            for completion, its in zip(own, right, strict=True):
+                if its and completion.finished:
+                    kept[row, completion.token_ids] = None
         if args.max_time_s and 2 * (time.perf_counter() - ground.clock) >= args.max_time_s:
             break
     if not kept:
@@ -103,29 +105,38 @@ def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> 
     return list(kept)
 
 
-def _batches(ground: Ground, max_samples: int | None) -> Iterator[tuple[int, list[int]]]:
-    """Yield the round and the rows (B,) of every batch that is drawn together, at most ``max_samples`` rows in all."""
+def _batches(ground: Ground, max_samples: int | None) -> Iterator[tuple[int, list[int], int]]:
+    """Yield the round, the rows (B,) and the samples of each of every batch that is drawn together, at most
+    ``max_samples`` in all.
+    """
     args, n_rows = ground.args, len(ground.train_prompts)
     epochs, size = Batches(n_rows, n_rows, args.seed), int(args.prompts_per_batch)
     left = n_rows * args.num_generations
     left = left if max_samples is None else min(left, max_samples)
-    for draw in range(args.num_generations):
+    draw = 0
+    while draw < args.num_generations and left:
+        together = max(1, min(size, left) // n_rows)
+        together = min(together, args.num_generations - draw)
         order = epochs.rows_for_step(draw)[:left]
-        left -= len(order)
+        left -= together * len(order)
         for start in range(0, len(order), size):
-            yield draw, order[start : start + size]
+            yield draw, order[start : start + size], together
+        draw += together
 
 
-def _right(ground: Ground, ids: list[int], answers: list[list[Completion]], min_reward: float | None) -> Iterator[bool]:
-    """Score one completion of each row, answers (B, 1), and say which are right."""
-    values = ground.score(ids, answers)[:, 0]  # (B,)
+def _right(
+    ground: Ground, ids: list[int], answers: list[list[Completion]], min_reward: float | None
+) -> list[list[bool]]:
+    """Score the completions of each row, answers (B, G), and say which are right, (B, G)."""
+    values = ground.score(ids, answers)  # (B, G)
     right = values >= (min_reward if min_reward is not None else np.inf)
     if min_reward is None and ground.accuracy_pool is not None:
         grader = Evaluator(ground.engine, ground.accuracy_pool, ground.args.response_prefix)
         rows, prompts = [ground.train_rows[row] for row in ids], [ground.train_prompts[row] for row in ids]
         result = scored(grader.score(rows, prompts, answers, ground.state()), ground.should_stop)
         right = result.rewards.reshape(values.shape) == 1.0
-    return map(bool, right)
+    found: list[list[bool]] = right.tolist()
+    return found
 
 
 def _has_drawn(ground: Ground) -> bool:
