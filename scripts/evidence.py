@@ -4,7 +4,7 @@
     python scripts/evidence.py --check    # exit status 1 where the page says something else than the results
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`. That of a `compare_*` is made from `benchmarks/results/NAME`,
-whose curves become `docs/images/NAME.png`; those of `scan_reasoning` and `paths` from `benchmarks/results/NAME.json`.
+whose curves become `docs/images/NAME.png`; those of the scans and of `paths` from `benchmarks/results/NAME.json`.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ def comparison_of(name: str) -> str:
 
 def section(name: str) -> str:
     """Return what stands in a place of the page."""
-    return {"scan_reasoning": scan, "paths": paths}.get(name, comparison_of)(name)
+    own = {"scan_reasoning": scan, "scan_reasoning_easy": scan, "paths": paths}
+    return own.get(name, comparison_of)(name)
 
 
 def page(text: str) -> str:

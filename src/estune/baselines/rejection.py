@@ -3,8 +3,8 @@
 All samples are drawn before the first step (their time and number count), in `num_generations` rounds of one for every
 prompt, each round in the order of one of the run's epochs; where prompts are fewer than `prompts_per_batch`, several
 rounds share a forward pass. ``max_samples`` ends it after exactly that many; a run of limited time draws for half of
-it, and its steps have the rest. A sample is right where the task's accuracy says so, or, for data without one, where its
-reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's `SFTTrainer` takes ``max_steps``
+it, and its steps have the rest. A sample is right where the task's accuracy says so, or, for data without one, where
+its reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's `SFTTrainer` takes ``max_steps``
 steps of ``batch_size`` samples each; the loss counts the completion's tokens only.
 """
 
