@@ -77,12 +77,10 @@ def half_way(summary: dict[str, Any], budget: str, method: str) -> str:
     """Return the seconds of training, median over bases and seeds, to half of what the forced skill is worth.
 
     Read off the evaluations on validation rows while runs went on, straight lines between them; a run that never got
-    there, or failed before it was evaluated, counts as never. Nothing where no skill was forced.
+    there, or failed before it was evaluated, counts as never.
     """
     found = []
     for its in summary["models"].values():
-        if "prefix" not in its:
-            return ""
         wanted = (its["base"]["accuracy"]["mean"] + its["prefix"]["accuracy"]["mean"]) / 2
         for curve in its["curves"][budget].get(method, []):
             points = [(seconds, accuracy) for _, seconds, accuracy in curve if accuracy is not None]
@@ -97,7 +95,11 @@ def half_way(summary: dict[str, Any], budget: str, method: str) -> str:
 def overview(summary: dict[str, Any], budget: str) -> str:
     """Return pass@1 of every method on every base, and what runs used on average; nothing where a base lacks them."""
     models = summary["models"]
-    halves = all("prefix" in its for its in models.values())
+    # Where no skill was forced, or forcing it brings nothing, there is no half way.
+    halves = all(
+        "prefix" in its and its["prefix"]["accuracy"]["mean"] > its["base"]["accuracy"]["mean"]
+        for its in models.values()
+    )
     body = []
     for label in ("base", "prefix", "constant"):
         rows = [its.get(label) for its in models.values()]
@@ -113,7 +115,7 @@ def overview(summary: dict[str, Any], budget: str) -> str:
         if all(cells):
             used = [number(statistics.mean(row[name] for row in known), 0) for name in ("evaluations", "train_time_s")]
         notes = labelled({"name": method}, summary["established"])
-        body.append([notes, *cells, *used, *[half_way(summary, budget, method)] * halves])
+        body.append([notes, *cells, *used, *([half_way(summary, budget, method)] if halves else [])])
     return table(body, ["pass@1, %", *models, "evaluations", "seconds", *["half way, s"] * halves])
 
 

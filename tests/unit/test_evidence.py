@@ -89,6 +89,17 @@ def test_differences_are_counted_in_both_directions_and_not_of_a_seed_or_two() -
     assert told.endswith("and 1 against them.\n")
 
 
+def test_a_skill_that_forcing_does_not_bring_has_no_half_way_and_the_best_constant_has_a_line() -> None:
+    found = summary()
+    for its in found["models"].values():
+        its["prefix"]["accuracy"] = its["base"]["accuracy"]
+        its["constant"] = {"name": "always <answer>1</answer>", "accuracy": estimate(0.1)}
+    with loaded("scripts/evidence.py") as evidence:
+        lines = evidence.overview(found, "time").splitlines()
+    assert lines[0] == "| pass@1, % | a | b | evaluations | seconds |"
+    assert lines[4] == "| always &lt;answer>1&lt;/answer> | 10.0 [0.0, 20.0] | 10.0 [0.0, 20.0] |  |  |"
+
+
 def test_seeds_that_are_missing_are_told() -> None:
     with loaded("scripts/evidence.py") as evidence:
         rows = [row("es", 0.5, 5), row("grpo", 0.5, 1)]
