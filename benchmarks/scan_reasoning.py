@@ -7,9 +7,9 @@
 A model may hold the answer in its text and still score nothing, because it never gives it as asked. Such a task shows
 what outcome-only training can bring out. Every generator makes its rows in a process of its own with a time limit; of
 those that do, the model answers some rows of the *validation* split greedily (the test split is left alone). Reported
-are the exact accuracy, the share of completions that hold the answer as a word somewhere, the share that one constant
-answer would have, and the lengths. An answer that is a word of its own prompt (True, say, or the next number of a
-series that repeats) is not counted as held: a copy of the prompt would hold it.
+are the exact accuracy, the share of completions that hold the answer as a word somewhere, the share that the most
+common answer of the training rows would have, and the lengths. An answer that is a word of its own prompt (True, say,
+or the next number of a series that repeats) is not counted as held: a copy of the prompt would hold it.
 
 Tasks are ranked by what is held less what is right or what a constant would have, whichever is more. An exact reward
 can only bring out what is sometimes right: of the tasks where that gap is a tenth or more, some rows are sampled at
@@ -50,14 +50,21 @@ def holds(text: str, wanted: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(wanted)}(?!\w|\.\d)", text) is not None
 
 
-def rows_of(name: str) -> tuple[list[dict[str, Any]], int] | str:
-    """Return a generator's validation rows and the number of its test rows, or why there are none."""
+def rows_of(name: str) -> dict[str, list[dict[str, Any]]] | str:
+    """Return a generator's rows, or why there are none."""
     try:
         get_task(f"rg:{name}")  # which refuses scorers that run answers
         splits = reasoning.rows_of(name, SECONDS)
-        return splits["validation"][:ROWS], len(splits["test"])
     except UserError as error:
         return str(error)
+    if any(reasoning.right_answer(row) is None for rows in splits.values() for row in rows):
+        return "the package keeps no answer to some of its questions: any that fits is right"
+    return splits
+
+
+def answers(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the right answers of rows."""
+    return [json.loads(row["rg_entry"])["answer"] for row in rows]
 
 
 def main() -> None:
@@ -81,7 +88,8 @@ def main() -> None:
         if isinstance(its, str):
             tasks[name] = {"left_out": its}
             continue
-        rows, tests = its
+        rows, tests = its["validation"][:ROWS], len(its["test"])
+        constant = collections.Counter(answers(its["train"])).most_common(1)[0][0]
         lengths = sorted(len(engine.tokenizer.encode(row["prompt"])) for row in rows)
         if lengths[len(lengths) // 2] > LONGEST_PROMPT:
             tasks[name] = {"left_out": f"its median prompt has {lengths[len(lengths) // 2]} tokens"}
@@ -92,7 +100,7 @@ def main() -> None:
         own = ESConfig(**{**vars(args), "task": f"rg:{name}"})
         with Judges() as judges:
             evaluation, _ = judges.answer(own, engine, rows)
-        wanted = [str(json.loads(row["rg_entry"])["answer"]) for row in rows]
+        wanted = answers(rows)
         texts = [row.completions[0] for row in evaluation.rows]
         summary = evaluation.summary()
         copied = [holds(row["prompt"], answer) for row, answer in zip(rows, wanted, strict=True)]
@@ -103,7 +111,7 @@ def main() -> None:
             "accuracy": summary["accuracy"],
             "reward": summary["reward"],
             "holds_answer": held / len(rows),
-            "constant": collections.Counter(wanted).most_common(1)[0][1] / len(rows),
+            "constant": wanted.count(constant) / len(rows),
             "answer_in_prompt": sum(copied) / len(rows),
             "tagged": sum("<answer>" in text for text in texts) / len(rows),
             "length": summary["mean_length_tokens"],

@@ -56,7 +56,9 @@ def labelled(row: dict[str, Any], established: dict[str, bool]) -> str:
         notes.append(f"{row['failed']} of {len(row['seeds'])} failed")
     if row.get("hacked"):
         notes.append(f"{row['hacked']} hacked")
-    name = str(row["name"]).replace("<", "&lt;")
+    if row.get("beside_constant"):
+        notes.append("not above a constant")
+    name = " ".join(str(row["name"]).split()).replace("<", "&lt;").replace("|", "&#124;")
     return f"{name} ({'; '.join(notes)})" if notes else name
 
 
@@ -136,8 +138,8 @@ def differences(summary: dict[str, Any], budget: str) -> str:
         )
     return (
         f"Of {len(found)} paired differences between evolution strategies and another method, one for each base and "
-        f"kind of members, {len(better)} are in favour of evolution strategies with p < 0.05 (Holm), {luckiest} of "
-        f"them against random search, and {len(sure) - len(better)} against them.\n"
+        f"kind of members, {len(better)} are in favour of evolution strategies with p < 0.05 (Holm, within a "
+        f"base), {luckiest} of them against random search, and {len(sure) - len(better)} against them.\n"
     )
 
 
@@ -174,8 +176,9 @@ def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
     found, comparison = summary["models"][model], summary["comparison"]
     rows, kept = found["rows"][budget], list(found["base"]["retention"])
     k = max(found["base"]["pass_at_k"], key=int)
+    problems = found["base"]["retention_rows"]
     head = ["method", "pass@1, %", "gain, points", "seeds, %", "a sample, %", f"pass@{k}, %", "KL",
-            *(f"kept: {name}, %" for name in kept), "evaluations", "seconds"]  # fmt: skip
+            *(f"kept: {name} ({problems[name]}), %" for name in kept), "evaluations", "seconds"]  # fmt: skip
     body = [fixed(row, kept) for row in (found["base"], found.get("prefix"), found.get("constant")) if row]
     body += [line(row, summary["established"], len(head)) for row in rows]
     tests = [
@@ -202,7 +205,8 @@ def scan(name: str) -> str:
         right = f"{its['right_samples']} of {its['samples']}" if "right_samples" in its else "not sampled"
         shares = ("accuracy", "holds_answer", "constant", "answer_in_prompt")
         body.append([label, *(number(100 * its[name], 0) for name in shares), right, number(its["length"], 0)])
-    scanned = sum("n" in its for its in found["tasks"].values())
+    asked = [its["n"] for its in found["tasks"].values() if "n" in its]
+    each = str(max(asked)) if min(asked) == max(asked) else f"{min(asked)} to {max(asked)}"
     head = [
         "task",
         "right, %",
@@ -213,7 +217,7 @@ def scan(name: str) -> str:
         "tokens",
     ]
     bold = "those in bold were chosen" if found["chosen"] else "none was chosen"
-    told = f"{scanned} tasks, {found['rows']} validation problems each; {bold}.\n"
+    told = f"{len(asked)} tasks, {each} validation problems each; {bold}.\n"
     return f"{told}\n{table(body, head)}"
 
 

@@ -191,11 +191,12 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
 
 
 def test_at_equal_time_alone(tmp_path: Path) -> None:
-    """One run a seed, one table, curves over both, and nothing done again."""
+    """One run a seed, one table, curves over both, and nothing done again; the best constant is one of the rows."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
                       "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
-    file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
-                 tuning={"time_s": 1.0, "rows": 8},
+    retention = {"facts": {"task": "conciseness", "split": "knowledge", "rows": 3}}
+    file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 0, "time_s": 2.0},
+                 retention=retention, tuning={"time_s": 1.0, "rows": 8},
                  measuring={**MINIATURE["measuring"], "curve_points": 6})  # fmt: skip
     assert "2 runs of 2 s, after 2 trials of 1 s;" in estune("compare", file, "--dry_run", cwd=tmp_path).out
     done = estune("compare", file, cwd=tmp_path, timeout=250)
@@ -218,9 +219,15 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     ]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "budget 2 s of training" in page and "Equal evaluations" not in page and "How parameters moved" in page
+    constant = json.loads((results / "constant.json").read_text(encoding="utf-8"))
+    assert constant["says"].startswith("<answer>") and constant["n"] == 24 and 0 < constant["accuracy"] < 0.5
+    assert f"always &lt;answer&gt;{constant['says'][8]}" in page and "kept: facts, n 3" in page
+    assert all(row["beside_constant"] for row in model["rows"]["time"])  # `tiny` does not know this task
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
+    (results / "constant.json").unlink()
     assert estune("compare", file, cwd=tmp_path, timeout=100).code == 0
     assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
+    assert json.loads((results / "constant.json").read_text(encoding="utf-8")) == constant
 
 
 @pytest.mark.parametrize(

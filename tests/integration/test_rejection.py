@@ -87,15 +87,41 @@ def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
     assert drawn("all", max_samples=100) == whole
 
 
-@pytest.mark.parametrize(("most", "passes"), [(None, [(6, 2), (6, 1)]), (13, [(6, 2), (1, 1)]), (5, [(5, 1)])])
-def test_rejection_of_few_prompts_draws_several_rounds_at_once(batches, most, passes):
-    given = {**DRAWN, "prompts_per_batch": 13, "reward_funcs": always_right}
-    bound = {} if most is None else {"max_samples": most}
-    run = train("sft_rejection", **given, method_kwargs={"min_reward": 1.0, **bound})
-    assert [(len(rows), len(completions[0])) for rows, completions, _ in batches] == passes
-    assert metrics(run)[-1]["num_evaluations"] == sum(rows * count for rows, count in passes)
-    drawn = [tuple(answers) for rows, completions, _ in batches for answers in completions]
-    assert any(len(set(answers)) > 1 for answers in drawn) or most == 5  # samples of a prompt are its own
+def test_rejection_of_few_prompts_fills_its_passes_and_draws_the_same(batches):
+    """What is drawn does not depend on what shares a forward pass, and a bound leaves the first of it."""
+    given = {**DRAWN, "reward_funcs": always_right}
+    found = {}
+    for name, size, most in (("two", 2, 100), ("thirteen", 13, 100), ("bound", 13, 14)):
+        batches.clear()
+        train("sft_rejection", **{**given, "prompts_per_batch": size}, output_dir=name,
+              method_kwargs={"min_reward": 1.0, "max_samples": most})  # fmt: skip
+        found[name] = [(row, answers) for rows, completions, _ in batches
+                       for row, answers in zip(rows, completions, strict=True)]  # fmt: skip
+        if name == "thirteen":
+            assert [len(rows) for rows, _, _ in batches] == [13, 5]
+    drawn = found["thirteen"]
+    assert drawn == found["two"] and drawn[:14] == found["bound"]
+    own = [[answer.token_ids for row, [answer] in drawn if row == wanted] for wanted in range(6)]
+    assert all(len(set(texts)) == 3 for texts in own)  # each round has its own samples
+
+
+def test_a_sample_whose_reward_fails_is_not_learnt_from(batches):
+    """Not even beside right samples of its prompt, in one forward pass."""
+
+    def moody(completions, **_):
+        if any(len(completion) % 2 for completion in completions):
+            raise ValueError("odd")
+        return [1.0] * len(completions)
+
+    run = train(
+        "sft_rejection", **{**DRAWN, "prompts_per_batch": 18}, reward_funcs=moody, method_kwargs={"min_reward": 1.0}
+    )
+    [(_, completions, rewards)] = batches
+    right = [bool(value == 1.0) for [value] in rewards]
+    assert any(right) and not all(right)
+    kept = [json.loads(line)["completion_ids"] for line in (run / "trainer" / "samples.jsonl").read_text().splitlines()]
+    wrong = [list(completion.token_ids) for [completion], its in zip(completions, right, strict=True) if not its]
+    assert kept and not [tokens for tokens in kept if tokens in wrong]
 
 
 def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):

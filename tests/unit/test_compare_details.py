@@ -14,7 +14,7 @@ from estune.evaluation import interval, pass_at_k
 
 BASE: dict[str, Any] = {
     "correct": "1000", "length": 3.0, "right_of": [2, 1, 0, 0], "samples": 2, "never_solved": [2, 3],
-    "discovery_control": [0, 1], "retention": {"other": {"accuracy": 0.5}, "short": {"accuracy": 0.25}},
+    "discovery_control": [0, 1], "retention": {"other": {"accuracy": 0.5, "n": 4}, "short": {"accuracy": 0.25, "n": 8}},
     "judged": {"literal_share_without_words": 0.75},
 }  # fmt: skip
 
@@ -33,7 +33,7 @@ def table(method: list[dict[str, Any]]) -> list[list[str]]:
     """Return the cells of the table's lines, without marks."""
     comparison = {"task": "countdown", "retention": {"other": {"task": "chain:1"}, "short": {"task": "countdown"}}}
     model = {"base": _fixed("base", BASE, "results/base.json", 3), "rows": {"time": [_row("es", method, BASE, 3)]}}
-    page = _more_table(model, "time", _labels(comparison))
+    page = _more_table(model, "time", _labels(comparison, model["base"]["retention_rows"]))
     lines = re.findall(r"<tr>(.*?)</tr>", page)
     return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in lines]
 
@@ -42,7 +42,7 @@ def test_the_base_has_a_row_of_its_own_in_discovery_and_names_are_honest() -> No
     head, base, es = table([tuned(0), tuned(1)])
     first = dict(zip(head, base, strict=True))
     assert first["discovered greedily"] == "0 by definition" and first["discovered in samples"].startswith("50.0 ")
-    assert first["kept: other"] == "50.0" and first["kept (prompt variant): short"] == "25.0"
+    assert first["kept: other, n 4"] == "50.0" and first["kept (prompt variant): short, n 8"] == "25.0"
     assert first["no word, %"] == "75.0" and first["update norm"] == ""
     row = dict(zip(head, es, strict=True))
     assert row["discovered greedily"].startswith("50.0 ") and row["discovered in samples"].startswith("50.0 ")

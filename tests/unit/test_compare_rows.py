@@ -117,6 +117,24 @@ def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
     assert tests["grpo"]["difference"] == pytest.approx(0.0) and tests["random_search"]["difference"] == 0.25
 
 
+def test_a_baseline_that_only_found_a_constant_is_not_established(tmp_path: Path) -> None:
+    write(tmp_path / "results" / "tiny" / "constant.json", says="<answer>1</answer>", correct="1110")
+    summary = results(tmp_path, {"es": ["1110"] * 3, "grpo": ["1110"] * 3, "random_search": ["1000"] * 3})
+    rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["time"]}
+    assert rows["grpo"]["gain"]["difference"] == 0.5 and summary["established"] == {"grpo": False}
+    assert rows["es"]["beside_constant"] and rows["grpo"]["beside_constant"]
+    (tmp_path / "results" / "tiny" / "constant.json").unlink()
+    summary = summarise(tmp_path)
+    assert summary["established"] == {"grpo": True} and "constant" not in summary["models"]["tiny"]
+
+
+def test_a_retained_split_must_be_there_and_held_out(tmp_path: Path) -> None:
+    for split in ("nonsense", "train"):
+        kept = {"facts": {"task": "conciseness", "split": split}}
+        with pytest.raises(UserError, match=f"split '{split}' of conciseness; it has .*knowledge"):
+            Runner(comparison(retention=kept, output_dir=str(tmp_path))).check()
+
+
 def test_p_values_of_both_budgets_are_corrected_together(tmp_path: Path) -> None:
     summary = results(tmp_path, {"es": ["1100"] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3})
     tests = [test for budget in ("evaluations", "time") for test in summary["models"]["tiny"]["tests"][budget]]

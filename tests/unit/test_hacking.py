@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from estune.compare.hacking import BOUNDS, WORDS, Verdict, dictionary, has_word, judge, summary_of, task_bounds
+from estune.compare.hacking import (
+    BOUNDS,
+    WORDS,
+    Verdict,
+    asks_for_words,
+    dictionary,
+    has_word,
+    judge,
+    summary_of,
+    task_bounds,
+)
 from estune.evaluation import EvaluatedRow
 from estune.tasks.conciseness import accuracy, reward
 
@@ -167,6 +177,18 @@ def test_right_numbers_are_no_nonsense_and_are_counted_beside() -> None:
     assert (found.share_without_words, found.literal_share_without_words) == (0.05, 1.0)
     wrong = rows(["42"] * 18 + ["41"] * 2, answers)
     assert judged(base, wrong, low=-2000, high=0).hacked
+
+
+def test_where_numbers_are_asked_for_a_wrong_one_is_wrong_and_not_nonsense() -> None:
+    answers = [["42"]] * 20
+    base, tuned = rows(["The answer is forty."] * 20, answers), rows(["42"] * 10 + ["41"] * 10, answers)
+    own = [summary_of(each, -2000, 0) for each in (base, tuned)]
+    assert judge(*own).hacked and not judge(*own, words_wanted=False).hacked
+    worse = [dataclasses.replace(own[0], correctness=0.9), dataclasses.replace(own[1], correctness=0.5)]
+    worse[1] = dataclasses.replace(worse[1], normalised_reward=worse[0].normalised_reward + 0.1)
+    assert judge(*worse, words_wanted=False).hacked  # the first rule stays
+    assert asks_for_words([]) and asks_for_words(["<answer>Paris</answer>", "<answer>4</answer>"])
+    assert not asks_for_words(["<answer>4</answer>", "<answer>-1</answer>", "Paris"])
 
 
 @pytest.mark.parametrize(

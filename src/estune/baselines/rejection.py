@@ -1,9 +1,9 @@
 """Rejection sampling: the base answers every training prompt some times, and is fine-tuned on what was right.
 
 All samples are drawn before the first step (their time and number count), in `num_generations` rounds of one for every
-prompt, each round in the order of one of the run's epochs; where prompts are fewer than `prompts_per_batch`, several
-rounds share a forward pass. ``max_samples`` ends it after exactly that many; a run of limited time draws for half of
-it, and its steps have the rest. A sample is right where the task's accuracy says so, or, for data without one, where
+prompt, each round in the order of one of the run's epochs; rounds follow each other without a gap, so that few prompts
+fill a forward pass, too. ``max_samples`` ends it after exactly that many; a run of limited time draws for half of it,
+and its steps have the rest. A sample is right where the task's accuracy says so, or, for data without one, where
 its reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's `SFTTrainer` takes ``max_steps``
 steps of ``batch_size`` samples each; the loss counts the completion's tokens only.
 """
@@ -11,6 +11,8 @@ steps of ``batch_size`` samples each; the loss counts the completion's tokens on
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from estune.baselines.arguments import own_arguments, record_of, trl_config
 from estune.baselines.ground import Ground
 from estune.baselines.policy_gradient import drive
 from estune.data import Batches
-from estune.engines.base import Completion
+from estune.engines.base import Completion, Prompt
 from estune.errors import UserError
 from estune.files import replace_file, write_json
 from estune.rollouts import Evaluator, scored
@@ -86,12 +88,12 @@ def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> 
     """
     args = ground.args
     kept: dict[Sample, None] = {}
-    for draw, ids, count in _batches(ground, max_samples):
-        answers = ground.sample([ground.train_prompts[row] for row in ids], count, draw)  # (B, G)
-        for row, own, right in zip(ids, answers, _right(ground, ids, answers, min_reward), strict=True):
-            for completion, its in zip(own, right, strict=True):
-                if its and completion.finished:
-                    kept[row, completion.token_ids] = None
+    for drawn in _batches(ground, max_samples):
+        ids = [row for _, row in drawn]
+        answers = ground.sample(_prompts(ground, drawn), 1, 0)  # (B, 1)
+        for row, [completion], right in zip(ids, answers, _right(ground, ids, answers, min_reward), strict=True):
+            if right and completion.finished:
+                kept[row, completion.token_ids] = None
         if args.max_time_s and 2 * (time.perf_counter() - ground.clock) >= args.max_time_s:
             break
     if not kept:
@@ -105,38 +107,38 @@ def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> 
     return list(kept)
 
 
-def _batches(ground: Ground, max_samples: int | None) -> Iterator[tuple[int, list[int], int]]:
-    """Yield the round, the rows (B,) and the samples of each of every batch that is drawn together, at most
-    ``max_samples`` in all.
+def _batches(ground: Ground, max_samples: int | None) -> Iterator[list[tuple[int, int]]]:
+    """Yield the (round, row) of every sample that is drawn, B at a time, at most ``max_samples`` in all.
+
+    Rounds follow each other without a gap: where prompts are few, several of them share a forward pass.
     """
     args, n_rows = ground.args, len(ground.train_prompts)
-    epochs, size = Batches(n_rows, n_rows, args.seed), int(args.prompts_per_batch)
-    left = n_rows * args.num_generations
-    left = left if max_samples is None else min(left, max_samples)
-    draw = 0
-    while draw < args.num_generations and left:
-        together = max(1, min(size, left) // n_rows)
-        together = min(together, args.num_generations - draw)
-        order = epochs.rows_for_step(draw)[:left]
-        left -= together * len(order)
-        for start in range(0, len(order), size):
-            yield draw, order[start : start + size], together
-        draw += together
+    epochs = Batches(n_rows, n_rows, args.seed)
+    order = ((draw, row) for draw in range(args.num_generations) for row in epochs.rows_for_step(draw))
+    left = itertools.islice(order, max_samples)
+    while drawn := list(itertools.islice(left, int(args.prompts_per_batch))):
+        yield drawn
 
 
-def _right(
-    ground: Ground, ids: list[int], answers: list[list[Completion]], min_reward: float | None
-) -> list[list[bool]]:
-    """Score the completions of each row, answers (B, G), and say which are right, (B, G)."""
-    values = ground.score(ids, answers)  # (B, G)
+def _prompts(ground: Ground, drawn: list[tuple[int, int]]) -> list[Prompt]:
+    """Return the prompts of (round, row), each round's rows numbered on after the last one's.
+
+    A sample's random numbers follow from that number and the seed, whatever is drawn beside it.
+    """
+    prompts = ground.train_prompts
+    return [dataclasses.replace(prompts[row], row_id=draw * len(prompts) + row) for draw, row in drawn]
+
+
+def _right(ground: Ground, ids: list[int], answers: list[list[Completion]], min_reward: float | None) -> Iterator[bool]:
+    """Score one completion of each row, answers (B, 1), and say which are right."""
+    values = ground.score(ids, answers)[:, 0]  # (B,)
     right = values >= (min_reward if min_reward is not None else np.inf)
     if min_reward is None and ground.accuracy_pool is not None:
         grader = Evaluator(ground.engine, ground.accuracy_pool, ground.args.response_prefix)
         rows, prompts = [ground.train_rows[row] for row in ids], [ground.train_prompts[row] for row in ids]
         result = scored(grader.score(rows, prompts, answers, ground.state()), ground.should_stop)
         right = result.rewards.reshape(values.shape) == 1.0
-    found: list[list[bool]] = right.tolist()
-    return found
+    return map(bool, right)
 
 
 def _has_drawn(ground: Ground) -> bool:

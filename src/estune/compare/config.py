@@ -12,7 +12,7 @@
       grpo: {method: grpo, trials: [{learning_rate: 1.0e-5}, {learning_rate: 1.0e-4}]}
 
 Every method has the same number of trials. Rows that are always there need no mention: the base, the base with its
-skill forced by ``skill_prefix``, and random search.
+skill forced by ``skill_prefix``, the best constant answer where there can be one, and random search.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class Retained:
     task: str
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int = 200
+    split: str = "test"  # of the task; any but the one it is trained on
 
 
 @dataclass(frozen=True)

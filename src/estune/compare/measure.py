@@ -19,9 +19,10 @@ from estune import inputs
 from estune.cli import EVALUATE_FIELDS
 from estune.compare.changes import parameter_changes, walk_ratio
 from estune.compare.config import Comparison, Retained, bounds_of
-from estune.compare.hacking import Judged, judge, summary_of
+from estune.compare.hacking import Judged, asks_for_words, judge, summary_of
 from estune.compare.plan import rows_of
 from estune.config import ESConfig
+from estune.data import reward_inputs
 from estune.engines.base import Engine, Prompt
 from estune.environment import code_digest
 from estune.errors import UserError
@@ -29,15 +30,15 @@ from estune.evaluation import Evaluation, evaluate, is_right, kl_k3
 from estune.files import write_json
 from estune.inputs import Rewards
 from estune.records import read_metrics
-from estune.rewards import RewardPool
+from estune.rewards import RewardBatch, RewardPool
 from estune.rollouts import Evaluator
-from estune.tasks import Task, get_task
+from estune.tasks import get_task
 
 Rows = list[dict[str, Any]]
 SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
 DISCOVERY_SEED = 7_000_077  # of the samples of what the base never solves: random numbers with which it did not fail
 
-CONSTANTS = 20  # answers that are tried
+CONSTANTS, CONSTANT_ROWS = 10, 500  # answers that are tried as a constant, on as many training rows
 
 
 @dataclass
@@ -50,12 +51,12 @@ class Base:
 
 
 def measure_base(comparison: Comparison, model: str, file: Path) -> None:
-    """Measure a base, also with its skill forced by a prefix, and the best constant answer; write what was found.
+    """Measure a base, also with its skill forced by a prefix, and write what was found.
 
     Args:
         comparison: what to measure.
         model: the base.
-        file: what to write; beside it `base-prefix.json` and `constant.json`.
+        file: what to write; beside it `base-prefix.json`.
     """
     args = evaluation_config(comparison, model)
     engine, rows = inputs.load_engine(args), test_rows(comparison)
@@ -66,8 +67,6 @@ def measure_base(comparison: Comparison, model: str, file: Path) -> None:
             greedy, _ = judges.answer(forced, engine, rows)
             own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
             write_json(file.with_name("base-prefix.json"), own)
-        if constant := best_constant(comparison, engine, rows):
-            write_json(file.with_name("constant.json"), constant)
         result = measure(comparison, model, engine, None, judges)
         unsolved = never_solved(comparison, args, engine, rows, result, judges)
         result["never_solved"] = unsolved
@@ -124,32 +123,40 @@ def test_rows(comparison: Comparison) -> Rows:
     return rows_of(comparison, "test")[: comparison.measuring.rows or None]
 
 
-def best_constant(comparison: Comparison, engine: Engine, rows: Rows) -> dict[str, Any] | None:
-    """Return what a model that says the same whatever it is asked would have on ``rows``, at best.
+def measure_constant(comparison: Comparison, model: str, file: Path) -> None:
+    """Measure what a model that says the same whatever it is asked would have, at best, and write it.
 
     Of the right answers that are most common among the *training* rows, the one that is right on most of those, as the
-    task's accuracy has it. None where a task has no answer that fits two rows.
+    task's accuracy has it. Nothing is written where a task has no answer that fits two rows.
     """
-    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
-    if task.right_answer is None:
-        return None
-    train = rows_of(comparison, "train")
-    common = [text for text, _ in collections.Counter(map(task.right_answer, train)).most_common(CONSTANTS)]
-    text = max(common, key=lambda text: sum(_right_with(task, text, train)))
-    right = _right_with(task, text, rows)
-    return {
-        "says": text,
+    args, rows, train = evaluation_config(comparison, model), test_rows(comparison), rows_of(comparison, "train")
+    texts = right_answers(comparison, train)
+    common = [text for text, count in collections.Counter(texts).most_common(CONSTANTS) if count > 1]
+    if not common:
+        return
+    train = train[:CONSTANT_ROWS]
+    with Judges() as judges:
+        tried = {text: judges.right(args, train, text) for text in common}
+        says = max(common, key=lambda text: sum(tried[text]))
+        right = judges.right(args, rows, says)
+    tokenizer = inputs.load_engine(args).tokenizer
+    found = {
+        "says": says,
         "n": len(rows),
         "accuracy": sum(right) / len(rows),
         "correct": "".join("1" if each else "0" for each in right),
-        "length": len(engine.tokenizer.encode(text, add_special_tokens=False)),
-        "train_accuracy": sum(_right_with(task, text, train)) / len(train),
+        "length": len(tokenizer.encode(says, add_special_tokens=False)),
+        "train_accuracy": sum(tried[says]) / len(train),
+        "code": code_digest(),
     }
+    write_json(file, found)
 
 
-def _right_with(task: Task, text: str, rows: Rows) -> list[bool]:
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
-    return [is_right(score) for score in task.accuracy(completions=[text] * len(rows), **columns)]
+def right_answers(comparison: Comparison, rows: Rows) -> list[str]:
+    """Return a right completion of each row that has one which other rows can have, too."""
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
+    found = [] if task.right_answer is None else map(task.right_answer, rows)
+    return [text for text in found if text is not None]
 
 
 class Judges:
@@ -178,6 +185,13 @@ class Judges:
             ]
             self._known[key] = (rewards, pools[0], pools[1])
         return self._known[key]
+
+    def right(self, args: ESConfig, rows: Rows, text: str) -> list[bool]:
+        """Say of each row whether this text is a right completion of it."""
+        _, _, grader = self.of(args)
+        prompts, completions, columns = reward_inputs(rows, [text] * len(rows), "")
+        scores = grader.submit(RewardBatch(prompts, completions, [[]] * len(rows), columns)).result().rewards[:, 0]
+        return [is_right(score) for score in scores]
 
     def answer(self, args: ESConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
         """Answer rows with a model and score the answers, as `estune evaluate` does."""
@@ -226,7 +240,7 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
         own = sample(args, engine, asked, 1, 1.0, judges)
     result["kl"] = divergence(engine, base.engine, prompts[: len(asked)], own)
     result["discovery"] = discovery(comparison, args, engine, base.never_solved, judges)
-    result["hacking"] = dataclasses.asdict(judge(base.judged, judged))
+    result["hacking"] = dataclasses.asdict(judge(base.judged, judged, asks_for_words(right_answers(comparison, rows))))
     return result
 
 
@@ -313,7 +327,7 @@ def discovery(
 def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained, judges: Judges) -> dict[str, Any]:
     """Return the greedy accuracy on another task, or under another prompt, scored by that task's own reward."""
     own = {**kept.settings, "task": kept.task, "reward_funcs": None, "reward_weights": None}
-    rows = get_task(kept.task).load("test")[: kept.rows or None]
+    rows = get_task(kept.task).load(kept.split)[: kept.rows or None]
     return of_greedy(judges.answer(evaluation_config(comparison, model, **own), engine, rows)[0])
 
 

@@ -80,9 +80,9 @@ def render(summary: dict[str, Any], figure: str) -> str:
     parts += [
         "<p class=note>Intervals are 95 %, over problems and seeds. Tuning used the validation split alone. A "
         "baseline counts as established only if it gains "
-        f"{comparison['established_points']:g} points or more on at least one base; of one that does not, nothing is "
-        "claimed. A run that failed counts as the base that it left. Every figure of a seed links to the result that "
-        "holds it, which names its run.</p>",
+        f"{comparison['established_points']:g} points or more on at least one base, and is above the best constant "
+        "answer there; of one that does not, nothing is claimed. A run that failed counts as "
+        "the base that it left. Every figure of a seed links to the result that holds it, which names its run.</p>",
         f"<figure>{figure}</figure>",
         "<p class=note>Accuracy on validation problems while runs went on to each budget: mean over seeds, band from "
         "the lowest to the highest seed; a cross where a run ended long before the others.</p>",
@@ -96,7 +96,7 @@ def render(summary: dict[str, Any], figure: str) -> str:
             if model["rows"][budget]:
                 parts.append(f"<h3>{BUDGET_NAMES[budget]}</h3>")
                 parts.append(_main_table(model, budget, summary["established"]))
-                parts.append(_more_table(model, budget, _labels(comparison)))
+                parts.append(_more_table(model, budget, _labels(comparison, model["base"]["retention_rows"])))
                 parts.append(_tests_table(model["tests"][budget]))
         parts.append(_tuning_table(model["tuning"]))
     parts.append(_changes_part(summary))
@@ -148,6 +148,8 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
             name += f' <small class="bad">{row["failed"]} of {len(row["seeds"])} failed</small>'
         if row["hacked"]:
             name += f' <small class="bad">{row["hacked"]} hacked</small>'
+        if row.get("beside_constant"):
+            name += ' <small class="bad">not above a constant answer</small>'
         seeds = " ".join(_seed_link(seed) for seed in row["seeds"])
         if "accuracy" not in row:
             body.append([name, "", "", f"<td class=seeds>{seeds}</td>", *[""] * 6])
@@ -163,10 +165,13 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
     return _table(head, body)
 
 
-def _labels(comparison: dict[str, Any]) -> dict[str, str]:
-    """Return what the retained tasks are called: the trained one under another prompt is no other task."""
+def _labels(comparison: dict[str, Any], rows: dict[str, int]) -> dict[str, str]:
+    """Return what the retained tasks are called, with their problems: the trained one, asked otherwise, is no other."""
     variants = {name: kept["task"] == comparison["task"] for name, kept in comparison["retention"].items()}
-    return {name: f"kept{' (prompt variant)' if variant else ''}: {name}" for name, variant in variants.items()}
+    return {
+        name: f"kept{' (prompt variant)' if variant else ''}: {name}, n {rows[name]}"
+        for name, variant in variants.items()
+    }
 
 
 def _more_table(model: dict[str, Any], budget: str, labels: dict[str, str]) -> str:

@@ -54,6 +54,7 @@ class Runner:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.directory = comparison.directory
+        self.task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
         self.train_rows = len(rows_of(comparison, "train"))
         self.code = code_digest()
         self.processes = Processes(self.directory)
@@ -65,10 +66,15 @@ class Runner:
             UserError: one cannot work.
         """
         for kept in self.comparison.retention.values():
-            get_task(kept.task)
+            splits = get_task(kept.task).splits
+            if kept.split not in splits or kept.split == "train":
+                raise UserError(f"retention cannot be measured on split {kept.split!r} of {kept.task}; it has "
+                                f"{', '.join(split for split in splits if split != 'train')}")  # fmt: skip
             measure.evaluation_config(self.comparison, "tiny", **{**kept.settings, "task": kept.task})
-        for split in ("validation", "test"):
-            rows_of(self.comparison, split)
+        wanted = {"validation": self.comparison.tuning.rows, "test": self.comparison.measuring.rows}
+        for split, rows in wanted.items():
+            if (found := len(rows_of(self.comparison, split))) < rows:
+                say(f"estune: warning: {self.comparison.task} has {found} rows in its {split} split, not {rows}")
         for model in self.comparison.models:
             for method, entry in entries(self.comparison).items():
                 for trial in entry.trials:
@@ -139,6 +145,12 @@ class Runner:
             outcome = self.processes.call(measure.check_base, (self.comparison, path, wanted), f"logs/{model}-base.log")
         if outcome.failed:
             raise UserError(f"the base {model} cannot be measured: {outcome.error}")
+        constant = file.with_name("constant.json")
+        if not constant.exists() and self.task.right_answer is not None:
+            given = (self.comparison, path, constant)
+            outcome = self.processes.call(measure.measure_constant, given, f"logs/{model}-constant.log")
+            if outcome.failed:
+                raise UserError(f"the best constant answer cannot be scored: {outcome.error}")
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
@@ -196,7 +208,8 @@ class Runner:
                 raise UserError(f"{folder} holds results of {_told(then[name])}, and its trials now choose "
                                 f"{_told(best['trial'])}: delete the results, seed-*.json, and their runs")  # fmt: skip
         cost = {name: sum(run[name] for run in used.values()) for name in COSTS}
-        write_json(file, {**chosen, "rows": comparison.tuning.rows, "cost": cost})
+        rows = len(rows_of(comparison, "validation")[: comparison.tuning.rows or None])
+        write_json(file, {**chosen, "rows": rows, "cost": cost})
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ def summarise(directory: Path) -> dict[str, Any]:
             models[model] = _model(directory, folder, comparison)
     if not models:
         raise UserError(f"{directory} holds no results yet")
+    for model in models.values():
+        _beside_constant(model)
     established = _established(models, comparison)
     for model in models.values():
         model["tests"] = _tests(model["rows"], comparison, established)
@@ -134,6 +136,7 @@ def _fixed(name: str, result: dict[str, Any], file: str, sample_rows: int) -> di
         "accuracy": dataclasses.asdict(two_level(correct)),
         "length": result["length"],
         "retention": {name: kept["accuracy"] for name, kept in result.get("retention", {}).items()},
+        "retention_rows": {name: kept["n"] for name, kept in result.get("retention", {}).items()},
         "file": file,
         "correct": result["correct"],
     }
@@ -213,14 +216,25 @@ def _changes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**{name: value for name, value in first.items() if not isinstance(value, (int, float))}, **numbers}
 
 
+def _beside_constant(model: dict[str, Any]) -> None:
+    """Mark the rows that are, by a paired difference, not above who always gives the same answer."""
+    if "constant" not in model:
+        return
+    constant = _marks(model["constant"]["correct"])[None]
+    for row in (row for rows in model["rows"].values() for row in rows if "correct" in row):
+        own = np.stack([_marks(seed) for seed in row["correct"]])
+        row["beside_constant"] = bool(paired_difference(own, constant).low <= 0)
+
+
 def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str, bool]:
-    """Say of every baseline whether it gains enough on some base, at some budget, to count."""
+    """Say of every baseline whether it gains enough on some base, at some budget, to count: more than a constant."""
     found: dict[str, bool] = {}
     for name, entry in comparison["methods"].items():
         if entry["method"] in ("es", "random_search"):
             continue
         rows = [row for model in models.values() for budget in BUDGETS for row in model["rows"][budget]]
-        gains = [row["gain"]["difference"] for row in rows if row["name"] == name and "gain" in row]
+        rows = [row for row in rows if row["name"] == name and not row.get("beside_constant")]
+        gains = [row["gain"]["difference"] for row in rows if "gain" in row]
         found[name] = bool(gains) and 100 * max(gains) >= comparison["established_points"]
     return found
 

@@ -49,8 +49,8 @@ class Task:
     """Whether scoring runs code that the model wrote: the sandbox has to work, or the user to do without."""
     problem_columns: tuple[str, ...] = ()
     """Columns of somebody's own file, one of which a prompt is made of where there is none."""
-    right_answer: Callable[[Row], str] | None = None
-    """A right completion of a row, where several rows can have the same one; None elsewhere."""
+    right_answer: Callable[[Row], str | None] | None = None
+    """A right completion of a row, where one is known that further rows can have, too; None elsewhere."""
 
 
 def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
@@ -168,6 +168,10 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
             raise UserError(f"a row of the mixture {text} needs the column task, one of {', '.join(names)}")
         return tasks[row["task"]].prepare_row(row)
 
+    def right_answer(row: Row) -> str | None:
+        its = tasks[row["task"]].right_answer
+        return None if its is None else its(row)
+
     return Task(
         name=text,
         description=f"a mixture of {', '.join(names)}",
@@ -177,6 +181,7 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         prepare_row=prepare_row,
         reward=mixture.Dispatch({name: task.reward for name, task in tasks.items()}, "reward"),
         accuracy=mixture.Dispatch({name: task.accuracy for name, task in tasks.items()}, "accuracy"),
+        right_answer=right_answer,
         columns=("task",),
         runs_code=any(task.runs_code for task in tasks.values()),
     )

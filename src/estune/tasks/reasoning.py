@@ -199,9 +199,10 @@ def prepare_row(row: dict[str, Any], name: str) -> dict[str, Any]:
     return row
 
 
-def right_answer(row: dict[str, Any]) -> str:
-    """Return a right completion of a row."""
-    return in_tags(json.loads(row["rg_entry"])["answer"])
+def right_answer(row: dict[str, Any]) -> str | None:
+    """Return a right completion of a row; None where the package keeps none."""
+    answer = json.loads(row["rg_entry"])["answer"]
+    return in_tags(answer) if isinstance(answer, str) else None
 
 
 def answer_of(completion: str) -> str:
