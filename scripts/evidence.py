@@ -116,7 +116,8 @@ def overview(summary: dict[str, Any], budget: str) -> str:
         used = ["", ""]
         if all(cells):
             used = [number(statistics.mean(row[name] for row in known), 0) for name in ("evaluations", "train_time_s")]
-        notes = labelled({"name": method}, summary["established"])
+        beside = all(row.get("beside_constant") for row in known)
+        notes = labelled({"name": method, "beside_constant": beside}, summary["established"])
         body.append([notes, *cells, *used, *([half_way(summary, budget, method)] if halves else [])])
     return table(body, ["pass@1, %", *models, "evaluations", "seconds", *["half way, s"] * halves])
 
