@@ -191,12 +191,11 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
 
 
 def test_at_equal_time_alone(tmp_path: Path) -> None:
-    """One run a seed, one table, curves over both, and nothing done again; the best constant is one of the rows."""
+    """One run a seed, one table, curves over both, and nothing done again."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
                       "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
-    retention = {"facts": {"task": "conciseness", "split": "knowledge", "rows": 3}}
-    file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 0, "time_s": 2.0},
-                 retention=retention, tuning={"time_s": 1.0, "rows": 8},
+    file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
+                 tuning={"time_s": 1.0, "rows": 8},
                  measuring={**MINIATURE["measuring"], "curve_points": 6})  # fmt: skip
     assert "2 runs of 2 s, after 2 trials of 1 s;" in estune("compare", file, "--dry_run", cwd=tmp_path).out
     done = estune("compare", file, cwd=tmp_path, timeout=250)
@@ -219,15 +218,28 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     ]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "budget 2 s of training" in page and "Equal evaluations" not in page and "How parameters moved" in page
-    constant = json.loads((results / "constant.json").read_text(encoding="utf-8"))
-    assert constant["says"].startswith("<answer>") and constant["n"] == 24 and 0 < constant["accuracy"] < 0.5
-    assert f"always &lt;answer&gt;{constant['says'][8]}" in page and "kept: facts, n 3" in page
-    assert all(row["beside_constant"] for row in model["rows"]["time"])  # `tiny` does not know this task
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
-    (results / "constant.json").unlink()
     assert estune("compare", file, cwd=tmp_path, timeout=100).code == 0
     assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
-    assert json.loads((results / "constant.json").read_text(encoding="utf-8")) == constant
+
+
+def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
+    """Where answers repeat; it is told beside everybody, and brought where results are older than it."""
+    methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"}}}
+    retention = {"two steps": {"task": "chain:2", "split": "validation", "rows": 3}}
+    file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 20, "time_s": 0},
+                 retention=retention, tuning={"evaluations": 16, "rows": 4}, skill_prefix="")  # fmt: skip
+    done = estune("compare", file, cwd=tmp_path, timeout=250)
+    assert done.code == 0, done.err
+    [model] = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["models"].values()
+    constant = result(tmp_path, "constant.json")
+    assert constant["says"].startswith("<answer>") and constant["n"] == 24 and 0 < constant["accuracy"] < 0.5
+    assert all(row["beside_constant"] for row in model["rows"]["evaluations"])  # `tiny` does not know this task
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"always &lt;answer&gt;{constant['says'][8]}" in page and "kept: two steps, n 3" in page
+    (tmp_path / "out" / "results" / "tiny" / "constant.json").unlink()
+    assert estune("compare", file, cwd=tmp_path, timeout=100).code == 0
+    assert result(tmp_path, "constant.json") == constant
 
 
 @pytest.mark.parametrize(
