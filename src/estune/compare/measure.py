@@ -37,7 +37,6 @@ from estune.tasks import get_task
 Rows = list[dict[str, Any]]
 SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
 DISCOVERY_SEED = 7_000_077  # of the samples of what the base never solves: random numbers with which it did not fail
-
 CONSTANTS, CONSTANT_ROWS = 10, 500  # answers that are tried as a constant, on as many training rows
 
 

@@ -39,6 +39,7 @@ th, td { border-bottom: 1px solid var(--line); padding: 4px 10px; text-align: ri
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; vertical-align: bottom; }
 td.seeds { font-size: 12.5px; white-space: normal; min-width: 190px; text-align: left; }
 td small { color: var(--quiet); } .bad { color: var(--bad); } a { color: var(--accent); }
+small.bad + small.bad::before { content: "· "; }
 figure { margin: 8px 0; } figure svg { max-width: 100%; height: auto; }
 details { margin: 6px 0; } summary { cursor: pointer; }
 code { font-size: 12.5px; }
