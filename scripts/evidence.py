@@ -205,11 +205,11 @@ def scan(name: str) -> str:
         label = f"**{task}**" if task in found["chosen"] else task
         right = f"{its['right_samples']} of {its['samples']}" if "right_samples" in its else "not sampled"
         shares = ("accuracy", "holds_answer", "constant", "answer_in_prompt")
-        body.append([label, *(number(100 * its[name], 0) for name in shares), right, number(its["length"], 0)])
-    asked = [its["n"] for its in found["tasks"].values() if "n" in its]
-    each = str(max(asked)) if min(asked) == max(asked) else f"{min(asked)} to {max(asked)}"
+        percent = [number(100 * its[name], 0) for name in shares]
+        body.append([label, str(its["n"]), *percent, right, number(its["length"], 0)])
     head = [
         "task",
+        "problems",
         "right, %",
         "holds the answer, %",
         "a constant, %",
@@ -218,7 +218,7 @@ def scan(name: str) -> str:
         "tokens",
     ]
     bold = "those in bold were chosen" if found["chosen"] else "none was chosen"
-    told = f"{len(asked)} tasks, {each} validation problems each; {bold}.\n"
+    told = f"{len(found['ranked'])} tasks, the first {found['rows']} validation problems or fewer; {bold}.\n"
     return f"{told}\n{table(body, head)}"
 
 

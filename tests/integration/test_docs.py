@@ -120,10 +120,16 @@ def test_same_name_same_meaning_as_in_trl() -> None:
 
 
 def test_pages_name_no_other_option() -> None:
-    """Options in running text are options of the program."""
+    """Options in running text are options of the program, those behind a script are that script's."""
     known = {field.name for field in dataclasses.fields(ESConfig)}
     known |= {"config", "json", "split", "limit", "n_samples", "reference", "rows", "sigmas", "run", "step", "patch",
               "help", "port", "host", "source", "wheel", "completions"}  # fmt: skip
     for page in PAGES:
-        for name in re.findall(r"--(\w+)", page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for script, options in re.findall(r"`python ((?:benchmarks|scripts)/\w+\.py)([^`]*)`", text):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for name in re.findall(r"--(\w+)", options):
+                assert f'"--{name}"' in source, f"{page.name}: {script} --{name}"
+        text = re.sub(r"`python (?:benchmarks|scripts)/\w+\.py[^`]*`", "", text)
+        for name in re.findall(r"--(\w+)", text):
             assert name in known, f"{page.name}: --{name}"

@@ -131,7 +131,7 @@ def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
 def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plain = {"n": 4, "accuracy": 0.25, "holds_answer": 0.75, "answer_in_prompt": 0.5, "constant": 0.125, "length": 12.4}
     its = {**plain, "right_samples": 3, "samples": 128}
-    scanned = {"rows": 4, "ranked": ["b", "c", "a", "e"], "chosen": ["b"],
+    scanned = {"rows": 32, "ranked": ["b", "c", "a", "e"], "chosen": ["b"],
                "tasks": {"a": its, "b": its, "c": plain, "e": plain, "d": {"left_out": "slow"}}}  # fmt: skip
     step = {"reward": 0.5, "shorter": 0.25, "es/update_norm": 1.5, "completions/clipped_ratio": 0.25}
     steps = [step, {**step, "reward": 0.0, "shorter": 0.5, "completions/clipped_ratio": 0.75}]
@@ -142,8 +142,8 @@ def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(evidence, "RESULTS", tmp_path)
         monkeypatch.setattr(evidence, "SHOWN", 2)
         told = evidence.section("scan_reasoning").splitlines()
-        assert told[0].startswith("4 tasks, 4 validation problems each") and len(told) == 7
-        first = "25 | 75 | 12 | 50"
+        assert told[0].startswith("4 tasks, the first 32 validation problems or fewer; those") and len(told) == 7
+        first = "4 | 25 | 75 | 12 | 50"
         assert told[4:] == [
             f"| **b** | {first} | 3 of 128 | 12 |",
             f"| c | {first} | not sampled | 12 |",
