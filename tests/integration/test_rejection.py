@@ -11,6 +11,7 @@ from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, ten
 from estune import ESConfig, inputs
 from estune.baselines import BaselineTrainer, random_search, rejection
 from estune.baselines.ground import Ground
+from estune.compare import job
 from estune.compare.plan import evaluations_per_step
 from estune.data import Batches
 from estune.engines.base import Interrupted
@@ -165,6 +166,10 @@ def test_rejection_of_all_samples_is_told(place):
     with pytest.raises(UserError, match="none of 24 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(6), method_kwargs={"min_reward": 2.0})
     assert not (place / "run" / "model.safetensors").exists()
+    told = json.loads((place / "run" / "method.json").read_text())
+    assert told["samples_drawn"] == 24 and told["drawing_s"] > 0  # a comparison counts what it has cost
+    used = job.used_so_far(place / "run")
+    assert (used["evaluations"], used["train_time_s"], used["steps"]) == (24, told["drawing_s"], 0)
     with pytest.raises(UserError, match="none of 16 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(4), max_completion_length=1, output_dir="other")
 

@@ -51,6 +51,7 @@ def rejection(ground: Ground) -> None:
         kept = _read(ground)
     elif not ground.ended:
         kept = _draw(ground, own["min_reward"], own["max_samples"])
+    drawing_s = time.perf_counter() - ground.clock
     batch = int(args.batch_size)
     config, own = trl_config(
         args,
@@ -60,10 +61,15 @@ def rejection(ground: Ground) -> None:
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    counts = {"samples_drawn": ground.evaluations, "samples_kept": len(kept)}
-    ground.keep_method({**record_of(args.method, "trl.SFTTrainer", config, own), **counts})
+    record = record_of(args.method, "trl.SFTTrainer", config, own)
+    record |= {"samples_drawn": ground.evaluations, "samples_kept": len(kept)}
+    if not kept:
+        record["drawing_s"] = drawing_s  # what was spent, since no step will say it
+    ground.keep_method(record)
     if ground.ended:
         return
+    if not kept:
+        raise UserError(f"none of {ground.evaluations} samples of the base was right: there is nothing to learn from")
     rows = []
     for row, tokens in kept:
         prompt = list(ground.train_prompts[row].token_ids)
@@ -81,11 +87,7 @@ def rejection(ground: Ground) -> None:
 
 
 def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> list[Sample]:
-    """Sample the base, keep what is right, and write it down for a resume.
-
-    Raises:
-        UserError: nothing was right.
-    """
+    """Sample the base, keep what is right, and write it down for a resume, if there is any."""
     args = ground.args
     kept: dict[Sample, None] = {}
     for drawn in _batches(ground, max_samples):
@@ -97,7 +99,7 @@ def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> 
         if args.max_time_s and 2 * (time.perf_counter() - ground.clock) >= args.max_time_s:
             break
     if not kept:
-        raise UserError(f"none of {ground.evaluations} samples of the base was right: there is nothing to learn from")
+        return []
     lines = [json.dumps({"row": row, "completion_ids": tokens}) for row, tokens in kept]
     data = ("\n".join(lines) + "\n").encode()
     ground.trainer_directory.mkdir(exist_ok=True)

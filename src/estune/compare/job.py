@@ -85,7 +85,7 @@ class Job:
         """Say whether the run is beyond a budget that is to be measured: its model of then is gone."""
         times = [record["train_time_s"] for record in read_metrics(self.directory) if "eval_reward" not in record]
         over = {
-            EVALUATIONS: _progress(self.directory)["steps"] > self.args.max_steps,
+            EVALUATIONS: used_so_far(self.directory)["steps"] > self.args.max_steps,
             TIME: any(seconds >= self.time_s for seconds in times[:-1]),
         }
         return any(over[budget] for budget in left)
@@ -96,7 +96,7 @@ class Job:
         Returns whether one was; else all of them are written down as failed.
         """
         outcome = processes.train(args)
-        progress = _progress(self.directory)
+        progress = used_so_far(self.directory)
         known = {**progress, **self.facts, "run": self._place(self.directory), "settings": self._options()}
         if not outcome.failed:
             met = {
@@ -180,11 +180,16 @@ class Job:
         return {name: value for name, value in options.items() if name not in left_out}
 
 
-def _progress(directory: Path) -> dict[str, Any]:
+def used_so_far(directory: Path) -> dict[str, Any]:
     """Return what a run has used so far, and the curve of its held-out evaluations."""
     records = read_metrics(directory) if directory.exists() else []
     curve: list[list[float | None]] = []
     last = {"evaluations": 0, "train_time_s": 0.0}
+    method = directory / METHOD_FILE
+    if not records and method.exists():  # of rejection sampling that found nothing to learn from
+        told = json.loads(method.read_text(encoding="utf-8"))
+        if "drawing_s" in told:
+            last = {"evaluations": told["samples_drawn"], "train_time_s": told["drawing_s"]}
     for record in records:
         if "eval_reward" in record:
             curve.append([last["evaluations"], last["train_time_s"], record.get("eval_accuracy")])
