@@ -1,12 +1,14 @@
 """How often the intervals of comparisons hold the truth, on answers whose truth is known.
 
     python benchmarks/interval_coverage.py                   # about 10 minutes on one core
+    python benchmarks/interval_coverage.py --few             # few problems, rare answers, seeds in two groups: a minute
 
 Answers are right or wrong by a logistic model: every seed has an effect of its own, every problem has one, and so has
 every seed on every problem; methods that are compared fare differently on a problem, too. A truth is the model's mean
 over seeds and problems, by quadrature. Beside `two_level` the tables get Student's t over seed means, and every tenth
 of the smaller ones a bootstrap over seeds and problems. The result goes to
-`benchmarks/results/interval_coverage.json`; shares are per cent.
+`benchmarks/results/interval_coverage.json`, that of the hard cases to `interval_coverage_few.json`; shares are per
+cent.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ PAIRS = [
     (0, 0, 0.4, 1.5, 0.3, 0.5), (-2, 0.3, 0.2, 2, 0.5, 1), (-3, 0, 0.2, 1, 0.3, 0.5),
 ]  # fmt: skip
 SINGLE = [(0.1, 0.1), (0.2, 0.1), (0.02, 0.01), (0.02, 0.0), (0.15, 0.05)]  # chances that a pair is gained, lost
+FEW = (24, 142, 1000)  # problems of the hard cases
+RARE = [(-3, 0.3, 1, 0.5), (-4, 0.3, 1, 0.5), (-5, 0.3, 1, 0.5), (-4, 1, 1, 0.5)]  # as in TABLES
+GROUPS = [(-1, 1, 0.5), (-1, 1, 0.2), (-2, 1, 0.5), (-4, -1, 0.5)]  # log-odds of two kinds of seeds, the second's share
 RESAMPLES = 400
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 
@@ -77,6 +82,32 @@ def one_level(rng: np.random.Generator, seeds: int, problems: int, case: tuple[f
     if problems != PROBLEMS[0]:
         del shares["bootstrap"]
     return {"seeds": seeds, "problems": problems, "case": case, "truth": round(truth, 4), **shares}
+
+
+def grouped(rng: np.random.Generator, seeds: int, problems: int, case: tuple[float, ...], repeats: int) -> Any:
+    """Return the coverage where a seed is of one kind or of another: it took off, say, or did not."""
+    low, high, share = case
+    truth, hits, alike = (1 - share) * expected(low, 1.5) + share * expected(high, 1.5), 0, 0
+    for _ in range(repeats):
+        kinds = rng.random((seeds, 1)) < share
+        odds = np.where(kinds, high, low) + rng.normal(0, 1.5, problems)
+        found = two_level((rng.random((seeds, problems)) < chance(odds)).astype(np.float64))
+        hits += found.low <= truth <= found.high
+        alike += bool(kinds.all() or not kinds.any())
+    return {"seeds": seeds, "problems": problems, "case": case, "truth": round(truth, 4), **named(hits / repeats),
+            "all_of_one_kind": percent([alike / repeats])[0]}  # fmt: skip
+
+
+def hard(rng: np.random.Generator, repeats: int) -> dict[str, Any]:
+    """Return, and print, the coverage of the hard cases."""
+    rare = [one_level(rng, n, p, case, repeats) for n in (3, 5) for p in FEW for case in RARE]
+    groups = [grouped(rng, n, p, case, repeats) for n in (3, 5) for p in FEW for case in GROUPS]
+    for seeds in (3, 5):
+        for problems in FEW:
+            where = {"seeds": seeds, "problems": problems}
+            print(f"{seeds} seeds, {problems} problems: rare answers {span(rare, 'two_level', **where)}, seeds in two "
+                  f"groups {span(groups, **where)}")  # fmt: skip
+    return {"rare": rare, "groups": groups}
 
 
 def pair(rng: np.random.Generator, seeds: tuple[int, int], problems: int, case: tuple[float, ...], repeats: int) -> Any:
@@ -125,9 +156,16 @@ def main() -> None:
     """Run all cases, print what covers how well, record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=8000)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--few", action="store_true", help="the hard cases alone")
+    options = parser.parse_args()
+    repeats = options.repeats
     rng = np.random.default_rng(1)
     statistics._p_value = lambda *_: 1.0  # slow, and not looked at here
+    error = round(100 * math.sqrt(0.95 * 0.05 / repeats), 2)
+    if options.few:
+        found = hard(rng, repeats)
+        print(write_result("interval_coverage_few", {"repeats": repeats, "error_points": error, **found}))
+        return
     levels = [one_level(rng, n, p, case, repeats) for n in (2, 3, 5) for p in PROBLEMS for case in TABLES]
     pairs = [pair(rng, n, p, case, repeats) for n in ((3, 3), (5, 5), (1, 3)) for p in PROBLEMS for case in PAIRS]
     singles = [single(rng, p, case, repeats) for p in (50, *PROBLEMS) for case in SINGLE]
@@ -138,7 +176,6 @@ def main() -> None:
         print(f"{both[0]} against {both[1]} seeds: {span(pairs, seeds=both)}")
     for problems in (50, *PROBLEMS):
         print(f"one run against one, {problems} problems: {span(singles, problems=problems)}")
-    error = round(100 * math.sqrt(0.95 * 0.05 / repeats), 2)
     values = {"repeats": repeats, "error_points": error, "two_level": levels, "pairs": pairs, "single": singles}
     print(write_result("interval_coverage", values))
 

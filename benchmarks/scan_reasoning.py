@@ -15,7 +15,12 @@ Tasks are ranked by what is held less what is right or what a constant would hav
 tell neighbours apart: the first five answer all their validation rows, and are ranked by those. An exact reward can
 only bring out what is sometimes right: of the tasks where that gap is a tenth or more, some rows are sampled at
 temperature 1, and the first two with 3 right samples of 128 or more are chosen, a threshold on few samples; those with
-a full test split come before those of few different problems. There may be none. No training result has a part in it.
+a full test split come before those of few different problems. There may be none.
+
+No figure of a training run enters a ranking, but its rules were mended between comparisons (docs/log.md): what a
+constant would have is subtracted since a first one on `gcd`, and the leading five answer all their rows since one on
+`chain_sum:easy`.
+
 The result goes to `benchmarks/results/scan_reasoning.json`, that of the easy problems to `scan_reasoning_easy.json`.
 """
 

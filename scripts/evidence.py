@@ -10,6 +10,7 @@ whose curves become `docs/images/NAME.png`; those of the scans and of `paths` fr
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import math
@@ -54,6 +55,8 @@ def labelled(row: dict[str, Any], established: dict[str, bool]) -> str:
         notes.append("not established: no claim")
     if row.get("failed"):
         notes.append(f"{row['failed']} of {len(row['seeds'])} failed")
+    if row.get("unmeasured"):
+        notes.append(f"{row['unmeasured']} of {len(row['seeds'])} not measured")
     if row.get("hacked"):
         notes.append(f"{row['hacked']} hacked")
     if row.get("beside_constant"):
@@ -130,7 +133,8 @@ def differences(summary: dict[str, Any], budget: str) -> str:
         return ""
     sure = [test for test in found if test["p_holm"] < 0.05]
     better = [test for test in sure if test["difference"] > 0]
-    luckiest = sum(test["other"] == "random_search" for test in better)
+    over = collections.Counter(test["other"] for test in better).most_common()
+    whom = f" ({', '.join(f'{count} over {name}' for name, count in over)})" if over else ""
     if len(found) == 1:
         told = "more than chance" if sure else "within chance"
         return (
@@ -139,16 +143,16 @@ def differences(summary: dict[str, Any], budget: str) -> str:
         )
     return (
         f"Of {len(found)} paired differences between evolution strategies and another method, one for each base and "
-        f"kind of members, {len(better)} are in favour of evolution strategies with p < 0.05 (Holm, within a "
-        f"base), {luckiest} of them against random search, and {len(sure) - len(better)} against them.\n"
+        f"kind of members, {len(better)} are in favour of evolution strategies{whom} and {len(sure) - len(better)} "
+        "against them, with p < 0.05 (Holm, within a base).\n"
     )
 
 
 # --- one base ---------------------------------------------------------------------------------------------------------
 
 
-def line(row: dict[str, Any], established: dict[str, bool], columns: int) -> list[str]:
-    """Return one method's cells."""
+def line(row: dict[str, Any], established: dict[str, bool], columns: int, wordless: bool) -> list[str]:
+    """Return one method's cells, with ``wordless`` the share of completions without a word among them."""
     name = labelled(row, established)
     if "accuracy" not in row:
         return [name] + [""] * (columns - 1)
@@ -156,14 +160,17 @@ def line(row: dict[str, Any], established: dict[str, bool], columns: int) -> lis
     kept = [number(100 * value, 1) for value in row["retention"].values()]
     return [
         name, share(row["accuracy"]), share(row["gain"], "difference", "+"), f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
-        *sampled(row), number(row["kl"], 2), *kept, number(row["evaluations"], 0), number(row["train_time_s"], 0),
+        *sampled(row), number(row["kl"], 2), *kept,
+        *([number(100 * row["wordless"], 0)] if wordless else []),
+        number(row["evaluations"], 0), number(row["train_time_s"], 0),
     ]  # fmt: skip
 
 
-def fixed(row: dict[str, Any], kept: Sequence[str]) -> list[str]:
-    """Return the cells of a model that nothing trained."""
+def fixed(row: dict[str, Any], kept: Sequence[str], wordless: bool) -> list[str]:
+    """Return the cells of a model that nothing trained; ``wordless``: see `line`."""
     others = [number(100 * row["retention"][name], 1) if name in row["retention"] else "" for name in kept]
-    return [labelled(row, {}), share(row["accuracy"]), "", "", *sampled(row), "", *others, "", ""]
+    share_without = [number(100 * row["wordless"], 0) if "wordless" in row else ""] if wordless else []
+    return [labelled(row, {}), share(row["accuracy"]), "", "", *sampled(row), "", *others, *share_without, "", ""]
 
 
 def sampled(row: dict[str, Any]) -> tuple[str, str]:
@@ -178,10 +185,12 @@ def one_base(summary: dict[str, Any], model: str, budget: str) -> str:
     rows, kept = found["rows"][budget], list(found["base"]["retention"])
     k = max(found["base"]["pass_at_k"], key=int)
     problems = found["base"]["retention_rows"]
+    wordless = round(100 * found["base"]["wordless"]) < 100  # else it is the task that has no words
     head = ["method", "pass@1, %", "gain, points", "seeds, %", "a sample, %", f"pass@{k}, %", "KL",
-            *(f"kept: {name} ({problems[name]}), %" for name in kept), "evaluations", "seconds"]  # fmt: skip
-    body = [fixed(row, kept) for row in (found["base"], found.get("prefix"), found.get("constant")) if row]
-    body += [line(row, summary["established"], len(head)) for row in rows]
+            *(f"kept: {name} ({problems[name]}), %" for name in kept),
+            *["no word, %"] * wordless, "evaluations", "seconds"]  # fmt: skip
+    body = [fixed(row, kept, wordless) for row in (found["base"], found.get("prefix"), found.get("constant")) if row]
+    body += [line(row, summary["established"], len(head), wordless) for row in rows]
     tests = [
         [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"]
         for test in found["tests"][budget]
@@ -218,7 +227,8 @@ def scan(name: str) -> str:
         "tokens",
     ]
     bold = "those in bold were chosen" if found["chosen"] else "none was chosen"
-    told = f"{len(found['ranked'])} tasks, the first {found['rows']} validation problems or fewer; {bold}.\n"
+    more = f", all of them for the first {found['leading']} of the ranking" if "leading" in found else ""
+    told = f"{len(found['ranked'])} tasks, the first {found['rows']} validation problems or fewer{more}; {bold}.\n"
     return f"{told}\n{table(body, head)}"
 
 

@@ -2,7 +2,8 @@
 
 A comparison is fair only on models whose making looked at no result of any method. These were made by this script in
 one go, every choice in it fixed before the first of them was trained, and their hashes (`benchmarks/bases/SHA256SUMS`)
-were committed before any method was run on them; nothing here was chosen by what a method made of it.
+were committed before any method was run on them; nothing here was chosen by what a method made of one of them. One
+choice knew a result of ES on another model, see below. qwen2's tokenizer.json was written anew once (docs/log.md).
 
 `llama`, `qwen2` and `gpt2` are Countdown models of these three shapes: the same text (tiny_text.py), another seed each.
 In the last fifth of the text 30 % of the completions think first, 70 % answer at once, whatever the problem. So greedy

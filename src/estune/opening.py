@@ -109,7 +109,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         session.announce(replayed)
         unlogged = run.unlogged_step()
         if unlogged is not None and last_move is not None:
-            session.log_step(unlogged | metrics.update_metrics(unlogged, last_move, None))
+            session.log_again(unlogged, last_move)
         yield session
 
 

@@ -23,6 +23,7 @@ from estune.engines.base import Perturbation, Prompt
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.hub import push
 from estune.journal import step_record
+from estune.master import Moved
 from estune.monitors import say
 from estune.noise import lowrank_scale, perturbation_scale
 from estune.open_run import OpenRun, Rows
@@ -184,6 +185,17 @@ class Session(OpenRun):
         moves = metrics.update_metrics(self.measured, moved, timing)
         self.log_step(self.measured | moves | {"train_time_s": self.train_time_s})
         self.run.pending.clear()
+
+    def log_again(self, measured: dict[str, Any], moved: Moved) -> None:
+        """Log a step whose process was killed before it could: its time is that of the parts which are known.
+
+        Args:
+            measured: of the step, as `journal_step` noted it.
+            moved: how theta moved.
+        """
+        moves = metrics.update_metrics(measured, moved, None)
+        self.train_time_s += moves["step_time"]
+        self.log_step(measured | moves | {"train_time_s": self.train_time_s})
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Hand the last step's metrics to the monitors, where it is one to log."""

@@ -129,7 +129,9 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "not established: no claim" in page and "2 of 2 failed" in page
     assert "kept (prompt variant): at once" in page and "update norm / random walk" in page
-    for link in re.findall(r'href="(results/[^"]+)"', page):
+    links = re.findall(r'href="((?:results|runs)/[^"]+)"', page)
+    assert {link.split("/")[0] for link in links} == {"results", "runs"}
+    for link in links:
         assert (compared / "out" / link).is_file(), link
     assert (compared / "out" / "curves.png").stat().st_size > 10_000
 

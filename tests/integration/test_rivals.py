@@ -15,6 +15,7 @@ from rival_runs import NO_GRADIENT, SMALL, TRL, tensors, train, trl
 
 from estune import ESConfig, inputs
 from estune.baselines import arguments
+from estune.baselines.policy_gradient import count_positions_from_the_mask
 from estune.errors import UserError
 from estune.model_paths import local_directory
 from estune.tasks import get_task
@@ -33,9 +34,11 @@ EXACT = [
 ]
 
 
-@pytest.mark.miniature
-@pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
-def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
+def trls_own(method, generated=None, **of_trl):
+    """Train by TRL's trainer itself; return it and the rewards of each batch.
+
+    ``generated``: each batch's completions, in the place of its own generation.
+    """
     trainer_class, config_class = (
         (trl.RLOOTrainer, trl.RLOOConfig) if method == "rloo" else (trl.GRPOTrainer, trl.GRPOConfig)
     )
@@ -56,8 +59,16 @@ def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
             use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, **of_trl,
         ),
     )  # fmt: skip
+    if generated is not None:
+        left = iter(generated)
+        trainer._generate_single_turn = lambda *_: next(left) if method == "rloo" else (next(left), None)
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
+            count_positions_from_the_mask(model)
     trainer.train()
-    run = train(method, seed=7, method_kwargs={**TRL, **kwargs})
+    return trainer, rewards
+
+
+def assert_same_run(run, trainer, rewards):
     found = tensors(run)
     for name, parameter in trainer.model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), found[name]), name
@@ -65,6 +76,22 @@ def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
     assert logged == [pytest.approx(np.mean(batch), abs=1e-12) for batch in rewards]
     base = tensors(local_directory("tiny"))
     assert any((base[name] != found[name]).any() for name in found)
+
+
+@pytest.mark.miniature
+@pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
+def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
+    trainer, rewards = trls_own(method, **of_trl)
+    assert_same_run(train(method, seed=7, method_kwargs={**TRL, **kwargs}), trainer, rewards)
+
+
+@pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
+def test_with_samples_of_es_engine_the_rest_is_trls_own_bit_for_bit(method, kwargs, of_trl, batches, place):
+    """What comparisons run: TRL's trainer, given the same completions and the positions that they were sampled at."""
+    run = train(method, seed=7, method_kwargs=kwargs)
+    generated = [[list(completion.token_ids) for row in rows for completion in row] for _, rows, _ in batches]
+    trainer, rewards = trls_own(method, generated, **of_trl)
+    assert_same_run(run, trainer, rewards)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

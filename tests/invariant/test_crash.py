@@ -26,6 +26,8 @@ NEVER = 1 << 30
 def assert_whole(run_dir, max_steps):
     """Nothing half-written, nothing missing, nothing twice."""
     assert [r["step"] for r in metrics(run_dir) if "reward" in r] == list(range(1, max_steps + 1))
+    times = [r["train_time_s"] for r in metrics(run_dir, times=True) if "reward" in r]  # what a comparison counts
+    assert times == sorted(times) and times[0] > 0
     evaluated = [r["step"] for r in metrics(run_dir) if "eval_reward" in r]
     assert evaluated == sorted(set(evaluated))
     assert not (run_dir / "pending.jsonl").exists()

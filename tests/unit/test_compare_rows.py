@@ -117,6 +117,24 @@ def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
     assert tests["grpo"]["difference"] == pytest.approx(0.0) and tests["random_search"]["difference"] == 0.25
 
 
+def test_a_seed_whose_model_could_not_be_measured_counts_as_nothing(tmp_path: Path) -> None:
+    results(tmp_path, {"es": ["1100"] * 3, "grpo": ["1111"] * 3})
+    for seed in (1, 2):
+        write(
+            tmp_path / "results" / "tiny" / "grpo" / f"seed-{seed}-time.json", seed=seed, status="unmeasured", error="x"
+        )
+    row = next(row for row in summarise(tmp_path)["models"]["tiny"]["rows"]["time"] if row["name"] == "grpo")
+    assert (row["failed"], row["unmeasured"], len(row["seeds"])) == (0, 2, 3)
+    assert row["accuracy"]["mean"] == 1.0 and len(row["correct"]) == 1
+
+
+def test_random_search_is_a_row_without_es(tmp_path: Path) -> None:
+    methods = {"grpo": {"method": "grpo", "trials": [{"learning_rate": 1e-5}, {"learning_rate": 1e-4}]}}
+    entry = entries(comparison(methods=methods))["random_search"]
+    sigmas = [trial.get("sigma") for trial in entry.trials]
+    assert entry.method == "random_search" and len(set(sigmas)) == 2
+
+
 def test_a_baseline_that_only_found_a_constant_is_not_established(tmp_path: Path) -> None:
     write(tmp_path / "results" / "tiny" / "constant.json", says="<answer>1</answer>", correct="1110")
     summary = results(tmp_path, {"es": ["1110"] * 3, "grpo": ["1110"] * 3, "random_search": ["1000"] * 3})

@@ -85,8 +85,10 @@ def test_differences_are_counted_in_both_directions_and_not_of_a_seed_or_two() -
     with loaded("scripts/evidence.py") as evidence:
         told = evidence.differences(summary(), "time")
         assert evidence.differences(summary(seeds=2), "time") == ""
-    assert "Of 4 paired" in told and "2 are in favour" in told and "1 of them against random search" in told
-    assert told.endswith("and 1 against them.\n")
+    assert (
+        "Of 4 paired" in told and "2 are in favour of evolution strategies (" in told and "1 over random_search" in told
+    )
+    assert "and 1 against them, with p < 0.05" in told
 
 
 def test_a_skill_that_forcing_does_not_bring_has_no_half_way_and_the_best_constant_has_a_line() -> None:
@@ -114,17 +116,19 @@ def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
         "gain": {"difference": 0.25, "low": 0.125, "high": 0.375},
         "pass_at_k": {"1": estimate(0.5), "8": estimate(0.75)},
         "seeds": [{"accuracy": 0.75}, {}, {"accuracy": 0.25}], "evaluations": 1000.0, "train_time_s": 9.6,
+        "wordless": 0.0625, "unmeasured": 0,
     }  # fmt: skip
     with loaded("scripts/evidence.py") as evidence:
-        assert evidence.line(lost, {"grpo": False}, 4) == [
+        assert evidence.line(lost, {"grpo": False}, 4, True) == [
             "grpo (not established: no claim; 2 of 2 failed)",
             "",
             "",
             "",
         ]
-        assert evidence.line(done, {}, 10) == [
+        for wordless in (False, True):
+            assert evidence.line(done, {}, 10, wordless) == [
             "es (1 of 3 failed; 1 hacked)", "50.0 [40.0, 60.0]", "+25.0 [+12.5, +37.5]", "25.0 to 75.0",
-            "50.0 [40.0, 60.0]", "75.0 [65.0, 85.0]", "", "25.0", "1,000", "10",
+            "50.0 [40.0, 60.0]", "75.0 [65.0, 85.0]", "", "25.0", *["6"] * wordless, "1,000", "10",
         ]  # fmt: skip
 
 

@@ -164,12 +164,24 @@ def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
     for keeps_models in (True, False):
         made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
         made.bring(Played(unmeasured=True))
-        assert all(result["error"] == "no memory" for result in results(made).values())
+        made.bring(Played(unmeasured=True))  # what is written down is not tried again
+        assert all(
+            (result["status"], result["error"]) == ("unmeasured", "no memory") for result in results(made).values()
+        )
         for file in made.files.values():
             file.unlink()
         again = Played()
         made.bring(again)
         assert "train" not in again.calls and results(made)["time"]["weights"] == "after 3"
+
+
+def test_a_record_without_a_time_is_no_stumbling_block(tmp_path: Path) -> None:
+    """As runs have it that were killed, and continued, before their time was written with it."""
+    made = job(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "num_evaluations": 10}) + "\n")
+    made.bring(Played())
+    assert results(made)["time"]["weights"] == "after 3"
 
 
 def test_a_run_that_ends_before_its_budget_says_so(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_an_entry_comes_back_as_it_was() -> None:
 
 
 def test_a_generator_of_few_questions_gives_each_split_its_share() -> None:
-    task = get_task("rg:coin_flip")
+    task = get_task("rg:products:easy")
     rows = {split: task.load(split) for split in task.splits}
     sizes = [len(own) for own in rows.values()]
     assert 10 <= sizes[0] == sizes[1] < 200
@@ -86,6 +86,45 @@ def test_scorers_that_run_what_a_model_wrote_are_refused() -> None:
     row = get_task("rg:spiral_matrix", True).load("test")[0]
     with pytest.raises(UserError, match="cannot have rg_task 'spiral_matrix'"):  # another scorer than was let in
         get_task("rg:gcd").prepare_row(row)
+
+
+def test_scorers_that_pay_anybody_are_refused() -> None:
+    """coin_flip's counts the "0" that every probability begins with."""
+    with pytest.raises(UserError, match="scorer of coin_flip pays in full for '0', whatever the problem"):
+        get_task("rg:coin_flip").load("train")
+
+
+@pytest.mark.parametrize(("name", "answers"), [
+    ("complex_arithmetic", ["nan", "NaN", "3+nanj", "nani", "-inf", "infinity"]),
+    ("number_sorting", ["[{}]"]),
+    ("decimal_chain_sum", ["nan", "1e999", "inf"]),
+])  # fmt: skip
+def test_what_is_no_number_scores_nothing(name: str, answers: list[str]) -> None:
+    """Its distance to the right answer is none, which `complex_arithmetic` takes for the least."""
+    task = get_task(f"rg:{name}")
+    for row in task.load("test")[:20]:
+        stored = json.loads(json.loads(row["rg_entry"])["answer"]) if "{}" in answers[0] else ""
+        given = [answer.format(", ".join(['"nan"'] * len(stored))) for answer in answers]
+        columns = {key: [row[key]] * len(given) for key in task.columns}
+        assert task.reward(completions=[f"<answer>{answer}</answer>" for answer in given], **columns) == [0] * len(
+            given
+        )
+
+
+@pytest.mark.parametrize(
+    "name", ["gcd", "chain_sum", "complex_arithmetic", "syllogism", "word_sorting", "power_function"]
+)
+def test_adversarial_answers_score_nothing(name: str) -> None:
+    """Answers that know nothing, several at once, and the right one outside of the tags."""
+    task = get_task(f"rg:{name}:exact")
+    for row in task.load("test")[:20]:
+        right = json.loads(row["rg_entry"])["answer"]
+        wrong = ["", "<answer></answer>", "<answer>no answer</answer>", "<answer>None</answer>", "<answer>[]</answer>",
+                 "<answer>{}</answer>", f"<answer>not {right}, nor 7</answer>", f"{right} <answer>so</answer>",
+                 f"<answer>{right}</answer> or <answer>x</answer>"]  # fmt: skip
+        columns = {key: [row[key]] * len(wrong) for key in task.columns}
+        found = task.reward(completions=wrong, **columns)
+        assert found == [0.0] * len(wrong), (row["prompt"], right, found)
 
 
 def test_an_exact_reward_pays_for_no_guess() -> None:

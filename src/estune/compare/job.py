@@ -25,6 +25,8 @@ from estune.monitors import say
 from estune.records import read_metrics
 from estune.run import CONFIG_FILE, METHOD_FILE, OF_RUN
 
+DONE, FAILED = "done", "failed"
+UNMEASURED = "unmeasured"  # the run came to its end, and measuring its model failed: that is no fault of the method
 FACTS_FILE = "comparison_facts.json"  # with a model that is kept: how it was made
 
 
@@ -61,7 +63,7 @@ class Job:
         for budget, file in self.files.items():
             if not file.exists():
                 self._measure_kept(processes, budget)
-            elif not self.keeps_models:  # killed between the two
+            elif not self.keeps_models and _status(file) != UNMEASURED:  # killed between the two
                 shutil.rmtree(self._kept(budget), ignore_errors=True)
         if not (left := self._left()):
             return
@@ -83,7 +85,8 @@ class Job:
 
     def _is_past(self, left: Sequence[str]) -> bool:
         """Say whether the run is beyond a budget that is to be measured: its model of then is gone."""
-        times = [record["train_time_s"] for record in read_metrics(self.directory) if "eval_reward" not in record]
+        steps = [record for record in read_metrics(self.directory) if "eval_reward" not in record]
+        times = [record.get("train_time_s") or 0.0 for record in steps]
         over = {
             EVALUATIONS: used_so_far(self.directory)["steps"] > self.args.max_steps,
             TIME: any(seconds >= self.time_s for seconds in times[:-1]),
@@ -148,7 +151,7 @@ class Job:
             log = f"logs/{self.name.replace('/', '-')}.log"
             outcome = processes.call(self.measure, (str(place), file, known), log)
             if outcome.failed:
-                self._fail(budget, known, outcome)
+                self._fail(budget, known, outcome, UNMEASURED)
                 return  # the model stays: with the result deleted it is measured again
         if not self.keeps_models:
             shutil.rmtree(place)
@@ -158,16 +161,16 @@ class Job:
         for other, file in self.files.items():
             if other != budget and file.exists():
                 found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                if found["status"] == "done" and all(found[name] == known[name] for name in ("run", "steps")):
+                if found["status"] == DONE and all(found[name] == known[name] for name in ("run", "steps")):
                     return found
         return None
 
-    def _fail(self, budget: str, known: dict[str, Any], outcome: worker.Outcome) -> None:
-        """Write a run that failed down as a row."""
-        say(f"estune: {self.name}, {budget}: failed: {outcome.error}")
+    def _fail(self, budget: str, known: dict[str, Any], outcome: worker.Outcome, status: str = FAILED) -> None:
+        """Write a run that failed, or could not be measured, down as a row."""
+        say(f"estune: {self.name}, {budget}: {status}: {outcome.error}")
         file = self.files[budget]
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**known, "status": "failed", "error": outcome.error})
+        write_json(file, {**known, "status": status, "error": outcome.error})
 
     def _place(self, path: Path) -> str:
         return str(path.relative_to(self.root))
@@ -178,6 +181,10 @@ class Job:
         options = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         left_out = ("model", "output_dir", "run_name", "max_steps", "max_time_s")
         return {name: value for name, value in options.items() if name not in left_out}
+
+
+def _status(file: Path) -> str:
+    return str(json.loads(file.read_text(encoding="utf-8"))["status"])
 
 
 def used_so_far(directory: Path) -> dict[str, Any]:
@@ -194,5 +201,5 @@ def used_so_far(directory: Path) -> dict[str, Any]:
         if "eval_reward" in record:
             curve.append([last["evaluations"], last["train_time_s"], record.get("eval_accuracy")])
         else:
-            last = {"evaluations": record["num_evaluations"], "train_time_s": record["train_time_s"] or 0.0}
+            last = {"evaluations": record["num_evaluations"], "train_time_s": record.get("train_time_s") or 0.0}
     return {**last, "steps": max((record["step"] for record in records), default=0), "curve": curve}

@@ -45,10 +45,11 @@ class Cell:
 
 
 def entries(comparison: Comparison) -> dict[str, Entry]:
-    """Return every method that is run, random search with the settings of the first ES entry among them."""
+    """Return every method that is run, random search among them: by the settings of the first ES entry, if any."""
     found = dict(comparison.methods)
-    es = next((entry for entry in found.values() if entry.method == "es"), None)
-    if all(entry.method != RANDOM_SEARCH for entry in found.values()) and es is not None:
+    if all(entry.method != RANDOM_SEARCH for entry in found.values()):
+        trials = next(iter(found.values())).trials
+        es = next((entry for entry in found.values() if entry.method == "es"), Entry("es", {}, ({},) * len(trials)))
         kept = ("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution", "batch_size",
                 "num_generations", "temperature")  # fmt: skip
         taken = [{k: v for k, v in {**es.settings, **trial}.items() if k in kept} for trial in es.trials]

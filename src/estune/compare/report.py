@@ -39,6 +39,7 @@ th, td { border-bottom: 1px solid var(--line); padding: 4px 10px; text-align: ri
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; vertical-align: bottom; }
 td.seeds { font-size: 12.5px; white-space: normal; min-width: 190px; text-align: left; }
 td small { color: var(--quiet); } .bad { color: var(--bad); } a { color: var(--accent); }
+a.run { text-decoration: none; margin: 0 3px 0 1px; font-size: 11px; }
 small.bad + small.bad::before { content: "· "; }
 figure { margin: 8px 0; } figure svg { max-width: 100%; height: auto; }
 details { margin: 6px 0; } summary { cursor: pointer; }
@@ -83,7 +84,8 @@ def render(summary: dict[str, Any], figure: str) -> str:
         "baseline counts as established only if it gains "
         f"{comparison['established_points']:g} points or more on at least one base, and is above the best constant "
         "answer there; of one that does not, nothing is claimed. A run that failed counts as "
-        "the base that it left. Every figure of a seed links to the result that holds it, which names its run.</p>",
+        "the base that it left; one whose model could not be measured counts as nothing. Every figure of a seed links "
+        "to the result that holds it, the arrow behind it to its run; rows are of those seeds.</p>",
         f"<figure>{figure}</figure>",
         "<p class=note>Accuracy on validation problems while runs went on to each budget: mean over seeds, band from "
         "the lowest to the highest seed; a cross where a run ended long before the others.</p>",
@@ -147,6 +149,8 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
             name += ' <small class="bad">not established: no claim</small>'
         if row["failed"]:
             name += f' <small class="bad">{row["failed"]} of {len(row["seeds"])} failed</small>'
+        if row["unmeasured"]:
+            name += f' <small class="bad">{row["unmeasured"]} of {len(row["seeds"])} could not be measured</small>'
         if row["hacked"]:
             name += f' <small class="bad">{row["hacked"]} hacked</small>'
         if row.get("beside_constant"):
@@ -223,7 +227,11 @@ def _tuning_table(tuning: dict[str, Any]) -> str:
             told = ", ".join(f"{name} {value}" for name, value in trial["trial"].items()) or "defaults"
             if CHOSEN["time"] in found:
                 told += f" ({BUDGET_NAMES[trial['budget']].lower()})"
-            right = f"{100 * trial['accuracy']:.1f}" if trial["status"] == "done" else f"failed: {trial['error']}"
+            right = (
+                f"{100 * trial['accuracy']:.1f}"
+                if trial["status"] == "done"
+                else f"{trial['status']}: {trial['error']}"
+            )
             mark = "<b>" if trial["trial"] == found[CHOSEN[trial["budget"]]] else "<span>"
             trials.append(
                 f'{mark}<a href="{_text(trial["file"])}">{_text(told)}: {_text(right)}</a>{mark.replace("<", "</")}'
@@ -259,9 +267,10 @@ def _changes_part(summary: dict[str, Any]) -> str:
 def _seed_link(seed: dict[str, Any]) -> str:
     if seed["status"] != "done":
         return (f'<a class="bad" href="{_text(seed["file"])}" title="{_text(seed.get("error", ""))}">'
-                f"{seed['seed']}: failed</a>")  # fmt: skip
+                f"{seed['seed']}: {seed['status']}</a>")  # fmt: skip
     title = f"seed {seed['seed']}, {_text(seed['run'])}"
-    return f'<a href="{_text(seed["file"])}" title="{title}">{100 * seed["accuracy"]:.1f}</a>'
+    told = f'<a href="{_text(seed["file"])}" title="{title}">{100 * seed["accuracy"]:.1f}</a>'
+    return told + (f'<a class="run" href="{_text(seed["page"])}" title="its run">\u2197</a>' if "page" in seed else "")
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -29,7 +29,6 @@ from estune.compare.plan import (
     configuration,
     entries,
     evaluated_every,
-    evaluations_per_step,
     goes_on,
     result_file,
     rows_of,
@@ -267,7 +266,7 @@ class Runner:
         whole = dataclasses.replace(self.comparison, methods=entries(self.comparison))
         plan = json.loads(json.dumps(dataclasses.asdict(whole)))
         found = environment() | {"versions": versions("trl", "reasoning-gym")}
-        growing = ("seeds", "output_dir", "notes", "methods", "models", "established_points", "workers")
+        growing = ("seeds", "output_dir", "notes", "methods", "models", "workers")
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
             try:
@@ -290,12 +289,7 @@ class Runner:
                 raise UserError(f"{self.directory} holds results of seed {min(gone)}, which is not compared any more: "
                                 "give another output_dir, so that nothing is left out")  # fmt: skip
             found = kept["environment"]  # each sitting's machine is kept with its cost
-        per_step = {
-            f"{model}/{method}": evaluations_per_step(configuration(self.comparison, model, method, entry.trials[0], 0))
-            for model in self.comparison.models
-            for method, entry in entries(self.comparison).items()
-        }
-        write_json(file, {"comparison": plan, "evaluations_per_step": per_step, "environment": found})
+        write_json(file, {"comparison": plan, "environment": found})
 
 
 def _told(settings: dict[str, Any]) -> str:

@@ -44,7 +44,6 @@ def summarise(directory: Path) -> dict[str, Any]:
     return {
         "comparison": comparison,
         "environment": plan["environment"],
-        "evaluations_per_step": plan["evaluations_per_step"],
         "models": models,
         "established": established,
         "cost": _cost(directory / "results" / "cost.json"),
@@ -94,7 +93,7 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
             ]
         for budget in BUDGETS:
             files = sorted((folder / method).glob(f"seed-*-{budget}.json"), key=_seed_of)
-            results = [{**read_json(file), "file": _relative(file, directory)} for file in files]
+            results = [_linked(file, directory) for file in files]
             if results:
                 rows[budget].append(_row(method, results, base, sample_rows))
                 curves[budget][method] = [result.get("curve", []) for result in results]
@@ -118,6 +117,13 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
         name = f"always {constant['says']}"
         found["constant"] = _fixed(name, constant, _relative(folder / "constant.json", directory), sample_rows)
     return found
+
+
+def _linked(file: Path, directory: Path) -> dict[str, Any]:
+    """Return a run's result, with where it stands and, if it is there, its run's own page."""
+    result: dict[str, Any] = {**read_json(file), "file": _relative(file, directory)}
+    page = directory / result["run"] / "report.html"
+    return {**result, "page": _relative(page, directory)} if page.exists() else result
 
 
 def _relative(file: Path, directory: Path) -> str:
@@ -153,19 +159,23 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
     """Return the row of a method at a budget: all its seeds, failed ones among them.
 
     Who starts a run and gets nothing has the base: a failed seed counts as the base's answers in accuracy, spread, gain
-    and tests. What only a model has, KL and the like, is of those that there are.
+    and tests. One whose model could not be measured counts as nothing. What only a model has, KL and the like, is of
+    those that there are.
     """
     done = [result for result in results if result["status"] == "done"]
+    unmeasured = sum(result["status"] == "unmeasured" for result in results)
     row: dict[str, Any] = {
         "name": method,
         "seeds": [_seed(result) for result in results],
-        "failed": len(results) - len(done),
+        "failed": len(results) - len(done) - unmeasured,
+        "unmeasured": unmeasured,
         "hacked": sum(bool(result["hacking"]["hacked"]) for result in done),
         "settings": results[0].get("settings", {}),
     }
     if not done:
         return row
-    delivered = [result if result["status"] == "done" else base for result in results]
+    delivered = [base if result["status"] == "failed" else result for result in results
+                 if result["status"] != "unmeasured"]  # fmt: skip
     correct = np.stack([_marks(result["correct"]) for result in delivered])  # (S, P)
     own = np.stack([_marks(result["correct"]) for result in done])  # (done, P)
     unsolved = np.array(base["never_solved"], dtype=int)
@@ -198,7 +208,7 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
 
 def _seed(result: dict[str, Any]) -> dict[str, Any]:
     names = ("seed", "status", "error", "accuracy", "evaluations", "train_time_s", "steps", "kl", "run", "file",
-             "fingerprint")  # fmt: skip
+             "page", "fingerprint")  # fmt: skip
     return {name: result[name] for name in names if name in result}
 
 

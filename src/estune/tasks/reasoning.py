@@ -8,7 +8,9 @@ constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead. 
 the lowest level of the package's curriculum (sums of two digits, say), for models to which the default ones are closed.
 
 Problems are made in a process whose strings hash by seed 0, since some generators walk over sets. Some scorers run what
-the model wrote as Python: those are refused, but for `allow_unsandboxed_code`.
+the model wrote as Python: those are refused, but for `allow_unsandboxed_code`. Some give any text, or one number, their
+highest score: those are refused, too. An answer that is no number (`nan`, `inf`) scores 0 where the right one is one:
+a scorer that measures a distance may take it for the nearest.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,9 @@ TAG = "\0type"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 EXACT = ":exact"  # behind a name: the reward is the accuracy
 EASY = ":easy"  # behind a name, before that: problems of the lowest level
+STOCK = ("no answer", "0", "1", "x", "True", "False", "[]", "{}")  # answers that know nothing of a problem
+ASKED = 20  # problems that they answer
+NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
 # In a generator's module: what the model wrote is evaluated (sympy's parsers call eval as well).
 EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(\s*answer\b")
 MAKE = (  # what a generator prints is not taken for its rows
@@ -97,7 +103,8 @@ def rows_of(name: str, timeout_s: float | None = None) -> dict[str, list[dict[st
     """Return all splits' rows of a generator, the same in every process.
 
     Raises:
-        UserError: it makes no problems by itself, or too few different ones, or not within ``timeout_s``.
+        UserError: it makes no problems by itself, or too few different ones, or not within ``timeout_s``; or its scorer
+            pays for an answer that knows nothing.
     """
     found_here = [str(Path(place).absolute()) for place in sys.path if place]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(found_here)}
@@ -143,12 +150,27 @@ def _make(name: str) -> dict[str, list[dict[str, Any]]]:
             break
     if len(rows) < FEWEST:
         raise UserError(f"reasoning-gym's {name} has {len(rows)} different questions, too few for three splits")
+    if paid := _paid_to_anybody(name, rows[:ASKED]):
+        raise UserError(f"reasoning-gym's scorer of {name} pays in full for {paid!r}, whatever the problem")
     shares = {split: size * min(len(rows), wanted) // wanted for split, size in SPLIT_SIZES.items()}
     found, start = {}, 0
     for split, size in shares.items():
         found[split] = rows[start : start + size]
         start += size
     return found
+
+
+def _paid_to_anybody(name: str, rows: list[dict[str, Any]]) -> str | None:
+    """Return an answer that gets the highest score in half of the rows or more in which it is not the right one."""
+    for answer in STOCK:
+        others = [entry for row in rows if (entry := unpack(json.loads(row["rg_entry"])))["answer"] != answer]
+        paid = 0
+        for entry in others:
+            with suppress(Exception):  # that package's code: a scorer that raises pays nothing
+                paid += _scorer(name).score_answer(answer=answer, entry=entry) >= 1.0
+        if others and 2 * paid >= len(others):
+            return answer
+    return None
 
 
 def _row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -224,9 +246,15 @@ def reward(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_:
     """Return the package's score of each completion's answer, 0 to 1."""
     texts = [completion_text(completion) for completion in completions]
     return [
-        float(_scorer(name).score_answer(answer=answer_of(text), entry=unpack(json.loads(entry))))
+        _score(name, answer_of(text), unpack(json.loads(entry)))
         for text, name, entry in zip(texts, rg_task, rg_entry, strict=True)
     ]
+
+
+def _score(name: str, answer: str, entry: dict[str, Any]) -> float:
+    if NO_NUMBER.search(answer) and not NO_NUMBER.search(str(entry["answer"])):
+        return 0.0
+    return float(_scorer(name).score_answer(answer=answer, entry=entry))
 
 
 def accuracy(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
