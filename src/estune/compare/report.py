@@ -341,7 +341,9 @@ def _band(axes: Any, runs: Sequence[Sequence[Sequence[float]]], place: int, colo
     known = [run for run in known if len(run) > 1]
     if not known:
         return
-    end = float(np.median([run[-1][0] for run in known]))  # one that ended early, by failing say, is no measure
+    ends = [run[-1][0] for run in known]
+    middle = float(np.median(ends))  # one that ended early, by failing say, is no measure
+    end = min(point for point in ends if point >= 0.9 * middle)  # all the others have come as far
     x = np.linspace(0, end, 60)
     values = np.array(
         [np.interp(x, [a for a, _ in run], [b for _, b in run], right=math.nan) for run in known]
@@ -351,7 +353,7 @@ def _band(axes: Any, runs: Sequence[Sequence[Sequence[float]]], place: int, colo
     if len(known) > 1:
         axes.fill_between(x, np.nanmin(values, 0), np.nanmax(values, 0), color=colour, alpha=0.13, linewidth=0)
     for run in known:
-        if run[-1][0] < 0.9 * end:
+        if run[-1][0] < 0.9 * middle:
             axes.plot(run[-1][0], run[-1][1], "x", color=colour, markersize=6)
 
 
