@@ -133,6 +133,11 @@ def test_random_search_is_a_row_without_es(tmp_path: Path) -> None:
     entry = entries(comparison(methods=methods))["random_search"]
     sigmas = [trial.get("sigma") for trial in entry.trials]
     assert entry.method == "random_search" and len(set(sigmas)) == 2
+    for evaluations in (32, 100, 6000):
+        made = comparison(methods=methods, budget={"evaluations": evaluations}, tuning={"evaluations": evaluations},
+                          output_dir=str(tmp_path))  # fmt: skip
+        args = planned(made, "random_search")
+        assert with_budget(args, evaluations, 800).max_steps >= 4 and args.population_size <= 30
 
 
 def test_a_baseline_that_only_found_a_constant_is_not_established(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ DIR/results/...json                    what was measured, one file each; what is
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,13 +49,20 @@ def entries(comparison: Comparison) -> dict[str, Entry]:
     """Return every method that is run, random search among them: by the settings of the first ES entry, if any."""
     found = dict(comparison.methods)
     if all(entry.method != RANDOM_SEARCH for entry in found.values()):
-        trials = next(iter(found.values())).trials
-        es = next((entry for entry in found.values() if entry.method == "es"), Entry("es", {}, ({},) * len(trials)))
+        es = next((entry for entry in found.values() if entry.method == "es"), None) or _in_the_place_of_es(comparison)
         kept = ("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution", "batch_size",
                 "num_generations", "temperature")  # fmt: skip
         taken = [{k: v for k, v in {**es.settings, **trial}.items() if k in kept} for trial in es.trials]
         found[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, _distinct(taken))
     return found
+
+
+def _in_the_place_of_es(comparison: Comparison) -> Entry:
+    """Return what random search goes by where no ES is compared: the least budget pays for four steps or more."""
+    trials, prompts = next(iter(comparison.methods.values())).trials, 4
+    least = min(filter(None, (comparison.tuning.evaluations, comparison.budget.evaluations)), default=math.inf)
+    members = max(2, int(min(ESConfig.population_size, least // (4 * prompts))))
+    return Entry("es", {"population_size": members, "batch_size": prompts}, ({},) * len(trials))
 
 
 def _distinct(trials: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
