@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import multiprocessing.util
+import os
+import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +274,49 @@ def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, mo
     runner.processes.stopping.set()
     with pytest.raises(Stopped):
         runner.processes.to_its_end(lambda: worker.Outcome(0), "a run")
+
+
+def _done_then(moment: str, file: Path) -> None:
+    """Write ``file`` as a measurement does; Ctrl-C reaches the process at a moment after that."""
+    file.write_text("done", encoding="utf-8")
+    if moment == "at the exit":
+        multiprocessing.util.Finalize(None, signal.raise_signal, args=(signal.SIGINT,), exitpriority=1)
+    elif moment == "before it tells":
+        sys.stdout.flush = lambda: signal.raise_signal(signal.SIGINT)  # type: ignore[method-assign]
+    elif moment == "within":
+        signal.raise_signal(signal.SIGINT)
+    elif moment == "by a library":
+        os._exit(3)
+    elif moment == "by an error":
+        raise ValueError("no good")
+
+
+class _InterruptedAtTheStart:
+    """What is interrupted before the process comes to its work."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return signal.raise_signal, (signal.SIGINT,)
+
+
+@pytest.mark.parametrize(
+    ("moment", "code", "error"),
+    [
+        ("never", 0, ""),
+        ("at the exit", 0, ""),  # what it did is done
+        ("before it tells", worker.STOPPED, ".*"),
+        ("within", worker.STOPPED, "asked to stop"),
+        ("by a library", worker.STOPPED, "exit status 3"),
+        ("by an error", 1, "ValueError: no good"),
+        pytest.param(_InterruptedAtTheStart(), worker.STOPPED, ".*", id="at the start"),
+    ],
+)
+def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str, tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes at once, also one that has just written down what it measured."""
+    file = tmp_path / "file"
+    outcome = worker.call(_done_then, (moment, file), tmp_path / "log", multiprocessing.get_context("forkserver"))
+    assert outcome.code == code and outcome.cut == (code == worker.STOPPED)
+    assert re.fullmatch(error, outcome.error)
+    assert file.exists() or isinstance(moment, _InterruptedAtTheStart)
 
 
 def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import io
 import multiprocessing
 import os
 import re
@@ -30,7 +31,9 @@ STOPPED = 75  # exit status of what was asked to stop, and did
 class Outcome:
     """How a run's process ended: its exit status, the error's sentence where it failed, and what it cost.
 
-    ``cpu_s`` are the seconds of processor time of the process and of those that it started; 0 where it was killed.
+    ``code`` is what the process told at the end of its work, whatever came over it afterwards; where it could tell
+    nothing, it was cut. ``cpu_s`` are the seconds of processor time of the process and of those that it started; 0
+    where it was cut off.
     """
 
     code: int
@@ -66,16 +69,18 @@ def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, m
     process.join()
     assert process.exitcode is not None
     try:
-        cpu_s = float(told.recv())
-    except EOFError:  # killed before it could tell
-        cpu_s = 0.0
+        code, cpu_s = told.recv()
+        ended = code
+    except (EOFError, OSError):  # cut off before it could tell, wherever it was
+        ended, cpu_s = process.exitcode, 0.0
+        code = ended if ended < 0 else STOPPED
     told.close()
-    if process.exitcode == 0:
+    if code == 0:
         return Outcome(0, cpu_s=cpu_s)
-    with log.open("rb") as file:
+    with log.open("rb") if log.exists() else io.BytesIO() as file:
         file.seek(start)
         said = file.read().decode("utf-8", errors="replace")
-    return Outcome(process.exitcode, reason(said, process.exitcode), cpu_s)
+    return Outcome(code, reason(said, ended), cpu_s)
 
 
 def train(values: dict[str, Any]) -> None:
@@ -136,7 +141,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    tell.send(_cpu_s())
+    tell.send((code, _cpu_s()))  # from here on a signal changes nothing
     if code:
         os._exit(code)
 
