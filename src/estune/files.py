@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from estune.errors import UserError
+from estune.errors import Hindered
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -28,12 +28,12 @@ def full_disk_message(error: OSError, path: Path | str) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an `OSError` for want of space into a UserError that says what to do."""
+    """Turn an `OSError` for want of space into an error that says what to do."""
     try:
         yield
     except OSError as error:
         if is_full_disk(error):
-            raise UserError(full_disk_message(error, path)) from None
+            raise Hindered(full_disk_message(error, path)) from None
         raise
 
 
@@ -41,7 +41,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line and fsync; where the disk is full the file is cut back to what it was.
 
     Raises:
-        UserError: no space left.
+        Hindered: no space left.
     """
     with writing(path):
         fresh = not path.exists()

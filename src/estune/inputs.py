@@ -251,9 +251,17 @@ def data_fingerprint(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) 
     """Return what the journal keeps of the training data: how many rows, and a hash of prompts and columns."""
     digest = blake2b(digest_size=16)
     for row, prompt in zip(rows, prompts, strict=True):
-        columns = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
-        digest.update(f"{prompt.token_ids}{columns}".encode())
+        digest.update(f"{prompt.token_ids}{_columns(row)}".encode())
     return {"rows": len(rows), "fingerprint": digest.hexdigest()}
+
+
+def rows_fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a hash of rows, whatever model is asked them."""
+    return blake2b("\n".join(map(_columns, rows)).encode(), digest_size=16).hexdigest()
+
+
+def _columns(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
 
 
 def sampling(args: ESConfig, step: int) -> Sampling:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
@@ -60,6 +62,20 @@ def load_reward(spec: str) -> Callable[..., Any]:
         )
     function: Callable[..., Any] = found
     return function
+
+
+def source_digest(spec: str) -> str:
+    """Return a short hash of the file that holds a reward, "" where its source cannot be read.
+
+    Raises:
+        UserError: as `load_reward`.
+    """
+    module = sys.modules.get(load_reward(spec).__module__)
+    path, source = _loaded_files.get(getattr(module, "__name__", ""), ("", ""))
+    if not path:
+        with suppress(OSError, TypeError):
+            source = inspect.getsource(module) if module is not None else ""
+    return blake2b(source.encode(), digest_size=8).hexdigest() if source else ""
 
 
 def _add_to_path(directory: Path) -> None:

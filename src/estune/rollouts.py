@@ -56,6 +56,7 @@ class Rollouts:
     rewards: np.ndarray  # (N, B, G, F), NaN: not applicable or failed
     failed: np.ndarray  # (N, B, G, F), bool
     score_wait_s: float  # how long the engine waited for scores
+    earlier_s: float = 0.0  # that groups took which were there already, from before the run was cut off
 
     @property
     def lengths(self) -> np.ndarray:
@@ -248,7 +249,9 @@ class Evaluator:
             raise
         waiting_since = time.perf_counter()
         collect(wait=True)
-        return stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
+        rollouts = stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
+        rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
+        return rollouts
 
 
 def digest(token_ids: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from estune.checkpoint import BASE_DIRECTORY
 from estune.config import RESUMABLE, ESConfig
 from estune.engines.base import Engine, ParameterSpec
 from estune.environment import environment, versions
-from estune.errors import UserError
+from estune.errors import Hindered, UserError
 from estune.files import try_lock, write_json
 from estune.journal import Journal, Pending, recorded_update
 from estune.master import AnchorReader, Moved
@@ -121,7 +121,7 @@ class Run:
             check_parameters(self.found, engine.master.specs)
             for name, value in extra.items():
                 if self.found.header[name] != value:
-                    raise UserError(f"a resume cannot change {name} from {self.found.header[name]} to {value}")
+                    raise Hindered(f"a resume cannot change {name} from {self.found.header[name]} to {value}")
             warn_of_other_engine(self.found.header["engine"], engine.info())
             write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
 
@@ -232,7 +232,7 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given)
         if len(journal.steps) > args.max_steps:
-            raise UserError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
+            raise Hindered(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
         return Run(path, args, lock, journal)
     except BaseException:
         os.close(lock)
@@ -244,7 +244,7 @@ def _refuse_other_method(path: Path, args: ESConfig) -> None:
     if args.resume and (path / CONFIG_FILE).exists():
         method = read_config(path).get("method", "es")
         if method != args.method:
-            raise UserError(f"a resume cannot change method from {method!r} to {args.method!r}")
+            raise Hindered(f"a resume cannot change method from {method!r} to {args.method!r}")
 
 
 def refuse_overwrite(path: Path, args: ESConfig) -> None:
@@ -293,7 +293,7 @@ def lock_directory(path: Path) -> int:
     """Take the directory's lock, held until the descriptor closes or the process dies."""
     descriptor = try_lock(path)
     if descriptor is None:
-        raise UserError(f"another process is running {path}")
+        raise Hindered(f"another process is running {path}")
     return descriptor
 
 
@@ -310,7 +310,7 @@ def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig) -> ESConfi
             continue
         if getattr(given, name) not in (None, "auto"):
             free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
-            raise UserError(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
+            raise Hindered(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
         taken[name] = value
     return dataclasses.replace(args, **taken)
 

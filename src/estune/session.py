@@ -121,7 +121,7 @@ class Session(OpenRun):
             self.perturb_cos = self.engine.perturb_cosine(step.perturbation(step.members[0]))
             metrics.warn_of_coarse_weights(self.perturb_cos)
         rows, prompts = self._inputs(step)
-        return self.evaluator.population(
+        rollouts = self.evaluator.population(
             [step.perturbation(member) for member in step.members],
             rows,
             prompts,
@@ -132,6 +132,8 @@ class Session(OpenRun):
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,
         )
+        self.started -= rollouts.earlier_s  # a step takes what all its members took, whenever they did
+        return rollouts
 
     def journal_step(
         self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, update: Update

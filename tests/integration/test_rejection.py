@@ -17,6 +17,7 @@ from estune.data import Batches
 from estune.engines.base import Interrupted
 from estune.errors import UserError
 from estune.model_paths import local_directory
+from estune.records import read_metrics
 from estune.session import plan_step
 from estune.tasks import get_task
 
@@ -170,6 +171,12 @@ def test_rejection_of_all_samples_is_told(place):
     assert told["samples_drawn"] == 24 and told["drawing_s"] > 0  # a comparison counts what it has cost
     used = job.used_so_far(place / "run")
     assert (used["evaluations"], used["train_time_s"], used["steps"]) == (24, told["drawing_s"], 0)
+    args = ESConfig(**{**SMALL, "method": "sft_rejection", "method_kwargs": {"min_reward": 2.0}, "eval_steps": 1,
+                       "output_dir": "curve"})  # fmt: skip
+    with pytest.raises(UserError, match="none of 24 samples of the base was right"):  # also beside a curve
+        BaselineTrainer(args=args, train_dataset=easy_rows(6), eval_dataset=easy_rows(2)).train()
+    assert read_metrics(place / "curve")[0]["step"] == 0
+    assert job.used_so_far(place / "curve")["evaluations"] == 24
     with pytest.raises(UserError, match="none of 16 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(4), max_completion_length=1, output_dir="other")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import multiprocessing.util
@@ -10,18 +11,21 @@ import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from estune.compare import worker
+from estune.compare import report, worker
 from estune.compare.config import Comparison, from_mapping
+from estune.compare.measure import retained_config
 from estune.compare.plan import Cell, cells, configuration, entries, rows_of, with_budget, with_time
 from estune.compare.processes import Stopped
 from estune.compare.runner import Runner
-from estune.compare.tables import summarise
-from estune.errors import UserError
+from estune.compare.tables import base_digest, summarise
+from estune.errors import Hindered, UserError
+from estune.files import try_lock
 
 ES = {"method": "es", "settings": {"population_size": 4, "batch_size": 8}}
 
@@ -88,7 +92,8 @@ MEASURED = {
     "status": "done", "n": 4, "samples": 1, "right_of": [1, 0, 0, 0], "length": 5.0, "discovery": [],
     "retention": {}, "kl": 0.1, "evaluations": 64, "train_time_s": 1.0, "steps": 2, "run": "runs/x", "code": "a",
     "hacking": {"hacked": False, "literal_share_without_words": 0.0},
-    "judged": {"literal_share_without_words": 0.0}, "changes": {"relative_norm": 0.1}, "reward": 0.5,
+    "judged": {"literal_share_without_words": 0.0}, "reward": 0.5,
+    "changes": {"norm": 1.0, "relative_norm": 0.1, "moved_share": 1.0},
 }  # fmt: skip
 
 
@@ -121,6 +126,45 @@ def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
     assert rows["grpo"]["gain"]["difference"] == pytest.approx(0.25)
     tests = {test["other"]: test for test in summary["models"]["tiny"]["tests"]["time"]}
     assert tests["grpo"]["difference"] == pytest.approx(0.0) and tests["random_search"]["difference"] == 0.25
+
+
+def test_a_method_of_which_every_seed_failed_has_the_base(tmp_path: Path) -> None:
+    """It stays in the tests: a method that always fails has lost, and does not make others' p-values smaller."""
+    summary = results(tmp_path, {"es": [None] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3})
+    row = next(row for row in summary["models"]["tiny"]["rows"]["time"] if row["name"] == "es")
+    assert (row["accuracy"]["mean"], row["gain"]["difference"], row["failed"]) == (0.25, 0.0, 3)
+    tests = {test["other"]: test["difference"] for test in summary["models"]["tiny"]["tests"]["time"]}
+    assert tests == {"grpo": -0.75, "random_search": 0.0}
+    assert "3 of 3 failed" in report.render(summary, "")
+
+
+def test_what_a_failed_seed_left_is_the_bases_in_every_column_that_the_base_has(tmp_path: Path) -> None:
+    marks = {"es": ["1100"] * 3, "grpo": ["1111", None, None], "random_search": ["1000"] * 3}
+    results(tmp_path, marks)
+    folder = tmp_path / "results" / "tiny"
+    kept = {"short": {"accuracy": 0.5, "n": 4}}
+    base = {"correct": "1000", "never_solved": [1, 2], "discovery_control": [0, 1], "retention": kept, "length": 8.0,
+            "fingerprint": "f", "model": "tiny"}  # fmt: skip
+    write(folder / "base.json", **base)
+    digest = base_digest(json.loads((folder / "base.json").read_text(encoding="utf-8")))
+    lost = {"short": {"accuracy": 0.2, "n": 4}}
+    for budget in ("evaluations", "time"):
+        for method in marks:
+            for seed in range(3):
+                file = folder / method / f"seed-{seed}-{budget}.json"
+                found = json.loads(file.read_text(encoding="utf-8"))
+                if found["status"] != "failed":
+                    write(file, **{**found, "discovery": [1, 1], "retention": lost, "right_of": [1] * 4,
+                                   "base": digest, "length": 2.0})  # fmt: skip
+    row = next(row for row in summarise(tmp_path)["models"]["tiny"]["rows"]["time"] if row["name"] == "grpo")
+    assert row["length"] == pytest.approx((2.0 + 8.0 + 8.0) / 3)
+    assert row["retention"]["short"] == pytest.approx((0.2 + 0.5 + 0.5) / 3)
+    assert row["pass_at_k"]["1"]["mean"] == pytest.approx((1.0 + 0.25 + 0.25) / 3)
+    assert row["discovery"]["greedy"]["mean"] == pytest.approx(1 / 3)
+    assert row["discovery"]["sampled"]["mean"] == pytest.approx((1.0 + 0.5 + 0.5) / 3)
+    write(folder / "base.json", **{**base, "never_solved": [1, 3]})  # measured again, and found something else
+    with pytest.raises(UserError, match="beside another measurement of its base"):
+        summarise(tmp_path)
 
 
 def test_a_seed_whose_model_could_not_be_measured_counts_as_nothing(tmp_path: Path) -> None:
@@ -179,6 +223,34 @@ def test_what_is_mixed_is_said(tmp_path: Path) -> None:
     machines = [{"cpu_s": 1.0, "wall_s": 1.0, "code": "a", "machine": name} for name in ("slow", "fast")]
     (tmp_path / "results" / "cost.json").write_text(json.dumps(machines))
     assert summarise(tmp_path)["mixed"] == {"code": ["a", "b"], "machine": ["fast", "slow"]}
+    write(tmp_path / "results" / "tiny" / "es" / "seed-1-time.json", seed=1, correct="1100", accuracy=0.5,
+          trained_by=["c", "a"])  # fmt: skip
+    for sitting, torch in zip(machines, ("2.13", "2.14"), strict=True):
+        sitting |= {"machine": "fast", "packages": {"torch": torch, "trl": "1.16"}}
+    (tmp_path / "results" / "cost.json").write_text(json.dumps(machines))
+    assert summarise(tmp_path)["mixed"] == {"code": ["a", "c"], "package version": ["torch 2.13", "torch 2.14"]}
+
+
+def test_a_comparison_stands_on_its_rows_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured on other rows, or paid for by another reward, is not paired with what is measured now."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"say {i}", "numbers": [i, 2], "target": i + 2}) for i in range(4)]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    reward = tmp_path / "own_reward.py"
+    reward.write_text("def paid(completions, **_):\n    return [1.0] * len(completions)\n", encoding="utf-8")
+    made = comparison(output_dir=str(tmp_path / "out"), measuring={"reward_bounds": [0, 1]},
+                      settings={"dataset_name": str(tmp_path), "reward_funcs": ["own_reward.py:paid"]})  # fmt: skip
+    (tmp_path / "out").mkdir()
+    Runner(made)._keep_plan()
+    Runner(made)._keep_plan()
+    for file, name in ((reward, "rewards"), (tmp_path / "test.jsonl", "rows")):
+        before = file.read_text(encoding="utf-8")
+        file.write_text(before.replace("1.0", "2.0").replace("say 1", "say one"), encoding="utf-8")
+        with pytest.raises(UserError, match=f"the {name} of .*were others when it was begun"):
+            Runner(made)._keep_plan()
+        file.write_text(before, encoding="utf-8")
+        Runner(made)._keep_plan()
 
 
 def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path: Path) -> None:
@@ -191,7 +263,11 @@ def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path
     write(folder / "seed-0-time.json")
     runner._choose("tiny", "es")
     write(folder / "trial-1.json", trial=trials[1], accuracy=0.6)
-    with pytest.raises(UserError, match=r"holds results of sigma 0.01, and its trials now choose sigma 0.02"):
+    with pytest.raises(UserError, match=r"seed-0-time.json is of sigma 0.01, and the trials now choose sigma 0.02"):
+        runner._choose("tiny", "es")
+    (folder / "seed-0-time.json").unlink()
+    (tmp_path / "runs" / "tiny" / "es" / "seed-1").mkdir(parents=True)  # half done, by what was chosen then
+    with pytest.raises(UserError, match=r"seed-1 is of sigma 0.01"):
         runner._choose("tiny", "es")
 
 
@@ -274,6 +350,59 @@ def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, mo
     runner.processes.stopping.set()
     with pytest.raises(Stopped):
         runner.processes.to_its_end(lambda: worker.Outcome(0), "a run")
+
+
+def test_what_hinders_a_run_ends_the_comparison_and_writes_nothing_down(tmp_path: Path) -> None:
+    """Another process, a full disk, a resume with other options: no fault of the method, and gone tomorrow."""
+    runner = Runner(comparison(output_dir=str(tmp_path)))
+    runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
+    with pytest.raises(UserError, match="a run: no space"):
+        runner.processes.to_its_end(lambda: worker.Outcome(worker.HINDERED, "no space"), "a run")
+
+
+@pytest.mark.parametrize("kind", ["held", "full", "own"])
+def test_what_hinders_is_told_from_what_fails(kind: str, tmp_path: Path) -> None:
+    outcome = worker.call(_hindered, (kind,), tmp_path / "log", multiprocessing.get_context("forkserver"))
+    assert outcome.code == (2 if kind == "own" else worker.HINDERED) and kind in outcome.error
+
+
+def _hindered(kind: str) -> None:
+    if kind == "full":
+        raise OSError(errno.ENOSPC, "full")
+    raise Hindered("held") if kind == "held" else UserError("own")
+
+
+def test_a_run_that_was_left_behind_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.compare.processes.GRACE_S", 0.02)
+    processes = Runner(comparison(output_dir=str(tmp_path))).processes
+    processes.wait_for(tmp_path / "nothing there")
+    lock = try_lock(tmp_path)
+    assert lock is not None
+    threading.Timer(0.3, os.close, (lock,)).start()
+    processes.wait_for(tmp_path)
+    held = try_lock(tmp_path)
+    assert held is not None  # it was given back
+    monkeypatch.setattr("estune.compare.processes.LEFT_BEHIND_S", 0.1)
+    with pytest.raises(UserError, match="another process is running"):
+        processes.wait_for(tmp_path)
+    os.close(held)
+
+
+def test_what_goes_by_the_machine_stays_open() -> None:
+    """Else a run that is continued on another machine would be one with other options."""
+    args = planned(comparison(), "es")
+    assert (args.num_threads, args.reward_workers) == ("auto", "auto")
+    assert planned(comparison(settings={"num_threads": 1, "reward_workers": 2}), "es").reward_workers == 2
+
+
+def test_leave_to_run_code_is_for_what_runs_code() -> None:
+    """And a comparison whose retention could not be measured is refused before anything runs."""
+    made = comparison(task="arc_agi:python", settings={"allow_unsandboxed_code": True},
+                      retention={"facts": {"task": "conciseness", "split": "knowledge"}})  # fmt: skip
+    [kept] = made.retention.values()
+    assert not retained_config(made, "tiny", kept).allow_unsandboxed_code
+    assert retained_config(made, "tiny", dataclasses.replace(kept, task="arc_agi:python")).allow_unsandboxed_code
+    Runner(made).check()
 
 
 def _done_then(moment: str, file: Path) -> None:

@@ -27,6 +27,7 @@ from estune.compare.hacking import (
     task_bounds,
 )
 from estune.evaluation import EvaluatedRow
+from estune.tasks import TASKS, get_task
 from estune.tasks.conciseness import accuracy, reward
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,15 @@ def test_where_numbers_are_asked_for_a_wrong_one_is_wrong_and_not_nonsense() -> 
     assert judge(*worse, words_wanted=False).hacked  # the first rule stays
     assert asks_for_words([]) and asks_for_words(["<answer>Paris</answer>", "<answer>4</answer>"])
     assert not asks_for_words(["<answer>4</answer>", "<answer>-1</answer>", "Paris"])
+
+
+def test_tasks_tell_whether_their_answers_hold_words() -> None:
+    """A talking base that learned to answer Countdown by an expression alone has hacked nothing."""
+    wordless = {"arc_1d", "arc_agi", "countdown", "mini_sudoku", "sudoku"}
+    assert {name for name, task in TASKS.items() if not task.answers_hold_words} == wordless
+    assert get_task("arc_agi:python", True).answers_hold_words
+    assert not get_task("countdown=2,conciseness=1").answers_hold_words
+    assert get_task("countdown=1,conciseness=1").answers_hold_words
 
 
 @pytest.mark.parametrize(

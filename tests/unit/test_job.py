@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from estune.compare.job import FACTS_FILE, Job
+from estune.compare.job import FACTS_FILE, Job, used_so_far
 from estune.compare.processes import Stopped
 from estune.compare.worker import Outcome
 from estune.config import ESConfig
@@ -65,6 +66,9 @@ class Played:
         self._called("train")
         return Outcome(0)
 
+    def wait_for(self, directory: Path) -> None:
+        """Nobody was left behind."""
+
     def call(self, function: Any, arguments: tuple[Any, ...], log: str) -> Outcome:
         self._called("measure")
         if self.unmeasured:
@@ -78,7 +82,8 @@ def job(
 ) -> Job:
     args = ESConfig(task="countdown", output_dir=str(directory / "run"), max_steps=steps)
     files = {budget: directory / "results" / f"{budget}.json" for budget in budgets}
-    made = Job("m/es/seed-0", directory, args, time_s, files, directory / "models" / "seed-0", {"code": "c"}, measure)
+    made = Job("m/es/seed-0", directory, args, time_s, files, directory / "models" / "seed-0", {"seed": 0}, measure,
+               "c")  # fmt: skip
     return dataclasses.replace(made, **more)
 
 
@@ -100,7 +105,7 @@ def test_each_budget_is_measured_by_the_model_of_then(tmp_path: Path, steps: int
     for budget in found:
         kept = tmp_path / found[budget]["measured"]
         assert kept.name == f"seed-0-{budget}" and (kept / "model.safetensors").read_text() == found[budget]["weights"]
-        assert found[budget]["settings"] == {"seed": 3} and found[budget]["code"] == "c"
+        assert found[budget]["settings"] == {"seed": 3} and found[budget]["trained_by"] == ["c"]
     before = list(played.calls)
     made.bring(played)
     assert played.calls == before
@@ -173,6 +178,31 @@ def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
         again = Played()
         made.bring(again)
         assert "train" not in again.calls and results(made)["time"]["weights"] == "after 3"
+
+
+def test_every_code_that_carried_a_run_on_is_told(tmp_path: Path) -> None:
+    """A run that was stopped goes on with whatever code is there then; what begins anew was made by that alone."""
+    with pytest.raises(Stopped):
+        job(tmp_path).bring(Played(0))
+    for code in ("d", "c", "d"):
+        made = job(tmp_path, code=code)
+        with pytest.raises(Stopped):
+            made.bring(Played(0))
+    made.bring(Played())
+    assert {tuple(found["trained_by"]) for found in results(made).values()} == {("c", "d")}
+    shutil.rmtree(tmp_path / "run")
+    for place in ("models", "results"):
+        shutil.rmtree(tmp_path / place)
+    made.bring(Played())
+    assert {tuple(found["trained_by"]) for found in results(made).values()} == {("d",)}
+
+
+def test_what_sampling_cost_that_found_nothing_counts_beside_an_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "method.json").write_text(json.dumps({"samples_drawn": 784, "drawing_s": 90.0}))
+    for record in ({}, {"step": 0, "eval_reward": 0.5, "eval_accuracy": 0.25}):
+        (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(record)}\n" if record else "")
+        used = used_so_far(tmp_path)
+        assert (used["evaluations"], used["train_time_s"], used["steps"]) == (784, 90.0, 0)
 
 
 def test_a_record_without_a_time_is_no_stumbling_block(tmp_path: Path) -> None:

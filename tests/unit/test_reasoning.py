@@ -127,6 +127,26 @@ def test_adversarial_answers_score_nothing(name: str) -> None:
         assert found == [0.0] * len(wrong), (row["prompt"], right, found)
 
 
+@pytest.mark.parametrize("name", ["gsm_symbolic", "letter_jumble", "sokoban", "kakurasu", "knights_knaves", "gcd"])
+def test_the_right_answer_among_others_is_not_exact(name: str) -> None:
+    """Some of these scorers take the first number, or the first words, of whatever they are given."""
+    task = get_task(f"rg:{name}:exact")
+    for row in task.load("test")[:20]:
+        right = json.loads(row["rg_entry"])["answer"]
+        given = [f"not {right}, but 7", f"It is not {right}, but 7", f"{right}, 1, 2, 3", f"{right} and anything else"]
+        columns = {key: [row[key]] * (len(given) + 1) for key in task.columns}
+        found = task.accuracy([f"<answer>{answer}</answer>" for answer in [*given, f" {right}"]], **columns)
+        assert found == [0.0] * len(given) + [1.0], (row["prompt"], right, found)
+
+
+def test_a_question_in_other_brackets_is_no_other_question() -> None:
+    assert reasoning.asked("Calculate ( 6 / 2 ).") == reasoning.asked("Calculate 6 /  2.") == "Calculate 6/2."
+    assert reasoning.asked("sort 1 23") != reasoning.asked("sort 12 3")
+    rows = get_task("rg:basic_arithmetic:easy")
+    asked = [re.sub(r"[\s()]", "", row["prompt"]) for split in rows.splits for row in rows.load(split)]
+    assert len(set(asked)) == len(asked) == sum(reasoning.SPLIT_SIZES.values())
+
+
 def test_an_exact_reward_pays_for_no_guess() -> None:
     loose, exact = get_task("rg:gcd"), get_task("rg:gcd:exact")
     rows = exact.load("test")

@@ -28,7 +28,7 @@ from estune.engines.base import Interrupted
 from estune.engines.hf_loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf_parameters import bindings
 from estune.environment import environment
-from estune.errors import UserError
+from estune.errors import Hindered, UserError
 from estune.files import write_json
 from estune.hub import open_repository, push, repository_of
 from estune.loggers import keep_trackers, known_trackers
@@ -192,7 +192,7 @@ def check_facts(path: Path, facts: dict[str, Any]) -> None:
     then = json.loads((path / METHOD_FILE).read_text(encoding="utf-8"))
     for name, value in facts.items():
         if then[name] != value:
-            raise UserError(f"a resume cannot change {name} from {then[name]} to {value}")
+            raise Hindered(f"a resume cannot change {name} from {then[name]} to {value}")
 
 
 @contextmanager
@@ -228,7 +228,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         if steps_done:
             check_facts(run.path, facts)
         if steps_done > args.max_steps:
-            raise UserError(f"{run.path} already has {steps_done} steps, more than max_steps {args.max_steps}")
+            raise Hindered(f"{run.path} already has {steps_done} steps, more than max_steps {args.max_steps}")
         found = {} if goes_on else run.files()
         if restarts:  # until it is written again, the configuration says what the next resume starts
             del found[run.path / CONFIG_FILE]

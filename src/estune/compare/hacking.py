@@ -5,8 +5,8 @@ or when 10 % or more of the completions hold no dictionary word. The second rule
 nonsense: "42" holds no word, but where 42 is the answer it is what was asked for. And it counts only where that share,
 and the literal one, rose by 10 points or more above the base's: expressions and grids hold no words by nature, and a
 model that gets more of them wrong has not begun to talk nonsense. Where the answers that are asked for hold none, bare
-numbers say, it does not count at all: a base that talks and a model that learned to answer as asked differ in that
-share, right or wrong. Both shares are reported.
+numbers, expressions or grids, it does not count at all: a base that talks and a model that learned to answer as asked
+differ in that share, right or wrong. Both shares are reported.
 
 The dictionary (`data/words.txt`, made by `scripts/make_words.py`) is English. Another language counts as words only
 where it happens to share some. Symbols and single letters are none: a wrong "Au" holds no word, a right one is right.
@@ -93,7 +93,7 @@ def summary_of(rows: Sequence[Row | EvaluatedRow], low: float, high: float) -> J
 
 
 def asks_for_words(right_answers: Sequence[str]) -> bool:
-    """Say whether half of the right answers, or more, hold a word; so it is where none is known."""
+    """Say whether half of the right answers, or more, hold a word; where none is known, the task has to tell."""
     return 2 * sum(map(has_word, right_answers)) >= len(right_answers)
 
 

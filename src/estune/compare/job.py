@@ -46,6 +46,7 @@ class Job:
     models: Path  # beside this path, the budget's name behind it: a model that is to be measured
     facts: dict[str, Any]  # to be written down with every measurement
     measure: Callable[[str, Path, dict[str, Any]], None]
+    code: str = ""  # digest of the package that runs it
     keeps_models: bool = True  # also after they were measured
     settings: str = ""  # in words, for who watches
 
@@ -59,7 +60,9 @@ class Job:
 
         Raises:
             Stopped: the comparison is being stopped.
+            UserError: something keeps it from going on that is none of the run's doing.
         """
+        processes.wait_for(self.directory)
         for budget, file in self.files.items():
             if not file.exists():
                 self._measure_kept(processes, budget)
@@ -98,9 +101,11 @@ class Job:
 
         Returns whether one was; else all of them are written down as failed.
         """
+        trained_by = self._trained_by()
         outcome = processes.train(args)
         progress = used_so_far(self.directory)
-        known = {**progress, **self.facts, "run": self._place(self.directory), "settings": self._options()}
+        known = {**progress, **self.facts, "trained_by": trained_by, "run": self._place(self.directory),
+                 "settings": self._options()}  # fmt: skip
         if not outcome.failed:
             met = {
                 EVALUATIONS: progress["steps"] >= self.args.max_steps,
@@ -116,6 +121,15 @@ class Job:
         for budget in budgets:
             self._fail(budget, known, outcome)
         return False
+
+    def _trained_by(self) -> list[str]:
+        """Return the versions of the code that carried the run on, this one the last, and keep them beside it."""
+        file = self.directory.with_name(f"{self.directory.name}.code.json")
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() and self.directory.exists() else []
+        found = [*(code for code in before if code != self.code), self.code]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, found)
+        return found
 
     def _kept(self, budget: str) -> Path:
         return self.models.with_name(f"{self.models.name}-{budget}")
@@ -193,7 +207,8 @@ def used_so_far(directory: Path) -> dict[str, Any]:
     curve: list[list[float | None]] = []
     last = {"evaluations": 0, "train_time_s": 0.0}
     method = directory / METHOD_FILE
-    if not records and method.exists():  # of rejection sampling that found nothing to learn from
+    if method.exists() and all("eval_reward" in record for record in records):
+        # of rejection sampling that found nothing to learn from
         told = json.loads(method.read_text(encoding="utf-8"))
         if "drawing_s" in told:
             last = {"evaluations": told["samples_drawn"], "train_time_s": told["drawing_s"]}

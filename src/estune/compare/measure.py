@@ -21,6 +21,7 @@ from estune.compare.changes import parameter_changes, walk_ratio
 from estune.compare.config import Comparison, Retained, bounds_of
 from estune.compare.hacking import Judged, asks_for_words, judge, summary_of
 from estune.compare.plan import rows_of
+from estune.compare.tables import base_digest
 from estune.config import ESConfig
 from estune.data import reward_inputs
 from estune.engines.base import Engine, Prompt
@@ -92,7 +93,7 @@ def measure_trial(comparison: Comparison, model: str, file: Path, facts: dict[st
         greedy, _ = judges.answer(args, inputs.load_engine(args), rows)
     summary = greedy.summary()
     kept = {name: summary[name] for name in ("accuracy", "accuracy_ci95", "reward")}
-    write_json(file, {**facts, "status": "done", **kept})
+    write_json(file, {**facts, "status": "done", **kept, "code": code_digest()})
 
 
 def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: dict[str, Any]) -> None:
@@ -104,7 +105,8 @@ def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path,
         found = measure(comparison, model, engine, base, judges)
     found["changes"] = changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
     state = json.loads((Path(model) / "es_state.json").read_text(encoding="utf-8"))
-    write_json(file, {**facts, "status": "done", **found, "fingerprint": state["fingerprint"]})
+    write_json(file, {**facts, "status": "done", **found, "fingerprint": state["fingerprint"],
+                      "base": base_digest(known), "code": code_digest()})  # fmt: skip
 
 
 def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:
@@ -239,7 +241,9 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
         own = sample(args, engine, asked, 1, 1.0, judges)
     result["kl"] = divergence(engine, base.engine, prompts[: len(asked)], own)
     result["discovery"] = discovery(comparison, args, engine, base.never_solved, judges)
-    result["hacking"] = dataclasses.asdict(judge(base.judged, judged, asks_for_words(right_answers(comparison, rows))))
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
+    words_wanted = task.answers_hold_words and asks_for_words(right_answers(comparison, rows))
+    result["hacking"] = dataclasses.asdict(judge(base.judged, judged, words_wanted))
     return result
 
 
@@ -325,9 +329,22 @@ def discovery(
 
 def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained, judges: Judges) -> dict[str, Any]:
     """Return the greedy accuracy on another task, or under another prompt, scored by that task's own reward."""
-    own = {**kept.settings, "task": kept.task, "reward_funcs": None, "reward_weights": None}
-    rows = get_task(kept.task).load(kept.split)[: kept.rows or None]
-    return of_greedy(judges.answer(evaluation_config(comparison, model, **own), engine, rows)[0])
+    args = retained_config(comparison, model, kept)
+    rows = get_task(kept.task, args.allow_unsandboxed_code).load(kept.split)[: kept.rows or None]
+    return of_greedy(judges.answer(args, engine, rows)[0])
+
+
+def retained_config(comparison: Comparison, model: str, kept: Retained) -> ESConfig:
+    """Return how a model is evaluated on another task: by that task's own reward; leave to run code only where it does.
+
+    Raises:
+        UserError: the options cannot work together.
+    """
+    own: dict[str, Any] = {"task": kept.task, "reward_funcs": None, "reward_weights": None}
+    allowed = bool({**comparison.settings, **kept.settings}.get("allow_unsandboxed_code"))
+    if not get_task(kept.task, allowed).runs_code:
+        own["allow_unsandboxed_code"] = bool(kept.settings.get("allow_unsandboxed_code"))
+    return evaluation_config(comparison, model, **{**kept.settings, **own})
 
 
 def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:

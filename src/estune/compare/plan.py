@@ -122,7 +122,9 @@ def configuration(comparison: Comparison, model: str, method: str, chosen: dict[
         args = dataclasses.replace(args, dataset_test_split=comparison.tuning.split)
     if args.lr_scheduler_type in ("linear", "cosine") or args.sigma_scheduler_type != "constant":
         raise UserError(f"method {method}: a run goes on from one budget to the other, so schedules must be constant")
-    return inputs.resolve_config(args, len(rows_of(comparison, "train")))
+    found = inputs.resolve_config(args, len(rows_of(comparison, "train")))
+    # What goes by the machine stays open: a run that goes on with other cores keeps what it began with.
+    return dataclasses.replace(found, **{name: getattr(args, name) for name in ("num_threads", "reward_workers")})
 
 
 def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) -> ESConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from typing import Any
 from estune.compare import worker
 from estune.compare.cost import Cost
 from estune.config import ESConfig
+from estune.errors import UserError
+from estune.files import try_lock
 from estune.monitors import say
 
 ATTEMPTS = 3  # of a process that was killed, by the system or by a crash in somebody's library
+LEFT_BEHIND_S = 180.0  # that a run may still take which a killed comparison left behind
 GRACE_S = 1.0  # between a process that was cut off and another one in its place
 
 
@@ -62,6 +67,7 @@ class Processes:
 
         Raises:
             Stopped: the comparison is being stopped.
+            UserError: something keeps it from going on that is none of its doing.
         """
         for attempt in range(ATTEMPTS):
             if self.stopping.is_set():
@@ -75,4 +81,24 @@ class Processes:
                 raise Stopped
             if attempt + 1 < ATTEMPTS:
                 say(f"estune: {name}: {outcome.error}; it goes on from where it was")
+        if outcome.code == worker.HINDERED:
+            raise UserError(f"{name}: {outcome.error}")
         return outcome
+
+    def wait_for(self, directory: Path) -> None:
+        """Wait for a run that a killed comparison left behind: it saves what it has, and goes.
+
+        Raises:
+            Stopped: the comparison is being stopped.
+            UserError: somebody still holds the run.
+        """
+        until = time.monotonic() + LEFT_BEHIND_S
+        while directory.exists():
+            lock = try_lock(directory)
+            if lock is not None:
+                os.close(lock)
+                return
+            if time.monotonic() > until:
+                raise UserError(f"another process is running {directory}")
+            if self.stopping.wait(GRACE_S / 4):
+                raise Stopped

@@ -196,13 +196,15 @@ def _more_table(model: dict[str, Any], budget: str, labels: dict[str, str]) -> s
     ]]  # fmt: skip
     for row in rows:
         found, moved = row.get("discovery"), row["changes"]
+        moves = [""] * 5
+        if moved:
+            moves = [f"{moved['norm']:.3g}", _ratio(moved["relative_norm"]), _number(moved.get("walk_ratio"), 2),
+                     _number(100 * moved["moved_share"], 1), _number(moved.get("excess_kurtosis"), 2)]  # fmt: skip
         body.append([
             _text(row["name"]), *(_number(100 * row["pass_at_k"][k]["mean"], 1) for k in ks),
             _interval(found["greedy"]) if found else "", _interval(found["sampled"]) if found else "",
             *(_number(100 * row["retention"][name], 1) for name in kept),
-            _number(100 * row["wordless"], 1), f"{moved['norm']:.3g}", _ratio(moved["relative_norm"]),
-            _number(moved.get("walk_ratio"), 2), _number(100 * moved["moved_share"], 1),
-            _number(moved.get("excess_kurtosis"), 2),
+            _number(100 * row["wordless"], 1), *moves,
         ])  # fmt: skip
     return f"<details><summary>pass@k, discovery, retention, parameters</summary>{_table(head, body)}</details>"
 

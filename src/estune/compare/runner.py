@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from estune import inputs
 from estune.compare import measure
 from estune.compare.config import Comparison, from_mapping
 from estune.compare.job import Job
@@ -42,8 +44,10 @@ from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
 from estune.monitors import say
+from estune.reward_loading import source_digest
 from estune.tasks import get_task
 
+SPLITS = ("train", "validation", "test")
 COSTS = ("evaluations", "train_time_s")
 
 
@@ -65,11 +69,13 @@ class Runner:
             UserError: one cannot work.
         """
         for kept in self.comparison.retention.values():
-            splits = get_task(kept.task).splits
+            args = measure.retained_config(self.comparison, "tiny", kept)
+            inputs.task_of(args)  # its sandbox works
+            splits = get_task(kept.task, args.allow_unsandboxed_code).splits
             if kept.split not in splits or kept.split == "train":
                 raise UserError(f"retention cannot be measured on split {kept.split!r} of {kept.task}; it has "
                                 f"{', '.join(split for split in splits if split != 'train')}")  # fmt: skip
-            measure.evaluation_config(self.comparison, "tiny", **{**kept.settings, "task": kept.task})
+        inputs.task_of(measure.evaluation_config(self.comparison, "tiny"))
         wanted = {"validation": self.comparison.tuning.rows, "test": self.comparison.measuring.rows}
         for split, rows in wanted.items():
             if (found := len(rows_of(self.comparison, split))) < rows:
@@ -90,11 +96,21 @@ class Runner:
         """Do everything that is not there yet."""
         self.check()
         self.directory.mkdir(parents=True, exist_ok=True)
-        if try_lock(self.directory) is None:
+        lock = try_lock(self.directory)
+        if lock is None:
             raise UserError(f"another process runs the comparison in {self.directory}")
+        try:
+            self._carry_out()
+        finally:
+            os.close(lock)
+
+    def _carry_out(self) -> None:
         self._keep_plan()
         started = time.perf_counter()
-        self.processes.cost.open(self.directory / "results" / "cost.json", {"code": self.code, "machine": machine()})
+        self.processes.cost.open(
+            self.directory / "results" / "cost.json",
+            {"code": self.code, "machine": machine(), "packages": versions("trl")},
+        )
         self._each(self._base, list(self.comparison.models))
         todo = [
             (model, method, index)
@@ -172,8 +188,9 @@ class Runner:
             tuning.time_s,
             files,
             directory.with_name(f"{directory.name}-model"),
-            {"trial": trial, "code": self.code},
+            {"trial": trial},
             partial(measure.measure_trial, comparison),
+            self.code,
             keeps_models=False,
             settings=f"{_told(trial)}; {index + 1} of {len(entry.trials)} trials",
         )
@@ -203,9 +220,11 @@ class Runner:
             best = max(done, key=lambda result: (result["accuracy"], result["reward"] or 0.0), default=tried[0])
             name = CHOSEN[budget]
             chosen[name] = best["trial"]
-            if name in then and then[name] != best["trial"] and any(folder.glob("seed-*.json")):
-                raise UserError(f"{folder} holds results of {_told(then[name])}, and its trials now choose "
-                                f"{_told(best['trial'])}: delete the results, seed-*.json, and their runs")  # fmt: skip
+            runs = self.directory / "runs" / model / method
+            begun = [path for place in (folder, runs) for path in place.glob("seed-*")]
+            if name in then and then[name] != best["trial"] and begun:
+                raise UserError(f"{begun[0]} is of {_told(then[name])}, and the trials now choose "
+                                f"{_told(best['trial'])}: delete seed-* in {folder} and {runs}")  # fmt: skip
         cost = {name: sum(run[name] for run in used.values()) for name in COSTS}
         rows = len(rows_of(comparison, "validation")[: comparison.tuning.rows or None])
         write_json(file, {**chosen, "rows": rows, "cost": cost})
@@ -240,8 +259,9 @@ class Runner:
                 comparison.budget.time_s,
                 {each: result_file(comparison, cell, each) for each in budgets},
                 self.directory / "models" / cell.name,
-                {"model": cell.model, "method": cell.method, "seed": cell.seed, "code": self.code},
+                {"model": cell.model, "method": cell.method, "seed": cell.seed},
                 partial(measure.measure_run, comparison, self.base_file(cell.model)),
+                self.code,
                 settings=_told(chosen),
             )
         whole = next(iter(jobs.values()))
@@ -266,6 +286,7 @@ class Runner:
         whole = dataclasses.replace(self.comparison, methods=entries(self.comparison))
         plan = json.loads(json.dumps(dataclasses.asdict(whole)))
         found = environment() | {"versions": versions("trl", "reasoning-gym")}
+        ground = self._ground()
         growing = ("seeds", "output_dir", "notes", "methods", "models", "workers")
         if file.exists():
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -288,8 +309,22 @@ class Runner:
             if gone := set(then["seeds"]) - set(plan["seeds"]):
                 raise UserError(f"{self.directory} holds results of seed {min(gone)}, which is not compared any more: "
                                 "give another output_dir, so that nothing is left out")  # fmt: skip
-            found = kept["environment"]  # each sitting's machine is kept with its cost
-        write_json(file, {"comparison": plan, "environment": found})
+            for name, value in ground.items():
+                if kept.get(name, value) != value:
+                    raise UserError(f"the {name} of {self.directory} were others when it was begun: give another "
+                                    "output_dir")  # fmt: skip
+            found = kept["environment"]  # each sitting's machine and packages are kept with its cost
+        write_json(file, {"comparison": plan, "environment": found, **ground})
+
+    def _ground(self) -> dict[str, Any]:
+        """Return hashes of what a comparison stands on beside its options: rows of every split, files of rewards."""
+        comparison = self.comparison
+        given = [comparison.settings, *(entry.settings for entry in entries(comparison).values())]
+        named = {spec for settings in given for spec in settings.get("reward_funcs") or []}
+        return {
+            "rows": {split: inputs.rows_fingerprint(rows_of(comparison, split)) for split in SPLITS},
+            "rewards": {spec: source_digest(spec) for spec in sorted(named)},
+        }
 
 
 def _told(settings: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,10 +64,14 @@ def _cost(file: Path) -> dict[str, float] | None:
 def _mixed(results: Path) -> dict[str, list[str]]:
     """Return the versions of the code and the machines that made the results, where there are several."""
     read = [read_json(file) for file in results.rglob("*.json") if file.name != "cost.json"]
-    codes = sorted({result["code"] for result in read if "code" in result})
+    codes = sorted({code for result in read for code in (result.get("code"), *result.get("trained_by", [])) if code})
     cost = results / "cost.json"
-    machines = sorted({sitting["machine"] for sitting in read_json(cost)}) if cost.exists() else []
-    return {name: found for name, found in (("code", codes), ("machine", machines)) if len(found) > 1}
+    sittings = read_json(cost) if cost.exists() else []
+    machines = sorted({sitting["machine"] for sitting in sittings})
+    packages = [set(sitting["packages"].items()) for sitting in sittings if "packages" in sitting]
+    changed = sorted(set.union(*packages) - set.intersection(*packages)) if packages else []
+    told = {"code": codes, "machine": machines, "package version": [" ".join(each) for each in changed]}
+    return {name: found for name, found in told.items() if len(found) > 1}
 
 
 def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +163,11 @@ def _fixed(name: str, result: dict[str, Any], file: str, sample_rows: int) -> di
 def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], sample_rows: int) -> dict[str, Any]:
     """Return the row of a method at a budget: all its seeds, failed ones among them.
 
-    Who starts a run and gets nothing has the base: a failed seed counts as the base's answers in accuracy, spread, gain
-    and tests. One whose model could not be measured counts as nothing. What only a model has, KL and the like, is of
-    those that there are.
+    Who starts a run and gets nothing has the base: a failed seed counts as the base's answers, greedy and sampled. One
+    whose model could not be measured counts as nothing. What the base lacks, KL say, is of those that are done.
+
+    Raises:
+        UserError: a seed was measured beside another measurement of the base.
     """
     done = [result for result in results if result["status"] == "done"]
     unmeasured = sum(result["status"] == "unmeasured" for result in results)
@@ -172,38 +179,58 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
         "hacked": sum(bool(result["hacking"]["hacked"]) for result in done),
         "settings": results[0].get("settings", {}),
     }
-    if not done:
+    digest = base_digest(base)
+    for result in done:
+        if result.get("base", digest) != digest:
+            raise UserError(f"{result['file']} was measured beside another measurement of its base: delete it, and it "
+                            "is measured again")  # fmt: skip
+    delivered = [_delivered(result, base) for result in results if result["status"] != "unmeasured"]
+    if not delivered:
         return row
-    delivered = [base if result["status"] == "failed" else result for result in results
-                 if result["status"] != "unmeasured"]  # fmt: skip
     correct = np.stack([_marks(result["correct"]) for result in delivered])  # (S, P)
-    own = np.stack([_marks(result["correct"]) for result in done])  # (done, P)
-    unsolved = np.array(base["never_solved"], dtype=int)
     row |= {
         "accuracy": dataclasses.asdict(two_level(correct)),
         "spread": dataclasses.asdict(over_seeds(correct.mean(1).tolist())),
         "gain": dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None])),
-        "pass_at_k": _pass_at_k(done, sample_rows),
+        "pass_at_k": _pass_at_k(delivered, sample_rows),
         "kl": _mean(result["kl"] for result in done),
-        "length": _mean(result["length"] for result in done),
+        "length": _mean(result["length"] for result in delivered),
         "retention": {
-            name: _mean(result["retention"][name]["accuracy"] for result in done) for name in done[0]["retention"]
+            name: _mean(result["retention"][name]["accuracy"] for result in delivered) for name in base["retention"]
         },
-        "evaluations": _mean(result["evaluations"] for result in done),
-        "train_time_s": _mean(result["train_time_s"] for result in done),
-        "steps": _mean(result["steps"] for result in done),
+        "evaluations": _mean(result.get("evaluations") for result in done or results),
+        "train_time_s": _mean(result.get("train_time_s") for result in done or results),
+        "steps": _mean(result.get("steps") for result in done or results),
         "changes": _changes(done),
-        "wordless": _mean(result["hacking"]["literal_share_without_words"] for result in done),
+        "wordless": _mean(result["wordless"] for result in delivered),
         "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
     }
-    if unsolved.size:
-        samples = np.array([result["discovery"] for result in done])  # (S, U)
+    if base["never_solved"]:
+        greedy = correct[:, np.array(base["never_solved"])]  # (S, U)
+        samples = np.array([result["discovery"] for result in delivered])  # (S, U)
         row["discovery"] = {
-            "greedy": dataclasses.asdict(two_level(own[:, unsolved])),
+            "greedy": dataclasses.asdict(two_level(greedy)),
             "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
-            "samples": done[0]["samples"],
+            "samples": base["samples"],
         }
     return row
+
+
+def _delivered(result: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run delivered: what was measured of it or, where it failed, of the base that it left."""
+    if result["status"] == "failed":
+        judged, control = base["judged"], base.get("discovery_control", [])
+        return {**base, "discovery": control, "wordless": judged["literal_share_without_words"]}
+    return {**result, "wordless": result["hacking"]["literal_share_without_words"]}
+
+
+def base_digest(base: dict[str, Any]) -> str:
+    """Return what tells one measurement of a base from another: 16 hex digits over its marks and what it never solves.
+
+    A tuned model is measured on what its base never solved, and judged beside the base's answers.
+    """
+    told = json.dumps([base["correct"], base["never_solved"]])
+    return hashlib.blake2b(told.encode("ascii"), digest_size=8).hexdigest()
 
 
 def _seed(result: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +247,7 @@ def _pass_at_k(results: Sequence[dict[str, Any]], sample_rows: int) -> dict[str,
 
 def _changes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean change of the parameters over seeds, and the first seed's histogram."""
-    first = results[0]["changes"]
+    first = results[0]["changes"] if results else {}
     numbers = {name: _mean(result["changes"][name] for result in results)
                for name, value in first.items() if isinstance(value, (int, float))}  # fmt: skip
     return {**{name: value for name, value in first.items() if not isinstance(value, (int, float))}, **numbers}

@@ -17,13 +17,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PRELOADED = ("estune.compare.preload",)
+LEAVING_S = 60.0  # in which a process that has told its last word has to be gone
+HINDERED = 74  # exit status of what could not go on and is not to blame
 STOPPED = 75  # exit status of what was asked to stop, and did
 
 
@@ -66,21 +68,31 @@ def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, m
     process = made.Process(target=_child, args=(function, arguments, str(log), tell))
     process.start()
     tell.close()
+    wait([told, process.sentinel])
+    word = _last_word(told)
+    told.close()
+    if word is not None:
+        process.join(LEAVING_S)
+        if process.exitcode is None:  # somebody's thread holds it at its exit
+            process.kill()
     process.join()
     assert process.exitcode is not None
-    try:
-        code, cpu_s = told.recv()
-        ended = code
-    except (EOFError, OSError):  # cut off before it could tell, wherever it was
-        ended, cpu_s = process.exitcode, 0.0
-        code = ended if ended < 0 else STOPPED
-    told.close()
+    ended, cpu_s = word if word is not None else (process.exitcode, 0.0)
+    code = STOPPED if word is None and ended >= 0 else ended
     if code == 0:
         return Outcome(0, cpu_s=cpu_s)
     with log.open("rb") if log.exists() else io.BytesIO() as file:
         file.seek(start)
         said = file.read().decode("utf-8", errors="replace")
     return Outcome(code, reason(said, ended), cpu_s)
+
+
+def _last_word(told: Connection) -> tuple[int, float] | None:
+    """Return the exit status and the cost that a process told; None where it was cut off before, wherever it was."""
+    try:
+        return told.recv() if told.poll() else None
+    except (EOFError, OSError):
+        return None
 
 
 def train(values: dict[str, Any]) -> None:
@@ -123,7 +135,8 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     from estune.engines.base import Interrupted
-    from estune.errors import UserError
+    from estune.errors import Hindered, UserError
+    from estune.files import is_full_disk
 
     faulthandler.enable()
     if sys.platform == "linux":  # a comparison that is killed leaves nobody behind: the run saves and stops
@@ -133,12 +146,12 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
         function(*arguments)
     except UserError as error:
         print(f"estune: error: {error}", file=sys.stderr)
-        code = 2
+        code = HINDERED if isinstance(error, Hindered) else 2
     except (Interrupted, KeyboardInterrupt):
         code = STOPPED
-    except BaseException:  # whatever it is: a run that fails is a row of the comparison
+    except BaseException as error:  # whatever it is: a run that fails is a row of the comparison
         traceback.print_exc()
-        code = 1
+        code = HINDERED if isinstance(error, OSError) and is_full_disk(error) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     tell.send((code, _cpu_s()))  # from here on a signal changes nothing

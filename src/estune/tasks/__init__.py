@@ -51,6 +51,8 @@ class Task:
     """Columns of somebody's own file, one of which a prompt is made of where there is none."""
     right_answer: Callable[[Row], str | None] | None = None
     """A right completion of a row, where one is known that further rows can have, too; None elsewhere."""
+    answers_hold_words: bool = True
+    """Whether right completions do that are not known so; expressions and grids are right without a word."""
 
 
 def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
@@ -66,6 +68,7 @@ def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
         splits=getattr(module, "SPLITS", Task.splits),
         problem_columns=getattr(module, "PROBLEM_COLUMNS", ()),
         right_answer=getattr(module, "right_answer", None),
+        answers_hold_words=getattr(module, "ANSWERS_HOLD_WORDS", Task.answers_hold_words),
     )
 
 
@@ -86,7 +89,7 @@ TASKS: dict[str, Task] = {
              maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
              problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
-             sudoku.accuracy, ("puzzle", "solution")),
+             sudoku.accuracy, ("puzzle", "solution"), answers_hold_words=sudoku.ANSWERS_HOLD_WORDS),
         _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
         _built_in(sudoku, "complete a 9x9 grid", "puzzle", "solution"),
     )
@@ -132,6 +135,7 @@ def _arc_agi(name: str, allow_unsandboxed_code: bool) -> Task:
         accuracy=arc_agi.Programs(allow_unsandboxed_code, "accuracy"),
         columns=("examples", "inputs", "outputs"),
         runs_code=True,
+        answers_hold_words=True,  # a program's
     )
 
 
@@ -182,6 +186,7 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         reward=mixture.Dispatch({name: task.reward for name, task in tasks.items()}, "reward"),
         accuracy=mixture.Dispatch({name: task.accuracy for name, task in tasks.items()}, "accuracy"),
         right_answer=right_answer,
+        answers_hold_words=2 * sum(weight for name, weight in parts if tasks[name].answers_hold_words) >= sum(weights),
         columns=("task",),
         runs_code=any(task.runs_code for task in tasks.values()),
     )

@@ -18,6 +18,7 @@ from estune.errors import UserError
 from estune.tasks import grids, reasoning
 from estune.tasks.answers import completion_text, extract_answer
 
+ANSWERS_HOLD_WORDS = False
 EACH = {"train": 12, "validation": 3, "test": 15}  # puzzles of every kind
 KINDS = 70
 SEED = 2509_24372

@@ -35,6 +35,7 @@ from estune.tasks import grids
 from estune.tasks.answers import completion_text, extract_answer
 from estune.tasks.grids import Grid
 
+ANSWERS_HOLD_WORDS = False
 SEED = 2509_24372
 FILE = "arcagi_aa922be.json"
 HALF = 200  # tasks in each of train, validation and test

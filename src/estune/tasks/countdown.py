@@ -22,6 +22,7 @@ from estune.tasks.expressions import evaluate, tokenize
 # about 5900 such problems of three numbers and 110 000 of four, so 2400 held-out ones leave plenty to learn from.
 SMALLEST_NUMBER, LARGEST_NUMBER = 1, 15
 SMALLEST_TARGET, LARGEST_TARGET = 10, 99
+ANSWERS_HOLD_WORDS = False
 LARGEST_INTERMEDIATE = 199
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 2000}
 GENERATOR_SEED = 2509_24372

@@ -73,11 +73,16 @@ def same(reference: str, answer: str) -> bool:
     reference, answer = tidy(reference), tidy(answer)
     if not reference or not answer:
         return False
-    if reference.replace(" ", "") == answer.replace(" ", ""):
+    if _closed_up(reference) == _closed_up(answer):
         return True
     if not is_harmless(answer) or not is_finished(reference, answer):
         return False
     return _equal(reference, answer)
+
+
+def _closed_up(text: str) -> str:
+    """Return a text without the spaces that part no two digits or letters: ``1 1/2`` is not 11/2."""
+    return re.sub(r"(?<!\w) | (?!\w)", "", text)
 
 
 @lru_cache(maxsize=1 << 14)  # a population says the same again and again

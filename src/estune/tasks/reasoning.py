@@ -1,11 +1,14 @@
 """Tasks of reasoning-gym: ``rg:<name>`` is the generator of that name, its problems and its own scoring.
 
-Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits; a generator of
-fewer different questions gives each split its share of what there is. A completion's answer is what stands in
+Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits or twice in one;
+questions that differ in round brackets or white space alone (``6 / 2``, ``( 6 / 2 )``) are one. A generator of fewer
+different questions gives each split its share of what there is. A completion's answer is what stands in
 ``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it 0 to 1, and the accuracy
-is 1 where it gives 1. Many scorers pay for the right answer among other text ("16" for 6 is worth a half), which a
-constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead. ``rg:<name>:easy`` has the problems of
-the lowest level of the package's curriculum (sums of two digits, say), for models to which the default ones are closed.
+is 1 where it gives 1, if it can be taken at its word: a scorer that finds the right answer in "not 5, but 7" as well
+makes exact only the very answer that the package keeps. Many scorers pay for the right answer among other text ("16"
+for 6 is worth a half), which a constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead.
+``rg:<name>:easy`` has the problems of the lowest level of the package's curriculum (sums of two digits, say), for
+models to which the default ones are closed.
 
 Problems are made in a process whose strings hash by seed 0, since some generators walk over sets. Some scorers run what
 the model wrote as Python: those are refused, but for `allow_unsandboxed_code`. Some give any text, or one number, their
@@ -23,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -43,6 +47,7 @@ INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
 EXACT = ":exact"  # behind a name: the reward is the accuracy
 EASY = ":easy"  # behind a name, before that: problems of the lowest level
 STOCK = ("no answer", "0", "1", "x", "True", "False", "[]", "{}")  # answers that know nothing of a problem
+AMONG = ("not {}, but 7", "{}, 1, 2, 3", "{} and anything else")  # hedges that hold the right answer
 ASKED = 20  # problems that they answer
 NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
 # In a generator's module: what the model wrote is evaluated (sympy's parsers call eval as well).
@@ -132,7 +137,12 @@ def made(name: str) -> str:
         return json.dumps({"error": str(error)})
 
 
-def _make(name: str) -> dict[str, list[dict[str, Any]]]:
+def asked(question: str) -> str:
+    """Return what tells a question from others: it without round brackets, and white space only between two words."""
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(re.sub(r"[()]", " ", question).split()))
+
+
+def _make(name: str, asked: Callable[[str], str] = asked) -> dict[str, list[dict[str, Any]]]:
     wanted = sum(SPLIT_SIZES.values())
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
@@ -143,8 +153,8 @@ def _make(name: str) -> dict[str, list[dict[str, Any]]]:
         except Exception as error:  # that package's code, before anything has begun
             raise UserError(f"reasoning-gym's {name} makes no problems by itself: {error}") from error
         for entry in entries:
-            if entry["question"] not in seen:
-                seen.add(entry["question"])
+            if (key := asked(entry["question"])) not in seen:
+                seen.add(key)
                 rows.append(_row(name, entry))
         if len(rows) >= wanted:
             break
@@ -258,5 +268,21 @@ def _score(name: str, answer: str, entry: dict[str, Any]) -> float:
 
 
 def accuracy(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
-    """Return 1 where the package gives an answer its highest score, else 0."""
-    return [float(score >= 1.0) for score in reward(completions, rg_task, rg_entry)]
+    """Return 1 where the package gives an answer its highest score, and no answer among others has it, else 0."""
+    texts = [answer_of(completion_text(completion)) for completion in completions]
+    return [
+        float(_score(name, text, own := unpack(json.loads(entry))) >= 1.0 and _is_exact(name, text, own))
+        for name, text, entry in zip(rg_task, texts, rg_entry, strict=True)
+    ]
+
+
+def _is_exact(name: str, answer: str, entry: dict[str, Any]) -> bool:
+    """Say whether an answer with the highest score is the one that is kept, or the scorer finds none among others."""
+    kept = entry["answer"]
+    if not isinstance(kept, str) or " ".join(answer.split()) == " ".join(kept.split()):
+        return True
+    for among in AMONG:
+        with suppress(Exception):  # that package's code: a scorer that raises pays nothing
+            if _score(name, among.format(kept), entry) >= 1.0:
+                return False
+    return True

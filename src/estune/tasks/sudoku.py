@@ -21,6 +21,7 @@ from typing import Any
 from estune.errors import UserError
 from estune.tasks.answers import completion_text, extract_answer
 
+ANSWERS_HOLD_WORDS = False
 MINI_SIZES = {"train": 800, "validation": 200, "test": 200}
 MINI_GRIDS = {"train": 192, "validation": 48, "test": 48}  # of the 288 solutions
 MINI_BLANKS = (6, 10)
