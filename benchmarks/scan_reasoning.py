@@ -12,14 +12,15 @@ common answer of the training rows would have, and the lengths. An answer that i
 or the next number of a series that repeats) is not counted as held: a copy of the prompt would hold it.
 
 Tasks are ranked by what is held less what is right or what a constant would have, whichever is more. 32 rows do not
-tell neighbours apart: the first five answer all their validation rows, and are ranked by those. An exact reward can
+tell neighbours apart: the first five, as far as there is such a gap at all, answer all their validation rows, until
+those that are first then have done so. An exact reward can
 only bring out what is sometimes right: of the tasks where that gap is a tenth or more, some rows are sampled at
 temperature 1, and the first two with 3 right samples of 128 or more are chosen, a threshold on few samples; those with
 a full test split come before those of few different problems. There may be none.
 
 No figure of a training run enters a ranking, but its rules were mended between comparisons (docs/log.md): what a
 constant would have is subtracted since a first one on `gcd`, and the leading five answer all their rows since one on
-`chain_sum:easy`.
+`chain_sum:easy` (and whoever takes the place of one that falls back: since both).
 
 The result goes to `benchmarks/results/scan_reasoning.json`, that of the easy problems to `scan_reasoning_easy.json`.
 """
@@ -45,6 +46,7 @@ from estune.tasks import get_task, reasoning
 
 ROWS, TOKENS, LONGEST_PROMPT = 32, 64, 160  # rows and completion tokens a task; tokens of a prompt, at most
 LEADING = 5  # tasks of the largest gap, which answer every row
+WHOLE = reasoning.SPLIT_SIZES["validation"]
 SECONDS = 90.0  # in which a generator has to make its rows
 LEAST_GAP = 0.1  # of answers held less answers given, from which a task is sampled
 SAMPLED_ROWS, SAMPLES = 16, 8  # rows of each sampled task, samples of each row
@@ -128,6 +130,11 @@ class Scanner:
         return found
 
 
+def ranking(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the tasks that were scanned, the largest gap first."""
+    return sorted((name for name, found in tasks.items() if "n" in found), key=lambda name: -gap(tasks[name]))
+
+
 def gap(found: dict[str, Any]) -> float:
     """Return by how much more is held than is right or a constant would have."""
     return float(found["holds_answer"] - max(found["accuracy"], found["constant"]))
@@ -146,13 +153,14 @@ def main() -> None:
         generated = dict(zip(names, pool.map(rows_of, names), strict=True))
     scanner = Scanner(options.model, options.num_threads)
     tasks = {
-        name: {"left_out": its} if isinstance(its, str) else scanner.scan(name, its, ROWS)
+        name: {"left_out": its} if isinstance(its, str) else {**scanner.scan(name, its, ROWS), "all_rows": False}
         for name, its in generated.items()
     }
-    ranked = sorted((name for name, found in tasks.items() if "n" in found), key=lambda name: -gap(tasks[name]))
-    for name in ranked[:LEADING]:
-        tasks[name] = scanner.scan(name, generated[name], reasoning.SPLIT_SIZES["validation"])
-    ranked[:LEADING] = sorted(ranked[:LEADING], key=lambda name: -gap(tasks[name]))
+    ranked = ranking(tasks)
+    while few := [name for name in ranked[:LEADING] if gap(tasks[name]) > 0 and not tasks[name]["all_rows"]]:
+        for name in few:
+            tasks[name] = {**scanner.scan(name, generated[name], WHOLE), "all_rows": True}
+        ranked = ranking(tasks)
     sampled = [name for name in ranked if gap(tasks[name]) >= LEAST_GAP]
     for name in sampled:
         rows = [row for row in generated[name]["validation"] if scanner.tokens(row) <= 2 * LONGEST_PROMPT]
