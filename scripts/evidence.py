@@ -232,6 +232,21 @@ def scan(name: str) -> str:
     return f"{told}\n{table(body, head)}"
 
 
+def repeated(name: str) -> str:
+    """Return what is left of a comparison's accuracies without the problems that were asked before."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    body = [
+        [method, share(its["all"]), share(its["left"]), f"{its['right_on_trained']} of {its['right']}"]
+        for method, its in found["methods"].items()
+    ]
+    told = (
+        f"Of {found['test']:,} test problems {found['trained_on']} were trained on in other brackets, "
+        f"{found['chosen_by']} chosen by, {found['asked_before']} asked twice; {found['left']} are left.\n"
+    )
+    head = ["pass@1, %", "of all", "of those that are left", "right on what was trained on, of all that was right"]
+    return f"{told}\n{table(body, head)}"
+
+
 def paths(name: str) -> str:
     """Return what a few steps of each of the harder tasks gave."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -274,7 +289,7 @@ def comparison_of(name: str) -> str:
 
 def section(name: str) -> str:
     """Return what stands in a place of the page."""
-    own = {"scan_reasoning": scan, "scan_reasoning_easy": scan, "paths": paths}
+    own = {"scan_reasoning": scan, "scan_reasoning_easy": scan, "paths": paths, "repeated_problems": repeated}
     return own.get(name, comparison_of)(name)
 
 
