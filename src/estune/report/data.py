@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.checkpoint import read_state
+from estune.config import OF_METHODS
 from estune.errors import UserError
 from estune.evaluation import is_right
 from estune.journal import Journal
@@ -50,7 +51,8 @@ def read_run(directory: Path) -> dict[str, Any]:
         "name": config.get("run_name") or directory.resolve().name,
         "steps_done": len(journal.steps) if journal else max((record["step"] for record in records), default=0),
         "max_steps": config["max_steps"],
-        "config": config,
+        "config": options_of_use(config),
+        "trainer": {name: header[name] for name in ("trainer", "arguments") if journal is None and name in header},
         "engine": header.get("engine", {}),
         "base": header.get("base", {}),
         "versions": header.get("versions", {}),
@@ -62,6 +64,12 @@ def read_run(directory: Path) -> dict[str, Any]:
         "fitness": [[_finite(value) for value in line["fitness"]] for line in journal.steps] if journal else [],
         "completions": before_and_after(directory),
     }
+
+
+def options_of_use(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's options without those that its method has no use for."""
+    method = config.get("method", "es")
+    return {name: value for name, value in config.items() if method in OF_METHODS.get(name, (method,))}
 
 
 def _json(path: Path) -> dict[str, Any]:

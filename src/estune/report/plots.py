@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from estune.records import read_metrics
+from estune.run import read_config
 
 PLOT_FILE = Path("plots") / "curves.png"
 REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
@@ -39,19 +40,25 @@ def plot_run(run_dir: Path, output_dir: Path | None = None) -> Path:
 def plot_runs(run_dirs: Sequence[Path], output_dir: Path) -> Path:
     """Draw several runs' reward and held-out curves: each run, their mean, and the range over runs; return the path.
 
-    The mean is drawn where every run has a value.
+    The mean is drawn where every run has a value. Runs of several methods have names instead, and no mean.
     """
+    methods = [read_config(run_dir).get("method", "es") for run_dir in run_dirs]
+    names = [f"{run_dir.name} ({method})" for run_dir, method in zip(run_dirs, methods, strict=True)]
+    if len(set(methods)) == 1:
+        names = []
     records = [read_metrics(run_dir) for run_dir in run_dirs]
     steps = [[(r["step"], r["reward"]) for r in run if r.get("reward") is not None] for run in records]
     held_out = [[r for r in run if "eval_reward" in r] for run in records]
     accurate = any(r.get("eval_accuracy") is not None for run in held_out for r in run)
     figure, axes = _panels(2 + accurate)
-    _band_over_runs(axes[0], steps, REWARD)
-    axes[0].set(title="Training reward", xlabel="step", ylabel="population's mean")
+    _band_over_runs(axes[0], steps, REWARD, names)
+    axes[0].set(
+        title="Training reward", xlabel="step", ylabel="population's mean" if set(methods) == {"es"} else "reward"
+    )
     shown = [("eval_reward", 1.0, "Held-out reward", "reward"), ("eval_accuracy", 100.0, "Held-out accuracy", "%")]
     for panel, (name, factor, title, unit) in zip(axes[1:], shown, strict=False):
         points = [[(r["step"], factor * r[name]) for r in run if r.get(name) is not None] for run in held_out]
-        _band_over_runs(panel, points, HELD_OUT)
+        _band_over_runs(panel, points, HELD_OUT, names)
         panel.set(title=title, xlabel="step", ylabel=unit)
     return _save(figure, output_dir)
 
@@ -61,7 +68,15 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
     return figure, list(figure.subplots(1, count))
 
 
-def _band_over_runs(axes: Any, runs: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
+def _band_over_runs(
+    axes: Any, runs: Sequence[Sequence[tuple[int, float]]], colour: str, names: Sequence[str] = ()
+) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if names:
+        for name, run in zip(names, runs, strict=True):
+            axes.plot([x for x, _ in run], [y for _, y in run], linewidth=1.2, label=name)
+        _finish(axes, any(runs))
+        return
     for run in runs:
         axes.plot([x for x, _ in run], [y for _, y in run], color=colour, linewidth=0.7, alpha=0.6)
     common = sorted(set.intersection(*({x for x, _ in run} for run in runs)))
@@ -70,7 +85,6 @@ def _band_over_runs(axes: Any, runs: Sequence[Sequence[tuple[int, float]]], colo
         axes.fill_between(common, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15,
                           linewidth=0, label="range over runs")  # fmt: skip
         axes.plot(common, [sum(v) / len(v) for v in values], color=colour, linewidth=2, label=f"mean of {len(runs)}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
     _finish(axes, any(runs), bool(common))
 
 
