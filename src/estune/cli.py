@@ -272,6 +272,9 @@ def train_config(values: dict[str, Any]) -> ESConfig:
             raise UserError(
                 f"{given['output_dir']} holds no run to resume; to start one there, give --task or a dataset"
             )
+        if given.get("method", "es") != "es":
+            raise UserError(f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
+                            f"{given['method']}")  # fmt: skip
         base = read_config_file(DEMO_PRESET)
         print(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
     args = ESConfig.from_mapping({**base, **given})

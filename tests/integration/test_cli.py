@@ -326,6 +326,10 @@ def test_sampled_evaluation_and_divergence(torch_zygote, tiny_run):
 # --- train without arguments ------------------------------------------------------------------------------------------
 
 
+def test_the_demo_preset_is_for_evolution_strategies(tmp_path):
+    assert_refused(estune("train", "--method", "rloo", cwd=tmp_path), "preset demo is for es", "--task", "method rloo")
+
+
 def test_train_without_arguments_is_the_demo_preset(run_model):
     """Seen through a dry run: the preset's values, on the embedded model."""
     done = run_model("train", "--dry_run")

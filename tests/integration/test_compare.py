@@ -162,7 +162,7 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
         ({"seeds": [0]}, "seed 1.*left out"),
     ):
         with pytest.raises(UserError, match=told):
-            Runner(read_comparison(write(directory, **changes), directory / "out"))._keep_plan()
+            Runner(read_comparison(write(directory, **changes), directory / "out")).keep_plan()
 
 
 @pytest.mark.slow
@@ -181,6 +181,7 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
+    assert "stopped; the same command goes on" in (tmp_path / "log").read_text()
     assert not second.exists()
     done = estune("compare", file, cwd=tmp_path, timeout=200)
     assert done.code == 0, done.err
@@ -275,6 +276,7 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
         ({"methods": {"a": "es"}}, ("method a", "mapping")),
         ({"models": {"a": 3}}, ("model a",)),
         ({"models": "tiny"}, ("models",)),
+        ({"models": {"a": "no/such/model"}}, ("no/such/model", "does not exist")),
         ({"workers": "two"}, ("workers",)),
         ({"retention": {"a": {"task": "no-such"}}}, ("no-such",)),
         ({"retention": {"a": {"task": "chain:1", "settings": {"sigma": 3}}}}, ("retention a", "sigma")),
@@ -296,3 +298,10 @@ def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
     assert done.code == 0 and "8 runs" in done.out and "4 trials of 32 evaluations and 0.5 s" in done.out
     assert not (tmp_path / "out").exists()
     assert_refused(estune("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
+
+
+def test_a_dry_run_sees_what_is_there_already(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / "out", tmp_path / "out")
+    file = write(tmp_path, measuring={**MINIATURE["measuring"], "samples": 3})
+    assert_refused(estune("compare", file, "--dry_run", cwd=tmp_path), "measuring", "another output_dir")
+    assert estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path).code == 0

@@ -94,6 +94,8 @@ def test_the_card_and_the_page_say_what_it_was(whole):
     assert (shown["steps_done"], shown["config"]["method"], shown["base"]["model"]) == (3, "grpo", "tiny")
     assert shown["fingerprint"] == json.loads((whole / "es_state.json").read_text())["fingerprint"]
     assert len(shown["steps"]) == len(shown["evaluations"]) == 3
+    assert not {"population_size", "sigma", "weight_decay_anchor"} & shown["config"].keys()  # of no use to it
+    assert shown["config"]["learning_rate"] and shown["trainer"]["arguments"]["loss_type"] == "grpo"
 
 
 def test_commands_on_such_a_run(whole, capsys, place):

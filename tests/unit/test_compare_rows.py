@@ -107,7 +107,7 @@ def results(directory: Path, marks: dict[str, list[str | None]]) -> dict[str, An
     made = comparison(methods={"es": ES, "grpo": {"method": "grpo"}}, seeds=[0, 1, 2], output_dir=str(directory))
     runner = Runner(made)
     directory.mkdir(exist_ok=True)
-    runner._keep_plan()
+    runner.keep_plan()
     folder = directory / "results" / "tiny"
     write(folder / "base.json", correct="1000", never_solved=[], fingerprint="f", model="tiny")
     for method, seeds in marks.items():
@@ -216,6 +216,22 @@ def test_p_values_of_both_budgets_are_corrected_together(tmp_path: Path) -> None
     assert smallest["p_holm"] == pytest.approx(min(1.0, 4 * smallest["p_value"]))
 
 
+def test_what_has_no_results_can_be_mended(tmp_path: Path) -> None:
+    """A mistyped model, say, which locks no name."""
+    tmp_path.joinpath("results").mkdir()
+    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
+    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tiny"})).keep_plan()
+    (tmp_path / "results" / "mine").mkdir()
+    with pytest.raises(UserError, match="results of another mine"):
+        Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
+
+
+def test_trials_get_a_quarter_of_the_budget_unless_it_is_given() -> None:
+    for budget, tuning, wanted in (({"evaluations": 960}, {}, 240), ({}, {}, 6000), ({}, {"evaluations": 7}, 7),
+                                   ({"evaluations": 0}, {"time_s": 5}, 0), ({"evaluations": 0}, {}, 6000)):  # fmt: skip
+        assert comparison(budget=budget, tuning=tuning).tuning.evaluations == wanted
+
+
 def test_what_is_mixed_is_said(tmp_path: Path) -> None:
     marks: dict[str, list[str | None]] = {"es": ["1100"] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3}
     assert results(tmp_path, marks)["mixed"] == {}
@@ -242,15 +258,15 @@ def test_a_comparison_stands_on_its_rows_and_rewards(tmp_path: Path, monkeypatch
     made = comparison(output_dir=str(tmp_path / "out"), measuring={"reward_bounds": [0, 1]},
                       settings={"dataset_name": str(tmp_path), "reward_funcs": ["own_reward.py:paid"]})  # fmt: skip
     (tmp_path / "out").mkdir()
-    Runner(made)._keep_plan()
-    Runner(made)._keep_plan()
+    Runner(made).keep_plan()
+    Runner(made).keep_plan()
     for file, name in ((reward, "rewards"), (tmp_path / "test.jsonl", "rows")):
         before = file.read_text(encoding="utf-8")
         file.write_text(before.replace("1.0", "2.0").replace("say 1", "say one"), encoding="utf-8")
         with pytest.raises(UserError, match=f"the {name} of .*were others when it was begun"):
-            Runner(made)._keep_plan()
+            Runner(made).keep_plan()
         file.write_text(before, encoding="utf-8")
-        Runner(made)._keep_plan()
+        Runner(made).keep_plan()
 
 
 def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path: Path) -> None:
@@ -451,12 +467,12 @@ def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str
 def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:
     """What its file does not name had the default; another value is another comparison."""
     made = comparison(output_dir=str(tmp_path))
-    Runner(made)._keep_plan()
+    Runner(made).keep_plan()
     file = tmp_path / "comparison.json"
     kept = json.loads(file.read_text(encoding="utf-8"))
     del kept["comparison"]["measuring"]["discovery_rows"]
     file.write_text(json.dumps(kept), encoding="utf-8")
-    Runner(made)._keep_plan()
+    Runner(made).keep_plan()
     file.write_text(json.dumps(kept), encoding="utf-8")
     with pytest.raises(UserError, match="another output_dir"):
-        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3}))._keep_plan()
+        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3})).keep_plan()

@@ -337,5 +337,5 @@ def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equality.importlib.util, "find_spec", lambda name: None)
     for call in (lambda: maths.load("train"), lambda: maths.prepare_row({"answer": "1"})):
-        with pytest.raises(UserError, match="python -m pip install math-verify"):
+        with pytest.raises(UserError, match="python -m pip install 'estune\\[tasks\\]'"):
             call()

@@ -27,6 +27,7 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
     runner = Runner(comparison)
     if dry_run:
         runner.check()
+        runner.keep_plan(write=False)
         runs, found = len(list(cells(comparison))), entries(comparison)
         trials = sum(len(entry.trials) for entry in found.values()) * len(comparison.models)
         budget, tuning = comparison.budget, comparison.tuning
@@ -34,7 +35,11 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
             f"{len(comparison.seeds)} seeds: {runs} runs of {_told(budget)}, after {trials} trials of "
             f"{_told(tuning)}; nothing was run")  # fmt: skip
         return 0
-    runner.run()
+    try:
+        runner.run()
+    except KeyboardInterrupt:
+        say("estune: stopped; the same command goes on from there")
+        raise
     say(f"estune: {write_report(comparison.directory)}")
     return 0
 

@@ -71,8 +71,9 @@ class Tuning:
     """What a trial may use, the rows of the validation split that decide, and the trials' run seed.
 
     With ``time_s`` trials go on to that time, and each budget gets what was best at its own; else what was best at
-    ``evaluations`` serves both. Where time alone is compared and ``time_s`` given, it is all that a trial has.
-    ``split`` is the validation split of a data set that was given (`dataset_name`); a task has its own.
+    ``evaluations`` serves both. Where time alone is compared and ``time_s`` given, it is all that a trial has. Where
+    ``evaluations`` are not given they are a quarter of the budget's. ``split`` is the validation split of a data set
+    that was given (`dataset_name`); a task has its own.
     """
 
     evaluations: int = 6000
@@ -183,8 +184,10 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
     given_evaluations = isinstance(tuning, dict) and "evaluations" in tuning
     for name, kind in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
         values[name] = _part(kind, values.get(name, {}), name)
-    if not values["budget"].evaluations and values["tuning"].time_s and not given_evaluations:
-        values["tuning"] = dataclasses.replace(values["tuning"], evaluations=0)  # not the default
+    if not given_evaluations:
+        budget, limit = values["budget"], values["tuning"].time_s
+        default = budget.evaluations // 4 or (0 if limit else Tuning.evaluations)
+        values["tuning"] = dataclasses.replace(values["tuning"], evaluations=default)
     values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
     values["settings"] = _settings(values.get("settings", {}), "settings")
     entries = {name: _entry(name, given) for name, given in values["methods"].items()}

@@ -29,7 +29,7 @@ STYLE = """
   color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }
+main { max-width: 1720px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 6px; } h2 { font-size: 20px; margin: 34px 0 6px; }
 h3 { font-size: 16px; margin: 22px 0 4px; }
 p.note, li.note { color: var(--quiet); font-size: 13.5px; margin: 2px 0 10px; }
@@ -88,7 +88,8 @@ def render(summary: dict[str, Any], figure: str) -> str:
         "to the result that holds it, the arrow behind it to its run; rows are of those seeds.</p>",
         f"<figure>{figure}</figure>",
         "<p class=note>Accuracy on validation problems while runs went on to each budget: mean over seeds, band from "
-        "the lowest to the highest seed; a cross where a run ended long before the others.</p>",
+        "the lowest to the highest seed; a cross where a run ended long before the others. Dotted: the base on the "
+        "test problems.</p>",
     ]
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")

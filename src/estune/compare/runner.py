@@ -40,6 +40,7 @@ from estune.compare.plan import (
     with_budget,
 )
 from estune.compare.processes import Processes
+from estune.engines.hf_loading import check_model
 from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
@@ -80,6 +81,8 @@ class Runner:
         for split, rows in wanted.items():
             if (found := len(rows_of(self.comparison, split))) < rows:
                 say(f"estune: warning: {self.comparison.task} has {found} rows in its {split} split, not {rows}")
+        for model in self.comparison.models.values():
+            check_model(model, self.comparison.settings.get("revision"))
         for model in self.comparison.models:
             for method, entry in entries(self.comparison).items():
                 for trial in entry.trials:
@@ -105,7 +108,7 @@ class Runner:
             os.close(lock)
 
     def _carry_out(self) -> None:
-        self._keep_plan()
+        self.keep_plan()
         started = time.perf_counter()
         self.processes.cost.open(
             self.directory / "results" / "cost.json",
@@ -276,8 +279,8 @@ class Runner:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
-    def _keep_plan(self) -> None:
-        """Write what is compared and where; another comparison's results are not mixed in.
+    def keep_plan(self, write: bool = True) -> None:
+        """Write what is compared and where; another comparison's results are not mixed in. Or only see whether it is.
 
         Raises:
             UserError: the directory holds another comparison, or results of what is not in this one.
@@ -301,6 +304,8 @@ class Runner:
                                     f"{plan[name]!r}: give another output_dir")  # fmt: skip
             for kind in ("methods", "models"):
                 for name, entry in then[kind].items():
+                    if plan[kind].get(name) != entry and not self._has_begun(kind, name):
+                        continue
                     if name not in plan[kind]:
                         raise UserError(f"{self.directory} holds results of {name}, which is not compared any more: "
                                         "give another output_dir, so that nothing is left out")  # fmt: skip
@@ -314,7 +319,13 @@ class Runner:
                     raise UserError(f"the {name} of {self.directory} were others when it was begun: give another "
                                     "output_dir")  # fmt: skip
             found = kept["environment"]  # each sitting's machine and packages are kept with its cost
-        write_json(file, {"comparison": plan, "environment": found, **ground})
+        if write:
+            write_json(file, {"comparison": plan, "environment": found, **ground})
+
+    def _has_begun(self, kind: str, name: str) -> bool:
+        """Say whether anything is there of a method or a model."""
+        below = name if kind == "models" else f"*/{name}"
+        return any(any((self.directory / place).glob(below)) for place in ("results", "tuning", "runs"))
 
     def _ground(self) -> dict[str, Any]:
         """Return hashes of what a comparison stands on beside its options: rows of every split, files of rewards."""

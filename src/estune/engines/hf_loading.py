@@ -81,6 +81,18 @@ def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
     return {}
 
 
+def check_model(model: str, revision: str | None = None) -> None:
+    """See that a model is there and its files can be read, without loading it.
+
+    Raises:
+        UserError: it is no directory and not on the hub, or its directory holds no whole model.
+    """
+    path = resolve_model(model)
+    hub_options(model, path, revision)
+    if os.path.isdir(path):
+        _check_files(model, Path(path))
+
+
 def files_of(model: str, revision: str | None) -> Path:
     """Return the directory that a model was loaded from: its own, or the hub cache's snapshot of that revision.
 

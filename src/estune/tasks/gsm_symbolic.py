@@ -56,7 +56,7 @@ def parse_number(text: str) -> Fraction | None:
 def _splits() -> dict[str, tuple[dict[str, Any], ...]]:
     """Tell every template's stories in turn, one seed after the other, and deal them out."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError("task gsm_symbolic needs the package reasoning-gym: python -m pip install reasoning-gym")
+        raise UserError("task gsm_symbolic needs the package reasoning-gym: python -m pip install 'estune[tasks]'")
     from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
 
     generators = gsm_symbolic.GSMSymbolicDataset(gsm_symbolic.GSMSymbolicDatasetConfig(seed=SEED, size=1)).generators

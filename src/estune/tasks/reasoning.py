@@ -66,7 +66,7 @@ def names() -> list[str]:
 def package(who: str) -> Any:
     """Return reasoning-gym, imported; UserError where it is not installed and ``who`` wants it."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"{who} needs the package reasoning-gym: python -m pip install reasoning-gym")
+        raise UserError(f"{who} needs the package reasoning-gym: python -m pip install 'estune[tasks]'")
     import reasoning_gym
 
     return reasoning_gym
