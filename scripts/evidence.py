@@ -227,7 +227,9 @@ def scan(name: str) -> str:
         "tokens",
     ]
     bold = "those in bold were chosen" if found["chosen"] else "none was chosen"
-    more = f", all of them for the first {found['leading']} of the ranking" if "leading" in found else ""
+    more = ""
+    if "leading" in found:
+        more = f", all of them for those of the first {found['leading']} that hold more than a constant"
     told = f"{len(found['ranked'])} tasks, the first {found['rows']} validation problems or fewer{more}; {bold}.\n"
     return f"{told}\n{table(body, head)}"
 
