@@ -159,10 +159,11 @@ class ESTrainer:
         return args
 
     def _new_directory(self, args: ESConfig) -> Path:
-        """Make a directory named task-model-date-time that no other run has."""
+        """Make a directory named task-model-date-time that no other run has, with the method's name if it is not es."""
         source = args.task or Path(args.dataset_name or "data").stem
         model = type(self._module).__name__ if self.has_module else Path(args.model).name
-        name = f"{source}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        method = "" if args.method == "es" else f"-{args.method}"
+        name = f"{source}-{model}{method}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
             path = Path("runs") / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):  # a run that started in the same second

@@ -300,6 +300,12 @@ def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
     assert_refused(estune("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
 
 
+def test_a_comparisons_directory_is_no_model_and_no_run(compared: Path) -> None:
+    done = estune("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
+    assert_refused(done, "holds a comparison", "below its models")
+    assert_refused(estune("report", "out", cwd=compared), "holds a comparison", "report.html")
+
+
 def test_a_dry_run_sees_what_is_there_already(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared / "out", tmp_path / "out")
     file = write(tmp_path, measuring={**MINIATURE["measuring"], "samples": 3})

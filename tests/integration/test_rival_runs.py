@@ -124,6 +124,15 @@ def test_a_run_is_quiet(whole, capfd):
     assert all(line.startswith(("estune: ", "step ")) for line in [*out.splitlines(), *err.splitlines()])
 
 
+def test_a_run_whose_rewards_all_failed_says_so(capsys):
+    train("grpo", max_steps=1, train_dataset=easy_rows(), reward_funcs=never_paid)
+    assert "warning: every reward failed" in capsys.readouterr().err
+
+
+def never_paid(completions, **_):
+    raise ValueError("no")
+
+
 def test_a_run_of_no_steps_is_the_base():
     base = tensors(local_directory("tiny"))
     for method in ("grpo", "sft_rejection", "random_search"):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -102,6 +103,10 @@ class BaselineTrainer(ESTrainer):
                 with quiet():
                     METHODS[self.args.method](ground)
                 ground.save(final=True)
+                rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
+                if rewards and all(reward is None for reward in rewards):
+                    print("estune: warning: every reward failed, or applied to nothing, so there was nothing to learn "
+                          "from", file=sys.stderr)  # fmt: skip
                 say(f"estune: done; the model is in {run_dir}")
                 if repository is not None:
                     say(f"estune: {push(run_dir, repository)}")

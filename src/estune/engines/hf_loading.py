@@ -49,6 +49,8 @@ def resolve_model(model: str) -> str:
     """
     directory = local_directory(model)
     if directory is not None:
+        if (Path(directory) / "comparison.json").is_file():
+            raise UserError(f"{model!r} holds a comparison: the models that were measured are below its models")
         return str(directory)
     if os.path.exists(os.path.expanduser(model)):
         raise UserError(f"model {model!r} is a file, not a directory")

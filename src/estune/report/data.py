@@ -36,6 +36,8 @@ def read_run(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: the directory holds no run.
     """
+    if (directory / "comparison.json").is_file():
+        raise UserError(f"{directory} holds a comparison: its page is report.html there, its runs are below runs")
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"{directory} holds no run: there is no {CONFIG_FILE}")
     config = _json(directory / CONFIG_FILE)

@@ -136,7 +136,7 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
         name for name, value in (("numbers (or nums)", row.get(source)), ("target", row.get("target"))) if value is None
     ]
     if missing:
-        present = ", ".join(row) or "none"
+        present = ", ".join(name for name, value in row.items() if value is not None) or "none"
         raise UserError(
             f"A countdown row lacks the column{'s' * (len(missing) > 1)} {' and '.join(missing)}; "
             f"it has the columns: {present}."

@@ -81,7 +81,8 @@ def generator_of(task: str) -> tuple[str, bool]:
     problems, exact = task.removesuffix(EXACT), task.endswith(EXACT)
     name, factory = problems.removesuffix(EASY), package(WHO).factory
     if name not in factory.DATASETS:
-        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, factory.DATASETS)}")
+        hint = f"; behind a name can stand {EASY} and {EXACT}, in this order" if ":" in name else ""
+        raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, factory.DATASETS)}{hint}")
     if name != problems and name not in factory.CURRICULA:
         raise UserError(f"reasoning-gym's {name} has no levels, and so no {EASY}")
     return problems, exact
