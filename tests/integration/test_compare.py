@@ -74,7 +74,9 @@ def test_every_row_is_there(compared: Path) -> None:
         assert rows[name]["failed"] == 0 and len(rows[name]["seeds"]) == 2
         assert rows[name]["evaluations"] == {"es": 72}.get(name, 64)  # ES evaluates theta, too, and pays for it
         assert rows[name]["accuracy"]["low"] <= rows[name]["accuracy"]["mean"] <= rows[name]["accuracy"]["high"]
-    assert rows["broken"]["failed"] == 2 and "accuracy" not in rows["broken"]
+    base = summary["models"]["tiny"]["base"]
+    assert rows["broken"]["failed"] == 2 and rows["broken"]["gain"]["difference"] == 0.0
+    assert rows["broken"]["accuracy"]["mean"] == base["accuracy"]["mean"] and not rows["broken"]["changes"]
     assert "samples of the base was right" in rows["broken"]["seeds"][0]["error"]
     assert summary["established"] == {"grpo": False, "broken": False}
     assert summary["cost"]["sittings"] == 1 and summary["cost"]["cpu_h"] > 0 and 0 < summary["cost"]["wall_h"] < 1

@@ -285,6 +285,9 @@ def test_large_powers_are_not_let_through() -> None:
         assert equality.is_harmless(answer), answer
 
 
+# Where the first signal falls into a callback of the garbage collector (Hypothesis has one), Python tells of the
+# exception and goes on; the next signal ends the answer.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("isolation", ["process", "inline"])
 def test_an_endless_answer_ends(isolation: str) -> None:
     """In a worker, and in the trainer's own main thread; the row beside it keeps its reward."""
