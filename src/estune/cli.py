@@ -11,11 +11,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from estune import __version__
 from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, default_of, read_config_file
+from estune.console import json_only, note, say, take_over_process
 from estune.errors import UserError
 from estune.fetch import MODELS
 from estune.files import full_disk_message, is_full_disk
@@ -75,20 +77,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
+    """Run the command line; return its exit status.
+
+    Without ``argv`` the process is the command line's own, and its standard streams are made safe first.
+    """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        if argv is not None:
+            return _run(list(argv))
+        take_over_process()
+        with json_only() if "--json" in sys.argv else nullcontext():
+            return _run(sys.argv[1:])
     except UserError as error:
-        print(f"estune: error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 2
     except BrokenPipeError:  # who read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if is_full_disk(error):
-            print(f"estune: error: {full_disk_message(error, error.filename or 'a file')}", file=sys.stderr)
+            note(f"error: {full_disk_message(error, error.filename or 'a file')}")
         elif error.filename is not None:
-            print(f"estune: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            note(f"error: {error.filename}: {error.strerror}")
         else:
             raise
         return 2
@@ -276,7 +285,7 @@ def train_config(values: dict[str, Any]) -> ESConfig:
             raise UserError(f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
                             f"{given['method']}")  # fmt: skip
         base = read_config_file(DEMO_PRESET)
-        print(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
+        say(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
     args = ESConfig.from_mapping({**base, **given})
     args.validate_training()
     return args
@@ -298,7 +307,7 @@ def _evaluate(values: dict[str, Any]) -> int:
     extras = {name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json")}
     inherited = inherited_settings(str(values.get("model", "")), values)
     if inherited and not extras["json"]:
-        print(f"estune: prompts and decoding as in the run of {values['model']}; flags win", file=sys.stderr)
+        note(f"prompts and decoding as in the run of {values['model']}; flags win")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from estune import inputs
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
 from estune.config import ESConfig
+from estune.console import note, print_json, show_progress
 from estune.data import check_columns, has_splits, load_rows, reward_inputs
 from estune.engines.base import Engine, Prompt
 from estune.environment import environment
@@ -75,8 +74,8 @@ def evaluate_command(
         evaluator = Evaluator(engine, pool, args.response_prefix)
 
         def progress(done: int) -> None:
-            if not json and sys.stderr.isatty():
-                print(f"\restune: {done}/{len(data)} rows", end="", file=sys.stderr, flush=True)
+            if not json:
+                show_progress(f"estune: {done}/{len(data)} rows")
 
         evaluation = evaluate(
             evaluator, data, prompts, inputs.sampling(args, 0), rewards.weights, grader,
@@ -110,7 +109,7 @@ def _divergence(engine: Engine, args: ESConfig, reference: str, prompts: list[Pr
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     for name, value in result.items():
         if name == "accuracy":
@@ -143,11 +142,11 @@ def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
     output["rewards"] = [_or_none(value) for value in values.tolist()]
     output["errors"] = int(result.failed.any(axis=1).sum())
     if as_json:
-        print(json.dumps(output))
+        print_json(output)
     else:
         _print_result({name: value for name, value in output.items() if name != "rewards"}, False)
         for message in result.errors:
-            print(f"estune: {message}", file=sys.stderr)
+            note(message)
     return 0
 
 
@@ -202,7 +201,7 @@ def env_command(as_json: bool) -> int:
     """Print versions and machine."""
     facts = environment()
     if as_json:
-        print(json.dumps(facts))
+        print_json(facts)
         return 0
     for name, value in facts.items():
         if isinstance(value, dict):

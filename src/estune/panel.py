@@ -8,7 +8,6 @@ Where standard output is no terminal, `estune.monitors.ConsoleMonitor` prints li
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from estune.console import warn
 from estune.monitors import duration
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -139,7 +139,7 @@ class PanelMonitor:
             self._broken = True
             with contextlib.suppress(Exception):
                 self._live.stop()
-            print(f"estune: warning: the panel broke and is off for the rest of the run: {error}", file=sys.stderr)
+            warn(f"the panel broke and is off for the rest of the run: {error}")
 
     def _draw_soon(self) -> None:
         if time.monotonic() - self._drawn_at >= REDRAW_S:

@@ -19,12 +19,12 @@ from typing import Any
 from estune import inputs
 from estune.checkpoint import anchor_reader, write_model
 from estune.config import ESConfig
+from estune.console import say
 from estune.engines.base import ParameterSpec
 from estune.errors import UserError
 from estune.files import replace_file
 from estune.journal import Journal, canonical_json, recorded_update
 from estune.model_paths import local_directory, public_name
-from estune.monitors import say
 from estune.noise import NOISE_VERSION
 from estune.population import members_for_step
 from estune.run import JOURNAL_FILE

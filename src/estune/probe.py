@@ -10,9 +10,7 @@ are few, and a short run decides.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import numpy as np
 
 from estune import inputs
 from estune.config import ESConfig
+from estune.console import note, print_json
 from estune.data import Batches
 from estune.engines.base import Completion, Interrupted
 from estune.errors import UserError
@@ -162,7 +161,7 @@ def probe(
                     groups += scored_groups
                     answers += completions
                 found[sigma] = summarise(evaluator, groups, answers, own, prompts, rewards.weights)
-                print(f"estune: sigma {sigma:g} tried", file=sys.stderr, flush=True)
+                note(f"sigma {sigma:g} tried")
         except Interrupted:
             raise UserError("the probe was stopped") from None
     return args, theta, found
@@ -232,9 +231,9 @@ def probe_command(args: ESConfig, sigmas: Sequence[float], as_json: bool) -> int
     proposal = propose(theta, found)
     if as_json:
         points = [{"sigma": sigma, **answers.as_dict()} for sigma, answers in found.items()]
-        print(json.dumps({"model": args.model, "task": args.task or args.dataset_name, "members": MEMBERS,
-                          "rows": args.batch_size, "theta": theta.as_dict(), "sigmas": points,
-                          "proposal": proposal}))  # fmt: skip
+        print_json({"model": args.model, "task": args.task or args.dataset_name, "members": MEMBERS,
+                    "rows": args.batch_size, "theta": theta.as_dict(), "sigmas": points,
+                    "proposal": proposal})  # fmt: skip
     else:
         print(table(theta, found, proposal))
     return 0

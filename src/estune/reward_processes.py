@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from estune import reward_worker
+from estune.console import open_missing_descriptors
 from estune.errors import UserError
 from estune.reward_loading import INLINE_HINT
 
@@ -208,6 +209,7 @@ class ForkServer:
         self._launch()
 
     def _launch(self) -> None:
+        open_missing_descriptors()  # else a socket could get the number of a standard stream
         self._line, theirs = socket.socketpair()
         self._line.settimeout(SERVER_LIMIT_S)
         with theirs:

@@ -39,9 +39,9 @@ REPLY = struct.Struct("<qq")  # pid, wait status or -1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_REPLY_BYTES = 1 << 26  # as Python objects in the trainer it can be thirty times that
 
-# A terminal's ctrl-C and a scheduler's SIGTERM reach every process of a job, but a member that is being finished still
-# needs its rewards: the trainer decides when its workers end.
-IGNORED = (signal.SIGINT, signal.SIGTERM)
+# A terminal's ctrl-C, its closing, and a scheduler's SIGTERM reach every process of a job, but a member that is being
+# finished still needs its rewards: the trainer decides when its workers end.
+IGNORED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class AnswerError(Exception):

@@ -9,7 +9,6 @@ found there are not evaluated again, unless others of their batch are missing: a
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from estune.console import warn
 from estune.data import reward_inputs
 from estune.engines.base import Completion, Engine, Interrupted, Perturbation, Prompt, Sampling
 from estune.journal import Pending
@@ -149,7 +149,7 @@ class Evaluator:
             if name not in self.complained:
                 self.complained.add(name)
                 error = " ".join(error.split())
-                print(f"estune: warning: reward {error} (shown once; all are counted)", file=sys.stderr)
+                warn(f"reward {error} (shown once; all are counted)")
         if group.completions is not None:
             group.extra = result.extra or None
         return group

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -22,6 +21,7 @@ from typing import Any
 from estune import checkpoint
 from estune.checkpoint import BASE_DIRECTORY
 from estune.config import RESUMABLE, ESConfig
+from estune.console import warn
 from estune.engines.base import Engine, ParameterSpec
 from estune.environment import environment, versions
 from estune.errors import Hindered, UserError
@@ -388,10 +388,9 @@ def warn_of_other_engine(then: Mapping[str, Any], now: Mapping[str, Any]) -> Non
     """Say where a resumed run's rollouts come from something else than those before; steps replay exactly anyway."""
     for name in ("device", "dtype", "architecture", "shared_forward"):
         if name in then and then[name] != now.get(name):
-            print(
-                f"estune: warning: the run began with {name} {then[name]} and goes on with {now.get(name)}: from here "
-                "on its rollouts may round differently than they would have",
-                file=sys.stderr,
+            warn(
+                f"the run began with {name} {then[name]} and continues with {now.get(name)}: from here on its "
+                "rollouts may round differently than they would have"
             )
 
 

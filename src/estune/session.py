@@ -6,7 +6,6 @@ within a step is that of `estune.run`.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,13 +17,13 @@ from estune import inputs, metrics, records
 from estune.card import write_card
 from estune.checkpoint import checkpoint_path, prune
 from estune.config import ESConfig
+from estune.console import say, warn
 from estune.data import Batches
 from estune.engines.base import Perturbation, Prompt
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.hub import push
 from estune.journal import step_record
 from estune.master import Moved
-from estune.monitors import say
 from estune.noise import lowrank_scale, perturbation_scale
 from estune.open_run import OpenRun, Rows
 from estune.optimizer import Update, scheduled
@@ -153,7 +152,7 @@ class Session(OpenRun):
         self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
         self.measured |= {"num_evaluations": self._evaluations(step)} | self._theta_rank(step, rollouts)
         if np.isnan(fitness).all():
-            print("estune: warning: no reward applied to anything in this step, so theta stays", file=sys.stderr)
+            warn("no reward applied to anything in this step, so theta stays")
         if step.index == 0:
             self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
         record = step_record(
@@ -227,8 +226,7 @@ class Session(OpenRun):
         self.run.pending.clear()
         prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
-            print("estune: warning: theta never moved: in every step all members tied, or every reward failed",
-                  file=sys.stderr)  # fmt: skip
+            warn("theta never moved: in every step all members tied, or every reward failed")
         if self.panel is not None:
             self.panel.close()  # before the last words
         say(f"estune: done; the model is in {self.run.path}")

@@ -1,18 +1,23 @@
-"""SIGINT and SIGTERM ask a run to stop at the next safe point; a second one ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP ask a run to stop at the next safe point; a second one ends the process at once.
+
+A signal that the process was started to ignore stays ignored: `nohup` ignores SIGHUP, and a shell without job control
+ignores SIGINT in what it starts in the background.
+"""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from estune.console import note
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM makes ``requested()`` true and restores the default handling."""
+    """While entered, the first of `SIGNALS` makes ``requested()`` true and restores the default handling."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -24,7 +29,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in watched}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,7 +39,6 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
-        for each in SIGNALS:
+        for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
-        print("\nestune: stopping after the current token and saving; once more to quit at once",
-              file=sys.stderr, flush=True)  # fmt: skip
+        note("stopping after the current token and saving; once more to quit at once")

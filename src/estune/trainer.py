@@ -20,12 +20,12 @@ from estune import inputs
 from estune.card import CARD_FILE, write_card
 from estune.checkpoint import BASE_DIRECTORY, write_model
 from estune.config import ESConfig
+from estune.console import say
 from estune.data import Batches
 from estune.engines.base import Engine, Interrupted, Prompt
 from estune.errors import UserError
 from estune.fitness import fill_failures, shape_fitness, weigh
 from estune.hub import open_repository, push, repository_of
-from estune.monitors import say
 from estune.opening import open_session
 from estune.optimizer import make_update
 from estune.run import is_finished

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 from estune import inputs, metrics, records
 from estune.card import write_card
 from estune.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
+from estune.console import warn
 from estune.engines.base import Completion, Prompt
 from estune.engines.hf_parameters import Binding
 from estune.errors import UserError
@@ -160,7 +160,7 @@ class Ground(OpenRun):
             if name not in self.evaluator.complained:
                 self.evaluator.complained.add(name)
                 error = " ".join(error.split())
-                print(f"estune: warning: reward {error} (shown once; all are counted)", file=sys.stderr)
+                warn(f"reward {error} (shown once; all are counted)")
         shape = (len(rows), -1, result.rewards.shape[1])
         # A prompt's completions stand where ES has members: (G, B, 1, F).
         rewards, failed = (a.reshape(shape).swapaxes(0, 1)[:, :, None] for a in (result.rewards, result.failed))

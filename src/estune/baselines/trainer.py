@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from estune.baselines.random_search import random_search
 from estune.card import CARD_FILE, write_card
 from estune.checkpoint import checkpoints, leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
+from estune.console import say, warn
 from estune.engines.base import Interrupted
 from estune.engines.hf_loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf_parameters import bindings
@@ -33,7 +33,6 @@ from estune.errors import Hindered, UserError
 from estune.files import write_json
 from estune.hub import open_repository, push, repository_of
 from estune.loggers import keep_trackers, known_trackers
-from estune.monitors import say
 from estune.opening import start_monitors, start_workers
 from estune.records import cut_back, read_metrics
 from estune.rollouts import Evaluator
@@ -105,8 +104,7 @@ class BaselineTrainer(ESTrainer):
                 ground.save(final=True)
                 rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
                 if rewards and all(reward is None for reward in rewards):
-                    print("estune: warning: every reward failed, or applied to nothing, so there was nothing to learn "
-                          "from", file=sys.stderr)  # fmt: skip
+                    warn("every reward failed, or applied to nothing, so there was nothing to learn from")
                 say(f"estune: done; the model is in {run_dir}")
                 if repository is not None:
                     say(f"estune: {push(run_dir, repository)}")

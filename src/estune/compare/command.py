@@ -6,8 +6,8 @@ from pathlib import Path
 
 from estune.compare.config import Budget, Tuning, read_comparison
 from estune.compare.plan import cells, entries
+from estune.console import say
 from estune.errors import UserError
-from estune.monitors import say
 
 
 def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_only: bool) -> int:

@@ -20,8 +20,8 @@ from estune.compare import worker
 from estune.compare.plan import EVALUATIONS, TIME, with_time
 from estune.compare.processes import Processes
 from estune.config import ESConfig
+from estune.console import say
 from estune.files import write_json
-from estune.monitors import say
 from estune.records import read_metrics
 from estune.run import CONFIG_FILE, METHOD_FILE, OF_RUN
 

@@ -13,9 +13,9 @@ from typing import Any
 from estune.compare import worker
 from estune.compare.cost import Cost
 from estune.config import ESConfig
+from estune.console import say
 from estune.errors import UserError
 from estune.files import try_lock
-from estune.monitors import say
 
 ATTEMPTS = 3  # of a process that was killed, by the system or by a crash in somebody's library
 LEFT_BEHIND_S = 180.0  # that a run may still take which a killed comparison left behind

@@ -40,11 +40,11 @@ from estune.compare.plan import (
     with_budget,
 )
 from estune.compare.processes import Processes
+from estune.console import say
 from estune.engines.hf_loading import check_model
 from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
-from estune.monitors import say
 from estune.reward_loading import source_digest
 from estune.tasks import get_task
 

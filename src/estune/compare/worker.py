@@ -134,6 +134,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    from estune.console import note
     from estune.engines.base import Interrupted
     from estune.errors import Hindered, UserError
     from estune.files import is_full_disk
@@ -145,7 +146,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     try:
         function(*arguments)
     except UserError as error:
-        print(f"estune: error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         code = HINDERED if isinstance(error, Hindered) else 2
     except (Interrupted, KeyboardInterrupt):
         code = STOPPED

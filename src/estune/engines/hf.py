@@ -6,7 +6,6 @@ the working model one after another, or, with low-rank noise, share its forward 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from estune import environment
+from estune.console import warn
 from estune.engines import allocator, attention, decoding, hf_callers, hf_trials, small_linear
 from estune.engines.base import Completion, Perturbation, Prompt, Sampling
 from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
@@ -323,10 +323,7 @@ class HFEngine:
                 self.model, self.working.bindings, self.master, apart, self.max_context
             )
         if self._shared is None:
-            print(
-                f"estune: warning: low-rank members run one after another on this model, because of {reason}",
-                file=sys.stderr,
-            )
+            warn(f"low-rank members run one after another on this model, because of {reason}")
             self.working.stand_apart()
 
     def _caller(self, members: Members | None = None) -> hf_callers.Caller:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from estune.monitors import REPORT_FILE, say
+from estune.console import say
+from estune.monitors import REPORT_FILE
 from estune.report.page import write_page
 from estune.report.plots import plot_run, plot_runs
 

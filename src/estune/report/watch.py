@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from estune.console import say
 from estune.errors import UserError
-from estune.monitors import say
 from estune.report.data import read_runs
 from estune.report.page import page
 
