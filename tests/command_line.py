@@ -161,11 +161,14 @@ async def length(completions, **_):
 
 
 def tree(directory, without=()):
-    """Return every file below a directory as relative path -> bytes; metrics without their times."""
+    """Return every file below a directory as relative path -> bytes; metrics without their times.
+
+    `origin.json` is left out: it says where the run lies.
+    """
     found = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
-        if path.is_file() and not any(name.startswith(prefix) for prefix in without):
+        if path.is_file() and path.name != "origin.json" and not any(name.startswith(prefix) for prefix in without):
             found[name] = metrics(directory) if name == "metrics.jsonl" else path.read_bytes()
     return found
 

@@ -16,6 +16,7 @@ from estune.files import replace_file
 from estune.journal import Journal
 from estune.model_paths import fetched_name, origin, public_name
 from estune.records import read_metrics
+from estune.resume import located
 from estune.run import CONFIG_FILE, METHOD_FILE
 
 CARD_FILE = "README.md"
@@ -77,8 +78,8 @@ def card(run_dir: Path) -> str:
             "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
             f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
         ]  # fmt: skip
-    base, data = header["base"], header["data"]
-    whole = {**stored, **config, "max_steps": steps}
+    base, data = located({**header["base"]}, run_dir), header["data"]  # its model where it lies as seen from here
+    whole = located({**stored, **config, "max_steps": steps}, run_dir)
     source = config["task"] or config["dataset_name"] or "data given from Python"
     from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
     command = ["* Started from Python, with data or rewards that no command line names", ""] if from_python else [

@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from estune.engines.base import Engine
+from estune.engines.base import Engine, ParameterSpec
 from estune.errors import UserError
 from estune.files import sync_directory, sync_tree, write_json, writing
-from estune.master import AnchorReader, Master, pieces
+from estune.master import AnchorReader, Master, fingerprint, pieces
 from estune.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
 
 ES_STATE = "es_state.json"
 TRAINER_STATE = "trainer_state.json"
 BASE_DIRECTORY = "base"  # theta_0, kept in the run directory where no base files could be read again
+MODEL_FILES = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
 _PARTIAL = ".partial-"
 
 
@@ -33,10 +34,65 @@ def checkpoint_path(run_dir: Path, steps_done: int) -> Path:
     return run_dir / f"checkpoint-{steps_done}"
 
 
+def directories(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return the directories named as checkpoints, whole or not, as (steps done, directory), oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run_dir.glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """Return the run's checkpoints as (steps done, directory), oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run_dir.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and (path / ES_STATE).exists())
+    return [(step, path) for step, path in directories(run_dir) if (path / ES_STATE).exists()]
+
+
+def remove(run_dir: Path, steps_done: int) -> None:
+    """Delete a checkpoint, by a rename first, so that no half of it is ever taken for a whole one."""
+    path = checkpoint_path(run_dir, steps_done)
+    partial = run_dir / f"{_PARTIAL}{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    path.rename(partial)
+    shutil.rmtree(partial)
+
+
+def damage(directory: Path, specs: Sequence[ParameterSpec], wanted: str) -> str | None:
+    """Return why a checkpoint's weights do not have the fingerprint ``wanted``; None where they have it."""
+    try:
+        file = TensorFile(directory / WEIGHTS_FILE)
+        for spec in specs:
+            if spec.name not in file.entries or file.shape(spec.name) != tuple(spec.shape):
+                return f"{WEIGHTS_FILE} holds no tensor {spec.name!r} of shape {tuple(spec.shape)}"
+        found = fingerprint(specs, {spec.name: file.read(spec.name).reshape(spec.shape) for spec in specs})
+    except UserError as error:
+        return str(error)
+    return None if found == wanted else f"{WEIGHTS_FILE} does not have the fingerprint that {ES_STATE} says"
+
+
+def is_whole_model(directory: Path, parameters: Sequence[Sequence[Any]], state: Mapping[str, Any]) -> bool:
+    """Return whether a finished model's files are there and can be read.
+
+    Args:
+        directory: that holds them.
+        parameters: (name, shape, kind) of each, as the journal's header lists them.
+        state: its `es_state.json`; where all weights are stored in float32 they must have its fingerprint.
+    """
+    try:
+        file = TensorFile(directory / WEIGHTS_FILE)
+    except UserError:
+        return False
+    specs = [ParameterSpec(name, tuple(shape), bool(kind)) for name, shape, kind in parameters]
+    if not all(spec.name in file.entries and file.shape(spec.name) == spec.shape for spec in specs):
+        return False
+    for path in directory.glob("*.json"):
+        if path.name in MODEL_FILES or path.name.startswith("tokenizer"):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return False
+    if not (directory / "config.json").is_file():
+        return False
+    if all(file.entries[spec.name]["dtype"] == "F32" for spec in specs):
+        return damage(directory, specs, str(state.get("fingerprint"))) is None
+    return True
 
 
 def write_model(directory: Path, engine: Engine, *, float32: bool) -> None:
@@ -128,13 +184,10 @@ def prune(run_dir: Path, keep: int, scheduled: Collection[int]) -> None:
     A checkpoint that an interrupt saved out of turn, not among the ``scheduled`` steps, goes too.
     """
     ours = checkpoints(run_dir)
-    in_turn = [path for step, path in ours if step in scheduled]
-    doomed = [path for step, path in ours if step not in scheduled] + (in_turn[:-keep] if keep > 0 else [])
-    for path in doomed:
-        partial = run_dir / f"{_PARTIAL}{path.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        path.rename(partial)
-        shutil.rmtree(partial)
+    in_turn = [step for step, _ in ours if step in scheduled]
+    doomed = [step for step, _ in ours if step not in scheduled] + (in_turn[:-keep] if keep > 0 else [])
+    for step in doomed:
+        remove(run_dir, step)
 
 
 def load_master(directory: Path, master: Master) -> None:

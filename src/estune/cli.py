@@ -269,10 +269,16 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     given = _merged(from_file, flags)
     base: dict[str, Any] = {}
     resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
-    if resuming and (Path(str(given["output_dir"])) / "es_config.json").exists():
+    run_files = [Path(str(given.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
+    if resuming and any(file.exists() for file in run_files):
+        from estune.resume import located, module_directory
+        from estune.reward_loading import look_for_modules_in
         from estune.run import read_config
 
-        base = read_config(Path(str(given["output_dir"])))
+        run_dir = Path(str(given["output_dir"]))
+        base = located(read_config(run_dir), run_dir)
+        base["output_dir"] = str(run_dir)
+        look_for_modules_in(module_directory(run_dir))
         begun, wanted = base.get("method", "es"), given.get("method", base.get("method", "es"))
         if wanted != begun:  # before its options are held against the other method's
             raise UserError(f"a resume cannot change method from {begun!r} to {wanted!r}")

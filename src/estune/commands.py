@@ -23,6 +23,7 @@ from estune.inputs import Rewards
 from estune.journal import Journal
 from estune.model_paths import local_directory
 from estune.records import write_rows
+from estune.resume import located
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
 from estune.run import JOURNAL_FILE, check_base, check_parameters, replay_steps
@@ -177,7 +178,7 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
         raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
-    config = {**journal.header["config"], "device": "auto"}  # the bits are the same on every device
+    config = located({**journal.header["config"], "device": "auto"}, run)  # the bits are the same on every device
     if model is not None:
         config["model"] = model
     args = ESConfig.from_mapping(config, f"the journal of {run}")

@@ -7,6 +7,7 @@ functions. Text is templated and tokenised once, here; engines see token ids onl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from estune.engines.base import Prompt
 from estune.errors import UserError
+from estune.identity import NoIdentityError, encode
 from estune.population import ROW_PERSON, derive_seed
 from estune.reward_worker import TRL_KEYWORDS, required_keywords
 
@@ -30,17 +32,15 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
     """Return the rows of a dataset as a list of dicts.
 
     ``source`` is a JSONL, JSON or parquet file, a directory (saved by ``datasets``, or with files named after their
-    splits, or any other that ``load_dataset`` reads), a dataset id on the hub, or rows in memory (a list of dicts, a
-    ``datasets.Dataset``). Every row gets every column, None where it had none. What has no splits (`has_splits`) gives
-    its rows whatever ``split`` says: refusing names there is the caller's.
+    splits, or any other that ``load_dataset`` reads), a dataset id on the hub, or rows in memory: a list of dicts, a
+    ``datasets.Dataset``, or another sequence with a length. Every row gets every column, None where it had none. What
+    has no splits (`has_splits`) gives its rows whatever ``split`` says: refusing names there is the caller's.
 
     Raises:
         UserError: it does not exist, cannot be read, has no rows, or cannot have the configuration ``config``.
     """
     if not isinstance(source, (str, Path)):
-        rows = source.to_list() if hasattr(source, "to_list") else list(source)
-        if not all(isinstance(row, dict) for row in rows):
-            raise UserError("a dataset must be a sequence of dicts, one per row")
+        rows = _rows_in_memory(source)
         source = "the dataset"
     else:
         path = Path(source).expanduser()
@@ -56,7 +56,30 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
     if not rows:
         raise UserError(f"{source} has no rows")
     names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{source} has a column named {name!r}: the name of a column must be a string")
     return [row if len(row) == len(names) else {name: row.get(name) for name in names} for row in rows]
+
+
+def _rows_in_memory(source: Any) -> list[Row]:
+    """Return rows that were given from Python.
+
+    Raises:
+        UserError: they are a stream, whose end nobody knows, or no dicts.
+    """
+    try:
+        count = len(source)
+    except TypeError:
+        raise UserError(
+            f"a {type(source).__name__} has no length: the order of a run's rows is drawn from all of them, so a "
+            "stream is not read; give its rows as a list, such as list(itertools.islice(stream, 10_000))"
+        ) from None
+    # A sequence such as torch's map-style dataset may answer any index and so never end by itself.
+    rows = source.to_list() if hasattr(source, "to_list") else list(itertools.islice(source, count))
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError("a dataset must be a sequence of dicts, one per row")
+    return rows
 
 
 def has_splits(source: Any) -> bool:
@@ -87,8 +110,10 @@ def _read_lines(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line, object_pairs_hook=_object)
+            except _RepeatedName as error:
+                raise UserError(f"{path} line {number} gives {error} twice") from None
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number} is a JSON {type(row).__name__}, not an object")
@@ -96,13 +121,27 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
+class _RepeatedName(ValueError):
+    """An object of a JSON text has one name twice, of which JSON's reader would forget the first value."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedName(repr(next(name for name in names if names.count(name) > 1)))
+    return values
+
+
 def _read_json(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("{"):  # JSON lines by another name
         return _read_lines(path)
     try:
-        rows = json.loads(text)
-    except ValueError as error:
+        rows = json.loads(text, object_pairs_hook=_object)
+    except _RepeatedName as error:
+        raise UserError(f"{path} has a row that gives {error} twice") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} should hold a list of objects, one per row")
@@ -114,9 +153,13 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+        table = pyarrow.parquet.read_table(path)
+        for name in table.column_names:
+            if table.column_names.count(name) > 1:
+                raise UserError(f"{path} has two columns named {name!r}")
+        rows: list[Row] = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {' '.join(str(error).split())[:300]}") from error
     return rows
 
 
@@ -214,7 +257,8 @@ class PromptBuilder:
 
     ``apply_chat_template``: ``auto`` templates message lists, and plain strings of built-in tasks where the tokenizer
     has a template (your own strings stay as they are, as in TRL); ``true`` templates strings as one user message too;
-    ``false`` never templates. ``tokenizer`` None (the toy engine) makes one token of each UTF-8 byte.
+    ``false`` never templates. ``tokenizer`` None (the toy engine) makes one token of each UTF-8 byte. Every token must
+    be one of the model's, which has ``vocab_size`` of them (None: any).
     """
 
     def __init__(
@@ -228,11 +272,13 @@ class PromptBuilder:
         max_context: int | None,  # tokens
         max_completion_length: int,  # tokens
         is_builtin_task: bool,
+        vocab_size: int | None = None,  # rows of the model's input embedding
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._system_prompt, self._response_prefix = system_prompt, response_prefix
         self._max_context, self._max_completion_length = max_context, max_completion_length
+        self._vocab_size = vocab_size
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self._template_messages = apply_chat_template != "false"
         self._template_strings = apply_chat_template == "true" or (
@@ -268,7 +314,8 @@ class PromptBuilder:
         else:
             text = f"{self._system_prompt}\n\n{prompt}" if self._system_prompt else prompt
         text += self._response_prefix
-        token_ids = self._token_ids(text, templated)
+        token_ids = self._token_ids(text, templated, row_id)
+        self._refuse_unknown_tokens(token_ids, row_id)
         if not token_ids:
             raise UserError(f"row {row_id}: the prompt is empty")
         if self._max_context is not None and len(token_ids) + self._max_completion_length > self._max_context:
@@ -298,13 +345,36 @@ class PromptBuilder:
             raise UserError(f"row {row_id}: the chat template refuses the prompt: {error}") from error
         return text
 
-    def _token_ids(self, text: str, templated: bool) -> tuple[int, ...]:
+    def _token_ids(self, text: str, templated: bool, row_id: int) -> tuple[int, ...]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"row {row_id}: the prompt is no text: it holds {text[error.start]!r}, half of a surrogate pair"
+            ) from None
         if self._tokenizer is None:
             return tuple(text.encode())
         bos = getattr(self._tokenizer, "bos_token", None)
-        if templated or (bos and text.startswith(bos)):  # its special tokens are in the text: no second BOS
-            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        return tuple(self._tokenizer.encode(text))
+        try:
+            if templated or (bos and text.startswith(bos)):  # its special tokens are in the text: no second BOS
+                return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+            return tuple(self._tokenizer.encode(text))
+        except Exception as error:  # a tokenizer is the model's own program, as a template is
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"row {row_id}: the tokenizer refuses the prompt: {type(error).__name__}: {reason}"
+            ) from error
+
+    def _refuse_unknown_tokens(self, token_ids: Sequence[int], row_id: int) -> None:
+        """Refuse tokens that the model has no embedding of, as those that a user added to the tokenizer alone."""
+        size = self._vocab_size
+        unknown = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
+        if unknown:
+            text = self._tokenizer.convert_ids_to_tokens(unknown[0]) if self._tokenizer is not None else unknown[0]
+            raise UserError(
+                f"row {row_id}: the prompt holds token {unknown[0]} ({text!r}), and the model's embedding has {size} "
+                "rows: resize the embedding to the tokenizer, or take the token out of it"
+            )
 
 
 def _are_messages(prompt: Any) -> bool:
@@ -337,8 +407,15 @@ def reward_inputs(
 
 def shared_prompts(trained: Sequence[Row], held_out: Sequence[Row]) -> int:
     """Return how many held-out rows have a prompt that is trained on, word for word."""
-    known = {json.dumps(row["prompt"], sort_keys=True, default=str) for row in trained}
-    return sum(json.dumps(row["prompt"], sort_keys=True, default=str) in known for row in held_out)
+
+    def key(row: Row) -> bytes:
+        try:
+            return encode(row["prompt"])
+        except NoIdentityError:  # no prompt that any row can have in common with another
+            return b""
+
+    known = {key(row) for row in trained} - {b""}
+    return sum(key(row) in known for row in held_out)
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:

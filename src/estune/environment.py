@@ -43,7 +43,7 @@ def cores() -> int:
 
 def machine() -> str:
     """Return what decides how fast a run is, in words: processor, cores, and NVIDIA GPUs where there are any."""
-    return ", ".join([_processor(), f"{cores()} cores", *gpus()])
+    return ", ".join([processor(), f"{cores()} cores", *gpus()])
 
 
 @cache
@@ -62,7 +62,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "executable_bits": 64 if sys.maxsize > 1 << 32 else 32,
@@ -71,7 +71,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

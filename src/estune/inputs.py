@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,13 +19,19 @@ from estune.console import warn
 from estune.data import PromptBuilder, check_columns, has_splits, load_rows
 from estune.engines.base import Engine, Prompt, Sampling
 from estune.errors import UserError
+from estune.identity import encode, rows_digest
 from estune.model_paths import local_directory
+from estune.resume import Facts
+from estune.reward_sources import sources_digest
 from estune.rewards import RewardPool, load_reward
 from estune.tasks import Task, get_task
 
 RewardFunc = Callable[..., Any]
+Rows = Sequence[dict[str, Any]]
+DATA_VERSION = 2  # of the data's fingerprint; version 1 noted none, and compared only the types of what is no JSON
 LARGE_BYTES = 64 << 20  # from here on a model's matrix products are worth several threads
 DEFAULT_BATCH = 32
+PROBLEM_COLUMNS = ("question", "problem", "instruction", "input", "text", "query", "messages")  # where prompts hide
 DEFAULT_GROUPS = 8  # prompts a step of methods that sample several completions of each
 DEFAULT_PROMPTS_PER_BATCH = 64
 # Options that the toy engine would ignore, with the values that ask nothing of it.
@@ -133,10 +139,26 @@ def resolve_rows(
         raise UserError(f"the {split} split has no rows")
     for index, row in enumerate(rows):
         if row.get("prompt") is None:
-            makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else ()))
-            raise UserError(f"row {index} of the {split} split has no column 'prompt'{makes} (it has {', '.join(row)})")
+            raise UserError(_no_prompt(row, index, split, task))
     check_columns(rows, rewards.funcs, rewards.names)
     return rows
+
+
+def _no_prompt(row: Mapping[str, Any], index: int, split: str, task: Task | None) -> str:
+    """Return what is missing in a row without a prompt, and where a prompt could come from."""
+    if "prompt" in row:
+        return f"row {index} of the {split} split: its prompt is null"
+    makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else ()))
+    problem = f"row {index} of the {split} split has no column 'prompt'{makes} (it has {', '.join(map(str, row))})"
+    asked = next((name for name in PROBLEM_COLUMNS if row.get(name) is not None), None)
+    if task is None and asked is not None:
+        problem += f"; rename {asked!r} to 'prompt'"
+        if row.get("answer") is not None:
+            problem += (
+                ", or let a task make the prompts and score the answers: --task math, or --task gsm_symbolic for "
+                "answers that are one number"
+            )
+    return problem
 
 
 def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
@@ -247,21 +269,62 @@ def _is_toy(model: str) -> bool:
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
-def data_fingerprint(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return what the journal keeps of the training data: how many rows, and a hash of prompts and columns."""
+def facts_of(
+    rewards: Rewards,
+    engine: Engine,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    held_out: Rows,
+    held_out_prompts: Sequence[Prompt],
+) -> Facts:
+    """Return what a run is made of beside its options, for the comparison at a resume.
+
+    Raises:
+        UserError: a value of a column cannot be compared; the sentence names row, column and type.
+    """
+    identity = {
+        **getattr(engine, "identity", dict)(),
+        "reward_sources": dict(zip(rewards.names, map(sources_digest, rewards.funcs), strict=True)),
+        "held_out": data_identity(held_out, held_out_prompts) if held_out else None,
+    }
+    return Facts(
+        data=data_identity(rows, prompts),
+        reward_funcs=rewards.names,
+        reward_weights=rewards.weights,
+        identity=identity,
+        unversioned_data=lambda: unversioned_data(rows, prompts),
+    )
+
+
+def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return how many rows there are, and a hash of every value in them and of their prompts' tokens."""
+    fingerprint = rows_digest(rows, (prompt.token_ids for prompt in prompts))
+    return {"rows": len(rows), "fingerprint": fingerprint, "version": DATA_VERSION}
+
+
+def unversioned_data(rows: Rows, prompts: Sequence[Prompt]) -> tuple[str, list[str]]:
+    """Return the fingerprint of runs that note no version of it, and the columns of which it compares only types."""
     digest = blake2b(digest_size=16)
+    unseen: dict[str, None] = {}
     for row, prompt in zip(rows, prompts, strict=True):
-        digest.update(f"{prompt.token_ids}{_columns(row)}".encode())
-    return {"rows": len(rows), "fingerprint": digest.hexdigest()}
+        digest.update(f"{prompt.token_ids}".encode())
+        digest.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode())
+        unseen |= {name: None for name, value in row.items() if not _is_json(value)}
+    return digest.hexdigest(), list(unseen)
 
 
-def rows_fingerprint(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a hash of rows, whatever model is asked them."""
-    return blake2b("\n".join(map(_columns, rows)).encode(), digest_size=16).hexdigest()
+def rows_fingerprint(rows: Rows) -> str:
+    """Return a hash of rows, whatever model is asked them: of their JSON, or where JSON lacks a value of all bytes."""
+    lines = [json.dumps(row, sort_keys=True) if _is_json(row) else encode(row).hex() for row in rows]
+    return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
-def _columns(row: dict[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def sampling(args: ESConfig, step: int) -> Sampling:
@@ -302,6 +365,7 @@ def build_prompts(
         max_context=engine.max_context,
         max_completion_length=args.max_completion_length,
         is_builtin_task=is_builtin_task,
+        vocab_size=getattr(engine, "vocab_size", None),
     )
     if (
         args.chat_template_kwargs

@@ -55,6 +55,9 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         train_prompts = trainer.prepare()
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        facts = inputs.facts_of(
+            trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
+        )
         found = run.files() if run.is_new else {}
         trackers = {} if run.is_new else known_trackers(run.path)
         monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
@@ -71,11 +74,6 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             prompts = [train_prompts[row] for row in first.rows]
             say("estune: answering a first batch twice, to see whether rollouts repeat")
             reproducible = engine.check_reproducible(members, prompts, sampling)
-        facts = {
-            "reward_funcs": trainer.rewards.names,
-            "reward_weights": trainer.rewards.weights,
-            "data": inputs.data_fingerprint(trainer.train_rows, train_prompts),
-        }
         run.begin(engine, reproducible, facts)
         keep_trackers(run.path, {**trackers, **started})
         replayed, last_move = run.recover(engine)

@@ -27,6 +27,7 @@ from estune.journal import Journal, canonical_json, recorded_update
 from estune.model_paths import local_directory, public_name
 from estune.noise import NOISE_VERSION
 from estune.population import members_for_step
+from estune.resume import located
 from estune.run import JOURNAL_FILE
 
 MAGIC = b"estune patch 1\n"
@@ -58,7 +59,10 @@ def make_patch(run: Path) -> bytes:
     config = {name: header["config"][name] for name in KEPT}
     content = {
         "noise_version": header["noise_version"],
-        "base": {**header["base"], "model": public_name(header["base"]["model"])},
+        "base": {
+            **header["base"],
+            "model": public_name(located(header["base"], run)["model"]),
+        },
         "config": config,
         "parameters": parameters_digest(header["parameters"]),
         "steps": [_step(record, config) for record in journal.steps],

@@ -71,11 +71,22 @@ def source_digest(spec: str) -> str:
         UserError: as `load_reward`.
     """
     module = sys.modules.get(load_reward(spec).__module__)
-    path, source = _loaded_files.get(getattr(module, "__name__", ""), ("", ""))
+    path, source = loaded_source(getattr(module, "__name__", ""))
     if not path:
         with suppress(OSError, TypeError):
             source = inspect.getsource(module) if module is not None else ""
     return blake2b(source.encode(), digest_size=8).hexdigest() if source else ""
+
+
+def loaded_source(module: str) -> tuple[str, str]:
+    """Return path and text of the reward file that a module was made of; two empty strings for any other module."""
+    return _loaded_files.get(module, ("", ""))
+
+
+def look_for_modules_in(directory: Path | None) -> None:
+    """Let `load_reward` find modules in another directory, too: where a run was started that is resumed from here."""
+    if directory is not None:
+        _add_to_path(directory)
 
 
 def _add_to_path(directory: Path) -> None:

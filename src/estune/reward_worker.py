@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -94,7 +95,10 @@ def call_function(
             metrics.setdefault(name, []).append(float(value))
 
     def log_extra(column: str, values: list[Any]) -> None:
-        extra.setdefault(str(column), []).extend(values)
+        logged = extra.setdefault(str(column), [])
+        logged.extend(
+            itertools.islice(values, max(0, len(rows) + 1 - len(logged)))
+        )  # one too many shows that it is wrong
 
     keywords: dict[str, Any] = {name: [values[row] for row in rows] for name, values in columns.items()}
     keywords |= {
@@ -118,9 +122,10 @@ async def _await(awaitable: Any) -> Any:
 def _numbers(answer: Any, n_rows: int) -> list[float | None]:
     if answer is None or isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
         raise AnswerError(f"returned {type(answer).__name__} instead of a list of numbers")
-    values = list(answer)
+    values = list(itertools.islice(answer, n_rows + 1))  # a generator may never end
     if len(values) != n_rows:
-        raise AnswerError(f"returned {len(values)} rewards for {n_rows} completions")
+        count = len(answer) if hasattr(answer, "__len__") else "more" if len(values) > n_rows else len(values)
+        raise AnswerError(f"returned {count} rewards for {n_rows} completions")
     return [None if value is None else _number(value) for value in values]
 
 

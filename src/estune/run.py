@@ -23,21 +23,34 @@ from estune.checkpoint import BASE_DIRECTORY
 from estune.config import RESUMABLE, ESConfig
 from estune.console import warn
 from estune.engines.base import Engine, ParameterSpec
-from estune.environment import environment, versions
+from estune.environment import environment, processor, versions
 from estune.errors import Hindered, UserError
 from estune.files import try_lock, write_json
 from estune.journal import Journal, Pending, recorded_update
 from estune.master import AnchorReader, Moved
 from estune.noise import NOISE_VERSION
 from estune.records import METRICS_FILE, cut_back, read_metrics
+from estune.resume import (
+    ORIGIN_FILE,
+    Facts,
+    check_facts,
+    keep_origin,
+    located,
+    may_lead_to_the_same,
+    same_names,
+    warn_of_processor,
+    warn_of_versions,
+)
 
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"
 PENDING_FILE = "pending.jsonl"
+ENVIRONMENT_FILE = "env.json"
 METHOD_FILE = "method.json"  # of a run that is not ES's: it has no journal
 # What a run directory can hold of ours, and of the model's own files; `--overwrite` deletes nothing else.
 OF_RUN = (
-    ".*", CONFIG_FILE, JOURNAL_FILE, PENDING_FILE, METRICS_FILE, "env.json", "eval", "completions", "plots", "base",
+    ".*", CONFIG_FILE, JOURNAL_FILE, PENDING_FILE, METRICS_FILE, ENVIRONMENT_FILE, ORIGIN_FILE, "eval",
+    "completions", "plots", "base",
     "checkpoint-*", "README.md", "report.html", "trackers.json", "tensorboard", "wandb", METHOD_FILE, "trainer",
 )  # fmt: skip
 WRITTEN = (
@@ -95,16 +108,19 @@ class Run:
             elif (path.is_symlink() or path.exists()) and path.lstat().st_ino == old[path]:
                 path.unlink()
 
-    def begin(self, engine: Engine, reproducible: bool | None, extra: Mapping[str, Any]) -> None:
-        """Write a new run's configuration, environment and journal header; check an old one's base model.
+    def begin(self, engine: Engine, reproducible: bool | None, facts: Facts) -> None:
+        """Write a new run's configuration, environment and journal header; compare an old one's with what is now.
 
         Raises:
             UserError: the base model is not the one of the journal.
+            Hindered: something else differs that a resume cannot change (`estune.resume`).
         """
         fingerprint = engine.master.fingerprint()
+        values = dataclasses.asdict(stored_config(self.args))
         if self.found is None:
-            write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
-            write_json(self.path / "env.json", environment())
+            keep_origin(self.path, values)
+            write_json(self.path / CONFIG_FILE, values)
+            write_json(self.path / ENVIRONMENT_FILE, environment())
             header = {
                 "noise_version": NOISE_VERSION,
                 "base": {"model": self.args.model, "fingerprint": fingerprint},
@@ -113,39 +129,66 @@ class Run:
                 "rollouts": "reproducible" if reproducible else "not reproducible",
                 "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in engine.master.specs],
                 "versions": versions(),
-                **extra,
+                **facts.as_dict(),
             }
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
             check_base(self.found, fingerprint, self.args.model)
             check_parameters(self.found, engine.master.specs)
-            for name, value in extra.items():
-                if self.found.header[name] != value:
-                    raise Hindered(f"a resume cannot change {name} from {self.found.header[name]} to {value}")
+            check_facts(self.found.header, facts)
             warn_of_other_engine(self.found.header["engine"], engine.info())
-            write_json(self.path / CONFIG_FILE, dataclasses.asdict(stored_config(self.args)))
+            warn_of_versions(self.found.header["versions"], versions())
+            warn_of_processor(_processor_of(self.path), processor())
+            keep_origin(self.path, values)
+            write_json(self.path / CONFIG_FILE, values)
 
     def recover(self, engine: Engine) -> tuple[int, Moved | None]:
         """Bring theta to the journal's last step; return how many journalled steps were replayed, and the last move.
 
-        The newest checkpoint that passes its fingerprint is the start, else the base model that the engine holds.
+        The newest checkpoint that holds what its fingerprint says is the start, else the base model that the engine
+        holds. Newer checkpoints that are damaged are written again from the journal, with one warning.
         """
         checkpoint.remove_partial(self.path)
         cut_back(self.path, self.steps_done)
-        start = 0
-        for steps_done, directory in reversed(checkpoint.checkpoints(self.path)):
-            state = checkpoint.read_state(directory)
-            if state is None or steps_done > self.steps_done or not self._belongs(state, steps_done):
-                continue
-            checkpoint.load_master(directory, engine.master)
-            if engine.master.fingerprint() != state["fingerprint"]:
-                raise UserError(f"{directory} does not hold the weights its es_state.json says; delete it to go on")
-            start = steps_done
-            break
-        moved = replay_steps(self.journal, engine, start, self.steps_done, self.anchor)
+        start, damaged = self._newest_whole(engine)
+        if damaged:
+            listed = "; ".join(f"{checkpoint.checkpoint_path(self.path, step).name}: {why}" for step, why in damaged)
+            source = f"checkpoint-{start}" if start else "the base model"
+            warn(f"damaged, and written again from {source} and the journal: {listed}")
+        moved, at = None, start
+        for step, _ in reversed(damaged):
+            moved, at = replay_steps(self.journal, engine, at, step, self.anchor) or moved, step
+            if step in self.journal.checkpoints:
+                self.save(engine, final=False, steps_done=step)
+            else:
+                checkpoint.remove(self.path, step)
+        moved = replay_steps(self.journal, engine, at, self.steps_done, self.anchor) or moved
         if moved is not None:
             refuse_diverged(moved, self.steps_done)
         return self.steps_done - start, moved
+
+    def _newest_whole(self, engine: Engine) -> tuple[int, list[tuple[int, str]]]:
+        """Load the newest checkpoint that is whole, if there is one; theta is not touched by one that is not.
+
+        Returns:
+            The steps that it has done (0: none was loaded), and newer ones that are damaged as (steps, reason).
+        """
+        damaged: list[tuple[int, str]] = []
+        for steps_done, directory in reversed(checkpoint.directories(self.path)):
+            if steps_done > self.steps_done:
+                continue
+            state = checkpoint.read_state(directory)
+            if state is None:
+                damaged.append((steps_done, f"{checkpoint.ES_STATE} cannot be read"))
+                continue
+            reason = checkpoint.damage(directory, engine.master.specs, str(state.get("fingerprint")))
+            if reason is None and not self._belongs(state, steps_done):
+                reason = "it belongs to another run"
+            if reason is None:
+                checkpoint.load_master(directory, engine.master)
+                return steps_done, damaged
+            damaged.append((steps_done, reason))
+        return 0, damaged
 
     def unlogged_step(self) -> dict[str, Any] | None:
         """Return the last step's metrics where the run was killed between its step line and their line."""
@@ -157,17 +200,18 @@ class Run:
         """Say whether a checkpoint's weights are those before the journal's next step."""
         if steps_done == len(self.journal.steps):
             return True
-        return bool(self.journal.steps[steps_done]["checksum"] == state["checksum"])
+        return bool(self.journal.steps[steps_done]["checksum"] == state.get("checksum"))
 
-    def save(self, engine: Engine, final: bool) -> None:
-        """Write the checkpoint of ``steps_done`` (or the finished model to the root)."""
-        state = {"step": self.steps_done, "fingerprint": engine.master.fingerprint(),
+    def save(self, engine: Engine, final: bool, steps_done: int | None = None) -> None:
+        """Write the checkpoint of ``steps_done`` (default: all of the run), or the finished model to the root."""
+        steps_done = self.steps_done if steps_done is None else steps_done
+        state = {"step": steps_done, "fingerprint": engine.master.fingerprint(),
                  "checksum": engine.master.checksum()}  # fmt: skip
-        trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
+        trainer_state = {"global_step": steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
             checkpoint.save_final(self.path, engine, state, trainer_state)
         else:
-            checkpoint.save_checkpoint(self.path, self.steps_done, engine, state, trainer_state)
+            checkpoint.save_checkpoint(self.path, steps_done, engine, state, trainer_state)
 
     def record_checkpoint(self, engine: Engine) -> None:
         """Write the checkpoint line of ``steps_done``, once."""
@@ -230,7 +274,7 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
                 raise UserError(f"output_dir {path} holds other files and no estune run: give another --output_dir")
             _refuse_other_method(path, args)
             return Run(path, args, lock)
-        args = adopt(args, journal.header["config"], given)
+        args = adopt(args, journal.header["config"], given, has_sources(journal.header))
         if len(journal.steps) > args.max_steps:
             raise Hindered(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
         return Run(path, args, lock, journal)
@@ -285,8 +329,10 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
         return False
     if max_steps not in journal.checkpoints:
         return False
-    adopt(args, journal.header["config"], given)
-    return True
+    adopt(args, journal.header["config"], given, has_sources(journal.header))
+    if not (path / CONFIG_FILE).is_file() or not same_names(located(journal.header["config"], path), args):
+        return False  # whether other names lead to the same is seen once the run is open
+    return checkpoint.is_whole_model(path, journal.header["parameters"], state)
 
 
 def lock_directory(path: Path) -> int:
@@ -297,8 +343,15 @@ def lock_directory(path: Path) -> int:
     return descriptor
 
 
-def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig) -> ESConfig:
+def has_sources(header: Mapping[str, Any]) -> bool:
+    """Return whether a journal's header, or a `method.json`, holds hashes of the reward functions' source."""
+    return "reward_sources" in header.get("identity", {})
+
+
+def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> ESConfig:
     """Return ``args`` with what a resume must keep taken from the journal's header.
+
+    A model, a dataset or a reward may have another name: what it leads to is compared when it is loaded.
 
     Raises:
         UserError: a value was given that differs from the run's.
@@ -309,6 +362,8 @@ def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig) -> ESConfi
         if now == value:
             continue
         if getattr(given, name) not in (None, "auto"):
+            if may_lead_to_the_same(name, value, now, has_sources):
+                continue
             free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
             raise Hindered(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
         taken[name] = value
@@ -321,14 +376,25 @@ def stored_config(args: ESConfig) -> ESConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's `es_config.json`; UserError where there is none."""
+    """Return a run's `es_config.json`, or what its journal's header says where that file is missing or damaged.
+
+    Raises:
+        UserError: neither can be read.
+    """
     try:
         values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE})") from None
-    except ValueError:
-        raise UserError(f"{path / CONFIG_FILE} is not JSON") from None
-    return dict(values)
+        values, problem = None, f"{path} holds no run to resume (no {CONFIG_FILE})"
+    except (OSError, ValueError):
+        values, problem = None, f"{path / CONFIG_FILE} is not JSON"
+    if isinstance(values, dict):
+        return values
+    journal = Journal.open(path / JOURNAL_FILE, repair=False)
+    if journal is None:
+        raise UserError(problem if values is None else f"{path / CONFIG_FILE} is no JSON object")
+    warn(f"{path / CONFIG_FILE} is missing or damaged: the options are the journal's, and those that a resume may "
+         "change have their defaults")  # fmt: skip
+    return dict(journal.header["config"])
 
 
 def refuse_diverged(moved: Moved, steps_done: int) -> None:
@@ -337,7 +403,16 @@ def refuse_diverged(moved: Moved, steps_done: int) -> None:
         raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")
 
 
-# What `estune evaluate` takes from the run whose model it gets: all that decides a completion.
+def _processor_of(path: Path) -> str | None:
+    """Return the processor that a run began on; None where it is not known."""
+    try:
+        found = json.loads((path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["processor"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(found)
+
+
+# What `estune evaluate` takes from the run whose model it gets: all that decides a completion, and who scores it.
 _INHERITED = (
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length "
 )
@@ -348,17 +423,22 @@ _SAMPLING = "temperature top_p top_k num_generations seed"
 def inherited_settings(model: str, given: Collection[str]) -> dict[str, Any]:
     """Return how a run made completions, for an evaluation of its model; empty where ``model`` is no run's.
 
-    ``model`` is a run directory or a checkpoint in one; what is ``given`` is left out.
+    ``model`` is a run directory or a checkpoint in one; what is ``given`` is left out. Task, data and rewards belong
+    together: the run's rewards score other rows, too, but another task brings its own.
     """
     for directory in (Path(model), Path(model).parent):
         if (directory / CONFIG_FILE).is_file():
-            stored = read_config(directory)
+            stored = located(read_config(directory), directory)
             names = _INHERITED.split()
             es = stored.get("method", "es") == "es"  # other methods sample in training, and are evaluated greedily
             if es and not set(_SAMPLING.split()) & set(given):
                 names += _SAMPLING.split()
             if not {"task", "dataset_name", "reward_funcs"} & set(given):
                 names.append("task")
+            if not {"task", "reward_funcs"} & set(given):
+                names += ["reward_funcs", "reward_weights"]
+            if not {"task", "dataset_name"} & set(given):
+                names += ["dataset_name", "dataset_config", "dataset_test_split"]
             return {name: stored[name] for name in names if name in stored and name not in given}
     return {}
 

@@ -7,9 +7,11 @@ save; the format itself is a length, a JSON header and raw little-endian data.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,10 +94,10 @@ class TensorFile:
             header = json.loads(self._bytes[8 : 8 + length].tobytes())
             header.pop("__metadata__", None)
             self._start = 8 + length
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            end = max((_end_of(entry) for entry in header.values()), default=0)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
-        except (ValueError, struct.error, KeyError, TypeError, AttributeError, OSError):
+        except (ValueError, struct.error, KeyError, TypeError, AttributeError, OSError, RecursionError):
             raise UserError(f"{path} is not a safetensors file") from None
         if self._start + end > self._bytes.size:
             raise UserError(f"{path} is truncated: {self._bytes.size} bytes of {self._start + end}")
@@ -131,6 +133,16 @@ class TensorFile:
                 piece = out[start : start + CHUNK]
                 values = np.fromfile(file, dtype=dtype, count=piece.size)
                 piece[:] = from_bfloat16(values) if entry["dtype"] == "BF16" else values
+
+
+def _end_of(entry: dict[str, Any]) -> int:
+    """Return where a tensor's data ends, in bytes; ValueError where dtype, shape and offsets do not fit each other."""
+    first, last = entry["data_offsets"]
+    code = _NUMPY.get(entry["dtype"])  # None: a type that is not read here
+    size = last - first if code is None else math.prod(entry["shape"]) * np.dtype(code).itemsize
+    if not 0 <= first <= last or last - first != size or any(dimension < 0 for dimension in entry["shape"]):
+        raise ValueError("dtype, shape and offsets contradict each other")
+    return int(last)
 
 
 def open_model_files(directory: Path) -> dict[str, TensorFile]:

@@ -35,6 +35,7 @@ from estune.hub import open_repository, push, repository_of
 from estune.loggers import keep_trackers, known_trackers
 from estune.opening import start_monitors, start_workers
 from estune.records import cut_back, read_metrics
+from estune.resume import Facts, check_facts, keep_origin, located, same_names
 from estune.rollouts import Evaluator
 from estune.run import CONFIG_FILE, METHOD_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
 from estune.signals import StopRequest
@@ -157,7 +158,10 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
     state = read_state(path)
     if state is None or leftovers(path) or not (path / CONFIG_FILE).exists():
         return False
-    adopt(args, kept_by_a_resume(path), given)
+    kept = kept_by_a_resume(path)
+    adopt(args, kept, given)
+    if not same_names(located(kept, path), args):
+        return False
     used_up = bool(args.max_time_s and train_time_s(path) >= args.max_time_s)
     return state.get("step") == last_step(path) and (used_up or state.get("step") == args.max_steps)
 
@@ -186,16 +190,23 @@ def forget_later(path: Path, steps_done: int) -> None:
             shutil.rmtree(directory)
 
 
-def check_facts(path: Path, facts: dict[str, Any]) -> None:
-    """Refuse to go on with other data, rewards or another base than a run was begun with.
+def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
+    """Refuse to continue with another base, other data or rewards than a run was begun with (`estune.resume`).
 
     Raises:
         UserError: names what differs.
     """
-    then = json.loads((path / METHOD_FILE).read_text(encoding="utf-8"))
-    for name, value in facts.items():
-        if then[name] != value:
-            raise Hindered(f"a resume cannot change {name} from {then[name]} to {value}")
+    try:
+        then = json.loads((path / METHOD_FILE).read_text(encoding="utf-8"))
+        base = then["base"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path / METHOD_FILE} is missing or damaged; without it a resume cannot know what the run was begun with"
+        ) from None
+    if base != fingerprint:
+        raise Hindered(f"a resume cannot change the base model's weights: they have fingerprint {fingerprint}, the run "
+                       f"was begun on {base}")  # fmt: skip
+    check_facts(then, facts)
 
 
 @contextmanager
@@ -221,15 +232,14 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         train_prompts = trainer.prepare()
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
-        facts = {
-            "base": {"model": args.model, "fingerprint": engine.master.fingerprint()},
-            "data": inputs.data_fingerprint(trainer.train_rows, train_prompts),
-            "reward_funcs": trainer.rewards.names,
-        }
+        fingerprint = engine.master.fingerprint()
+        facts = inputs.facts_of(
+            trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
+        )
         progress = resume_point(run.path) if goes_on else Progress()
         steps_done = progress.steps_done
         if steps_done:
-            check_facts(run.path, facts)
+            check_run(run.path, fingerprint, facts)
         if steps_done > args.max_steps:
             raise Hindered(f"{run.path} already has {steps_done} steps, more than max_steps {args.max_steps}")
         found = {} if goes_on else run.files()
@@ -241,7 +251,9 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         if not goes_on:
             run.clear(found)
         module, bound = load_module(args, run, steps_done)
-        write_json(run.path / CONFIG_FILE, dataclasses.asdict(stored_config(args)))
+        values = dataclasses.asdict(stored_config(args))
+        keep_origin(run.path, values)
+        write_json(run.path / CONFIG_FILE, values)
         write_json(run.path / "env.json", environment())
         keep_trackers(run.path, {**trackers, **started})
         remove_partial(run.path)
@@ -260,7 +272,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             eval_rows=trainer.eval_rows,
             eval_prompts=eval_prompts,
             monitors=monitors,
-            facts=facts,
+            facts={"base": {"model": args.model, "fingerprint": fingerprint}, **facts.as_dict()},
             should_stop=stop.requested,
             steps_done=steps_done,
             evaluations=progress.evaluations,
