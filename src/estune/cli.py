@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from estune import __version__
 from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, default_of, read_config_file
-from estune.console import json_only, note, say, take_over_process
+from estune.console import json_only, note, say, take_over_process, warn
 from estune.errors import UserError
 from estune.fetch import MODELS
 from estune.files import full_disk_message, is_full_disk
@@ -308,10 +308,13 @@ def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluate(values: dict[str, Any]) -> int:
     from estune.commands import evaluate_command
+    from estune.data import has_splits
     from estune.run import inherited_settings
 
     extras = {name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json")}
     inherited = inherited_settings(str(values.get("model", "")), values)
+    if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
+        warn(f"{own_data} is one set of rows, and the run was trained on all of them: give --dataset_name for others")
     if inherited and not extras["json"]:
         note(f"prompts and decoding as in the run of {values['model']}; flags win")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -85,6 +86,12 @@ def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by the JSON of ``value``, indented."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def file_digest(path: Path) -> str:
+    """Return a hash (32 hexadecimal digits) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def sync_directory(path: Path) -> None:

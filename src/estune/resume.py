@@ -154,7 +154,7 @@ class Origin(TypedDict):
 def keep_origin(run_dir: Path, values: Mapping[str, Any]) -> None:
     """Write where the run's model, dataset and reward files lie; what was known of other names is kept."""
     known = read_origin(run_dir)
-    paths = dict(known["paths"]) if known else {}
+    paths = {name: str(_moved(path, run_dir, known) or path) for name, path in known["paths"].items()} if known else {}
     paths |= {name: path for name in _names(values) if (path := _path_of(name)) is not None}
     origin = Origin(run_directory=os.path.abspath(run_dir), working_directory=os.getcwd(), paths=paths)
     if origin != known:

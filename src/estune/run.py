@@ -37,10 +37,12 @@ from estune.resume import (
     keep_origin,
     located,
     may_lead_to_the_same,
+    module_directory,
     same_names,
     warn_of_processor,
     warn_of_versions,
 )
+from estune.reward_loading import look_for_modules_in
 
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -332,7 +334,10 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
     adopt(args, journal.header["config"], given, has_sources(journal.header))
     if not (path / CONFIG_FILE).is_file() or not same_names(located(journal.header["config"], path), args):
         return False  # whether other names lead to the same is seen once the run is open
-    return checkpoint.is_whole_model(path, journal.header["parameters"], state)
+    if not checkpoint.is_whole_model(path, journal.header["parameters"], state):
+        warn(f"the finished model in {path} is damaged or lacks a file: it is written again")
+        return False
+    return True
 
 
 def lock_directory(path: Path) -> int:
@@ -360,6 +365,8 @@ def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_source
     for name, value in stored.items():
         now = getattr(args, name)
         if now == value:
+            continue
+        if name == "model" and given.model == "auto":  # a module: its base lies in the run, wherever that is now
             continue
         if getattr(given, name) not in (None, "auto"):
             if may_lead_to_the_same(name, value, now, has_sources):
@@ -437,6 +444,7 @@ def inherited_settings(model: str, given: Collection[str]) -> dict[str, Any]:
                 names.append("task")
             if not {"task", "reward_funcs"} & set(given):
                 names += ["reward_funcs", "reward_weights"]
+                look_for_modules_in(module_directory(directory))
             if not {"task", "dataset_name"} & set(given):
                 names += ["dataset_name", "dataset_config", "dataset_test_split"]
             return {name: stored[name] for name in names if name in stored and name not in given}

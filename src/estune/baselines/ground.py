@@ -27,7 +27,7 @@ from estune.console import warn
 from estune.engines.base import Completion, Prompt
 from estune.engines.hf_parameters import Binding
 from estune.errors import UserError
-from estune.files import write_json
+from estune.files import file_digest, write_json
 from estune.fitness import fill_failures, mean, weigh
 from estune.open_run import OpenRun
 from estune.rollouts import scored
@@ -56,14 +56,35 @@ class Progress:
     tokens: float = 0.0  # that the trainer has seen
 
     def keep(self, directory: Path) -> None:
-        """Write it into a directory."""
+        """Write it into a directory whose files change no more, with their hashes."""
+        files = {path.name: file_digest(path) for path in sorted(directory.iterdir()) if path.name != PROGRESS_FILE
+                 and path.is_file()}  # fmt: skip
+        write_json(directory / PROGRESS_FILE, {**dataclasses.asdict(self), "files": files})
+
+    def keep_beside(self, directory: Path) -> None:
+        """Write it into a directory whose files are written again at every step."""
         write_json(directory / PROGRESS_FILE, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Progress | None:
-        """Return what a directory holds; None where it is not whole."""
+        """Return what a directory holds; None where it was not written to the end.
+
+        Raises:
+            UserError: a file in it is not what it was when it was written.
+        """
         path = directory / PROGRESS_FILE
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            files = values.pop("files", {})
+            progress = cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError):
+            raise UserError(f"{path} is damaged") from None
+        for name, digest in files.items():
+            if not (directory / name).is_file() or file_digest(directory / name) != digest:
+                raise UserError(f"{directory / name} is missing or damaged")
+        return progress
 
 
 @dataclass

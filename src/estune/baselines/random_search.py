@@ -20,6 +20,7 @@ from estune.baselines.ground import Ground
 from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Interrupted, Perturbation
+from estune.errors import UserError
 from estune.files import write_json
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.rollouts import Group, scored, stack
@@ -78,7 +79,7 @@ def random_search(ground: Ground) -> None:
         ground.step_done(index + 1, {"es/fitness_best": best.fitness})
         ground.trainer_directory.mkdir(exist_ok=True)
         write_json(ground.trainer_directory / STATE_FILE, vars(best))
-        ground.progress.keep(ground.trainer_directory)
+        ground.progress.keep_beside(ground.trainer_directory)
         if not ground.ended:
             ground.use(base)
 
@@ -162,4 +163,7 @@ def _read(ground: Ground) -> Best:
     path = ground.trainer_directory / STATE_FILE
     if not ground.steps_done:
         return Best()
-    return Best(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Best(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} is damaged; delete {path.parent} to begin again from step 0") from None

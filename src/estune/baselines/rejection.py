@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import time
@@ -105,7 +106,8 @@ def _draw(ground: Ground, min_reward: float | None, max_samples: int | None) -> 
     ground.trainer_directory.mkdir(exist_ok=True)
     replace_file(ground.trainer_directory / SAMPLES_FILE, lambda file: file.write(data))
     cost = {"seconds": time.perf_counter() - ground.clock, "evaluations": ground.evaluations}
-    write_json(ground.trainer_directory / DRAWING_FILE, {**cost, "measured": ground.measured, "facts": ground.facts})
+    known = {"measured": ground.measured, "facts": ground.facts, "samples": hashlib.sha256(data).hexdigest()}
+    write_json(ground.trainer_directory / DRAWING_FILE, cost | known)
     return list(kept)
 
 
@@ -144,12 +146,16 @@ def _right(ground: Ground, ids: list[int], answers: list[list[Completion]], min_
 
 
 def _has_drawn(ground: Ground) -> bool:
-    """Say whether a run that was killed before its first state was kept had drawn, and count what that cost."""
-    path = ground.trainer_directory / DRAWING_FILE
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["facts"] != ground.facts:  # samples of other data, or of another base
+    """Return whether a run that was killed before its first state was kept had drawn, and count what that cost.
+
+    Samples that are damaged, or of other data or another base, are drawn again.
+    """
+    try:
+        found = json.loads((ground.trainer_directory / DRAWING_FILE).read_text(encoding="utf-8"))
+        samples = (ground.trainer_directory / SAMPLES_FILE).read_bytes()
+        if found["facts"] != ground.facts or found["samples"] != hashlib.sha256(samples).hexdigest():
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     ground.clock -= found["seconds"]
     ground.evaluations = found["evaluations"]
@@ -158,6 +164,9 @@ def _has_drawn(ground: Ground) -> bool:
 
 
 def _read(ground: Ground) -> list[Sample]:
-    text = (ground.trainer_directory / SAMPLES_FILE).read_text(encoding="utf-8")
-    found: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-    return [(line["row"], tuple(line["completion_ids"])) for line in found]
+    path = ground.trainer_directory / SAMPLES_FILE
+    try:
+        found: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(line["row"], tuple(line["completion_ids"])) for line in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is missing or damaged; delete {path.parent} to begin again from step 0") from None

@@ -177,9 +177,22 @@ def last_step(path: Path) -> int:
 
 
 def resume_point(path: Path) -> Progress:
-    """Return how far a run has come that can be gone on with: to the newest whole state of its method."""
-    found = [Progress.read(directory) for directory in (path / "trainer", *(path / "trainer").glob("checkpoint-*"))]
-    return max((progress for progress in found if progress), key=lambda p: p.steps_done, default=Progress())
+    """Return how far a run has come that can be continued: to the newest state of its method that is whole.
+
+    Warns of states that are damaged.
+    """
+    newest, damaged = Progress(), []
+    for directory in (path / "trainer", *sorted((path / "trainer").glob("checkpoint-*"))):
+        try:
+            progress = Progress.read(directory)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if progress is not None and progress.steps_done > newest.steps_done:
+            newest = progress
+    if damaged:
+        warn(f"{'; '.join(damaged)}: continuing from step {newest.steps_done}, the newest state that is whole")
+    return newest
 
 
 def forget_later(path: Path, steps_done: int) -> None:
