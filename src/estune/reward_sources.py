@@ -149,7 +149,10 @@ def without_comments(text: str) -> str:
 
 
 def source_of(thing: Any) -> str:
-    """Return the text of a function or a class; of a lambda the lambda alone; else what its bytecode is."""
+    """Return the text of a function or a class; of a lambda the lambda alone; else its bytecode.
+
+    A class of a notebook has no file that `inspect` could find: it is the text of its methods.
+    """
     code = getattr(thing, "__code__", None)
     if getattr(thing, "__name__", "") == "<lambda>" and code is not None:
         text = "".join(linecache.getlines(code.co_filename))
@@ -160,7 +163,10 @@ def source_of(thing: Any) -> str:
                 return "\n".join(found)
     with suppress(OSError, TypeError):
         return textwrap.dedent(inspect.getsource(thing))
-    return f"{code.co_code.hex()} {code.co_consts!r}" if code is not None else repr(thing)
+    if code is not None:
+        return f"{code.co_code.hex()} {code.co_consts!r}"
+    members = (getattr(member, "__func__", member) for member in vars(thing).values())
+    return "\n".join(source_of(member) for member in members if isinstance(member, types.FunctionType))
 
 
 def _is_plain(value: Any) -> bool:

@@ -310,7 +310,7 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
 def is_ours(path: Path) -> bool:
     """Say whether a directory holds a run, or nothing but what a start leaves that was killed early."""
     names = {child.name for child in path.iterdir() if not child.name.startswith(".")}
-    early = {BASE_DIRECTORY, "tensorboard", "wandb"}  # trackers start before the configuration is written
+    early = {BASE_DIRECTORY, "tensorboard", "wandb", ORIGIN_FILE}  # what is written before the configuration
     return names <= early or bool(names & {CONFIG_FILE, JOURNAL_FILE})
 
 

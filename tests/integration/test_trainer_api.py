@@ -260,11 +260,11 @@ def test_what_auto_became_is_journalled_and_another_engine_is_named(llama, place
     assert (header["config"]["dtype"], header["config"]["members_per_batch"]) == ("float32", 4)
     capsys.readouterr()
     train(llama, noise="lowrank", max_steps=3, resume=True)
-    assert "goes on with" not in capsys.readouterr().err
+    assert "continues with" not in capsys.readouterr().err
     info = HFEngine.info
     monkeypatch.setattr(HFEngine, "info", lambda self: info(self) | {"shared_forward": False})
     train(llama, noise="lowrank", max_steps=4, resume=True)
-    assert "the run began with shared_forward True and goes on with False" in capsys.readouterr().err
+    assert "the run began with shared_forward True and continues with False" in capsys.readouterr().err
 
 
 def test_members_per_batch_is_the_members_of_a_forward_pass(llama, monkeypatch):

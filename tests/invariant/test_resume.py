@@ -1,5 +1,6 @@
 """Resume, stop, full disks and replay: what is on disk is always enough (DESIGN sections 3.5, 3.6 and 5)."""
 
+import json
 import os
 import shutil
 import signal
@@ -400,21 +401,79 @@ def test_a_torn_last_line_is_repaired(run, place, base_run):
         assert_same_tree(tree(place / "run"), wanted)
 
 
-def test_a_damaged_checkpoint_is_refused_and_can_be_deleted(run, place, base_run):
+def flip(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+DAMAGE = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-8]),
+    "header cut": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no tensor file": lambda path: path.write_bytes(b"x" * 999),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def many_checkpoints(zygote, tmp_path_factory):
+    """A run of five steps with a checkpoint after each; and one of seven."""
+    place = tmp_path_factory.mktemp("many")
+    options = (*SMALL, "--save_steps", 1, "--max_steps")
+    assert zygote.run((*options, 7), place).code == 0
+    (place / "run").rename(place / "long")
+    assert zygote.run((*options, 5), place).code == 0
+    return place
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("checkpoint-5/model.safetensors",),
+        ("checkpoint-5/es_state.json",),
+        ("checkpoint-5/model.safetensors", "checkpoint-4/model.safetensors"),
+        ("checkpoint-5/es_state.json", "checkpoint-3/model.safetensors", "checkpoint-4/es_state.json"),
+        tuple(f"checkpoint-{step}/model.safetensors" for step in range(1, 6)),
+    ],
+    ids=lambda files: "+".join(sorted({file.partition("/")[2] for file in files})) + f"-{len(files)}",
+)
+def test_damaged_checkpoints_are_written_again_with_one_warning(run, place, many_checkpoints, files, damage):
+    """The newest state that is whole, be it the base model, and the journal give back what was damaged."""
+    shutil.copytree(many_checkpoints / "run", place / "run")
+    for file in files:
+        DAMAGE[damage](place / "run" / file)
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 7)
+    assert done.code == 0, done
+    warnings = [line for line in done.err.splitlines() if "damaged" in line]
+    assert len(warnings) == 1 and all(file.partition("/")[0] in warnings[0] for file in files), done.err
+    kept, wanted = tree(place / "run"), tree(many_checkpoints / "long")
+    assert sorted(kept) == sorted(wanted)
+    for name, data in wanted.items():  # what a checkpoint says of its run's length is that of the time it was written
+        assert kept[name] == data or name.endswith("trainer_state.json"), name
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "flipped"])
+def test_a_finished_model_that_is_damaged_is_written_again(run, place, base_run, file, damage):
     shutil.copytree(base_run, place / "run")
-    assert run("train", "--resume", "--output_dir", "run", "--max_steps", 5).code == 0
-    wanted = weights(place / "run")
-    for damage in ("flipped", "truncated"):
-        shutil.rmtree(place / "run")
-        shutil.copytree(base_run, place / "run")
-        path = place / "run" / "checkpoint-2" / "model.safetensors"
-        data = path.read_bytes()
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage == "flipped" else data[:-8])
-        words = ("train", "--resume", "--output_dir", "run", "--max_steps", 5)
-        assert_refused(run(*words), "checkpoint-2")
-        shutil.rmtree(path.parent)
-        assert run(*words).code == 0
-        assert weights(place / "run") == wanted
+    wanted = tree(place / "run")
+    DAMAGE[damage](place / "run" / file)
+    done = run("train", "--resume", "--output_dir", "run")
+    assert done.code == 0, done
+    assert "is written again" in done.err and "finished (" not in done.out, done
+    assert_same_tree(tree(place / "run"), wanted)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "a list"])
+def test_the_journal_stands_in_for_a_damaged_configuration(run, place, base_run, damage):
+    shutil.copytree(base_run, place / "run")
+    file = place / "run" / "es_config.json"
+    {**DAMAGE, "a list": lambda path: path.write_text("[]")}[damage](file)
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 4)
+    assert done.code == 0 and "es_config.json is missing or damaged" in done.err, done
+    assert len(steps(place / "run")) == 4 and json.loads(file.read_text())["sigma"] == 0.1
 
 
 def test_another_base_model_is_refused(run, place, base_run):
