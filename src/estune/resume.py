@@ -144,10 +144,10 @@ def warn_of_processor(then: str | None, now: str) -> None:
 
 
 class Origin(TypedDict):
-    """Where a run was started, and what the names in its options led to; all paths are absolute."""
+    """Where a run lies, was started and resumed, and what the names in its options led to; all paths are absolute."""
 
     run_directory: str
-    working_directory: str
+    working_directories: list[str]
     paths: dict[str, str]  # name -> path
 
 
@@ -156,7 +156,9 @@ def keep_origin(run_dir: Path, values: Mapping[str, Any]) -> None:
     known = read_origin(run_dir)
     paths = {name: str(_moved(path, run_dir, known) or path) for name, path in known["paths"].items()} if known else {}
     paths |= {name: path for name in _names(values) if (path := _path_of(name)) is not None}
-    origin = Origin(run_directory=os.path.abspath(run_dir), working_directory=os.getcwd(), paths=paths)
+    places = [str(_moved(place, run_dir, known) or place) for place in known["working_directories"]] if known else []
+    places = list(dict.fromkeys([*places, os.getcwd()]))
+    origin = Origin(run_directory=os.path.abspath(run_dir), working_directories=places, paths=paths)
     if origin != known:
         write_json(run_dir / ORIGIN_FILE, origin)
 
@@ -166,9 +168,8 @@ def read_origin(run_dir: Path) -> Origin | None:
     try:
         found = json.loads((run_dir / ORIGIN_FILE).read_text(encoding="utf-8"))
         paths = {str(name): str(path) for name, path in found["paths"].items()}
-        return Origin(
-            run_directory=str(found["run_directory"]), working_directory=str(found["working_directory"]), paths=paths
-        )
+        places = [str(place) for place in found["working_directories"]]
+        return Origin(run_directory=str(found["run_directory"]), working_directories=places, paths=paths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -191,10 +192,11 @@ def located(values: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def module_directory(run_dir: Path) -> Path | None:
-    """Return the directory in which the run's reward modules were looked for; None where it is not known or gone."""
+def module_directories(run_dir: Path) -> list[Path]:
+    """Return the directories in which the run's reward modules were looked for, as far as they are still there."""
     origin = read_origin(run_dir)
-    return None if origin is None else _moved(origin["working_directory"], run_dir, origin)
+    places = [_moved(place, run_dir, origin) for place in origin["working_directories"]] if origin else []
+    return [place for place in places if place is not None]
 
 
 def _located(name: str, run_dir: Path, origin: Origin) -> str:
@@ -258,7 +260,7 @@ def table() -> str:
     """Return the table of what a resume may change, as Markdown: facts from `RULES`, options from `ESConfig`."""
     lines = ["| what a run is made of | compared by | another one is |", "|---|---|---|"]
     lines += [f"| {rule.what} | {rule.compared} | {rule.outcome} |" for rule in RULES.values()]
-    lines += ["", "| option | a resume |", "|---|---|"]
+    lines += ["", "## Options", "", "| option | a resume |", "|---|---|"]
     for name in FIELDS:
         if name in RESUMABLE:
             outcome = "may change it"

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -83,9 +83,9 @@ def loaded_source(module: str) -> tuple[str, str]:
     return _loaded_files.get(module, ("", ""))
 
 
-def look_for_modules_in(directory: Path | None) -> None:
-    """Let `load_reward` find modules in another directory, too: where a run was started that is resumed from here."""
-    if directory is not None:
+def look_for_modules_in(directories: Iterable[Path]) -> None:
+    """Let `load_reward` find modules in other directories, too: where a run was started that is resumed from here."""
+    for directory in directories:
         _add_to_path(directory)
 
 

@@ -37,7 +37,7 @@ from estune.resume import (
     keep_origin,
     located,
     may_lead_to_the_same,
-    module_directory,
+    module_directories,
     same_names,
     warn_of_processor,
     warn_of_versions,
@@ -444,7 +444,7 @@ def inherited_settings(model: str, given: Collection[str]) -> dict[str, Any]:
                 names.append("task")
             if not {"task", "reward_funcs"} & set(given):
                 names += ["reward_funcs", "reward_weights"]
-                look_for_modules_in(module_directory(directory))
+                look_for_modules_in(module_directories(directory))
             if not {"task", "dataset_name"} & set(given):
                 names += ["dataset_name", "dataset_config", "dataset_test_split"]
             return {name: stored[name] for name in names if name in stored and name not in given}

@@ -85,10 +85,11 @@ def accuracy_on_knowledge(model: str, place: Path) -> float:
     return accuracy
 
 
-def test_the_reference_is_the_parsers_own() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "cli_reference.py")], capture_output=True, text=True)
+@pytest.mark.parametrize(("script", "page"), [("cli_reference", "cli"), ("resume_reference", "resuming")])
+def test_a_generated_page_is_the_codes_own(script: str, page: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == done.stdout
+    assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == done.stdout
 
 
 def default_of(configuration: type, name: str) -> object:
