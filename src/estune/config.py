@@ -226,9 +226,12 @@ class ESConfig:
             value, choices = getattr(self, spec.name), spec.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"{spec.name} is {value!r}; it can be {', '.join(choices)}{nearest(value, choices)}")
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise UserError(f"{spec.name} must be a finite number, not {number}")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise UserError(f"{spec.name} must be a finite number, not {item}")
+                if not _is_text(item):
+                    raise UserError(f"{spec.name} is no text that can be written down: {item!r} holds half of a "
+                                    "surrogate pair, as undecodable bytes on a command line do")  # fmt: skip
         positive = (
             "sigma",
             "reward_timeout_s",
@@ -444,6 +447,15 @@ def _quoting_hint(value: Any, options: list[Any]) -> str:
     if options[0] in (str, list[str]) and any(isinstance(item, (bool, int, float, datetime.date)) for item in items):
         return "; if it is meant as text, write it in quotes"
     return ""
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether all strings in a value, at any depth, can be encoded."""
+    if isinstance(value, dict):
+        return all(_is_text(key) and _is_text(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_text, value))
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 _MISFIT = object()

@@ -153,11 +153,11 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-        for name in table.column_names:
-            if table.column_names.count(name) > 1:
+        names = pyarrow.parquet.read_schema(path).names
+        for name in names:
+            if names.count(name) > 1:
                 raise UserError(f"{path} has two columns named {name!r}")
-        rows: list[Row] = table.to_pylist()
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable parquet file: {' '.join(str(error).split())[:300]}") from error
     return rows
@@ -295,7 +295,7 @@ class PromptBuilder:
         """
         prompt: Any = row.get("prompt")
         for column in UNSUPPORTED:
-            if row.get(column):
+            if _is_there(row.get(column)):
                 raise UserError(f"row {row_id} has a column {column!r}: tools and images are not supported")
         messages: list[dict[str, Any]]
         text: str
@@ -375,6 +375,11 @@ class PromptBuilder:
                 f"row {row_id}: the prompt holds token {unknown[0]} ({text!r}), and the model's embedding has {size} "
                 "rows: resize the embedding to the tokenizer, or take the token out of it"
             )
+
+
+def _is_there(value: Any) -> bool:
+    """Return whether a column says anything: not None, not empty; an array or an image has no truth of its own."""
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 def _are_messages(prompt: Any) -> bool:

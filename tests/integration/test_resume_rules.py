@@ -143,7 +143,8 @@ CHANGES = {
     "processor": [(lambda place: edit(place / "run" / "env.json", processor="An abacus"), ())],
 }  # fmt: skip
 WORDS = {"base": "fingerprint", "parameters": "noise of", "engine": "the run began with",
-         "versions": "since the run began", "processor": "an abacus", "reward_funcs": "reward_funcs", "reward_weights": "reward_weights"}  # fmt: skip
+         "versions": "since the run began", "processor": "an abacus", "reward_funcs": "reward_funcs",
+         "reward_weights": "reward_weights"}  # fmt: skip
 CASES = [(name, number) for name, changes in CHANGES.items() for number in range(len(changes))]
 
 

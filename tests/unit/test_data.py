@@ -71,6 +71,71 @@ def test_files_give_equal_rows_with_exact_types(tmp_path):
     assert [type(value) for value in rows[0]["numbers"]] == [int, float, type(None)]
 
 
+class Endless:
+    """A map-style dataset: it has a length, and answers any index, as many of torch's do."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"prompt": f"p{index}"}
+
+
+def test_a_sequence_is_read_to_its_length_and_no_further():
+    assert [row["prompt"] for row in load_rows(Endless())] == ["p0", "p1", "p2"]
+    assert load_rows(tuple(ROWS)) == ROWS
+
+
+def streams():
+    import itertools
+
+    import datasets
+
+    def forever():
+        yield from ({"prompt": str(number)} for number in itertools.count())
+
+    return {
+        "generator": forever(),
+        "iterator": iter(ROWS),
+        "map": map(dict, ROWS),
+        "count": itertools.count(),
+        "IterableDataset": datasets.IterableDataset.from_generator(forever),
+        "IterableDataset taken": datasets.IterableDataset.from_generator(forever).take(3),
+        "IterableDataset of a file": datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+        "a number": 7,
+    }
+
+
+@pytest.mark.parametrize("name", streams())
+def test_a_stream_is_refused_at_once(name):
+    source = streams()[name]
+    with pytest.raises(UserError, match=rf"a {type(source).__name__} has no length"):
+        load_rows(source)
+
+
+def test_names_of_columns_are_strings():
+    with pytest.raises(UserError, match="a column named 1"):
+        load_rows([{"prompt": "a", 1: 2}])
+    with pytest.raises(UserError, match="a column named None"):
+        load_rows([{"prompt": "a"}, {"prompt": "a", None: 2}])
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "v": 1, "v": 2}\n')
+    with pytest.raises(UserError, match="line 2 gives 'v' twice"):
+        load_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('[{"prompt": "a", "x": {"deep": [{"y": 1, "y": 1}]}}]')
+    with pytest.raises(UserError, match="gives 'y' twice"):
+        load_rows(tmp_path / "a.json")
+    table = pyarrow.table([pyarrow.array(["p"]), pyarrow.array([1]), pyarrow.array([2])], names=["prompt", "v", "v"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="two columns named 'v'"):
+        load_rows(tmp_path / "a.parquet")
+
+
 def test_rows_get_every_column(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b", "target": 1}])
     assert load_rows(path) == [{"prompt": "a", "target": None}, {"prompt": "b", "target": 1}]
@@ -307,3 +372,60 @@ def test_importing_data_and_rewards_brings_no_heavy_library():
     code += "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numba') if m in sys.modules])"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert text.strip() == "[]"
+
+
+# --- prompts that a model cannot read
+
+
+@pytest.mark.parametrize("templated", [False, True])
+@pytest.mark.parametrize(
+    ("size", "text", "token"), [(5, "hello", 5), (9, "be ok", 9), (2, "hello", None), (1, "<s> hello", 1)]
+)
+def test_a_token_without_an_embedding_is_refused_at_the_door(tokenizer, size, text, token, templated):
+    prompt = [{"role": "user", "content": text}] if templated else text
+    with pytest.raises(UserError, match=rf"row 7: the prompt holds token \d+ .* embedding has {size} rows") as refused:
+        builder(tokenizer, vocab_size=size).build({"prompt": prompt}, 7)
+    if token is not None and not templated:
+        assert f"token {token} " in str(refused.value)
+    assert builder(tokenizer, vocab_size=10).build({"prompt": prompt}, 7).token_ids
+
+
+def test_tokens_of_a_prefix_and_of_a_system_prompt_count(tokenizer):
+    for option in ("response_prefix", "system_prompt"):
+        with pytest.raises(UserError, match=r"token 9 \('ok'\)"):
+            builder(tokenizer, vocab_size=9, **{option: " ok"}).build({"prompt": "hello"}, 0)
+
+
+@pytest.mark.parametrize("text", ["Make \ud83d.", "\udc80", "a \ud83d\ud83d b", "\udfff" * 3])
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_half_a_surrogate_pair_is_refused_with_its_row(tokenizer, text, as_messages):
+    for inner in (tokenizer, None):
+        if as_messages and inner is None:
+            continue
+        prompt = [{"role": "user", "content": text}] if as_messages else text
+        with pytest.raises(UserError, match=r"row 3: the prompt is no text: it holds '.ud"):
+            builder(inner).build({"prompt": prompt}, 3)
+
+
+def test_a_tokenizer_that_raises_is_told_with_the_row(tokenizer):
+    class Broken:
+        bos_token = None
+        chat_template = None
+
+        def encode(self, text, **_):
+            raise ZeroDivisionError("no such token")
+
+    with pytest.raises(UserError, match="row 2: the tokenizer refuses the prompt: ZeroDivisionError: no such token"):
+        builder(Broken()).build({"prompt": "a"}, 2)
+
+
+@pytest.mark.parametrize("value", [[1], "x", {"a": 1}])
+def test_a_column_of_images_or_tools_is_refused_if_it_says_anything(tokenizer, value):
+    import numpy as np
+
+    for name in ("image", "images", "tools"):
+        for there in (value, np.zeros(2)):
+            with pytest.raises(UserError, match=f"row 0 has a column '{name}'"):
+                builder(tokenizer).build({"prompt": "hello", name: there}, 0)
+        for nothing in (None, [], "", np.zeros(0)):
+            assert builder(tokenizer).build({"prompt": "hello", name: nothing}, 0)
