@@ -166,6 +166,13 @@ DATASETS = {
     "not objects": ("[1, 2]\n", "line 1", "object"),
     "without prompts": ('{"question": "a", "wanted": 1}\n', "prompt"),
     "without the column that the reward needs": ('{"prompt": "x[0]"}\n', "wanted"),
+    "a null prompt": (
+        '{"prompt": "x[0]", "wanted": 1}\n{"prompt": null, "wanted": 1}\n',
+        "row 1",
+        "its prompt is null",
+    ),
+    "half a surrogate pair": ('{"prompt": "x[0] \\ud83d.", "wanted": 1}\n', "row 0", "is no text", "ud83d"),
+    "a name given twice": ('{"prompt": "x[0]", "wanted": 1, "wanted": 2}\n', "line 1", "'wanted' twice"),
     "a prompt that is a number": ('{"prompt": 3, "wanted": 1}\n', "row 0", "prompt"),
     "an empty prompt": ('{"prompt": "", "wanted": 1}\n', "row 0", "empty"),
     "messages for a model without a template": (
@@ -197,6 +204,25 @@ def test_datasets(refused, place, text, parts):
 def test_datasets_that_are_not_there(refused, place, name, parts):
     (place / "bad.parquet").write_text("no parquet")
     refused((*RUN, "--dataset_name", name), *parts)
+
+
+@pytest.mark.parametrize("name", ["question", "problem", "instruction", "messages"])
+def test_a_pointer_to_where_the_prompt_may_be(refused, place, name):
+    words = ("train", "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:always_raising")
+    (place / "rows.jsonl").write_text(json.dumps({name: "1 + 1?", "answer": "2", "id": 3}) + "\n")
+    refused(words, f"rename '{name}' to 'prompt'", "--task math", "--task gsm_symbolic", f"it has {name}, answer, id")
+    (place / "rows.jsonl").write_text(json.dumps({name: "1 + 1?"}) + "\n")
+    assert "--task" not in refused(words, f"rename '{name}' to 'prompt'")
+    (place / "rows.jsonl").write_text(json.dumps({"id": 3}) + "\n")
+    assert "rename" not in refused(words, "no column 'prompt'", "it has id")
+
+
+@pytest.mark.parametrize("option", ["--system_prompt", "--response_prefix", "--stop_strings", "--dataset_name"])
+def test_bytes_that_are_no_text_on_the_command_line(place, option):
+    """The command line reads undecodable bytes as halves of surrogate pairs, which no file of a run could hold."""
+    done = estune(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"), cwd=place, env={"PYTHONUTF8": "1"})
+    assert_refused(done, option.removeprefix("--"), "is no text")
+    assert not (place / "run").exists()
 
 
 def test_missing_columns_are_named_with_the_reward(refused, place):
