@@ -76,7 +76,8 @@ def _rows_in_memory(source: Any) -> list[Row]:
             "stream is not read; give its rows as a list, such as list(itertools.islice(stream, 10_000))"
         ) from None
     # A sequence such as torch's map-style dataset may answer any index and so never end by itself.
-    rows = source.to_list() if hasattr(source, "to_list") else list(itertools.islice(source, count))
+    with _told("the dataset cannot be read"):
+        rows = source.to_list() if hasattr(source, "to_list") else list(itertools.islice(source, count))
     if not all(isinstance(row, dict) for row in rows):
         raise UserError("a dataset must be a sequence of dicts, one per row")
     return rows

@@ -332,8 +332,8 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
     if max_steps not in journal.checkpoints:
         return False
     adopt(args, journal.header["config"], given, has_sources(journal.header))
-    if not (path / CONFIG_FILE).is_file() or not same_names(located(journal.header["config"], path), args):
-        return False  # whether other names lead to the same is seen once the run is open
+    if not _is_json_object(path / CONFIG_FILE) or not same_names(located(journal.header["config"], path), args):
+        return False  # it is written again; whether other names lead to the same is seen once the run is open
     if not checkpoint.is_whole_model(path, journal.header["parameters"], state):
         warn(f"the finished model in {path} is damaged or lacks a file: it is written again")
         return False
@@ -408,6 +408,13 @@ def refuse_diverged(moved: Moved, steps_done: int) -> None:
     """Raise UserError where an update made theta infinite or not a number."""
     if not math.isfinite(moved.norm):
         raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _processor_of(path: Path) -> str | None:
