@@ -18,26 +18,24 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests")]
-CHUNK = 50  # cases that one server runs
+CHUNK = 25  # cases that one server runs
 
 
 def work(name: str, cases: list[dict[str, Any]]) -> tuple[str, Any]:
     """Run cases of a domain in a process of its own."""
-    import fuzz_run
-
-    return name, fuzz_run.run_cases(name, cases)
+    return name, import_module("fuzz_run").run_cases(name, cases)
 
 
 def chunks(names: list[str], n_cases: int, seed: int) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the cases of all domains in parts, those of the slowest domains first."""
-    import fuzz_run
-
+    fuzz_run = import_module("fuzz_run")
     parts = []
     for index, name in enumerate(names):
         share = n_cases // len(names) + (index < n_cases % len(names))
@@ -54,12 +52,11 @@ def show(name: str, case: dict[str, Any], fault: str) -> None:
 
 def main() -> int:
     """Draw the cases, run them on all cores, count; return the exit status."""
-    import fuzz_run
-
+    domains = list(import_module("fuzz_run").DOMAINS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="of all domains together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--domain", nargs="+", choices=list(fuzz_run.DOMAINS), default=list(fuzz_run.DOMAINS))
+    parser.add_argument("--domain", nargs="+", choices=domains, default=domains)
     parser.add_argument("--case", help="one case as JSON, of the one domain that is named")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()

@@ -240,7 +240,7 @@ def _make_streams() -> None:
         with suppress(OSError):
             os.fstat(descriptor)
             errors = "backslashreplace" if name == "stderr" else "strict"
-            stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", errors=errors, closefd=False)
+            stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
             if name == "stderr" or stream.isatty():
                 stream.reconfigure(line_buffering=True)
         setattr(sys, name, stream)

@@ -15,13 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import fuzz_kills
+import fuzz_models
 import fuzz_rows
 import fuzz_streams
 import hypothesis
 from fuzz_forks import Forks
 from fuzz_outcomes import Case
 
-DOMAINS: dict[str, ModuleType] = {"A": fuzz_rows, "C": fuzz_kills, "D": fuzz_streams}
+DOMAINS: dict[str, ModuleType] = {"A": fuzz_rows, "B": fuzz_models, "C": fuzz_kills, "D": fuzz_streams}
 MEMORY = Path("/dev/shm")  # fsync costs nothing there
 
 
