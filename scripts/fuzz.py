@@ -76,6 +76,8 @@ def main() -> int:
             n_failures += len(found.failures)
             for case, fault in found.failures:
                 show(name, case, fault)
+            done_cases = sum(outcomes.total() for outcomes in counts.values())
+            print(f"{done_cases} cases after {time.monotonic() - started:.0f} s, {n_failures} faults", flush=True)
     for name, outcomes in counts.items():
         print(f"\ndomain {name}: {outcomes.total()} cases in {seconds[name]:.0f} s, {outcomes['FAULT']} faults")
         for outcome, count in outcomes.most_common():
