@@ -12,11 +12,12 @@ PPO := $(VENV)/lib/estune-ppo
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test check docs format bench bench-check figures clean
+.PHONY: help install demo test fuzz check docs format bench bench-check figures clean
 
 help:
 	@echo "make demo    set up, train the embedded model, evaluate before and after"
 	@echo "make test    set up, run the whole test suite"
+	@echo "make fuzz    1000 random cases against the real commands: data, models, kills, streams (about half an hour)"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as pages, in build/site"
 	@echo "make format  ruff format and fix"
@@ -44,6 +45,9 @@ demo: $(RUNTIME)
 
 test: $(DEV)
 	$(BIN)/python -m pytest
+
+fuzz: $(DEV)
+	$(BIN)/python scripts/fuzz.py --cases 1000 --seed 0
 
 check: $(DEV)
 	$(BIN)/ruff check .

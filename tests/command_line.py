@@ -272,8 +272,10 @@ class Zygote:
         return self.wait()
 
 
-def count_writes(kill_at):
+def count_writes(kill_at, number=signal.SIGKILL):
     """Number every call that changes what other processes see of the file system; die just before the ``kill_at``-th.
+
+    ``number`` is the signal that the process sends to itself there.
 
     A write counts twice: the second time half of it is written. fsync is not counted (to those who outlive the process
     a file is the same before and after it), nor is the removal of what is not there. Returns the counter's reader.
@@ -284,7 +286,7 @@ def count_writes(kill_at):
         nonlocal calls
         calls += 1
         if calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     def counted(function):
         def call(path, *args, **kwargs):
@@ -308,21 +310,27 @@ def count_writes(kill_at):
     return lambda: calls
 
 
-def _main():
-    """The far side: import and warm up once, then fork a command line per request."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
-    import estune.commands
-    import estune.trainer
-    from estune.cli import main
+def load_kernels():
+    """Load the compiled kernels, which every forked process then has."""
     from estune.engines.base import Perturbation
     from estune.engines.toy import ToyEngine
     from estune.optimizer import make_update
     from estune.population import Member
 
     toy, pair = ToyEngine(), (Member(1, 1), Member(2, 1))
-    for distribution in ("normal", "rademacher"):  # load the compiled kernels
+    for distribution in ("normal", "rademacher"):
         toy.vector(Perturbation(pair[0], 0.1, distribution))
         toy.master.update(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
+
+
+def _main():
+    """The far side: import and warm up once, then fork a command line per request."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
+    import estune.commands
+    import estune.trainer
+    from estune.cli import main
+
+    load_kernels()
     assert not {"torch", "transformers"} & set(sys.modules)
     if "torch" in sys.argv:
         import transformers

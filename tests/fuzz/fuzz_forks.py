@@ -1,0 +1,271 @@
+"""Forks `estune` commands for the fuzz run from one process that has estune, torch and transformers imported.
+
+A fork is as a fresh interpreter: its standard streams are what the case says, `estune.cli.main` reads `sys.argv` and
+takes the streams over, and they are flushed at its end. (`Zygote` in `command_line.py` gives a command its words, and
+files for streams, which is what most tests want.)
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import pty
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, Self
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [path for path in (str(TESTS), str(TESTS / "integration")) if path not in sys.path]
+
+from command_line import count_writes, load_kernels  # noqa: E402
+
+LIMIT_S = 300.0  # seconds after which a command counts as hanging; a case takes about one
+MEMORY_BYTES = 6 << 30  # of address space beyond what the server has: absurd sizes fail here, not on the machine
+NEVER = 1 << 30  # a write that no command comes to
+STREAMS = ("file", "closed", "broken", "full", "pty")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended: exit status (negative: the signal that ended it), stdout, stderr, writes counted."""
+
+    code: int
+    out: str
+    err: str
+    writes: int
+    hung: bool
+
+
+class Forks:
+    """Our side of the server: one command at a time."""
+
+    def __enter__(self) -> Self:
+        self._connection, theirs = Pipe()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false",
+                       "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment
+        )
+        theirs.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.wait(timeout=60)
+
+    def run(
+        self,
+        words: Sequence[Any],
+        cwd: Path,
+        *,
+        streams: Mapping[str, str] | None = None,
+        signal_at: tuple[int, int] = (NEVER, signal.SIGKILL),
+        script: Path | None = None,
+    ) -> Done:
+        """Run a command to its end.
+
+        Args:
+            words: of the command line, without ``estune``.
+            cwd: its directory.
+            streams: of ``stdin``, ``stdout`` and ``stderr`` to one of `STREAMS`; what is not named is a file.
+            signal_at: (k, number): before its k-th write the command sends itself this signal; see `count_writes`.
+            script: a Python file to run instead of `estune`.
+        """
+        with Terminals(streams or {}) as terminals:
+            request = dict(words=[str(word) for word in words], cwd=str(cwd), streams=terminals.streams,
+                           signal_at=signal_at, script=script and str(script))  # fmt: skip
+            self._connection.send_bytes(json.dumps(request).encode())
+            pid = int(self._connection.recv_bytes())
+            hung = not self._connection.poll(LIMIT_S)
+            if hung:
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            code = int(self._connection.recv_bytes())
+        out, err = (_text(cwd / name) + terminals.text(name[1:]) for name in (".stdout", ".stderr"))
+        counted = cwd / ".writes"
+        writes = int(counted.read_text()) if counted.exists() else 0
+        return Done(code, out, err, writes, hung)
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+
+
+class Terminals:
+    """Pseudo terminals for the streams that are to be one, read to their end so that no writer waits."""
+
+    def __init__(self, streams: Mapping[str, str]) -> None:
+        self.streams = {name: streams.get(name, "file") for name in ("stdin", "stdout", "stderr")}
+        self._threads: list[threading.Thread] = []
+        self._read: dict[str, list[bytes]] = {}
+        self._slaves: list[int] = []
+        self._masters: list[int] = []
+
+    def __enter__(self) -> Self:
+        for name, kind in self.streams.items():
+            if kind == "pty":
+                master, slave = pty.openpty()
+                self._masters.append(master)
+                self._slaves.append(slave)
+                self.streams[name] = os.ttyname(slave)
+                self._read[name] = []
+                self._threads.append(threading.Thread(target=_drain, args=(master, self._read[name])))
+                self._threads[-1].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slave in self._slaves:
+            os.close(slave)
+        for thread in self._threads:
+            thread.join()
+        for master in self._masters:
+            os.close(master)
+
+    def text(self, name: str) -> str:
+        """Return what was written to a stream's terminal."""
+        return b"".join(self._read.get(name, [])).decode("utf-8", "replace")
+
+
+def _drain(master: int, read: list[bytes]) -> None:
+    with suppress(OSError):  # EIO: nobody has the terminal open any more
+        while data := os.read(master, 65536):
+            read.append(data)
+
+
+# --- the server's side ------------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection) -> None:
+    """Fork a command per request; returns in the fork, with the command's own exit."""
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            os._exit(_ended(request))
+        connection.send_bytes(str(pid).encode())
+        connection.send_bytes(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+
+
+def _ended(request: dict[str, Any]) -> int:
+    """Run a command and end as the interpreter does, short of freeing its memory; return the exit status."""
+    try:
+        code = _command(request)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except Exception:
+            code = 120  # as in `Py_FinalizeEx`
+            if stream is sys.stdout and sys.stderr is not None:
+                print("Exception ignored while flushing sys.stdout", file=sys.stderr)
+    return code
+
+
+def _command(request: dict[str, Any]) -> int:
+    from estune.cli import main
+
+    os.setpgid(0, 0)
+    os.chdir(request["cwd"])
+    with suppress(FileNotFoundError):
+        os.unlink(".writes")
+    for descriptor, (name, kind) in enumerate(request["streams"].items()):
+        _redirect(descriptor, name, kind)
+    _make_streams()
+    _, limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES, limit))
+    sys.argv = [request["script"] or "estune", *request["words"]]
+    calls = count_writes(*request["signal_at"])
+    try:
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+            return 0
+        return main()
+    finally:
+        with open(".writes", "w") as file:
+            file.write(str(calls()))
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _redirect(descriptor: int, name: str, kind: str) -> None:
+    """Make a standard descriptor what a case says: a kind of `STREAMS`, or the path of a terminal."""
+    os.close(descriptor)
+    if kind == "closed":
+        return
+    if kind == "broken":
+        ends = os.pipe()
+        used, left = (ends[0], ends[1]) if descriptor == 0 else (ends[1], ends[0])
+        os.close(left)
+    elif kind == "file":
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        used = os.open(f".{name}", flags, 0o600)
+    else:
+        used = os.open("/dev/full" if kind == "full" else kind, os.O_RDWR | os.O_NOCTTY)
+    if used != descriptor:
+        os.dup2(used, descriptor)
+        os.close(used)
+    os.set_inheritable(descriptor, True)
+
+
+def _make_streams() -> None:
+    """Make `sys.stdin`, `sys.stdout` and `sys.stderr` as an interpreter does at its start."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = None
+        with suppress(OSError):
+            os.fstat(descriptor)
+            errors = "backslashreplace" if name == "stderr" else "strict"
+            stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+            if name == "stderr" or stream.isatty():
+                stream.reconfigure(line_buffering=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _main() -> None:
+    import datasets
+    import pyarrow.parquet
+    import transformers
+
+    import estune.commands
+    import estune.engines.hf
+    import estune.trainer  # noqa: F401
+
+    for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM", "Gemma3ForCausalLM",
+                 "PreTrainedTokenizerFast"):  # fmt: skip
+        getattr(transformers, name)
+    assert datasets and pyarrow.parquet
+    load_kernels()
+    gc.freeze()  # the forks' collections leave the pages of what was imported alone
+    _serve(Connection(int(sys.argv[1])))
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do; what is frozen would be called a leak
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,94 @@
+"""The domains of the fuzz run, and how their cases are drawn and run."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fuzz_kills
+import fuzz_models
+import fuzz_rows
+import fuzz_streams
+import hypothesis
+from fuzz_forks import Forks
+from fuzz_outcomes import Case
+
+DOMAINS: dict[str, ModuleType] = {"A": fuzz_rows, "B": fuzz_models, "C": fuzz_kills, "D": fuzz_streams}
+MEMORY = Path("/dev/shm")  # fsync costs nothing there
+
+
+@dataclass
+class Found:
+    """What cases of a domain ended in."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[tuple[Case, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def settings(n_cases: int, derandomize: bool = False) -> Callable[[Any], Any]:
+    """Return the settings for drawing ``n_cases`` cases: no limit of time, nothing kept, nothing shrunk."""
+    return hypothesis.settings(
+        max_examples=n_cases,
+        derandomize=derandomize,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
+def draw(strategy: Any, n_cases: int, seed: int) -> list[Case]:
+    """Return cases of a strategy, as JSON values; a pure function of its arguments.
+
+    Hypothesis varies what it has drawn, so neighbours are alike; more are drawn than wanted, and some of them taken.
+    """
+    drawn: dict[str, None] = {}
+
+    @hypothesis.seed(seed)
+    @settings(4 * n_cases + 20)
+    @hypothesis.given(strategy)
+    def keep(case: Case) -> None:
+        drawn[json.dumps(case, sort_keys=True)] = None
+
+    keep()
+    taken = random.Random(seed).sample(list(drawn), min(n_cases, len(drawn)))
+    return [json.loads(case) for case in taken]
+
+
+def run_case(domain: ModuleType, case: Case, forks: Forks) -> tuple[str, str | None]:
+    """Run one case in a directory of its own; return its outcome, and what was wrong or None."""
+    with tempfile.TemporaryDirectory(prefix="estune-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as place:
+        try:
+            return domain.check(case, Path(place), forks), None
+        except AssertionError as fault:
+            return "FAULT", str(fault)
+        except Exception:  # of the harness, or of a file that should be whole: shown with the case
+            return "FAULT", traceback.format_exc()
+
+
+def run_cases(name: str, cases: list[Case]) -> Found:
+    """Run cases of a domain one after the other, from one server."""
+    found = Found()
+    started = time.monotonic()
+    with Forks() as forks:
+        for case, (outcome, fault) in _each(DOMAINS[name], cases, forks):
+            found.outcomes[outcome] += 1
+            if fault is not None:
+                found.failures.append((case, fault))
+    found.seconds = time.monotonic() - started
+    return found
+
+
+def _each(domain: ModuleType, cases: list[Case], forks: Forks) -> Iterator[tuple[Case, tuple[str, str | None]]]:
+    for case in cases:
+        yield case, run_case(domain, case, forks)
