@@ -18,14 +18,13 @@ import numpy as np
 
 from estune.engines.base import Engine, ParameterSpec
 from estune.errors import UserError
-from estune.files import sync_directory, sync_tree, write_json, writing
+from estune.files import file_digest, sync_directory, sync_tree, write_json, writing
 from estune.master import AnchorReader, Master, fingerprint, pieces
 from estune.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
 
 ES_STATE = "es_state.json"
 TRAINER_STATE = "trainer_state.json"
 BASE_DIRECTORY = "base"  # theta_0, kept in the run directory where no base files could be read again
-MODEL_FILES = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
 _PARTIAL = ".partial-"
 
 
@@ -54,8 +53,8 @@ def remove(run_dir: Path, steps_done: int) -> None:
     shutil.rmtree(partial)
 
 
-def damage(directory: Path, specs: Sequence[ParameterSpec], wanted: str) -> str | None:
-    """Return why a checkpoint's weights do not have the fingerprint ``wanted``; None where they have it."""
+def damage(directory: Path, specs: Sequence[ParameterSpec], state: Mapping[str, Any]) -> str | None:
+    """Return why a directory does not hold the float32 weights and files of its `es_state.json`; None where it does."""
     try:
         file = TensorFile(directory / WEIGHTS_FILE)
         for spec in specs:
@@ -64,7 +63,23 @@ def damage(directory: Path, specs: Sequence[ParameterSpec], wanted: str) -> str 
         found = fingerprint(specs, {spec.name: file.read(spec.name).reshape(spec.shape) for spec in specs})
     except UserError as error:
         return str(error)
-    return None if found == wanted else f"{WEIGHTS_FILE} does not have the fingerprint that {ES_STATE} says"
+    if found != state.get("fingerprint"):
+        return f"{WEIGHTS_FILE} does not have the fingerprint that {ES_STATE} says"
+    return damaged_file(directory, state)
+
+
+def damaged_file(directory: Path, state: Mapping[str, Any]) -> str | None:
+    """Return which file beside the weights is not what it was when it was written; None where all are.
+
+    Runs of an older estune note no files.
+    """
+    files = state.get("files", {})
+    if not isinstance(files, dict):
+        return f"{ES_STATE} is damaged"
+    for name, wanted in files.items():
+        if not (directory / name).is_file() or file_digest(directory / name) != wanted:
+            return f"{name} is missing or damaged"
+    return None
 
 
 def is_whole_model(directory: Path, parameters: Sequence[Sequence[Any]], state: Mapping[str, Any]) -> bool:
@@ -82,16 +97,10 @@ def is_whole_model(directory: Path, parameters: Sequence[Sequence[Any]], state: 
     specs = [ParameterSpec(name, tuple(shape), bool(kind)) for name, shape, kind in parameters]
     if not all(spec.name in file.entries and file.shape(spec.name) == spec.shape for spec in specs):
         return False
-    for path in directory.glob("*.json"):
-        if path.name in MODEL_FILES or path.name.startswith("tokenizer"):
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                return False
-    if not (directory / "config.json").is_file():
+    if damaged_file(directory, state) is not None or not (directory / "config.json").is_file():
         return False
     if all(file.entries[spec.name]["dtype"] == "F32" for spec in specs):
-        return damage(directory, specs, str(state.get("fingerprint"))) is None
+        return damage(directory, specs, state) is None
     return True
 
 
@@ -151,7 +160,10 @@ def _write_whole(
 ) -> None:
     write_model(directory, engine, float32=float32)
     write_json(directory / TRAINER_STATE, trainer_state)
-    write_json(directory / ES_STATE, state)
+    is_exact = float32 or set(engine.stored_dtypes.values()) <= {"float32"}  # the fingerprint is that of the file
+    names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
+    files = {str(name): file_digest(directory / name) for name in names if not (is_exact and name.name == WEIGHTS_FILE)}
+    write_json(directory / ES_STATE, {**state, "files": files})
     sync_tree(directory)
 
 

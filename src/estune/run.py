@@ -47,6 +47,7 @@ from estune.reward_loading import look_for_modules_in
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"
 PENDING_FILE = "pending.jsonl"
+CLEARING_FILE = ".clearing"  # an old run is being deleted
 ENVIRONMENT_FILE = "env.json"
 METHOD_FILE = "method.json"  # of a run that is not ES's: it has no journal
 # What a run directory can hold of ours, and of the model's own files; `--overwrite` deletes nothing else.
@@ -99,9 +100,12 @@ class Run:
     def clear(self, old: Mapping[Path, int]) -> None:
         """Remove what a new run found in its directory: a run to overwrite, or what a killed start left.
 
-        What came since (trackers start first) stays. The journal goes first and the configuration last, so that a kill
-        in between leaves a directory to start in.
+        What came since (trackers start first) stays. The journal goes first and the configuration last, and a mark says
+        so meanwhile: a kill in between leaves a directory to start in.
         """
+        mark = self.path / CLEARING_FILE
+        mark.touch()
+        old = {path: inode for path, inode in old.items() if path != mark}
         order = {self.path / JOURNAL_FILE: 0, self.path / CONFIG_FILE: 2}
         for path in sorted(old, key=lambda path: (order.get(path, 1), -len(path.parts))):  # what is inside comes first
             if path.is_dir() and not path.is_symlink():
@@ -109,6 +113,7 @@ class Run:
                     path.rmdir()
             elif (path.is_symlink() or path.exists()) and path.lstat().st_ino == old[path]:
                 path.unlink()
+        mark.unlink()
 
     def begin(self, engine: Engine, reproducible: bool | None, facts: Facts) -> None:
         """Write a new run's configuration, environment and journal header; compare an old one's with what is now.
@@ -178,12 +183,14 @@ class Run:
         damaged: list[tuple[int, str]] = []
         for steps_done, directory in reversed(checkpoint.directories(self.path)):
             if steps_done > self.steps_done:
+                warn(f"{directory.name} is of a later step than the {self.steps_done} of the journal, which lost lines: "
+                     "their steps are done again")  # fmt: skip
                 continue
             state = checkpoint.read_state(directory)
             if state is None:
                 damaged.append((steps_done, f"{checkpoint.ES_STATE} cannot be read"))
                 continue
-            reason = checkpoint.damage(directory, engine.master.specs, str(state.get("fingerprint")))
+            reason = checkpoint.damage(directory, engine.master.specs, state)
             if reason is None and not self._belongs(state, steps_done):
                 reason = "it belongs to another run"
             if reason is None:
@@ -275,6 +282,8 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
             if not is_ours(path):
                 raise UserError(f"output_dir {path} holds other files and no estune run: give another --output_dir")
             _refuse_other_method(path, args)
+            if args.method == "es" and args.resume:
+                _refuse_lost_journal(path)
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given, has_sources(journal.header))
         if len(journal.steps) > args.max_steps:
@@ -291,6 +300,17 @@ def _refuse_other_method(path: Path, args: ESConfig) -> None:
         method = read_config(path).get("method", "es")
         if method != args.method:
             raise Hindered(f"a resume cannot change method from {method!r} to {args.method!r}")
+
+
+def _refuse_lost_journal(path: Path) -> None:
+    """Raise UserError where steps were done and no journal tells of them: starting again would delete what is left."""
+    if (path / CLEARING_FILE).exists():
+        return
+    kept = [directory.name for _, directory in checkpoint.directories(path)]
+    if kept or (path / checkpoint.ES_STATE).exists() or read_metrics(path):
+        source = path / kept[-1] if kept else path
+        raise UserError(f"{path} holds a run whose {JOURNAL_FILE} is missing or empty: start another run "
+                        f"from its weights with --model {source}, or begin again with --overwrite")  # fmt: skip
 
 
 def refuse_overwrite(path: Path, args: ESConfig) -> None:

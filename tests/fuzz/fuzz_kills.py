@@ -91,7 +91,7 @@ def check(case: Case, place: Path, forks: Forks) -> str:
             raise Fault(f"a run that was only killed is refused: {sentence}")
         return f"{case['damage']['how']} {generic(damaged)}: refused: {label(sentence)}"
     found = contents(run)
-    stays = compare(found, wanted, damaged, finished)
+    stays = compare(found, wanted, damaged)
     if refusal(forks.run([*command, "--resume"], place), "the resume of a finished run"):
         raise Fault("the resume of a finished run is refused")
     if changed := differing(contents(run), found):
@@ -138,11 +138,10 @@ def damage(how: Case, run: Path) -> str | None:
     return name
 
 
-def compare(found: dict[str, Any], wanted: dict[str, Any], damaged: str | None, finished: bool) -> bool:
+def compare(found: dict[str, Any], wanted: dict[str, Any], damaged: str | None) -> bool:
     """Return whether a damaged file stays damaged where that is allowed.
 
-    It is allowed in a run that was finished, of which a resume changes nothing; in a checkpoint, which is not read
-    where a newer one is whole; and in a record.
+    It is allowed in a checkpoint, which is not read where a newer state is whole, and in a record.
 
     Raises:
         Fault: a run's files are not those of the whole run.
@@ -151,7 +150,7 @@ def compare(found: dict[str, Any], wanted: dict[str, Any], damaged: str | None, 
     told: set[str] = set()
     if damaged is not None:
         told = {"metrics.jsonl"} if fnmatch(damaged, "eval/*") or damaged == "pending.jsonl" else set()
-        if finished or is_record(damaged) or damaged.startswith("checkpoint-"):
+        if is_record(damaged) or damaged.startswith("checkpoint-"):
             told |= {damaged, "README.md"} if is_record(damaged) else {damaged}
     if names - told:
         raise Fault(f"damaged: {damaged}; files that differ from the whole run's: {sorted(names - told)}")
