@@ -183,8 +183,8 @@ class Run:
         damaged: list[tuple[int, str]] = []
         for steps_done, directory in reversed(checkpoint.directories(self.path)):
             if steps_done > self.steps_done:
-                warn(f"{directory.name} is of a later step than the {self.steps_done} of the journal, which lost lines: "
-                     "their steps are done again")  # fmt: skip
+                warn(f"{directory.name} is of a later step than the {self.steps_done} of the journal, which lost "
+                     "lines: their steps are done again")  # fmt: skip
                 continue
             state = checkpoint.read_state(directory)
             if state is None:
