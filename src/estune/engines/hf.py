@@ -26,11 +26,13 @@ from estune.engines.noise_kinds import lowrank_names
 from estune.engines.reproducibility import answers_repeat
 from estune.engines.saved_model import (
     TIED_OTHERWISE,
+    check_agreement,
     check_assets,
     contradicts,
     is_cast_in_part,
     reason_of,
     save_assets,
+    saved_config,
     tied_truth,
 )
 from estune.engines.stand_ins import Uncovered
@@ -163,6 +165,9 @@ class HFEngine:
         """Use a model that is already in memory, in its dtype and on its device; its weights become theta.
 
         The model is the engine's from here on: its weights are overwritten by every member.
+
+        Raises:
+            UserError: the model cannot be used as it is; `check_assets` says whether it can be saved as it is.
         """
         torch.set_num_threads(num_threads)
         name = type(model).__name__
@@ -172,17 +177,23 @@ class HFEngine:
         if is_mixed:
             warn(f"the module {name} holds weights of several dtypes; its saved config.json says float32, which "
                  "rounds none of them")  # fmt: skip
-        bound, buffers = bindings(model)
-        master = master_of(
-            bound,
-            buffers,
-            trainable_parameters,
-            num_threads,
-            name,
-            lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
-            share=noise == "lowrank" and model.device.type == "cpu",
-        )
-        return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
+        try:
+            bound, buffers = bindings(model)
+            master = master_of(
+                bound,
+                buffers,
+                trainable_parameters,
+                num_threads,
+                name,
+                lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
+                share=noise == "lowrank" and model.device.type == "cpu",
+            )
+            return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
+        except UserError:
+            raise
+        except Exception:  # the module's own code; a configuration that describes another module explains it best
+            check_agreement(model, saved_config(model, "float32"))
+            raise
 
     @property
     def end_tokens(self) -> frozenset[int]:

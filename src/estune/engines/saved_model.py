@@ -92,16 +92,26 @@ def check_assets(engine: Any) -> None:
         except UserError:
             raise
         except Exception as error:  # configurations, tokenizers and remote code are third-party
-            raise UserError(
-                f"the files beside the weights could not be saved at the end of a run: {reason_of(error)}"
-            ) from error
+            raise _cannot_save(error) from error
         if getattr(engine, "model", None) is not None:
-            check_agreement(engine.model, Path(directory))
+            name = type(engine.model).__name__
+            try:
+                config = type(engine.model.config).from_pretrained(directory)
+            except Exception as error:  # the model's own code
+                raise _builds_no_model(name, error) from error
+            check_agreement(engine.model, config)
 
 
 def saved_config(model: Any, dtype: str) -> Any:
-    """Return a copy of a model's configuration that says what is saved: dtype, class, tied weights."""
-    config = copy.deepcopy(model.config)
+    """Return a copy of a model's configuration that says what is saved: dtype, class, tied weights.
+
+    Raises:
+        UserError: the configuration cannot be copied.
+    """
+    try:
+        config = copy.deepcopy(model.config)
+    except Exception as error:  # a configuration may hold any object
+        raise _cannot_save(error) from error
     for part in _parts(config):
         if part is config or getattr(part, "dtype", None) is not None:
             part.dtype = dtype
@@ -160,24 +170,21 @@ def is_cast_in_part(model: Any) -> bool:
     )
 
 
-def check_agreement(model: Any, directory: Path) -> None:
-    """Check that a saved configuration describes the tensors that a model holds.
+def check_agreement(model: Any, config: Any) -> None:
+    """Check that a configuration describes the tensors that a model holds.
 
     Args:
         model: in memory.
-        directory: where its configuration was saved.
+        config: what is, or will be, saved with it; not changed.
 
     Raises:
         UserError: a model built from the configuration has other tensors; the sentence names one.
     """
     name = type(model).__name__
     try:
-        built = skeleton(type(model.config).from_pretrained(directory), type(model))
+        built = skeleton(config, type(model))
     except Exception as error:  # the model's own code
-        raise UserError(
-            f"the configuration that would be saved with {name} builds no model, so the run could not be loaded: "
-            f"{reason_of(error)}"
-        ) from error
+        raise _builds_no_model(name, error) from error
     held, described = _layout(model), _layout(built)
     for tensor in sorted(held.keys() | described.keys()):
         here, there = held.get(tensor), described.get(tensor)
@@ -216,8 +223,11 @@ def skeleton(config: Any, model_class: Any = None, *, trust_remote_code: bool = 
         ):
             stack.enter_context(context)
         if known:
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
-        return model_class._from_config(config)
+            built = auto.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            built = model_class._from_config(config)
+        built.tie_weights()
+        return built
 
 
 def stored_shapes(built: Any) -> dict[str, tuple[int, ...]]:
@@ -228,6 +238,17 @@ def stored_shapes(built: Any) -> dict[str, tuple[int, ...]]:
             seen.add(_key(tensor))
             memory[name] = torch.empty(tensor.shape, device="meta")
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(built, memory).items()}
+
+
+def _cannot_save(error: Exception) -> UserError:
+    return UserError(f"the files beside the weights could not be saved at the end of a run: {reason_of(error)}")
+
+
+def _builds_no_model(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"the configuration that would be saved with {name} builds no model, so the run could not be loaded: "
+        f"{reason_of(error)}"
+    )
 
 
 def reason_of(error: Exception) -> str:
