@@ -466,6 +466,37 @@ def test_identity_holds_the_code_that_is_run(base: Path, tmp_path: Path) -> None
     assert {**first, "code": ""} == {**second, "code": ""} == identity(base, trust_remote_code=True)
 
 
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "estune-mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_comes_with_a_model_is_saved_and_agrees(base: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    shutil.copytree(base, directory)
+    (directory / "modeling_mine.py").write_text(REMOTE)
+    classes = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    changed("config.json", auto_map=classes, model_type="estune-mine")(directory)
+    with pytest.raises(UserError, match="trust_remote_code"):
+        HFEngine.load(str(directory))
+    engine = HFEngine.load(str(directory), trust_remote_code=True)
+    engine.check_assets()
+    assert engine.identity()["code"]
+    saved_values(engine, tmp_path / "saved")
+    again = HFEngine.load(str(tmp_path / "saved"), trust_remote_code=True)
+    assert type(again.model).__name__ == "MineForCausalLM"
+    assert again.generate(None, PROMPTS, GREEDY) == engine.generate(None, PROMPTS, GREEDY)
+    module = engine_of(again.model)
+    module.check_assets()
+    assert module.identity()["code"]
+
+
 def test_identity_of_modules_and_tokenizer_objects(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(edit: Callable[[Any, Any], Any] = lambda *_: None, family: str = "llama") -> dict[str, Any]:
         model, tokenizer = tiny_model(family), tiny_tokenizer()

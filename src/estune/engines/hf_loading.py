@@ -43,7 +43,7 @@ def resolve_model(model: str) -> str:
     """
     directory = local_directory(model)
     if directory is not None:
-        if (Path(directory) / "comparison.json").is_file():
+        if os.path.isfile(directory / "comparison.json"):
             raise UserError(f"{model!r} holds a comparison: the models that were measured are below its models")
         return str(directory)
     if os.path.exists(os.path.expanduser(model)):
@@ -345,6 +345,9 @@ def _refuse_other_types(model: str, bound: Sequence[Binding], stored: Mapping[st
 
 
 def _cannot_load(model: str, error: Exception, what: str) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(f"model {model!r} comes with Python code of its own: read it, then allow it with "
+                         "trust_remote_code")  # fmt: skip
     return UserError(f"cannot load the {what} of {model!r}: {reason_of(error)}")
 
 

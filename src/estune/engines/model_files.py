@@ -199,14 +199,16 @@ def _header(model: str, file: Path) -> dict[str, StoredTensor]:
     if file.is_dir():
         raise UserError(f"model directory {model!r}: {file.name} is a directory, not a file")
     try:
+        file.open("rb").close()  # the library's own error says of any file that it is not there
+    except OSError as error:
+        raise UserError(f"model directory {model!r}: {file.name} cannot be read ({error.strerror})") from error
+    try:
         with safe_open(file, framework="np") as opened:
             found = {}
             for name in opened.keys():  # noqa: SIM118  (no mapping)
                 part = opened.get_slice(name)
                 found[name] = StoredTensor(file.name, tuple(part.get_shape()), part.get_dtype())
             return found
-    except PermissionError as error:
-        raise UserError(f"model directory {model!r}: {file.name} cannot be read ({error})") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"model directory {model!r}: {file.name} is truncated or damaged ({error})") from error
 
