@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ def local_directory(model: str) -> Path | None:
     embedded = EMBEDDED_MODELS / model
     if model and "/" not in model and (embedded / "config.json").is_file():
         return embedded
-    path = Path(model).expanduser()
-    return path if path.is_dir() else None
+    path = Path(os.path.expanduser(model))  # which leaves the home of an unknown user as it is
+    return path if os.path.isdir(path) else None  # unlike is_dir, false where a parent cannot be read
 
 
 def public_name(model: str) -> str:
@@ -49,6 +50,13 @@ def origin(model: str) -> str:
 
 
 def _fetched(directory: Path) -> dict[str, Any]:
-    path = directory / FETCHED_FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    """Return what `estune fetch` wrote beside a model; nothing where it did not, or where the file is damaged."""
+    try:
+        found = json.loads((directory / FETCHED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    wanted: dict[str, type] = {"model": str}
+    if isinstance(found, dict) and found.get("source") == "registry":
+        wanted |= {"name": str, "packages": list}
+    is_whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in wanted.items())
+    return found if is_whole else {}

@@ -20,7 +20,8 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from estune.engines import attention, decoding, hf_callers, hf_trials, small_linear
 from estune.engines.base import Completion, Interrupted, Perturbation, Prompt, Sampling
-from estune.engines.hf import HFEngine, _end_ids
+from estune.engines.end_ids import end_ids
+from estune.engines.hf import HFEngine
 from estune.engines.toy import ToyEngine
 from estune.errors import UserError
 from estune.noise import perturbation_scale
@@ -284,7 +285,7 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
     no_pad = SimpleNamespace(eos_token_id=5, pad_token_id=None)
     model = tiny_model("llama")
     no_settings(model)
-    assert _end_ids(model, no_pad) == (frozenset({5}), 5)
+    assert end_ids(model, no_pad, 300) == (frozenset({5}), 5)
 
 
 class ScriptedCaller:

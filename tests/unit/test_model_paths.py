@@ -1,5 +1,6 @@
 """One answer to what a model's name means, and an anchor that is theta_0 or nothing."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from estune.checkpoint import anchor_reader, write_model
 from estune.engines.toy import ToyEngine
-from estune.model_paths import EMBEDDED_MODELS, local_directory
+from estune.model_paths import EMBEDDED_MODELS, FETCHED_FILE, fetched_name, local_directory, origin, public_name
 
 
 def test_the_embedded_name_means_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +17,34 @@ def test_the_embedded_name_means_the_embedded_model(tmp_path: Path, monkeypatch:
     assert local_directory("tiny") == EMBEDDED_MODELS / "tiny"
     assert local_directory("./tiny") == Path("tiny")
     assert local_directory("someone/model") is None
+    assert local_directory("~no-such-user-here/model") is None
+
+
+WHOLE = {"source": "registry", "model": "someone/model", "name": "model", "packages": ["model-q4"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        "\xff",
+        "{}",
+        *(json.dumps(WHOLE | {name: None}) for name in ("model", "name", "packages")),
+    ],
+)
+def test_a_damaged_note_of_where_a_model_came_from_is_no_note(tmp_path: Path, content: str) -> None:
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    (directory / FETCHED_FILE).write_text(json.dumps(WHOLE))
+    assert public_name(str(directory)) == "someone/model" and fetched_name(str(directory)) == "model"
+    assert "model-q4" in origin(str(directory))
+    (directory / FETCHED_FILE).write_bytes(content.encode("latin-1"))
+    assert public_name(str(directory)) == "mine"
+    assert fetched_name(str(directory)) is None and origin(str(directory)) == ""
 
 
 def test_files_with_other_values_are_no_anchor(tmp_path: Path) -> None:

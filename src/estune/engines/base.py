@@ -100,6 +100,7 @@ class Engine(Protocol):
 
     master: Master
     max_context: int | None  # tokens; None: unlimited
+    vocab_size: int | None  # rows of the input embedding: token ids lie below it; None: unlimited
     tokenizer: Any  # None where prompts are bytes (the toy engine)
     compute_dtype: str  # float32, bfloat16 or float16
     stored_dtypes: dict[str, str]  # per stored name: some models keep a few tensors in float32 whatever the rest is
@@ -160,6 +161,21 @@ class Engine(Protocol):
 
     def save_assets(self, directory: Path, dtype: str) -> None:
         """Write what a checkpoint of ``dtype`` holds beside its weights; no times, no paths."""
+
+    def check_assets(self) -> None:
+        """Write what `save_assets` writes into a directory that is removed, and compare it with the weights.
+
+        Raises:
+            UserError: it cannot be written, or describes another model than the one in memory.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides answers beside the weights, so that a resumed run can compare it.
+
+        ``end_tokens`` is a sorted list; ``config``, ``tokenizer`` and ``code`` are digests, the last of the Python
+        files that come with the model (empty where none is run). Chat templates are no part of it. Empty where nothing
+        but the weights decides (the toy engine).
+        """
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""

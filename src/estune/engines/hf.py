@@ -16,14 +16,25 @@ import torch
 
 from estune import environment
 from estune.console import warn
-from estune.engines import allocator, attention, decoding, hf_callers, hf_trials, small_linear
+from estune.engines import allocator, attention, decoding, end_ids, hf_callers, hf_trials, identity, small_linear
 from estune.engines.base import Completion, Perturbation, Prompt, Sampling
-from estune.engines.hf_loading import load_model, load_tokenizer, master_of, resolve_device, save_assets
+from estune.engines.hf_loading import files_of, load_model, load_tokenizer, master_of, resolve_device
 from estune.engines.hf_parameters import Binding, bindings
 from estune.engines.lowrank import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank_trial import shared_forward
 from estune.engines.noise_kinds import lowrank_names
 from estune.engines.reproducibility import answers_repeat
+from estune.engines.saved_model import (
+    TIED_OTHERWISE,
+    check_agreement,
+    check_assets,
+    contradicts,
+    is_cast_in_part,
+    reason_of,
+    save_assets,
+    saved_config,
+    tied_truth,
+)
 from estune.engines.stand_ins import Uncovered
 from estune.engines.working_model import WorkingModel
 from estune.errors import UserError
@@ -45,8 +56,14 @@ class HFEngine:
         master: Master,
         *,
         prompts_per_batch: int,
+        digests: dict[str, str] | None = None,
+        is_mixed: bool = False,
     ) -> None:
-        """Take parts that belong together; use `load` or `from_model`."""
+        """Take parts that belong together; use `load` or `from_model`.
+
+        ``digests`` are those of `identity` that come from a model's files; ``is_mixed`` says that a module was cast in
+        part, so that only float32 describes all its weights.
+        """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.prompts_per_batch = prompts_per_batch
@@ -60,8 +77,11 @@ class HFEngine:
         limits = [
             getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
         ]
-        self.max_context: int | None = next((limit for limit in limits if limit and limit > 0), None)
-        self._eos, self._pad = _end_ids(model, tokenizer)
+        self.max_context: int | None = next((n for n in limits if isinstance(n, int) and n > 0), None)
+        self.vocab_size = end_ids.vocabulary_rows(model)
+        self._eos, self._pad = end_ids.end_ids(model, tokenizer, self.vocab_size)
+        self._is_mixed = is_mixed
+        self._digests = digests
         self._stop = decoding.StopStrings(tokenizer, ())
         self._attention = hf_trials.uses_attention_caller(model)
         small_linear.install(model)
@@ -109,7 +129,8 @@ class HFEngine:
         """
         torch.set_num_threads(num_threads)
         place = resolve_device(device)
-        if tokenizer is None:
+        has_own = tokenizer is None
+        if has_own:
             tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         working, bound, master = load_model(
             model,
@@ -121,7 +142,14 @@ class HFEngine:
             trainable_parameters=trainable_parameters,
             noise=noise,
         )
-        return cls(working, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
+        commit = getattr(working.config, "_commit_hash", None) or revision
+        digests = identity.directory_identity(files_of(model, commit), tokenizer=has_own, code=trust_remote_code)
+        try:
+            return cls(working, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, digests=digests)
+        except UserError:
+            raise
+        except Exception as error:  # the model's own code, which answers a few tokens here for the first time
+            raise UserError(f"model {model!r} cannot be run: {reason_of(error)}") from error
 
     @classmethod
     def from_model(
@@ -137,19 +165,35 @@ class HFEngine:
         """Use a model that is already in memory, in its dtype and on its device; its weights become theta.
 
         The model is the engine's from here on: its weights are overwritten by every member.
+
+        Raises:
+            UserError: the model cannot be used as it is; `check_assets` says whether it can be saved as it is.
         """
         torch.set_num_threads(num_threads)
-        bound, buffers = bindings(model)
-        master = master_of(
-            bound,
-            buffers,
-            trainable_parameters,
-            num_threads,
-            type(model).__name__,
-            lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
-            share=noise == "lowrank" and model.device.type == "cpu",
-        )
-        return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch)
+        name = type(model).__name__
+        if contradicts(model.config, tied_truth(model)):
+            warn(f"the module {name}: {TIED_OTHERWISE}")
+        is_mixed = is_cast_in_part(model)
+        if is_mixed:
+            warn(f"the module {name} holds weights of several dtypes; its saved config.json says float32, which "
+                 "rounds none of them")  # fmt: skip
+        try:
+            bound, buffers = bindings(model)
+            master = master_of(
+                bound,
+                buffers,
+                trainable_parameters,
+                num_threads,
+                name,
+                lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
+                share=noise == "lowrank" and model.device.type == "cpu",
+            )
+            return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
+        except UserError:
+            raise
+        except Exception:  # the module's own code; a configuration that describes another module explains it best
+            check_agreement(model, saved_config(model, "float32"))
+            raise
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -262,7 +306,28 @@ class HFEngine:
 
     def save_assets(self, directory: Path, dtype: str) -> None:
         """Write configuration, generation configuration and tokenizer; see `Engine.save_assets`."""
-        save_assets(self.model, self.tokenizer, dtype, Path(directory))
+        dtype = "float32" if self._is_mixed else dtype
+        save_assets(
+            self.model,
+            self.tokenizer,
+            dtype,
+            Path(directory),
+            ends=self._eos,
+            pad=self._pad,
+            vocab_size=self.vocab_size,
+        )
+
+    def check_assets(self) -> None:
+        """Try `save_assets`, and compare what it writes with the weights; see `Engine.check_assets`."""
+        check_assets(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides answers beside the weights; see `Engine.identity`."""
+        digests = identity.module_identity(self.model) if self._digests is None else self._digests
+        found = {"end_tokens": sorted(self._eos), **digests}
+        if "tokenizer" not in found:
+            found["tokenizer"] = identity.tokenizer_identity(self.tokenizer)
+        return found
 
     @torch.inference_mode()
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -384,16 +449,3 @@ class HFEngine:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _end_ids(model: hf_callers.Model, tokenizer: Any) -> tuple[frozenset[int], int]:
-    """Return the end-of-sequence ids and the padding id; nothing else of generation_config is ever used."""
-    settings = getattr(model, "generation_config", None)
-    eos = getattr(settings, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(tokenizer, "eos_token_id", None)
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    for pad in (getattr(settings, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), *ends, 0):
-        if pad is not None:
-            return frozenset(ends), int(pad)
-    raise AssertionError("0 is a padding id")

@@ -1,10 +1,9 @@
-"""From a model's name to a checked working model with its float32 master, and back to the files beside the weights."""
+"""From a model's name to a checked working model with its float32 master."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,29 +15,24 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging as _logging
 
+from estune.console import warn
 from estune.engines.base import ParameterSpec
 from estune.engines.hf_parameters import Binding, bindings
+from estune.engines.model_files import FLOATS, StoredTensor, check_model_files, check_tokenizer_files
 from estune.engines.noise_kinds import lowrank_names
+from estune.engines.saved_model import TIED_OTHERWISE, reason_of, set_tied, skeleton, stored_shapes, tied_truth
 from estune.errors import UserError
 from estune.master import Master
 from estune.model_paths import local_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-_PRIVATE_KEYS = (
-    "_name_or_path",
-    "name_or_path",
-    "tokenizer_file",
-    "vocab_file",
-    "cache_dir",
-    "local_files_only",
-    "is_local",
+MOST_MORE = (
+    2  # a configuration may describe this many times the elements of its files, for weights that several layers share
 )
+_SLACK = 1 << 20  # elements
 
 
 def resolve_model(model: str) -> str:
@@ -49,7 +43,7 @@ def resolve_model(model: str) -> str:
     """
     directory = local_directory(model)
     if directory is not None:
-        if (Path(directory) / "comparison.json").is_file():
+        if os.path.isfile(directory / "comparison.json"):
             raise UserError(f"{model!r} holds a comparison: the models that were measured are below its models")
         return str(directory)
     if os.path.exists(os.path.expanduser(model)):
@@ -92,7 +86,7 @@ def check_model(model: str, revision: str | None = None) -> None:
     path = resolve_model(model)
     hub_options(model, path, revision)
     if os.path.isdir(path):
-        _check_files(model, Path(path))
+        check_model_files(model, Path(path))
 
 
 def files_of(model: str, revision: str | None) -> Path:
@@ -138,13 +132,25 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
     """Load the model's tokenizer; UserError where there is none."""
     path = resolve_model(model)
     options = hub_options(model, path, revision)
+    if os.path.isdir(path):
+        check_tokenizer_files(model, Path(path))
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(
                 path, revision=revision, trust_remote_code=trust_remote_code, **options
             )
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # transformers, and code that comes with the model
+        load_config(model, path, revision=revision, trust_remote_code=trust_remote_code, **options)  # reads it, too
         raise _cannot_load(model, error, "tokenizer") from error
+
+
+def load_config(model: str, path: str, **options: Any) -> Any:
+    """Load the configuration of ``model``, which lies at ``path``; UserError where it is damaged."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # transformers, and code that comes with the model
+        raise _cannot_load(model, error, "configuration") from error
 
 
 def load_model(
@@ -167,29 +173,37 @@ def load_model(
         UserError: one sentence with the model's path and what is wrong with it.
     """
     path = resolve_model(model)
-    if os.path.isdir(path):
-        _check_files(model, Path(path))
+    stored = check_model_files(model, Path(path)) if os.path.isdir(path) else {}
     auto_model: Any = AutoModelForCausalLM
     options = hub_options(model, path, revision)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(model, path, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model {model!r} is quantized; estune moves full weights, so dequantize it first")
+    described: dict[str, tuple[int, ...]] = {}
+    if os.path.isdir(path):
+        described = _described(config, trust_remote_code)
+        _refuse_absurd_sizes(model, Path(path), described, stored)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(path, **options)
-            if getattr(config, "quantization_config", None) is not None:
-                raise UserError(f"model {model!r} is quantized; estune moves full weights, so dequantize it first")
-            working, report = auto_model.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load(model, error, "model") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"model {model!r} lacks the weights {missing[0]}{more}; its files do not hold the whole model")
+            working, report = auto_model.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # transformers, and code that comes with the model
+        raise _mismatch(model, described, stored) or _cannot_load(model, error, "model") from error
+    _check_report(model, report, type(working).__name__)
     bound, buffers = bindings(working)
+    _refuse_other_types(model, bound, stored, working.base_model_prefix)
+    is_mended = set_tied(working.config, tied_truth(working))
+    if is_mended:
+        warn(f"model {model!r}: {TIED_OTHERWISE}")
     compute = resolve_dtype(dtype, device, _dtype_of(config))
     lowrank = lowrank_names(working, bound) if noise == "lowrank" else frozenset()
     share = noise == "lowrank" and compute == torch.float32 and device.type == "cpu"
     master = master_of(bound, buffers, trainable_parameters, num_threads, model, lowrank=lowrank, share=share)
     if compute != torch.float32:
+        if is_mended:  # weights that differ in float32 may be equal in the compute dtype, and would be tied by it
+            options["config"] = working.config
         del bound, buffers, working
         gc.collect()
         with quiet():
@@ -245,37 +259,6 @@ def master_of(
     return Master(specs, arrays, kept, num_threads)
 
 
-def save_assets(model: Any, tokenizer: Any, dtype: str, directory: Path) -> None:
-    """Write config.json, generation_config.json, the tokenizer and code that came with the model.
-
-    The same model gives the same bytes wherever it was loaded from: no path or time is written.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.architectures = [type(model).__name__]
-    if model.is_remote_code():
-        custom_object_save(model, directory, config=config)
-    config.save_pretrained(directory)
-    if model.can_generate() and model.generation_config is not None:
-        # written as it is: save_pretrained of a GenerationConfig refuses some that the hub serves
-        text = model.generation_config.to_json_string(use_diff=True)
-        (directory / "generation_config.json").write_text(text, encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        _strip_private(directory / name)
-
-
-def _strip_private(path: Path) -> None:
-    if not path.is_file():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for key in _PRIVATE_KEYS:
-        values.pop(key, None)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _select(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
     """Return the names that any regex finds, all without regexes."""
     if patterns is None:
@@ -292,35 +275,80 @@ def _select(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
     return chosen
 
 
-def _check_files(model: str, path: Path) -> None:
-    """Check a model directory's files before transformers reads them: its messages name no file."""
-    if (path / "adapter_config.json").is_file():
-        raise UserError(f"model directory {model!r} holds a PEFT adapter; merge it into its base model first")
-    if not (path / "config.json").is_file():
-        raise UserError(f"model directory {model!r} has no config.json")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model directory {model!r} has a damaged {index.name}") from error
-        for shard in shards:
-            if not (path / shard).is_file():
-                raise UserError(f"model directory {model!r} lacks the weight file {shard}")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights and not any(path.glob("*.bin")):
-        raise UserError(f"model directory {model!r} holds no weights (no *.safetensors file)")
-    for file in weights:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model directory {model!r}: {file.name} is truncated or damaged ({error})") from error
+def _described(config: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a configuration describes; nothing where it builds no model.
+
+    transformers then says why when it loads the model.
+    """
+    try:
+        with quiet():
+            return stored_shapes(skeleton(config, trust_remote_code=trust_remote_code))
+    except Exception:  # the model's own code
+        return {}
+
+
+def _refuse_absurd_sizes(
+    model: str, path: Path, described: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse a configuration of a far larger model than the files hold, before memory is allocated for it."""
+    wanted = sum(math.prod(shape) for shape in described.values())
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if not stored:  # at least two bytes an element
+        held = sum(file.stat().st_size for file in path.glob("*.bin") if file.is_file()) // 2
+    if wanted > MOST_MORE * held + _SLACK:
+        raise _mismatch(model, described, stored) or UserError(
+            f"model {model!r}: its config.json describes a model of {wanted:,} parameters, and its files hold {held:,}"
+        )
+
+
+def _mismatch(
+    model: str, described: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
+) -> UserError | None:
+    """Return the error for the first tensor of another shape than the configuration describes; None without one."""
+    for name in sorted(described.keys() & stored.keys()):
+        if tuple(described[name]) != stored[name].shape:
+            return _other_shape(model, name, stored[name].shape, described[name])
+    return None
+
+
+def _other_shape(model: str, name: str, held: Sequence[int], described: Sequence[int]) -> UserError:
+    return UserError(
+        f"model {model!r}: {name} has the shape {tuple(held)} in its files, and its config.json describes "
+        f"{tuple(described)}"
+    )
+
+
+def _check_report(model: str, report: Mapping[str, Any], architecture: str) -> None:
+    """Refuse a model whose files lack weights or hold others' shapes; warn of tensors that it does not use."""
+    for name, held, described in sorted(report["mismatched_keys"]):
+        raise _other_shape(model, name, held, described)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model {model!r} lacks the weights {missing[0]}{more}; its files do not hold the whole model")
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        warn(f"model {model!r} is loaded as {architecture}, which does not use {unused[0]}{more} of its files; "
+             "what is saved will not hold them")  # fmt: skip
+
+
+def _refuse_other_types(model: str, bound: Sequence[Binding], stored: Mapping[str, StoredTensor], prefix: str) -> None:
+    """Refuse weights stored as integers or in 8 bits: without the scales of a quantized model they mean nothing."""
+    names = {binding.name for binding in bound}
+    for name, tensor in sorted(stored.items()):
+        if tensor.dtype not in FLOATS and (name in names or f"{prefix}.{name}" in names):
+            raise UserError(
+                f"model {model!r}: {name} is stored as {tensor.dtype} in {tensor.file}, and estune moves full "
+                f"floating-point weights ({', '.join(FLOATS)})"
+            )
 
 
 def _cannot_load(model: str, error: Exception, what: str) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"cannot load the {what} of {model!r}: {reason if len(reason) <= 300 else reason[:300] + '...'}")
+    if "trust_remote_code" in str(error):
+        return UserError(f"model {model!r} comes with Python code of its own: read it, then allow it with "
+                         "trust_remote_code")  # fmt: skip
+    return UserError(f"cannot load the {what} of {model!r}: {reason_of(error)}")
 
 
 def _dtype_of(config: Any) -> torch.dtype | None:

@@ -29,6 +29,7 @@ class ToyEngine:
 
     tokenizer = None
     max_context: int | None = None
+    vocab_size: int | None = None
     compute_dtype = "float32"
     perturb_s = 0.0  # part of the answer's time here
 
@@ -108,6 +109,13 @@ class ToyEngine:
         """Write a config.json that names the toy."""
         text = json.dumps({"model_type": MODEL_TYPE, "dtype": "float32"}, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
+
+    def check_assets(self) -> None:
+        """A config.json of two words can always be written."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return nothing: the weights alone decide."""
+        return {}
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return 1 per kind: float32 holds the perturbation to rounding."""
