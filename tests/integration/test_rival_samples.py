@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from command_line import metrics, weights
+from command_line import PATIENCE_S, metrics, weights
 from rival_runs import SMALL, easy_rows, train, weights_of_base, write_few
 from tiny_models import save_tiny
 
@@ -159,7 +159,8 @@ def test_a_reward_that_fails_does_not_pay(kind, batches, place):
     """It gets the lowest reward of its prompt's group, is counted, and the run goes on."""
     (place / "bad.py").write_text(BAD)
     write_few(place, 2)
-    changes = {"reward_isolation": "process", "reward_timeout_s": 0.7 if kind == "hanging" else 60, "reward_workers": 1}
+    limit_s = 3 if kind == "hanging" else PATIENCE_S
+    changes = {"reward_isolation": "process", "reward_timeout_s": limit_s, "reward_workers": 1}
     run = train(
         "grpo",
         dataset_name="rows.jsonl",

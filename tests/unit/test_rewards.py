@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import PATIENCE_S
 
 from estune.errors import UserError
 from estune.reward_processes import read_reply
 from estune.rewards import RewardBatch, RewardPool, load_reward
 
-GENEROUS_S = 30.0
+GENEROUS_S = PATIENCE_S  # for calls that answer
+KILLED_AFTER_S = 3.0  # where a call hangs: the calls beside it have as long, on a busy machine too
 
 
 def batch(completions=("a", "bb", "ccc"), **columns):
@@ -31,7 +33,7 @@ def batch(completions=("a", "bb", "ccc"), **columns):
 def score(*functions, given=None, timeout_s=GENEROUS_S, isolation="process"):
     names = [f"f{index}" for index in range(len(functions))]
     with RewardPool(functions, names, timeout_s=timeout_s, workers=1, isolation=isolation) as pool:
-        return pool.submit(given or batch()).result(timeout=60)
+        return pool.submit(given or batch()).result()
 
 
 def ours():
@@ -54,11 +56,12 @@ def ours():
 def nothing_is_left_behind(monkeypatch):
     monkeypatch.setenv("REWARD_TEST", str(os.getpid()))
     yield
-    assert not ours()
+    assert gone(ours())
 
 
-def gone_within(pids, limit_s):
-    deadline = time.monotonic() + limit_s
+def gone(pids):
+    """Return whether all of these processes end; a busy machine may need a while to end them."""
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if not any(_running(pid) for pid in pids):
             return True
@@ -260,18 +263,16 @@ def hang_in_c(completions, **kwargs):
     import ctypes
 
     if "bb" in completions:
-        ctypes.PyDLL(None).sleep(60)  # holds the GIL
+        ctypes.PyDLL(None).sleep(6000)  # holds the GIL
     return [1.0] * len(completions)
 
 
 @pytest.mark.parametrize("function", [spin, hang_in_c])
 def test_a_call_over_its_time_is_killed(function):
-    started = time.monotonic()
-    result = score(function, length, timeout_s=0.6)
-    assert time.monotonic() - started < 10
+    result = score(function, length, timeout_s=KILLED_AFTER_S)
     assert result.failed[:, 0].tolist() == [False, True, False]
     assert result.rewards[:, 1].tolist() == [1, 2, 3]
-    assert result.errors == ["f0: took longer than 0.6 s and was killed"]
+    assert result.errors == ["f0: took longer than 3 s and was killed"]
 
 
 def test_a_batch_of_one_row_is_not_repeated(tmp_path):
@@ -280,7 +281,7 @@ def test_a_batch_of_one_row_is_not_repeated(tmp_path):
             file.write("x")
         return spin(completions)
 
-    assert score(reward, given=batch(["bb"]), timeout_s=0.5).failed.all()
+    assert score(reward, given=batch(["bb"]), timeout_s=KILLED_AFTER_S).failed.all()
     assert (tmp_path / "calls").read_text() == "x"
 
 
@@ -321,10 +322,10 @@ def test_what_a_reward_forks_can_be_terminated():
     def reward(completions):
         import multiprocessing
 
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(6000,))
         child.start()
         child.terminate()
-        child.join(10)
+        child.join()
         return [float(child.exitcode)] * len(completions)
 
     assert score(reward).rewards[:, 0].tolist() == [-15] * 3
@@ -332,18 +333,17 @@ def test_what_a_reward_forks_can_be_terminated():
 
 def test_subprocesses_and_threads_go_with_their_worker():
     def reward(completions):
-        threading.Thread(target=time.sleep, args=(60,), daemon=False).start()
-        subprocess.Popen(["sleep", "61"])
-        subprocess.Popen(["sleep", "62"], start_new_session=True)
-        subprocess.Popen("(sleep 63 &)", shell=True, start_new_session=True).wait()
+        threading.Thread(target=time.sleep, args=(6000,), daemon=False).start()
+        subprocess.Popen(["sleep", "6001"])
+        subprocess.Popen(["sleep", "6002"], start_new_session=True)
+        subprocess.Popen("(sleep 6003 &)", shell=True, start_new_session=True).wait()
         return [1.0] * len(completions)
 
     with RewardPool([reward], ["r"], timeout_s=GENEROUS_S, workers=2) as pool:
         assert not pool.submit(batch()).result().failed.any()
-        deadline = time.monotonic() + 10
-        while not {"sleep 61", "sleep 62", "sleep 63"} <= {words.strip() for words in ours().values()}:
-            assert time.monotonic() < deadline
-    assert not ours()
+        while not {"sleep 6001", "sleep 6002", "sleep 6003"} <= {words.strip() for words in ours().values()}:
+            time.sleep(0.02)
+    assert gone(ours())
 
 
 @pytest.mark.parametrize("hangs", [True, False])
@@ -351,15 +351,15 @@ def test_what_left_a_killed_or_dead_worker_is_killed_with_it(hangs):
     def reward(completions):
         if completions == ["go on"]:
             return [1.0]
-        subprocess.Popen(["sleep", "3131"], start_new_session=True)
-        subprocess.Popen("(sleep 3132 &)", shell=True, start_new_session=True).wait()
-        return time.sleep(60) if hangs else os._exit(1)
+        subprocess.Popen(["sleep", "6031"], start_new_session=True)
+        subprocess.Popen("(sleep 6032 &)", shell=True, start_new_session=True).wait()
+        return time.sleep(6000) if hangs else os._exit(1)
 
-    with RewardPool([reward], ["r"], timeout_s=1.0, workers=2) as pool:
+    with RewardPool([reward], ["r"], timeout_s=KILLED_AFTER_S, workers=2) as pool:
         pool.wait_until_loaded()
         before = set(ours())
         assert pool.submit(batch(["bb"])).result().failed.all()
-        assert not any("sleep" in words for words in ours().values())
+        assert gone([pid for pid, words in ours().items() if "sleep" in words])
         assert len(before & set(ours())) == 2  # the server, and the other worker
         assert pool.submit(batch(["go on"])).result().rewards[0, 0] == 1
 
@@ -452,43 +452,48 @@ def test_the_fork_server_can_die_too():
         before = ours()
         server = pool._server._process.pid
         os.kill(server, signal.SIGKILL)
-        assert gone_within(before, 5)  # its workers went with it
+        assert gone(before)  # its workers went with it
         results = [pool.submit(batch()) for _ in range(4)]
         for future in results:
-            future.result(timeout=30)
+            future.result()
         assert pool.submit(batch()).result().rewards[:, 0].tolist() == [1, 2, 3]
 
 
 # --- the pool
 
 
-def test_scoring_runs_beside_the_caller_and_in_parallel():
+def test_scoring_runs_beside_the_caller_and_in_parallel(tmp_path):
+    """Each call waits for the other one, and both for the caller, who has submitted them by then."""
+
     def reward(completions):
-        time.sleep(0.6)
+        (tmp_path / f"call-{completions[0]}").touch()
+        while len(list(tmp_path.iterdir())) < 3:
+            time.sleep(0.01)
         return [1.0] * len(completions)
 
     with RewardPool([reward], ["r"], timeout_s=GENEROUS_S, workers=2) as pool:
-        pool.wait_until_loaded()
-        started = time.monotonic()
-        futures = [pool.submit(batch()) for _ in range(2)]
-        assert time.monotonic() - started < 0.5
-        for future in futures:
-            assert future.result().rewards[0, 0] == 1
-        assert time.monotonic() - started < 1.1
+        futures = [pool.submit(batch([name])) for name in ("a", "b")]
+        assert not any(future.done() for future in futures)
+        (tmp_path / "caller").touch()
+        assert [future.result().rewards[0, 0] for future in futures] == [1, 1]
 
 
-def test_close_is_quick_idempotent_and_cancels():
-    pool = RewardPool([spin], ["spin"], timeout_s=GENEROUS_S, workers=1)
+def test_close_waits_for_no_call_is_idempotent_and_cancels(tmp_path):
+    """The call that runs would go on for an hour."""
+
+    def reward(completions):
+        (tmp_path / "called").touch()
+        return spin(completions)
+
+    pool = RewardPool([reward], ["spin"], timeout_s=3600, workers=1)
     running, waiting = pool.submit(batch()), pool.submit(batch())
-    pool.wait_until_loaded()
-    time.sleep(0.2)
-    started = time.monotonic()
+    while not (tmp_path / "called").exists():
+        time.sleep(0.01)
     pool.close()
     pool.close()
-    assert time.monotonic() - started < 3
     assert waiting.cancelled()
     with pytest.raises(BaseException, match="closed"):
-        running.result(timeout=1)
+        running.result()
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(batch())
 
@@ -524,11 +529,11 @@ class Unloadable:
 
 
 def test_what_does_not_load_in_a_worker_is_told():
-    with RewardPool([Unloadable()], ["u"], timeout_s=1, workers=1) as pool:
+    with RewardPool([Unloadable()], ["u"], timeout_s=GENEROUS_S, workers=1) as pool:
         with pytest.raises(UserError, match=r"do not load.*ValueError.*--reward_isolation inline"):
             pool.wait_until_loaded()
         with pytest.raises(UserError, match="do not load"):
-            pool.submit(batch()).result(timeout=10)
+            pool.submit(batch()).result()
 
 
 def test_files_and_their_neighbours(tmp_path, monkeypatch):
@@ -610,7 +615,7 @@ class Scale:
 scale = Scale()
 def reward(completions, **kwargs):
     return [scale(len(text)) for text in completions]
-pool = RewardPool([reward, lambda completions: [1] * len(completions)], ["a", "b"], timeout_s=20, workers=2)
+pool = RewardPool([reward, lambda completions: [1] * len(completions)], ["a", "b"], timeout_s=300, workers=2)
 print(pool.submit(RewardBatch(["p"] * 2, ["x", "yy"], [[1]] * 2)).result().rewards.tolist())
 """
 
@@ -621,7 +626,7 @@ def test_scripts_without_a_main_guard(tmp_path, how):
     (tmp_path / "script.py").write_text(text)
     words = {"-c": ["-c", text], "stdin": ["-"]}.get(how, [str(tmp_path / "script.py")])
     done = subprocess.run(
-        [sys.executable, *words], input=text if how == "stdin" else None, capture_output=True, text=True, timeout=60
+        [sys.executable, *words], input=text if how == "stdin" else None, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["started", "[[2.0, 1.0], [4.0, 1.0]]"], done.stderr
     assert done.stderr == "" and done.returncode == 0
@@ -630,7 +635,7 @@ def test_scripts_without_a_main_guard(tmp_path, how):
 def test_workers_import_nothing_heavy():
     code = "import sys\nfrom estune.rewards import *\n"
     code += "f = lambda completions: [len({'torch', 'numpy', 'numba', 'estune'} & set(sys.modules))]\n"
-    code += "with RewardPool([f], 'f', timeout_s=9, workers=1) as p: "
+    code += "with RewardPool([f], 'f', timeout_s=300, workers=1) as p: "
     code += "print(p.submit(RewardBatch(['p'], ['c'], [[1]])).result().rewards[0, 0])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0.0"
 
@@ -640,10 +645,10 @@ import ctypes, os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from estune.rewards import RewardBatch, RewardPool
 def hang(completions, folder):
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "6000"])
     open(f"{folder[0]}/{os.getpid()}-{child.pid}", "w").close()
-    ctypes.PyDLL(None).sleep(60)
-pool = RewardPool([hang], ["hang"], timeout_s=50, workers=2)
+    ctypes.PyDLL(None).sleep(6000)
+pool = RewardPool([hang], ["hang"], timeout_s=6000, workers=2)
 for _ in range(2):
     pool.submit(RewardBatch(["p"], ["c"], [[1]], {"folder": [sys.argv[1]]}))
 if os.fork() == 0:  # a process that holds every line to the fork server open, as a data loader would
@@ -654,7 +659,7 @@ if os.fork() == 0:  # a process that holds every line to the fork server open, a
     os._exit(0)
 try:
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(6000)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
@@ -668,17 +673,16 @@ def test_workers_die_with_the_trainer_even_while_they_hang(tmp_path, number):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 20
-        while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < deadline:
+        while len(list((tmp_path / "pids").iterdir())) < 2 and parent.poll() is None:
             time.sleep(0.02)
         assert parent.stdout.readline() == "waiting\n"
         pids = [int(pid) for file in (tmp_path / "pids").iterdir() for pid in file.name.split("-")]
         assert len(pids) == 4 and all(_running(pid) for pid in pids)
         os.killpg(parent.pid, number)
-        out, err = parent.communicate(timeout=20)
-        assert gone_within(pids, 5)
+        out, err = parent.communicate()
+        assert gone(pids)
         (tmp_path / "stop").touch()
-        assert gone_within(ours(), 5)
+        assert gone(ours())
         assert err == "" and (number != signal.SIGINT or out == "interrupted\n")
     finally:
         (tmp_path / "stop").touch()
