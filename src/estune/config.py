@@ -409,7 +409,8 @@ def canonical_name(name: str, source: str) -> str:
     for spec in FIELDS.values():
         if wanted == spec.name or wanted in spec.metadata["aliases"]:
             return spec.name
-    raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, FIELDS)}")
+    known = [word for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
+    raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, known)}")
 
 
 def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
