@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     parser, commands = _build()
     if words and not words[0].startswith("-") and words[0] not in commands:
-        raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands, 3)}; commands: {', '.join(commands)}")
+        hint = nearest(words[0], commands, least_prefix=3)
+        raise UserError(f"unknown command {words[0]!r}{hint}; commands: {', '.join(commands)}")
     command = commands.get(words[0], parser) if words else parser
     known = {flag for action in command._actions for flag in action.option_strings}
     options, unknown = parser.parse_known_args([_normalised(word, known) for word in words])

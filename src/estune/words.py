@@ -50,7 +50,7 @@ def _is_typo(word: str, name: str) -> bool:
     length, slips = min(len(word), len(name)), _slips(word, name)
     if length < 3 or slips > (1 if length <= 6 else 2):
         return False
-    return word[0] == name[0] or (slips == 1 and max(len(word), len(name)) >= 5) or (word[:2] == name[1::-1] and slips == 1)
+    return word[0] == name[0] or (slips == 1 and (max(len(word), len(name)) >= 5 or word[:2] == name[1::-1]))
 
 
 def _slips(word: str, name: str) -> int:
@@ -87,8 +87,7 @@ def _abbreviates(word: str, name: str) -> bool:
         word.count("_") == name.count("_") > 0
         and any(len(own) >= LEAST_PART for own, _ in parts)
         and all(
-            own == its
-            or (min(len(own), len(its)) >= LEAST_PART and (its.startswith(own) or own.startswith(its)))
+            own == its or (min(len(own), len(its)) >= LEAST_PART and (its.startswith(own) or own.startswith(its)))
             for own, its in parts
         )
     )
