@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ import pytest
 from command_line import PATIENCE_S
 
 from estune.errors import UserError
+from estune.reward_loading import EXTRA_OF
 from estune.reward_processes import read_reply
 from estune.rewards import RewardBatch, RewardPool, load_reward
 
+ROOT = Path(__file__).parents[2]
 GENEROUS_S = PATIENCE_S  # for calls that answer
 KILLED_AFTER_S = 3.0  # where a call hangs: the calls beside it have as long, on a busy machine too
 
@@ -585,7 +588,13 @@ def test_a_module_that_only_this_process_knows_travels_by_value():
         ("gone/file.py:f", "there is no file gone/file.py"),
         ("syntax.py:f", r"does not import: .*\(syntax.py:2\)"),
         ("raises.py:f", r"does not import: ZeroDivisionError: division by zero \(raises.py:2\)"),
-        ("imports.py:f", "does not import: ModuleNotFoundError: No module named 'no_such_thing'"),
+        (
+            "no_such_package.module:f",
+            "'no_such_package': python -m pip install no_such_package, or start",
+        ),
+        ("json.nothing:f", "there is no module 'json.nothing'$"),
+        ("imports.py:f", r"No module named 'no_such_thing' \(imports.py:1\): python -m pip install no_such_thing, or"),
+        ("part.py:f", r"No module named 'json.nothing' \(part.py:1\)$"),
         ("opens.py:f", "does not import: FileNotFoundError"),
         ("exits.py:f", "does not import: SystemExit"),
     ],
@@ -594,12 +603,57 @@ def test_load_reward_tells_what_is_wrong(tmp_path, monkeypatch, spec, words):
     monkeypatch.chdir(tmp_path)
     for name, text in {
         "syntax": "\ndef f(:\n", "raises": "\n1 / 0\n", "imports": "import no_such_thing",
-        "opens": "open('gone')", "exits": "raise SystemExit(3)",
+        "part": "import json.nothing", "opens": "open('gone')", "exits": "raise SystemExit(3)",
     }.items():  # fmt: skip
         (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises(UserError, match=words) as caught:
         load_reward(spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("trl", "'estune[baselines]'"), ("trl.rewards", "'estune[baselines]'"), ("math_verify", "'estune[tasks]'"),
+        ("latex2sympy2_extended", "'estune[tasks]'"), ("reasoning_gym.factory", "'estune[tasks]'"),
+        ("wandb", "'estune[trackers]'"), ("sklearn.metrics", "scikit-learn"), ("rouge_score", "rouge_score"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_told_with_the_command_that_brings_it(tmp_path, monkeypatch, module, package):
+    """Whether it is the reward's own, or one that the reward's file imports."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"wants_{module.replace('.', '_')}.py").write_text(f"import {module}\n")
+    top = module.partition(".")[0]
+    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without(finder, top) for finder in sys.meta_path])
+    for spec in (f"{module}:f", f"wants_{module.replace('.', '_')}.py:f"):
+        with pytest.raises(UserError, match=re.escape(f": python -m pip install {package}")) as caught:
+            load_reward(spec)
+        assert ("or start estune in the directory that holds" in str(caught.value)) == ("estune[" not in package)
+
+
+class Without:
+    """A finder of modules that does not find one package."""
+
+    def __init__(self, finder, package):
+        self.finder, self.package = finder, package
+
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] == self.package else self.finder.find_spec(name, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+def test_extras_bring_what_is_said_of_them():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brings = {
+        re.match(r"[\w-]+", package)[0].replace("-", "_"): extra
+        for extra in ("baselines", "bench", "gpu", "trackers", "tasks")
+        for package in extras[extra]
+    }
+    assert brings | {"latex2sympy2_extended": "tasks"} == EXTRA_OF  # that one comes with math-verify
 
 
 # --- whole programs
