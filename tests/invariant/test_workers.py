@@ -226,6 +226,24 @@ def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker
     assert_no_process(mark)
 
 
+def test_failures_are_counted_for_each_function(run, place):
+    """In the metrics and on the step's line; a function that never fails has a 0, and is not named there."""
+    words = (*TOY, "--max_steps", 2, "--population_size", 3, "--batch_size", 8, "--sigma", 0.1)
+    funcs = ("rewards.py:raising", "rewards.py:second", "rewards.py:always_raising")
+    done = run(*words, "--reward_funcs", *funcs, "--console", "lines")
+    assert done.code == 0, done
+    for line, record in zip(steps(place / "run"), metrics(place / "run"), strict=True):
+        n_guilty = sum(wanted(row) == -0.5 for row in line["rows"])
+        failed = {"raising": 3 * n_guilty, "second": 0, "always_raising": 24}
+        assert {name: record[f"rewards/{name}/errors"] for name in failed} == failed
+        assert line["failures"] == record["es/reward_errors"] == sum(failed.values())
+        told = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
+        assert f"failed {sum(failed.values())} ({told})" in done.out
+    done = run(*words, "--reward_funcs", "rewards.py:always_raising", "--console", "lines", "--overwrite")
+    assert metrics(place / "run")[0]["rewards/always_raising/errors"] == 24
+    assert "failed 24  " in done.out  # there is one function alone
+
+
 def test_a_reward_that_does_not_apply_is_no_failure(run, place):
     words = (*TOY, "--max_steps", 1, "--population_size", 3, "--sigma", 0.1)
     assert run(*words, "--reward_funcs", "rewards.py:inapplicable").code == 0
