@@ -77,8 +77,8 @@ class ESConfig:
     trust_remote_code: bool = _option(False, "Run the Python code that comes with the model.")
     dtype: str = _option(
         "auto",
-        "Compute dtype; theta itself is always float32. auto: float32; with es and random_search on CUDA bfloat16 for a "
-        "checkpoint of 16 bits.",
+        "Compute dtype; theta itself is always float32. auto: float32; with es and random_search on CUDA bfloat16 for "
+        "a checkpoint of 16 bits.",
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
