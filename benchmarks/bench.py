@@ -1,13 +1,13 @@
-"""`make bench`: the noise kernels, a whole step, other packages and how cost grows, in one result and one table.
+"""`make bench`: noise kernels, a whole step, other packages, how cost grows, and `--help`: one result, one table.
 
     python benchmarks/bench.py                             # over an hour on 2 quiet cores, 12 GiB of memory
     python benchmarks/bench.py --peers ~/.cache/estune-peers      # other packages, too: 40 minutes and 5 GB more
     python benchmarks/bench.py --check                     # `make bench-check`: the fast ratios alone, 5 minutes
 
-Sections: `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d). The result goes to
-`benchmarks/results/bench.json`, and the ratios that ``--check`` guards to `benchmarks/ratios.json`, which is written by
-a whole run alone. ``--check`` measures them anew with fewer repetitions and compares: one that is worse by more than a
-fifth is an error. Ratios depend on the machine; the processor's name stands beside them.
+Sections: `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d), `help_time.py` (e). The result
+goes to `benchmarks/results/bench.json`, and the ratios that ``--check`` guards to `benchmarks/ratios.json`, which a
+whole run alone writes. ``--check`` measures them anew with fewer repetitions and compares: one that is worse by more
+than a fifth is an error. Ratios depend on the machine; the processor's name stands beside them.
 
 Growth has verdicts for figures, 1 or 0, which a whole run judges: cost is at most linear in members and parameters, and
 nothing but journal and metrics grows with steps.
@@ -32,7 +32,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "models" / "smollm2-135m"
 RATIOS = HERE / "ratios.json"
-SECTIONS = ("kernels", "step", "peers", "growth")
+SECTIONS = ("kernels", "step", "peers", "growth", "help")
 LEAST_KEPT = 0.8  # of a ratio, in `--check`
 
 
@@ -74,6 +74,10 @@ TARGETS = (
     Target("growth/parameters", ("verdicts", "parameters"), "cost at most linear in parameters (1: yes, 0: no)", 1,
            quick=False),
     Target("growth/steps", ("verdicts", "steps"), "nothing but journal and metrics grows with steps (1: yes, 0: no)", 1,
+           quick=False),
+    Target("help/bare_of_help", ("bare_of_help",), "an interpreter that imports numpy / estune --help", 0.4,
+           quick=False),
+    Target("help/slowest_s", ("slowest_s",), "the slower of estune --help and estune train --help, seconds", 1.0,
            quick=False),
 )  # fmt: skip
 # Shown without a limit: what different weights cost, as those who have one model for all rows would put it.
@@ -189,12 +193,23 @@ def measure_growth(quick: bool) -> dict[str, Any]:
     return result
 
 
+def measure_help(quick: bool) -> dict[str, Any]:
+    """Section (e)."""
+    import help_time
+
+    result = help_time.measure(5 if quick else 15)
+    print(help_time.table(result))
+    return result
+
+
 def measure_section(section: str, model: Path | None, cache_dir: Path | None, quick: bool) -> dict[str, Any]:
     """Measure one section; step and peers need a model, peers needs a directory for packages."""
     if section == "kernels":
         return measure_kernels(quick)
     if section == "growth":
         return measure_growth(quick)
+    if section == "help":
+        return measure_help(quick)
     assert model is not None
     if section == "step":
         return measure_step(model, quick)

@@ -4,6 +4,7 @@ Nothing reaches the network, those tests apart that fetch a model and say so: th
 in a directory that ends with the session.
 """
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -16,6 +17,12 @@ os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="fa
 INTEGRATION = Path(__file__).parent / "integration"
 
 from command_line import Zygote, write_rewards  # noqa: E402
+
+if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 
 def pytest_unconfigure():

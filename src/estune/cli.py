@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,23 +33,36 @@ EVALUATE_FIELDS = (
     "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
 ).split()
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
-# Flags of TRL and transformers whose meaning has another name here, or no place in evolution strategies.
+# Flags of TRL, transformers, verl and vLLM whose meaning has another name here, or no place in evolution strategies.
+# An entry counts for the commands that have every flag it names.
 ELSEWHERE = {
     "bf16": "; use --dtype bfloat16",
     "fp16": "; use --dtype float16",
+    "torch_dtype": "; use --dtype",
     "lr": "; did you mean --learning_rate?",
     "beta": "; es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs",
     "loss_type": "; give it in --method_kwargs",
     "epsilon": "; give it in --method_kwargs",
     "num_iterations": "; give it in --method_kwargs",
     "scale_rewards": "; give it in --method_kwargs",
+    "gradient_checkpointing": "; es computes no gradients; for other methods give it in --method_kwargs",
     "num_train_epochs": "; use --max_steps",
     "gradient_accumulation_steps": "; use --batch_size",
     "per_device_train_batch_size": "; use --batch_size",
     "resume_from_checkpoint": "; use --resume with --output_dir",
     "overwrite_output_dir": "; use --overwrite",
+    "dataset": "; use --dataset_name",
+    "chat_template": "; the tokenizer's is used, see --apply_chat_template",
     "max_prompt_length": "; prompts are never cut",
+    "max_new_tokens": "; use --max_completion_length",
+    "max_tokens": "; use --max_completion_length",
+    "n": "; completions per prompt are --num_generations",
+    "num_return_sequences": "; use --num_generations",
+    "stop": "; use --stop_strings",
+    "temp": "; use --temperature",
     "use_vllm": "; this version has the engines hf and toy",
+    "deepspeed": "; this version runs in one process on one device",
+    "fsdp": "; this version runs in one process on one device",
 }
 # Those that decide what a step's members say and get.
 PROBE_FIELDS = (
@@ -108,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     parser, commands = _build()
     if words and not words[0].startswith("-") and words[0] not in commands:
-        raise UserError(f"unknown command {words[0]!r}{nearest(words[0], commands)}; commands: {', '.join(commands)}")
+        hint = nearest(words[0], commands, least_prefix=3)
+        raise UserError(f"unknown command {words[0]!r}{hint}; commands: {', '.join(commands)}")
     command = commands.get(words[0], parser) if words else parser
     known = {flag for action in command._actions for flag in action.option_strings}
     options, unknown = parser.parse_known_args([_normalised(word, known) for word in words])
@@ -116,8 +130,7 @@ def _run(words: list[str]) -> int:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"unexpected word {flag!r}")
-        hint = ELSEWHERE.get(flag.lstrip("-").replace("-", "_")) or nearest(flag, sorted(known))
-        raise UserError(f"unknown option {flag}{hint}")
+        raise UserError(f"unknown option {flag}{_hint(flag, _shown(command))}")
     if options.command is None:
         parser.print_help()
         return 0
@@ -125,6 +138,19 @@ def _run(words: list[str]) -> int:
     values = vars(options)
     del values["command"], values["handler"]
     return handler(values)
+
+
+def _hint(flag: str, known: Collection[str]) -> str:
+    """Return what to use in place of an unknown flag, or the known one that it was meant to be; else nothing."""
+    elsewhere = ELSEWHERE.get(flag.lstrip("-").replace("-", "_"))
+    if elsewhere is None:
+        return nearest(flag, known)
+    return elsewhere if all(named in known for named in re.findall(r"--\w+", elsewhere)) else ""
+
+
+def _shown(command: argparse.ArgumentParser) -> list[str]:
+    """Return the flags that the help of a command shows: all but the `--no_...` of its switches."""
+    return [flag for action in command._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
 
 
 def _normalised(word: str, known: Container[str]) -> str:

@@ -77,13 +77,14 @@ class ESConfig:
     trust_remote_code: bool = _option(False, "Run the Python code that comes with the model.")
     dtype: str = _option(
         "auto",
-        "Compute dtype; theta itself is always float32. auto: float32 on CPU.",
+        "Compute dtype; theta itself is always float32. auto: float32; with es and random_search on CUDA bfloat16 for "
+        "a checkpoint of 16 bits.",
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
     engine: str = _option("hf", "Generation backend: hf (transformers), toy (a function of a vector).", ("hf", "toy"))
     trainable_parameters: list[str] | None = _option(
-        None, "Regular expressions; only parameters whose stored name matches one are perturbed. Default: all."
+        None, "Regular expressions; only parameters whose stored name holds a match of one are trained. Default: all."
     )
 
     # Task, data, reward
@@ -103,7 +104,8 @@ class ESConfig:
     )
     allow_unsandboxed_code: bool = _option(
         False,
-        "Run code that the model writes (arc_agi:python) also where this system cannot keep it from files and network.",
+        "Run code that the model writes without a sandbox: arc_agi:python where this system has none, and rg: tasks "
+        "whose scorer evaluates answers.",
     )
 
     # Prompt
@@ -137,7 +139,8 @@ class ESConfig:
         None, "Step size alpha; 1/sigma is folded in. Default: sigma / 2; of other methods what TRL has."
     )
     batch_size: int | Literal["auto"] = _option(
-        "auto", "Prompts per step, B. auto: 32 (8 with methods that sample), or all rows if fewer."
+        "auto",
+        "Prompts per step, B. auto: 32, with grpo, dr_grpo, rloo and sft_rejection 8, with ppo 64; all rows if fewer.",
     )
     antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
     noise: str = _option(
@@ -154,7 +157,11 @@ class ESConfig:
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate over max_steps.", SCHEDULES)
     warmup_steps: int = _option(0, "Steps over which the learning rate rises to its full value.")
     sigma_scheduler_type: str = _option("constant", "Schedule of sigma over max_steps.", SIGMA_SCHEDULES)
-    weight_decay: float = _option(0.0, "Lambda of theta -= learning_rate * lambda * (theta - anchor).")
+    weight_decay: float = _option(
+        0.0,
+        "Lambda of theta -= learning_rate * lambda * (theta - anchor), before the step's own change. With es, a step "
+        "in which all members tie writes nothing, not even this.",
+    )
     weight_decay_anchor: str = _option(
         "zero", "What weight decay pulls towards: zero, or base (theta_0).", ("zero", "base")
     )
@@ -164,19 +171,22 @@ class ESConfig:
     max_completion_length: int = _option(256, "Most tokens a completion may have.")
     num_generations: int = _option(
         1,
-        "Completions per prompt and member, G; more than 1 needs temperature > 0.",
+        "Completions per prompt and member, G; more than 1 needs temperature > 0. Default with grpo, dr_grpo, rloo and "
+        "sft_rejection: 8.",
         by_method={**dict.fromkeys(("grpo", "dr_grpo", "rloo", "sft_rejection"), 8), "ppo": 1, "random_search": 1},
     )
     temperature: float = _option(
         0.0,
-        "Sampling temperature; 0 decodes greedily. With methods that sample: of training alone, evaluations are "
-        "greedy.",
+        "Sampling temperature; 0 decodes greedily. Default with methods that learn from samples: 1. Methods "
+        "other than es sample in training alone, their evaluations are greedy.",
         by_method={**dict.fromkeys(SAMPLING_METHODS, 1.0), "random_search": 0.0},
     )
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
     top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")
-    prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass. auto: B up to 64.")
-    members_per_batch: int | Literal["auto"] = _option("auto", "Members in one forward pass, with noise lowrank.")
+    prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass, at most. auto: 64.")
+    members_per_batch: int | Literal["auto"] = _option(
+        "auto", "Members in one forward pass, with noise lowrank. auto: as many as fit into memory and are worth it."
+    )
     num_threads: int | Literal["auto"] = _option(
         "auto", "CPU threads. auto: 1 for a model under 64 MB, else the cores."
     )
@@ -194,19 +204,21 @@ class ESConfig:
     eval_steps: int = _option(0, "Steps between held-out evaluations, theta before the first step included; 0: none.")
     eval_rows: int = _option(0, "Rows of the held-out split in evaluations within a run; 0: all.")
     eval_greedy: bool = _option(
-        False, "Decode those evaluations greedily where training samples; methods that learn from samples always do."
+        False, "Decode those evaluations greedily where training samples; methods other than es always do."
     )
     save_steps: int = _option(0, "Steps between checkpoints; 0: only the final model.")
     save_total_limit: int = _option(0, "Checkpoints to keep, newest first; 0: all.")
     push_to_hub: bool = _option(False, "Upload the finished model; the token is the hub client's (HF_TOKEN).")
-    hub_model_id: str | None = _option(None, "Repository to upload to. Default: the run's name.")
+    hub_model_id: str | None = _option(None, "Repository to upload to. Default: the run directory's name.")
     hub_private_repo: bool = _option(False, "Make that repository private.")
     report_to: list[str] = _option(
         ["plot", "report"],
         "Beside metrics.jsonl: plot (PNG curves), report (report.html), tensorboard, trackio, wandb, mlflow; or none.",
     )
     console: str = _option(
-        "auto", "What a run shows: a panel, or a line a step; auto: a panel on a terminal.", ("auto", "panel", "lines")
+        "auto",
+        "What a run shows: a panel, or a line a step; auto: a panel with es on a terminal.",
+        ("auto", "panel", "lines"),
     )
 
     def __post_init__(self) -> None:
@@ -412,7 +424,8 @@ def canonical_name(name: str, source: str) -> str:
     for spec in FIELDS.values():
         if wanted == spec.name or wanted in spec.metadata["aliases"]:
             return spec.name
-    raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, FIELDS)}")
+    known = [word for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
+    raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, known)}")
 
 
 def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:

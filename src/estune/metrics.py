@@ -50,6 +50,7 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
         "es/fitness_mean": _number(mean(fitness)),
         "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
         "es/reward_errors": int(rollouts.failed.sum()),
+        **{f"rewards/{name}/errors": int(rollouts.failed[..., f].sum()) for f, name in enumerate(spec.names)},
         "es/perturb_s": perturb_s,
         "es/generate_s": generate_s,
         "es/score_s": rollouts.score_wait_s,

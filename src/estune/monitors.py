@@ -66,8 +66,8 @@ class ConsoleMonitor:
             return
         self._times = [*self._times[-9:], record["step_time"]]
         left = (self.max_steps - record["step"]) * sum(self._times) / len(self._times)
-        errors = record.get("es/reward_errors", record.get("reward_errors"))
-        failures = f"  failed {errors:.0f}" if errors else ""
+        failed = failures(record)
+        failed_rewards = f"  failed {failed[0]}{failed[1]}" if failed else ""
         if "es/update_ratio" in record:
             spread = f"{_number(record['es/fitness_std'])}  best {_number(record['es/fitness_best'])}"
             moved = f"moved {record['es/update_ratio']:.1e}"
@@ -76,7 +76,7 @@ class ConsoleMonitor:
         say(
             f"{step}  reward {_number(record.get('reward'))} ± {spread}"
             f"  length {record.get('completions/mean_length', 0):.0f}"
-            f"  {moved}  {record['step_time']:.1f} s{failures}  left {duration(left)}"
+            f"  {moved}  {record['step_time']:.1f} s{failed_rewards}  left {duration(left)}"
         )
 
     def close(self, failed: bool = False) -> None:
@@ -153,6 +153,20 @@ class Monitors:
             self.optional.remove(monitor)
             name = getattr(monitor, "name", type(monitor).__name__)
             warn(f"{name} broke and is off for the rest of the run: {error}")
+
+
+def failures(record: dict[str, Any]) -> tuple[int, str] | None:
+    """Return how many rewards of a step failed, and of which functions: ``(3, " (accuracy 2, format 1)")``.
+
+    The functions are named where there are several. None where nothing failed.
+    """
+    total = record.get("es/reward_errors", record.get("reward_errors"))
+    if not total:
+        return None
+    names = {name: name.removeprefix("rewards/").removesuffix("/errors") for name in record
+             if name.startswith("rewards/") and name.endswith("/errors")}  # fmt: skip
+    told = [f"{function} {record[name]:.0f}" for name, function in names.items() if record[name]]
+    return round(total), f" ({', '.join(told)})" if len(names) > 1 else ""
 
 
 def duration(seconds: float) -> str:

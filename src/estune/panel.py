@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from estune.console import warn
-from estune.monitors import duration
+from estune.monitors import duration, failures
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 REDRAW_S = 0.25  # least time between two redraws while a step runs
@@ -175,8 +175,8 @@ class PanelMonitor:
         if self._times:
             left = (self.max_steps - self.steps_done) * sum(self._times) / len(self._times)
             pace = f"{last['es/tokens_per_s']:.0f} tokens/s, {last['step_time']:.1f} s a step, {duration(left)} left"
-            if last["es/reward_errors"]:
-                pace += f", {last['es/reward_errors']} rewards failed"
+            if failed := failures(last):
+                pace += f", {failed[0]} rewards failed{failed[1]}"
             rows.append(("pace", Text(pace)))
         if self.said:
             asked = plain(" ".join(self.said[0].question.split()))

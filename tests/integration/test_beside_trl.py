@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from command_line import PATIENCE_S
 from datasets import Dataset
 from tiny_models import save_tiny, tiny_tokenizer
 
@@ -67,7 +68,7 @@ def test_trls_own_rewards_run_unmodified(name: str, columns: dict, expected: lis
     prompts = [[{"role": "user", "content": "?"}]] * 3
     own = function(prompts=prompts, completions=CHAT, completion_ids=[[1]] * 3, **columns)
     batch = RewardBatch(prompts, CHAT, [[1]] * 3, columns, {"global_step": 0, "max_steps": 1})
-    with RewardPool([function], ["reward"], timeout_s=60, workers=1, isolation="process") as pool:
+    with RewardPool([function], ["reward"], timeout_s=PATIENCE_S, workers=1, isolation="process") as pool:
         found = pool.submit(batch).result()
     assert not found.failed.any()
     assert found.rewards[:, 0].tolist() == [float("nan") if value is None else value for value in own]

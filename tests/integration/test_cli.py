@@ -1,10 +1,9 @@
-"""The command line: help in an instant, one JSON object, and evaluations that agree wherever they are made."""
+"""The command line: help that loads little, one JSON object, and evaluations that agree wherever they are made."""
 
 import json
 import math
 import subprocess
 import sys
-import time
 from importlib import metadata
 
 import pytest
@@ -27,22 +26,20 @@ def one_object(done):
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_answers_at_once_and_loads_nothing_heavy(place, command):
+def test_help_loads_no_package_but_the_few_that_describe_options(place, command):
+    """That makes it fast; how fast it is, `benchmarks/bench.py` measures."""
     code = (
-        "import sys\nfrom estune.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        "print('LOADED', *({'torch', 'transformers', 'numba', 'datasets', 'matplotlib'} & set(sys.modules)))\n"
+        "import sys\nbefore = set(sys.modules)\nfrom estune.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "tops = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print('LOADED', *sorted(tops - sys.stdlib_module_names))\n"
     )
     words = [*([command] if command else []), "--help"]
-    took_s = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
-        took_s.append(time.perf_counter() - started)
-        assert done.returncode == 0, done
-        *text, last = done.stdout.splitlines()
-        assert last.split() == ["LOADED"]
-        assert text[0].startswith("usage: estune")
-    assert min(took_s) < 1
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done
+    *text, last = done.stdout.splitlines()
+    assert text[0].startswith("usage: estune")
+    assert set(last.split()) <= {"LOADED", "estune", "numpy"}, last
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "score"])
@@ -77,7 +74,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(place):
     process.stdout.close()
     with process.stderr as errors:
         assert "Traceback" not in errors.read()
-    process.wait(timeout=60)
+    process.wait()
     assert len(metrics(place / "run")) == 5 and (place / "run" / "model.safetensors").exists()
 
 

@@ -53,7 +53,7 @@ def write(directory: Path, **changes: object) -> Path:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("compare")
-    done = estune("compare", write(directory), cwd=directory, timeout=280)
+    done = estune("compare", write(directory), cwd=directory)
     assert done.code == 0, done.err + done.out
     return directory
 
@@ -64,7 +64,6 @@ def result(directory: Path, name: str) -> dict:
 
 @pytest.mark.miniature
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_row_is_there(compared: Path) -> None:
     summary = json.loads((compared / "out" / "summary.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["evaluations"]}
@@ -79,12 +78,11 @@ def test_every_row_is_there(compared: Path) -> None:
     assert rows["broken"]["accuracy"]["mean"] == base["accuracy"]["mean"] and not rows["broken"]["changes"]
     assert "samples of the base was right" in rows["broken"]["seeds"][0]["error"]
     assert summary["established"] == {"grpo": False, "broken": False}
-    assert summary["cost"]["sittings"] == 1 and summary["cost"]["cpu_h"] > 0 and 0 < summary["cost"]["wall_h"] < 1
+    assert summary["cost"]["sittings"] == 1 and summary["cost"]["cpu_h"] > 0 and summary["cost"]["wall_h"] > 0
 
 
 @pytest.mark.miniature
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> None:
     for method, seed in (("es", 0), ("grpo", 1)):
         found = result(compared, f"{method}/seed-{seed}-evaluations.json")
@@ -110,7 +108,6 @@ def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> N
 
 @pytest.mark.miniature
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
     for method in ("es", "grpo", "random_search"):
         tuned = result(compared, f"{method}/tuning.json")
@@ -125,7 +122,6 @@ def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
 
 @pytest.mark.miniature
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_report_needs_nothing_else(compared: Path) -> None:
     page = (compared / "out" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
@@ -140,7 +136,6 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
 
 @pytest.mark.miniature
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"
@@ -149,7 +144,7 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
     gone, cut = results / "es" / "seed-1-evaluations.json", results / "grpo" / "seed-0-time.json"
     gone.unlink()
     cut.unlink()  # as if it had been killed on its way to the second budget
-    done = estune("compare", write(directory), cwd=directory, timeout=200)
+    done = estune("compare", write(directory), cwd=directory)
     assert done.code == 0, done.err
     assert all(json.loads(path.read_text(encoding="utf-8"))["status"] == "done" for path in (gone, cut))
     assert json.loads(gone.read_text(encoding="utf-8"))["evaluations"] == 72
@@ -167,14 +162,28 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
             Runner(read_comparison(write(directory, **changes), directory / "out")).keep_plan()
 
 
+# The task's reward; once the first budget's result is there, it waits until the test opens the gate.
+HELD = """
+import os, time
+from estune.tasks.countdown import reward
+
+def held(**given):
+    while os.path.exists({first!r}) and not os.path.exists({gate!r}):
+        time.sleep(0.01)
+    return reward(**given)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path, tmp_path: Path) -> None:
     """The time is up first, long before the evaluations; the run goes on to them as if nothing had happened."""
     methods = {"grpo": MINIATURE["methods"]["grpo"]}
     first = tmp_path / "out" / "results" / "tiny" / "grpo" / "seed-0-time.json"
     second = first.with_name("seed-0-evaluations.json")
-    file = write(tmp_path, methods=methods, seeds=[0], budget={"evaluations": 72, "time_s": 0.001}, retention={})
+    (tmp_path / "held.py").write_text(HELD.format(first=str(first), gate=str(tmp_path / "gate")), encoding="utf-8")
+    settings = {**MINIATURE["settings"], "reward_funcs": [f"{tmp_path / 'held.py'}:held"], "reward_timeout_s": 3600}
+    file = write(tmp_path, methods=methods, seeds=[0], budget={"evaluations": 72, "time_s": 0.001}, retention={},
+                 settings=settings, measuring={**MINIATURE["measuring"], "reward_bounds": [0.0, 1.1]})  # fmt: skip
     command = [sys.executable, "-m", "estune", "compare", str(file)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
@@ -182,10 +191,11 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        (tmp_path / "gate").touch()
+        assert process.wait() == 130
     assert "stopped; the same command goes on" in (tmp_path / "log").read_text()
     assert not second.exists()
-    done = estune("compare", file, cwd=tmp_path, timeout=200)
+    done = estune("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads(second.read_text(encoding="utf-8"))
     whole = result(compared, "grpo/seed-0-evaluations.json")
@@ -203,7 +213,7 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
                  tuning={"time_s": 1.0, "rows": 8},
                  measuring={**MINIATURE["measuring"], "curve_points": 6})  # fmt: skip
     assert "2 runs of 2 s, after 2 trials of 1 s;" in estune("compare", file, "--dry_run", cwd=tmp_path).out
-    done = estune("compare", file, cwd=tmp_path, timeout=250)
+    done = estune("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -215,7 +225,8 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     assert all(row["train_time_s"] >= 2.0 for row in model["rows"]["time"])
     [results] = [path for path in (out / "results").iterdir() if path.is_dir()]
     found = json.loads((results / "es" / "seed-0-time.json").read_text(encoding="utf-8"))
-    assert found["status"] == "done" and len(found["curve"]) > 2
+    every = json.loads((out / found["run"] / "es_config.json").read_text(encoding="utf-8"))["eval_steps"]
+    assert found["status"] == "done" and every >= 1 and len(found["curve"]) == 1 + found["steps"] // every
     assert sorted(path.name for path in (results / "es").iterdir()) == [
         "seed-0-time.json",
         "trial-0-time.json",
@@ -224,7 +235,7 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "budget 2 s of training" in page and "Equal evaluations" not in page and "How parameters moved" in page
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
-    assert estune("compare", file, cwd=tmp_path, timeout=100).code == 0
+    assert estune("compare", file, cwd=tmp_path).code == 0
     assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
 
 
@@ -234,7 +245,7 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
     retention = {"two steps": {"task": "chain:2", "split": "validation", "rows": 3}}
     file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 20, "time_s": 0},
                  retention=retention, tuning={"evaluations": 16, "rows": 4}, skill_prefix="")  # fmt: skip
-    done = estune("compare", file, cwd=tmp_path, timeout=250)
+    done = estune("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
     [model] = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["models"].values()
     constant = result(tmp_path, "constant.json")
@@ -243,7 +254,7 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"always &lt;answer&gt;{constant['says'][8]}" in page and "kept: two steps, n 3" in page
     (tmp_path / "out" / "results" / "tiny" / "constant.json").unlink()
-    assert estune("compare", file, cwd=tmp_path, timeout=100).code == 0
+    assert estune("compare", file, cwd=tmp_path).code == 0
     assert result(tmp_path, "constant.json") == constant
 
 

@@ -17,7 +17,7 @@ import pytest
 from estune.errors import UserError
 from estune.fetch import MODELS, fetch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 ASK = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

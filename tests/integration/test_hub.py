@@ -33,7 +33,7 @@ def estune(hub: Hub, place: Path, *words: str) -> subprocess.CompletedProcess[st
         "HF_HOME": str(place / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "estune", *words]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
 
 
 def test_a_finished_run_goes_to_the_hub(hub: Hub, place: Path) -> None:

@@ -131,16 +131,16 @@ def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
     sample = Ground.sample
 
     def slow(self, *given):
-        self.clock -= 10
+        self.clock -= 10_000  # next to which the real seconds are nothing
         return sample(self, *given)
 
     monkeypatch.setattr(Ground, "sample", slow)
     given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
-    run = train("sft_rejection", **given, max_time_s=50)
+    run = train("sft_rejection", **given, max_time_s=50_000)
     assert len(batches) == 3
     records = metrics(run, times=True)
-    assert [record["num_evaluations"] for record in records] == [6, 6] and 30 < records[-1]["train_time_s"] < 50
-    train("sft_rejection", **{**given, "max_steps": 3}, max_time_s=5000, resume=True)
+    assert [record["num_evaluations"] for record in records] == [6, 6] and 30_000 < records[-1]["train_time_s"] < 40_000
+    train("sft_rejection", **{**given, "max_steps": 3}, max_time_s=5_000_000, resume=True)
     assert len(batches) == 3 and metrics(run)[-1]["num_evaluations"] == 6
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from command_line import metrics, weights
-from rival_runs import SMALL, easy_rows, train, weights_of_base, write_few
+from command_line import PATIENCE_S, metrics, weights
+from rival_runs import NO_GRADIENT, SMALL, easy_rows, train, weights_of_base, write_few
 from tiny_models import save_tiny
 
 from estune import ESConfig, inputs
@@ -159,7 +159,8 @@ def test_a_reward_that_fails_does_not_pay(kind, batches, place):
     """It gets the lowest reward of its prompt's group, is counted, and the run goes on."""
     (place / "bad.py").write_text(BAD)
     write_few(place, 2)
-    changes = {"reward_isolation": "process", "reward_timeout_s": 0.7 if kind == "hanging" else 60, "reward_workers": 1}
+    limit_s = 3 if kind == "hanging" else PATIENCE_S
+    changes = {"reward_isolation": "process", "reward_timeout_s": limit_s, "reward_workers": 1}
     run = train(
         "grpo",
         dataset_name="rows.jsonl",
@@ -179,7 +180,28 @@ def test_a_reward_that_fails_does_not_pay(kind, batches, place):
         wanted = [(min(given) if given else np.nan) if b else float(len(t)) for t, b in zip(texts, bad, strict=True)]
         np.testing.assert_array_equal(rewards, wanted)
     assert 0 < failures < 8
-    assert metrics(run)[0]["reward_errors"] == failures
+    assert metrics(run)[0]["reward_errors"] == metrics(run)[0][f"rewards/{kind}/errors"] == failures
+
+
+@pytest.mark.parametrize("method", ["grpo", "random_search"])
+def test_failures_are_counted_for_each_function(method, place, capsys):
+    """Over all batches of a step; they are no means."""
+
+    def failing(completions, **_):
+        if "never" not in completions:
+            raise ValueError("none is good enough")
+
+    def fine(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    more = NO_GRADIENT if method == "random_search" else {"method_kwargs": {"steps_per_generation": 1}}
+    run = train(method, easy_rows(), [failing, fine], max_steps=2, **more)
+    told, evaluations = capsys.readouterr().out, 0
+    for record in metrics(run):
+        scored, evaluations = record["num_evaluations"] - evaluations, record["num_evaluations"]
+        assert record["rewards/failing/errors"] == record["reward_errors"] == scored > 0
+        assert record["rewards/fine/errors"] == 0
+        assert f"failed {scored} (failing {scored})" in told
 
 
 BAD = """

@@ -32,7 +32,7 @@ def look(address: str, place: Path) -> tuple[str, str]:
     done = subprocess.run(
         [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={place / 'browser'}",
          "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", address],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(place)},
+        capture_output=True, text=True, env={**os.environ, "HOME": str(place)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)

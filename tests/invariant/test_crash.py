@@ -22,6 +22,7 @@ from command_line import (
 )
 
 NEVER = 1 << 30
+HELD = ("--reward_funcs", "rewards.py:slow", "--reward_timeout_s", 3600)  # held as long as a test likes
 
 
 def assert_whole(run_dir, max_steps):
@@ -33,6 +34,10 @@ def assert_whole(run_dir, max_steps):
     assert evaluated == sorted(set(evaluated))
     assert not (run_dir / "pending.jsonl").exists()
     assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+
+
+def lines_of(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_dying_at_every_write_to_the_file_system(zygote, place):
@@ -148,9 +153,8 @@ def test_twenty_kills_at_random_instants(zygote, place):
     whole = place / "whole"
     whole.mkdir()
     write_rewards(whole)
-    started = time.monotonic()
-    assert zygote.run(options, whole).code == 0
-    wanted, takes_s = tree(whole / "run"), time.monotonic() - started
+    assert zygote.run(options, whole, env={"CALLS": str(place / "calls")}).code == 0
+    wanted, n_calls = tree(whole / "run"), lines_of(place / "calls")
     chance = random.Random(20)
     mark = f"crash-{os.getpid()}"
     kills = finished = 0
@@ -159,9 +163,13 @@ def test_twenty_kills_at_random_instants(zygote, place):
         if not at.exists():
             at.mkdir()
             write_rewards(at)
-        pid = zygote.start([*options, "--resume"], at, env={MARK: mark})
-        if kills < 20:
-            time.sleep(chance.uniform(0, 0.6 * takes_s))
+        calls = place / f"calls_{kills}_{finished}"
+        pid = zygote.start([*options, "--resume"], at, env={MARK: mark, "CALLS": str(calls)})
+        if kills < 20:  # at a point that its calls of the reward show, and a random moment later
+            after = chance.randrange(n_calls * 6 // 10)
+            while lines_of(calls) < after and os.path.exists(f"/proc/{pid}"):
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.05))
             with suppress(ProcessLookupError):  # it has just finished
                 os.killpg(pid, signal.SIGKILL)
         done = zygote.wait()
@@ -177,24 +185,24 @@ def test_twenty_kills_at_random_instants(zygote, place):
 
 def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, place):
     write_rewards(place)
-    options = (*TOY, "--max_steps", 2, "--population_size", 8, "--batch_size", 3, "--reward_funcs", "rewards.py:slow")
+    options = (*TOY, *HELD, "--max_steps", 2, "--population_size", 8, "--batch_size", 3)
     first, second = place / "first", place / "second"
-    pid = zygote.start(options, place, env={"CALLS": str(first), "REWARD_S": "0.1"})
+    pid = zygote.start(options, place, env={"CALLS": str(first), "HOLD_AFTER": "3"})
     pending = place / "run" / "pending.jsonl"
-    while not pending.exists() or pending.read_bytes().count(b"\n") < 3:
+    while lines_of(pending) < 3:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     assert zygote.wait().code == -signal.SIGKILL
     finished = pending.read_bytes().count(b"\n")
     lines = [json.loads(line) for line in pending.read_text().splitlines()]
     for line in lines:
-        line["result"]["generate_s"] = 100.0
+        line["result"]["generate_s"] = 1e6
     pending.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"after":"0123')  # the one being written
     assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
-    assert finished < 8  # in the first step
+    assert finished == 3
     assert len(second.read_text().splitlines()) == (8 - finished) + 8
     times = [record["train_time_s"] for record in metrics(place / "run", times=True)]
-    assert all(100 * finished <= seconds < 100 * finished + 100 for seconds in times)  # they are not free
+    assert all(3e6 <= seconds < 4e6 for seconds in times)  # they are not free
     assert len(first.read_text().splitlines()) >= finished
 
 
@@ -202,17 +210,16 @@ def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
     """A row's answer may depend on its neighbours by rounding, so members that share a forward pass stay together."""
     write_rewards(place)
     batch = 4
-    options = (*TOY, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--reward_funcs", "rewards.py:slow",
+    options = (*TOY, *HELD, "--max_steps", 1, "--population_size", 8, "--batch_size", 3,
                "--noise", "lowrank", "--members_per_batch", batch)  # fmt: skip
     first, second = place / "first", place / "second"
-    pid = zygote.start(options, place, env={"CALLS": str(first), "REWARD_S": "0.1"})
+    pid = zygote.start(options, place, env={"CALLS": str(first), "HOLD_AFTER": "6"})
     pending = place / "run" / "pending.jsonl"
-    while not pending.exists() or pending.read_bytes().count(b"\n") < 6:
+    while lines_of(pending) < 6:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     assert zygote.wait().code == -signal.SIGKILL
-    finished = pending.read_bytes().count(b"\n")
-    assert 6 <= finished < 8
+    assert lines_of(pending) == 6
     assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
     assert len(second.read_text().splitlines()) == batch
     assert len(journal(place / "run")[1]["fitness"]) == 8
@@ -284,16 +291,14 @@ def test_three_kills_of_a_language_model(torch_zygote, place, request, model, no
         at.mkdir()
         for file in place.glob("r*.*"):
             (at / file.name).write_bytes(file.read_bytes())
-    assert torch_zygote.run(options, whole).code == 0
+    done = torch_zygote.run(options, whole, kill_at=NEVER)
+    assert done.code == 0, done
+    n_writes = int(re.search(r"writes (\d+)", done.out)[1])
     mark = f"model-{os.getpid()}"
-    path = killed / "run" / "journal.jsonl"
-    for kill in range(3):  # at a point of the run that its journal shows, and a random moment later
-        pid = torch_zygote.start(options, killed, env={MARK: mark})
-        while not (path.exists() and path.read_bytes().count(b'"kind":"step"') > kill):
-            time.sleep(0.002)
-        time.sleep(random.Random(kill).uniform(0, 0.05))
-        os.killpg(pid, signal.SIGKILL)
-        assert torch_zygote.wait().code == -signal.SIGKILL
+    chance = random.Random(3)
+    for _ in range(3):  # at a random write of the first third of what is left to do, at least
+        kill_at = chance.randint(n_writes // 6, n_writes // 3)
+        assert torch_zygote.run(options, killed, env={MARK: mark}, kill_at=kill_at).code == -signal.SIGKILL
     assert torch_zygote.run(options, killed).code == 0
     assert_whole(killed / "run", 6)
     assert_same_tree(tree(killed / "run"), tree(whole / "run"))

@@ -10,7 +10,7 @@ import shutil
 import time
 
 import pytest
-from command_line import TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
+from command_line import PATIENCE_S, TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
 
 from estune.config import FIELDS, ESConfig
 from estune.journal import Journal
@@ -94,7 +94,11 @@ TOY_EFFECTS = {
         of_steps("q"),
     ),
     "reward_timeout_s": ((*SLOW, "--batch_size", 2), ("--reward_timeout_s", 0.005), of_steps("failures")),
-    "reward_workers": ((*SLOW, "--reward_workers", 1), ("--reward_workers", 3), n_workers),
+    "reward_workers": (
+        (*SLOW, "--reward_workers", 1),
+        ("--reward_workers", 3, "--reward_funcs", "rewards.py:meeting", "--reward_timeout_s", PATIENCE_S),
+        n_workers,
+    ),
     "reward_isolation": (LOGGED, ("--reward_isolation", "process"), in_trainer),
     "system_prompt": (("--log_completions",), ("--system_prompt", "Be brief."), contents("completions/")),
     "response_prefix": ((), ("--response_prefix", "1"), of_steps("fitness")),
@@ -789,7 +793,7 @@ def test_file_flags_and_python_mean_the_same(zygote, run, place, wanted):
         ("--log_completions", "true"),
         ("--report_to", "plot"),
         ("--prompts_per_batch", 2),
-        ("--reward_isolation", "process", "--reward_timeout_s", 30),
+        ("--reward_isolation", "process", "--reward_timeout_s", PATIENCE_S),
         ("--max_completion_length", 100),
     ],
     ids=lambda words: " ".join(map(str, words)),

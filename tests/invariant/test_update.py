@@ -75,7 +75,7 @@ def test_noise_differs_between_tensors_members_steps_and_run_seeds() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(order=st.permutations(range(N)))
 def test_update_is_invariant_to_the_order_of_members(rank: int, order: list[int]) -> None:
     update = some_update(rank=rank)

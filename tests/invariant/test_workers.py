@@ -5,7 +5,19 @@ import random
 
 import numpy as np
 import pytest
-from command_line import MARK, TOY, assert_no_process, estune, journal, metrics, steps, tree, weights, write_rewards
+from command_line import (
+    MARK,
+    PATIENCE_S,
+    TOY,
+    assert_no_process,
+    estune,
+    journal,
+    metrics,
+    steps,
+    tree,
+    weights,
+    write_rewards,
+)
 
 from estune.engines.toy import ToyEngine
 from estune.optimizer import make_update
@@ -196,7 +208,7 @@ def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker
         "--batch_size",
         8,
         "--reward_timeout_s",
-        0.3 if reward == "hanging" else 30,
+        3 if reward == "hanging" else PATIENCE_S,  # the other rows' calls have all this time, on a busy machine too
     )
     assert run(*words, "--reward_funcs", "rewards.py:logged").code == 0
     fitness = steps(place / "run")[0]["fitness"]
@@ -212,6 +224,24 @@ def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker
     # nobody got a reward for those rows, so they are left out for all members
     assert line["fitness"] != fitness and any(line["q"])
     assert_no_process(mark)
+
+
+def test_failures_are_counted_for_each_function(run, place):
+    """In the metrics and on the step's line; a function that never fails has a 0, and is not named there."""
+    words = (*TOY, "--max_steps", 2, "--population_size", 3, "--batch_size", 8, "--sigma", 0.1)
+    funcs = ("rewards.py:raising", "rewards.py:second", "rewards.py:always_raising")
+    done = run(*words, "--reward_funcs", *funcs, "--console", "lines")
+    assert done.code == 0, done
+    for line, record in zip(steps(place / "run"), metrics(place / "run"), strict=True):
+        n_guilty = sum(wanted(row) == -0.5 for row in line["rows"])
+        failed = {"raising": 3 * n_guilty, "second": 0, "always_raising": 24}
+        assert {name: record[f"rewards/{name}/errors"] for name in failed} == failed
+        assert line["failures"] == record["es/reward_errors"] == sum(failed.values())
+        told = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
+        assert f"failed {sum(failed.values())} ({told})" in done.out
+    done = run(*words, "--reward_funcs", "rewards.py:always_raising", "--console", "lines", "--overwrite")
+    assert metrics(place / "run")[0]["rewards/always_raising/errors"] == 24
+    assert "failed 24  " in done.out  # there is one function alone
 
 
 def test_a_reward_that_does_not_apply_is_no_failure(run, place):
@@ -255,7 +285,7 @@ def test_nothing_runs_what_a_model_wrote(run, place):
     with (place / "c.jsonl").open("w") as file:
         for text in rows:
             file.write(json.dumps({"completion": text, "numbers": [1, 2, 3], "target": 6}) + "\n")
-    done = run("score", "--task", "countdown", "--completions", "c.jsonl", "--json", "--reward_timeout_s", 5)
+    done = run("score", "--task", "countdown", "--completions", "c.jsonl", "--json", "--reward_timeout_s", PATIENCE_S)
     assert done.code == 0, done
     assert json.loads(done.out)["accuracy"] == 0.0
     assert not (place / "proof").exists()

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import pytest
+from command_line import PATIENCE_S
 from linux_kernel import kernel_has_it
 
 from estune import sandbox
@@ -248,7 +249,7 @@ def test_in_a_pool_and_in_a_mixture() -> None:
     assert mixed.runs_code and not get_task("arc_agi=1,countdown=1").runs_code
     columns = {"task": ["arc_agi:python"] * 2, **{name: [value] * 2 for name, value in ROW.items()}}
     texts = [f"<answer>{RIGHT}</answer>", "<answer>def transform(grid): return grid</answer>"]
-    with RewardPool([mixed.reward, mixed.accuracy], ["reward", "accuracy"], timeout_s=60, workers=1) as pool:
+    with RewardPool([mixed.reward, mixed.accuracy], ["reward", "accuracy"], timeout_s=PATIENCE_S, workers=1) as pool:
         result = pool.submit(RewardBatch(["", ""], list(texts), [[], []], columns)).result()
     assert not result.errors and result.rewards.tolist() == [[1.0, 1.0], [0.0, 0.0]]
 

@@ -19,7 +19,7 @@ def scripts(monkeypatch):
     """Let benchmarks import each other; those that were imported are forgotten afterwards."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield importlib.import_module
-    for name in ("record", "memory"):
+    for name in ("record", "memory", "help_time"):
         sys.modules.pop(name, None)
 
 
@@ -96,6 +96,17 @@ def test_growth_is_a_target_of_a_whole_run_alone(bench, value):
         if target.name in names and not bench.met(target, values.get(target.name))
     ]
     assert missed == ["growth/steps"]
+
+
+def test_the_time_of_help_is_a_target_of_a_whole_run(bench, scripts):
+    """Measured here in one turn; whether it is fast is not this test's to judge."""
+    result = scripts("help_time").measure(1)
+    values = bench.figures({"help": result})
+    assert set(values) == {"help/bare_of_help", "help/slowest_s"} and all(value > 0 for value in values.values())
+    names = [target.name for target in bench.targets_of(["help"], quick=False)]
+    assert sorted(names) == sorted(values) and bench.targets_of(["help"], quick=True) == []
+    assert bench.met(bench.TARGETS[-1], 0.7) and not bench.met(bench.TARGETS[-1], 1.3)  # seconds: less is better
+    assert scripts("help_time").table(result).count("bare / help") == len(scripts("help_time").COMMANDS)
 
 
 def test_one_model_for_all_rows_is_shown_without_a_target(bench):

@@ -125,12 +125,5 @@ def test_names() -> None:
 
 
 def test_steps_are_read_in_linear_time() -> None:
-    import time
-
-    def seconds(lines: int) -> float:
-        started = time.process_time()
-        assert chain.STEP.findall("\n" * lines + "step 1: 3") == [("1", "3")]
-        return time.process_time() - started
-
-    seconds(1000)
-    assert seconds(200_000) < 1.0  # a second each 15 000 lines, where blank lines are tried from each of them
+    """The text is so long that trying its blank lines from each of them would take an hour."""
+    assert chain.STEP.findall("\n" * 1_000_000 + "step 1: 3") == [("1", "3")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from estune.config import FIELDS, RESUMABLE, ESConfig, canonical_name, coerce, read_config_file
+from estune.config import FIELDS, METHODS, RESUMABLE, ESConfig, canonical_name, coerce, default_of, read_config_file
 from estune.errors import UserError
+from estune.inputs import resolve_config
 
 
 def test_defaults_are_the_papers() -> None:
@@ -163,6 +165,17 @@ def test_what_cannot_work_is_refused_in_one_sentence(options: dict[str, Any], sa
 def test_what_can_work_is_accepted(options: dict[str, Any]) -> None:
     config = ESConfig(**options)
     assert all(getattr(config, name) == value for name, value in options.items())
+
+
+def test_help_names_the_defaults_of_methods() -> None:
+    for name, spec in FIELDS.items():
+        others = [value for value in spec.metadata.get("by_method", {}).values() if value != default_of(name)]
+        assert all(f": {value:g}." in spec.metadata["help"] for value in others), name
+    text = FIELDS["batch_size"].metadata["help"].partition("auto: ")[2]
+    sizes = {name: size for names, size in re.findall(r"with (.+?) (\d+)", text) for name in re.findall(r"\w+", names)}
+    for method in METHODS:
+        resolved = resolve_config(ESConfig(method=method, task="countdown"), 10**6)
+        assert str(resolved.batch_size) == sizes.get(method, text.partition(",")[0]), method
 
 
 @pytest.mark.parametrize(

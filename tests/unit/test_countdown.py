@@ -1,7 +1,6 @@
 """The countdown task: its problems, exact scoring against hostile answers, the paper's reward, foreign rows."""
 
 import hashlib
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -133,13 +132,13 @@ def test_the_last_closed_answer_counts():
     assert score("</answer><answer>") == 0.0
 
 
-def test_limits_are_reached_quickly():
-    start = time.perf_counter()
-    for answer in ("1" * 100_000, "(" * 10_000 + "1" + ")" * 10_000, "-" * 900 + "24", "9*" * 499 + "9"):
+def test_limits_hold_for_texts_of_any_length():
+    """They are so long that anything but a pass or two over them would take hours."""
+    many = 10**6
+    for answer in ("1" * many, "(" * many + "1" + ")" * many, "-" * 900 + "24", "9*" * 499 + "9", "9*" * many + "9"):
         assert solved(answer) == 0.0
     for text in ("<think>" * 10**6, "<answer>" * 10**6, "</answer>" * 10**6, "<think></think>\n" * 10**5):
         assert cd.reward([text], numbers=[[3, 5, 9]], target=[24])[0] < 0.2
-    assert time.perf_counter() - start < 2
     deep = "(" * MAX_NESTING + "7" + ")" * MAX_NESTING
     assert evaluate(tokenize(deep)) == 7 and evaluate(tokenize(f"({deep})")) is None
     assert evaluate(tokenize("-" * 999 + "7")) == -7

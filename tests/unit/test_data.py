@@ -248,7 +248,7 @@ def test_hub_dataset_without_network():
     code = "from estune.data import load_rows\nfrom estune.errors import UserError\n"
     code += "try: load_rows('nobody/nothing-here')\nexcept UserError as error: print(error)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "nobody/nothing-here" in done.stdout and "cannot be loaded" in done.stdout, done.stderr
 
 

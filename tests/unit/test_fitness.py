@@ -88,7 +88,7 @@ def test_failing_a_penalty_gets_its_worst_value() -> None:
     assert worst.tolist() == [-10.0, -10.0, -2.0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_failing_never_pays(data: st.DataObject) -> None:
     """On every row, a completion that failed is worth no more than any completion that did not."""
@@ -140,7 +140,7 @@ def test_means_leave_nan_out_and_are_exactly_rounded() -> None:
     assert mean(np.array([1e308, 1e308, 1e308])) == 1e308  # no overflow on the way
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-1e200, 1e200), min_size=1, max_size=30))
 def test_mean_equals_exact_arithmetic(numbers: list[float]) -> None:
     total = float(sum(map(Fraction, numbers)))  # rounded once, as fsum
@@ -185,7 +185,7 @@ def test_z_score_by_hand() -> None:
     assert z_score([1e308, 1e308, 0.0]) == pytest.approx([math.sqrt(0.5), math.sqrt(0.5), -math.sqrt(2)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values_of)
 def test_z_score_has_mean_zero_and_deviation_one(numbers: list[float]) -> None:
     scores = z_score(numbers)
@@ -202,7 +202,7 @@ def test_z_score_has_mean_zero_and_deviation_one(numbers: list[float]) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=30), st.integers(-50, 50), st.integers(-8, 8))
 def test_shapings_do_not_see_shift_or_scale(numbers: list[int], shift: int, power: int) -> None:
     """Integers shifted and scaled by a power of two, so that the arithmetic is exact and the comparison strict."""
@@ -219,7 +219,7 @@ def test_centered_rank_shares_mid_ranks() -> None:
     assert centered_rank([5.0, 5.0, 5.0, 7.0]) == pytest.approx([1 / 3 - 0.5] * 3 + [0.5])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=20))
 def test_centered_rank_equals_the_mean_over_all_orders_of_the_ties(numbers: list[int]) -> None:
     n = len(numbers)

@@ -68,7 +68,7 @@ def test_public_shape_and_version() -> None:
         noise_ints(0, "w", 0, 1, "gaussian")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1))
 def test_mix_equals_python_integers(x: int) -> None:
     assert int(mix(np.array([x], dtype=np.uint32))[0]) == plain_mix(x)
@@ -79,7 +79,7 @@ def test_mix_is_a_bijection_on_a_dense_range() -> None:
     assert np.unique(words).size == words.size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**64 - 1), st.text(max_size=30).filter(lambda s: s.isprintable()), st.integers(0, 2**34),
     st.sampled_from(["normal", "rademacher"]),
@@ -120,7 +120,7 @@ def test_a_slice_across_the_block_boundary_is_its_two_halves() -> None:
     assert whole.tolist() == [plain_noise(5, "w", start + j) for j in range(25)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 5000), st.integers(0, 5000))
 def test_any_slice_is_a_part_of_the_whole(start: int, count: int) -> None:
     whole = noise_ints(11, "w", 0, 10_000)
@@ -213,7 +213,7 @@ def test_checksum_shards_add_up() -> None:
     assert sum(parts) % 2**64 == whole == wide_checksum(theta, start)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(min_value=1e-300, max_value=1e300), st.integers(1, 40))
 def test_round_to_bits_is_the_nearest_half_to_even(value: float, bits: int) -> None:
     rounded = Fraction(round_to_bits(value, bits))

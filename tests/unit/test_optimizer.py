@@ -35,7 +35,7 @@ def significant_bits(value: float) -> int:
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(finite, min_size=2, max_size=40).filter(any))
 @example([5e-324, -5e-324])
 @example([1.7976931348623157e308, -1e308])

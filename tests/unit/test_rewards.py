@@ -10,16 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import PATIENCE_S
 
 from estune.errors import UserError
+from estune.reward_loading import EXTRA_OF
 from estune.reward_processes import read_reply
 from estune.rewards import RewardBatch, RewardPool, load_reward
 
-GENEROUS_S = 30.0
+ROOT = Path(__file__).parents[2]
+GENEROUS_S = PATIENCE_S  # for calls that answer
+KILLED_AFTER_S = 3.0  # where a call hangs: the calls beside it have as long, on a busy machine too
 
 
 def batch(completions=("a", "bb", "ccc"), **columns):
@@ -31,7 +36,7 @@ def batch(completions=("a", "bb", "ccc"), **columns):
 def score(*functions, given=None, timeout_s=GENEROUS_S, isolation="process"):
     names = [f"f{index}" for index in range(len(functions))]
     with RewardPool(functions, names, timeout_s=timeout_s, workers=1, isolation=isolation) as pool:
-        return pool.submit(given or batch()).result(timeout=60)
+        return pool.submit(given or batch()).result()
 
 
 def ours():
@@ -54,11 +59,12 @@ def ours():
 def nothing_is_left_behind(monkeypatch):
     monkeypatch.setenv("REWARD_TEST", str(os.getpid()))
     yield
-    assert not ours()
+    assert gone(ours())
 
 
-def gone_within(pids, limit_s):
-    deadline = time.monotonic() + limit_s
+def gone(pids):
+    """Return whether all of these processes end; a busy machine may need a while to end them."""
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if not any(_running(pid) for pid in pids):
             return True
@@ -260,18 +266,16 @@ def hang_in_c(completions, **kwargs):
     import ctypes
 
     if "bb" in completions:
-        ctypes.PyDLL(None).sleep(60)  # holds the GIL
+        ctypes.PyDLL(None).sleep(6000)  # holds the GIL
     return [1.0] * len(completions)
 
 
 @pytest.mark.parametrize("function", [spin, hang_in_c])
 def test_a_call_over_its_time_is_killed(function):
-    started = time.monotonic()
-    result = score(function, length, timeout_s=0.6)
-    assert time.monotonic() - started < 10
+    result = score(function, length, timeout_s=KILLED_AFTER_S)
     assert result.failed[:, 0].tolist() == [False, True, False]
     assert result.rewards[:, 1].tolist() == [1, 2, 3]
-    assert result.errors == ["f0: took longer than 0.6 s and was killed"]
+    assert result.errors == ["f0: took longer than 3 s and was killed"]
 
 
 def test_a_batch_of_one_row_is_not_repeated(tmp_path):
@@ -280,7 +284,7 @@ def test_a_batch_of_one_row_is_not_repeated(tmp_path):
             file.write("x")
         return spin(completions)
 
-    assert score(reward, given=batch(["bb"]), timeout_s=0.5).failed.all()
+    assert score(reward, given=batch(["bb"]), timeout_s=KILLED_AFTER_S).failed.all()
     assert (tmp_path / "calls").read_text() == "x"
 
 
@@ -321,10 +325,10 @@ def test_what_a_reward_forks_can_be_terminated():
     def reward(completions):
         import multiprocessing
 
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(6000,))
         child.start()
         child.terminate()
-        child.join(10)
+        child.join()
         return [float(child.exitcode)] * len(completions)
 
     assert score(reward).rewards[:, 0].tolist() == [-15] * 3
@@ -332,18 +336,17 @@ def test_what_a_reward_forks_can_be_terminated():
 
 def test_subprocesses_and_threads_go_with_their_worker():
     def reward(completions):
-        threading.Thread(target=time.sleep, args=(60,), daemon=False).start()
-        subprocess.Popen(["sleep", "61"])
-        subprocess.Popen(["sleep", "62"], start_new_session=True)
-        subprocess.Popen("(sleep 63 &)", shell=True, start_new_session=True).wait()
+        threading.Thread(target=time.sleep, args=(6000,), daemon=False).start()
+        subprocess.Popen(["sleep", "6001"])
+        subprocess.Popen(["sleep", "6002"], start_new_session=True)
+        subprocess.Popen("(sleep 6003 &)", shell=True, start_new_session=True).wait()
         return [1.0] * len(completions)
 
     with RewardPool([reward], ["r"], timeout_s=GENEROUS_S, workers=2) as pool:
         assert not pool.submit(batch()).result().failed.any()
-        deadline = time.monotonic() + 10
-        while not {"sleep 61", "sleep 62", "sleep 63"} <= {words.strip() for words in ours().values()}:
-            assert time.monotonic() < deadline
-    assert not ours()
+        while not {"sleep 6001", "sleep 6002", "sleep 6003"} <= {words.strip() for words in ours().values()}:
+            time.sleep(0.02)
+    assert gone(ours())
 
 
 @pytest.mark.parametrize("hangs", [True, False])
@@ -351,15 +354,15 @@ def test_what_left_a_killed_or_dead_worker_is_killed_with_it(hangs):
     def reward(completions):
         if completions == ["go on"]:
             return [1.0]
-        subprocess.Popen(["sleep", "3131"], start_new_session=True)
-        subprocess.Popen("(sleep 3132 &)", shell=True, start_new_session=True).wait()
-        return time.sleep(60) if hangs else os._exit(1)
+        subprocess.Popen(["sleep", "6031"], start_new_session=True)
+        subprocess.Popen("(sleep 6032 &)", shell=True, start_new_session=True).wait()
+        return time.sleep(6000) if hangs else os._exit(1)
 
-    with RewardPool([reward], ["r"], timeout_s=1.0, workers=2) as pool:
+    with RewardPool([reward], ["r"], timeout_s=KILLED_AFTER_S, workers=2) as pool:
         pool.wait_until_loaded()
         before = set(ours())
         assert pool.submit(batch(["bb"])).result().failed.all()
-        assert not any("sleep" in words for words in ours().values())
+        assert gone([pid for pid, words in ours().items() if "sleep" in words])
         assert len(before & set(ours())) == 2  # the server, and the other worker
         assert pool.submit(batch(["go on"])).result().rewards[0, 0] == 1
 
@@ -452,43 +455,48 @@ def test_the_fork_server_can_die_too():
         before = ours()
         server = pool._server._process.pid
         os.kill(server, signal.SIGKILL)
-        assert gone_within(before, 5)  # its workers went with it
+        assert gone(before)  # its workers went with it
         results = [pool.submit(batch()) for _ in range(4)]
         for future in results:
-            future.result(timeout=30)
+            future.result()
         assert pool.submit(batch()).result().rewards[:, 0].tolist() == [1, 2, 3]
 
 
 # --- the pool
 
 
-def test_scoring_runs_beside_the_caller_and_in_parallel():
+def test_scoring_runs_beside_the_caller_and_in_parallel(tmp_path):
+    """Each call waits for the other one, and both for the caller, who has submitted them by then."""
+
     def reward(completions):
-        time.sleep(0.6)
+        (tmp_path / f"call-{completions[0]}").touch()
+        while len(list(tmp_path.iterdir())) < 3:
+            time.sleep(0.01)
         return [1.0] * len(completions)
 
     with RewardPool([reward], ["r"], timeout_s=GENEROUS_S, workers=2) as pool:
-        pool.wait_until_loaded()
-        started = time.monotonic()
-        futures = [pool.submit(batch()) for _ in range(2)]
-        assert time.monotonic() - started < 0.5
-        for future in futures:
-            assert future.result().rewards[0, 0] == 1
-        assert time.monotonic() - started < 1.1
+        futures = [pool.submit(batch([name])) for name in ("a", "b")]
+        assert not any(future.done() for future in futures)
+        (tmp_path / "caller").touch()
+        assert [future.result().rewards[0, 0] for future in futures] == [1, 1]
 
 
-def test_close_is_quick_idempotent_and_cancels():
-    pool = RewardPool([spin], ["spin"], timeout_s=GENEROUS_S, workers=1)
+def test_close_waits_for_no_call_is_idempotent_and_cancels(tmp_path):
+    """The call that runs would go on for an hour."""
+
+    def reward(completions):
+        (tmp_path / "called").touch()
+        return spin(completions)
+
+    pool = RewardPool([reward], ["spin"], timeout_s=3600, workers=1)
     running, waiting = pool.submit(batch()), pool.submit(batch())
-    pool.wait_until_loaded()
-    time.sleep(0.2)
-    started = time.monotonic()
+    while not (tmp_path / "called").exists():
+        time.sleep(0.01)
     pool.close()
     pool.close()
-    assert time.monotonic() - started < 3
     assert waiting.cancelled()
     with pytest.raises(BaseException, match="closed"):
-        running.result(timeout=1)
+        running.result()
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(batch())
 
@@ -524,11 +532,11 @@ class Unloadable:
 
 
 def test_what_does_not_load_in_a_worker_is_told():
-    with RewardPool([Unloadable()], ["u"], timeout_s=1, workers=1) as pool:
+    with RewardPool([Unloadable()], ["u"], timeout_s=GENEROUS_S, workers=1) as pool:
         with pytest.raises(UserError, match=r"do not load.*ValueError.*--reward_isolation inline"):
             pool.wait_until_loaded()
         with pytest.raises(UserError, match="do not load"):
-            pool.submit(batch()).result(timeout=10)
+            pool.submit(batch()).result()
 
 
 def test_files_and_their_neighbours(tmp_path, monkeypatch):
@@ -580,7 +588,13 @@ def test_a_module_that_only_this_process_knows_travels_by_value():
         ("gone/file.py:f", "there is no file gone/file.py"),
         ("syntax.py:f", r"does not import: .*\(syntax.py:2\)"),
         ("raises.py:f", r"does not import: ZeroDivisionError: division by zero \(raises.py:2\)"),
-        ("imports.py:f", "does not import: ModuleNotFoundError: No module named 'no_such_thing'"),
+        (
+            "no_such_package.module:f",
+            "'no_such_package': python -m pip install no_such_package, or start",
+        ),
+        ("json.nothing:f", "there is no module 'json.nothing'$"),
+        ("imports.py:f", r"No module named 'no_such_thing' \(imports.py:1\): python -m pip install no_such_thing, or"),
+        ("part.py:f", r"No module named 'json.nothing' \(part.py:1\)$"),
         ("opens.py:f", "does not import: FileNotFoundError"),
         ("exits.py:f", "does not import: SystemExit"),
     ],
@@ -589,12 +603,57 @@ def test_load_reward_tells_what_is_wrong(tmp_path, monkeypatch, spec, words):
     monkeypatch.chdir(tmp_path)
     for name, text in {
         "syntax": "\ndef f(:\n", "raises": "\n1 / 0\n", "imports": "import no_such_thing",
-        "opens": "open('gone')", "exits": "raise SystemExit(3)",
+        "part": "import json.nothing", "opens": "open('gone')", "exits": "raise SystemExit(3)",
     }.items():  # fmt: skip
         (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises(UserError, match=words) as caught:
         load_reward(spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("trl", "'estune[baselines]'"), ("trl.rewards", "'estune[baselines]'"), ("math_verify", "'estune[tasks]'"),
+        ("latex2sympy2_extended", "'estune[tasks]'"), ("reasoning_gym.factory", "'estune[tasks]'"),
+        ("wandb", "'estune[trackers]'"), ("sklearn.metrics", "scikit-learn"), ("rouge_score", "rouge_score"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_told_with_the_command_that_brings_it(tmp_path, monkeypatch, module, package):
+    """Whether it is the reward's own, or one that the reward's file imports."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"wants_{module.replace('.', '_')}.py").write_text(f"import {module}\n")
+    top = module.partition(".")[0]
+    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without(finder, top) for finder in sys.meta_path])
+    for spec in (f"{module}:f", f"wants_{module.replace('.', '_')}.py:f"):
+        with pytest.raises(UserError, match=re.escape(f": python -m pip install {package}")) as caught:
+            load_reward(spec)
+        assert ("or start estune in the directory that holds" in str(caught.value)) == ("estune[" not in package)
+
+
+class Without:
+    """A finder of modules that does not find one package."""
+
+    def __init__(self, finder, package):
+        self.finder, self.package = finder, package
+
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] == self.package else self.finder.find_spec(name, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+def test_extras_bring_what_is_said_of_them():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brings = {
+        re.match(r"[\w-]+", package)[0].replace("-", "_"): extra
+        for extra in ("baselines", "bench", "gpu", "trackers", "tasks")
+        for package in extras[extra]
+    }
+    assert brings | {"latex2sympy2_extended": "tasks"} == EXTRA_OF  # that one comes with math-verify
 
 
 # --- whole programs
@@ -610,7 +669,7 @@ class Scale:
 scale = Scale()
 def reward(completions, **kwargs):
     return [scale(len(text)) for text in completions]
-pool = RewardPool([reward, lambda completions: [1] * len(completions)], ["a", "b"], timeout_s=20, workers=2)
+pool = RewardPool([reward, lambda completions: [1] * len(completions)], ["a", "b"], timeout_s=300, workers=2)
 print(pool.submit(RewardBatch(["p"] * 2, ["x", "yy"], [[1]] * 2)).result().rewards.tolist())
 """
 
@@ -621,7 +680,7 @@ def test_scripts_without_a_main_guard(tmp_path, how):
     (tmp_path / "script.py").write_text(text)
     words = {"-c": ["-c", text], "stdin": ["-"]}.get(how, [str(tmp_path / "script.py")])
     done = subprocess.run(
-        [sys.executable, *words], input=text if how == "stdin" else None, capture_output=True, text=True, timeout=60
+        [sys.executable, *words], input=text if how == "stdin" else None, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["started", "[[2.0, 1.0], [4.0, 1.0]]"], done.stderr
     assert done.stderr == "" and done.returncode == 0
@@ -630,7 +689,7 @@ def test_scripts_without_a_main_guard(tmp_path, how):
 def test_workers_import_nothing_heavy():
     code = "import sys\nfrom estune.rewards import *\n"
     code += "f = lambda completions: [len({'torch', 'numpy', 'numba', 'estune'} & set(sys.modules))]\n"
-    code += "with RewardPool([f], 'f', timeout_s=9, workers=1) as p: "
+    code += "with RewardPool([f], 'f', timeout_s=300, workers=1) as p: "
     code += "print(p.submit(RewardBatch(['p'], ['c'], [[1]])).result().rewards[0, 0])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0.0"
 
@@ -640,10 +699,10 @@ import ctypes, os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from estune.rewards import RewardBatch, RewardPool
 def hang(completions, folder):
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "6000"])
     open(f"{folder[0]}/{os.getpid()}-{child.pid}", "w").close()
-    ctypes.PyDLL(None).sleep(60)
-pool = RewardPool([hang], ["hang"], timeout_s=50, workers=2)
+    ctypes.PyDLL(None).sleep(6000)
+pool = RewardPool([hang], ["hang"], timeout_s=6000, workers=2)
 for _ in range(2):
     pool.submit(RewardBatch(["p"], ["c"], [[1]], {"folder": [sys.argv[1]]}))
 if os.fork() == 0:  # a process that holds every line to the fork server open, as a data loader would
@@ -654,7 +713,7 @@ if os.fork() == 0:  # a process that holds every line to the fork server open, a
     os._exit(0)
 try:
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(6000)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
@@ -668,17 +727,16 @@ def test_workers_die_with_the_trainer_even_while_they_hang(tmp_path, number):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 20
-        while len(list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < deadline:
+        while len(list((tmp_path / "pids").iterdir())) < 2 and parent.poll() is None:
             time.sleep(0.02)
         assert parent.stdout.readline() == "waiting\n"
         pids = [int(pid) for file in (tmp_path / "pids").iterdir() for pid in file.name.split("-")]
         assert len(pids) == 4 and all(_running(pid) for pid in pids)
         os.killpg(parent.pid, number)
-        out, err = parent.communicate(timeout=20)
-        assert gone_within(pids, 5)
+        out, err = parent.communicate()
+        assert gone(pids)
         (tmp_path / "stop").touch()
-        assert gone_within(ours(), 5)
+        assert gone(ours())
         assert err == "" and (number != signal.SIGINT or out == "interrupted\n")
     finally:
         (tmp_path / "stop").touch()

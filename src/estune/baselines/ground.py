@@ -189,15 +189,16 @@ class Ground(OpenRun):
         weighed = weigh(filled, self.rewards.weights)[:, :, 0].T  # (B, G)
         lengths = np.array([[len(completion.token_ids) for completion in answers] for answers in completions])
         clipped = float(np.mean([not completion.finished for answers in completions for completion in answers]))
-        self.note(weighed, filled, lengths, clipped, int(result.failed.sum()))
+        self.note(weighed, filled, lengths, clipped, result.failed.sum(axis=0))
         return weighed
 
     def note(
-        self, weighed: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, clipped_ratio: float, failures: int
+        self, weighed: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, clipped_ratio: float, failures: np.ndarray
     ) -> None:
         """Count scored completions and measure them; ``rewards`` (..., F), the others one number a completion.
 
-        The last axis of ``weighed`` holds the completions that are compared with one another.
+        The last axis of ``weighed`` holds the completions that are compared with one another; ``failures`` (F,) counts
+        the failed rewards of each function.
         """
         self.evaluations += weighed.size
         known = np.isfinite(weighed).all(axis=-1) & (weighed.shape[-1] > 1)  # one completion has nothing to differ from
@@ -212,7 +213,8 @@ class Ground(OpenRun):
                     "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
                     "completions/mean_length": float(lengths.mean()),
                     "completions/clipped_ratio": clipped_ratio,
-                    "reward_errors": float(failures),
+                    "reward_errors": float(failures.sum()),
+                    **{f"rewards/{name}/errors": float(failures[f]) for f, name in enumerate(self.rewards.names)},
                 },
             )
         )
@@ -305,7 +307,8 @@ def together(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float
     found: dict[str, float] = {}
     for name in dict.fromkeys(name for _, batch in batches for name in batch):
         known = [(size, batch[name]) for size, batch in batches if not math.isnan(batch.get(name, math.nan))]
-        total = math.fsum(value if name == "reward_errors" else size * value for size, value in known)
-        sizes = 1 if name == "reward_errors" else sum(size for size, _ in known)
+        counted = name == "reward_errors" or (name.startswith("rewards/") and name.endswith("/errors"))
+        total = math.fsum(value if counted else size * value for size, value in known)
+        sizes = 1 if counted else sum(size for size, _ in known)
         found[name] = total / sizes if known else math.nan
     return found

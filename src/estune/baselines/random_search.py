@@ -142,7 +142,8 @@ def _fitness(
     rollouts, weights = stack(groups), ground.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
     by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members are what is compared
-    ground.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, int(rollouts.failed.sum()))
+    failures = rollouts.failed.sum(axis=(0, 1, 2))  # (F,)
+    ground.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, failures)
     return population_fitness(weighed)
 
 

@@ -20,7 +20,7 @@ from estune.tasks import (
     reasoning,
     sudoku,
 )
-from estune.words import nearest
+from estune.tasks.other_names import hint
 
 __all__ = ["TASKS", "Task", "get_task"]
 
@@ -114,7 +114,7 @@ def get_task(name: str, allow_unsandboxed_code: bool = False) -> Task:
         return _chain(name)
     if name.startswith(reasoning.PREFIX):
         return _reasoning(name, allow_unsandboxed_code)
-    raise UserError(f"there is no task {name!r}{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}, rg:NAME of "
+    raise UserError(f"there is no task {name!r}{hint(name, TASKS)}; tasks: {', '.join(TASKS)}, rg:NAME of "
                     "reasoning-gym, or a mixture like countdown=2,rg:NAME=1")  # fmt: skip
 
 

@@ -1,0 +1,140 @@
+"""Suggestions for unknown words: typos find their word, foreign words find none, over the options of all commands."""
+
+from __future__ import annotations
+
+import pytest
+
+from estune import cli
+from estune.errors import UserError
+from estune.words import nearest
+
+COMMANDS = cli._build()[1]
+TYPOS = {  # of the options of `estune train`
+    "sigma": "sgima sigam sigm siggma SIGMA sigma-",
+    "model": "modle modl mdoel odel",
+    "temperature": "temprature temperture tempreature temperatur temper",
+    "learning_rate": "learning_rat learnig_rate learningrate learn_rate lerning_rate larning_raet learningRate",
+    "population_size": "population_sise populationsize pop_size population popualtion_size PopulationSize",
+    "max_steps": "max_step maxsteps max_stpes mx_steps",
+    "batch_size": "batchsize batch_sise batch bach_size bacth_size",
+    "seed": "sed sead sede",
+    "task": "tasks taks",
+    "eval_steps": "eval_step evalsteps eval_stpes",
+    "eval_rows": "eval_row",
+    "save_steps": "save_step",
+    "save_total_limit": "save_total save_total_limt",
+    "output_dir": "output outputdir output_directory out_dir ouput_dir",
+    "overwrite": "overwrit overwirte",
+    "resume": "resum reusme",
+    "report_to": "report_too report",
+    "reward_funcs": "reward_func rewardfuncs reward_fucns",
+    "reward_weights": "reward_weight",
+    "rank": "ranks",
+    "antithetic": "antithetc anti_thetic",
+    "noise": "nois",
+    "noise_distribution": "noise_dist noise_distributions",
+    "fitness_shaping": "fitnes_shaping fitness",
+    "num_generations": "num_gen num_generation numgenerations",
+    "max_completion_length": "max_completion max_completion_len max_completion_lenght",
+    "top_p": "topp top-pp",
+    "top_k": "topk",
+    "lr_scheduler_type": "lr_scheduler lr_schedular_type",
+    "weight_decay": "weigth_decay weight_dacay",
+    "trust_remote_code": "trust_remote trust-remote-cod",
+    "dataset_name": "datset_name dataset_nmae",
+    "max_time_s": "max_time",
+    "model_name_or_path": "model_name",
+}
+# Options of TRL, transformers, verl and vLLM for which no option of any command stands.
+FOREIGN = """
+    fsdp_config adam_beta1 adam_beta2 adam_epsilon beta1 kl_coef init_kl_coef kl_loss_coef use_kl_loss kl_ctrl gamma lam
+    tau eps delta epsilon_high gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_model_len
+    max_num_seqs enforce_eager swap_space kv_cache_dtype quantization max_grad_norm optim optim_args warmup_ratio
+    logging_dir logging_strategy eval_strategy evaluation_strategy save_strategy save_safetensors save_only_model
+    save_freq test_freq eval_delay eval_on_start per_device_eval_batch_size dataloader_num_workers num_workers
+    num_processes remove_unused_columns group_by_length label_names hub_token hub_strategy push_to_hub_token ddp_backend
+    local_rank tf32 fp8 use_cpu no_cuda gpus cpu cuda data_seed full_determinism torch_compile neftune_noise_alpha
+    lora_r lora_alpha lora_dropout use_peft load_in_4bit load_in_8bit min_p top_n repetition_penalty length_penalty
+    presence_penalty num_beams do_sample max_length max_seq_length stop_token_ids best_of logprobs prompt_logprobs
+    vllm_mode vllm_server_host ppo_epochs num_ppo_epochs mini_batch_size micro_batch_size train_batch_size
+    ppo_mini_batch_size val_batch_size rollout_n entropy_coef vf_coef cliprange whiten_rewards missing_eos_penalty
+    ref_model sync_ref_model reward_model reward_model_path value_model sft_model_path disable_dropout num_mini_batches
+    total_episodes total_epochs max_epochs response_length block_size group_size world_size packing nnodes critic_lr
+    actor_lr project_name experiment_name logger tokenizer attn_implementation device_map prompts adv_estimator
+    save eval trust x q v
+""".split()
+
+
+@pytest.mark.parametrize(("option", "typos"), TYPOS.items(), ids=str)
+def test_a_typo_or_an_abbreviation_finds_its_option(option: str, typos: str) -> None:
+    known = cli._shown(COMMANDS["train"])
+    found = {word: nearest(f"--{word}", known) for word in typos.split()}
+    assert found == dict.fromkeys(typos.split(), f"; did you mean '--{option}'?")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_foreign_word_finds_nothing(command: str) -> None:
+    known = cli._shown(COMMANDS[command])
+    found = {word: hint for word in FOREIGN if (hint := cli._hint(f"--{word}", known))}
+    assert found == {}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_elsewhere_is_told_where_it_can_be_done(command: str) -> None:
+    """An entry names flags of the command at hand alone; the same word is refused without it elsewhere."""
+    known = cli._shown(COMMANDS[command])
+    for word in cli.ELSEWHERE:
+        hint = cli._hint(f"--{word}", known)
+        assert hint in ("", cli.ELSEWHERE[word]), (word, hint)
+        assert hint == cli.ELSEWHERE[word] or command != "train", word
+
+
+def test_hidden_flags_are_never_suggested() -> None:
+    """Switches have a `--no_...` that help does not show."""
+    hidden = {flag for parser in COMMANDS.values() for action in parser._actions for flag in action.option_strings
+              if flag.startswith("--no_")}  # fmt: skip
+    assert "--no_antithetic" in hidden
+    for command, parser in COMMANDS.items():
+        shown = cli._shown(parser)
+        assert not hidden & set(shown), command
+        for word in ("n", "no", "no_", "no_antithetc", "no_resum", "no_log_completion", "no_allow_unsandboxed"):
+            assert "--no_" not in cli._hint(f"--{word}", shown), (command, word)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "--n", "4"], r"unknown option --n; completions per prompt are --num_generations$"),
+        (["train", "--deepspeed", "x.json"], "unknown option --deepspeed; this version runs in one process"),
+        (["fetch", "smollm2-135m", "--lr", "1"], "unknown option --lr$"),
+        (["evaluate", "--max-new-tokens=9"], "unknown option --max-new-tokens; use --max_completion_length$"),
+        (["report", "run", "--max_tokens", "9"], "unknown option --max_tokens$"),
+        (["eval"], "unknown command 'eval'; did you mean 'evaluate'"),
+        (["tran"], "unknown command 'tran'; did you mean 'train'"),
+        (["serve"], "unknown command 'serve'; commands: "),
+        (["re"], "unknown command 're'; commands: "),
+    ],
+)
+def test_the_command_line_says_it(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        cli._run(words)
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "told"),
+    [
+        ("gpu", ["auto", "cpu", "cuda", "mps"], ""),  # the first letter of a short word is no typo
+        ("cude", ["auto", "cpu", "cuda", "mps"], "'cuda'"),
+        ("gpro", ["es", "grpo", "rloo"], "'grpo'"),
+        ("rpgo", ["es", "grpo", "rloo"], ""),
+        ("top_x", ["top_p", "top_k"], ""),  # equally near to both
+        ("re", ["report", "replay"], ""),
+        ("repl", ["report", "replay"], ""),
+        ("FLOAT32", ["float32", "float16"], "'float32'"),
+        ("float8", ["float32", "float16"], ""),
+        ("", ["a", "b"], ""),
+        (7, ["8", "9"], ""),
+    ],
+)
+def test_words_of_other_kinds(word: object, known: list[str], told: str) -> None:
+    assert nearest(word, known) == (f"; did you mean {told}?" if told else "")
