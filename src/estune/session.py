@@ -33,8 +33,9 @@ from estune.population import Member, members_for_step
 from estune.rollouts import Rollouts, digest
 from estune.run import Run, refuse_diverged
 from estune.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
+from estune.step_watch import BesideMembers, Watch
 
-NOT_ASKED = metrics.BesideMembers()
+NOT_ASKED = BesideMembers()
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run_so_far(args: ESConfig, run: Run) -> dict[str, Any]:
     logged = records.read_metrics(run.path)
     fitness = (record["fitness"] for record in run.journal.steps)
     return {
-        "watch": metrics.Watch.of_run(args.population_size, int(args.batch_size), fitness, logged),
+        "watch": Watch.of_run(args.population_size, int(args.batch_size), fitness, logged),
         "theta_answered_first": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
     }
 
@@ -93,7 +94,7 @@ class Session(OpenRun):
     tokens: int  # processed by the journalled steps
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
     perturb_cos_scale: float = 0.0
-    watch: metrics.Watch = field(default_factory=metrics.Watch)
+    watch: Watch = field(default_factory=Watch)
     asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
     panel: PanelMonitor | None = None
     repository: str | None = None  # on the hub, where the finished model goes
@@ -158,7 +159,7 @@ class Session(OpenRun):
             raise UserError(broken_population(self.engine, step.index + 1, step.sigma, is_broken))
         return rollouts
 
-    def ask_theta(self, step: Step, rollouts: Rollouts) -> metrics.BesideMembers:
+    def ask_theta(self, step: Step, rollouts: Rollouts) -> BesideMembers:
         """Let theta answer the step's rows where that is due: in the first step, at evaluations, where members agree.
 
         Theta's failures are filled from the population's rewards, as a member's are. No update depends on the answers.
@@ -172,16 +173,16 @@ class Session(OpenRun):
         is_ranked = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
         if not is_ranked and not (step.index == 0 and self.asks_theta_first):
             if not self.watch.wants_theta(rollouts.modal_ratio):
-                return metrics.BesideMembers()
+                return BesideMembers()
             answers = self.engine.generate(None, prompts, sampling, self.evaluator.should_stop)
             own = np.array([[digest(completion.token_ids) for completion in row] for row in answers])  # (B, G)
-            return metrics.BesideMembers(equal=float(np.mean(digests == own)))
+            return BesideMembers(equal=float(np.mean(digests == own)))
         theta = self.evaluator.theta(rows, prompts, sampling, self.trainer_state(step.index))
         rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, theta.failed])
         weights = self.rewards.weights
         fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
-        return metrics.BesideMembers(
+        return BesideMembers(
             equal=float(np.mean(digests == np.array(theta.groups[0].digests))),
             fitness=float(fitness[-1]),
             rank=1 + int((fitness[:-1] > fitness[-1]).sum()) if is_ranked else None,
@@ -195,7 +196,7 @@ class Session(OpenRun):
         fitness: np.ndarray,
         rollouts: Rollouts,
         update: Update,
-        theta: metrics.BesideMembers = NOT_ASKED,
+        theta: BesideMembers = NOT_ASKED,
     ) -> None:
         """Put the step on disk, its line last; when this returns theta may move.
 
