@@ -187,6 +187,9 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only the first rows; 0: all.")
     evaluate.add_argument("--reference", help="Model to measure the KL divergence to, per token.")
     evaluate.add_argument("--rows", help="File to write the rows to, as JSON lines.")
+    evaluate.add_argument("--batch_check", choices=("auto", "always", "never"), default="auto",
+                          help="Answer the rows again in batches of another size, and count those with other tokens; "
+                          "auto: in bfloat16 and float16 [auto].")  # fmt: skip
     _add_json(evaluate)
     _add_fields(evaluate, EVALUATE_FIELDS)
     score = command("score", _score, "Score completions that are already there.")
@@ -337,7 +340,9 @@ def _evaluate(values: dict[str, Any]) -> int:
     from estune.data import has_splits
     from estune.run import inherited_settings
 
-    extras = {name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json")}
+    extras = {
+        name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json", "batch_check")
+    }
     inherited = inherited_settings(str(values.get("model", "")), values)
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
         warn(f"{own_data} is one set of rows, and the run was trained on all of them: give --dataset_name for others")

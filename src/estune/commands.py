@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import numpy as np
 from estune import inputs
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
 from estune.config import ESConfig
-from estune.console import note, print_json, show_progress
+from estune.console import note, print_json, show_progress, warn
 from estune.data import check_columns, has_splits, load_rows, reward_inputs
 from estune.engines.base import Engine, Prompt
 from estune.environment import environment
 from estune.errors import UserError
-from estune.evaluation import Evaluation, evaluate, interval, kl_k3
+from estune.evaluation import Evaluation, check_batches, evaluate, interval, kl_k3
 from estune.fitness import mean, weigh
 from estune.inputs import Rewards
 from estune.journal import Journal
@@ -27,7 +28,10 @@ from estune.resume import located
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
 from estune.run import JOURNAL_FILE, check_base, check_parameters, replay_steps
+from estune.soundness import warn_of_inputs
 from estune.words import nearest
+
+NARROW = ("bfloat16", "float16")  # whose rounding can change a token with the size of a batch
 
 
 def evaluate_command(
@@ -39,8 +43,24 @@ def evaluate_command(
     reference: str | None,
     rows: str | None,
     json: bool,
+    batch_check: str = "auto",
 ) -> int:
-    """Evaluate a model on held-out rows and print the result."""
+    """Evaluate a model on held-out rows and print the result.
+
+    Args:
+        args: the model, the rows and how completions are decoded.
+        split: of a built-in task; None for ``test``.
+        n_samples: samples of each row for pass@k; 0 for none.
+        limit: of the rows; 0 for all.
+        reference: a model to measure the KL divergence to.
+        rows: a file to write the rows to.
+        json: print one JSON object instead of lines.
+        batch_check: ``always``, ``never``, or ``auto``: answer the rows again in batches of another size where the
+            compute dtype has 16 bits.
+
+    Raises:
+        UserError: the options or the model cannot be used.
+    """
     if limit < 0 or n_samples < 0:
         raise UserError(f"limit and n_samples must not be negative, not {min(limit, n_samples)}")
     if n_samples:
@@ -72,6 +92,7 @@ def evaluate_command(
         )
         engine = inputs.load_engine(args)
         prompts = inputs.build_prompts(args, engine, data, task is not None)
+        warn_of_inputs(args, engine, prompts)
         evaluator = Evaluator(engine, pool, args.response_prefix)
 
         def progress(done: int) -> None:
@@ -88,8 +109,16 @@ def evaluate_command(
         elif has_splits(args.dataset_name):
             result["split"] = args.dataset_test_split
         result |= evaluation.summary()
+        if warning := evaluation.warning(engine.compute_dtype):
+            warn(warning)
         if n_samples:
             result["pass_at_k"] = evaluation.pass_at_k()
+        if batch_check == "always" or (batch_check == "auto" and engine.compute_dtype in NARROW):
+            checked = check_batches(engine, prompts, inputs.sampling(args, 0), evaluation)
+            if checked is not None:
+                result["batch_check"] = checked
+            elif batch_check == "always":
+                warn("batch_check needs two rows or more: a single one shares its batch with nobody")
         if reference is not None:
             result["kl"] = _divergence(engine, args, reference, prompts, evaluation)
         if rows:
@@ -98,13 +127,24 @@ def evaluate_command(
     return 0
 
 
-def _divergence(engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation) -> float:
-    """Return KL(model || reference) per token, by the k3 estimator on the model's own completions."""
+def _divergence(
+    engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
+) -> float | None:
+    """Return KL(model || reference) per token, by the k3 estimator on the model's own completions.
+
+    None, with a warning, where a log-probability of the model or of the reference is not finite.
+    """
     repeated = [prompt for prompt, row in zip(prompts, evaluation.rows, strict=True) for _ in row.token_ids]
     token_ids = [ids for row in evaluation.rows for ids in row.token_ids]
     own = engine.token_logprobs(repeated, token_ids)
     other_engine = inputs.load_engine(dataclasses.replace(args, model=reference))
     other = other_engine.token_logprobs(repeated, token_ids)
+    for name, its_engine, found in ((args.model, engine, own), (reference, other_engine, other)):
+        broken = sum(not math.isfinite(value) for row in found for value in row)
+        if broken:
+            warn(f"{broken} of {sum(map(len, found))} log-probabilities of {name} are not finite in "
+                 f"{its_engine.compute_dtype}, so kl is unknown")  # fmt: skip
+            return None
     return kl_k3(own, other)
 
 
@@ -116,6 +156,10 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         if name == "accuracy":
             low, high = result["accuracy_ci95"]
             print(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
+        elif name == "batch_check":
+            size, other = value["prompts_per_batch"]
+            print(f"{name:20} {value['changed']} of {value['rows']} rows have other tokens in batches of {other} "
+                  f"prompts instead of {size}")  # fmt: skip
         elif name != "accuracy_ci95":
             print(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
 

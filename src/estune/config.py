@@ -199,7 +199,9 @@ class ESConfig:
     resume: bool = _option(False, "Continue the run in --output_dir.")
     overwrite: bool = _option(False, "Delete the run in --output_dir first.")
     dry_run: bool = _option(False, "Resolve everything, print it, write nothing.")
-    logging_steps: int = _option(1, "Steps between lines on the terminal and in metrics.jsonl.")
+    logging_steps: int = _option(
+        1, "Steps between lines on the terminal and in metrics.jsonl; es logs its first step, too."
+    )
     log_completions: bool = _option(False, "Keep the population's completions every logging_steps.")
     eval_steps: int = _option(0, "Steps between held-out evaluations, theta before the first step included; 0: none.")
     eval_rows: int = _option(0, "Rows of the held-out split in evaluations within a run; 0: all.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from estune.engines.base import Prompt, Sampling
+from estune.engines.base import Engine, Prompt, Sampling
 from estune.fitness import mean, weigh
 from estune.population import EVAL_PERSON
 from estune.rewards import RewardPool
@@ -22,6 +22,7 @@ from estune.rollouts import Completions, Evaluator, Group, scored
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 RESAMPLES = 2000
+LARGEST_EXPONENT = 700.0  # of a float64's exponential
 
 
 @dataclass
@@ -37,6 +38,7 @@ class EvaluatedRow:
     finished: list[bool]  # (G,)
     token_ids: list[list[int]]  # (G, T)
     failures: int = 0  # completions whose reward failed
+    non_finite: int = 0  # completions whose logits were not finite: their rewards failed, and they are wrong
     question: str = ""  # what the row asks, without template and system message
 
 
@@ -49,7 +51,8 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Return n, accuracy with its interval, reward, mean length and the share of clipped completions.
 
-        A failed reward counts as the lowest of the evaluation, and is counted.
+        A failed reward counts as the lowest of the evaluation, and is counted. ``non_finite_ratio``, the share of
+        completions whose logits were not finite, is there where it is not 0.
         """
         given = [reward for row in self.rows for reward in row.rewards if reward is not None]
         lengths = [length for row in self.rows for length in row.lengths]
@@ -65,7 +68,24 @@ class Evaluation:
         result["reward_failures"] = sum(row.failures for row in self.rows)
         result["mean_length_tokens"] = sum(lengths) / len(lengths)
         result["clipped_ratio"] = 1 - sum(finished) / len(finished)
+        if broken := sum(row.non_finite for row in self.rows):
+            result["non_finite_ratio"] = broken / len(lengths)
         return result
+
+    def warning(self, dtype: str) -> str | None:
+        """Return what a user has to know before believing the summary, in one sentence; None where it is sound.
+
+        Args:
+            dtype: in which the model computed.
+        """
+        summary = self.summary()
+        broken = summary.get("non_finite_ratio", 0.0)
+        if broken:
+            return (f"the logits behind {broken:.1%} of the completions are not finite in {dtype}: they count as "
+                    "wrong, and their rewards as failed")  # fmt: skip
+        if summary["clipped_ratio"] == 1.0:
+            return "every completion was cut off at max_completion_length: raise it, or give --stop_strings"
+        return None
 
     def pass_at_k(self) -> dict[str, float]:
         """Return the unbiased pass@k for k = 1, 2, 4, ... up to the samples per row (Chen et al. 2021)."""
@@ -130,7 +150,7 @@ def evaluate(
     Raises:
         Interrupted: the run was asked to stop.
     """
-    sampling = dataclasses.replace(sampling, step=0, person=EVAL_PERSON)  # the same whatever the step
+    sampling = of_evaluations(sampling)
     running = []
     grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
     for start in range(0, len(rows), batch):
@@ -147,8 +167,52 @@ def evaluate(
             result = scored(graded, evaluator.should_stop)
             accuracy = np.where(result.failed | np.isnan(result.rewards), 0.0, result.rewards)
             accuracy = accuracy.reshape(len(part_prompts), sampling.num_generations)  # (b, G)
+            accuracy = np.where(np.array(group.finite), accuracy, 0.0)
         evaluated += _rows(part_prompts, completions, group, weights, accuracy)
     return Evaluation(evaluated)
+
+
+def of_evaluations(sampling: Sampling) -> Sampling:
+    """Return how evaluations decode: with uniforms of their own, the same whatever the step."""
+    return dataclasses.replace(sampling, step=0, person=EVAL_PERSON)
+
+
+def check_batches(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
+) -> dict[str, Any] | None:
+    """Answer evaluated rows once more, in batches of another size, and count the rows with other tokens.
+
+    Float rounding depends on the shapes of matrix products, and so on how many rows share a forward pass; in a dtype of
+    16 bits that can change a token, and all that follow it.
+
+    Args:
+        engine: the one that answered; its ``prompts_per_batch`` is as before afterwards.
+        prompts: (rows,).
+        sampling: how the evaluation decoded.
+        evaluation: what is compared; not changed.
+
+    Returns:
+        ``rows``, ``changed`` and ``prompts_per_batch`` (of the evaluation, of the second answers): about half of a
+        batch, 2 where that is 1; None for a single row, which shares its batch with nobody.
+    """
+    size = min(engine.prompts_per_batch, len(prompts))
+    other = size // 2 if size > 1 else 2
+    if len(prompts) < 2:
+        return None
+    kept, engine.prompts_per_batch = engine.prompts_per_batch, other
+    try:
+        answers = [
+            row
+            for start in range(0, len(prompts), other)
+            for row in engine.generate(None, prompts[start : start + other], of_evaluations(sampling))
+        ]
+    finally:
+        engine.prompts_per_batch = kept
+    changed = sum(
+        [list(completion.token_ids) for completion in again] != row.token_ids
+        for again, row in zip(answers, evaluation.rows, strict=True)
+    )
+    return {"rows": len(prompts), "changed": changed, "prompts_per_batch": [size, other]}
 
 
 def _rows(
@@ -173,6 +237,7 @@ def _rows(
             lengths=group.lengths[b],
             finished=group.finished[b],
             failures=len({g for row, g, _ in group.failed if row == b}),
+            non_finite=group.finite[b].count(False),
             token_ids=[list(completion.token_ids) for completion in completions[b]],
         )
         for b, prompt in enumerate(prompts)
@@ -182,10 +247,11 @@ def _rows(
 def kl_k3(tuned: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> float:
     """Return the mean per token of KL(tuned || reference) by the k3 estimator r - log r - 1, r = p_ref / p_tuned.
 
-    Both are log-probabilities (natural) of the tuned model's own tokens, completion by completion.
+    Both are log-probabilities (natural) of the tuned model's own tokens, completion by completion. The result is NaN or
+    infinite where one of them is not finite.
     """
     terms = [
-        math.expm1(ref - own) - (ref - own)
+        math.expm1(ref - own) - (ref - own) if ref - own < LARGEST_EXPONENT else math.inf
         for own_row, ref_row in zip(tuned, reference, strict=True)
         for own, ref in zip(own_row, ref_row, strict=True)
     ]

@@ -283,7 +283,7 @@ def facts_of(
         UserError: a value of a column cannot be compared; the sentence names row, column and type.
     """
     identity = {
-        **getattr(engine, "identity", dict)(),
+        **engine.identity(),
         "reward_sources": dict(zip(rewards.names, map(sources_digest, rewards.funcs), strict=True)),
         "held_out": data_identity(held_out, held_out_prompts) if held_out else None,
     }
@@ -365,7 +365,7 @@ def build_prompts(
         max_context=engine.max_context,
         max_completion_length=args.max_completion_length,
         is_builtin_task=is_builtin_task,
-        vocab_size=getattr(engine, "vocab_size", None),
+        vocab_size=engine.vocab_size,
     )
     if (
         args.chat_template_kwargs

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from estune.inputs import Rewards
 
 COARSE_COSINE = 0.9
-SILENT = 0.9  # share of completions that equal theta's
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,12 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": rollouts.clipped_ratio,
+        "completions/non_finite_ratio": rollouts.non_finite_ratio,
         "es/frac_modal": rollouts.modal_ratio,
         "es/fitness_best": _number(float(known.max()) if known.size else np.nan),
         "es/fitness_mean": _number(mean(fitness)),
         "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
+        "es/fitness_error": _number(_error_over_prompts(weighed)),
         "es/reward_errors": int(rollouts.failed.sum()),
         **{f"rewards/{name}/errors": int(rollouts.failed[..., f].sum()) for f, name in enumerate(spec.names)},
         "es/perturb_s": perturb_s,
@@ -94,43 +94,15 @@ def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
                  "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32")  # fmt: skip
 
 
-@dataclass
-class Watch:
-    """Warns, once each, of what `estune probe` would have shown: a population that nobody hears, or that breaks."""
-
-    best_mean: float = -math.inf  # of the population's fitness so far
-    warned: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of_steps(cls, fitness: Iterable[Sequence[float | None]]) -> Watch:
-        """Return one that has seen steps already, from their members' fitness (N,) each; None stands for NaN."""
-        means = [mean(np.array(values, dtype=np.float64)) for values in fitness]
-        return cls(max((value for value in means if value == value), default=-math.inf))
-
-    def step(self, record: dict[str, Any], equal_to_theta: Callable[[], float]) -> None:
-        """Look at a training step's metrics; ``equal_to_theta`` gives the share of completions that equal theta's.
-
-        It is asked only where the members' most frequent completions have so large a share, without which theta's
-        cannot: theta has to answer for it.
-        """
-        if "silent" not in self.warned and record["es/frac_modal"] > SILENT:
-            share = equal_to_theta()
-            if share > SILENT:
-                self._warn("silent", f"{share:.0%} of the completions equal the unperturbed model's: sigma is too "
-                           "small to change what it says")  # fmt: skip
-        mean_now = record["es/fitness_mean"]
-        if mean_now is None:
-            return
-        spread = record["es/fitness_std"] or 0.0
-        if mean_now < self.best_mean - max(abs(self.best_mean) / 2, spread):  # within the spread it may be the prompts
-            self._warn("halved", "the population's mean fitness has halved since its best step: sigma or "
-                       "learning_rate is too large")  # fmt: skip
-        self.best_mean = max(self.best_mean, mean_now)
-
-    def _warn(self, what: str, text: str) -> None:
-        if what not in self.warned:
-            self.warned.add(what)
-            warn(f"{text}; `estune probe` tries several sizes")
+def _error_over_prompts(weighed: np.ndarray) -> float:
+    """Return the standard error of the mean of weighed rewards (N, B, G) over prompts; NaN where it is unknown."""
+    of_prompts = np.array([mean(weighed[:, b]) for b in range(weighed.shape[1])])  # (B,)
+    of_prompts = of_prompts[~np.isnan(of_prompts)]
+    if of_prompts.size < 2:
+        return math.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = float(of_prompts.std(ddof=1)) / math.sqrt(of_prompts.size)
+    return error if math.isfinite(error) else math.nan
 
 
 def _number(value: float) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from estune import inputs, metrics
+from estune import inputs
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, load_master, write_model
 from estune.config import ESConfig
 from estune.console import is_terminal, note, say, warn
@@ -25,8 +25,9 @@ from estune.panel import PanelMonitor
 from estune.rewards import INLINE_WARNING, RewardPool
 from estune.rollouts import Evaluator
 from estune.run import Run, open_run
-from estune.session import Session, plan_step
+from estune.session import Session, plan_step, run_so_far
 from estune.signals import StopRequest
+from estune.soundness import refuse_broken_theta
 
 if TYPE_CHECKING:
     from estune.trainer import ESTrainer
@@ -55,6 +56,8 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         train_prompts = trainer.prepare()
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        if run.is_new:
+            refuse_broken_theta(args, engine, train_prompts, 0)
         facts = inputs.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
         )
@@ -77,6 +80,8 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         run.begin(engine, reproducible, facts)
         keep_trackers(run.path, {**trackers, **started})
         replayed, last_move = run.recover(engine)
+        if run.steps_done:
+            refuse_broken_theta(args, engine, train_prompts, run.steps_done)
 
         def between_tokens() -> bool:
             if panel is not None:
@@ -103,7 +108,8 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             checksum=engine.master.checksum(),
             tokens=run.tokens_before(),
             train_time_s=run.train_time_s(),
-            watch=metrics.Watch.of_steps(record["fitness"] for record in run.journal.steps),
+            **run_so_far(args, run),
+            asks_theta_first=trainer.asks_theta_first,
         )
         session.announce(replayed)
         unlogged = run.unlogged_step()

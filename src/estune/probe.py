@@ -28,6 +28,7 @@ from estune.fitness import fill_failures, is_tie, population_fitness, weigh
 from estune.rollouts import Completions, Evaluator, Group, scored, stack
 from estune.session import plan_step
 from estune.signals import StopRequest
+from estune.soundness import are_finite, broken_model, warn_of_inputs
 
 MEMBERS = 8
 SIGMAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -136,6 +137,7 @@ def probe(
         rows = [rows[row] for row in chosen]
         prompts = inputs.build_prompts(args, engine, rows, task is not None)
         args = inputs.resolve_with_engine(args, engine, prompts)
+        warn_of_inputs(args, engine, prompts)
         evaluator = Evaluator(engine, pool, args.response_prefix, stop.requested)
         sampling = inputs.sampling(args, 0)
         state = {"global_step": 0, "max_steps": 0}
@@ -150,6 +152,8 @@ def probe(
 
         try:
             groups, [own] = answer(None)
+            if not are_finite(own):
+                raise UserError(broken_model(args.model, engine.compute_dtype))
             theta = summarise(evaluator, groups, [own], own, prompts, rewards.weights)
             found: dict[float, Answers] = {}
             for sigma in sigmas:
@@ -189,8 +193,10 @@ def propose(theta: Answers, found: dict[float, Answers]) -> dict[str, Any]:
         sigma = min(felt)
         reason = "the smallest that changes answers; it harms most members, so watch the first steps"
     else:
-        sigma = max(harmless, default=max(found))
+        sigma = max(harmless, default=min(found))
         reason = "no sigma made members differ: easier prompts, more of them, or a finer reward would help more"
+        if not harmless:
+            reason = "every sigma tried breaks the members: try smaller ones with --sigmas"
     values = found[sigma].fitness
     most_common = max(sum(is_tie([value, other]) for other in values) for value in values)
     n = LARGER_N if most_common / len(values) > FEW_DISTINCT else USUAL_N

@@ -38,6 +38,7 @@ class Group:
     failed: list[list[int]]  # (b, g, f) of every failure
     lengths: list[list[int]]  # (B, G), generated tokens
     finished: list[list[bool]]  # (B, G); False: clipped
+    finite: list[list[bool]]  # (B, G); False: the member's logits were not finite, and every reward of it failed
     digests: list[list[str]]  # (B, G), of token ids: equal completions have equal ones
     prompt_tokens: int
     generate_s: float  # without perturb_s
@@ -83,6 +84,11 @@ class Rollouts:
         """Share of completions that the length limit cut off."""
         return 1.0 - float(np.mean([group.finished for group in self.groups]))
 
+    @property
+    def non_finite_ratio(self) -> float:
+        """Share of completions whose logits were not finite: a broken member's."""
+        return 1.0 - float(np.mean([group.finite for group in self.groups]))
+
 
 @dataclass
 class Evaluator:
@@ -122,6 +128,7 @@ class Evaluator:
                 failed=[],
                 lengths=[[len(c.token_ids) for c in row] for row in completions],
                 finished=[[c.finished for c in row] for row in completions],
+                finite=[[c.finite for c in row] for row in completions],
                 digests=[[digest(c.token_ids) for c in row] for row in completions],
                 prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
                 generate_s=generate_s / len(answered),
@@ -136,9 +143,10 @@ class Evaluator:
         return handed_over
 
     def finish(self, group: Group, result: RewardResult, num_generations: int) -> Group:
-        """Put a group's scores into it."""
+        """Put a group's scores into it; a completion that is not finite failed for every reward function."""
         shape = (-1, num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
+        failed = failed | ~np.array(group.finite, dtype=bool)[..., None]
         values = rewards.astype(object)
         values[np.isnan(rewards) | failed] = None
         group.rewards = values.tolist()

@@ -20,6 +20,7 @@ from estune.config import ESConfig
 from estune.console import say, warn
 from estune.data import Batches
 from estune.engines.base import Perturbation, Prompt
+from estune.errors import UserError
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.hub import push
 from estune.journal import step_record
@@ -30,7 +31,11 @@ from estune.optimizer import Update, scheduled
 from estune.panel import PanelMonitor, Said
 from estune.population import Member, members_for_step
 from estune.rollouts import Rollouts, digest
-from estune.run import refuse_diverged
+from estune.run import Run, refuse_diverged
+from estune.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
+from estune.step_watch import BesideMembers, Watch
+
+NOT_ASKED = BesideMembers()
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,16 @@ def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
     )
 
 
+def run_so_far(args: ESConfig, run: Run) -> dict[str, Any]:
+    """Return what a `Session` has to know of the steps that are done: ``watch`` and ``theta_answered_first``."""
+    logged = records.read_metrics(run.path)
+    fitness = (record["fitness"] for record in run.journal.steps)
+    return {
+        "watch": Watch.of_run(args.population_size, int(args.batch_size), fitness, logged),
+        "theta_answered_first": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
+    }
+
+
 @dataclass
 class Session(OpenRun):
     """The parts of an open run of evolution strategies; made by `estune.opening.open_session`."""
@@ -79,9 +94,11 @@ class Session(OpenRun):
     tokens: int  # processed by the journalled steps
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
     perturb_cos_scale: float = 0.0
-    watch: metrics.Watch = field(default_factory=metrics.Watch)
+    watch: Watch = field(default_factory=Watch)
+    asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
     panel: PanelMonitor | None = None
     repository: str | None = None  # on the hub, where the finished model goes
+    theta_answered_first: bool = False  # whether theta's answers to the first step's rows were scored
     measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
     started: float = 0.0  # clock readings of the step in hand, in seconds
     move_started: float = 0.0
@@ -105,6 +122,10 @@ class Session(OpenRun):
             shared = self.engine.info().get("shared_forward")
             together = f"{args.members_per_batch} in a forward pass" if shared else "one after another"
             say(f"estune: low-rank noise, rank {args.rank}; members {together}")
+        warn_of_inputs(args, self.engine, self.train_prompts)
+        if run.journal.header.get("rollouts") == "not reproducible":
+            warn("rollouts are not reproducible here: the same member gave other tokens beside other work, so a run "
+                 "with this configuration may differ; the journal alone is this run's truth")  # fmt: skip
         if run.steps_done:
             say(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
 
@@ -113,6 +134,7 @@ class Session(OpenRun):
 
         Raises:
             Interrupted: the run was asked to stop; finished groups are on disk.
+            UserError: no completion of any member comes from finite logits.
         """
         self.started = time.perf_counter()
         if not self.perturb_cos or step.scale < self.perturb_cos_scale / 2:  # at first, and as sigma falls
@@ -132,10 +154,49 @@ class Session(OpenRun):
             keep_text=self._keeps_completions(step) or self.panel is not None,
         )
         self.started -= rollouts.earlier_s  # a step takes what all its members took, whenever they did
+        if rollouts.non_finite_ratio == 1.0:
+            is_broken = not theta_is_finite(self.args, self.engine, self.train_prompts)
+            raise UserError(broken_population(self.engine, step.index + 1, step.sigma, is_broken))
         return rollouts
 
+    def ask_theta(self, step: Step, rollouts: Rollouts) -> BesideMembers:
+        """Let theta answer the step's rows where that is due: in the first step, at evaluations, where members agree.
+
+        Theta's failures are filled from the population's rewards, as a member's are. No update depends on the answers.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        rows, prompts = self._inputs(step)
+        sampling = inputs.sampling(self.args, step.index)
+        digests = np.array([group.digests for group in rollouts.groups])  # (N, B, G)
+        is_ranked = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
+        if not is_ranked and not (step.index == 0 and self.asks_theta_first):
+            if not self.watch.wants_theta(rollouts.modal_ratio):
+                return BesideMembers()
+            answers = self.engine.generate(None, prompts, sampling, self.evaluator.should_stop)
+            own = np.array([[digest(completion.token_ids) for completion in row] for row in answers])  # (B, G)
+            return BesideMembers(equal=float(np.mean(digests == own)))
+        theta = self.evaluator.theta(rows, prompts, sampling, self.trainer_state(step.index))
+        rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
+        failed = np.concatenate([rollouts.failed, theta.failed])
+        weights = self.rewards.weights
+        fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
+        return BesideMembers(
+            equal=float(np.mean(digests == np.array(theta.groups[0].digests))),
+            fitness=float(fitness[-1]),
+            rank=1 + int((fitness[:-1] > fitness[-1]).sum()) if is_ranked else None,
+            is_scored=True,
+        )
+
     def journal_step(
-        self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, update: Update
+        self,
+        step: Step,
+        rewards: np.ndarray,
+        fitness: np.ndarray,
+        rollouts: Rollouts,
+        update: Update,
+        theta: BesideMembers = NOT_ASKED,
     ) -> None:
         """Put the step on disk, its line last; when this returns theta may move.
 
@@ -145,14 +206,16 @@ class Session(OpenRun):
             fitness: (N,).
             rollouts: what was evaluated.
             update: how theta will move.
+            theta: how theta answered the step's rows.
         """
         self.tokens += rollouts.tokens
         self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
-        self.watch.step(self.measured, lambda: self._share_of_theta(step, rollouts))
         self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        self.measured |= {"num_evaluations": self._evaluations(step)} | self._theta_rank(step, rollouts)
-        if np.isnan(fitness).all():
-            warn("no reward applied to anything in this step, so theta stays")
+        self.measured |= theta.record()
+        if step.index == 0:
+            self.theta_answered_first = theta.is_scored
+        self.measured["num_evaluations"] = self._evaluations(step)
+        self.watch.step({"step": step.index + 1, **self.measured}, theta, self._unpaid(rollouts))
         if step.index == 0:
             self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
         record = step_record(
@@ -196,12 +259,15 @@ class Session(OpenRun):
         """
         moves = metrics.update_metrics(measured, moved, None)
         self.train_time_s += moves["step_time"]
+        if self.run.steps_done == 1:
+            self.theta_answered_first = "es/theta_fitness" in measured
+            self.watch.know_theta({"step": 1, **measured})
         self.log_step(measured | moves | {"train_time_s": self.train_time_s})
 
     def log_step(self, record: dict[str, Any]) -> None:
-        """Hand the last step's metrics to the monitors, where it is one to log."""
+        """Hand the last step's metrics to the monitors, where it is one to log; theta_0's fitness always is."""
         done = self.run.steps_done
-        if done % self.args.logging_steps == 0 or self.ended:
+        if done % self.args.logging_steps == 0 or self.ended or (done == 1 and self.theta_answered_first):
             self.monitors.log({"step": done} | record)
 
     def after_step(self) -> None:
@@ -209,7 +275,9 @@ class Session(OpenRun):
         args, done = self.args, self.run.steps_done
         if self.is_evaluation_due(done):
             evaluation = self.answer_held_out(done)
-            self.monitors.log({"step": done, **metrics.evaluation_record(evaluation)})
+            record = metrics.evaluation_record(evaluation)
+            self.watch.evaluation(record)
+            self.monitors.log({"step": done, **record})
             records.write_rows(records.evaluation_path(self.run.path, done), evaluation)
         if args.save_steps and done and done % args.save_steps == 0:
             if not self.run.has_checkpoint():
@@ -218,7 +286,12 @@ class Session(OpenRun):
             prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
 
     def finish(self) -> None:
-        """Write the finished model to the run directory's root, and leave theta in the working model."""
+        """Write the finished model to the run directory's root, and leave theta in the working model.
+
+        Raises:
+            UserError: theta's logits are not finite any more; nothing is written.
+        """
+        refuse_broken_theta(self.args, self.engine, self.train_prompts, self.run.steps_done)
         self.engine.load_theta()
         self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)
@@ -246,32 +319,16 @@ class Session(OpenRun):
         return [self.train_rows[row] for row in step.rows], [self.train_prompts[row] for row in step.rows]
 
     def _evaluations(self, step: Step) -> int:
-        """Return how many completions training has had scored so far, theta's own at evaluation steps included."""
+        """Return how many completions training has had scored so far, theta's own included."""
         done, args = step.index + 1, self.args
         of_theta = done // args.eval_steps if args.eval_steps else 0
+        of_theta += self.theta_answered_first and args.eval_steps != 1
         return (done * args.population_size + of_theta) * len(step.rows) * args.num_generations
 
-    def _theta_rank(self, step: Step, rollouts: Rollouts) -> dict[str, float]:
-        """At evaluation steps, evaluate theta itself on the step's rows: its rank among N + 1, 1 for the best.
-
-        Theta's failures are filled from the population's rewards, as a member's are.
-        """
-        if not self.args.eval_steps or (step.index + 1) % self.args.eval_steps:
-            return {}
-        sampling = inputs.sampling(self.args, step.index)
-        own = self.evaluator.theta(*self._inputs(step), sampling, self.trainer_state(step.index))
-        rewards = np.concatenate([rollouts.rewards, own.rewards])  # (N + 1, B, G, F)
-        failed = np.concatenate([rollouts.failed, own.failed])
-        weights = self.rewards.weights
-        fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
-        return {"es/theta_fitness": float(fitness[-1]), "es/theta_rank": 1 + int((fitness[:-1] > fitness[-1]).sum())}
-
-    def _share_of_theta(self, step: Step, rollouts: Rollouts) -> float:
-        """Let theta answer the step's prompts; return the share of completions (N, B, G) that equal its own."""
-        prompts, sampling = self._inputs(step)[1], inputs.sampling(self.args, step.index)
-        answers = self.engine.generate(None, prompts, sampling, self.evaluator.should_stop)
-        own = [[digest(completion.token_ids) for completion in row] for row in answers]  # (B, G)
-        return float(np.mean(np.array([group.digests for group in rollouts.groups]) == np.array(own)))
+    def _unpaid(self, rollouts: Rollouts) -> list[str]:
+        """Return the reward functions that returned None for every completion of a step."""
+        none = np.isnan(rollouts.rewards) & ~rollouts.failed  # (N, B, G, F)
+        return [name for f, name in enumerate(self.rewards.names) if none[..., f].all()]
 
     def _keeps_completions(self, step: Step) -> bool:
         return self.args.log_completions and (step.index + 1) % self.args.logging_steps == 0

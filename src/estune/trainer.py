@@ -86,6 +86,7 @@ class ESTrainer:
         Batches(len(self.train_rows), int(self.args.batch_size), self.args.seed)  # refuses a batch above the rows
         self._engine: Engine | None = None
         self.stopped = False  # whether the last `train` was asked to stop before its end
+        self.asks_theta_first = True  # let theta answer the first step's rows, too: a baseline for warnings
 
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model.
@@ -109,6 +110,7 @@ class ESTrainer:
                 while not session.ended:
                     step = plan_step(args, session.batches, session.run.steps_done)  # rows (B,), members (N,)
                     rollouts = session.evaluate_population(step)  # rewards (N, B, G, F)
+                    theta = session.ask_theta(step, rollouts)  # where it is due; the update does not depend on it
                     rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)  # (N, B, G, F)
                     fitness, utilities = shape_fitness(weigh(rewards, weights), args.fitness_shaping)  # (N,), (N,)
                     update = make_update(
@@ -120,7 +122,7 @@ class ESTrainer:
                         distribution=args.noise_distribution,
                         rank=step.rank,
                     )
-                    session.journal_step(step, rewards, fitness, rollouts, update)  # on disk before theta moves
+                    session.journal_step(step, rewards, fitness, rollouts, update, theta)  # on disk before theta moves
                     session.move(update)
                     session.after_step()
                 session.finish()

@@ -200,7 +200,7 @@ def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, 
     pending.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"after":"0123')  # the one being written
     assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
     assert finished == 3
-    assert len(second.read_text().splitlines()) == (8 - finished) + 8
+    assert len(second.read_text().splitlines()) == (8 - finished) + 1 + 8  # theta beside the first step's members
     times = [record["train_time_s"] for record in metrics(place / "run", times=True)]
     assert all(3e6 <= seconds < 4e6 for seconds in times)  # they are not free
     assert len(first.read_text().splitlines()) >= finished
@@ -221,7 +221,7 @@ def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
     assert zygote.wait().code == -signal.SIGKILL
     assert lines_of(pending) == 6
     assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
-    assert len(second.read_text().splitlines()) == batch
+    assert len(second.read_text().splitlines()) == batch + 1  # theta beside the members
     assert len(journal(place / "run")[1]["fitness"]) == 8
 
 

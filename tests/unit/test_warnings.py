@@ -1,30 +1,35 @@
-"""The two warnings of `train` that name `estune probe`."""
+"""What `train` warns of while it runs, each once, and what it does not warn of."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 from command_line import estune
 
-from estune.metrics import Watch
+from estune.step_watch import BesideMembers, Watch
+
+NOBODY = BesideMembers()
 
 
-def never() -> float:
-    raise AssertionError("theta need not answer")
-
-
-def record(unchanged: float = 0.0, fitness: float | None = 1.0) -> dict[str, float | None]:
-    return {"es/frac_modal": unchanged, "es/fitness_mean": fitness, "es/fitness_std": 0.1}
+def record(fitness: float | None = 1.0, **others: Any) -> dict[str, Any]:
+    plain = {"step": 2, "es/fitness_mean": fitness, "es/fitness_std": 0.1, "es/fitness_best": fitness, "es/sigma": 0.05,
+             "completions/non_finite_ratio": 0.0, "completions/clipped_ratio": 0.5,
+             "completions/mean_length": 9.0}  # fmt: skip
+    return plain | others
 
 
 def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
     watch = Watch()
-    watch.step(record(0.9), never)
-    watch.step(record(0.95), lambda: 0.2)  # the members agree on something that theta does not say
+    assert watch.wants_theta(0.95) and not watch.wants_theta(0.9)
+    watch.step(record(), BesideMembers(equal=0.2))  # the members agree on something that theta does not say
+    watch.step(record(), NOBODY)
     assert capsys.readouterr().err == ""
-    watch.step(record(0.95), lambda: 0.93)
-    watch.step(record(1.0), never)
+    watch.step(record(), BesideMembers(equal=0.93))
+    assert not watch.wants_theta(1.0)
+    watch.step(record(), BesideMembers(equal=1.0))
     told = capsys.readouterr().err
     assert told.count("warning") == 1
     assert "93% of the completions equal the unperturbed model's" in told and "estune probe" in told
@@ -49,7 +54,7 @@ def test_a_population_that_lost_half_of_its_fitness(
 ) -> None:
     watch = Watch()
     for fitness in course:
-        watch.step(record(fitness=fitness), never)
+        watch.step(record(fitness), NOBODY)
     told = capsys.readouterr().err
     assert told.count("mean fitness has halved") == int(warned)
     assert ("estune probe" in told) == warned
@@ -66,8 +71,127 @@ def test_a_run_whose_members_say_what_theta_says(sigma: float, warned: bool, noi
 
 
 def test_a_resumed_run_remembers_its_best_step(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Watch.of_steps([[1.0, 3.0], [0.4, 0.6], [None, None]])
-    assert watch.best_mean == 2.0
-    watch.step(record(fitness=0.9), never)
+    watch = Watch.of_run(30, 16, [[1.0, 3.0], [1.4, 1.6], [None, None]])
+    watch.step(record(0.9), NOBODY)
     assert "has halved since its best step" in capsys.readouterr().err
-    assert Watch.of_steps([]).best_mean == -math.inf
+
+
+def test_a_resumed_run_repeats_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [record(0.05, **{"step": 1, "es/theta_fitness": 0.6, "completions/clipped_ratio": 1.0}),
+              record(0.04, **{"step": 2, "completions/non_finite_ratio": 0.5}),
+              {"step": 0, "eval_reward": 1.0, "eval_rows": 80},
+              {"step": 2, "eval_reward": 0.1, "eval_rows": 80}]  # fmt: skip
+    watch = Watch.of_run(30, 16, [[1.0, 3.0], [0.04, 0.06]], before)
+    watch.step(record(0.04, **{"completions/clipped_ratio": 1.0, "completions/non_finite_ratio": 0.5}), NOBODY)
+    watch.evaluation({"eval_reward": 0.05, "eval_rows": 80})
+    assert capsys.readouterr().err == ""
+
+
+HARM = "sigma 0.05 is too large: the members' mean fitness is"
+
+
+@pytest.mark.parametrize(
+    ("theta", "mean", "std", "best", "size", "warned"),
+    [
+        (0.56, 0.04, 0.03, 0.11, (30, 16), True),
+        (0.56, 0.04, 0.03, 0.70, (30, 16), True),  # one lucky member, many prompts
+        (1.0, 0.0, 0.0, 0.0, (30, 1), True),
+        (-10.0, -40.0, 5.0, -30.0, (8, 8), True),
+        (0.56, 0.20, 0.10, 0.50, (8, 8), True),
+        (0.56, 0.50, 0.05, 0.53, (30, 16), False),
+        (0.56, 0.20, 0.10, 0.60, (30, 16), False),  # a member is better than theta
+        (1.0, 0.4, 0.5, 1.0, (30, 1), False),  # theta's one answer was lucky
+        (1.0, 0.0, 0.0, 0.0, (4, 1), False),  # four answers say nothing
+        (-188.5, -132.4, 38.0, -57.0, (60, 2), False),
+        (-10.0, -14.0, 1.0, -12.0, (30, 16), False),
+        (0.0, 0.0, 0.0, 0.0, (30, 16), False),
+        (0.0, -0.1, 0.2, 0.0, (30, 16), False),
+        (1e300, -1e300, 1e300, 1e300, (30, 16), True),
+    ],
+)
+def test_members_are_compared_with_theta_on_the_same_rows(
+    theta: float, mean: float, std: float, best: float, size: tuple[int, int], warned: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    watch, own = Watch(*size), BesideMembers(fitness=theta, is_scored=True)
+    step = record(mean, **{"step": 1, "es/fitness_std": std, "es/fitness_best": best, **own.record()})
+    watch.step(step, own)
+    watch.step(step, own)
+    told = capsys.readouterr().err
+    assert told.count(HARM) == told.count("warning") == int(warned), told
+    assert (f"{mean:.3g}, theta's is {theta:.3g}; `estune probe`" in told) == warned
+
+
+def test_later_steps_are_compared_with_theta_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """No step lost half of the best one, and most of what theta had is gone."""
+    watch, own = Watch(), BesideMembers(fitness=0.56, is_scored=True)
+    watch.step(record(0.33, **{"step": 1, **own.record()}), own)
+    watch.step(record(0.3), NOBODY)
+    assert capsys.readouterr().err == ""
+    for fitness in (0.2, 0.18):
+        watch.step(record(fitness), NOBODY)
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1
+    assert "mean fitness is 0.2, theta's was 0.56 before the first step: learning_rate or sigma is too large" in told
+
+
+@pytest.mark.parametrize("prompts", [1, 4, 16])
+@pytest.mark.parametrize("solved", [0.3, 0.5])
+def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """300 steps of members of one quality, on prompts that are mostly solved by all of them, or by none."""
+    rng, watch = np.random.default_rng(0), Watch(30, prompts)
+    for index in range(300):
+        easy = rng.beta(0.7 * solved, 0.7 * (1 - solved), prompts)
+        rewards = rng.random((30, prompts)) < easy
+        fitness = rewards.mean(1)
+        error = rewards.mean(0).std(ddof=1) / math.sqrt(prompts) if prompts > 1 else None
+        numbers = {"es/fitness_std": float(fitness.std()), "es/fitness_error": error, "step": index + 1}
+        watch.step(record(float(fitness.mean()), **numbers), NOBODY)
+    assert capsys.readouterr().err == ""
+    for _ in range(200):
+        watch.step(record(0.0, **{"es/fitness_std": 0.0, "es/fitness_error": 0.0 if prompts > 1 else None}), NOBODY)
+    assert capsys.readouterr().err.count("has halved since its best step") == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"completions/non_finite_ratio": 0.25}, "behind 25.0% of the members' completions are not finite"),
+        ({"completions/clipped_ratio": 1.0}, "was cut off at max_completion_length"),
+        ({"completions/clipped_ratio": 0.0, "completions/mean_length": 1.0}, "ended with its first token"),
+        ({"es/fitness_mean": None}, "no reward applied to anything in this step"),
+    ],
+)
+def test_what_is_known_of_completions_is_told_once(
+    others: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Watch()
+    for _ in range(3):
+        watch.step(record(**others), NOBODY)
+    found = capsys.readouterr().err
+    assert found.count(told) == found.count("warning") == 1
+
+
+def test_a_reward_that_never_applies_is_told_where_enough_prompts_were_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(30, 4)
+    for unpaid in (["brief", "polite"], ["polite"], ["brief", "polite"]):
+        watch.step(record(), NOBODY, unpaid)
+    assert capsys.readouterr().err == ""
+    for _ in range(9):
+        watch.step(record(), NOBODY, ["brief", "polite"])
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "reward polite returned None for every completion so far" in told
+
+
+@pytest.mark.parametrize(
+    ("rewards", "rows", "told"),
+    [([1.0, 0.4], 200, True), ([1.0, 0.6], 200, False), ([-1.0, -1.4], 200, False), ([-1.0, -1.6], 200, True),
+     ([1.0, 0.4], 20, False), ([0.0, -0.1], 200, False), ([None, 0.5, 0.2], 200, True), ([0.2, 0.9, 0.3], 200, False)],
+)  # fmt: skip
+def test_held_out_rewards_are_compared_with_the_first(
+    rewards: list[float | None], rows: int, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Watch()
+    for reward in rewards:
+        watch.evaluation({"eval_reward": reward, "eval_rows": rows})
+    assert capsys.readouterr().err.count("the held-out reward was") == int(told)

@@ -286,7 +286,7 @@ class Ground(OpenRun):
             Diverged: a weight is no finite number, or the finished model gives no finite logits.
         """
         self.copy_weights()
-        if final and self.module is not None and self.steps_done:
+        if final and self.steps_done:
             one = dataclasses.replace(inputs.evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
         master = self.engine.master

@@ -39,6 +39,7 @@ from estune.resume import Facts, check_facts, keep_origin, located, same_names
 from estune.rollouts import Evaluator
 from estune.run import CONFIG_FILE, METHOD_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
 from estune.signals import StopRequest
+from estune.soundness import refuse_broken_theta
 from estune.trainer import ESTrainer
 
 
@@ -245,6 +246,8 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         train_prompts = trainer.prepare()
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        if not goes_on:
+            refuse_broken_theta(args, engine, train_prompts, 0)
         fingerprint = engine.master.fingerprint()
         facts = inputs.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from estune.compare.hacking import Judged, asks_for_words, judge, summary_of
 from estune.compare.plan import rows_of
 from estune.compare.tables import base_digest
 from estune.config import ESConfig
+from estune.console import warn
 from estune.data import reward_inputs
 from estune.engines.base import Engine, Prompt
 from estune.environment import code_digest
@@ -33,6 +35,7 @@ from estune.inputs import Rewards
 from estune.records import read_metrics
 from estune.rewards import RewardBatch, RewardPool
 from estune.rollouts import Evaluator
+from estune.soundness import broken_model
 from estune.tasks import get_task
 
 Rows = list[dict[str, Any]]
@@ -166,6 +169,7 @@ class Judges:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._known: dict[str, tuple[Rewards, RewardPool, RewardPool]] = {}
+        self._broken: set[str] = set()  # models of which some completions were said to be broken
 
     def __enter__(self) -> Self:
         return self
@@ -195,13 +199,23 @@ class Judges:
         return [is_right(score) for score in scores]
 
     def answer(self, args: ESConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
-        """Answer rows with a model and score the answers, as `estune evaluate` does."""
+        """Answer rows with a model and score the answers, as `estune evaluate` does.
+
+        Raises:
+            UserError: no completion comes from finite logits, so that there is nothing to measure.
+        """
         rewards, pool, grader = self.of(args)
         prompts = inputs.build_prompts(args, engine, rows, args.task is not None)
         evaluation = evaluate(
             Evaluator(engine, pool, args.response_prefix), rows, prompts, inputs.sampling(args, 0), rewards.weights,
             grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
         )  # fmt: skip
+        broken = evaluation.summary().get("non_finite_ratio", 0.0)
+        if broken == 1.0:
+            raise UserError(broken_model(args.model, engine.compute_dtype))
+        if broken and args.model not in self._broken:
+            self._broken.add(args.model)
+            warn(f"{args.model}: {evaluation.warning(engine.compute_dtype)}")
         return evaluation, prompts
 
 
@@ -351,6 +365,12 @@ def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled:
     """Return KL(model || base) per token, by the k3 estimator on the first sample of each of ``prompts``.
 
     ``sampled`` are samples of the model at temperature 1, of these prompts and perhaps further ones.
+
+    Raises:
+        UserError: a log-probability is not finite.
     """
     token_ids = [row.token_ids[0] for row in sampled.rows[: len(prompts)]]
-    return kl_k3(engine.token_logprobs(prompts, token_ids), base.token_logprobs(prompts, token_ids))
+    found = kl_k3(engine.token_logprobs(prompts, token_ids), base.token_logprobs(prompts, token_ids))
+    if not math.isfinite(found):
+        raise UserError("a log-probability of the model, or of the base, is not finite, so there is no KL")
+    return found

@@ -112,6 +112,7 @@ def train(values: dict[str, Any]) -> None:
 
         kind = BaselineTrainer
     trainer = kind(args=args)
+    trainer.asks_theta_first = False  # budgets are counted in completions, and the base is measured anyway
     trainer.train()
     if trainer.stopped:
         raise Interrupted

@@ -87,7 +87,8 @@ class Sampling:
 class Completion:
     """Generated tokens, the end-of-sequence token included; ``finished`` is false where the limit cut them off.
 
-    ``finite`` is false where a token was chosen by a logit that is not a finite number: the weights were broken.
+    ``finite`` is false where the logits behind a token held NaN, or the chosen one was infinite: the model computes
+    with numbers that its dtype cannot hold.
     """
 
     token_ids: tuple[int, ...]  # (T,)
@@ -105,6 +106,7 @@ class Engine(Protocol):
     compute_dtype: str  # float32, bfloat16 or float16
     stored_dtypes: dict[str, str]  # per stored name: some models keep a few tensors in float32 whatever the rest is
     perturb_s: float  # seconds spent so far in writing members' weights
+    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may be changed between calls
 
     @property
     def end_tokens(self) -> frozenset[int]:

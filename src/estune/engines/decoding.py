@@ -69,7 +69,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniforms: Sequence[float]) 
     Greedy takes the first index of the largest float32 logit. Otherwise temperature, top_k and top_p are applied in
     that order with the meaning they have in transformers, and the row's uniform in [0, 1) is looked up in the
     cumulative distribution in token order. Where probabilities tie at the edge of top_p, lower token ids stay; at the
-    edge of top_k all tied tokens stay. Logits that are not a number count as minus infinity.
+    edge of top_k all tied tokens stay. NaN counts as minus infinity here; `is_sound` reports it.
     """
     if sampling.temperature == 0.0:
         return logits.float().argmax(-1)
@@ -92,6 +92,16 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniforms: Sequence[float]) 
     tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     last = (cumulative < cumulative[:, -1:]).sum(-1)  # the last token with a probability: u * total can round to total
     return torch.minimum(tokens, last)
+
+
+def is_sound(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return whether each row's logits (R, V) hold no NaN and its token (R,) was chosen by a finite one: bool (R,).
+
+    Minus infinity is sound where it was not chosen: some models mask tokens with it. Plus infinity is always chosen.
+    """
+    largest = logits.amax(-1)  # NaN where any logit of the row is NaN; a fifth of what argmax costs
+    chosen = logits.gather(-1, tokens.to(logits.device)[:, None])[:, 0]
+    return chosen.isfinite() & ~largest.isnan()
 
 
 def uniform(sampling: Sampling, row: Row, position: int) -> float:
@@ -132,13 +142,13 @@ def complete(
             raise Interrupted
         uniforms = [] if greedy else [0.0 if r == FILLING else uniform(sampling, rows[r], position) for r in batch]
         tokens = choose(logits, sampling, uniforms)  # (R,)
-        sound = logits.gather(-1, tokens.to(logits.device)[:, None])[:, 0].isfinite()  # (R,)
+        sound = is_sound(logits, tokens)  # (R,)
         alive = []  # lines of the batch that go on
-        for line, (token, is_sound) in enumerate(zip(tokens.tolist(), sound.tolist(), strict=True)):
+        for line, (token, is_finite) in enumerate(zip(tokens.tolist(), sound.tolist(), strict=True)):
             r = batch[line]
             if r == FILLING or finished[r]:
                 continue
-            finite[r] &= is_sound
+            finite[r] &= is_finite
             new_tokens[r].append(token)
             if token in eos or stop.hit(new_tokens[r]):
                 finished[r] = True

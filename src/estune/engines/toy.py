@@ -32,6 +32,7 @@ class ToyEngine:
     vocab_size: int | None = None
     compute_dtype = "float32"
     perturb_s = 0.0  # part of the answer's time here
+    prompts_per_batch = 1  # prompts share no work here
 
     def __init__(self, num_threads: int = 1, noise: str = "full") -> None:
         specs = []
@@ -70,11 +71,11 @@ class ToyEngine:
         for prompt in prompts:
             if should_stop():
                 raise Interrupted
-            text = repr(math.fsum(float(vector[int(index)]) for index in re.findall(r"x\[(\d+)\]", prompt.text)))
-            tokens = tuple(text.encode()[: sampling.max_completion_length])
-            answers.append(
-                [Completion(tokens, len(tokens) < sampling.max_completion_length)] * sampling.num_generations
-            )
+            values = [float(vector[int(index)]) for index in re.findall(r"x\[(\d+)\]", prompt.text)]
+            value = math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+            tokens = tuple(repr(value).encode()[: sampling.max_completion_length])
+            finished = len(tokens) < sampling.max_completion_length
+            answers.append([Completion(tokens, finished, math.isfinite(value))] * sampling.num_generations)
         return answers
 
     def generate_population(
