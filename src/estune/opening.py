@@ -57,6 +57,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if run.is_new:
+            engine.check_assets()
             refuse_broken_theta(args, engine, train_prompts, 0)
         facts = inputs.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts

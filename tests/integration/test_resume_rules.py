@@ -124,7 +124,7 @@ CHANGES = {
     "base": [(other_weights, ())],
     "parameters": [(other_noise, ())],
     "config": [(lambda place: edit(place / "base" / "config.json", rms_norm_eps=0.5), ()),
-               (lambda place: edit(place / "base" / "config.json", tie_word_embeddings=False, zzz=1), ())],
+               (lambda place: edit(place / "base" / "config.json", hidden_act="gelu"), ())],
     "tokenizer": [(other_tokenizer, ())],
     "end_tokens": [(lambda place: edit(place / "base" / "generation_config.json", eos_token_id=7), ()),
                    (lambda place: edit(place / "base" / "generation_config.json", eos_token_id=[1, 2]), ())],

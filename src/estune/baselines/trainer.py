@@ -247,6 +247,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if not goes_on:
+            engine.check_assets()
             refuse_broken_theta(args, engine, train_prompts, 0)
         fingerprint = engine.master.fingerprint()
         facts = inputs.facts_of(
