@@ -21,27 +21,28 @@ from typing import Any
 from estune.errors import UserError
 
 _json_descriptor: int | None = None  # where `print_json` writes; None: to sys.stdout
+_reader_left = False  # of descriptor 1, which leads to the null device since
 
 
 def say(text: str) -> None:
     """Print a line on stdout."""
-    _write("stdout", text + "\n")
+    _write(_stream("stdout"), text + "\n")
 
 
 def note(text: str) -> None:
     """Print ``estune: <text>`` on stderr."""
-    _write("stderr", f"estune: {text}\n")
+    _write(_stream("stderr"), f"estune: {text}\n")
 
 
 def warn(text: str) -> None:
     """Print ``estune: warning: <text>`` on stderr."""
-    _write("stderr", f"estune: warning: {text}\n")
+    _write(_stream("stderr"), f"estune: warning: {text}\n")
 
 
 def show_progress(text: str) -> None:
     """Replace the last line on stderr by ``text``; does nothing where stderr is no terminal."""
-    if is_terminal(getattr(sys, "stderr", None)):
-        _write("stderr", f"\r{text}")
+    if is_terminal(_stream("stderr")):
+        _write(_stream("stderr"), f"\r{text}")
 
 
 def is_terminal(stream: Any) -> bool:
@@ -59,6 +60,8 @@ def print_result(text: str) -> None:
         BrokenPipeError: the reader has left.
         UserError: stdout cannot be written for another reason.
     """
+    if _reader_left:
+        raise BrokenPipeError
     try:
         print(text, flush=True)
         error = getattr(getattr(sys.stdout, "buffer", None), "error", None)  # of `_Descriptor`, which never raises
@@ -90,6 +93,38 @@ def finite_or_none(value: Any) -> Any:
         return [finite_or_none(item) for item in value]
     is_float = isinstance(value, float)
     return None if is_float and (value != value or value in (float("inf"), float("-inf"))) else value
+
+
+class Unfailing:
+    """A text stream around another one, or around None: what cannot be written is lost, and nothing is raised."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or lose the text."""
+        _write(self._stream, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: every write is flushed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def release_abandoned_descriptors() -> None:
+    """Let descriptors 1 and 2 lead to the null device where their readers have left.
+
+    For code that writes to them directly, and the programs that it starts: an error or SIGPIPE would end them.
+    """
+    global _reader_left
+    for descriptor in (1, 2):
+        ready = select.poll()
+        ready.register(descriptor, 0)  # errors are reported without being asked for
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in ready.poll(0)):
+            _lead_nowhere(descriptor)
+            _reader_left = _reader_left or descriptor == 1
 
 
 def pass_on(data: bytes) -> None:
@@ -169,9 +204,12 @@ def _write_all(descriptor: int, data: Any) -> OSError | None:
     return None
 
 
-def _write(name: str, text: str) -> None:
-    """Write to ``sys.stdout`` or ``sys.stderr``, whatever object that is, or lose the text."""
-    stream = getattr(sys, name, None)
+def _stream(name: str) -> Any:
+    return getattr(sys, name, None)
+
+
+def _write(stream: Any, text: str) -> None:
+    """Write to a text stream, whatever object that is, or lose the text."""
     if stream is None:
         return
     try:
@@ -193,8 +231,12 @@ def _silence(stream: Any) -> None:
     """Let a standard stream that cannot be written lead nowhere: Python fails where it cannot flush one at its end."""
     with suppress(Exception):  # as above
         if stream.fileno() in (1, 2):
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
+            _lead_nowhere(stream.fileno())
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 def _raise(error: OSError | None) -> None:
