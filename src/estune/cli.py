@@ -7,17 +7,15 @@ an error that names the nearest known one; every user error is one sentence and 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Container, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from estune import __version__
 from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, default_of, read_config_file
-from estune.console import json_only, note, say, take_over_process, warn
+from estune.console import keep_stdout_for_json, note, print_result, say, take_over_process, warn
 from estune.errors import UserError
 from estune.fetch import MODELS
 from estune.files import full_disk_message, is_full_disk
@@ -94,17 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Without ``argv`` the process is the command line's own, and its standard streams are made safe first.
     """
-    try:
-        if argv is not None:
-            return _run(list(argv))
+    owns_process = argv is None
+    if owns_process:
         take_over_process()
-        with json_only() if "--json" in sys.argv else nullcontext():
-            return _run(sys.argv[1:])
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv), owns_process)
     except UserError as error:
         note(f"error: {error}")
         return 2
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout has left
         return 1
     except OSError as error:
         if is_full_disk(error):
@@ -118,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], owns_process: bool) -> int:
     parser, commands = _build()
     if words and not words[0].startswith("-") and words[0] not in commands:
         hint = nearest(words[0], commands, least_prefix=3)
@@ -137,6 +133,8 @@ def _run(words: list[str]) -> int:
     handler: Callable[[dict[str, Any]], int] = options.handler
     values = vars(options)
     del values["command"], values["handler"]
+    if owns_process and values.get("json"):  # before any code of the user's runs
+        keep_stdout_for_json()
     return handler(values)
 
 
@@ -282,9 +280,9 @@ def _train(values: dict[str, Any]) -> int:
         trainer = BaselineTrainer(args=args)
     if args.dry_run:
         prompts = trainer.prepare()
-        print(inputs.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json(), end="")
-        print(f"estune: {trainer.engine.master.num_parameters:,} parameters, {len(trainer.train_rows)} training rows, "
-              f"{len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
+        print_result(inputs.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
+        print_result(f"estune: {trainer.engine.master.num_parameters:,} parameters, {len(trainer.train_rows)} training "
+                     f"rows, {len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
         return 0
     trainer.train()
     return 0

@@ -13,7 +13,7 @@ import numpy as np
 from estune import inputs
 from estune.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
 from estune.config import ESConfig
-from estune.console import note, print_json, show_progress, warn
+from estune.console import note, print_json, print_result, say, show_progress, warn
 from estune.data import check_columns, has_splits, load_rows, reward_inputs
 from estune.engines.base import Engine, Prompt
 from estune.environment import environment
@@ -155,13 +155,13 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     for name, value in result.items():
         if name == "accuracy":
             low, high = result["accuracy_ci95"]
-            print(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
+            print_result(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
         elif name == "batch_check":
             size, other = value["prompts_per_batch"]
-            print(f"{name:20} {value['changed']} of {value['rows']} rows have other tokens in batches of {other} "
-                  f"prompts instead of {size}")  # fmt: skip
+            print_result(f"{name:20} {value['changed']} of {value['rows']} rows have other tokens in batches of "
+                         f"{other} prompts instead of {size}")  # fmt: skip
         elif name != "accuracy_ci95":
-            print(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
+            print_result(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
 
 
 def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
@@ -238,7 +238,7 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     write_model(output_dir, engine, float32=False)
     proven = step < len(journal.steps) or step in journal.checkpoints
     how = "replayed and verified" if proven else "replayed (the run stopped before anything could verify the last one)"
-    print(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
+    say(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
     return 0
 
 
@@ -251,7 +251,7 @@ def env_command(as_json: bool) -> int:
     for name, value in facts.items():
         if isinstance(value, dict):
             for package, version in value.items():
-                print(f"{package:20} {version}")
+                print_result(f"{package:20} {version}")
         else:
-            print(f"{name:20} {value}")
+            print_result(f"{name:20} {value}")
     return 0

@@ -8,9 +8,11 @@ Where standard output is no terminal, `estune.monitors.ConsoleMonitor` prints li
 from __future__ import annotations
 
 import contextlib
+import errno
+import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from estune.console import warn
+from estune.console import is_terminal, warn
 from estune.monitors import duration, failures
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -58,6 +60,14 @@ def plain(text: str) -> str:
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
 
 
+class _Console(Console):
+    """Raises where the reader of stdout has left; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise an error, as a terminal that was closed does."""
+        raise BrokenPipeError(errno.EPIPE, "the reader has left")
+
+
 @dataclass
 class Said:
     """What a member answered in the last step: its place ("best", ...), fitness, question and completion."""
@@ -76,7 +86,7 @@ class PanelMonitor:
     max_steps: int
     population_size: int
     first_step: int = 0
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=lambda: _Console())
 
     def __post_init__(self) -> None:
         self.rewards: list[float | None] = []
@@ -91,8 +101,15 @@ class PanelMonitor:
         self._drawn_at = 0.0
         self._broken = False
         self._closed = False
-        self._live = Live(console=self.console, auto_refresh=False, transient=False)
-        self._live.start()
+        # A stream that is no terminal keeps its lines to itself, such as a stderr that goes into a file.
+        self._live = Live(
+            console=self.console,
+            auto_refresh=False,
+            transient=False,
+            redirect_stdout=is_terminal(sys.stdout),
+            redirect_stderr=is_terminal(sys.stderr),
+        )
+        self._try(self._live.start)
 
     def log(self, record: dict[str, Any]) -> None:
         """Take a step's or an evaluation's metrics."""
@@ -126,15 +143,19 @@ class PanelMonitor:
         if not self._closed and not self._broken:
             self._closed = True
             self.draw()
-            self._live.stop()
+            self._try(self._live.stop)
 
     def draw(self) -> None:
         """Redraw now. A terminal that cannot take it costs the panel, never the run."""
         if self._broken:
             return
         self._drawn_at = time.monotonic()
+        self._try(lambda: self._live.update(self.render(), refresh=True))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Do something to the terminal; where that fails, the panel is off for the rest of the run."""
         try:
-            self._live.update(self.render(), refresh=True)
+            action()
         except Exception as error:  # a broken monitor must never end a run
             self._broken = True
             with contextlib.suppress(Exception):

@@ -20,7 +20,7 @@ import numpy as np
 
 from estune import inputs
 from estune.config import ESConfig
-from estune.console import note, print_json
+from estune.console import note, print_json, print_result
 from estune.data import Batches
 from estune.engines.base import Completion, Interrupted
 from estune.errors import UserError
@@ -241,5 +241,5 @@ def probe_command(args: ESConfig, sigmas: Sequence[float], as_json: bool) -> int
                     "rows": args.batch_size, "theta": theta.as_dict(), "sigmas": points,
                     "proposal": proposal})  # fmt: skip
     else:
-        print(table(theta, found, proposal))
+        print_result(table(theta, found, proposal))
     return 0

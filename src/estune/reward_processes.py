@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from estune import reward_worker
-from estune.console import open_missing_descriptors
+from estune.console import open_missing_descriptors, pass_on
 from estune.errors import UserError
 from estune.reward_loading import INLINE_HINT
 
@@ -212,10 +212,15 @@ class ForkServer:
         open_missing_descriptors()  # else a socket could get the number of a standard stream
         self._line, theirs = socket.socketpair()
         self._line.settimeout(SERVER_LIMIT_S)
-        with theirs:
+        printed, theirs_to_print = os.pipe()
+        self._relay = threading.Thread(target=_relay, args=(printed,), name="reward-output", daemon=True)
+        self._relay.start()
+        with theirs, open(theirs_to_print, "wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", reward_worker.__file__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 # Rewards that walk over a set of strings then give the same bits in every run and every worker.
@@ -273,3 +278,15 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._relay.join(timeout=1.0)  # the last words; a process that got away may hold the pipe
+
+
+def _relay(pipe: int) -> None:
+    """Pass on to stderr what rewards print, or lose it.
+
+    Rewards write into a pipe that is always read, so that neither a reader of stderr that has left nor a full disk can
+    make one of them fail.
+    """
+    with open(pipe, "rb", buffering=0) as file:
+        while data := file.read(1 << 16):
+            pass_on(data)

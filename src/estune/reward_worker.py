@@ -356,7 +356,8 @@ def _become_ordinary(channel: socket.socket) -> None:
     """In a process that a reward forks: let go of the trainer's line, and let signals end it, one on its way too."""
     channel.close()
     for number in IGNORED:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
 
 
@@ -416,11 +417,10 @@ def _children() -> set[int]:
 
 def main() -> None:
     """Run the fork server on the socket whose descriptor is the argument."""
-    with suppress(OSError):
-        os.dup2(2, 1)  # what rewards print goes to stderr: stdout is for the command's own output
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
     for number in IGNORED:  # by a handler, not SIG_IGN: programs that a reward starts get the default back
-        signal.signal(number, lambda *_: None)
+        if signal.getsignal(number) != signal.SIG_IGN:  # else the trainer was started to ignore it, and so are they
+            signal.signal(number, lambda *_: None)
     with suppress(ImportError):
         import cloudpickle  # noqa: F401  (so that workers find it loaded)
     serve(socket.socket(fileno=int(sys.argv[1])))

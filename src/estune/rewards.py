@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from estune import reward_worker
+from estune.console import Unfailing, release_abandoned_descriptors
 from estune.errors import UserError
 from estune.reward_loading import INLINE_HINT, load_request, load_reward
 from estune.reward_processes import ForkServer, Worker, read_reply
@@ -151,8 +152,10 @@ class RewardPool:
 
         def call(function: int, rows: list[int]) -> dict[str, Any]:
             func = self._functions[function]
+            output = Unfailing(sys.stderr)  # stdout is for the command's own output
+            release_abandoned_descriptors()
             try:
-                with redirect_stdout(sys.stderr):  # stdout is for the command's own output
+                with redirect_stdout(output), redirect_stderr(output):
                     reply = reward_worker.call_function(func, columns, batch.trainer_state, rows, self._run_coroutine)
                     text = reward_worker.to_json(reply)
                 return read_reply(text, n_rows=len(rows))  # the same values as from a worker

@@ -21,7 +21,7 @@ from typing import Any
 from estune import checkpoint
 from estune.checkpoint import BASE_DIRECTORY
 from estune.config import RESUMABLE, ESConfig
-from estune.console import warn
+from estune.console import open_missing_descriptors, warn
 from estune.engines.base import Engine, ParameterSpec
 from estune.environment import environment, processor, versions
 from estune.errors import Hindered, UserError
@@ -263,6 +263,7 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
         UserError: it holds another run and neither resume nor overwrite was given, another process runs it, the
             journal is damaged, or the configuration differs in what a resume must not change.
     """
+    open_missing_descriptors()  # else the journal could become stdout
     assert args.output_dir is not None
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():

@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from estune.console import open_missing_descriptors
 from estune.errors import UserError
 
 CHILD = Path(__file__).parent / "sandbox_child.py"
@@ -118,6 +119,7 @@ def _run(
         "limits": asdict(limits),
         "allow_unsandboxed": allow_unsandboxed,
     }
+    open_missing_descriptors()  # else a pipe could get the number of a standard stream
     deadline = time.monotonic() + limits.wall_s + GRACE_S
     with (
         tempfile.TemporaryDirectory(prefix="estune-", ignore_cleanup_errors=True) as directory,

@@ -135,11 +135,12 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from estune.console import note
+    from estune.console import note, take_over_process
     from estune.engines.base import Interrupted
     from estune.errors import Hindered, UserError
     from estune.files import is_full_disk
 
+    take_over_process()
     faulthandler.enable()
     if sys.platform == "linux":  # a comparison that is killed leaves nobody behind: the run saves and stops
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
