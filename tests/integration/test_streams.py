@@ -138,7 +138,7 @@ def journals(tmp_path_factory):
             (at / "rewards.py").write_text(REWARDS, encoding="utf-8")
             code, out, err = estune(at, '"$@"', *train(rewards, isolation, steps), REWARD_S="0")
             assert code == 0 and "done; the model is in run" in out, err
-            assert err.count("p" * 200 + " \N{SNOWMAN}\n") == (4 * steps if "printing" in rewards else 0)
+            assert err.count("p" * 200 + " \N{SNOWMAN}\n") == (4 * steps + 1 if "printing" in rewards else 0)  # theta is scored once
             shown = err if isolation == "process" else out + err
             assert shown.count("program\n") == (4 * steps if "program" in rewards else 0)
             made[key] = (at / "run" / "journal.jsonl").read_bytes()
