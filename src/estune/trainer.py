@@ -91,7 +91,7 @@ class ESTrainer:
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model.
 
-        A run that is asked to stop (SIGINT, SIGTERM) saves a checkpoint and returns too.
+        A run that is asked to stop (SIGINT, SIGTERM, SIGHUP) saves a checkpoint and returns too.
         """
         self.args = self._placed(self.args)
         run_dir = Path(self.args.output_dir or "")
