@@ -7,6 +7,7 @@ in a directory that ends with the session.
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 
 _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
+# A shell's background job ignores SIGINT, `nohup` SIGHUP, and whatever they start inherits that; a handler it does not.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 INTEGRATION = Path(__file__).parent / "integration"
 
 from command_line import Zygote, write_rewards  # noqa: E402
