@@ -176,7 +176,7 @@ def test_what_a_reward_is_called_with(llama, place):
 
     train(llama, reward_funcs=reward)
     calls = [json.loads(line) for line in seen.read_text().splitlines()]
-    assert len(calls) == 2 * 4  # one per member and step
+    assert len(calls) == 2 * 4 + 1  # one per member and step, and theta in the first
     for call in calls:
         assert len(call["prompts"]) == len(call["completions"]) == len(call["ids"]) == len(call["bonus"]) == 3
         assert all(isinstance(text, str) for text in call["prompts"] + call["completions"])
@@ -184,7 +184,7 @@ def test_what_a_reward_is_called_with(llama, place):
             text.startswith(prompt) for prompt, text in zip(call["prompts"], call["completions"], strict=True)
         )
         assert call["others"] == [] and call["max_steps"] == 2
-    assert [call["step"] for call in calls] == [0] * 4 + [1] * 4
+    assert [call["step"] for call in calls] == [0] * 5 + [1] * 4
     assert "mean_bonus" in metrics(place / "run")[0]
 
 

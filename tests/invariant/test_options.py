@@ -126,7 +126,7 @@ TOY_EFFECTS = {
     ),
     "prompts_per_batch": ((*LOGGED, "--eval_steps", 2), ("--prompts_per_batch", 5), n_calls),
     "num_threads": (LOGGED, ("--num_threads", 2), calls(3)),
-    "logging_steps": (("--max_steps", 3), ("--logging_steps", 2), logged("step")),
+    "logging_steps": (("--max_steps", 4), ("--logging_steps", 2), logged("step")),
     "log_completions": ((), ("--log_completions",), names("completions/")),
     "eval_steps": ((), ("--eval_steps", 1), names("eval/")),
     "eval_rows": (("--eval_steps", 1), ("--eval_rows", 3), logged("eval_rows")),
