@@ -69,8 +69,14 @@ def evaluate_command(
         if n_samples > 1 and args.temperature == 0:
             raise UserError("n_samples needs temperature above 0: greedy completions would all be equal")
         args = dataclasses.replace(args, num_generations=n_samples)
-    if rows:
-        Path(rows).parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    if rows:  # before the work, not after it
+        if Path(rows).is_dir():
+            raise UserError(f"rows {rows} is a directory, not a file to write")
+        Path(rows).parent.mkdir(parents=True, exist_ok=True)
+    if reference is not None and args.engine == "hf":
+        from estune.engines.hf_loading import check_model
+
+        check_model(reference, args.revision)
     task = inputs.task_of(args)
     rewards = inputs.resolve_rewards(args, None, task)
     if split is not None and args.dataset_name is not None:
@@ -138,6 +144,12 @@ def _divergence(
     token_ids = [ids for row in evaluation.rows for ids in row.token_ids]
     own = engine.token_logprobs(repeated, token_ids)
     other_engine = inputs.load_engine(dataclasses.replace(args, model=reference))
+    largest = max((token for ids in token_ids for token in ids), default=0)
+    if other_engine.vocab_size is not None and largest >= other_engine.vocab_size:
+        raise UserError(
+            f"reference {reference} has an embedding of {other_engine.vocab_size} rows, and the model answered with "
+            f"token {largest}: a KL divergence needs two models of one vocabulary"
+        )
     other = other_engine.token_logprobs(repeated, token_ids)
     for name, its_engine, found in ((args.model, engine, own), (reference, other_engine, other)):
         broken = sum(not math.isfinite(value) for row in found for value in row)

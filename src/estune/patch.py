@@ -127,6 +127,8 @@ def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
 
 def export_command(run: Path, patch: Path) -> int:
     """Write a run's patch and say how large it is."""
+    if patch.is_dir():
+        raise UserError(f"patch {patch} is a directory, not a file to write")
     data = make_patch(run)
     patch.parent.mkdir(parents=True, exist_ok=True)
     replace_file(patch, lambda file: file.write(data))

@@ -158,6 +158,20 @@ def test_rewards_that_do_not_load(refused, place, reward, parts):
     refused((*RUN, "--reward_funcs", reward), reward, *parts)
 
 
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("evaluate", "--rows", "."), ("rows .", "directory")),
+        (("evaluate", "--reference", "./nowhere"), ("nowhere", "does not exist")),
+        (("export", "run", "--patch", "."), ("patch .", "directory")),
+    ],
+)
+def test_what_a_command_needs_at_its_end_is_tried_at_its_start(run_model, place, words, parts):
+    done = run_model(*words)
+    assert_refused(done, *parts)
+    assert not (place / "run").exists()
+
+
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 DATASETS = {
