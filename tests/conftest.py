@@ -15,10 +15,8 @@ import pytest
 
 _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
-# A shell's background job ignores SIGINT, `nohup` SIGHUP, and whatever they start inherits that; a handler it does not.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
-    if signal.getsignal(_number) == signal.SIG_IGN:
-        signal.signal(_number, _handler)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it, and all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 INTEGRATION = Path(__file__).parent / "integration"
 
 from command_line import Zygote, write_rewards  # noqa: E402
