@@ -196,8 +196,9 @@ def test_failures_are_counted_for_each_function(method, place, capsys):
 
     more = NO_GRADIENT if method == "random_search" else {"method_kwargs": {"steps_per_generation": 1}}
     run = train(method, easy_rows(), [failing, fine], max_steps=2, **more)
+    records = metrics(run)
     told, evaluations = capsys.readouterr().out, 0
-    for record in metrics(run):
+    for record in records:
         scored, evaluations = record["num_evaluations"] - evaluations, record["num_evaluations"]
         assert record["rewards/failing/errors"] == record["reward_errors"] == scored > 0
         assert record["rewards/fine/errors"] == 0
