@@ -22,7 +22,7 @@ from estune.errors import UserError
 from estune.identity import encode, rows_digest
 from estune.model_paths import local_directory
 from estune.resume import Facts
-from estune.reward_sources import sources_digest
+from estune.reward_sources import source_parts
 from estune.rewards import RewardPool, load_reward
 from estune.tasks import Task, get_task
 
@@ -284,7 +284,7 @@ def facts_of(
     """
     identity = {
         **engine.identity(),
-        "reward_sources": dict(zip(rewards.names, map(sources_digest, rewards.funcs), strict=True)),
+        "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
         "held_out": data_identity(held_out, held_out_prompts) if held_out else None,
     }
     return Facts(

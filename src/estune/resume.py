@@ -119,10 +119,17 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
         return
     if rule.name == "end_tokens":
         raise Hindered(f"a resume cannot change {rule.what} from {then} to {now}")
-    if isinstance(then, dict) and isinstance(now, dict):
-        changed = [name for name in now if then.get(name) != now[name]]
-        raise Hindered(f"a resume cannot change {rule.what}: {', '.join(changed)} is not as it was when the run began")
+    if rule.name == "reward_sources":
+        changed = [_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name]]
+        raise Hindered(f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}")
     raise Hindered(f"a resume cannot change {rule.what}: it is not as it was when the run began")
+
+
+def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return which parts of a reward's source are others, in words."""
+    changed = [part for part in {**then, **now} if then.get(part) != now.get(part)]
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"{', '.join(changed[:3])}{more} of {name} changed"
 
 
 def warn_of_versions(then: Mapping[str, str], now: Mapping[str, str]) -> None:

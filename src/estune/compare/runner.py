@@ -46,7 +46,7 @@ from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
 from estune.reward_loading import load_reward, source_digest
-from estune.reward_sources import sources_digest
+from estune.reward_sources import source_parts
 from estune.tasks import get_task
 
 SPLITS = ("train", "validation", "test")
@@ -336,7 +336,7 @@ class Runner:
         return {
             "rows": {split: inputs.rows_fingerprint(rows_of(comparison, split)) for split in SPLITS},
             "rewards": {spec: source_digest(spec) for spec in sorted(named)},
-            "reward sources": {spec: sources_digest(load_reward(spec)) for spec in sorted(named)},
+            "reward sources": {spec: source_parts(load_reward(spec)) for spec in sorted(named)},
         }
 
 
