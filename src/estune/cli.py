@@ -298,12 +298,13 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
     run_files = [Path(str(given.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
     if resuming and any(file.exists() for file in run_files):
-        from estune.resume import located, module_directories
+        from estune.resume import located, module_directories, refuse_lost
         from estune.reward_loading import look_for_modules_in
         from estune.run import read_config
 
         run_dir = Path(str(given["output_dir"]))
         base = located(read_config(run_dir), run_dir)
+        refuse_lost(base, run_dir, given)
         base["output_dir"] = str(run_dir)
         look_for_modules_in(module_directories(run_dir))
         begun, wanted = base.get("method", "es"), given.get("method", base.get("method", "es"))

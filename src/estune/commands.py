@@ -24,7 +24,7 @@ from estune.inputs import Rewards
 from estune.journal import Journal
 from estune.model_paths import local_directory
 from estune.records import write_rows
-from estune.resume import located
+from estune.resume import located, refuse_lost
 from estune.rewards import RewardBatch
 from estune.rollouts import Evaluator
 from estune.run import JOURNAL_FILE, check_base, check_parameters, replay_steps
@@ -235,6 +235,7 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
     config = located({**journal.header["config"], "device": "auto"}, run)  # the bits are the same on every device
+    refuse_lost({"model": config["model"]}, run, () if model is None else ("model",))
     if model is not None:
         config["model"] = model
     args = ESConfig.from_mapping(config, f"the journal of {run}")

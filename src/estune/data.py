@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,16 @@ def _rows_in_memory(source: Any) -> list[Row]:
     Raises:
         UserError: they are a stream, whose end nobody knows, or no dicts.
     """
+    if isinstance(source, Mapping):
+        raise UserError(
+            f"a {type(source).__name__} holds several datasets ({', '.join(map(str, source.keys()))}): give one of them"
+        )
     try:
         count = len(source)
     except TypeError:
         raise UserError(
-            f"a {type(source).__name__} has no length: the order of a run's rows is drawn from all of them, so a "
-            "stream is not read; give its rows as a list, such as list(itertools.islice(stream, 10_000))"
+            f"a dataset of type {type(source).__name__} has no length: the order of a run's rows is drawn from all of "
+            "them, so a stream is not read; give its rows as a list, such as list(itertools.islice(stream, 10_000))"
         ) from None
     # A sequence such as torch's map-style dataset may answer any index and so never end by itself.
     with _told("the dataset cannot be read"):

@@ -10,9 +10,11 @@ any other in its place.
 from __future__ import annotations
 
 import copyreg
+import functools
 import struct
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -40,15 +42,14 @@ class NoIdentityError(Exception):
 def encode(value: Any) -> bytes:
     """Return the bytes that stand for a value: equal values give equal bytes, in every process and on every machine.
 
-    Dictionaries and sets are equal whatever their order. All NaN floats are equal; 0.0 and -0.0 are not.
+    A container is a hash of what it holds, so that a value which is held in many places is looked at once. Dictionaries
+    and sets are equal whatever their order. All NaN floats are equal; 0.0 and -0.0 are not.
 
     Raises:
         NoIdentityError: the value, or something in it, is a function or another object that cannot be taken apart,
             refers to itself, or is nested more than 100 levels deep.
     """
-    out = bytearray()
-    _encode(value, out, 0)
-    return bytes(out)
+    return _Encoder().encode(value, 0)
 
 
 def digest(value: Any) -> str:
@@ -74,7 +75,7 @@ def rows_digest(rows: Sequence[Mapping[str, Any]], token_ids: Iterable[Sequence[
 def _encoded_row(row: Mapping[str, Any], index: int) -> bytes:
     out = bytearray()
     for name in sorted(row):
-        _part(out, b"k", name.encode("utf-8", "surrogatepass"))
+        out += _part(b"k", name.encode("utf-8", "surrogatepass"))
         try:
             out += encode(row[name])
         except NoIdentityError as error:
@@ -82,96 +83,97 @@ def _encoded_row(row: Mapping[str, Any], index: int) -> bytes:
                 f"row {index}: column {name!r} holds {error}, by which a resume could not know the data again; convert "
                 "the column to plain values"
             ) from None
-    return b"r" + struct.pack("<Q", len(out)) + bytes(out)
+    return _part(b"r", bytes(out))
 
 
-def _part(out: bytearray, tag: bytes, content: bytes) -> None:
-    out += tag + struct.pack("<Q", len(content)) + content
+def _part(tag: bytes, content: bytes) -> bytes:
+    return tag + struct.pack("<Q", len(content)) + content
 
 
-def _encode(value: Any, out: bytearray, level: int) -> None:
-    kind = type(value)
-    if value is None or value is True or value is False:
-        out += {None: b"N", True: b"T", False: b"F"}[value]
-    elif kind is int:
-        _part(out, b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
-    elif kind is float:
-        out += b"f" + struct.pack("<d", value if value == value else float("nan"))
-    elif kind is str:
-        _part(out, b"s", value.encode("utf-8", "surrogatepass"))
-    elif kind in (bytes, bytearray):
-        _part(out, b"b", bytes(value))
-    elif level > MOST_LEVELS:
-        raise NoIdentityError("a value that is nested too deeply, or refers to itself")
-    elif kind in (list, tuple):
-        out += (b"l" if kind is list else b"t") + struct.pack("<Q", len(value))
-        for item in value:
-            _encode(item, out, level + 1)
-    elif isinstance(value, (dict, set, frozenset)):
-        _encode_unordered(value, out, level)
-    elif isinstance(value, type):
-        _part(out, b"c", _qualified(value).encode())
-    elif kind.__module__ == "numpy" and hasattr(value, "dtype"):
-        _encode_array(value, out, level)
-    elif kind.__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-        _encode_tensor(value, out, level)
-    else:
-        _encode_object(value, out, level)
+class _Encoder:
+    """Encodes one value; remembers the containers in it, and holds them so that their ids stay theirs."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, bytes]] = {}
+
+    def encode(self, value: Any, level: int) -> bytes:
+        """Return a value's bytes; of a container, a hash of its parts."""
+        kind = type(value)
+        if value is None or value is True or value is False:
+            return {None: b"N", True: b"T", False: b"F"}[value]
+        if kind is int:
+            return _part(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+        if kind is float:
+            return b"f" + struct.pack("<d", value if value == value else float("nan"))
+        if kind is str:
+            return _part(b"s", value.encode("utf-8", "surrogatepass"))
+        if kind in (bytes, bytearray):
+            return _part(b"b", bytes(value))
+        known = self._known.get(id(value))
+        if known is None:
+            if level > MOST_LEVELS:
+                raise NoIdentityError("a value that is nested too deeply, or refers to itself")
+            parts = b"".join(_part(b"", part) for part in self._parts(value, level + 1))
+            known = self._known[id(value)] = value, b"#" + blake2b(parts, digest_size=DIGEST_BYTES).digest()
+        return known[1]
+
+    def _parts(self, value: Any, level: int) -> list[bytes]:
+        """Return the bytes of what makes a value that is more than a number or a text."""
+        kind = type(value)
+        name = _qualified(kind).encode()
+        if kind in (list, tuple):
+            return [name, *(self.encode(item, level) for item in value)]
+        if kind is dict:
+            return [name, *sorted(self.encode(key, level) + self.encode(item, level) for key, item in value.items())]
+        if isinstance(value, (set, frozenset)):
+            state = self.encode(getattr(value, "__dict__", None) or None, level)
+            return [name, state, *sorted(self.encode(item, level) for item in value)]
+        if isinstance(value, type):
+            return [b"class", _qualified(value).encode()]
+        if kind.__module__ == "numpy" and hasattr(value, "dtype"):
+            content = self.encode(value.tolist(), level) if value.dtype.hasobject else value.tobytes()
+            return [name, str(value.dtype.descr).encode(), self.encode(list(value.shape), level), content]
+        if kind.__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
+            return [name, str(value.dtype).encode(), self.encode(list(value.shape), level), _bytes_of_tensor(value)]
+        return [name, *self._parts_of_object(value, level)]
+
+    def _parts_of_object(self, value: Any, level: int) -> list[bytes]:
+        """Return what `pickle` sees of any other object: what makes it, with which arguments, and its state."""
+        kind = type(value)
+        if isinstance(value, _FUNCTIONS):
+            raise NoIdentityError(f"a {kind.__name__}")
+        try:
+            reduce = copyreg.dispatch_table.get(kind)
+            reduced: Any = reduce(value) if reduce is not None else value.__reduce_ex__(4)
+        except Exception as error:  # an object of the user's: whatever its methods raise
+            raise NoIdentityError(f"a {kind.__name__} ({error})") from None
+        if isinstance(reduced, str):
+            return [b"global", reduced.encode()]
+        maker, arguments, *rest = reduced
+        parts = [self._maker(maker, level), self.encode(tuple(arguments), level)]
+        for place, part in enumerate(rest[:3]):  # state, list items, dict items
+            if place == 2 and part is not None and not isinstance(value, OrderedDict):
+                part = dict(part)
+            parts.append(self.encode(list(part) if hasattr(part, "__next__") else part, level))
+        return parts
+
+    def _maker(self, maker: Any, level: int) -> bytes:
+        """Return the bytes of what an object is made by: a class or a function by its name, a partial by all of it."""
+        if isinstance(maker, functools.partial):
+            return self._maker(maker.func, level) + self.encode([list(maker.args), maker.keywords], level)
+        if not hasattr(maker, "__qualname__"):  # neither a class nor a function, of whatever compiler
+            raise NoIdentityError(f"an object that is made by a {type(maker).__name__}")
+        return _part(b"m", _qualified(maker).encode())
 
 
-def _encode_unordered(value: dict[Any, Any] | set[Any] | frozenset[Any], out: bytearray, level: int) -> None:
-    """Write a dict or a set, or an object of a class derived from them, by its items in the order of their bytes."""
-    items: list[bytes] = []
-    for item in value.items() if isinstance(value, dict) else value:
-        part = bytearray()
-        _encode(item, part, level + 1)
-        items.append(bytes(part))
-    _part(out, b"u", _qualified(type(value)).encode())
-    out += struct.pack("<Q", len(items)) + b"".join(sorted(items))
-
-
-def _encode_array(value: Any, out: bytearray, level: int) -> None:
-    """Write a NumPy array or scalar: dtype, shape, elements in row-major order."""
-    _part(out, b"a", str(value.dtype.descr).encode())
-    _encode(list(value.shape), out, level + 1)
-    if value.dtype.hasobject:
-        _encode(value.tolist(), out, level + 1)
-    else:
-        _part(out, b"b", value.tobytes())
-
-
-def _encode_tensor(value: Any, out: bytearray, level: int) -> None:
-    """Write a torch tensor: dtype, shape, elements in row-major order."""
+def _bytes_of_tensor(value: Any) -> bytes:
+    """Return the elements of a torch tensor in row-major order."""
     try:
-        flat = value.detach().cpu().contiguous().flatten()
-        content = flat.view(sys.modules["torch"].uint8).numpy().tobytes()
+        flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+        content: bytes = flat.view(sys.modules["torch"].uint8).numpy().tobytes()
     except (RuntimeError, TypeError) as error:
         raise NoIdentityError(f"a tensor that cannot be read ({error})") from None
-    _part(out, b"a", str(value.dtype).encode())
-    _encode(list(value.shape), out, level + 1)
-    _part(out, b"b", content)
-
-
-def _encode_object(value: Any, out: bytearray, level: int) -> None:
-    """Write any other object as `pickle` sees it: what makes it, with which arguments, and what state it then gets."""
-    kind = type(value)
-    if isinstance(value, _FUNCTIONS):
-        raise NoIdentityError(f"a {kind.__name__}")
-    try:
-        reduce = copyreg.dispatch_table.get(kind)
-        reduced: Any = reduce(value) if reduce is not None else value.__reduce_ex__(4)
-    except Exception as error:  # an object of the user's: whatever its methods raise
-        raise NoIdentityError(f"a {kind.__name__} ({error})") from None
-    if isinstance(reduced, str):
-        _part(out, b"g", f"{_qualified(kind)} {reduced}".encode())
-        return
-    maker, arguments, *rest = reduced
-    _part(out, b"o", _qualified(kind).encode())
-    _part(out, b"m", _qualified(maker).encode())
-    _encode(tuple(arguments), out, level + 1)
-    for part in rest[:3]:  # state, list items, dict items
-        is_plain = part is None or isinstance(part, (dict, tuple, list, str, bytes))
-        _encode(part if is_plain or not hasattr(part, "__next__") else list(part), out, level + 1)
+    return content
 
 
 def _qualified(thing: Any) -> str:

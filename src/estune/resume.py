@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -24,6 +25,7 @@ from estune.files import write_json
 from estune.model_paths import EMBEDDED_MODELS, local_directory
 
 ORIGIN_FILE = "origin.json"
+TOY = "toy"  # the toy engine's own vector, never a directory of that name
 LOCATED = ("model", "dataset_name", "reward_funcs")  # options that name a file, a directory, or something on the hub
 
 
@@ -60,6 +62,11 @@ RULES = {
         Rule("processor", "the processor", "its name", "warned"),
     )
 }  # fmt: skip
+
+
+HELD_OUT = (
+    f"{RULES['held_out'].what} are not those that the run began with: do not compare evaluations before and after"
+)
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,14 @@ def _check_data(then: Mapping[str, Any], now: Facts) -> None:
 def _differs(rule: Rule, then: Any, now: Any) -> None:
     if rule.outcome == "warned":
         if then is not None and now is not None:
-            warn(f"{rule.what} are not those that the run began with: do not compare evaluations before and after this")
+            warn(HELD_OUT)
         return
     if rule.name == "end_tokens":
         raise Hindered(f"a resume cannot change {rule.what} from {then} to {now}")
     if rule.name == "reward_sources":
         changed = [_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name]]
-        raise Hindered(f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}")
+        raise Hindered(f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; take the "
+                       "change back, or start a new run from the run's weights with --model")  # fmt: skip
     raise Hindered(f"a resume cannot change {rule.what}: it is not as it was when the run began")
 
 
@@ -130,6 +138,13 @@ def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -
     changed = [part for part in {**then, **now} if then.get(part) != now.get(part)]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"{', '.join(changed[:3])}{more} of {name} changed"
+
+
+def warn_of_held_out(run_dir: Path, now: Facts) -> None:
+    """Warn where a run that began without evaluations now has other held-out rows than at its first evaluation."""
+    origin, found = read_origin(run_dir), now.identity.get("held_out")
+    if origin and origin["held_out"] and found and origin["held_out"] != found:
+        warn(HELD_OUT)
 
 
 def warn_of_versions(then: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -156,16 +171,38 @@ class Origin(TypedDict):
     run_directory: str
     working_directories: list[str]
     paths: dict[str, str]  # name -> path
+    held_out: dict[str, Any] | None  # identity of the rows of the first evaluation
 
 
-def keep_origin(run_dir: Path, values: Mapping[str, Any]) -> None:
-    """Write where the run's model, dataset and reward files lie; what was known of other names is kept."""
+def keep_origin(
+    run_dir: Path,
+    values: Mapping[str, Any],
+    began: Mapping[str, Any] | None = None,
+    held_out: dict[str, Any] | None = None,
+) -> None:
+    """Write where the run's model, dataset and reward files lie; what was known of other names is kept.
+
+    Args:
+        run_dir: the run.
+        values: its options, as they are named now.
+        began: its options as they were named when it began; these names lead where the present ones lead.
+        held_out: identity of the held-out rows.
+    """
     known = read_origin(run_dir)
     paths = {name: str(_moved(path, run_dir, known) or path) for name, path in known["paths"].items()} if known else {}
     paths |= {name: path for name in _names(values) if (path := _path_of(name)) is not None}
+    for then, now in zip(_names(began or {}), _names(values), strict=False):
+        if now in paths:
+            paths[then] = paths[now]
     places = [str(_moved(place, run_dir, known) or place) for place in known["working_directories"]] if known else []
-    places = list(dict.fromkeys([*places, os.getcwd()]))
-    origin = Origin(run_directory=os.path.abspath(run_dir), working_directories=places, paths=paths)
+    with suppress(FileNotFoundError):  # the directory was deleted under the command
+        places = list(dict.fromkeys([*places, os.getcwd()]))
+    origin = Origin(
+        run_directory=os.path.abspath(run_dir),
+        working_directories=places,
+        paths=paths,
+        held_out=(known["held_out"] if known else None) or held_out,
+    )
     if origin != known:
         write_json(run_dir / ORIGIN_FILE, origin)
 
@@ -174,9 +211,12 @@ def read_origin(run_dir: Path) -> Origin | None:
     """Return what `origin.json` holds; None where there is none that can be read: names are then taken as they are."""
     try:
         found = json.loads((run_dir / ORIGIN_FILE).read_text(encoding="utf-8"))
-        paths = {str(name): str(path) for name, path in found["paths"].items()}
-        places = [str(place) for place in found["working_directories"]]
-        return Origin(run_directory=str(found["run_directory"]), working_directories=places, paths=paths)
+        paths = {str(name): str(path) for name, path in found["paths"].items() if name and path}
+        places = [str(place) for place in found["working_directories"] if place]
+        directory, held_out = str(found["run_directory"]), found.get("held_out")
+        if not directory or not isinstance(held_out, dict | None):
+            return None
+        return Origin(run_directory=directory, working_directories=places, paths=paths, held_out=held_out)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -197,6 +237,24 @@ def located(values: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
         elif isinstance(value, list):
             found[option] = [_located(item, run_dir, origin) for item in value]
     return found
+
+
+def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] = ()) -> None:
+    """Refuse to look elsewhere for a file or directory of the run that is gone; ``given`` options are left out.
+
+    Raises:
+        Hindered: names what is gone, where it was, and the option that says where it is now.
+    """
+    origin = read_origin(run_dir)
+    if origin is None:
+        return
+    for option in LOCATED:
+        value = values.get(option)
+        for name in [] if option in given else value if isinstance(value, list) else [value]:
+            path = _split(str(name))[0]
+            recorded = origin["paths"].get(path)
+            if recorded is not None and _moved(recorded, run_dir, origin) is None and _path_of(path) is None:
+                raise Hindered(f"the {option} of {run_dir} was {recorded}, which is gone: if it moved, give --{option}")
 
 
 def module_directories(run_dir: Path) -> list[Path]:
@@ -234,6 +292,8 @@ def _names(values: Mapping[str, Any]) -> list[str]:
 
 def _path_of(name: str) -> str | None:
     """Return the absolute path that a name leads to from here; None for what is no file or directory."""
+    if name == TOY:
+        return None
     directory = local_directory(name)
     if directory is not None and directory.parent == EMBEDDED_MODELS:
         return None

@@ -65,6 +65,17 @@ class _Sources:
 
     def add(self, thing: Any, name: str) -> None:
         """Add a function, a class, a module, or a callable object, once."""
+        named = (
+            types.ModuleType,
+            types.MethodType,
+            types.FunctionType,
+            types.BuiltinFunctionType,
+            type,
+            functools.partial,
+        )
+        if not isinstance(thing, named) and not hasattr(thing, "__wrapped__"):
+            self.add_value(thing, name)
+            return
         if id(thing) in self._seen:
             return
         self._seen[id(thing)] = thing
@@ -83,17 +94,15 @@ class _Sources:
             self._add_class(thing, name)
         elif isinstance(thing, types.BuiltinFunctionType):
             self._keep(name, f"{thing.__module__}.{thing.__qualname__}")
-        elif hasattr(thing, "__wrapped__"):  # functools.lru_cache and its like
+        else:  # functools.lru_cache and its like
             self.add(thing.__wrapped__, name)
-        else:
-            self.add_value(thing, name)
 
-    def add_value(self, value: Any, name: str, changing: frozenset[str] = frozenset()) -> None:
-        """Add a value that a function carries or uses; attributes named in ``changing`` are left out."""
+    def add_value(self, value: Any, name: str) -> None:
+        """Add a value that a function carries or uses."""
         if isinstance(value, (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)):
             self.add(value, name)
         elif isinstance(value, PurePath) or (isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)):
-            self._keep(name, os.path.basename(value) if os.path.isabs(value) else str(value))
+            self._keep(name, "an absolute path" if os.path.isabs(value) else str(value))
         elif isinstance(value, (dict, list, tuple)) and type(value) in (dict, list, tuple) and not _is_plain(value):
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
@@ -302,7 +311,7 @@ def _file_of(module: str) -> Path | None:
     """Return a module's source file, without importing anything; None where there is none."""
     loaded = getattr(sys.modules.get(module), "__file__", None)
     if loaded is not None:
-        return Path(loaded) if str(loaded).endswith(".py") else None
+        return Path(str(loaded)) if str(loaded).endswith(".py") else None
     path: list[str] | None = None
     spec = None
     so_far = ""
@@ -315,7 +324,7 @@ def _file_of(module: str) -> Path | None:
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or ())
-    return Path(spec.origin) if spec is not None and str(spec.origin).endswith(".py") else None
+    return Path(str(spec.origin)) if spec is not None and str(spec.origin).endswith(".py") else None
 
 
 def _owner(module: str) -> str:
@@ -324,6 +333,8 @@ def _owner(module: str) -> str:
     A package that is installed from the user's working copy (``pip install -e``) is the user's.
     """
     top = module.partition(".")[0]
+    if top in ("", "__main__"):
+        return ""
     if top == "estune":
         return "estune"
     if _is_python(module):
@@ -354,7 +365,7 @@ def _version(distribution: str) -> str:
 def _is_python(module: str) -> bool:
     """Return whether a module comes with Python."""
     if module.partition(".")[0] in sys.stdlib_module_names:
-        return module != "__main__"
+        return True
     file = _file_of(module)
     places = [Path(place).resolve() for name in ("stdlib", "platstdlib") if (place := sysconfig.get_path(name))]
     inside = file is not None and any(file.resolve().is_relative_to(place) for place in places)

@@ -39,6 +39,7 @@ from estune.resume import (
     may_lead_to_the_same,
     module_directories,
     same_names,
+    warn_of_held_out,
     warn_of_processor,
     warn_of_versions,
 )
@@ -125,7 +126,7 @@ class Run:
         fingerprint = engine.master.fingerprint()
         values = dataclasses.asdict(stored_config(self.args))
         if self.found is None:
-            keep_origin(self.path, values)
+            keep_origin(self.path, values, held_out=facts.identity["held_out"])
             write_json(self.path / CONFIG_FILE, values)
             write_json(self.path / ENVIRONMENT_FILE, environment())
             header = {
@@ -146,7 +147,9 @@ class Run:
             warn_of_other_engine(self.found.header["engine"], engine.info())
             warn_of_versions(self.found.header["versions"], versions())
             warn_of_processor(_processor_of(self.path), processor())
-            keep_origin(self.path, values)
+            if self.found.header.get("identity", {}).get("held_out") is None:
+                warn_of_held_out(self.path, facts)
+            keep_origin(self.path, values, self.found.header["config"], facts.identity["held_out"])
             write_json(self.path / CONFIG_FILE, values)
 
     def recover(self, engine: Engine) -> tuple[int, Moved | None]:
@@ -367,6 +370,20 @@ def lock_directory(path: Path) -> int:
     if descriptor is None:
         raise Hindered(f"another process is running {path}")
     return descriptor
+
+
+def refuse_rows_from_python(args: ESConfig) -> None:
+    """Refuse to resume a run whose rows were given from Python where none are given now.
+
+    Raises:
+        Hindered: says how such a run is continued.
+    """
+    path = Path(args.output_dir or "")
+    if args.resume and (path / CONFIG_FILE).exists():
+        stored = read_config(path)
+        if stored.get("task") is None and stored.get("dataset_name") is None:
+            raise Hindered(f"the rows of {path} were given from Python: run that script again, with "
+                           f"ESConfig(resume=True, output_dir={str(path)!r})")  # fmt: skip
 
 
 def has_sources(header: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from estune import inputs
 from estune.card import CARD_FILE, write_card
 from estune.checkpoint import BASE_DIRECTORY, write_model
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import say, warn
 from estune.data import Batches
 from estune.engines.base import Engine, Interrupted, Prompt
 from estune.errors import UserError
@@ -28,7 +28,7 @@ from estune.fitness import fill_failures, shape_fitness, weigh
 from estune.hub import open_repository, push, repository_of
 from estune.opening import open_session
 from estune.optimizer import make_update
-from estune.run import is_finished
+from estune.run import is_finished, refuse_rows_from_python
 from estune.session import plan_step
 
 
@@ -68,6 +68,7 @@ class ESTrainer:
         if isinstance(model, (str, Path)):
             args = dataclasses.replace(args, model=str(model))
         if args.task is None and args.dataset_name is None and train_dataset is None:
+            refuse_rows_from_python(args)
             args = dataclasses.replace(args, task="countdown")
         args.validate_training()
         self._processing_class = processing_class
@@ -75,6 +76,8 @@ class ESTrainer:
         self.rewards = inputs.resolve_rewards(args, reward_funcs, self.task)
         self.train_rows = inputs.resolve_rows(args, train_dataset, self.task, "train", self.rewards)
         self.eval_rows: list[dict[str, Any]] = []
+        if eval_dataset is not None and not args.eval_steps:
+            warn("eval_dataset is given, but eval_steps is 0: no evaluation is made of it")
         if args.eval_steps:
             if train_dataset is not None and eval_dataset is None:
                 raise UserError("eval_steps needs an eval_dataset beside train_dataset")

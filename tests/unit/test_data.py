@@ -109,8 +109,16 @@ def streams():
 @pytest.mark.parametrize("name", streams())
 def test_a_stream_is_refused_at_once(name):
     source = streams()[name]
-    with pytest.raises(UserError, match=rf"a {type(source).__name__} has no length"):
+    with pytest.raises(UserError, match=rf"a dataset of type {type(source).__name__} has no length"):
         load_rows(source)
+
+
+def test_a_dict_of_datasets_is_no_dataset():
+    import datasets
+
+    for source in (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), {"train": ROWS}):
+        with pytest.raises(UserError, match=rf"a {type(source).__name__} holds several datasets \(train\)"):
+            load_rows(source)
 
 
 def test_names_of_columns_are_strings():

@@ -7,6 +7,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import functools
 import pathlib
 import re
 import subprocess
@@ -66,7 +67,8 @@ DIFFERENT = [
     np.int64(1), np.int32(1), np.float32(1), np.bool_(True), np.str_("a"), np.array([1, 2]), np.array([[1, 2]]),
     np.array([1, 2], dtype="i2"), np.array(["a"], object), np.array([(1, 2.0)], dtype="i4,f4"), np.ma.array([1]),
     np.datetime64("2020-01-01"), np.datetime64("2020-01-02"), pandas.Timestamp("2020-01-01"),
-    pandas.Timestamp("2020-01-01 00:00:00.000000001"), pandas.Series([1]), pandas.Series([2]),
+    np.array(1), np.array([[1]]), pandas.Timestamp("2020-01-01 00:00:00.000000001"),
+    pandas.Series([1]), pandas.Series([2]),
     torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([[1.0]]),
     re.compile("a"), re.compile("a", re.IGNORECASE), pathlib.PurePosixPath("a"), range(3), range(4), slice(1),
     collections.OrderedDict(a=1), collections.deque([1]), collections.Counter("aa"), collections.Counter("a"), int, str,
@@ -86,6 +88,51 @@ def test_a_copy_has_the_same_bytes(index):
     value = DIFFERENT[index]
     assert encode(copy.deepcopy(value)) == encode(value)
     assert encode([value, {"k": (value,)}]) == encode([copy.deepcopy(value), {"k": (value,)}])
+
+
+def subclass(**attributes):
+    value = Labelled(a=1)
+    value.__dict__.update(attributes)
+    return value
+
+
+class Labelled(dict):
+    """A dict with attributes."""
+
+
+class Partly:
+    """An object that is made by a partial."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        return functools.partial(Partly, self.number), ()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_equal"),
+    [
+        (subclass(label=1), subclass(label=2), False),
+        (subclass(label=1), subclass(label=1), True),
+        (collections.defaultdict(int, a=1), collections.defaultdict(list, a=1), False),
+        (collections.defaultdict(int, a=1, b=2), collections.defaultdict(int, b=2, a=1), True),
+        (collections.OrderedDict(a=1, b=2), collections.OrderedDict(b=2, a=1), False),
+        (Partly(1), Partly(2), False),
+        (Partly(1), Partly(1), True),
+        (torch.tensor([1 + 2j]).conj(), torch.tensor([1 - 2j]), True),
+        (torch.tensor([1 + 2j]).conj(), torch.tensor([1 + 2j]), False),
+    ],
+)
+def test_subclasses_count_by_all_that_they_hold(one, other, are_equal):
+    assert (encode(one) == encode(other)) == are_equal
+
+
+def test_a_value_that_is_held_in_many_places_is_looked_at_once():
+    value = [1]
+    for _ in range(60):  # 2^60 paths lead to it
+        value = [value, value]
+    assert len(encode(value)) < 100
 
 
 def test_order_counts_in_lists_and_not_in_dicts_and_sets():
@@ -125,6 +172,11 @@ def test_bytes_are_equal_where_values_are(pair):
         assert encode(one) != encode(other)
 
 
+def closed_file():
+    with open(__file__) as file:
+        return file
+
+
 def endless():
     value = []
     value.append(value)
@@ -142,11 +194,10 @@ def endless():
         (lambda: [endless()], "refers to itself"),
         (lambda: {"f": [print]}, "builtin_function_or_method"),
         (lambda: re, "module"),
-        (lambda: open("/dev/null"), "TextIOWrapper"),  # noqa: SIM115
+        (closed_file, "TextIOWrapper"),
         (lambda: torch.tensor([1.0]).to("meta"), "tensor"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_has_no_identity_is_refused_with_row_and_column(make, named):
     value = make()
     with pytest.raises(NoIdentityError):
