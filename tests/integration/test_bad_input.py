@@ -39,7 +39,7 @@ WORDS = {
     "a training flag of evaluate": (("evaluate", "--sigma", "4"), "--sigma"),
     "unknown flag without a command": (("--vesion",), "--vesion", "'--version'"),
     "unknown flag that is far from all": (("train", "--qqqqqqqqqqqq", "1"), "--qqqqqqqqqqqq"),
-    "abbreviated flag": (("train", "--popul", "4"), "--popul", "--population_size"),
+    "abbreviated flag": (("train", "--population", "4"), "--population", "--population_size"),
     "unknown command": (("trian",), "trian", "'train'"),
     "a word too many": (("train", "now"), "now"),
     "flag without its value": ((*RUN, "--sigma"), "sigma"),

@@ -35,10 +35,10 @@ def end_ids(model: Any, tokenizer: Any, vocab_size: int | None) -> tuple[frozens
     given = _ids("generation_config's eos_token_id", getattr(settings, "eos_token_id", None))
     own = _ids("the tokenizer's eos_token_id", getattr(tokenizer, "eos_token_id", None))
     ends = [token for token in given or own if _exists(token, vocab_size)]
-    if not ends:
-        bad = f"; {_named(given or own, tokenizer)} is not in its vocabulary of {vocab_size}" if given or own else ""
-        warn(f"no token ends a completion of this model, so each runs to max_completion_length{bad}")
-    elif given and set(given) != set(own):
+    if not ends and (given or own):
+        warn(f"{_named(given or own, tokenizer)} should end a completion and is not in the model's vocabulary of "
+             f"{vocab_size}, so that it never does")  # fmt: skip
+    elif ends and given and set(given) != set(own):
         instead = f"the tokenizer's own is {_named(own, tokenizer)}" if own else "the tokenizer has none of its own"
         note(f"completions end with {_named(ends, tokenizer)}, as the model's generation_config says; {instead}")
     pads = _ids("generation_config's pad_token_id", getattr(settings, "pad_token_id", None))
