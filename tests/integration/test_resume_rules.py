@@ -318,3 +318,59 @@ def test_a_run_on_rows_that_are_all_trained_on_says_so_when_it_is_evaluated(run_
         "evaluate", "--model", "run", "--dataset_name", Path("data") / "test.jsonl", "--json", cwd=tmp_path
     )
     assert done.code == 0 and "trained" not in done.err and json.loads(done.out)["n"] == 1, done
+
+
+@pytest.mark.parametrize(
+    ("lost", "option"), [("base", "model"), ("data", "dataset_name"), ("score.py", "reward_funcs")]
+)
+def test_what_is_gone_is_named_and_may_lie_elsewhere(run_model, tmp_path, lost, option):
+    """After a resume that says where it is now, the run is replayed without saying so again."""
+    lay_out(tmp_path)
+    assert run_model("train", *OPTIONS, "--max_steps", 1, "--output_dir", "run", cwd=tmp_path).code == 0
+    (tmp_path / "kept").mkdir()
+    shutil.move(tmp_path / lost, tmp_path / "kept" / lost)
+    if lost == "score.py":
+        shutil.copy(tmp_path / "helper.py", tmp_path / "kept")
+    words = ("train", "--resume", "--output_dir", "run", "--max_steps", 2)
+    done = run_model(*words, cwd=tmp_path)
+    assert_refused(done, tmp_path / lost, "which is gone", f"--{option}")
+    new = f"kept/{lost}" + ":f" * (lost == "score.py")
+    done = run_model(*words, f"--{option}", new, cwd=tmp_path)
+    assert done.code == 0, done
+    done = run_model("train", "--resume", "--output_dir", "run", "--max_steps", 3, cwd=tmp_path)
+    assert done.code == 0, done
+    done = run_model("replay", "--run", "run", "--output_dir", "rebuilt", cwd=tmp_path)
+    assert done.code == 0 and "3 steps replayed and verified" in done.out, done
+
+
+SCRIPT = """
+import sys
+from estune import ESConfig, ESTrainer
+
+def reward(completions, **_):
+    return [len(text) for text in completions]
+
+held_out = [{"prompt": "Held out: ", "value": int(sys.argv[3])}]
+args = ESConfig(model="tiny", max_steps=int(sys.argv[1]), eval_steps=int(sys.argv[2]), resume=True, output_dir="run",
+                population_size=2, batch_size=2, max_completion_length=3, report_to=["none"], num_threads=1)
+ESTrainer(reward_funcs=reward, args=args, train_dataset=[{"prompt": f"Count {i}: "} for i in range(3)],
+          eval_dataset=held_out).train()
+"""
+
+
+def test_a_run_from_python(torch_zygote, run_model, tmp_path):
+    """It is continued by its script alone; held-out rows are compared from the first evaluation on."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    said = []
+    for max_steps, eval_steps, value in ((1, 0, 1), (2, 1, 1), (3, 1, 1), (4, 1, 2)):
+        done = torch_zygote.run([max_steps, eval_steps, value], tmp_path, script=script)
+        assert done.code == 0, done
+        said.append(RULES["held_out"].what in done.err)
+        assert ("eval_dataset is given, but eval_steps is 0" in done.err) == (not eval_steps)
+    assert said == [False, False, False, True]
+    done = run_model("train", "--resume", "--output_dir", "run", "--max_steps", 5, cwd=tmp_path)
+    assert_refused(done, "given from Python", "ESConfig(resume=True")
+    script.write_text(SCRIPT.replace("len(text)", "-len(text)"))
+    done = torch_zygote.run([5, 1, 2], tmp_path, script=script)
+    assert done.code != 0 and "since the run began, reward of reward changed" in done.err, done
