@@ -7,9 +7,7 @@ one with `es_state.json` last, so its presence says that the model beside it is 
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,16 @@ import numpy as np
 
 from estune.engines.base import Engine, ParameterSpec
 from estune.errors import UserError
-from estune.files import file_digest, sync_directory, sync_tree, write_json, writing
+from estune.files import (
+    file_digest,
+    is_count,
+    read_json_object,
+    remove_path,
+    sync_directory,
+    sync_tree,
+    write_json,
+    writing,
+)
 from estune.master import AnchorReader, Master, fingerprint, pieces
 from estune.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
 
@@ -45,63 +52,73 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def remove(run_dir: Path, steps_done: int) -> None:
-    """Delete a checkpoint, by a rename first, so that no half of it is ever taken for a whole one."""
+    """Delete a checkpoint, by a rename first, so that no half of it is ever taken for a whole one.
+
+    Of a checkpoint that is a link the link goes, and what it leads to stays.
+    """
     path = checkpoint_path(run_dir, steps_done)
     partial = run_dir / f"{_PARTIAL}{path.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_path(partial)
     path.rename(partial)
-    shutil.rmtree(partial)
+    remove_path(partial)
 
 
 def damage(directory: Path, specs: Sequence[ParameterSpec], state: Mapping[str, Any]) -> str | None:
-    """Return why a directory does not hold the float32 weights and files of its `es_state.json`; None where it does."""
+    """Return why a directory does not hold the float32 weights and files of its `es_state.json`; None where it does.
+
+    Where the state holds a hash of the weights' file, that hash stands for the fingerprint of the weights in it.
+    """
     try:
         file = TensorFile(directory / WEIGHTS_FILE)
         for spec in specs:
             if spec.name not in file.entries or file.shape(spec.name) != tuple(spec.shape):
                 return f"{WEIGHTS_FILE} holds no tensor {spec.name!r} of shape {tuple(spec.shape)}"
-        found = fingerprint(specs, {spec.name: file.read(spec.name).reshape(spec.shape) for spec in specs})
+        if WEIGHTS_FILE not in state.get("files", {}):
+            found = fingerprint(specs, {spec.name: file.read(spec.name).reshape(spec.shape) for spec in specs})
+            if found != state.get("fingerprint"):
+                return f"{WEIGHTS_FILE} does not have the fingerprint that {ES_STATE} says"
     except UserError as error:
         return str(error)
-    if found != state.get("fingerprint"):
-        return f"{WEIGHTS_FILE} does not have the fingerprint that {ES_STATE} says"
     return damaged_file(directory, state)
 
 
 def damaged_file(directory: Path, state: Mapping[str, Any]) -> str | None:
-    """Return which file beside the weights is not what it was when it was written; None where all are.
+    """Return which file is not what it was when it was written; None where all are.
 
-    Runs of an older estune note no files.
+    Runs of an older estune note no files, or not that of float32 weights.
     """
-    files = state.get("files", {})
-    if not isinstance(files, dict):
-        return f"{ES_STATE} is damaged"
-    for name, wanted in files.items():
+    for name, wanted in state.get("files", {}).items():
         if not (directory / name).is_file() or file_digest(directory / name) != wanted:
             return f"{name} is missing or damaged"
     return None
 
 
-def is_whole_model(directory: Path, parameters: Sequence[Sequence[Any]], state: Mapping[str, Any]) -> bool:
+def is_whole_model(
+    directory: Path, state: Mapping[str, Any], parameters: Sequence[Sequence[Any]] | None = None
+) -> bool:
     """Return whether a finished model's files are there and can be read.
 
     Args:
         directory: that holds them.
-        parameters: (name, shape, kind) of each, as the journal's header lists them.
-        state: its `es_state.json`; where all weights are stored in float32 they must have its fingerprint.
+        state: its `es_state.json`. Where it holds no hash of the weights' file, as in runs of an older estune, weights
+            that are all stored in float32 must have its fingerprint.
+        parameters: (name, shape, kind) of each, as a journal's header lists them; without them, the tensors of the
+            file are the parameters.
     """
     try:
         file = TensorFile(directory / WEIGHTS_FILE)
     except UserError:
         return False
+    if parameters is None:
+        parameters = [(name, file.shape(name), True) for name in file.entries]
     specs = [ParameterSpec(name, tuple(shape), bool(kind)) for name, shape, kind in parameters]
     if not all(spec.name in file.entries and file.shape(spec.name) == spec.shape for spec in specs):
         return False
-    if damaged_file(directory, state) is not None or not (directory / "config.json").is_file():
+    if not (directory / "config.json").is_file():
         return False
     if all(file.entries[spec.name]["dtype"] == "F32" for spec in specs):
         return damage(directory, specs, state) is None
-    return True
+    return all(file.is_readable(spec.name) for spec in specs) and damaged_file(directory, state) is None
 
 
 def write_model(directory: Path, engine: Engine, *, float32: bool) -> None:
@@ -126,33 +143,32 @@ def save_checkpoint(
     """
     target = checkpoint_path(run_dir, steps_done)
     partial = run_dir / f"{_PARTIAL}{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_path(partial)
     try:
         _write_whole(partial, engine, state, trainer_state, float32=True)
-        if target.exists():
-            shutil.rmtree(target)
+        remove_path(target)
         partial.rename(target)
         sync_directory(run_dir)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_path(partial)
     return target
 
 
 def save_final(run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> None:
     """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
     partial = run_dir / f"{_PARTIAL}final"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_path(partial)
     try:
         _write_whole(partial, engine, state, trainer_state, float32=False)
         (run_dir / ES_STATE).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: (path.name == ES_STATE, path.name)):
             destination = run_dir / path.name
-            if path.is_dir():
-                shutil.rmtree(destination, ignore_errors=True)
+            if path.is_dir() or destination.is_dir():
+                remove_path(destination)
             path.rename(destination)
         sync_directory(run_dir)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_path(partial)
 
 
 def _write_whole(
@@ -160,29 +176,32 @@ def _write_whole(
 ) -> None:
     write_model(directory, engine, float32=float32)
     write_json(directory / TRAINER_STATE, trainer_state)
-    is_exact = float32 or set(engine.stored_dtypes.values()) <= {"float32"}  # the fingerprint is that of the file
     names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
-    files = {str(name): file_digest(directory / name) for name in names if not (is_exact and name.name == WEIGHTS_FILE)}
+    files = {str(name): file_digest(directory / name) for name in names}
     write_json(directory / ES_STATE, {**state, "files": files})
     sync_tree(directory)
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's (or a finished run's) `es_state.json`; ``None`` where there is none."""
+    """Return a checkpoint's (or a finished run's) `es_state.json`; ``None`` where there is none, or it is damaged."""
     try:
-        state = json.loads((directory / ES_STATE).read_text(encoding="utf-8"))
+        state = read_json_object(directory / ES_STATE)
     except (OSError, ValueError):
         return None
-    return state if isinstance(state, dict) else None
+    files = state.get("files", {})
+    is_sound = (
+        is_count(state.get("step"))
+        and all(isinstance(state.get(name), str) for name in ("fingerprint", "checksum"))
+        and isinstance(files, dict)
+        and all(isinstance(digest, str) for digest in files.values())
+    )
+    return state if is_sound else None
 
 
 def remove_partial(run_dir: Path) -> None:
     """Delete what a killed save left behind."""
     for path in leftovers(run_dir):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove_path(path)
 
 
 def leftovers(run_dir: Path) -> list[Path]:
@@ -227,6 +246,8 @@ def anchor_reader(directory: Path, master: Master) -> AnchorReader | None:
 
     for spec in master.specs:
         if spec.name not in files or files[spec.name].shape(spec.name) != tuple(spec.shape):
+            return None
+        if not files[spec.name].is_readable(spec.name):
             return None
         flat = master.arrays[spec.name].reshape(-1)
         for start, count, _ in pieces(flat.size):

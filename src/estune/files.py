@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,6 +87,45 @@ def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by the JSON of ``value``, indented."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; ValueError where the text is none, or nests deeper than can be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file holds anything else.
+    """
+    value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value read from JSON is a whole number that is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value read from JSON is a number, NaN and infinities included."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def remove_path(path: Path) -> None:
+    """Delete a file, or a directory with all that is in it, where there is one; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:

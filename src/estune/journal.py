@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
-from estune.files import append_line
+from estune.files import append_line, is_count, is_number, parse_json
 from estune.optimizer import Update
 from estune.population import Member
 
@@ -137,7 +137,7 @@ class Journal:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) and "kind" in record else None
@@ -204,6 +204,16 @@ def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Upd
     )
 
 
+def _is_note(metrics: Any) -> bool:
+    """Return whether a value is a step's metrics by name, with the times that the step's line needs."""
+    needed = ("es/perturb_s", "es/generate_s", "es/score_s")
+    return (
+        isinstance(metrics, dict)
+        and all(value is None or is_number(value) for value in metrics.values())
+        and all(is_number(metrics.get(name)) for name in needed)
+    )
+
+
 class Pending:
     """Finished groups of the running step, so that a killed run does not evaluate them again.
 
@@ -215,11 +225,15 @@ class Pending:
 
     def read(self, head: str) -> dict[int, dict[str, Any]]:
         """Return the finished groups of the step that follows ``head``, by group index."""
-        return {record["group"]: record["result"] for record in self._records(head) if "group" in record}
+        return {
+            record["group"]: record["result"]
+            for record in self._records(head)
+            if is_count(record.get("group")) and isinstance(record.get("result"), dict)
+        }
 
     def read_note(self, head: str) -> dict[str, Any] | None:
         """Return the metrics of the step that follows ``head``, if it got as far as its update."""
-        notes = [record["metrics"] for record in self._records(head) if "metrics" in record]
+        notes = [record["metrics"] for record in self._records(head) if _is_note(record.get("metrics"))]
         return notes[-1] if notes else None
 
     def _records(self, head: str) -> list[dict[str, Any]]:
@@ -232,11 +246,11 @@ class Pending:
             os.truncate(self.path, len(whole))
         for line in whole.splitlines():
             try:
-                record = json.loads(line)
-                if record["after"] == head:
-                    records.append(record)
-            except (ValueError, KeyError, TypeError):
+                record = parse_json(line)
+            except ValueError:
                 continue  # a damaged line costs one group's evaluation, nothing else
+            if isinstance(record, dict) and record.get("after") == head:
+                records.append(record)
         return records
 
     def append(self, head: str, group: int, result: Mapping[str, Any]) -> None:

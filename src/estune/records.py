@@ -10,7 +10,7 @@ from typing import Any
 
 from estune.engines.base import Prompt
 from estune.evaluation import Evaluation
-from estune.files import replace_file
+from estune.files import is_count, is_number, parse_json, replace_file
 from estune.rollouts import Rollouts
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,24 +65,29 @@ def cut_back(run_dir: Path, steps_done: int) -> None:
 
 
 def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
-    try:
-        record = json.loads(line)
-        step = record["step"]
-    except (ValueError, KeyError, TypeError):
+    record = _record(line)
+    if record is None:
         return False
+    step = record["step"]
     if "eval_reward" in record and not evaluation_path(run_dir, step).exists():
         return False
     return bool(step <= steps_done)
 
 
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line of metrics; None where the line is torn or damaged."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not is_count(record.get("step")):
+        return None
+    return record if is_number(record.get("train_time_s") or 0.0) else None
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's `metrics.jsonl`, a torn last line left out."""
-    records: list[dict[str, Any]] = []
+    """Return the records of a run's `metrics.jsonl`, torn and damaged lines left out."""
     if not (run_dir / METRICS_FILE).exists():
-        return records
-    for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+        return []
+    records = map(_record, (run_dir / METRICS_FILE).read_bytes().splitlines())
+    return [record for record in records if record is not None]

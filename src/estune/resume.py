@@ -21,7 +21,7 @@ from typing import Any, Literal, TypedDict
 from estune.config import FIELDS, RESUMABLE
 from estune.console import warn
 from estune.errors import Hindered
-from estune.files import write_json
+from estune.files import is_count, write_json
 from estune.model_paths import EMBEDDED_MODELS, local_directory
 
 ORIGIN_FILE = "origin.json"
@@ -83,6 +83,17 @@ class Facts:
         """Return what a journal's header, or a baseline's `method.json`, keeps."""
         names = ("data", "reward_funcs", "reward_weights", "identity")
         return {name: getattr(self, name) for name in names}
+
+
+def are_facts(then: Any) -> bool:
+    """Return whether a value read from a `method.json` holds what `check_facts` compares."""
+    if not isinstance(then, dict) or not isinstance(then.get("data"), dict):
+        return False
+    data, identity = then["data"], then.get("identity", {})
+    if not is_count(data.get("rows")) or not isinstance(data.get("fingerprint"), str) or not isinstance(identity, dict):
+        return False
+    sources = identity.get("reward_sources", {})
+    return isinstance(sources, dict) and all(isinstance(parts, dict) for parts in sources.values())
 
 
 def check_facts(then: Mapping[str, Any], now: Facts) -> None:

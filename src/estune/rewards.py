@@ -92,6 +92,7 @@ class RewardPool:
         if len(reward_funcs) != len(names):
             raise ValueError(f"{len(reward_funcs)} reward functions, {len(names)} names")
         self._functions, self._names = list(reward_funcs), list(names)
+        self.n_functions = len(self._functions)
         self._owner = os.getpid()
         self._closed = False
         self._queue: queue.SimpleQueue[tuple[RewardBatch, Future[RewardResult]] | None] = queue.SimpleQueue()

@@ -22,6 +22,7 @@ import numpy as np
 from estune.console import warn
 from estune.data import reward_inputs
 from estune.engines.base import Completion, Engine, Interrupted, Perturbation, Prompt, Sampling
+from estune.files import is_count, is_number
 from estune.journal import Pending
 from estune.rewards import RewardBatch, RewardPool, RewardResult
 
@@ -230,7 +231,8 @@ class Evaluator:
             Interrupted: the run was asked to stop; groups that were finished are in ``pending``.
         """
         n_members = len(perturbations)
-        known = known_groups(pending.read(head), n_members, keep_text)
+        shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
+        known = known_groups(pending.read(head), n_members, shape, keep_text)
         groups: dict[int, Group] = dict(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
 
@@ -267,14 +269,66 @@ def digest(token_ids: Sequence[int]) -> str:
     return blake2b(np.asarray(token_ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
 
 
-def known_groups(found: Mapping[int, dict[str, Any]], n_members: int, keep_text: bool) -> dict[int, Group]:
-    """Return the groups that need no second evaluation; those that lack a field, or wanted text, do."""
-    names = {item.name for item in fields(Group)}
+def known_groups(
+    found: Mapping[int, dict[str, Any]], n_members: int, shape: tuple[int, int, int], keep_text: bool
+) -> dict[int, Group]:
+    """Return the groups that need no second evaluation; those that lack a field, are damaged, or lack wanted text, do.
+
+    Args:
+        found: results by member, as they were read.
+        n_members: of the step.
+        shape: (B, G, F) of the step.
+        keep_text: completions are wanted as text.
+    """
     return {
         index: Group(**result)
         for index, result in found.items()
-        if index < n_members and set(result) == names and not (keep_text and result["completions"] is None)
+        if index < n_members and _is_group(result, shape) and not (keep_text and result["completions"] is None)
     }
+
+
+def _is_group(result: Mapping[str, Any], shape: tuple[int, int, int]) -> bool:
+    """Return whether a value read from JSON holds all fields of a `Group` of shape (B, G, F)."""
+    if set(result) != {item.name for item in fields(Group)}:
+        return False
+    texts, extra, metrics, errors = (result[name] for name in ("completions", "extra", "metrics", "errors"))
+    return (
+        _is_array(result["rewards"], shape, lambda value: value is None or is_number(value))
+        and all(_is_array(result[name], shape[:2], is_it) for name, is_it in _PER_COMPLETION.items())
+        and is_count(result["prompt_tokens"])
+        and all(is_number(result[name]) for name in ("generate_s", "perturb_s"))
+        and isinstance(result["failed"], list)
+        and all(_is_place(place, shape) for place in result["failed"])
+        and isinstance(metrics, dict)
+        and all(is_number(value) for value in metrics.values())
+        and isinstance(errors, list)
+        and all(isinstance(error, str) for error in errors)
+        and (texts is None or _is_array(texts, shape[:2], lambda value: isinstance(value, str)))
+        and (extra is None or (isinstance(extra, dict) and all(_is_column(column, shape) for column in extra.values())))
+    )
+
+
+_PER_COMPLETION: dict[str, Callable[[Any], bool]] = {
+    "lengths": is_count,
+    "finished": lambda value: isinstance(value, bool),
+    "finite": lambda value: isinstance(value, bool),
+    "digests": lambda value: isinstance(value, str),
+}
+
+
+def _is_array(value: Any, shape: Sequence[int], is_item: Callable[[Any], bool]) -> bool:
+    """Return whether nested lists have a shape and items of a kind."""
+    if not shape:
+        return is_item(value)
+    return isinstance(value, list) and len(value) == shape[0] and all(_is_array(v, shape[1:], is_item) for v in value)
+
+
+def _is_place(value: Any, shape: tuple[int, int, int]) -> bool:
+    return _is_array(value, (3,), is_count) and all(i < size for i, size in zip(value, shape, strict=True))
+
+
+def _is_column(value: Any, shape: tuple[int, int, int]) -> bool:
+    return isinstance(value, list) and len(value) == shape[0] * shape[1]
 
 
 def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:

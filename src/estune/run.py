@@ -20,12 +20,12 @@ from typing import Any
 
 from estune import checkpoint
 from estune.checkpoint import BASE_DIRECTORY
-from estune.config import RESUMABLE, ESConfig
+from estune.config import FIELDS, RESUMABLE, ESConfig, coerce, default_of
 from estune.console import open_missing_descriptors, warn
 from estune.engines.base import Engine, ParameterSpec
 from estune.environment import environment, processor, versions
 from estune.errors import Hindered, UserError
-from estune.files import try_lock, write_json
+from estune.files import read_json_object, try_lock, write_json
 from estune.journal import Journal, Pending, recorded_update
 from estune.master import AnchorReader, Moved
 from estune.noise import NOISE_VERSION
@@ -194,6 +194,9 @@ class Run:
                 damaged.append((steps_done, f"{checkpoint.ES_STATE} cannot be read"))
                 continue
             reason = checkpoint.damage(directory, engine.master.specs, state)
+            wanted = self.journal.checkpoints.get(steps_done, state["fingerprint"])
+            if reason is None and state["fingerprint"] != wanted:
+                reason = f"{checkpoint.ES_STATE} does not have the journal's fingerprint"
             if reason is None and not self._belongs(state, steps_done):
                 reason = "it belongs to another run"
             if reason is None:
@@ -234,7 +237,7 @@ class Run:
         """Say whether the checkpoint of ``steps_done`` is written and journalled."""
         return (
             self.steps_done in self.journal.checkpoints
-            and checkpoint.checkpoint_path(self.path, self.steps_done).exists()
+            and checkpoint.checkpoint_path(self.path, self.steps_done).is_dir()
         )
 
     def tokens_before(self) -> int:
@@ -349,16 +352,19 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
     if state is None or checkpoint.leftovers(path):
         return False
     if args.max_time_s and train_time_s(path) >= args.max_time_s:
-        max_steps = int(state.get("step", 0))
+        max_steps = state["step"]
     journal = Journal.open(path / JOURNAL_FILE, repair=False)
-    if journal is None or not state.get("step") == len(journal.steps) == max_steps:
+    if journal is None or not state["step"] == len(journal.steps) == max_steps:
         return False
     if max_steps not in journal.checkpoints:
         return False
+    if state["fingerprint"] != journal.checkpoints[max_steps]:
+        warn(f"{checkpoint.ES_STATE} in {path} is damaged: the finished model is written again")
+        return False
     adopt(args, journal.header["config"], given, has_sources(journal.header))
-    if not _is_json_object(path / CONFIG_FILE) or not same_names(located(journal.header["config"], path), args):
+    if not has_sound_config(path, journal.header) or not same_names(located(journal.header["config"], path), args):
         return False  # it is written again; whether other names lead to the same is seen once the run is open
-    if not checkpoint.is_whole_model(path, journal.header["parameters"], state):
+    if not checkpoint.is_whole_model(path, state, journal.header["parameters"]):
         warn(f"the finished model in {path} is damaged or lacks a file: it is written again")
         return False
     return True
@@ -421,38 +427,104 @@ def stored_config(args: ESConfig) -> ESConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's `es_config.json`, or what its journal's header says where that file is missing or damaged.
+    """Return a run's `es_config.json`, mended by its journal's header where options are lost, unknown or wrong there.
+
+    The header decides what defines the trajectory; a model, a dataset and rewards may have another name in the file.
+    Warns of what was replaced or dropped.
 
     Raises:
-        UserError: neither can be read.
+        UserError: neither can be read; or the run has no journal, and an option is lost, unknown or wrong.
     """
+    file = path / CONFIG_FILE
+    values = _stored(file)
     try:
-        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        values, problem = None, f"{path} holds no run to resume (no {CONFIG_FILE})"
-    except (OSError, ValueError):
-        values, problem = None, f"{path / CONFIG_FILE} is not JSON"
-    if isinstance(values, dict):
-        return values
-    journal = Journal.open(path / JOURNAL_FILE, repair=False)
+        journal = Journal.open(path / JOURNAL_FILE, repair=False)
+    except UserError:
+        if values is None:
+            raise
+        journal = None  # who needs it will say what is wrong with it
     if journal is None:
-        raise UserError(problem if values is None else f"{path / CONFIG_FILE} is no JSON object")
-    warn(f"{path / CONFIG_FILE} is missing or damaged: the options are the journal's, and those that a resume may "
-         "change have their defaults")  # fmt: skip
-    return dict(journal.header["config"])
+        if values is None:
+            if not file.exists():
+                raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE})")
+            raise UserError(f"{file} is no JSON object, and no journal says what the run's options were")
+        _refuse_garbled(file, values)
+        return values
+    if values is None:
+        warn(f"{file} is missing or damaged: the options are the journal's, and those that a resume may "
+             "change have their defaults")  # fmt: skip
+        return dict(journal.header["config"])
+    mended, wrong = _mended(values, journal.header)
+    if wrong:
+        warn(f"{file} is damaged ({', '.join(wrong)}): options of the journal are as it says, others that are lost or "
+             "wrong have their defaults")  # fmt: skip
+    return mended
+
+
+def _stored(file: Path) -> dict[str, Any] | None:
+    try:
+        return read_json_object(file)
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_garbled(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise UserError where no journal could mend a configuration, and an option of it is lost, unknown or wrong."""
+    unknown = [name for name in values if name not in FIELDS]
+    lost = [name for name in FIELDS if name not in values]
+    if unknown or lost:
+        what = f"has an unknown option {unknown[0]!r}" if unknown else f"lacks the option {lost[0]!r}"
+        raise UserError(f"{file} is damaged: it {what}")
+    try:
+        ESConfig.from_mapping(values)
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a run's options, and which of `es_config.json` were lost, unknown or wrong."""
+    truth = header["config"]
+    kept: dict[str, Any] = dict(truth)
+    wrong = [name for name in values if name not in FIELDS]
+    for name in FIELDS:
+        value = values.get(name)
+        if name not in values or not _fits(name, value):
+            wrong.append(name)
+        elif name not in truth or value == truth[name] or may_lead_to_the_same(
+            name, truth[name], value, has_sources(header)
+        ):  # fmt: skip
+            kept[name] = coerce(name, value)
+        else:
+            wrong.append(name)
+    try:
+        ESConfig(**kept)
+    except UserError:  # options that a resume may change: out of range, or at odds with each other
+        free = [name for name in kept if name in RESUMABLE and kept[name] != default_of(name)]
+        kept = {name: value for name, value in kept.items() if name not in free}
+        wrong += free
+    return kept, wrong
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Return whether an option's value is of its type, and of its choices."""
+    try:
+        found = coerce(name, value)
+    except UserError:
+        return False
+    choices = FIELDS[name].metadata["choices"]
+    return not choices or found in choices
+
+
+def has_sound_config(path: Path, header: Mapping[str, Any]) -> bool:
+    """Return whether a run's `es_config.json` is one that `read_config` has nothing to mend in."""
+    values = _stored(path / CONFIG_FILE)
+    return values is not None and not _mended(values, header)[1]
 
 
 def refuse_diverged(moved: Moved, steps_done: int) -> None:
     """Raise UserError where an update made theta infinite or not a number."""
     if not math.isfinite(moved.norm):
         raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")
-
-
-def _is_json_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def _processor_of(path: Path) -> str | None:

@@ -83,7 +83,7 @@ class TensorFile:
     """A safetensors file, memory-mapped: any run of elements of any tensor, as float32, without loading the rest.
 
     Raises:
-        UserError: the file is missing, truncated or not safetensors.
+        UserError: the file is missing, truncated or not safetensors; later, a tensor has a type that is not read here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,10 +107,19 @@ class TensorFile:
         """Return a tensor's shape."""
         return tuple(self.entries[name]["shape"])
 
+    def is_readable(self, name: str) -> bool:
+        """Return whether a tensor has a type that `read` knows."""
+        return self.entries[name]["dtype"] in _NUMPY
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        stored = self.entries[name]["dtype"]
+        if stored not in _NUMPY:
+            raise UserError(f"{self.path} stores tensor {name!r} as {stored!r}, a type that estune does not read")
+        return np.dtype(_NUMPY[stored])
+
     def raw(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray:
         """Return ``count`` stored elements from ``start`` (flat), a view of the map; bfloat16 as uint16."""
-        entry = self.entries[name]
-        dtype = np.dtype(_NUMPY[entry["dtype"]])
+        entry, dtype = self.entries[name], self._dtype(name)
         low, high = entry["data_offsets"]
         first = low + start * dtype.itemsize
         last = high if count is None else first + count * dtype.itemsize
@@ -125,8 +134,7 @@ class TensorFile:
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Fill a flat float32 array with a tensor by plain reads, so that no page of the file stays in memory."""
-        entry = self.entries[name]
-        dtype = np.dtype(_NUMPY[entry["dtype"]])
+        entry, dtype = self.entries[name], self._dtype(name)
         with self.path.open("rb") as file:
             file.seek(self._start + entry["data_offsets"][0])
             for start in range(0, out.size, CHUNK):
@@ -138,6 +146,8 @@ class TensorFile:
 def _end_of(entry: dict[str, Any]) -> int:
     """Return where a tensor's data ends, in bytes; ValueError where dtype, shape and offsets do not fit each other."""
     first, last = entry["data_offsets"]
+    if not all(isinstance(number, int) for number in (first, last, *entry["shape"])):
+        raise ValueError("sizes and offsets are whole numbers")
     code = _NUMPY.get(entry["dtype"])  # None: a type that is not read here
     size = last - first if code is None else math.prod(entry["shape"]) * np.dtype(code).itemsize
     if not 0 <= first <= last or last - first != size or any(dimension < 0 for dimension in entry["shape"]):

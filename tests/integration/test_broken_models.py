@@ -167,8 +167,8 @@ def test_a_resume_in_the_middle_of_a_step_counts_the_same(zygote: Any, run: Any,
 def test_groups_of_an_older_version_are_evaluated_again() -> None:
     group = Group([[[1.0]]], [], [[3]], [[True]], [[False]], [["ab"]], 4, 0.1)
     stored = json.loads(json.dumps(vars(group)))
-    assert known_groups({0: stored}, 2, keep_text=False) == {0: group}
-    assert known_groups({0: {k: v for k, v in stored.items() if k != "finite"}}, 2, keep_text=False) == {}
+    assert known_groups({0: stored}, 2, (1, 1, 1), keep_text=False) == {0: group}
+    assert known_groups({0: {k: v for k, v in stored.items() if k != "finite"}}, 2, (1, 1, 1), keep_text=False) == {}
 
 
 @pytest.mark.parametrize("noise", ["full", "lowrank"])

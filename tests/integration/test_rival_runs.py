@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -339,3 +340,171 @@ def test_a_run_ends_when_its_time_is_up(method, place):
     assert weights(path) == weights(whole) and metrics(path) == metrics(whole)
     if method == "es":
         assert steps(path) == steps(whole)
+
+
+# --- a run whose files were damaged -----------------------------------------------------------------------------------
+
+
+GONE = object()
+
+
+def edited(**changes):
+    """Return what gives keys of a file of JSON other values; those that are `GONE` are dropped."""
+
+    def edit(path):
+        values = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in values.items() if value is not GONE}))
+
+    return edit
+
+
+def content(text):
+    return lambda path: path.write_text(text)
+
+
+def flipped(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A finished run of random search, of two steps; its checkpoints too; and one of three steps."""
+    place = tmp_path_factory.mktemp("searched")
+    for name, max_steps in (("run", 2), ("long", 3)):
+        train("random_search", **NO_GRADIENT, save_steps=1, max_steps=max_steps, output_dir=str(place / name))
+    return place
+
+
+@pytest.fixture
+def search(searched, place, capsys):
+    """``search(*words)``: a resume of a copy of it; the exit status and what was said."""
+    shutil.copytree(searched / "run", place / "run")
+
+    def resume(*words):
+        capsys.readouterr()
+        code = main(["train", "--resume", "--output_dir", "run", *map(str, words)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return resume
+
+
+def assert_one_sentence(found, *words):
+    code, _, err = found
+    errors = [line for line in err.splitlines() if "error: " in line]
+    assert code == 2 and len(errors) == 1 and err.splitlines()[-1] == errors[0], found
+    assert all(word in errors[0] for word in words), found
+
+
+MODEL = {
+    "flipped": ("model.safetensors", flipped),
+    "no such type": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes().replace(b'"F32"', b'"XX" ', 1))),
+    "gone": ("model.safetensors", lambda path: path.unlink()),
+    "tokenizer": ("tokenizer.json", flipped),
+    "configuration": ("config.json", content("{}")),
+    "state": ("es_state.json", content("{}")),
+    "step": ("es_state.json", edited(step="2")),
+    "deep": ("es_state.json", content(DEEP)),
+}
+
+
+@pytest.mark.parametrize("damage", MODEL)
+def test_a_finished_model_that_is_damaged_is_written_again(search, place, damage):
+    own = ("es_config.json",)  # it names the directory
+    before = tree(place / "run", without=own)
+    name, edit = MODEL[damage]
+    edit(place / "run" / name)
+    code, out, err = search()
+    assert code == 0 and "is written again" in err and "nothing to do" not in out, (out, err)
+    assert_same_tree(tree(place / "run", without=own), before)
+    code, out, _ = search()
+    assert code == 0 and "nothing to do" in out
+
+
+@pytest.mark.parametrize("damage", MODEL)
+def test_a_damaged_model_with_no_whole_trainer_is_left_as_it_is(search, place, damage):
+    name, edit = MODEL[damage]
+    edit(place / "run" / name)
+    (place / "run" / "trainer" / "progress.json").write_text("{}}")
+    before = tree(place / "run")
+    assert_one_sentence(search(), "run", "is damaged", "--model run/checkpoint-2", "--overwrite")
+    assert_same_tree(tree(place / "run"), before)
+
+
+METHOD_FILES = [{"data": GONE}, {"data": []}, {"data": {"rows": 3}}, {"data": {"fingerprint": "a"}}, {"identity": 3},
+                {"identity": {"reward_sources": ["a"]}}, {"base": []}, {"base": {"fingerprint": None}},
+                {"method": GONE}, {"arguments": 3}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", METHOD_FILES)
+def test_a_damaged_method_json_is_one_sentence(search, place, changes):
+    edited(**changes)(place / "run" / "method.json")
+    assert_one_sentence(search("--max_steps", 3), "method.json", "damaged")
+    (place / "run" / "README.md").unlink()  # which is written from it
+    assert_one_sentence(search(), "method.json", "damaged")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", DEEP, "3"])
+def test_a_method_json_that_is_no_object_is_one_sentence(search, place, text):
+    (place / "run" / "method.json").write_text(text)
+    assert_one_sentence(search("--max_steps", 3), "method.json", "damaged")
+
+
+@pytest.mark.parametrize("text", ['{"step":1,"member":999}', '{"step":"a"}', '{"step":9,"member":0}', '{"step":-5}',
+                                  '{"step":0,"member":-1}', '{"step":-1,"member":0}', '{"step":1,"member":1.0}',
+                                  '{"step":true,"member":true}', '{"step":1,"member":0,"fitness":"x"}',
+                                  '{"step":1,"member":0,"fitness":NaN}', '{"other":1}', "[]", DEEP])  # fmt: skip
+def test_a_damaged_best_json_is_one_sentence(search, place, searched, text):
+    (place / "run" / "trainer" / "best.json").write_text(text)
+    assert_one_sentence(search("--max_steps", 3), "best.json", "damaged", "delete run/trainer")
+    shutil.rmtree(place / "run" / "trainer")  # as it says
+    assert search("--max_steps", 3)[0] == 0
+    assert weights(place / "run") == weights(searched / "long")
+
+
+@pytest.mark.parametrize("changes", [{"steps_done": "2"}, {"steps_done": None}, {"steps_done": -1}, {"batches": 1.5},
+                                     {"evaluations": [1]}, {"train_time_s": "x"}, {"tokens": True}, {"epochs": -1},
+                                     {"train_time_s": float("inf")}, {"files": [1]}, {"more": 1}])  # fmt: skip
+def test_damaged_progress_is_no_state_to_go_on_from(search, place, searched, changes):
+    edited(**changes)(place / "run" / "trainer" / "progress.json")
+    code, _, err = search("--max_steps", 3)
+    assert code == 0 and "progress.json is damaged: continuing from step 0" in err, err
+    assert weights(place / "run") == weights(searched / "long")
+    assert metrics(place / "run") == metrics(searched / "long")
+
+
+CONFIGS = {
+    "lost": (edited(seed=GONE), "seed"),
+    "unknown": (edited(sigmb=1), "sigmb"),
+    "a wrong type": (edited(logging_steps="x"), "logging_steps"),
+    "out of range": (edited(sigma=-1), "sigma"),
+    "no method": (edited(method=GONE), "method"),
+    "empty": (content("{}"), "lacks the option"),
+    "a list": (content("[]"), "no JSON object"),
+    "deep": (content(DEEP), "no JSON object"),
+}
+
+
+@pytest.mark.parametrize("damage", CONFIGS)
+def test_a_damaged_configuration_without_a_journal_is_one_sentence(search, place, damage):
+    edit, word = CONFIGS[damage]
+    edit(place / "run" / "es_config.json")
+    before = tree(place / "run")
+    assert_one_sentence(search(), "es_config.json", word)
+    assert_one_sentence(search("--max_steps", 3), "es_config.json", word)
+    assert_same_tree(tree(place / "run"), before)
+
+
+def test_checkpoints_that_are_links_are_unlinked(search, place):
+    """Those of steps that are done again."""
+    (place / "run" / "checkpoint-2").rename(place / "moved")
+    (place / "run" / "checkpoint-2").symlink_to(place / "moved")
+    (place / "run" / "trainer" / "progress.json").unlink()
+    before = tree(place / "moved")
+    assert search("--max_steps", 3)[0] == 0
+    assert_same_tree(tree(place / "moved"), before)
+    assert not (place / "run" / "checkpoint-2").is_symlink()

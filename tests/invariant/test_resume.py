@@ -428,6 +428,40 @@ DAMAGE = {
 }
 
 
+def with_dtype(path, dtype="XX"):
+    """Let the header of a safetensors file name another type for a tensor."""
+    data = path.read_bytes()
+    assert b'"F32"' in data
+    path.write_bytes(data.replace(b'"F32"', f'"{dtype}"'.ljust(5)[:5].encode(), 1))
+
+
+def with_value(name, value):
+    """Return what gives a key of a file of JSON another value."""
+
+    def damage(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return damage
+
+
+DEEP = "[" * 200_000
+STATES = {
+    "no step": with_value("step", None),
+    "a step of text": with_value("step", "3"),
+    "a step that is a fraction": with_value("step", 3.5),
+    "a step that is true": with_value("step", True),
+    "a negative step": with_value("step", -3),
+    "a list for the fingerprint": with_value("fingerprint", [1]),
+    "another fingerprint": with_value("fingerprint", "0" * 32),
+    "no checksum": with_value("checksum", None),
+    "a list of files": with_value("files", ["model.safetensors"]),
+    "a number for a hash": with_value("files", {"model.safetensors": 3}),
+    "deep": lambda path: path.write_text(DEEP),
+    "not UTF-8": lambda path: path.write_bytes(b'{"step": "\xff"}'),
+    "a list": lambda path: path.write_text("[]"),
+}
+
+
 @pytest.fixture(scope="module")
 def many_checkpoints(zygote, tmp_path_factory):
     """A run of five steps with a checkpoint after each; and one of seven."""
@@ -463,7 +497,17 @@ def test_damaged_checkpoints_are_written_again_with_one_warning(run, place, many
     kept, wanted = tree(place / "run"), tree(many_checkpoints / "long")
     assert sorted(kept) == sorted(wanted)
     for name, data in wanted.items():  # what a checkpoint says of its run's length is that of the time it was written
-        assert kept[name] == data or name.endswith("trainer_state.json"), name
+        if name.endswith("es_state.json"):
+            assert state_of(kept[name]) == state_of(data), name
+        else:
+            assert kept[name] == data or name.endswith("trainer_state.json"), name
+
+
+def state_of(data):
+    """Return an `es_state.json` without the hash of the file that tells of the run's length."""
+    state = json.loads(data)
+    del state["files"]["trainer_state.json"]
+    return state
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
@@ -476,6 +520,131 @@ def test_a_finished_model_that_is_damaged_is_written_again(run, place, base_run,
     assert done.code == 0, done
     assert "is written again" in done.err and "finished (" not in done.out, done
     assert_same_tree(tree(place / "run"), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["XX", "F8", "F99", "BF3"])
+def test_a_type_that_no_tensor_has_is_damage(run, place, many_checkpoints, dtype):
+    """Of checkpoints and of the finished model."""
+    shutil.copytree(many_checkpoints / "run", place / "run")
+    wanted = tree(place / "run")
+    for directory in (place / "run", place / "run" / "checkpoint-5", place / "run" / "checkpoint-3"):
+        with_dtype(directory / "model.safetensors", dtype)
+    done = run("train", "--resume", "--output_dir", "run")
+    assert done.code == 0 and "is written again" in done.err and "checkpoint-5" in done.err, done
+    kept = tree(place / "run")
+    assert {name for name in wanted if kept[name] != wanted[name]} == {"checkpoint-3/model.safetensors"}
+    done = run("evaluate", "--model", "run/checkpoint-3", "--engine", "toy", "--task", "quadratic")
+    assert_refused(Done(done.code, "", done.err.splitlines()[-1] + "\n"), "checkpoint-3", "body.bias", dtype)
+
+
+@pytest.mark.parametrize("damage", STATES)
+@pytest.mark.parametrize("words", [(), ("--max_time_s", 1e-6)], ids=["all steps", "time is up"])
+def test_a_state_that_is_no_state_is_written_again(run, place, many_checkpoints, damage, words):
+    """Of the finished model, and of the newest checkpoint."""
+    shutil.copytree(many_checkpoints / "run", place / "run")
+    wanted = tree(place / "run")
+    for directory in (place / "run", place / "run" / "checkpoint-5"):
+        STATES[damage](directory / "es_state.json")
+    done = run("train", "--resume", "--output_dir", "run", *words)
+    assert done.code == 0 and "finished (" not in done.out and "checkpoint-5" in done.err, done
+    kept = tree(place / "run")
+    own = ("es_config.json", "README.md")  # they tell of max_time_s
+    assert {name for name in wanted if kept.get(name) != wanted[name]} <= {*(own if words else ())}
+    assert sorted(kept) == sorted(wanted)
+
+
+@pytest.mark.parametrize("how", ["damaged", "whole", "dangling", "to a file", "half of a save"])
+def test_a_link_goes_and_what_it_leads_to_stays(run, place, many_checkpoints, how):
+    """A checkpoint that was moved to another disk."""
+    shutil.copytree(many_checkpoints / "run", place / "run")
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "file").write_text("mine")
+    for step in (4, 5):
+        link, target = place / "run" / f"checkpoint-{step}", place / "elsewhere" / f"moved-{step}"
+        link.rename(target)
+        if how == "damaged":
+            (target / "es_state.json").write_text("{}")
+        if how == "dangling":
+            shutil.rmtree(target)
+        link.symlink_to(place / "elsewhere" / "file" if how == "to a file" else target)
+    if how == "half of a save":
+        for name in ("final", "checkpoint-6", "checkpoint-7"):
+            (place / "run" / f".partial-{name}").symlink_to(place / "elsewhere")
+    before = stamps(place / "elsewhere")
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 7, "--save_total_limit", 3)
+    assert done.code == 0, done
+    assert stamps(place / "elsewhere") == before
+    names = sorted(path.name for path in (place / "run").iterdir() if path.name.startswith((".", "checkpoint-")))
+    assert names[-3:] == ["checkpoint-5", "checkpoint-6", "checkpoint-7"] and ".partial" not in "".join(names)
+    assert weights(place / "run") == weights(many_checkpoints / "long")
+    assert weights(place / "run" / "checkpoint-5") == weights(many_checkpoints / "long" / "checkpoint-5")
+
+
+def test_damaged_checkpoints_that_are_links_are_written_again(run, place, many_checkpoints):
+    shutil.copytree(many_checkpoints / "run", place / "run")
+    (place / "run" / "checkpoint-5").rename(place / "moved")
+    (place / "moved" / "es_state.json").write_text(DEEP)
+    (place / "run" / "checkpoint-5").symlink_to(place / "moved")
+    before = stamps(place / "moved")
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 7)
+    assert done.code == 0 and "checkpoint-5" in done.err, done
+    assert stamps(place / "moved") == before and not (place / "run" / "checkpoint-5").is_symlink()
+    assert weights(place / "run" / "checkpoint-5") == weights(many_checkpoints / "long" / "checkpoint-5")
+
+
+@pytest.mark.parametrize("line", [DEEP, "[]", "3", '{"step":"2"}', '{"step":2,"train_time_s":"x"}', "\udcff"])
+def test_damaged_metrics_are_left_out(run, place, base_run, line):
+    shutil.copytree(base_run, place / "run")
+    path = place / "run" / "metrics.jsonl"
+    path.write_bytes(line.encode(errors="surrogateescape") + b"\n" + path.read_bytes())
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 4, "--max_time_s", 3600)
+    assert done.code == 0, done
+    assert [record["step"] for record in metrics(place / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("tail", [DEEP, '{"kind":' + "[" * 99_999])
+def test_a_last_line_that_nests_too_deep_is_torn(run, place, base_run, tail):
+    shutil.copytree(base_run, place / "run")
+    path = place / "run" / "journal.jsonl"
+    for max_steps, end in ((4, ""), (5, "\n")):
+        path.write_bytes(path.read_bytes() + tail.encode() + end.encode())
+        done = run("train", "--resume", "--output_dir", "run", "--max_steps", max_steps)
+        assert done.code == 0, done
+        assert len(steps(place / "run")) == max_steps
+
+
+CONFIGS = {
+    "empty": lambda values: {},
+    "a key is lost": lambda values: {name: value for name, value in values.items() if name != "population_size"},
+    "max_steps is lost": lambda values: {name: value for name, value in values.items() if name != "max_steps"},
+    "unknown": lambda values: values | {"sigmb": 0.1},
+    "another seed": lambda values: values | {"seed": 4},
+    "another method": lambda values: values | {"method": "grpo"},
+    "text for a number": lambda values: values | {"logging_steps": "x"},
+    "a list for text": lambda values: values | {"console": [3]},
+    "no such choice": lambda values: values | {"console": "pane"},
+    "out of range": lambda values: values | {"logging_steps": -1},
+    "a model of a wrong type": lambda values: values | {"model": 7},
+    "no task": lambda values: values | {"task": None},
+}
+
+
+@pytest.mark.parametrize("damage", CONFIGS)
+def test_the_journal_mends_a_damaged_configuration(run, place, base_run, damage):
+    shutil.copytree(base_run, place / "run")
+    file = place / "run" / "es_config.json"
+    wanted = json.loads(file.read_text())
+    file.write_text(json.dumps(CONFIGS[damage](wanted)))
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 3)
+    assert done.code == 0 and done.err.count("es_config.json is damaged (") == 1, done
+    assert "finished (" not in done.out
+    found = json.loads(file.read_text())
+    header = journal(place / "run")[0]["config"]
+    assert {name: found[name] for name in header} == header and found.keys() == wanted.keys()
+    kept = "save_steps" if damage not in ("empty", "out of range") else "seed"
+    assert found[kept] == wanted[kept]
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 3)
+    assert done.code == 0 and "damaged" not in done.err and "finished (" in done.out, done
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "a list"])

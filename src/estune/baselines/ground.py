@@ -9,7 +9,6 @@ greedily, and is saved.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from estune.console import warn
 from estune.engines.base import Completion, Prompt
 from estune.engines.hf_parameters import Binding
 from estune.errors import UserError
-from estune.files import file_digest, write_json
+from estune.files import file_digest, is_count, is_number, read_json_object, write_json
 from estune.fitness import fill_failures, mean, weigh
 from estune.open_run import OpenRun
 from estune.rollouts import scored
@@ -55,6 +54,15 @@ class Progress:
     epochs: float = 0.0  # of the trainer's data
     tokens: float = 0.0  # that the trainer has seen
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether counts are whole numbers and amounts finite ones, none of them negative."""
+        counts, amounts = (
+            (self.steps_done, self.evaluations, self.batches),
+            (self.train_time_s, self.epochs, self.tokens),
+        )
+        return all(map(is_count, counts)) and all(is_number(value) and 0 <= value < math.inf for value in amounts)
+
     def keep(self, directory: Path) -> None:
         """Write it into a directory whose files change no more, with their hashes."""
         files = {path.name: file_digest(path) for path in sorted(directory.iterdir()) if path.name != PROGRESS_FILE
@@ -76,11 +84,13 @@ class Progress:
         if not path.exists():
             return None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json_object(path)
             files = values.pop("files", {})
             progress = cls(**values)
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged") from None
+        if not progress.is_sound or not isinstance(files, dict):
+            raise UserError(f"{path} is damaged")
         for name, digest in files.items():
             if not (directory / name).is_file() or file_digest(directory / name) != digest:
                 raise UserError(f"{directory / name} is missing or damaged")

@@ -12,7 +12,6 @@ import copy
 import inspect
 import math
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import TrainerCallback
 from estune.baselines.arguments import record_of, refused, sampling_arguments, trl_config
 from estune.baselines.ground import Diverged, Ground
 from estune.engines.base import Completion, Interrupted
-from estune.files import sync_tree
+from estune.files import remove_path, sync_tree
 
 # TRL's numbers that estune measures itself, the same for all methods.
 MEASURED = (
@@ -77,7 +76,7 @@ class Driver(TrainerCallback):
         ground.progress.keep(directory)
         for other in ground.trainer_directory.glob("checkpoint-*"):
             if other != directory:
-                shutil.rmtree(other)
+                remove_path(other)
         self.saved = ground.steps_done
         ground.step_started()  # saving is no part of the next step
 

@@ -9,7 +9,7 @@ there is higher.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from estune.config import ESConfig
 from estune.data import Batches
 from estune.engines.base import Interrupted, Perturbation
 from estune.errors import UserError
-from estune.files import write_json
+from estune.files import is_number, read_json_object, write_json
 from estune.fitness import fill_failures, population_fitness, weigh
 from estune.rollouts import Group, scored, stack
 from estune.session import plan_step
@@ -165,6 +165,21 @@ def _read(ground: Ground) -> Best:
     if not ground.steps_done:
         return Best()
     try:
-        return Best(**json.loads(path.read_text(encoding="utf-8")))
+        best = Best(**read_json_object(path))
     except (OSError, ValueError, TypeError):
-        raise UserError(f"{path} is damaged; delete {path.parent} to begin again from step 0") from None
+        best = None
+    if best is None or not _is_drawn(best, ground.steps_done, sizes(ground.args)[0]):
+        raise UserError(f"{path} is missing or damaged; delete {path.parent} to begin again from step 0")
+    return best
+
+
+def _is_drawn(best: Best, steps_done: int, members: int) -> bool:
+    """Return whether the best so far, as it was read, is theta or a member that was drawn.
+
+    A run that was killed may have kept a member of the step that it begins again.
+    """
+    if not all(type(place) is int for place in (best.step, best.member)):
+        return False
+    if best.fitness is not None and not (is_number(best.fitness) and math.isfinite(best.fitness)):
+        return False
+    return (best.step, best.member) == (-1, -1) or (0 <= best.step <= steps_done and 0 <= best.member < members)

@@ -7,9 +7,7 @@ There is no journal: the weights of a rival come from gradients and cannot be re
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,10 +17,10 @@ import torch
 
 from estune import inputs
 from estune.baselines.arguments import own_arguments, sampling_arguments, trl_config
-from estune.baselines.ground import Ground, Progress
+from estune.baselines.ground import PROGRESS_FILE, Ground, Progress
 from estune.baselines.random_search import random_search
 from estune.card import CARD_FILE, write_card
-from estune.checkpoint import checkpoints, leftovers, read_state, remove_partial
+from estune.checkpoint import ES_STATE, checkpoints, is_whole_model, leftovers, read_state, remove_partial
 from estune.config import RESUMABLE, ESConfig
 from estune.console import say, warn
 from estune.engines.base import Interrupted
@@ -30,12 +28,12 @@ from estune.engines.hf_loading import files_of, load_model, quiet, resolve_devic
 from estune.engines.hf_parameters import bindings
 from estune.environment import environment
 from estune.errors import Hindered, UserError
-from estune.files import write_json
+from estune.files import read_json_object, remove_path, write_json
 from estune.hub import open_repository, push, repository_of
 from estune.loggers import keep_trackers, known_trackers
 from estune.opening import start_monitors, start_workers
 from estune.records import cut_back, read_metrics
-from estune.resume import Facts, check_facts, keep_origin, located, same_names
+from estune.resume import Facts, are_facts, check_facts, keep_origin, located, same_names
 from estune.rollouts import Evaluator
 from estune.run import CONFIG_FILE, METHOD_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
 from estune.signals import StopRequest
@@ -154,17 +152,52 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
     """Say whether a directory holds this run, with all its steps or all its time; reads only.
 
     Raises:
-        UserError: it does, and ``args`` would have made another.
+        UserError: it does, and ``args`` would have made another; or its model is damaged, and nothing is left to write
+            it again from.
     """
     state = read_state(path)
-    if state is None or leftovers(path) or not (path / CONFIG_FILE).exists():
+    if not (path / CONFIG_FILE).exists():
+        return False
+    if state is None and (path / ES_STATE).exists():
+        _say_damaged(path, args.method, ES_STATE)
+        return False
+    if state is None or leftovers(path):
         return False
     kept = kept_by_a_resume(path)
     adopt(args, kept, given)
     if not same_names(located(kept, path), args):
         return False
     used_up = bool(args.max_time_s and train_time_s(path) >= args.max_time_s)
-    return state.get("step") == last_step(path) and (used_up or state.get("step") == args.max_steps)
+    if state["step"] != last_step(path) or not (used_up or state["step"] == args.max_steps):
+        return False
+    if not is_whole_model(path, state):
+        _say_damaged(path, args.method, "the finished model")
+        return False
+    return (path / CARD_FILE).exists() or read_method(path) is not None  # the card is written from it
+
+
+def _say_damaged(path: Path, method: str, what: str) -> None:
+    """Warn that a run writes its model again; UserError where it could only begin again from step 0."""
+    found = f"{what} in {path} is damaged or lacks a file"
+    if method not in RESTARTED and resume_point(path).steps_done:
+        warn(f"{found}: it is written again")
+        return
+    kept = checkpoints(path)
+    other = f"start another run from its weights with --model {kept[-1][1]}, or " if kept else ""
+    raise UserError(f"{found}, and nothing whole is left for its trainer to go on from: {other}begin again with "
+                    "--overwrite")  # fmt: skip
+
+
+def read_method(path: Path) -> dict[str, Any] | None:
+    """Return a run's `method.json`; None where it is missing or damaged."""
+    try:
+        found = read_json_object(path / METHOD_FILE)
+    except (OSError, ValueError):
+        return None
+    base = found.get("base")
+    names = (found.get("method"), found.get("trainer"), isinstance(base, dict) and base.get("fingerprint"))
+    is_sound = all(isinstance(name, str) for name in names) and isinstance(found.get("arguments"), dict)
+    return found if is_sound and are_facts(found) else None
 
 
 def kept_by_a_resume(path: Path) -> dict[str, Any]:
@@ -189,6 +222,9 @@ def resume_point(path: Path) -> Progress:
         except UserError as error:
             damaged.append(str(error))
             continue
+        if progress is not None and directory.name not in ("trainer", f"checkpoint-{progress.steps_done}"):
+            damaged.append(f"{directory / PROGRESS_FILE} is damaged")
+            continue
         if progress is not None and progress.steps_done > newest.steps_done:
             newest = progress
     if damaged:
@@ -201,7 +237,7 @@ def forget_later(path: Path, steps_done: int) -> None:
     cut_back(path, steps_done)
     for step, directory in checkpoints(path):
         if step > steps_done:
-            shutil.rmtree(directory)
+            remove_path(directory)
 
 
 def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
@@ -210,13 +246,12 @@ def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
     Raises:
         UserError: names what differs.
     """
-    try:
-        then = json.loads((path / METHOD_FILE).read_text(encoding="utf-8"))
-        base = then["base"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    then = read_method(path)
+    if then is None:
         raise UserError(
             f"{path / METHOD_FILE} is missing or damaged; without it a resume cannot know what the run was begun with"
-        ) from None
+        )
+    base = then["base"]["fingerprint"]
     if base != fingerprint:
         raise Hindered(f"a resume cannot change the base model's weights: they have fingerprint {fingerprint}, the run "
                        f"was begun on {base}")  # fmt: skip
