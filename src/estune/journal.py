@@ -214,10 +214,19 @@ def _is_note(metrics: Any) -> bool:
     )
 
 
+def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
+    """Return whether a line of `pending.jsonl` has the hash that it was written with, or is of the form without one."""
+    if "hash" not in record:
+        return record.keys() in ({"after", "group", "result"}, {"after", "metrics"})
+    body = line[: -len(_sealed(b"}", _GENESIS))] + b"}"
+    return line == _sealed(body, _chained(head, body))
+
+
 class Pending:
     """Finished groups of the running step, so that a killed run does not evaluate them again.
 
-    Each line names the journal's head at that time; lines of another step, and a torn last line, are ignored.
+    Each line names the head of the journal at that time, and holds a hash of itself. Lines of another step, damaged lines
+    and a torn last line are ignored. Lines of an older estune hold no hash.
     """
 
     def __init__(self, path: Path) -> None:
@@ -249,17 +258,21 @@ class Pending:
                 record = parse_json(line)
             except ValueError:
                 continue  # a damaged line costs one group's evaluation, nothing else
-            if isinstance(record, dict) and record.get("after") == head:
+            if isinstance(record, dict) and record.get("after") == head and _is_as_written(line, record, head):
                 records.append(record)
         return records
 
     def append(self, head: str, group: int, result: Mapping[str, Any]) -> None:
         """Put a finished group on disk."""
-        append_line(self.path, json.dumps({"after": head, "group": group, "result": result}, separators=(",", ":")))
+        self._append(head, {"group": group, "result": result})
 
     def note(self, head: str, metrics: Mapping[str, Any]) -> None:
         """Put the step's metrics on disk: its update may be all that is left to do."""
-        append_line(self.path, json.dumps({"after": head, "metrics": metrics}, separators=(",", ":")))
+        self._append(head, {"metrics": metrics})
+
+    def _append(self, head: str, content: Mapping[str, Any]) -> None:
+        body = json.dumps({"after": head, **content}, separators=(",", ":")).encode("ascii")
+        append_line(self.path, _sealed(body, _chained(head, body)).decode("ascii"))
 
     def clear(self) -> None:
         """Forget the groups: their step line is on disk."""
