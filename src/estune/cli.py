@@ -345,7 +345,8 @@ def _evaluate(values: dict[str, Any]) -> int:
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
         warn(f"{own_data} is one set of rows, and the run was trained on all of them: give --dataset_name for others")
     if inherited and not extras["json"]:
-        note(f"prompts and decoding as in the run of {values['model']}; flags win")
+        note(f"prompt and sampling settings are those of the run {values['model']}; "
+             "options that you give override them")  # fmt: skip
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
