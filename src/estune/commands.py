@@ -77,6 +77,10 @@ def evaluate_command(
         from estune.engines.hf_loading import check_model
 
         check_model(reference, args.revision)
+    if args.engine == "hf":
+        from estune.engines.hf_loading import resolve_model
+
+        resolve_model(args.model)  # before rows and rewards are read
     task = inputs.task_of(args)
     rewards = inputs.resolve_rewards(args, None, task)
     if split is not None and args.dataset_name is not None:

@@ -403,6 +403,33 @@ def test_models_that_are_not_there(refused, run_model, place, model, parts):
         refused((*command, "--model", model, *DATA), *parts, run=run_model)
 
 
+def test_a_run_without_a_finished_model(run, place, monkeypatch):
+    """The checkpoint, or the journal alone, is what there is to evaluate."""
+    from estune.engines.hf_loading import resolve_model
+    from estune.errors import UserError
+
+    monkeypatch.chdir(place)
+    assert run(*TOY, "--max_steps", 2, "--population_size", 4, "--save_steps", 1).code == 0
+    (place / "run" / "config.json").unlink(missing_ok=True)
+    said = "run is a run that stopped after 2 of 2 steps and has no finished model: finish it with --resume, or "
+    with pytest.raises(UserError, match=said + "evaluate run/checkpoint-2$"):
+        resolve_model("run")
+    for directory in (place / "run").glob("checkpoint-*"):
+        shutil.rmtree(directory)
+    with pytest.raises(UserError, match=said + "rebuild its weights with estune replay --run run --output_dir OUT$"):
+        resolve_model("run")
+
+
+@pytest.mark.parametrize(("word", "near"), [("tiyn", "tiny"), ("./mymodel", "mymodle"), ("mymodel", "mymodle")])
+def test_a_model_that_is_nearly_there(place, monkeypatch, word, near):
+    from estune.engines.hf_loading import near_models
+
+    monkeypatch.chdir(place)
+    (place / "mymodle").mkdir()
+    assert near_models(word) == f"; did you mean {near!r}?"
+    assert near_models("org/unlike") == ""
+
+
 def test_a_prompt_longer_than_the_context(refused, run_model, place, tiny_llama):
     """The random Llama has room for 128 tokens."""
     (place / "rows.jsonl").write_text('{"prompt": "short"}\n' + json.dumps({"prompt": "q" * 120}) + "\n")
