@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,6 +63,7 @@ ELSEWHERE = {
     "deepspeed": "; this version runs in one process on one device",
     "fsdp": "; this version runs in one process on one device",
 }
+TAKING_RUNS = ("replay", "export", "report", "watch")  # RUN as a word, or as --run RUN
 # Those that decide what a step's members say and get.
 PROBE_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
@@ -120,13 +122,24 @@ def _run(words: list[str], owns_process: bool) -> int:
         hint = nearest(words[0], commands, least_prefix=3)
         raise UserError(f"unknown command {words[0]!r}{hint}; commands: {', '.join(commands)}")
     command = commands.get(words[0], parser) if words else parser
-    known = {flag for action in command._actions for flag in action.option_strings}
-    options, unknown = parser.parse_known_args([_normalised(word, known) for word in words])
+    known = _flags(command)
+    words = [_normalised(word, known) for word in words]
+    if command is parser and words and words[0] not in known:
+        _refuse_without_command(words, commands)
+    if words and words[0] in TAKING_RUNS:
+        words = _without_run_flag(words)
+    try:
+        options, unknown = parser.parse_known_args(words)
+    except UserError as error:  # a required option may be there under a wrong name, which says more
+        wrong = [word for word in words if word.startswith("--") and word.partition("=")[0] not in {*known, "--"}]
+        if wrong and "are required" in str(error):
+            raise _unknown_options(wrong, command) from error
+        raise
+    if wrong := [word for word in unknown if word.startswith("-") and not NEGATIVE_NUMBER.match(word)]:
+        raise _unknown_options(wrong, command)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise UserError(f"unexpected word {flag!r}")
-        raise UserError(f"unknown option {flag}{_hint(flag, _shown(command))}")
+        hint = f": give the model as --model {unknown[0]}" if words[0] in ("evaluate", "probe") else ""
+        raise UserError(f"unexpected word {unknown[0]!r}{hint}")
     if options.command is None:
         parser.print_help()
         return 0
@@ -136,6 +149,37 @@ def _run(words: list[str], owns_process: bool) -> int:
     if owns_process and values.get("json"):  # before any code of the user's runs
         keep_stdout_for_json()
     return handler(values)
+
+
+def _refuse_without_command(words: Sequence[str], commands: dict[str, argparse.ArgumentParser]) -> None:
+    """Raise UserError with what to write where a command's option comes first and no command."""
+    flag = words[0].partition("=")[0]
+    flag = f"--{flag[2:].replace('-', '_')}"
+    owners = [name for name, command in commands.items() if flag in _flags(command)]
+    if "train" in owners or len(owners) == 1:
+        raise UserError(f"the command is missing: estune {owners[0]} {shlex.join(words)}")
+    if owners:
+        raise UserError(f"the command is missing; {flag} is an option of {', '.join(owners)}")
+
+
+def _without_run_flag(words: Sequence[str]) -> list[str]:
+    """Read ``--run RUN`` as the word RUN, for the commands that take run directories as words."""
+    return [word.removeprefix("--run=") for word in words if word != "--run"]
+
+
+def _unknown_options(words: Iterable[str], command: argparse.ArgumentParser) -> UserError:
+    """Return the error that names all unknown options, each with what to use instead where that is known."""
+    shown = _shown(command)
+    hints = {flag: _hint(flag, shown) for flag in (word.partition("=")[0] for word in words)}
+    if len(hints) == 1:
+        return UserError("unknown option " + "".join(f"{flag}{hint}" for flag, hint in hints.items()))
+    named = [f"{flag} ({hint.removeprefix('; ')})" if hint else flag for flag, hint in hints.items()]
+    return UserError(f"unknown options {', '.join(named)}")
+
+
+def _flags(command: argparse.ArgumentParser) -> set[str]:
+    """Return all flags of a command."""
+    return {flag for action in command._actions for flag in action.option_strings}
 
 
 def _hint(flag: str, known: Collection[str]) -> str:
@@ -200,13 +244,13 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     probe.add_argument("--sigmas", type=float, nargs="+", help="Other sigmas than 3e-4 to 1e-1.")
     _add_json(probe)
     _add_fields(probe, PROBE_FIELDS)
-    replay = command("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.")
-    replay.add_argument("--run", required=True, help="Run directory.")
+    replay = command("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN")
+    replay.add_argument("run", metavar="RUN", help="Run directory; --run RUN is the same.")
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
     replay.add_argument("--model", help="Where the base model lies now. Default: where the run found it.")
     replay.add_argument("--output_dir", required=True, help="Directory for the rebuilt model.")
     export = command("export", _export, "Write what a run did to its base as a seed patch of a few kilobytes.", "RUN")
-    export.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    export.add_argument("run", metavar="RUN", type=Path, help="Run directory; --run RUN is the same.")
     export.add_argument("--patch", type=Path, required=True, help="File to write, by custom *.estp.")
     apply = command("apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH")
     apply.add_argument("patch", metavar="PATCH", type=Path, help="The patch.")
@@ -346,7 +390,8 @@ def _evaluate(values: dict[str, Any]) -> int:
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
         warn(f"{own_data} is one set of rows, and the run was trained on all of them: give --dataset_name for others")
     if inherited and not extras["json"]:
-        note(f"prompts and decoding as in the run of {values['model']}; flags win")
+        note(f"prompt and sampling settings are those of the run {values['model']}; "
+             "options that you give override them")  # fmt: skip
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 

@@ -77,6 +77,10 @@ def evaluate_command(
         from estune.engines.hf_loading import check_model
 
         check_model(reference, args.revision)
+    if args.engine == "hf":
+        from estune.engines.hf_loading import resolve_model
+
+        resolve_model(args.model)  # before rows and rewards are read
     task = inputs.task_of(args)
     rewards = inputs.resolve_rewards(args, None, task)
     if split is not None and args.dataset_name is not None:
@@ -170,8 +174,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
             print_result(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
         elif name == "batch_check":
             size, other = value["prompts_per_batch"]
-            print_result(f"{name:20} {value['changed']} of {value['rows']} rows have other tokens in batches of "
-                         f"{other} prompts instead of {size}")  # fmt: skip
+            print_result(f"{name:20} in batches of {other} instead of {size} prompts, {value['changed']} of "
+                         f"{value['rows']} rows have other tokens")  # fmt: skip
         elif name != "accuracy_ci95":
             print_result(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
 
@@ -250,7 +254,8 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     replay_steps(journal, engine, 0, step, anchor)
     write_model(output_dir, engine, float32=False)
     proven = step < len(journal.steps) or step in journal.checkpoints
-    how = "replayed and verified" if proven else "replayed (the run stopped before anything could verify the last one)"
+    unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
+    how = "replayed and verified" if proven else unproven
     say(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
     return 0
 

@@ -76,7 +76,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             first = plan_step(args, batches, 0)
             members = [first.perturbation(member) for member in first.members[: int(args.members_per_batch)]]
             prompts = [train_prompts[row] for row in first.rows]
-            say("estune: answering a first batch twice, to see whether rollouts repeat")
+            say("estune: checking that the same prompts give the same answers twice")
             reproducible = engine.check_reproducible(members, prompts, sampling)
         run.begin(engine, reproducible, facts)
         keep_trackers(run.path, {**trackers, **started})

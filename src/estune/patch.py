@@ -53,8 +53,8 @@ def make_patch(run: Path) -> bytes:
         raise UserError(f"{run} holds no journal to make a patch of")
     done = len(journal.steps)
     if done not in journal.checkpoints:
-        raise UserError(f"{run} has no checkpoint after its last step, {done}, whose fingerprint a patch could be held "
-                        "against; let the run finish or save")  # fmt: skip
+        raise UserError(f"{run} was interrupted after {done} step{'s' * (done != 1)}: continue it with --resume to its "
+                        "end, then export it")  # fmt: skip
     header = journal.header
     config = {name: header["config"][name] for name in KEPT}
     content = {

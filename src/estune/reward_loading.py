@@ -122,7 +122,9 @@ def _how_to_get(module: str) -> str:
         return ""
     if top in EXTRA_OF:
         return f": python -m pip install 'estune[{EXTRA_OF[top]}]'"
-    return f": python -m pip install {PIP_NAMES.get(top, top)}, or start estune in the directory that holds {top}"
+    if top in PIP_NAMES:
+        return f": python -m pip install {PIP_NAMES[top]}"
+    return f": start estune in the directory that holds {top}, or install the package that brings it"
 
 
 def _import_problem(error: BaseException) -> str:

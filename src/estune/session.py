@@ -312,7 +312,8 @@ class Session(OpenRun):
         self.engine.load_theta()
         if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
             run.save(self.engine, final=False)
-        say(f"estune: stopped after {run.steps_done} steps; go on with --resume --output_dir {run.path}")
+        say(f"estune: stopped after {run.steps_done} steps; "
+            f"continue with: estune train --resume --output_dir {run.path}")  # fmt: skip
 
     def _inputs(self, step: Step) -> tuple[Rows, list[Prompt]]:
         """Return the rows and prompts of a step, (B,) each."""

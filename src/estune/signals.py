@@ -52,4 +52,4 @@ class StopRequest:
         self._requested = True
         for each in self._previous.keys() & QUITTING:
             signal.signal(each, signal.SIG_DFL)
-        note("stopping after the current token and saving; once more to quit at once")
+        note("stopping and saving; once more to quit without saving")

@@ -44,7 +44,32 @@ WORDS = {
     "a word too many": (("train", "now"), "now"),
     "flag without its value": ((*RUN, "--sigma"), "sigma"),
     "score without completions": (("score", "--task", "countdown"), "--completions"),
-    "replay without a run": (("replay", "--output_dir", "out"), "--run"),
+    "replay without a run": (("replay", "--output_dir", "out"), "RUN"),
+    "replay with a flag and no run": (("replay", "--run", "--output_dir", "out"), "RUN"),
+    "replay of a word": (("replay", "nowhere", "--output_dir", "out"), "nowhere holds no journal"),
+    "replay of a word at the end": (("replay", "--output_dir", "out", "nowhere"), "nowhere holds no journal"),
+    "export of --run": (("export", "--run", "nowhere", "--patch", "p"), "nowhere holds no journal"),
+    "export of --run=": (("export", "--patch", "p", "--run=nowhere"), "nowhere holds no journal"),
+    "export of two runs": (("export", "here", "--patch", "p", "--run", "nowhere"), "unexpected word 'nowhere'"),
+    "report of --run": (("report", "--run", "nowhere", "--output_dir", "."), "nowhere"),
+    "evaluate with a word": (
+        ("evaluate", "runs/mine"),
+        "'runs/mine': give the model as --model runs/mine",
+    ),
+    "probe with a word": (("probe", "--seed", "1", "m"), "unexpected word 'm': give the model as --model m"),
+    "no command": (("--resume", "--output_dir", "x"), "command is missing: estune train --resume --output_dir x"),
+    "no command, dashes": (("--max-steps=3",), "command is missing: estune train --max-steps=3"),
+    "no command, one that has it": (("--completions", "c d"), "command is missing: estune score --completions 'c d'"),
+    "no command, several that have it": (("--json",), "command is missing; --json is an option of evaluate, score"),
+    "a required option misspelt": (("score", "--completion", "c.jsonl"), "--completion;", "'--completions'"),
+    "a required option misspelt, another unknown": (
+        ("apply", "p", "--modle=m", "--qqqqqqqq", "4"),
+        "unknown options --modle (did you mean '--model'?), --qqqqqqqq",
+    ),
+    "all unknown options": (
+        ("train", "--sgima", "-1", "--lr=3", "--qqqqqqqq", "--task", "countdown", "--sgima", "2"),
+        "unknown options --sgima (did you mean '--sigma'?), --lr (did you mean --learning_rate?), --qqqqqqqq",
+    ),
     "unknown task": (("train", "--task", "cuontdown"), "cuontdown", "'countdown'"),
     "unknown task of evaluate": (("evaluate", "--task", "countdwon"), "countdwon", "'countdown'"),
     "unknown split": (("evaluate", "--split", "tset"), "tset", "test"),
@@ -376,6 +401,33 @@ def test_models_that_are_not_there(refused, run_model, place, model, parts):
     (place / "rows.jsonl").write_text('{"prompt": "a"}\n')
     for command in (("train", "--output_dir", "run"), ("evaluate",)):
         refused((*command, "--model", model, *DATA), *parts, run=run_model)
+
+
+def test_a_run_without_a_finished_model(run, place, monkeypatch):
+    """The checkpoint, or the journal alone, is what there is to evaluate."""
+    from estune.engines.hf_loading import resolve_model
+    from estune.errors import UserError
+
+    monkeypatch.chdir(place)
+    assert run(*TOY, "--max_steps", 2, "--population_size", 4, "--save_steps", 1).code == 0
+    (place / "run" / "config.json").unlink(missing_ok=True)
+    said = "run is a run that stopped after 2 of 2 steps and has no finished model: finish it with --resume, or "
+    with pytest.raises(UserError, match=said + "evaluate run/checkpoint-2$"):
+        resolve_model("run")
+    for directory in (place / "run").glob("checkpoint-*"):
+        shutil.rmtree(directory)
+    with pytest.raises(UserError, match=said + "rebuild its weights with estune replay --run run --output_dir OUT$"):
+        resolve_model("run")
+
+
+@pytest.mark.parametrize(("word", "near"), [("tiyn", "tiny"), ("./mymodel", "mymodle"), ("mymodel", "mymodle")])
+def test_a_model_that_is_nearly_there(place, monkeypatch, word, near):
+    from estune.engines.hf_loading import near_models
+
+    monkeypatch.chdir(place)
+    (place / "mymodle").mkdir()
+    assert near_models(word) == f"; did you mean {near!r}?"
+    assert near_models("org/unlike") == ""
 
 
 def test_a_prompt_longer_than_the_context(refused, run_model, place, tiny_llama):

@@ -289,7 +289,7 @@ def test_evaluate_counts_the_rows_that_a_batch_changes(run_model: Any) -> None:
     assert text.code == 0
     changed = whole["batch_check"]["changed"]
     assert (
-        f"batch_check          {changed} of 8 rows have other tokens in batches of 4 prompts instead of 8" in text.out
+        f"batch_check          in batches of 4 instead of 8 prompts, {changed} of 8 rows have other tokens" in text.out
     )
 
 

@@ -61,7 +61,10 @@ def test_what_has_no_proof_is_not_exported(run, place):
     lines = (place / "run" / "journal.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["kind"] == "checkpoint"
     (place / "run" / "journal.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert_refused(run("export", "run", "--patch", "run.estp"), "no checkpoint after its last step")
+    assert_refused(run("export", "run", "--patch", "run.estp"), "run was interrupted after", "--resume to its end")
+    done = run("replay", "--run", "run", "--output_dir", "rebuilt")
+    assert done.code == 0
+    assert "is not verified: the run stopped before it saved a fingerprint of it)" in done.out
 
 
 def test_the_result_lies_beside_the_patch_by_its_name(run, place):

@@ -201,7 +201,10 @@ def test_a_signal_saves_and_exits_0(zygote, run, place, number):
     assert done.code == 0, done
     done_steps = len(steps(place / "run"))
     assert 2 <= done_steps < 5
-    assert f"stopped after {done_steps} steps" in done.out and "--resume" in done.out
+    assert "estune: checking that the same prompts give the same answers twice\n" in done.out
+    assert (
+        f"estune: stopped after {done_steps} steps; continue with: estune train --resume --output_dir run\n" in done.out
+    )
     assert (place / "run" / f"checkpoint-{done_steps}" / "model.safetensors").exists()
     assert_no_process(f"signal-{os.getpid()}")
     assert run(*options, "--resume", env={"REWARD_S": "0"}).code == 0

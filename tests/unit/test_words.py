@@ -117,7 +117,7 @@ def test_hidden_flags_are_never_suggested() -> None:
 )
 def test_the_command_line_says_it(words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        cli._run(words)
+        cli._run(words, owns_process=False)
 
 
 @pytest.mark.parametrize(

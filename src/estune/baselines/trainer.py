@@ -110,8 +110,9 @@ class BaselineTrainer(ESTrainer):
                     say(f"estune: {push(run_dir, repository)}")
             except Interrupted:
                 self.stopped = True
-                again = "start it again" if self.args.method in RESTARTED else "go on"
-                say(f"estune: stopped after {ground.steps_done} steps; {again} with --resume --output_dir {run_dir}")
+                again = "start it again" if self.args.method in RESTARTED else "continue"
+                say(f"estune: stopped after {ground.steps_done} steps; "
+                    f"{again} with: estune train --resume --output_dir {run_dir}")  # fmt: skip
         return run_dir
 
     def _refuse_to_go_on(self, run_dir: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,31 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as _logging
 
+from estune.checkpoint import checkpoints
 from estune.console import warn
 from estune.engines.base import ParameterSpec
 from estune.engines.hf_parameters import Binding, bindings
-from estune.engines.model_files import FLOATS, StoredTensor, check_model_files, check_tokenizer_files
+from estune.engines.model_files import (
+    CONFIG_FILE,
+    FLOATS,
+    StoredTensor,
+    check_model_files,
+    check_tokenizer_files,
+    read_object,
+)
 from estune.engines.noise_kinds import lowrank_names
 from estune.engines.saved_model import TIED_OTHERWISE, reason_of, set_tied, skeleton, stored_shapes, tied_truth
 from estune.errors import UserError
+from estune.journal import Journal
 from estune.master import Master
-from estune.model_paths import local_directory
+from estune.model_paths import EMBEDDED_MODELS, local_directory
+from estune.words import nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_MORE = (
     2  # a configuration may describe this many times the elements of its files, for weights that several layers share
 )
+JOURNAL_FILE = "journal.jsonl"  # of a run directory
 _SLACK = 1 << 20  # elements
 
 
@@ -45,12 +56,41 @@ def resolve_model(model: str) -> str:
     if directory is not None:
         if os.path.isfile(directory / "comparison.json"):
             raise UserError(f"{model!r} holds a comparison: the models that were measured are below its models")
+        _refuse_unfinished_run(model, directory)
         return str(directory)
     if os.path.exists(os.path.expanduser(model)):
         raise UserError(f"model {model!r} is a file, not a directory")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model:
-        raise UserError(f"model directory {model!r} does not exist")
+        raise UserError(f"model directory {model!r} does not exist{near_models(model) if model else ''}")
     return model
+
+
+def _refuse_unfinished_run(model: str, directory: Path) -> None:
+    """Raise UserError where a directory is that of a run which stopped before it wrote a finished model."""
+    if (directory / CONFIG_FILE).exists() or not (directory / JOURNAL_FILE).exists():
+        return
+    journal = Journal.open(directory / JOURNAL_FILE, repair=False)
+    if journal is None:
+        return
+    done = len(journal.steps)
+    of = (read_object(model, directory / "es_config.json") or {}).get("max_steps", "its")
+    kept = checkpoints(directory)
+    instead = (
+        f"evaluate {Path(model) / kept[-1][1].name}" if kept
+        else f"rebuild its weights with estune replay --run {model} --output_dir OUT"
+    )  # fmt: skip
+    raise UserError(f"{model} is a run that stopped after {done} of {of} steps and has no finished model: "
+                    f"finish it with --resume, or {instead}")  # fmt: skip
+
+
+def near_models(model: str) -> str:
+    """Return ``; did you mean ...?`` with an embedded model or a directory beside where ``model`` would be."""
+    place = Path(model).parent
+    with suppress(OSError):
+        beside = [path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        if found := nearest(Path(model).name, beside):
+            return found
+    return nearest(model, [path.name for path in EMBEDDED_MODELS.iterdir() if (path / CONFIG_FILE).is_file()])
 
 
 def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
@@ -66,14 +106,19 @@ def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
     try:
         HfApi().model_info(path, revision=revision, timeout=10)
     except HFValidationError as error:
-        raise UserError(f"model {model!r} is neither a directory nor the name of a model on the hub") from error
+        raise UserError(
+            f"model {model!r} is neither a directory nor the name of a model on the hub{near_models(model)}"
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        raise UserError(f"model {model!r} is no directory, and the hub has no such model{at}") from error
+        raise UserError(
+            f"model {model!r} is no directory, and the hub has no such model{at}" + near_models(model)
+        ) from error
     except Exception as error:  # the hub client has changed its transport, and with it the errors, several times
         if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
             return {"local_files_only": True}
-        raise UserError(f"model {model!r} is no directory, and the hub cannot be reached to look for it") from error
+        raise UserError(f"model {model!r} is no directory, and the hub cannot be reached to look for it"
+                        f"{near_models(model)}") from error  # fmt: skip
     return {}
 
 
