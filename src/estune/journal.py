@@ -225,8 +225,8 @@ def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
 class Pending:
     """Finished groups of the running step, so that a killed run does not evaluate them again.
 
-    Each line names the head of the journal at that time, and holds a hash of itself. Lines of another step, damaged lines
-    and a torn last line are ignored. Lines of an older estune hold no hash.
+    Each line names the head of the journal at that time, and holds a hash of itself. Lines of another step, damaged
+    lines, and a torn last line are ignored. Lines of an older estune hold no hash.
     """
 
     def __init__(self, path: Path) -> None:
