@@ -92,7 +92,7 @@ def test_an_interrupt_costs_no_scheduled_checkpoint(run, place):
     words = (*SMALL, "--max_steps", 12, "--save_steps", 5, "--save_total_limit", 1, "--reward_funcs", "rewards.py:slow",
              "--reward_timeout_s", 3600)  # fmt: skip
     command = [sys.executable, "-m", "estune", *map(str, words)]
-    env = {**os.environ, "CALLS": "calls", "HOLD_AFTER": str(7 * 4)}  # from the eighth step on
+    env = {**os.environ, "CALLS": "calls", "HOLD_AFTER": str(7 * 4 + 1)}  # from the eighth step on; one call is theta's
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     path = place / "run" / "journal.jsonl"
     while not path.exists() or path.read_text().count('"kind":"step"') < 7:

@@ -180,7 +180,8 @@ def start_and_wait_for(zygote, place, options, lines, **environment):
 
     Every later call of its reward waits for the file `gate`.
     """
-    environment |= {"CALLS": "calls", "HOLD_AFTER": str(4 * lines + 1)}
+    theta = int(lines > 0)  # it answers beside the members of the first step
+    environment |= {"CALLS": "calls", "HOLD_AFTER": str(4 * lines + theta + 1)}
     pid = zygote.start(options, place, env=environment)
     path, pending = place / "run" / "journal.jsonl", place / "run" / "pending.jsonl"
     while not (path.exists() and path.read_bytes().count(b'"kind":"step"') >= lines and pending.exists()):
