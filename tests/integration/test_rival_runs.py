@@ -183,6 +183,7 @@ owner, name = {
     "metrics": (ground.Ground, "after_step"),  # the step's metrics are written
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
     "kept": (ground.Progress, "keep"),  # it is whole, and nothing says so
+    "kept beside": (ground.Progress, "keep_beside"),  # the same of a method whose files are written at every step
     "final": (ground.Ground, "save"),
     "scoring": (ground.Ground, "score"),  # of what was sampled
     "method": (ground.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
@@ -221,7 +222,7 @@ KILLED = [
     ("grpo", {}, [("metrics", 2), ("saving", 3), ("kept", 4), ("final", 4)]),
     ("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
     ("sft_rejection", SFT, [("scoring", 0), ("method", 0), ("saving", 2), ("metrics", 4)]),
-    ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept", 3), ("final", 4)]),
+    ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept beside", 3), ("final", 4)]),
 ]
 
 
