@@ -188,7 +188,7 @@ REFUSED = [
     ("grpo", {"method_kwargs": TRL, "stop_strings": ["."]}, "stop_strings have no effect"),
     ("grpo", {"method_kwargs": {"mask_truncated_completions": True}, "stop_strings": ["."]}, "stop string"),
     ("grpo", {"method_kwargs": {"loss_type": "drgrpo"}}, "dr_grpo"),
-    ("grpo", {"method_kwargs": {"scale_rewards": "batches"}}, "did you mean 'batch'"),
+    ("grpo", {"method_kwargs": {"scale_rewards": "bacth"}}, "did you mean 'batch'"),
     ("grpo", {"method_kwargs": {"importance_sampling_level": "word"}}, "token, sequence"),
     ("grpo", {"method_kwargs": {"per_device_train_batch_size": 3}}, "does not divide the 8 rows"),
     ("grpo", {"method_kwargs": {"epsilon": "wide"}}, "epsilon of method grpo cannot be 'wide'"),
