@@ -325,7 +325,7 @@ def test_a_stopped_run_starts_again_and_a_finished_one_stays(tmp_path: Path, cap
     interrupting.__name__ = "goes_right"
     stopped = train(tmp_path / "model", tmp_path / "run", **{**options, "reward": interrupting})
     assert not (stopped / "model.safetensors").exists() and (stopped / "checkpoint-2").exists()
-    assert "start it again with --resume" in capsys.readouterr().out
+    assert "start it again with: estune train --resume" in capsys.readouterr().out
     run = train(tmp_path / "model", tmp_path / "run", **options, resume=True)
     assert "starting again from step 0" in capsys.readouterr().out
     assert (run / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
