@@ -303,7 +303,10 @@ def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def unversioned_data(rows: Rows, prompts: Sequence[Prompt]) -> tuple[str, list[str]]:
-    """Return the fingerprint of runs that note no version of it, and the columns of which it compares only types."""
+    """Return the data's fingerprint of version 1, and the columns whose values that version does not compare.
+
+    Version 1 stands in runs of an older estune. Of a value that JSON lacks it holds the name of the type alone.
+    """
     digest = blake2b(digest_size=16)
     unseen: dict[str, None] = {}
     for row, prompt in zip(rows, prompts, strict=True):

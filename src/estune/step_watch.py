@@ -17,7 +17,7 @@ from estune.fitness import mean
 
 SILENT = 0.9  # share of completions that equal theta's
 LEAST_PROMPTS = 16  # whose mean says something of a trend
-LEAST_ANSWERS = 16  # of the members to a step's rows, N * B, which can be compared with theta's
+LEAST_ANSWERS = 16  # answers (N * B) that a comparison of the members with theta needs
 LEAST_HELD_OUT = 50  # rows of an evaluation that is compared with the first
 ENOUGH = 8  # members, prompts, or steps: fewer say little by themselves
 PROBE = "`estune probe` tries several sizes"

@@ -400,7 +400,7 @@ def test_a_shell_whose_terminal_closes_lets_a_run_save(at):
     (signal.SIGINT, "later"),
 ])  # fmt: skip
 def test_a_signal_to_the_whole_group_saves(at, journals, number, phase):
-    """Reward workers get it, too; of SIGHUP there are two."""
+    """The reward workers get the signal, too. SIGHUP is sent twice, as a terminal that closes sends it."""
     words = (*train(["slow"], steps=4), "--save_steps", 0)
     n_calls = 6 if phase == "later" else 1
     process = start(
