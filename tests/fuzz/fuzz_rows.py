@@ -310,6 +310,8 @@ def check_seen(case: Case, place: Path) -> None:
             if name == "prompt" or name in RESERVED:
                 continue
             held = {repr(v) for v in held_values(case, column)}
+            if name not in seen and "keys missing where null" in case["quirks"] and set(held) <= {"None"}:
+                continue  # a key that every row lacks is no column
             if name not in seen:
                 raise Fault(f"a reward was not given column {name!r}")
             if not set(seen[name]) <= held:
