@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from record import RESULTS, write_result
 
-from estune.evaluation import interval
 from estune.tasks import conciseness
+from estune.train.evaluation import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "conciseness_smollm2.yaml"

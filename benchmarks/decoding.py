@@ -21,7 +21,7 @@ import torch
 from record import write_result
 from transformers import AutoModelForCausalLM, StaticCache
 
-from estune.engines import attention, hf_callers, hf_trials, small_linear
+from estune.engines.hf import attention, callers, small_linear, trials
 
 PROMPT = 64  # tokens
 WAYS = {"plain": (False, False), "attention": (False, True), "linear": (True, False), "both": (True, True)}
@@ -49,7 +49,7 @@ def measure(model: Any, grouped: bool, rows: int, padded: bool, tokens: int) -> 
     if padded:
         mask[0, : PROMPT // 4] = 0
     ways = {name: way for name, way in WAYS.items() if grouped or not way[1]}
-    caller = hf_callers.AttentionCaller(model, hf_trials.takes_wide_mask(model))
+    caller = callers.AttentionCaller(model, trials.takes_wide_mask(model))
     chosen = caller.prefill(ids, mask, (tokens + 2) * (len(ways) + 1)).argmax(-1)
     times: dict[str, list[float]] = {name: [] for name in [*ways, "all but linear layers"]}
     real = small_linear.linear

@@ -27,7 +27,7 @@ import numpy as np
 from record import write_result
 from scipy import stats
 
-from estune.master import Master, Moved
+from estune.es.theta import Master, Moved
 
 VARIANTS = {"full": ["--noise", "full"], "lowrank": ["--noise", "lowrank"], "randn": ["--noise", "full"]}
 WITHIN = 5.0  # percentage points
@@ -72,10 +72,10 @@ class RandnMaster(Master):
 def child(variant: str, options: list[str]) -> int:
     """Run `estune train` in this process, with the variant's master."""
     from estune import cli
-    from estune.engines import hf_loading
+    from estune.engines.hf import loading
 
     if variant == "randn":
-        hf_loading.Master = RandnMaster  # type: ignore[misc]
+        loading.Master = RandnMaster  # type: ignore[misc]
     return cli.main(options)
 
 

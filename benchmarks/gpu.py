@@ -1,10 +1,10 @@
 """Members and updates on a GPU, beside a copy and beside `torch.randn`.
 
-    python benchmarks/gpu.py                    # needs an NVIDIA GPU, triton, and 6 GiB of its memory
+    python benchmarks/launch.py                    # needs an NVIDIA GPU, triton, and 6 GiB of its memory
 
 First every kernel is compared with the CPU's, to the bit, and one large member and update too. Then each line is the
 median of several runs, the compared ones in turns, as elements (of theta) per second and as a ratio. The result goes
-to `benchmarks/results/gpu.json`. Exit status 1: a bit differs; 2: there is no GPU to measure.
+to `benchmarks/results/launch.json`. Exit status 1: a bit differs; 2: there is no GPU to measure.
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     if not torch.cuda.is_available() or find_spec("triton") is None:
-        print("benchmarks/gpu.py: no GPU with triton is there to measure", file=sys.stderr)
+        print("benchmarks/launch.py: no GPU with triton is there to measure", file=sys.stderr)
         return 2
 
     from record import write_result
 
-    from estune.engines.base import ParameterSpec, Perturbation
-    from estune.gpu_master import DeviceMaster
-    from estune.master import Master
-    from estune.noise import cpu, factor_names, gpu, gpu_check, noise_key, perturbation_scale
-    from estune.optimizer import make_update
-    from estune.population import members_for_step
+    from estune.es.noise import cpu, factor_names, noise_key, perturbation_scale
+    from estune.es.population import members_for_step
+    from estune.es.theta import Master
+    from estune.es.types import ParameterSpec, Perturbation
+    from estune.es.update import make_update
+    from estune.gpu import check, launch
+    from estune.gpu.theta import DeviceMaster
 
     device = torch.device("cuda", torch.cuda.current_device())
-    wrong = gpu_check.check(device, ("normal", "rademacher"))
+    wrong = check.check(device, ("normal", "rademacher"))
     n, n_members, scale = options.elements, options.members, perturbation_scale(1e-3)
     host = np.random.default_rng(0).standard_normal(n, dtype=np.float32) * np.float32(0.02)
     theta = torch.from_numpy(host).to(device)
@@ -80,14 +81,14 @@ def main() -> int:
 
     expected, out = np.empty_like(host), torch.empty_like(theta)
     cpu.perturb_into(expected, host, 0, np.uint32(k0), np.uint32(k1), np.float32(scale), False)
-    gpu.perturb_into(out, theta, 0, (k0, k1), scale, False)
+    launch.perturb_into(out, theta, 0, (k0, k1), scale, False)
     if not torch.equal(out.cpu().view(torch.int32), torch.from_numpy(expected).view(torch.int32)):
         wrong.append(f"a member of {n} elements")
     np.copyto(expected, host)
     total, _, _ = cpu.update_into(expected, 0, keys, q, update.a, False, np.float32(0), np.empty(0, np.float32))
-    device_keys, device_q = gpu.words(keys, device), torch.from_numpy(q).to(device)
+    device_keys, device_q = launch.words(keys, device), torch.from_numpy(q).to(device)
     out.copy_(theta)
-    sums = gpu.update_into(out, 0, device_keys, device_q, update.a, False, 0.0, None)
+    sums = launch.update_into(out, 0, device_keys, device_q, update.a, False, 0.0, None)
     if int(sums.checksum) % 2**64 != int(total) or not torch.equal(
         out.cpu().view(torch.int32), torch.from_numpy(expected).view(torch.int32)
     ):
@@ -98,7 +99,7 @@ def main() -> int:
                                "differs": wrong}  # fmt: skip
 
     d1 = 4096
-    rows = gpu.Rows(n // d1, d1, 0, 1, 0, n // d1)
+    rows = launch.Rows(n // d1, d1, 0, 1, 0, n // d1)
     factors = np.array([[noise_key(m.seed, name) for name in factor_names("w")] for m in members], dtype=np.uint32)
     pair = [int(word) for word in factors[0].reshape(-1)]
     for dtype in DTYPES:
@@ -108,10 +109,10 @@ def main() -> int:
             target.copy_(torch.randn(n, device=device).mul_(1e-3).add_(theta))
 
         def perturb(target: torch.Tensor = target) -> None:
-            gpu.perturb_into(target, theta, 0, (k0, k1), scale, False)
+            launch.perturb_into(target, theta, 0, (k0, k1), scale, False)
 
         def lowrank(target: torch.Tensor = target) -> None:
-            gpu.perturb_lowrank_into(target, theta, rows, 1, pair, 1, 1e-4, False)
+            launch.perturb_lowrank_into(target, theta, rows, 1, pair, 1, 1e-4, False)
 
         work = {"copy": lambda target=target: target.copy_(theta), "torch.randn, add, cast": randn,
                 "member": perturb, "low-rank member, rank 1": lowrank}  # fmt: skip
@@ -125,12 +126,12 @@ def main() -> int:
         for weight in update.q:
             moved.add_(noise.normal_(), alpha=1e-9 * weight)
 
-    flat_factors = gpu.words(factors.reshape(n_members, 4), device)
+    flat_factors = launch.words(factors.reshape(n_members, 4), device)
     work = {
         "copy": lambda: moved.copy_(theta),
         "torch.randn, add per member": randn_update,
-        "update": lambda: gpu.update_into(moved, 0, device_keys, device_q, update.a, False, 0.0, None),
-        "low-rank update, rank 1": lambda: gpu.update_lowrank_into(
+        "update": lambda: launch.update_into(moved, 0, device_keys, device_q, update.a, False, 0.0, None),
+        "low-rank update, rank 1": lambda: launch.update_lowrank_into(
             moved, rows, 1, flat_factors, device_q, update.a, False, 0.0, None
         ),
     }

@@ -89,10 +89,10 @@ class Subject:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from estune.engines.hf import HFEngine
-        from estune.engines.hf_loading import load_tokenizer
-        from estune.master import Master
-        from estune.model_paths import local_directory
+        from estune.engines.hf.engine import HFEngine
+        from estune.engines.hf.loading import load_tokenizer
+        from estune.es.theta import Master
+        from estune.models.names import local_directory
 
         torch.manual_seed(0)
         auto_config: Any = AutoConfig
@@ -125,7 +125,7 @@ class Subject:
 
     def update(self, n_members: int, rank: int) -> None:
         """Update by all members, of full noise where ``rank`` is 0."""
-        from estune.optimizer import make_update
+        from estune.es.update import make_update
 
         ramp = [(2 * index - n_members + 0.5) / n_members for index in range(n_members)]
         master = self.master if rank else self.full
@@ -135,15 +135,16 @@ class Subject:
 
     def members_per_batch(self, n_members: int, rank: int, length: int, tokens: int) -> int:
         """Return what ``members_per_batch`` auto comes to in a run of such steps."""
-        from estune import ESConfig, inputs
+        from estune import ESConfig
+        from estune.train import setup
 
         args = ESConfig(task="countdown", noise="lowrank", rank=rank, population_size=n_members, batch_size=PROMPTS,
                         prompts_per_batch=self.engine.prompts_per_batch, max_completion_length=tokens)  # fmt: skip
-        return int(inputs.resolve_with_engine(args, self.engine, prompts_of(length)).members_per_batch)
+        return int(setup.resolve_with_engine(args, self.engine, prompts_of(length)).members_per_batch)
 
     def step(self, n_members: int, rank: int, length: int, tokens: int, together: int) -> None:
         """Let all members answer `PROMPTS` prompts of ``length`` tokens, then update."""
-        from estune.engines.base import Sampling
+        from estune.es.types import Sampling
 
         prompts = prompts_of(length)
         sampling = Sampling(seed=0, step=0, max_completion_length=tokens)
@@ -169,7 +170,7 @@ class Subject:
 
 def prompts_of(length: int) -> list[Any]:
     """Return `PROMPTS` prompts of ``length`` random tokens."""
-    from estune.engines.base import Prompt
+    from estune.es.types import Prompt
 
     ids = np.random.default_rng(0).integers(5, 1358, (PROMPTS, length)).tolist()
     return [Prompt(row, "", tuple(row_ids)) for row, row_ids in enumerate(ids)]
@@ -177,9 +178,9 @@ def prompts_of(length: int) -> list[Any]:
 
 def perturbations(n_members: int, rank: int) -> list[Any]:
     """Return the members of a step, of full noise where ``rank`` is 0."""
-    from estune.engines.base import Perturbation
-    from estune.noise import lowrank_scale, perturbation_scale
-    from estune.population import members_for_step
+    from estune.es.noise import lowrank_scale, perturbation_scale
+    from estune.es.population import members_for_step
+    from estune.es.types import Perturbation
 
     low = lowrank_scale(SIGMA, rank) if rank else 0.0
     return [

@@ -31,14 +31,13 @@ import torch
 from numba import njit
 from record import write_result
 
-from estune.engines.base import ParameterSpec, Perturbation
 from estune.environment import cores
-from estune.master import PIECE, Master
-from estune.noise import perturbation_scale
-from estune.noise.cpu import TILE
-from estune.noise.lanes import LANES, _sum_lanes
-from estune.optimizer import make_update
-from estune.population import Member
+from estune.es.noise import perturbation_scale
+from estune.es.noise.cpu import TILE
+from estune.es.noise.lanes import LANES, _sum_lanes
+from estune.es.theta import PIECE, Master
+from estune.es.types import Member, ParameterSpec, Perturbation
+from estune.es.update import make_update
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 49152, 576, 30, 9, 3, 1536  # SmolLM2-135M, output head tied
 # What numba is told of a processor like those of 2013 (Haswell).

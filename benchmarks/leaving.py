@@ -31,7 +31,7 @@ from typing import Any
 from environments import CONSTRAINTS, install, make_environment
 from record import RESULTS, write_result
 
-from estune.patch import read_patch
+from estune.commands.patches import read_patch
 from estune.tasks import conciseness
 
 HERE = Path(__file__).resolve().parent

@@ -29,9 +29,10 @@ from environments import CONSTRAINTS, make_environment
 from record import write_result
 from step import CASES, Bench, Case, Place, endless_model
 
-from estune import ESConfig, environment, inputs
-from estune.data import Batches
-from estune.engines.hf_loading import load_tokenizer
+from estune import ESConfig, environment
+from estune.data.datasets import Batches
+from estune.engines.hf.loading import load_tokenizer
+from estune.train import setup
 
 HERE = Path(__file__).resolve().parent
 TIME_LIMIT_S = 3600.0
@@ -75,10 +76,10 @@ LOOKED_AT = {
 def tokenised(case: Case, model: Path) -> list[list[int]]:
     """Return the prompts of the case's first step as estune tokenises them: (B, P) of different lengths."""
     args = ESConfig(model=str(model), batch_size=case.prompts, max_completion_length=case.tokens, task=case.task)
-    task = inputs.task_of(args)
-    rows = inputs.resolve_rows(args, None, task, "train", inputs.resolve_rewards(args, None, task))
+    task = setup.task_of(args)
+    rows = setup.resolve_rows(args, None, task, "train", setup.resolve_rewards(args, None, task))
     engine: Any = argparse.Namespace(tokenizer=load_tokenizer(str(model)), max_context=None)
-    prompts = inputs.build_prompts(args, engine, rows, task is not None)
+    prompts = setup.build_prompts(args, engine, rows, task is not None)
     return [list(prompts[row].token_ids) for row in Batches(len(rows), case.prompts, args.seed).rows_for_step(0)]
 
 

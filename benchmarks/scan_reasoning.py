@@ -38,11 +38,11 @@ from typing import Any
 
 from record import write_result
 
-from estune import inputs
 from estune.compare.measure import Judges
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task, reasoning
+from estune.train import setup
 
 ROWS, TOKENS, LONGEST_PROMPT = 32, 64, 160  # rows and completion tokens a task; tokens of a prompt, at most
 LEADING = 5  # tasks of the largest gap, which answer every row
@@ -82,8 +82,8 @@ class Scanner:
     def __init__(self, model: str, num_threads: int) -> None:
         args = ESConfig(model=model, task="rg:gcd", max_completion_length=TOKENS, num_threads=num_threads,
                         reward_isolation="inline")  # fmt: skip
-        self.args = inputs.resolve_config(args, ROWS)
-        self.engine = inputs.load_engine(self.args)
+        self.args = setup.resolve_config(args, ROWS)
+        self.engine = setup.load_engine(self.args)
 
     def tokens(self, row: dict[str, Any]) -> int:
         """Return the length of a row's prompt."""

@@ -47,13 +47,14 @@ from paper_loop import PaperLoop, now
 from record import write_result
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from estune import ESConfig, ESTrainer, inputs
-from estune.engines import decoding
-from estune.engines.hf_callers import AttentionCaller, left_pad
-from estune.fitness import fill_failures, shape_fitness, weigh
-from estune.opening import open_session
-from estune.optimizer import Update, make_update
-from estune.session import Session, Step, plan_step
+from estune import ESConfig, ESTrainer
+from estune.engines.hf import decoding
+from estune.engines.hf.callers import AttentionCaller, left_pad
+from estune.es.fitness import fill_failures, shape_fitness, weigh
+from estune.es.update import Update, make_update
+from estune.train import setup
+from estune.train.opening import open_session
+from estune.train.session import Session, Step, plan_step
 
 NEXT_TO_NOTHING = 1e-12  # learning rate
 NO_STEPS_END = 1_000_000  # max_steps
@@ -209,7 +210,7 @@ class Bench:
         engine: Any = session.engine
         engine.load_theta()
         rows = [decoding.Row(prompt.token_ids, prompt.row_id, 0) for prompt in self.prompts]
-        groups, sampling = self.members_per_batch, inputs.sampling(session.args, 0)
+        groups, sampling = self.members_per_batch, setup.sampling(session.args, 0)
         lengths = []
         started = now()
         for cut in decoding.cut(rows, engine.prompts_per_batch):
@@ -230,7 +231,7 @@ class Bench:
         engine.load_theta()
         kept, engine.prompts_per_batch = engine.prompts_per_batch, len(self.batch_prompts)
         started = now()
-        answers = engine.generate(None, self.batch_prompts, inputs.sampling(session.args, 0))
+        answers = engine.generate(None, self.batch_prompts, setup.sampling(session.args, 0))
         seconds = now() - started
         engine.prompts_per_batch = kept
         self._check([len(completion.token_ids) for row in answers for completion in row])

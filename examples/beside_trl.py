@@ -32,7 +32,7 @@ if __name__ == "__main__":
     run(ESTrainer, ESConfig, MODEL, population_size=8, sigma=0.01)
     from trl import GRPOConfig, GRPOTrainer
 
-    from estune.model_paths import local_directory
+    from estune.models.names import local_directory
 
     place = local_directory(MODEL) or MODEL
     model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)

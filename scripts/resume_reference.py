@@ -1,10 +1,10 @@
 """Write the rules of a resume, `docs/resuming.md`: python scripts/resume_reference.py > docs/resuming.md"""
 
-from estune.resume import table
+from estune.run.resume import table
 
 HEAD = """# Resuming a run
 
-Written by `scripts/resume_reference.py` from the rules that a resume follows (`estune.resume`).
+Written by `scripts/resume_reference.py` from the rules that a resume follows (`estune.run.resume`).
 
 A run that was stopped, killed, or finished with too few steps continues with
 

@@ -47,7 +47,7 @@ def _distance(completions, wanted):
 
 
 def logged(completions, wanted, trainer_state, **_):
-    in_trainer = "estune.trainer" in sys.modules
+    in_trainer = "estune.train.trainer" in sys.modules
     _log(trainer_state.global_step, len(completions), os.getpid(), threading.active_count(), in_trainer)
     return _distance(completions, wanted)
 
@@ -328,10 +328,9 @@ def count_writes(kill_at, number=signal.SIGKILL):
 
 def load_kernels():
     """Load the compiled kernels, which every forked process then has."""
-    from estune.engines.base import Perturbation
     from estune.engines.toy import ToyEngine
-    from estune.optimizer import make_update
-    from estune.population import Member
+    from estune.es.types import Member, Perturbation
+    from estune.es.update import make_update
 
     toy, pair = ToyEngine(), (Member(1, 1), Member(2, 1))
     for distribution in ("normal", "rademacher"):
@@ -342,8 +341,8 @@ def load_kernels():
 def _main():
     """The far side: import and warm up once, then fork a command line per request."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
-    import estune.commands
-    import estune.trainer
+    import estune.commands.all_commands
+    import estune.train.trainer
     from estune.cli import main
 
     load_kernels()
@@ -351,7 +350,7 @@ def _main():
     if "torch" in sys.argv:
         import transformers
 
-        import estune.engines.hf
+        import estune.engines.hf.engine
 
         for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)

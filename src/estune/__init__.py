@@ -11,9 +11,9 @@ __all__ = ["ESConfig", "ESTrainer", "UserError", "__version__"]
 if TYPE_CHECKING:
     from estune.config import ESConfig
     from estune.errors import UserError
-    from estune.trainer import ESTrainer
+    from estune.train.trainer import ESTrainer
 
-_HOMES = {"ESConfig": "estune.config", "ESTrainer": "estune.trainer", "UserError": "estune.errors"}
+_HOMES = {"ESConfig": "estune.config", "ESTrainer": "estune.train.trainer", "UserError": "estune.errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,22 +15,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from estune import __version__
-from estune.config import FIELD_TYPES, FIELDS, ESConfig, canonical, coerce, default_of, read_config_file
+from estune.config import (
+    EVALUATE_FIELDS,
+    FIELD_TYPES,
+    FIELDS,
+    PROBE_FIELDS,
+    SCORE_FIELDS,
+    ESConfig,
+    canonical,
+    coerce,
+    default_of,
+    read_config_file,
+)
 from estune.console import keep_stdout_for_json, note, print_result, say, take_over_process, warn
-from estune.errors import UserError
-from estune.fetch import MODELS
+from estune.errors import UserError, nearest
 from estune.files import full_disk_message, is_full_disk
+from estune.models.fetch import MODELS
 from estune.tasks import TASKS
-from estune.words import nearest
 
 DEMO_PRESET = "demo"
-# The fields that decide what an evaluation prints; `estune evaluate` takes these and no others.
-EVALUATE_FIELDS = (
-    "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
-    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
-    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
-    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
-).split()
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 # Flags of TRL, transformers, verl and vLLM whose meaning has another name here, or no place in evolution strategies.
 # An entry counts for the commands that have every flag it names.
@@ -64,17 +67,6 @@ ELSEWHERE = {
     "fsdp": "; this version runs in one process on one device",
 }
 TAKING_RUNS = ("replay", "export", "report", "watch")  # RUN as a word, or as --run RUN
-# Those that decide what a step's members say and get.
-PROBE_FIELDS = (
-    "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
-    "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
-    "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
-    "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
-    "prompts_per_batch members_per_batch num_threads"
-).split()
-SCORE_FIELDS = (
-    "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
-).split()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -313,8 +305,8 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
 
 def _train(values: dict[str, Any]) -> int:
     args = train_config(values)
-    from estune import inputs
-    from estune.trainer import ESTrainer
+    from estune.train import setup
+    from estune.train.trainer import ESTrainer
 
     if args.method == "es":
         trainer = ESTrainer(args=args)
@@ -324,7 +316,7 @@ def _train(values: dict[str, Any]) -> int:
         trainer = BaselineTrainer(args=args)
     if args.dry_run:
         prompts = trainer.prepare()
-        print_result(inputs.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
+        print_result(setup.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
         print_result(f"estune: {trainer.engine.master.num_parameters:,} parameters, {len(trainer.train_rows)} training "
                      f"rows, {len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
         return 0
@@ -342,9 +334,9 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
     run_files = [Path(str(given.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
     if resuming and any(file.exists() for file in run_files):
-        from estune.resume import located, module_directories, refuse_lost
-        from estune.reward_loading import look_for_modules_in
-        from estune.run import read_config
+        from estune.rewards.loading import look_for_modules_in
+        from estune.run.directory import read_config
+        from estune.run.resume import located, module_directories, refuse_lost
 
         run_dir = Path(str(given["output_dir"]))
         base = located(read_config(run_dir), run_dir)
@@ -379,14 +371,19 @@ def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(values: dict[str, Any]) -> int:
-    from estune.commands import evaluate_command
-    from estune.data import has_splits
-    from estune.run import inherited_settings
+    from estune.commands.all_commands import evaluate_command
+    from estune.data.datasets import has_splits
+    from estune.rewards.loading import look_for_modules_in
+    from estune.run.directory import inherited_settings, run_of
+    from estune.run.resume import module_directories
 
     extras = {
         name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json", "batch_check")
     }
-    inherited = inherited_settings(str(values.get("model", "")), values)
+    run_dir = run_of(str(values.get("model", "")))
+    inherited = inherited_settings(run_dir, values) if run_dir else {}
+    if run_dir and "reward_funcs" in inherited:
+        look_for_modules_in(module_directories(run_dir))
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
         warn(f"{own_data} is one set of rows, and the run was trained on all of them: give --dataset_name for others")
     if inherited and not extras["json"]:
@@ -400,13 +397,13 @@ def _probe(values: dict[str, Any]) -> int:
     from_file = canonical(read_config_file(file), file) if file else {}
     given = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
     args = ESConfig.from_mapping({"task": _default_task(given), **given})
-    from estune.probe import SIGMAS, probe_command
+    from estune.commands.probe import SIGMAS, probe_command
 
     return probe_command(args, sigmas or SIGMAS, as_json)
 
 
 def _score(values: dict[str, Any]) -> int:
-    from estune.commands import score_command
+    from estune.commands.all_commands import score_command
 
     completions, as_json = Path(values.pop("completions")), values.pop("json")
     return score_command(ESConfig.from_mapping(values), completions, as_json)
@@ -419,48 +416,48 @@ def _default_task(values: dict[str, Any]) -> str | None:
 
 
 def _replay(values: dict[str, Any]) -> int:
-    from estune.commands import replay_command
+    from estune.commands.all_commands import replay_command
 
     return replay_command(Path(values["run"]), values["step"], Path(values["output_dir"]), values["model"])
 
 
 def _fetch(values: dict[str, Any]) -> int:
-    from estune.fetch import fetch_command
+    from estune.models.fetch import fetch_command
 
     return fetch_command(values["name"], values["output_dir"], values["source"], values["wheel"])
 
 
 def _export(values: dict[str, Any]) -> int:
-    from estune.patch import export_command
+    from estune.commands.patches import export_command
 
     return export_command(values["run"], values["patch"])
 
 
 def _apply(values: dict[str, Any]) -> int:
-    from estune.patch import apply_command
+    from estune.commands.patches import apply_command
 
     return apply_command(**values)
 
 
 def _report(values: dict[str, Any]) -> int:
-    from estune.report.command import report_command
+    from estune.commands.report import report_command
 
     return report_command(values["runs"], values["output_dir"])
 
 
 def _compare(values: dict[str, Any]) -> int:
-    from estune.compare.command import compare_command
+    from estune.commands.compare import compare_command
 
     return compare_command(values["file"], values["output_dir"], values["dry_run"], values["report_only"])
 
 
 def _watch(values: dict[str, Any]) -> int:
-    from estune.report.watch import watch_command
+    from estune.monitor.report.watch import watch_command
 
     return watch_command(values["runs"], values["host"], values["port"])
 
 
 def _env(values: dict[str, Any]) -> int:
-    from estune.commands import env_command
+    from estune.commands.all_commands import env_command
 
     return env_command(values["json"])

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from estune.errors import UserError
-from estune.optimizer import SCHEDULES, SIGMA_SCHEDULES
-from estune.words import nearest
+from estune.errors import UserError, nearest
+from estune.es.update import SCHEDULES, SIGMA_SCHEDULES
 
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 PRESETS = Path(__file__).parent / "presets"
@@ -44,6 +43,27 @@ RESUMABLE = frozenset(
     "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
     "hub_private_repo".split()
 )
+
+# The fields of `ESConfig` that each command takes beside `train`, which takes them all.
+# `estune evaluate`: what decides the result.
+EVALUATE_FIELDS = (
+    "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
+    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
+    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
+    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
+).split()
+# `estune probe`: what decides the members' completions and their rewards.
+PROBE_FIELDS = (
+    "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
+    "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
+    "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
+    "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
+    "prompts_per_batch members_per_batch num_threads"
+).split()
+# `estune score`: what decides the rewards of given completions.
+SCORE_FIELDS = (
+    "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
+).split()
 
 
 def _option(

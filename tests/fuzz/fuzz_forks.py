@@ -252,9 +252,9 @@ def _main() -> None:
     import pyarrow.parquet
     import transformers
 
-    import estune.commands
-    import estune.engines.hf
-    import estune.trainer  # noqa: F401
+    import estune.commands.all_commands
+    import estune.engines.hf.engine
+    import estune.train.trainer  # noqa: F401
 
     for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM", "Gemma3ForCausalLM",
                  "PreTrainedTokenizerFast"):  # fmt: skip

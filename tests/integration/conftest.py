@@ -32,7 +32,7 @@ def trainers(monkeypatch):
 @pytest.fixture
 def batches(monkeypatch):
     """What runs had scored: (rows, completions (B, G), rewards (B, G)) of each batch."""
-    from estune.baselines.ground import Ground
+    from estune.baselines.session import Ground
 
     seen = []
     score = Ground.score

@@ -405,7 +405,7 @@ def test_models_that_are_not_there(refused, run_model, place, model, parts):
 
 def test_a_run_without_a_finished_model(run, place, monkeypatch):
     """The checkpoint, or the journal alone, is what there is to evaluate."""
-    from estune.engines.hf_loading import resolve_model
+    from estune.engines.hf.loading import resolve_model
     from estune.errors import UserError
 
     monkeypatch.chdir(place)
@@ -422,7 +422,7 @@ def test_a_run_without_a_finished_model(run, place, monkeypatch):
 
 @pytest.mark.parametrize(("word", "near"), [("tiyn", "tiny"), ("./mymodel", "mymodle"), ("mymodel", "mymodle")])
 def test_a_model_that_is_nearly_there(place, monkeypatch, word, near):
-    from estune.engines.hf_loading import near_models
+    from estune.engines.hf.loading import near_models
 
     monkeypatch.chdir(place)
     (place / "mymodle").mkdir()

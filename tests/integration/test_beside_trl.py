@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny_models import save_tiny, tiny_tokenizer
 
 from estune import ESConfig, ESTrainer
-from estune.rewards import RewardBatch, RewardPool, load_reward
+from estune.rewards.pool import RewardBatch, RewardPool, load_reward
 
 trl = pytest.importorskip("trl", reason="an optional neighbour")
 

@@ -21,13 +21,13 @@ from estune.compare.config import from_mapping
 from estune.compare.measure import Judges, divergence, evaluation_config
 from estune.compare.measure import test_rows as held_out_rows
 from estune.config import ESConfig
-from estune.engines.base import Prompt, Sampling
-from estune.engines.decoding import is_sound
-from estune.engines.hf import HFEngine
+from estune.engines.hf.decoding import is_sound
+from estune.engines.hf.engine import HFEngine
 from estune.errors import UserError
-from estune.inputs import load_engine
-from estune.model_paths import local_directory
-from estune.rollouts import Group, known_groups
+from estune.es.types import Prompt, Sampling
+from estune.models.names import local_directory
+from estune.train.rollouts import Group, known_groups
+from estune.train.setup import load_engine
 
 SHORT = ("--task", "countdown", "--max_completion_length", 12, "--num_threads", 1)
 TRAIN = ("train", *SHORT, "--population_size", 4, "--batch_size", 4, "--report_to", "none", "--output_dir", "run")

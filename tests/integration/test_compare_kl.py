@@ -10,7 +10,7 @@ import torch
 from exact_divergence import exact_kl
 from tiny_models import VOCAB_SIZE, tiny_model
 
-from estune.evaluation import kl_k3
+from estune.train.evaluation import kl_k3
 
 SAMPLES = 4000
 pytestmark = pytest.mark.miniature

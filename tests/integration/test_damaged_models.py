@@ -18,11 +18,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tiny_models import EOS, PAD, save_tiny, tiny_tokenizer
 
-from estune.engines.base import Prompt, Sampling
-from estune.engines.hf import HFEngine
-from estune.engines.hf_loading import check_model
+from estune.engines.hf.engine import HFEngine
+from estune.engines.hf.loading import check_model
 from estune.errors import UserError
-from estune.model_paths import EMBEDDED_MODELS
+from estune.es.types import Prompt, Sampling
+from estune.models.names import EMBEDDED_MODELS
 
 Edit = Callable[[Path], Any]
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

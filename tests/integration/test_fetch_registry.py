@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from estune.errors import UserError
-from estune.fetch import MODELS, fetch
+from estune.models.fetch import MODELS, fetch
 
 pytestmark = pytest.mark.slow
 ASK = """

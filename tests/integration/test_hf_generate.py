@@ -18,14 +18,14 @@ from tiny_models import EOS, FAMILIES, PAD, save_tiny, tiny_model, tiny_tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from estune.engines import attention, decoding, hf_callers, hf_trials, small_linear
-from estune.engines.base import Completion, Interrupted, Perturbation, Prompt, Sampling
-from estune.engines.end_ids import end_ids
-from estune.engines.hf import HFEngine
+from estune.engines.hf import attention, callers, decoding, small_linear, trials
+from estune.engines.hf.end_ids import end_ids
+from estune.engines.hf.engine import HFEngine
 from estune.engines.toy import ToyEngine
 from estune.errors import UserError
-from estune.noise import perturbation_scale
-from estune.population import EVAL_PERSON, Member, derive_seed
+from estune.es.noise import perturbation_scale
+from estune.es.population import EVAL_PERSON, derive_seed
+from estune.es.types import Completion, Interrupted, Member, Perturbation, Prompt, Sampling
 
 GREEDY = Sampling(seed=0, step=0, max_completion_length=16)
 SAMPLED = replace(GREEDY, temperature=0.8, num_generations=2)
@@ -78,9 +78,9 @@ def test_the_batch_shrinks_as_rows_finish(family: str) -> None:
         assert completion.finished == ends[-1]
 
 
-def last_logits(model: Any, rows: list[list[int]], caller: hf_callers.Caller) -> list[torch.Tensor]:
+def last_logits(model: Any, rows: list[list[int]], caller: callers.Caller) -> list[torch.Tensor]:
     """Logits after the prompts, and after one and two more tokens; each (R, V)."""
-    ids, mask = hf_callers.left_pad(rows, PAD, torch.device("cpu"))
+    ids, mask = callers.left_pad(rows, PAD, torch.device("cpu"))
     with torch.inference_mode():
         found = [caller.prefill(ids, mask, 4)]
         found += [caller.step(ids[:, 0] * 0 + token) for token in (5, 6)]
@@ -92,19 +92,19 @@ def test_fast_layers_and_attention_give_the_logits_of_transformers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(family)
-    if not hf_trials.uses_attention_caller(model):
+    if not trials.uses_attention_caller(model):
         pytest.skip("has no attention, or inputs of its own")
     rows = [[*range(30)], [7] * 9, [7] * 9, [8]]
-    expected = last_logits(model, rows, hf_callers.AttentionCaller(model, wide_mask=False))
+    expected = last_logits(model, rows, callers.AttentionCaller(model, wide_mask=False))
     grouped = family in ("llama", "qwen2", "qwen3", "gemma", "gemma3", "mixtral", "qwen2_moe", "hrm_text")
     assert attention.install(model) == grouped
     assert not attention.install(model)  # once is enough
     monkeypatch.setattr(small_linear, "MIN_WIDTH", 1)
     monkeypatch.setattr(small_linear, "MIN_WEIGHTS", 1)
     small_linear.install(model)
-    wide = hf_trials.takes_wide_mask(model)
+    wide = trials.takes_wide_mask(model)
     assert wide == (family != "gemma3")  # gemma3 has layers of two kinds
-    for found, wanted in zip(last_logits(model, rows, hf_callers.AttentionCaller(model, wide)), expected, strict=True):
+    for found, wanted in zip(last_logits(model, rows, callers.AttentionCaller(model, wide)), expected, strict=True):
         assert torch.allclose(found, wanted, atol=2e-5 * float(wanted.abs().max()))
 
 
@@ -126,10 +126,10 @@ def test_rows_may_be_repeated_and_reordered(family: str) -> None:
     model = tiny_model(family)
     rows = [[*range(30)], [7] * 9, [8]]
     lines = torch.tensor([2, 0, 2, 2, 1])
-    ids, mask = hf_callers.left_pad(rows, PAD, torch.device("cpu"))
-    wide = hf_trials.takes_wide_mask(model)
+    ids, mask = callers.left_pad(rows, PAD, torch.device("cpu"))
+    wide = trials.takes_wide_mask(model)
     with torch.inference_mode():
-        plain, moved = hf_callers.AttentionCaller(model, wide), hf_callers.AttentionCaller(model, wide)
+        plain, moved = callers.AttentionCaller(model, wide), callers.AttentionCaller(model, wide)
         assert torch.equal(plain.prefill(ids, mask, 4), moved.prefill(ids, mask, 4))
         assert moved.keep(lines)
         for token in (5, 6):
@@ -158,8 +158,8 @@ def test_what_prompts_have_in_common_is_read_once(family: str, groups: int) -> N
     head = list(range(40, 52))
     rows = [[*head, 1, 2, 3], [*head, 4], [*head, 1, 2, 3], [*head, 9, 9, 9, 9, 9]]
     counting, widths = CountingModel(model), []
-    wide = hf_trials.takes_wide_mask(model)
-    sharing = hf_callers.AttentionCaller(counting, wide, groups, widths.append)
+    wide = trials.takes_wide_mask(model)
+    sharing = callers.AttentionCaller(counting, wide, groups, widths.append)
     found = last_logits(model, rows * groups, sharing)
     if wide:
         assert counting.shapes[:2] == [(groups, 12), (3 * groups, 5)]
@@ -169,10 +169,10 @@ def test_what_prompts_have_in_common_is_read_once(family: str, groups: int) -> N
         assert widths == [3, 4]
     assert counting.shapes[-2:] == [(4 * groups, 1)] * 2
     apart = CountingModel(model)  # rows may all have weights of their own: nothing is shared
-    last_logits(apart, rows, hf_callers.AttentionCaller(apart, wide))
+    last_logits(apart, rows, callers.AttentionCaller(apart, wide))
     assert apart.shapes[0] == (4, 17)
     for line, row in enumerate(rows * groups):
-        alone = last_logits(model, [row], hf_callers.AttentionCaller(model, wide_mask=False))
+        alone = last_logits(model, [row], callers.AttentionCaller(model, wide_mask=False))
         for one, many in zip(alone, found, strict=True):
             assert torch.allclose(many[line], one[0], atol=2e-5 * float(one.abs().max()))
 

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from estune.engines.base import Perturbation, Prompt, Sampling
-from estune.engines.hf import HFEngine
-from estune.engines.hf_parameters import _pieces_of, _view_at, bindings
+from estune.engines.hf.engine import HFEngine
+from estune.engines.hf.parameters import _pieces_of, _view_at, bindings
 from estune.errors import UserError
-from estune.noise import noise_ints, perturbation_scale
-from estune.population import Member
+from estune.es.noise import noise_ints, perturbation_scale
+from estune.es.types import Member, Perturbation, Prompt, Sampling
 
 SCALE = perturbation_scale(1e-2)
 PROMPTS = [Prompt(0, "", (5, 6, 7)), Prompt(1, "", (80, 81, 82, 83, 84))]

@@ -14,8 +14,8 @@ import pytest
 from command_line import TOY, estune
 
 from estune.errors import UserError
-from estune.loggers import LOGGERS, Apart, numbers, start_logger
-from estune.monitors import Monitors
+from estune.monitor.monitors import Monitors
+from estune.monitor.trackers import LOGGERS, Apart, numbers, start_logger
 
 RUN = (*TOY, "--max_steps", 2, "--population_size", 4, "--sigma", 0.1, "--num_threads", 1, "--eval_steps", 1,
        "--reward_isolation", "inline")  # fmt: skip
@@ -163,8 +163,8 @@ def test_a_tracker_that_exits_does_not_end_the_run(capsys):
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
-    monkeypatch.setattr("estune.loggers.BEHIND_S", 0.05)
-    monkeypatch.setattr("estune.loggers.CLOSE_S", 0.05)
+    monkeypatch.setattr("estune.monitor.trackers.BEHIND_S", 0.05)
+    monkeypatch.setattr("estune.monitor.trackers.CLOSE_S", 0.05)
     let_go = threading.Event()
     monitors = Monitors([], [Apart("odd", lambda: Odd(on_log=let_go.wait))])
     monitors.log({"step": 1})
@@ -179,8 +179,8 @@ def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
 
 def test_a_slow_tracker_loses_nothing(monkeypatch, capsys):
     """It takes longer for all records than the limits are, and for none of them."""
-    monkeypatch.setattr("estune.loggers.BEHIND_S", 3.0)
-    monkeypatch.setattr("estune.loggers.CLOSE_S", 3.0)
+    monkeypatch.setattr("estune.monitor.trackers.BEHIND_S", 3.0)
+    monkeypatch.setattr("estune.monitor.trackers.CLOSE_S", 3.0)
     odd = Odd(on_log=lambda: time.sleep(0.2))
     monitors = Monitors([], [Apart("odd", lambda: odd)])
     for step in range(20):
@@ -219,7 +219,7 @@ def test_a_tracker_that_never_starts_stops_the_run(place, monkeypatch):
     let_go = threading.Event()
     monkeypatch.setitem(LOGGERS, "tensorboard", ("json", lambda *_: let_go.wait() and Odd()))
     with monkeypatch.context() as patch:
-        patch.setattr("estune.loggers.START_S", 0.05)
+        patch.setattr("estune.monitor.trackers.START_S", 0.05)
         with pytest.raises(UserError, match=r"report_to tensorboard cannot start: TimeoutError: no answer for 0\.05 s"):
             start_logger("tensorboard", place, "run", {})
     monkeypatch.setitem(LOGGERS, "tensorboard", ("json", lambda *_: leave()))

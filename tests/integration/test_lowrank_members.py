@@ -12,14 +12,13 @@ from test_hf_generate import GREEDY, SAMPLED, prompts
 from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
 
-from estune.engines import small_linear
-from estune.engines.base import Completion, Perturbation, Prompt
-from estune.engines.hf import HFEngine
-from estune.engines.hf_callers import left_pad
-from estune.engines.hf_parameters import bindings
-from estune.engines.lowrank import Members, plan_rows
-from estune.noise import lowrank_ints, lowrank_scale, noise_ints, perturbation_scale
-from estune.population import Member
+from estune.engines.hf import small_linear
+from estune.engines.hf.callers import left_pad
+from estune.engines.hf.engine import HFEngine
+from estune.engines.hf.parameters import bindings
+from estune.engines.lowrank.members import Members, plan_rows
+from estune.es.noise import lowrank_ints, lowrank_scale, noise_ints, perturbation_scale
+from estune.es.types import Completion, Member, Perturbation, Prompt
 
 SHARED = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma3", "opt", "gpt_neox"]
 SIGMA = 2e-2
@@ -174,7 +173,7 @@ def test_rows_that_finish_leave_and_change_no_answer(family: str, sampling: Any)
 
 def test_an_update_moves_what_the_engine_answers() -> None:
     """The master is the working model's own memory: nothing is copied, and theta is what answers."""
-    from estune.optimizer import make_update
+    from estune.es.update import make_update
 
     engine = engine_of("llama")
     rows = prompts(4)

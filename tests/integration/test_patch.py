@@ -9,7 +9,7 @@ from hashlib import blake2b
 import pytest
 from command_line import TOY, assert_refused, weights
 
-from estune.patch import CONTENT, DIGEST_BYTES, MAGIC
+from estune.commands.patches import CONTENT, DIGEST_BYTES, MAGIC
 
 RUN = (*TOY, "--max_steps", 3, "--population_size", 6, "--sigma", 0.1, "--learning_rate", 0.1, "--num_threads", 1,
        "--reward_isolation", "inline")  # fmt: skip

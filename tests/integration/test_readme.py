@@ -49,7 +49,7 @@ def test_the_annotated_tree_names_every_module_and_no_other() -> None:
 
 def test_programs_shadow_no_package() -> None:
     """A program's directory comes first on its path, so a file named like a package would be imported in its place."""
-    code = "import numba, estune.trainer, estune.engines.hf, transformers.models.llama, matplotlib.pyplot"
+    code = "import numba, estune.train.trainer, estune.engines.hf.engine, transformers.models.llama, matplotlib.pyplot"
     for directory in ("benchmarks", "scripts"):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / directory, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

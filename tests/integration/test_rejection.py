@@ -8,18 +8,19 @@ import transformers
 from command_line import metrics, weights
 from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 
-from estune import ESConfig, inputs
+from estune import ESConfig
 from estune.baselines import BaselineTrainer, random_search, rejection
-from estune.baselines.ground import Ground
+from estune.baselines.session import Ground
 from estune.compare import job
 from estune.compare.plan import evaluations_per_step
-from estune.data import Batches
-from estune.engines.base import Interrupted
+from estune.data.datasets import Batches
 from estune.errors import UserError
-from estune.model_paths import local_directory
-from estune.records import read_metrics
-from estune.session import plan_step
+from estune.es.types import Interrupted
+from estune.models.names import local_directory
+from estune.run.records import read_metrics
 from estune.tasks import get_task
+from estune.train import setup
+from estune.train.session import plan_step
 
 pytestmark = pytest.mark.usefixtures("in_place")
 
@@ -193,7 +194,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
 
     def fitness(perturbation, first, index):  # two prompts from a place of the run's order
         rows = [prompts[row] for row in order[first : first + 2]]
-        answers = trainer.engine.generate(perturbation, rows, inputs.sampling(trainer.args, index))
+        answers = trainer.engine.generate(perturbation, rows, setup.sampling(trainer.args, index))
         return np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
 
     place_of, holder, fitnesses = (-1, -1), None, []

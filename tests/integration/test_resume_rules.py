@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
 from estune.errors import Hindered
-from estune.model_paths import EMBEDDED_MODELS
-from estune.resume import LOCATED, RULES, Facts, check_facts
-from estune.run import adopt
+from estune.models.names import EMBEDDED_MODELS
+from estune.run.directory import adopt
+from estune.run.resume import LOCATED, RULES, Facts, check_facts
 
 REWARD = """import helper
 

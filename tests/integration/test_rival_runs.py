@@ -13,12 +13,12 @@ from rival_runs import FEW, NO_GRADIENT, SMALL, TRL, always_right, easy_rows, te
 from safetensors.numpy import load_file
 
 from estune import ESConfig, ESTrainer
-from estune.baselines.ground import Ground
+from estune.baselines.session import Ground
 from estune.cli import main
-from estune.engines.base import Interrupted
 from estune.errors import UserError
-from estune.model_paths import local_directory
-from estune.report.data import read_runs
+from estune.es.types import Interrupted
+from estune.models.names import local_directory
+from estune.monitor.report.data import read_runs
 
 pytestmark = pytest.mark.usefixtures("in_place")
 
@@ -175,18 +175,19 @@ def test_weights_that_diverge_are_never_the_result(capsys, place):
 
 KILLER = """
 import os, signal, sys
-from estune.baselines import ground, policy_gradient, random_search, trainer
+from estune.baselines import policy_gradient, random_search, trainer
+from estune.baselines import session
 from estune.cli import main
 
 where, step, *words = sys.argv[1:]
 owner, name = {
-    "metrics": (ground.Ground, "after_step"),  # the step's metrics are written
+    "metrics": (session.Ground, "after_step"),  # the step's metrics are written
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
-    "kept": (ground.Progress, "keep"),  # it is whole, and nothing says so
-    "kept beside": (ground.Progress, "keep_beside"),  # the same of a method whose files are written at every step
-    "final": (ground.Ground, "save"),
-    "scoring": (ground.Ground, "score"),  # of what was sampled
-    "method": (ground.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
+    "kept": (session.Progress, "keep"),  # it is whole, and nothing says so
+    "kept beside": (session.Progress, "keep_beside"),  # the same of a method whose files are written at every step
+    "final": (session.Ground, "save"),
+    "scoring": (session.Ground, "score"),  # of what was sampled
+    "method": (session.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
 }[where]
 plain = getattr(owner, name)
 

@@ -10,10 +10,11 @@ from command_line import PATIENCE_S, metrics, weights
 from rival_runs import NO_GRADIENT, SMALL, easy_rows, train, weights_of_base, write_few
 from tiny_models import save_tiny
 
-from estune import ESConfig, inputs
+from estune import ESConfig
 from estune.baselines import BaselineTrainer
-from estune.model_paths import local_directory
+from estune.models.names import local_directory
 from estune.tasks import get_task
+from estune.train import setup
 
 pytestmark = pytest.mark.usefixtures("in_place")
 
@@ -37,7 +38,7 @@ def test_samples_are_what_es_engine_gives_for_theta(method, batches, place):
         args = ESConfig(**{**SMALL, "method": method, **changes, "model": str(model), "save_steps": 0})
         trainer = BaselineTrainer(args=args)
         prompts = [trainer.prepare()[row] for row in rows]
-        sampling = inputs.sampling(trainer.args, index)
+        sampling = setup.sampling(trainer.args, index)
         if method == "sft_rejection":
             sampling = dataclasses.replace(sampling, num_generations=1)
             rounds = [(drawn + place) // 6 for place in range(len(rows))]

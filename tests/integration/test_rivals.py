@@ -13,12 +13,13 @@ from command_line import metrics, write_rewards
 from datasets import Dataset
 from rival_runs import NO_GRADIENT, SMALL, TRL, tensors, train, trl
 
-from estune import ESConfig, inputs
+from estune import ESConfig
 from estune.baselines import arguments
 from estune.baselines.policy_gradient import count_positions_from_the_mask
 from estune.errors import UserError
-from estune.model_paths import local_directory
+from estune.models.names import local_directory
 from estune.tasks import get_task
+from estune.train import setup
 
 pytestmark = pytest.mark.usefixtures("in_place")
 
@@ -146,7 +147,7 @@ def test_the_defaults_of_methods_are_trls():
         if method != "sft_rejection":
             assert (args.temperature, args.top_p, args.top_k) == (1.0, theirs["top_p"], theirs["top_k"])
             assert (theirs["temperature"], args.num_generations) == (1.0, 8)  # TRL's RLOO has 2
-    resolved = inputs.resolve_config(ESConfig(method="grpo", task="countdown"), 200)
+    resolved = setup.resolve_config(ESConfig(method="grpo", task="countdown"), 200)
     assert (resolved.batch_size, resolved.learning_rate) == (8, 1e-6)
 
 
@@ -156,7 +157,7 @@ def test_the_page_names_the_defaults_that_a_run_gets():
     head, _, *body = [[cell.strip() for cell in text.strip("|").split("|")] for text in lines[start : start + 11]]
     table = {cells[0].split(",")[0].strip("`"): dict(zip(head[1:], cells[1:], strict=True)) for cells in body}
     for method in ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search"):
-        args = inputs.resolve_config(ESConfig(method=method, task="countdown"), 200)
+        args = setup.resolve_config(ESConfig(method=method, task="countdown"), 200)
         for name in ("learning_rate", "batch_size", "num_generations", "temperature"):
             told = table[name][f"`{method}`"].split()[:1]
             if (method, name) == ("random_search", "learning_rate"):
@@ -293,4 +294,4 @@ def test_a_method_that_trains_in_float32_samples_in_it_wherever_it_runs():
     """On a GPU `auto` is otherwise what a checkpoint of 16 bits has."""
     for method, dtype in (("grpo", "float32"), ("sft_rejection", "float32"), ("random_search", "auto")):
         given = ESConfig(**{**SMALL, "method": method, **(NO_GRADIENT if method == "random_search" else {})})
-        assert inputs.resolve_config(given, 200).dtype == dtype
+        assert setup.resolve_config(given, 200).dtype == dtype

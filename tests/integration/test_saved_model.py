@@ -17,12 +17,12 @@ from tiny_models import EOS, FAMILIES, PAD, save_tiny, tiny_model, tiny_tokenize
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from estune.checkpoint import write_model
-from estune.engines.base import Prompt, Sampling
-from estune.engines.hf import HFEngine
-from estune.engines.hf_loading import load_model
+from estune.engines.hf.engine import HFEngine
+from estune.engines.hf.loading import load_model
 from estune.engines.toy import ToyEngine
 from estune.errors import UserError
+from estune.es.types import Prompt, Sampling
+from estune.run.checkpoint import write_model
 
 GREEDY = Sampling(seed=0, step=0, max_completion_length=6)
 PROMPTS = [Prompt(i, "", tuple(range(5, 8 + i))) for i in range(3)]

@@ -438,7 +438,7 @@ def test_programs_that_a_reward_starts_get_the_users_signals():
     """What was ignored at the start is ignored there, too; what was not has its default back."""
     script = textwrap.dedent("""
         import signal, subprocess, sys
-        from estune.rewards import RewardBatch, RewardPool
+        from estune.rewards.pool import RewardBatch, RewardPool
         def mask(completions, **_):
             shown = subprocess.run(["grep", "SigIgn", "/proc/self/status"], capture_output=True, text=True).stdout
             return [float(int(shown.split()[1], 16) >> signal.SIGHUP - 1 & 1) for _ in completions]

@@ -12,8 +12,8 @@ from command_line import assert_same_tree, journal, length, metrics, steps, tree
 from tiny_models import save_tiny, tiny_tokenizer
 
 from estune import ESConfig, ESTrainer
-from estune.engines.hf import HFEngine
-from estune.engines.hf_callers import AttentionCaller
+from estune.engines.hf.callers import AttentionCaller
+from estune.engines.hf.engine import HFEngine
 from estune.errors import UserError
 
 ROWS = [{"prompt": f"count to {i}: ", "bonus": i / 10} for i in range(6)]
@@ -295,9 +295,9 @@ def test_theta_survives_any_number_of_evaluations(llama):
     prompts = trainer.prepare()
     master = trainer.engine.master
     before = {name: array.copy() for name, array in master.arrays.items()}
-    from estune.engines.base import Perturbation
-    from estune.inputs import sampling
-    from estune.population import members_for_step
+    from estune.es.population import members_for_step
+    from estune.es.types import Perturbation
+    from estune.train.setup import sampling
 
     first = trainer.engine.generate(None, prompts, sampling(trainer.args, 0))
     for member in members_for_step(0, 0, 6, True):

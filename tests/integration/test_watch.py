@@ -17,9 +17,9 @@ import pytest
 from command_line import TOY
 
 from estune.errors import UserError
-from estune.report.data import read_runs
-from estune.report.page import page
-from estune.report.watch import serve
+from estune.monitor.report.data import read_runs
+from estune.monitor.report.page import page
+from estune.monitor.report.watch import serve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -13,7 +13,7 @@ import pytest
 from command_line import PATIENCE_S, TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
 
 from estune.config import FIELDS, ESConfig
-from estune.journal import Journal
+from estune.run.journal import Journal
 
 RUN = (
     *TOY,

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estune.engines.base import ParameterSpec, Perturbation
-from estune.master import PIECE, Master
-from estune.noise import cpu, lowrank_ints, noise_deviation, noise_ints, noise_key, perturbation_scale
-from estune.optimizer import Update, make_update
-from estune.population import members_for_step
+from estune.es.noise import cpu, lowrank_ints, noise_deviation, noise_ints, noise_key, perturbation_scale
+from estune.es.population import members_for_step
+from estune.es.theta import PIECE, Master
+from estune.es.types import ParameterSpec, Perturbation
+from estune.es.update import Update, make_update
 
 SHAPES = {
     "lm_head.weight": (300, 1001),  # more than one piece

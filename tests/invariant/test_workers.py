@@ -20,8 +20,9 @@ from command_line import (
 )
 
 from estune.engines.toy import ToyEngine
-from estune.optimizer import make_update
-from estune.population import Member, members_for_step
+from estune.es.population import members_for_step
+from estune.es.types import Member
+from estune.es.update import make_update
 from estune.tasks.quadratic import wanted
 
 OPTIONS = (
@@ -140,7 +141,7 @@ def test_the_order_of_members_in_an_update_changes_no_bit():
 
 def test_a_tie_moves_nothing():
     """Thirty times 0.1 has a standard deviation of 2.8e-17, not 0."""
-    from estune.fitness import shape_fitness
+    from estune.es.fitness import shape_fitness
 
     toy = ToyEngine()
     for shaping in ("z_score", "centered_rank", "per_prompt_z", "none"):

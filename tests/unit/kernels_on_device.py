@@ -15,15 +15,17 @@ import pytest
 import torch
 from plain_noise import plain_key, same_bits, wide_checksum, wide_noise
 
-from estune import gpu_master
-from estune.engines.base import ParameterSpec, Perturbation
-from estune.engines.lowrank import Members, SharedForward
-from estune.gpu_master import DeviceMaster
-from estune.master import Master
-from estune.noise import cpu_lowrank, gpu, gpu_check, lowrank_ints, lowrank_scale, noise_key, perturbation_scale
-from estune.noise.gpu_check import theta_values
-from estune.optimizer import Update, make_update
-from estune.population import Member, members_for_step
+from estune.engines.lowrank.members import Members, SharedForward
+from estune.es.noise import cpu_lowrank, lowrank_ints, lowrank_scale, noise_key, perturbation_scale
+from estune.es.population import members_for_step
+from estune.es.theta import Master
+from estune.es.types import Member, ParameterSpec, Perturbation
+from estune.es.update import Update, make_update
+from estune.gpu import check
+from estune.gpu import launch as gpu
+from estune.gpu import theta as gpu_master
+from estune.gpu.check import theta_values
+from estune.gpu.theta import DeviceMaster
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -96,7 +98,7 @@ def test_the_cast_to_bfloat16_is_to_nearest_even_for_every_upper_half() -> None:
 
 def test_members_and_updates_equal_the_cpu_kernels() -> None:
     """Includes decay to 0 and to an anchor, the end of a key block, checksums, norms and low-rank stacks."""
-    assert gpu_check.check(DEVICE) == []
+    assert check.check(DEVICE) == []
 
 
 def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +123,7 @@ def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyP
         *(f"a low-rank {what}" for what in dtypes + decays),
     ]
     expected = [f"{what} ({distribution})" for distribution in DISTRIBUTIONS for what in compared]
-    assert gpu_check.check(DEVICE) == ["a checksum", *expected]
+    assert check.check(DEVICE) == ["a checksum", *expected]
 
 
 @pytest.mark.parametrize("antithetic", [False, True])

@@ -1,6 +1,6 @@
 """The noise written a second time, from its definition alone: Python integers, and 64-bit NumPy with explicit masks.
 
-Nothing here shares code with `estune.noise`; the tests compare the two.
+Nothing here shares code with `estune.es.noise`; the tests compare the two.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, torch
-from estune.engines.allocator import keep_freed_memory
+from estune.engines.hf.allocator import keep_freed_memory
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

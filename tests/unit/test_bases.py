@@ -35,7 +35,7 @@ def test_prompts_have_the_tokens_that_the_base_was_trained_on(name: str) -> None
     """However transformers chooses a tokenizer class: it overrules the files of some model types."""
     from transformers import PreTrainedTokenizerFast
 
-    from estune.engines.hf_loading import load_tokenizer
+    from estune.engines.hf.loading import load_tokenizer
     from estune.tasks import countdown
 
     trained = PreTrainedTokenizerFast.from_pretrained(BASES / "llama")

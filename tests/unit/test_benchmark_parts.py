@@ -7,7 +7,7 @@ import torch
 from script_loading import loaded
 from transformers import AutoModelForCausalLM
 
-from estune.model_paths import local_directory
+from estune.models.names import local_directory
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from estune.card import command_of, fetching
 from estune.config import ESConfig
+from estune.run.card import command_of, fetching
 
 
 def test_a_base_that_only_the_registry_has_is_fetched_first(tmp_path: Path) -> None:

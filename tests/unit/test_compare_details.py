@@ -10,7 +10,7 @@ import pytest
 from estune.compare.report import _labels, _more_table, _tuning_table
 from estune.compare.statistics import two_level
 from estune.compare.tables import _fixed, _row
-from estune.evaluation import interval, pass_at_k
+from estune.train.evaluation import interval, pass_at_k
 
 BASE: dict[str, Any] = {
     "correct": "1000", "length": 3.0, "right_of": [2, 1, 0, 0], "samples": 2, "never_solved": [2, 3],

@@ -22,7 +22,7 @@ from estune.compare.statistics import (
     two_level,
 )
 from estune.compare.student import outside, quantile
-from estune.evaluation import interval, kl_k3
+from estune.train.evaluation import interval, kl_k3
 
 
 @pytest.mark.parametrize("degrees", [1, 1.3, 2, 2.5, 3, 4, 7.7, 30, 199, 999])

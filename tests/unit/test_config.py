@@ -14,7 +14,7 @@ import pytest
 
 from estune.config import FIELDS, METHODS, RESUMABLE, ESConfig, canonical_name, coerce, default_of, read_config_file
 from estune.errors import UserError
-from estune.inputs import resolve_config
+from estune.train.setup import resolve_config
 
 
 def test_defaults_are_the_papers() -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from estune.data import Batches, PromptBuilder, check_columns, has_splits, load_rows, reward_inputs
+from estune.data.datasets import Batches, PromptBuilder, check_columns, has_splits, load_rows, reward_inputs
 from estune.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "target": i, "numbers": [i, 1.5, None], "text": "é\u2028"} for i in range(5)]
@@ -253,7 +253,7 @@ def test_missing_dataset_and_wrong_kinds(tmp_path, monkeypatch):
 
 
 def test_hub_dataset_without_network():
-    code = "from estune.data import load_rows\nfrom estune.errors import UserError\n"
+    code = "from estune.data.datasets import load_rows\nfrom estune.errors import UserError\n"
     code += "try: load_rows('nobody/nothing-here')\nexcept UserError as error: print(error)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -276,7 +276,7 @@ def test_batches_depend_on_the_step_alone():
     one, other = Batches(11, 4, seed=3), Batches(11, 4, seed=3)
     forward = {step: one.rows_for_step(step) for step in range(30)}
     assert all(other.rows_for_step(step) == forward[step] for step in reversed(range(30)))
-    code = "from estune.data import Batches; print([Batches(11, 4, 3).rows_for_step(s) for s in (0, 17, 29)])"
+    code = "from estune.data.datasets import Batches; print([Batches(11, 4, 3).rows_for_step(s) for s in (0, 17, 29)])"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(text) == [forward[0], forward[17], forward[29]]
 
@@ -376,7 +376,7 @@ def test_missing_columns_are_named():
 
 
 def test_importing_data_and_rewards_brings_no_heavy_library():
-    code = "import sys, estune.data, estune.rewards\n"
+    code = "import sys, estune.data.datasets, estune.rewards.pool\n"
     code += "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numba') if m in sys.modules])"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert text.strip() == "[]"

@@ -8,7 +8,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from estune.evaluation import EvaluatedRow, Evaluation, interval, is_right, kl_k3, pass_at_k, pass_at_ks
+from estune.run.records import is_right
+from estune.train.evaluation import EvaluatedRow, Evaluation, interval, kl_k3, pass_at_k, pass_at_ks
 
 
 # Newcombe (1998), Statistics in Medicine 17, table I, method 3 (Wilson's score interval)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from estune.errors import UserError
-from estune.fetch import fetch
 from estune.files import try_lock
+from estune.models.fetch import fetch
 
 
 def test_what_a_killed_fetch_left_goes_and_what_another_one_holds_stays(tmp_path: Path) -> None:

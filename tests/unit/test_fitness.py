@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estune.fitness import (
+from estune.es.fitness import (
     SHAPINGS,
     centered,
     centered_rank,

@@ -26,9 +26,9 @@ from estune.compare.hacking import (
     summary_of,
     task_bounds,
 )
-from estune.evaluation import EvaluatedRow
 from estune.tasks import TASKS, get_task
 from estune.tasks.conciseness import accuracy, reward
+from estune.train.evaluation import EvaluatedRow
 
 ROOT = Path(__file__).parents[2]
 LABELS = [

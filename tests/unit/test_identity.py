@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from estune.errors import UserError
 from estune.identity import NoIdentityError, digest, encode, rows_digest
-from estune.inputs import rows_fingerprint
+from estune.train.setup import rows_fingerprint
 
 Pair = collections.namedtuple("Pair", "left right")
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from estune.engines.base import ParameterSpec
 from estune.errors import UserError
-from estune.journal import Journal, Pending, canonical_json, recorded_update, step_record
-from estune.noise import lowrank_scale, perturbation_scale
-from estune.optimizer import make_update
-from estune.population import members_for_step
-from estune.run import check_parameters
+from estune.es.noise import lowrank_scale, perturbation_scale
+from estune.es.population import members_for_step
+from estune.es.types import ParameterSpec
+from estune.es.update import make_update
+from estune.run.directory import check_parameters
+from estune.run.journal import Journal, Pending, canonical_json, recorded_update, step_record
 
 CONFIG = {
     "antithetic": True, "weight_decay_anchor": "base", "noise": "full", "rank": 1, "noise_distribution": "rademacher",
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
     before = path.read_bytes()
     script = (
         "import json, resource, sys\nfrom pathlib import Path\n"
-        "from estune.errors import UserError\nfrom estune.journal import Journal\n"
+        "from estune.errors import UserError\nfrom estune.run.journal import Journal\n"
         "journal = Journal.open(Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
         "try:\n    journal.append_step(json.loads(sys.argv[3]))\n"

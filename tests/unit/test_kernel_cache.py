@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from estune.noise.lanes import _drop_stale_kernels
+from estune.es.noise.lanes import _drop_stale_kernels
 
 
 def test_kernels_older_than_any_source_go(tmp_path: Path) -> None:

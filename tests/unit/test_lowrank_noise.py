@@ -13,11 +13,9 @@ import pytest
 from plain_noise import nearest_float32, plain_key, plain_noise, same_bits, wide_checksum, wide_noise
 
 from estune.config import ESConfig
-from estune.data import Batches
-from estune.engines.base import ParameterSpec, Perturbation, Prompt, Sampling
+from estune.data.datasets import Batches
 from estune.engines.toy import ToyEngine
-from estune.master import PIECE, Master, row_pieces
-from estune.noise import (
+from estune.es.noise import (
     cpu_lowrank,
     factor_names,
     factor_shapes,
@@ -28,9 +26,11 @@ from estune.noise import (
     noise_ints,
     perturbation_scale,
 )
-from estune.optimizer import make_update
-from estune.population import Member, members_for_step
-from estune.session import plan_step
+from estune.es.population import members_for_step
+from estune.es.theta import PIECE, Master, row_pieces
+from estune.es.types import Member, ParameterSpec, Perturbation, Prompt, Sampling
+from estune.es.update import make_update
+from estune.train.session import plan_step
 
 DISTRIBUTIONS = ["normal", "rademacher"]
 NONE = np.empty(0, dtype=np.float32)
@@ -479,10 +479,10 @@ def test_the_checksum_counts_elements_modulo_2_to_the_32() -> None:
 
 MEMORY_SCRIPT = """
 import numpy as np
-from estune.engines.base import ParameterSpec
-from estune.master import Master
-from estune.optimizer import make_update
-from estune.population import members_for_step
+from estune.es.types import ParameterSpec
+from estune.es.theta import Master
+from estune.es.update import make_update
+from estune.es.population import members_for_step
 
 def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -13,13 +13,13 @@ import pytest
 import torch
 from plain_noise import nearest_float32, plain_key, plain_noise, same_bits, wide_checksum, wide_noise
 
-import estune.master
-import estune.noise.reference
-from estune.engines.base import ParameterSpec, Perturbation
-from estune.master import PIECE, Master, fingerprint, pieces
-from estune.noise import perturbation_scale
-from estune.optimizer import Update, make_update
-from estune.population import Member, members_for_step
+import estune.es.noise.reference
+import estune.es.theta
+from estune.es.noise import perturbation_scale
+from estune.es.population import members_for_step
+from estune.es.theta import PIECE, Master, fingerprint, pieces
+from estune.es.types import Member, ParameterSpec, Perturbation
+from estune.es.update import Update, make_update
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
@@ -238,7 +238,7 @@ def test_an_update_that_is_refused_moves_nothing(monkeypatch: pytest.MonkeyPatch
     specs = [ParameterSpec("a", (4, 4), True, lowrank=True), ParameterSpec("b", (64, 4), True, lowrank=True)]
     arrays = {spec.name: np.ones(spec.shape, dtype=np.float32) for spec in specs}
     master = Master(specs, arrays, num_threads=num_threads)
-    monkeypatch.setattr(estune.noise.reference, "BLOCK_SIZE", 128)
+    monkeypatch.setattr(estune.es.noise.reference, "BLOCK_SIZE", 128)
     update = make_update(members_for_step(0, 0, 4, False), [1.0, -1.0, 0.5, -0.5], 0.1, rank=2)
     with pytest.raises(ValueError, match=r"shape \(64, 4\) at rank 2"):
         master.update(update)
@@ -283,9 +283,9 @@ def test_pieces_cover_a_tensor_once_and_respect_blocks(size: int) -> None:
 def test_a_tensor_of_several_key_blocks(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
     """With blocks of 10007 elements instead of 2^32, so that a small tensor has four of them."""
     block, size = 10_007, 35_000
-    for module in (estune.master, estune.noise.reference):
+    for module in (estune.es.theta, estune.es.noise.reference):
         monkeypatch.setattr(module, "BLOCK_SIZE", block)
-    monkeypatch.setattr(estune.master, "PIECE", 3000)
+    monkeypatch.setattr(estune.es.theta, "PIECE", 3000)
     theta = values((size,))
     master = Master([ParameterSpec("w", (size,), True)], {"w": theta.copy()}, {}, num_threads)
 
@@ -383,7 +383,7 @@ def test_fingerprint_is_blake2b_over_raw_bytes_in_name_order() -> None:
 
 def test_the_core_needs_no_torch() -> None:
     """A replay, the toy engine and the journal run where torch is not installed; `assign` alone is for its tensors."""
-    core = "estune.master, estune.engines.toy, estune.checkpoint, estune.run"
+    core = "estune.es.theta, estune.engines.toy, estune.run.checkpoint, estune.run.directory"
     blocked = f"import sys; sys.modules['torch'] = None; import {core}"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

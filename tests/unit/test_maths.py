@@ -17,7 +17,7 @@ from command_line import PATIENCE_S
 
 from estune.cli import main
 from estune.errors import UserError
-from estune.rewards import RewardBatch, RewardPool
+from estune.rewards.pool import RewardBatch, RewardPool
 from estune.tasks import boxed, equality, get_task, maths
 
 pytest.importorskip("math_verify", reason="an optional neighbour")

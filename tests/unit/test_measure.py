@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from estune import inputs
 from estune.compare import measure
 from estune.compare.config import Comparison, from_mapping
 from estune.errors import UserError
-from estune.evaluation import EvaluatedRow, Evaluation
+from estune.train import setup
+from estune.train.evaluation import EvaluatedRow, Evaluation
 
 ROWS, SAMPLES = 12, 2
 GREEDY, SAMPLED, LATE = {0, 1}, {2, 3}, {4}  # what the base solves greedily, in its first samples, in later ones
@@ -72,7 +72,7 @@ class Answers:
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     made = Answers()
     monkeypatch.setattr(measure, "Judges", lambda: made)
-    monkeypatch.setattr(inputs, "load_engine", lambda args: Engine(Path(args.model).name))
+    monkeypatch.setattr(setup, "load_engine", lambda args: Engine(Path(args.model).name))
     return made
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from estune.checkpoint import anchor_reader, write_model
 from estune.engines.toy import ToyEngine
-from estune.model_paths import EMBEDDED_MODELS, FETCHED_FILE, fetched_name, local_directory, origin, public_name
+from estune.models.names import EMBEDDED_MODELS, FETCHED_FILE, fetched_name, local_directory, origin, public_name
+from estune.run.checkpoint import anchor_reader, write_model
 
 
 def test_the_embedded_name_means_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from estune.baselines.ground import together
-from estune.monitors import ConsoleMonitor, failures
-from estune.panel import PanelMonitor
+from estune.baselines.session import together
+from estune.monitor.monitors import ConsoleMonitor, failures
+from estune.monitor.panel import PanelMonitor
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from plain_noise import (
     wide_noise,
 )
 
-from estune.noise import NOISE_VERSION, block_name, cpu, noise_deviation, noise_ints, noise_key, perturbation_scale
-from estune.noise.reference import mix, noise_words, round_to_bits
+from estune.es.noise import NOISE_VERSION, block_name, cpu, noise_deviation, noise_ints, noise_key, perturbation_scale
+from estune.es.noise.reference import mix, noise_words, round_to_bits
 
 # DESIGN section 2: seed, name, key, n_0 .. n_15, n_1000000 .. n_1000007
 CHECK_VALUES = [

@@ -14,7 +14,9 @@ AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse,+sse2,+sse3,
 PROGRAM = """
 import numpy as np
 from llvmlite import binding
-from estune.noise import cpu, lanes, noise_ints, noise_key
+from estune.es.noise import noise_ints, noise_key
+from estune.es.noise import cpu
+from estune.es.noise import lanes
 
 count, start, seeds = 4096 + 77, 2**32 - 5000, [3, 2**64 - 1, 99]
 theta = np.random.default_rng(0).standard_normal(count).astype(np.float32)

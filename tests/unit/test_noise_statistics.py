@@ -13,9 +13,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from estune.noise import cpu, noise_ints
-from estune.noise.reference import noise_words
-from estune.population import members_for_step
+from estune.es.noise import cpu, noise_ints
+from estune.es.noise.reference import noise_words
+from estune.es.population import members_for_step
 
 Z = 4.5
 COUNT = 1 << 20

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from estune.noise.reference import noise_deviation
-from estune.optimizer import SCHEDULES, SIGMA_SCHEDULES, integer_utilities, make_update, scheduled
-from estune.population import Member, members_for_step
+from estune.es.noise.reference import noise_deviation
+from estune.es.population import members_for_step
+from estune.es.types import Member
+from estune.es.update import SCHEDULES, SIGMA_SCHEDULES, integer_utilities, make_update, scheduled
 
 INT32_BOUND = 2**31
 

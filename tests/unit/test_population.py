@@ -7,15 +7,8 @@ from itertools import product
 
 import pytest
 
-from estune.population import (
-    EVAL_PERSON,
-    MEMBER_PERSON,
-    ROW_PERSON,
-    SAMPLE_PERSON,
-    Member,
-    derive_seed,
-    members_for_step,
-)
+from estune.es.population import EVAL_PERSON, MEMBER_PERSON, ROW_PERSON, derive_seed, members_for_step
+from estune.es.types import SAMPLE_PERSON, Member
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from estune.engines.base import Completion
-from estune.probe import Answers, fault, propose, table
+from estune.commands.probe import Answers, fault, propose, table
+from estune.es.types import Completion
 
 THETA = Answers([10.0], 1.0, 0.0, {"empty": 0.0, "clipped": 0.1, "non_finite": 0.0}, 0)
 

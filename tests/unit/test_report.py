@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-from estune.panel import BLOCKS, sparkline, spread
-from estune.report.data import mark
-from estune.report.page import page
+from estune.monitor.panel import BLOCKS, sparkline, spread
+from estune.monitor.report.data import mark
+from estune.monitor.report.page import page
 
 
 def joined(parts: list[tuple[str, bool]]) -> str:

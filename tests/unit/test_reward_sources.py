@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 
-from estune import reward_sources
-from estune.reward_loading import load_reward
-from estune.reward_sources import source_parts, without_comments
+from estune.rewards import sources
+from estune.rewards.loading import load_reward
+from estune.rewards.sources import source_parts, without_comments
 from estune.tasks import TASKS, get_task
 
 
@@ -186,7 +186,7 @@ def of_script(tmp_path, text, name="reward", files=()):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(textwrap.dedent(content))
     (tmp_path / "script.py").write_text(
-        textwrap.dedent(text) + f"\nimport json\nfrom estune.reward_sources import source_parts\n"
+        textwrap.dedent(text) + f"\nimport json\nfrom estune.rewards.sources import source_parts\n"
         f"print(json.dumps(source_parts({name})))\n"
     )
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
@@ -387,7 +387,7 @@ def test_code_without_a_text_counts_by_its_bytecode(old, new):
 def reward(completions, **_):
     def inner(x): return list(map(str.lower, x)).count('a')
     return [1 + inner(x) for x in completions]
-from estune.reward_sources import source_parts
+from estune.rewards.sources import source_parts
 print(source_parts(reward))
 """
 
@@ -415,6 +415,6 @@ def test_an_installed_package_counts_by_its_version_and_the_file_of_the_reward(t
     before = source_parts(function)
     (site / "judges" / "__init__.py").write_text("from judges.deep import K\ndef f(completions, **_): return [-K]\n")
     assert source_parts(function) != before
-    monkeypatch.setattr(reward_sources, "_version", lambda name: "2.0")
+    monkeypatch.setattr(sources, "_version", lambda name: "2.0")
     (site / "judges" / "__init__.py").write_text("from judges.deep import K\ndef f(completions, **_): return [K]\n")
     assert source_parts(function) != before

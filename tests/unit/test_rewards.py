@@ -18,9 +18,9 @@ import pytest
 from command_line import PATIENCE_S
 
 from estune.errors import UserError
-from estune.reward_loading import EXTRA_OF
-from estune.reward_processes import read_reply
-from estune.rewards import RewardBatch, RewardPool, load_reward
+from estune.rewards.loading import EXTRA_OF
+from estune.rewards.pool import RewardBatch, RewardPool, load_reward
+from estune.rewards.processes import read_reply
 
 ROOT = Path(__file__).parents[2]
 GENEROUS_S = PATIENCE_S  # for calls that answer
@@ -661,7 +661,7 @@ def test_extras_bring_what_is_said_of_them():
 SCRIPT = """
 import os, sys, time
 {torch}
-from estune.rewards import RewardBatch, RewardPool
+from estune.rewards.pool import RewardBatch, RewardPool
 print("started", flush=True)
 weight = 2.0
 class Scale:
@@ -687,7 +687,7 @@ def test_scripts_without_a_main_guard(tmp_path, how):
 
 
 def test_workers_import_nothing_heavy():
-    code = "import sys\nfrom estune.rewards import *\n"
+    code = "import sys\nfrom estune.rewards.pool import *\n"
     code += "f = lambda completions: [len({'torch', 'numpy', 'numba', 'estune'} & set(sys.modules))]\n"
     code += "with RewardPool([f], 'f', timeout_s=300, workers=1) as p: "
     code += "print(p.submit(RewardBatch(['p'], ['c'], [[1]])).result().rewards[0, 0])"
@@ -697,7 +697,7 @@ def test_workers_import_nothing_heavy():
 HANGING = """
 import ctypes, os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-from estune.rewards import RewardBatch, RewardPool
+from estune.rewards.pool import RewardBatch, RewardPool
 def hang(completions, folder):
     child = subprocess.Popen(["sleep", "6000"])
     open(f"{folder[0]}/{os.getpid()}-{child.pid}", "w").close()

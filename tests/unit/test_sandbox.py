@@ -17,14 +17,14 @@ import pytest
 from command_line import PATIENCE_S
 from linux_kernel import kernel_has_it
 
-from estune import sandbox, sandbox_child
 from estune.errors import UserError
-from estune.reward_loading import load_reward
-from estune.rewards import RewardBatch, RewardPool
-from estune.sandbox import Limits, run_function
+from estune.rewards.loading import load_reward
+from estune.rewards.pool import RewardBatch, RewardPool
+from estune.sandbox import child, host
+from estune.sandbox.host import Limits, run_function
 
 ROOT = Path(__file__).parents[2]
-CHILD = ROOT / "src" / "estune" / "sandbox_child.py"
+CHILD = ROOT / "src" / "estune" / "sandbox" / "child.py"
 # What is endless ends by its processor time, which no other process uses; what waits, by the clock (BRIEF).
 ROOMY, BRIEF = Limits(cpu_s=1, wall_s=600.0), Limits(cpu_s=1, wall_s=2.0)
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no 
 
 
 def test_nothing_is_missing_where_the_kernel_has_it() -> None:
-    assert sandbox.missing_guarantees() == ()
+    assert host.missing_guarantees() == ()
 
 
 def without(tmp_path: Path, *functions: str) -> Path:
@@ -52,7 +52,7 @@ def without(tmp_path: Path, *functions: str) -> Path:
 def both(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds without namespaces, too."""
     if request.param != "namespaces":
-        monkeypatch.setattr(sandbox, "CHILD", without(tmp_path, "enter_namespaces"))
+        monkeypatch.setattr(host, "CHILD", without(tmp_path, "enter_namespaces"))
 
 
 def run(body: str, argument: Any = 0, limits: Limits = ROOMY, allow: bool = False) -> Any:
@@ -219,10 +219,10 @@ def test_ctypes_gets_no_further() -> None:
     assert run(body, numbers) == [[-1, 1]] * len(numbers)
 
 
-@pytest.mark.parametrize("machine", sandbox_child.AUDIT_ARCHITECTURES)
+@pytest.mark.parametrize("machine", child.AUDIT_ARCHITECTURES)
 def test_the_filter_passes_what_is_listed(machine: str) -> None:
     """By interpreting it, for the architecture that is not here as well."""
-    program = list(struct.iter_unpack("=HBBI", sandbox_child.seccomp_program(machine)))
+    program = list(struct.iter_unpack("=HBBI", child.seccomp_program(machine)))
 
     def answer(architecture: int, number: int, command: int = 0) -> int:
         at, held = 0, 0
@@ -236,15 +236,15 @@ def test_the_filter_passes_what_is_listed(machine: str) -> None:
             else:
                 return int(value)
 
-    column = list(sandbox_child.AUDIT_ARCHITECTURES).index(machine)
-    listed = {pair[column] for pair in sandbox_child.SYSTEM_CALLS.values()}
+    column = list(child.AUDIT_ARCHITECTURES).index(machine)
+    listed = {pair[column] for pair in child.SYSTEM_CALLS.values()}
     for number in (*range(600), *(number | 1 << 30 for number in range(600))):
-        wanted = sandbox_child.SECCOMP_ALLOW if number in listed else sandbox_child.SECCOMP_ERRNO | 1
-        assert answer(sandbox_child.AUDIT_ARCHITECTURES[machine], number) == wanted
-    assert answer(0x40000003, 1) == sandbox_child.SECCOMP_KILL
-    fcntl, own = sandbox_child.SYSTEM_CALLS["fcntl"][column], sandbox_child.AUDIT_ARCHITECTURES[machine]
+        wanted = child.SECCOMP_ALLOW if number in listed else child.SECCOMP_ERRNO | 1
+        assert answer(child.AUDIT_ARCHITECTURES[machine], number) == wanted
+    assert answer(0x40000003, 1) == child.SECCOMP_KILL
+    fcntl, own = child.SYSTEM_CALLS["fcntl"][column], child.AUDIT_ARCHITECTURES[machine]
     assert fcntl is not None
-    passed = [command for command in range(2048) if answer(own, fcntl, command) == sandbox_child.SECCOMP_ALLOW]
+    passed = [command for command in range(2048) if answer(own, fcntl, command) == child.SECCOMP_ALLOW]
     assert passed == [0, 1, 2, 3, 1030]
 
 
@@ -354,7 +354,7 @@ def test_nothing_stays_alive() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="RLIMIT_NPROC holds it, but for root")
 def test_a_daemon_of_unsandboxed_code_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "CHILD", without(tmp_path, "enter_namespaces", "restrict_calls", "restrict_files"))
+    monkeypatch.setattr(host, "CHILD", without(tmp_path, "enter_namespaces", "restrict_calls", "restrict_files"))
     mark = f"estune-mark-{os.getpid()}"
     command = [sys.executable, "-c", "import time; time.sleep(6000)", mark]
     body = f"import subprocess, time\nsubprocess.Popen({command!r}, start_new_session=True)\ntime.sleep(0.3)\nreturn 1"
@@ -405,25 +405,25 @@ def test_what_comes_back_is_plain_data(body: str) -> None:
 
 @pytest.mark.parametrize(("lacking", "word"), [("restrict_files", "Landlock"), ("restrict_calls", "seccomp")])
 def test_refuses_and_runs_unsandboxed(lacking: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "CHILD", without(tmp_path, lacking))
-    sandbox.missing_guarantees.cache_clear()
+    monkeypatch.setattr(host, "CHILD", without(tmp_path, lacking))
+    host.missing_guarantees.cache_clear()
     try:
         with pytest.raises(UserError, match=f"{word}.*--allow_unsandboxed_code"):
             run_function("def transform(x): return x", "transform", [1])
         with pytest.raises(UserError, match=word):
-            sandbox.require(False)
-        assert word in sandbox.require(True)
+            host.require(False)
+        assert word in host.require(True)
         assert run("return x + 1", 1, allow=True) == 2
         assert run("while True: pass", allow=True) is None
         assert run("return len(bytearray(10 << 30))", allow=True) is None
         other = "open('/etc/passwd').read()" if lacking == "restrict_calls" else "import socket; socket.socket()"
         assert run(f"{other}\nreturn 1", allow=True) is None  # what there is still holds
     finally:
-        sandbox.missing_guarantees.cache_clear()
+        host.missing_guarantees.cache_clear()
 
 
 def test_refused_code_never_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "CHILD", without(tmp_path, "enter_namespaces", "restrict_files"))
+    monkeypatch.setattr(host, "CHILD", without(tmp_path, "enter_namespaces", "restrict_files"))
     with pytest.raises(UserError):
         run_function(f"open({str(tmp_path / 'ran')!r}, 'w').close()", "transform", [1])
     assert not (tmp_path / "ran").exists()
@@ -432,7 +432,7 @@ def test_refused_code_never_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_in_a_reward_worker(tmp_path: Path) -> None:
     """A worker's own process, its time limit and its sockets do not get in the way."""
     (tmp_path / "rewards.py").write_text(
-        "from estune.sandbox import Limits, run_function\n\n"
+        "from estune.sandbox.host import Limits, run_function\n\n"
         "def reward(completions, **_):\n"
         "    return [run_function(text, 'transform', [2], Limits(1, 600.0)).results[0] for text in completions]\n"
     )
@@ -447,9 +447,9 @@ def test_an_older_landlock_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Before ABI 3 a file that may be read can be emptied."""
     text = CHILD.read_text(encoding="utf-8").replace("if version < LEAST_ABI", "if version < 99")
     (tmp_path / "child.py").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(sandbox, "CHILD", tmp_path / "child.py")
-    sandbox.missing_guarantees.cache_clear()
+    monkeypatch.setattr(host, "CHILD", tmp_path / "child.py")
+    host.missing_guarantees.cache_clear()
     try:
-        assert "Landlock" in sandbox.missing_guarantees()[0] and "6.2" in sandbox.missing_guarantees()[0]
+        assert "Landlock" in host.missing_guarantees()[0] and "6.2" in host.missing_guarantees()[0]
     finally:
-        sandbox.missing_guarantees.cache_clear()
+        host.missing_guarantees.cache_clear()

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from estune.signals import SIGNALS, StopRequest
+from estune.train.signals import SIGNALS, StopRequest
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -52,7 +52,7 @@ def test_a_closed_terminal_sends_more_than_one_hangup(first, capsys):
 def test_a_second_interrupt_or_termination_ends_the_process(first, second):
     script = f"""
 import os, signal
-from estune.signals import StopRequest
+from estune.train.signals import StopRequest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with StopRequest():
     os.kill(os.getpid(), {int(first)})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
-from estune.engines import small_linear
+from estune.engines.hf import small_linear
 
 SHAPES = [(128, 512), (131, 515), (1358, 513), (70, 2000)]  # (N, K): with and without remainders
 

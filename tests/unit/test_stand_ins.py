@@ -13,7 +13,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from estune.engines.stand_ins import Layout, MatrixStandIn, StandIn, Uncovered, VectorStandIn
+from estune.engines.lowrank.stand_ins import Layout, MatrixStandIn, StandIn, Uncovered, VectorStandIn
 
 V, K, T, D = 3, 2, 4, 5  # groups, rows in each, tokens, width
 

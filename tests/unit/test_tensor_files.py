@@ -15,7 +15,7 @@ import torch
 from plain_noise import same_bits
 
 from estune.errors import UserError
-from estune.tensor_files import (
+from estune.models.tensor_files import (
     CHUNK,
     INDEX_FILE,
     WEIGHTS_FILE,

@@ -28,11 +28,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from estune import gpu_master
-from estune.engines.base import ParameterSpec
-from estune.gpu_master import parts
-from estune.gpu_staging import SLOTS, Staging
-from estune.noise import gpu
+from estune.es.types import ParameterSpec
+from estune.gpu import launch
+from estune.gpu import theta as gpu_master
+from estune.gpu.staging import SLOTS, Staging
+from estune.gpu.theta import parts
 
 KERNELS = ("perturb", "update", "checksum", "perturb_lowrank", "update_lowrank")
 TARGETS = (80, 90)
@@ -111,8 +111,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
     found = {}
     for name in KERNELS:
-        found[name] = Launches(getattr(gpu.kernels, f"{name}_kernel"))
-        monkeypatch.setattr(gpu.kernels, f"{name}_kernel", found[name])
+        found[name] = Launches(getattr(launch.kernels, f"{name}_kernel"))
+        monkeypatch.setattr(launch.kernels, f"{name}_kernel", found[name])
     return found
 
 
@@ -153,8 +153,8 @@ CASTS = {
     "float16": {"cvt.rn.f16x2.f32", "cvt.rn.f16.f32"},
 }
 COUNT = 4096
-PER_THREAD = gpu.BLOCK // (32 * gpu.OPTIONS["num_warps"])
-PER_THREAD_TILE = gpu.TILE[0] * gpu.TILE[1] // (32 * gpu.OPTIONS["num_warps"])
+PER_THREAD = launch.BLOCK // (32 * launch.OPTIONS["num_warps"])
+PER_THREAD_TILE = launch.TILE[0] * launch.TILE[1] // (32 * launch.OPTIONS["num_warps"])
 KEYS = torch.zeros(6, dtype=torch.uint32)
 Q = torch.zeros(3, dtype=torch.int32)
 
@@ -163,7 +163,9 @@ Q = torch.zeros(3, dtype=torch.int32)
 @pytest.mark.parametrize("rademacher", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_perturb_compiled(dtype: str, rademacher: bool, capability: int, launches: Any, tmp_path: Path) -> None:
-    gpu.perturb_into(torch.empty(COUNT, dtype=DTYPES[dtype]), torch.zeros(COUNT), 5, (1, 2**32 - 1), -1e-3, rademacher)
+    launch.perturb_into(
+        torch.empty(COUNT, dtype=DTYPES[dtype]), torch.zeros(COUNT), 5, (1, 2**32 - 1), -1e-3, rademacher
+    )
     (call,) = launches["perturb"].calls
     kernel = compiled(launches["perturb"].kernel, *call, capability)
     found = check_floats(kernel, {"cvt.rn.f32.s32", "mul.rn.f32", "add.rn.f32", *CASTS[dtype]}, tmp_path)
@@ -181,7 +183,7 @@ def test_update_compiled(
     rademacher: bool, decay: float, anchored: bool, capability: int, launches: Any, tmp_path: Path
 ) -> None:
     theta = torch.zeros(COUNT)
-    gpu.update_into(theta, 5, KEYS.view(3, 2), Q, 1e-9, rademacher, decay, theta if anchored else None)
+    launch.update_into(theta, 5, KEYS.view(3, 2), Q, 1e-9, rademacher, decay, theta if anchored else None)
     (call,) = launches["update"].calls
     kernel = compiled(launches["update"].kernel, *call, capability)
     check_update(kernel, decay, anchored, PER_THREAD, tmp_path)
@@ -190,9 +192,9 @@ def test_update_compiled(
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize(("decay", "anchored"), [(0.0, False), (0.5, False), (0.5, True)])
 def test_update_lowrank_compiled(decay: float, anchored: bool, capability: int, launches: Any, tmp_path: Path) -> None:
-    theta, rows = torch.zeros(64 * 128), gpu.Rows(64, 128, 0, 1, 0, 64)
+    theta, rows = torch.zeros(64 * 128), launch.Rows(64, 128, 0, 1, 0, 64)
     keys = torch.zeros(12, dtype=torch.uint32)
-    gpu.update_lowrank_into(theta, rows, 2, keys, Q, 1e-9, False, decay, theta if anchored else None)
+    launch.update_lowrank_into(theta, rows, 2, keys, Q, 1e-9, False, decay, theta if anchored else None)
     (call,) = launches["update_lowrank"].calls
     kernel = compiled(launches["update_lowrank"].kernel, *call, capability)
     check_update(kernel, decay, anchored, PER_THREAD_TILE, tmp_path)
@@ -213,8 +215,8 @@ def check_update(kernel: Any, decay: float, anchored: bool, per_thread: int, tmp
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_perturb_lowrank_compiled(dtype: str, capability: int, launches: Any, tmp_path: Path) -> None:
-    theta, rows = torch.zeros(64 * 128), gpu.Rows(64, 128, 0, 1, 0, 64)
-    gpu.perturb_lowrank_into(theta.to(DTYPES[dtype]), theta, rows, 2, (1, 2, 3, 4), -1, 1e-3, False)
+    theta, rows = torch.zeros(64 * 128), launch.Rows(64, 128, 0, 1, 0, 64)
+    launch.perturb_lowrank_into(theta.to(DTYPES[dtype]), theta, rows, 2, (1, 2, 3, 4), -1, 1e-3, False)
     (call,) = launches["perturb_lowrank"].calls
     kernel = compiled(launches["perturb_lowrank"].kernel, *call, capability)
     product = {"cvt.f64.f32", "cvt.rn.f64.s32", "mul.rn.f64", "add.rn.f64", "cvt.rn.f32.f64"}
@@ -224,7 +226,7 @@ def test_perturb_lowrank_compiled(dtype: str, capability: int, launches: Any, tm
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_checksum_compiled(capability: int, launches: Any, tmp_path: Path) -> None:
-    gpu.checksum_of(torch.zeros(COUNT), 5)
+    launch.checksum_of(torch.zeros(COUNT), 5)
     (call,) = launches["checksum"].calls
     check_floats(compiled(launches["checksum"].kernel, *call, capability), set(), tmp_path)
 
@@ -233,7 +235,7 @@ def test_indices_past_two_to_the_31_compile(launches: Any) -> None:
     """Counts and offsets that need 64 bits; memory of that size is only named, not touched."""
     theta = torch.empty(2**31 + 16, dtype=torch.float32, device="meta")
     theta_like = torch.empty(0)
-    gpu.perturb_into(theta, theta, 0, (1, 2), 1e-3, False)
+    launch.perturb_into(theta, theta, 0, (1, 2), 1e-3, False)
     ((args, options),) = launches["perturb"].calls
     kernel = compiled(launches["perturb"].kernel, (theta_like, theta_like, *args[2:]), options, 90)
     assert "count: i64" in kernel.asm["ttir"] or "%count: i64" in kernel.asm["ttir"]
@@ -241,12 +243,12 @@ def test_indices_past_two_to_the_31_compile(launches: Any) -> None:
 
 def test_extents_of_one_compile(launches: Any) -> None:
     """Triton turns a 1 into a constant, which lacks some of a tensor's methods."""
-    one, rows, keys = torch.zeros(1), gpu.Rows(1, 1, 0, 1, 0, 1), torch.zeros(4, dtype=torch.uint32)
-    gpu.perturb_into(one, one, 0, (1, 2), 1e-3, False)
-    gpu.update_into(one, 0, keys[:2], Q[:1], 1e-9, False, 0.0, None)
-    gpu.checksum_of(one, 0)
-    gpu.perturb_lowrank_into(one, one, rows, 1, (1, 2, 3, 4), 1, 1e-3, False)
-    gpu.update_lowrank_into(one, rows, 1, keys, Q[:1], 1e-9, False, 0.5, one)
+    one, rows, keys = torch.zeros(1), launch.Rows(1, 1, 0, 1, 0, 1), torch.zeros(4, dtype=torch.uint32)
+    launch.perturb_into(one, one, 0, (1, 2), 1e-3, False)
+    launch.update_into(one, 0, keys[:2], Q[:1], 1e-9, False, 0.0, None)
+    launch.checksum_of(one, 0)
+    launch.perturb_lowrank_into(one, one, rows, 1, (1, 2, 3, 4), 1, 1e-3, False)
+    launch.update_lowrank_into(one, rows, 1, keys, Q[:1], 1e-9, False, 0.5, one)
     for recorded in launches.values():
         compiled(recorded.kernel, *recorded.calls[0], 90)
 
@@ -254,7 +256,7 @@ def test_extents_of_one_compile(launches: Any) -> None:
 def test_a_contraction_would_be_seen(launches: Any, tmp_path: Path) -> None:
     """The same kernel, compiled with contraction, fails the check: it looks where it should."""
     theta = torch.zeros(COUNT)
-    gpu.update_into(theta, 5, KEYS.view(3, 2), Q, 1e-9, False, 0.5, theta)
+    launch.update_into(theta, 5, KEYS.view(3, 2), Q, 1e-9, False, 0.5, theta)
     ((args, options),) = launches["update"].calls
     fused = compiled(launches["update"].kernel, args, {**options, "enable_fp_fusion": True}, 90)
     with pytest.raises(AssertionError):
@@ -354,7 +356,7 @@ def test_parts_do_not_cross_a_key_block() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_without_a_gpu_says_so() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "launch.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "no GPU" in done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import estune
 
-from estune.step_watch import BesideMembers, Watch
+from estune.train.sigma_watch import BesideMembers, Watch
 
 NOBODY = BesideMembers()
 

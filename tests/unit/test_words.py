@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from estune import cli
-from estune.errors import UserError
-from estune.words import nearest
+from estune.errors import UserError, nearest
 
 COMMANDS = cli._build()[1]
 TYPOS = {  # of the options of `estune train`

@@ -22,8 +22,7 @@ from typing import Any
 
 from estune.baselines import ppo_arguments, trl_ppo
 from estune.config import ESConfig
-from estune.errors import UserError
-from estune.words import nearest
+from estune.errors import UserError, nearest
 
 SMALL = 10_000_000  # parameters; up to here a whole step's completions go through one backward pass
 MICRO_BATCH = 16

@@ -22,8 +22,8 @@ import trl
 from transformers import TrainerCallback
 
 from estune.baselines.arguments import record_of, refused, sampling_arguments, trl_config
-from estune.baselines.ground import Diverged, Ground
-from estune.engines.base import Completion, Interrupted
+from estune.baselines.session import Diverged, Ground
+from estune.es.types import Completion, Interrupted
 from estune.files import remove_path, sync_tree
 
 # TRL's numbers that estune measures itself, the same for all methods.

@@ -22,11 +22,11 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, T
 
 from estune.baselines import trl_ppo
 from estune.baselines.arguments import record_of, trl_config
-from estune.baselines.ground import Ground
 from estune.baselines.reward_model import RewardModel
-from estune.engines.base import Interrupted
-from estune.engines.hf_loading import quiet
+from estune.baselines.session import Ground
+from estune.engines.hf.loading import quiet
 from estune.errors import UserError
+from estune.es.types import Interrupted
 
 
 class _Ended(Exception):

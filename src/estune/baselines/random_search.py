@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from estune import inputs
-from estune.baselines.ground import Ground
+from estune.baselines.session import Ground
 from estune.config import ESConfig
-from estune.data import Batches
-from estune.engines.base import Interrupted, Perturbation
+from estune.data.datasets import Batches
 from estune.errors import UserError
+from estune.es.fitness import fill_failures, population_fitness, weigh
+from estune.es.types import Interrupted, Perturbation
 from estune.files import is_number, read_json_object, write_json
-from estune.fitness import fill_failures, population_fitness, weigh
-from estune.rollouts import Group, scored, stack
-from estune.session import plan_step
+from estune.train import setup
+from estune.train.rollouts import Group, scored, stack
+from estune.train.session import plan_step
 
 STATE_FILE = "best.json"
 
@@ -133,7 +133,7 @@ def _fitness(
     """
     rows = [ground.train_rows[row] for row in row_ids]
     prompts = [ground.train_prompts[row] for row in row_ids]
-    sampling, evaluator = inputs.sampling(ground.args, index), ground.evaluator
+    sampling, evaluator = setup.sampling(ground.args, index), ground.evaluator
     size = int(ground.args.members_per_batch)
     groups: list[Group] = []
     for part in _parts(contestants, size):

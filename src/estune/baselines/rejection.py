@@ -24,13 +24,13 @@ import numpy as np
 import trl
 
 from estune.baselines.arguments import own_arguments, record_of, trl_config
-from estune.baselines.ground import Ground
 from estune.baselines.policy_gradient import drive
-from estune.data import Batches
-from estune.engines.base import Completion, Prompt
+from estune.baselines.session import Ground
+from estune.data.datasets import Batches
 from estune.errors import UserError
+from estune.es.types import Completion, Prompt
 from estune.files import replace_file, write_json
-from estune.rollouts import Evaluator, scored
+from estune.train.rollouts import Evaluator, scored
 
 SAMPLES_FILE = "samples.jsonl"  # what was right
 DRAWING_FILE = "drawing.json"  # what it cost; written last, so it says that the drawing was done

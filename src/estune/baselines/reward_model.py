@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from estune.baselines.ground import Ground
-from estune.engines.base import Completion
+from estune.baselines.session import Ground
+from estune.es.types import Completion
 
 PAD = -1  # in what `score` gets
 

@@ -15,30 +15,39 @@ from typing import Any
 
 import torch
 
-from estune import inputs
 from estune.baselines.arguments import own_arguments, sampling_arguments, trl_config
-from estune.baselines.ground import PROGRESS_FILE, Ground, Progress
 from estune.baselines.random_search import random_search
-from estune.card import CARD_FILE, write_card
-from estune.checkpoint import ES_STATE, checkpoints, is_whole_model, leftovers, read_state, remove_partial
+from estune.baselines.session import PROGRESS_FILE, Ground, Progress
 from estune.config import RESUMABLE, ESConfig
 from estune.console import say, warn
-from estune.engines.base import Interrupted
-from estune.engines.hf_loading import files_of, load_model, quiet, resolve_device
-from estune.engines.hf_parameters import bindings
+from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
+from estune.engines.hf.parameters import bindings
 from estune.environment import environment
 from estune.errors import Hindered, UserError
+from estune.es.types import Interrupted
 from estune.files import read_json_object, remove_path, write_json
-from estune.hub import open_repository, push, repository_of
-from estune.loggers import keep_trackers, known_trackers
-from estune.opening import start_monitors, start_workers
-from estune.records import cut_back, read_metrics
-from estune.resume import Facts, are_facts, check_facts, keep_origin, located, same_names
-from estune.rollouts import Evaluator
-from estune.run import CONFIG_FILE, METHOD_FILE, Run, adopt, open_run, read_config, stored_config, train_time_s
-from estune.signals import StopRequest
-from estune.soundness import refuse_broken_theta
-from estune.trainer import ESTrainer
+from estune.models.hub import push
+from estune.monitor.trackers import keep_trackers, known_trackers
+from estune.run.card import CARD_FILE, write_card
+from estune.run.checkpoint import ES_STATE, checkpoints, is_whole_model, leftovers, read_state, remove_partial
+from estune.run.directory import (
+    CONFIG_FILE,
+    METHOD_FILE,
+    Run,
+    adopt,
+    open_run,
+    read_config,
+    stored_config,
+    train_time_s,
+)
+from estune.run.records import cut_back, read_metrics
+from estune.run.resume import Facts, are_facts, check_facts, keep_origin, located, same_names
+from estune.train import setup
+from estune.train.opening import hub_repository, start_monitors, start_workers
+from estune.train.rollouts import Evaluator
+from estune.train.signals import StopRequest
+from estune.train.soundness import refuse_broken_theta
+from estune.train.trainer import ESTrainer
 
 
 def _policy_gradient(ground: Ground) -> None:
@@ -89,12 +98,10 @@ class BaselineTrainer(ESTrainer):
             if not (run_dir / CARD_FILE).exists():
                 write_card(run_dir)
             if self.args.push_to_hub:
-                say(f"estune: {push(run_dir, open_repository(repository_of(self.args), self.args.hub_private_repo))}")
+                say(f"estune: {push(run_dir, hub_repository(self.args))}")
             return run_dir
         self._refuse_to_go_on(run_dir)
-        repository = None
-        if self.args.push_to_hub:
-            repository = open_repository(repository_of(self.args), self.args.hub_private_repo)
+        repository = hub_repository(self.args) if self.args.push_to_hub else None
         with open_ground(self) as ground:
             try:
                 if ground.module is not None or not ground.steps_done:  # random search has done all before it kept it
@@ -242,7 +249,7 @@ def forget_later(path: Path, steps_done: int) -> None:
 
 
 def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
-    """Refuse to continue with another base, other data or rewards than a run was begun with (`estune.resume`).
+    """Refuse to continue with another base, other data or rewards than a run was begun with (`estune.run.resume`).
 
     Raises:
         UserError: names what differs.
@@ -280,13 +287,13 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         trainer.args = args
         engine = trainer.engine
         train_prompts = trainer.prepare()
-        args = trainer.args = run.args = inputs.resolve_with_engine(args, engine, train_prompts)
-        eval_prompts = inputs.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        args = trainer.args = run.args = setup.resolve_with_engine(args, engine, train_prompts)
+        eval_prompts = setup.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if not goes_on:
             engine.check_assets()
             refuse_broken_theta(args, engine, train_prompts, 0)
         fingerprint = engine.master.fingerprint()
-        facts = inputs.facts_of(
+        facts = setup.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
         )
         progress = resume_point(run.path) if goes_on else Progress()

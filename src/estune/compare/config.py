@@ -25,8 +25,7 @@ from typing import Any
 
 from estune.compare.hacking import task_bounds
 from estune.config import METHODS, canonical
-from estune.errors import UserError
-from estune.words import nearest
+from estune.errors import UserError, nearest
 
 RANDOM_SEARCH = "random_search"
 # What YAML gives for a type, and how that is told.

@@ -23,8 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estune.evaluation import EvaluatedRow, is_right
+from estune.run.records import is_right
 from estune.tasks import mixture
+from estune.train.evaluation import EvaluatedRow
 
 WORDS = Path(__file__).parent / "data" / "words.txt"
 REWARD_RISE = 0.05  # of the normalised reward

@@ -16,27 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from estune import inputs
-from estune.cli import EVALUATE_FIELDS
 from estune.compare.changes import parameter_changes, walk_ratio
 from estune.compare.config import Comparison, Retained, bounds_of
 from estune.compare.hacking import Judged, asks_for_words, judge, summary_of
 from estune.compare.plan import rows_of
 from estune.compare.tables import base_digest
-from estune.config import ESConfig
+from estune.config import EVALUATE_FIELDS, ESConfig
 from estune.console import warn
-from estune.data import reward_inputs
-from estune.engines.base import Engine, Prompt
+from estune.data.datasets import reward_inputs
+from estune.engines.base import Engine
 from estune.environment import code_digest
 from estune.errors import UserError
-from estune.evaluation import Evaluation, evaluate, is_right, kl_k3
+from estune.es.types import Prompt
 from estune.files import write_json
-from estune.inputs import Rewards
-from estune.records import read_metrics
-from estune.rewards import RewardBatch, RewardPool
-from estune.rollouts import Evaluator
-from estune.soundness import broken_model
+from estune.rewards.pool import RewardBatch, RewardPool
+from estune.run.records import is_right, read_metrics
 from estune.tasks import get_task
+from estune.train import setup
+from estune.train.evaluation import Evaluation, evaluate, kl_k3
+from estune.train.rollouts import Evaluator
+from estune.train.setup import Rewards
+from estune.train.soundness import broken_model
 
 Rows = list[dict[str, Any]]
 SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
@@ -62,7 +62,7 @@ def measure_base(comparison: Comparison, model: str, file: Path) -> None:
         file: what to write; beside it `base-prefix.json`.
     """
     args = evaluation_config(comparison, model)
-    engine, rows = inputs.load_engine(args), test_rows(comparison)
+    engine, rows = setup.load_engine(args), test_rows(comparison)
     file.parent.mkdir(parents=True, exist_ok=True)
     with Judges() as judges:
         if comparison.skill_prefix:
@@ -83,7 +83,7 @@ def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
     Raises:
         UserError: it has another fingerprint.
     """
-    found = inputs.load_engine(evaluation_config(comparison, model)).master.fingerprint()
+    found = setup.load_engine(evaluation_config(comparison, model)).master.fingerprint()
     if found != fingerprint:
         raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
 
@@ -93,7 +93,7 @@ def measure_trial(comparison: Comparison, model: str, file: Path, facts: dict[st
     rows = rows_of(comparison, "validation")[: comparison.tuning.rows or None]
     args = evaluation_config(comparison, model)
     with Judges() as judges:
-        greedy, _ = judges.answer(args, inputs.load_engine(args), rows)
+        greedy, _ = judges.answer(args, setup.load_engine(args), rows)
     summary = greedy.summary()
     kept = {name: summary[name] for name in ("accuracy", "accuracy_ci95", "reward")}
     write_json(file, {**facts, "status": "done", **kept, "code": code_digest()})
@@ -102,7 +102,7 @@ def measure_trial(comparison: Comparison, model: str, file: Path, facts: dict[st
 def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: dict[str, Any]) -> None:
     """Measure a run's model and write the outcome with the run's ``facts``."""
     known = json.loads(base_file.read_text(encoding="utf-8"))
-    engine, base_engine = (inputs.load_engine(evaluation_config(comparison, each)) for each in (model, known["model"]))
+    engine, base_engine = (setup.load_engine(evaluation_config(comparison, each)) for each in (model, known["model"]))
     base = Base(base_engine, Judged(**known["judged"]), known["never_solved"])
     with Judges() as judges:
         found = measure(comparison, model, engine, base, judges)
@@ -119,7 +119,7 @@ def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESC
         kept.pop(name, None)
     given = {**kept, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes}
     args = ESConfig.from_mapping(given)
-    return inputs.resolve_config(args, 1_000_000)
+    return setup.resolve_config(args, 1_000_000)
 
 
 def test_rows(comparison: Comparison) -> Rows:
@@ -143,7 +143,7 @@ def measure_constant(comparison: Comparison, model: str, file: Path) -> None:
         tried = {text: judges.right(args, train, text) for text in common}
         says = max(common, key=lambda text: sum(tried[text]))
         right = judges.right(args, rows, says)
-    tokenizer = inputs.load_engine(args).tokenizer
+    tokenizer = setup.load_engine(args).tokenizer
     found = {
         "says": says,
         "n": len(rows),
@@ -181,11 +181,11 @@ class Judges:
         """Return a task's rewards and the workers for reward and accuracy."""
         key = f"{args.task} {args.reward_funcs} {args.reward_weights}"
         if key not in self._known:
-            rewards = inputs.resolve_rewards(args, None, inputs.task_of(args))
+            rewards = setup.resolve_rewards(args, None, setup.task_of(args))
             if rewards.accuracy is None:
                 raise UserError(f"a comparison needs a task with an accuracy, and {args.task} has none")
             pools = [
-                self._stack.enter_context(inputs.reward_pool(args, funcs, names))
+                self._stack.enter_context(setup.reward_pool(args, funcs, names))
                 for funcs, names in ((rewards.funcs, rewards.names), ([rewards.accuracy], ["accuracy"]))
             ]
             self._known[key] = (rewards, pools[0], pools[1])
@@ -205,9 +205,9 @@ class Judges:
             UserError: no completion comes from finite logits, so that there is nothing to measure.
         """
         rewards, pool, grader = self.of(args)
-        prompts = inputs.build_prompts(args, engine, rows, args.task is not None)
+        prompts = setup.build_prompts(args, engine, rows, args.task is not None)
         evaluation = evaluate(
-            Evaluator(engine, pool, args.response_prefix), rows, prompts, inputs.sampling(args, 0), rewards.weights,
+            Evaluator(engine, pool, args.response_prefix), rows, prompts, setup.sampling(args, 0), rewards.weights,
             grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
         )  # fmt: skip
         broken = evaluation.summary().get("non_finite_ratio", 0.0)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from estune import inputs
 from estune.compare.config import RANDOM_SEARCH, Comparison, Entry
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task
+from estune.train import setup
 
 EVALUATIONS, TIME = "evaluations", "time"
 BUDGETS = (EVALUATIONS, TIME)
@@ -101,8 +101,8 @@ def rows_of(comparison: Comparison, split: str) -> list[dict[str, Any]]:
     if split == "validation":
         given["dataset_test_split"] = comparison.tuning.split
     args = ESConfig.from_mapping({**given, "task": comparison.task})
-    rewards = inputs.resolve_rewards(args, None, task)
-    return inputs.resolve_rows(args, None, task, "train" if split == "train" else "test", rewards)
+    rewards = setup.resolve_rewards(args, None, task)
+    return setup.resolve_rows(args, None, task, "train" if split == "train" else "test", rewards)
 
 
 def configuration(comparison: Comparison, model: str, method: str, chosen: dict[str, Any], seed: int) -> ESConfig:
@@ -122,7 +122,7 @@ def configuration(comparison: Comparison, model: str, method: str, chosen: dict[
         args = dataclasses.replace(args, dataset_test_split=comparison.tuning.split)
     if args.lr_scheduler_type in ("linear", "cosine") or args.sigma_scheduler_type != "constant":
         raise UserError(f"method {method}: a run goes on from one budget to the other, so schedules must be constant")
-    found = inputs.resolve_config(args, len(rows_of(comparison, "train")))
+    found = setup.resolve_config(args, len(rows_of(comparison, "train")))
     # What goes by the machine stays open: a run that goes on with other cores keeps what it began with.
     return dataclasses.replace(found, **{name: getattr(args, name) for name in ("num_threads", "reward_workers")})
 

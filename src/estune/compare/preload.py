@@ -3,7 +3,12 @@
 import contextlib
 import importlib
 
-for name in ("estune.trainer", "estune.engines.hf", "estune.baselines.trainer", "estune.report.plots"):
+for name in (
+    "estune.train.trainer",
+    "estune.engines.hf.engine",
+    "estune.baselines.trainer",
+    "estune.monitor.report.plots",
+):
     importlib.import_module(name)
 with contextlib.suppress(ImportError):  # a comparison of ES alone needs no TRL
     for name in ("estune.baselines.policy_gradient", "estune.baselines.rejection"):

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from estune import inputs
 from estune.compare import measure
 from estune.compare.config import Comparison, from_mapping
 from estune.compare.job import Job
@@ -41,13 +40,13 @@ from estune.compare.plan import (
 )
 from estune.compare.processes import Processes
 from estune.console import say
-from estune.engines.hf_loading import check_model
 from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
-from estune.reward_loading import load_reward, source_digest
-from estune.reward_sources import source_parts
+from estune.rewards.loading import load_reward, source_digest
+from estune.rewards.sources import source_parts
 from estune.tasks import get_task
+from estune.train import setup
 
 SPLITS = ("train", "validation", "test")
 COSTS = ("evaluations", "train_time_s")
@@ -72,18 +71,18 @@ class Runner:
         """
         for kept in self.comparison.retention.values():
             args = measure.retained_config(self.comparison, "tiny", kept)
-            inputs.task_of(args)  # its sandbox works
+            setup.task_of(args)  # its sandbox works
             splits = get_task(kept.task, args.allow_unsandboxed_code).splits
             if kept.split not in splits or kept.split == "train":
                 raise UserError(f"retention cannot be measured on split {kept.split!r} of {kept.task}; it has "
                                 f"{', '.join(split for split in splits if split != 'train')}")  # fmt: skip
-        inputs.task_of(measure.evaluation_config(self.comparison, "tiny"))
+        setup.task_of(measure.evaluation_config(self.comparison, "tiny"))
         wanted = {"validation": self.comparison.tuning.rows, "test": self.comparison.measuring.rows}
         for split, rows in wanted.items():
             if (found := len(rows_of(self.comparison, split))) < rows:
                 say(f"estune: warning: {self.comparison.task} has {found} rows in its {split} split, not {rows}")
         for model in self.comparison.models.values():
-            check_model(model, self.comparison.settings.get("revision"))
+            setup.check_model(model, self.comparison.settings.get("revision"))
         for model in self.comparison.models:
             for method, entry in entries(self.comparison).items():
                 for trial in entry.trials:
@@ -334,7 +333,7 @@ class Runner:
         given = [comparison.settings, *(entry.settings for entry in entries(comparison).values())]
         named = {spec for settings in given for spec in settings.get("reward_funcs") or []}
         return {
-            "rows": {split: inputs.rows_fingerprint(rows_of(comparison, split)) for split in SPLITS},
+            "rows": {split: setup.rows_fingerprint(rows_of(comparison, split)) for split in SPLITS},
             "rewards": {spec: source_digest(spec) for spec in sorted(named)},
             "reward sources": {spec: source_parts(load_reward(spec)) for spec in sorted(named)},
         }

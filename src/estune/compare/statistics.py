@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from estune.compare.student import quantile
-from estune.evaluation import Z_95, interval
+from estune.train.evaluation import Z_95, interval
 
 ALPHA = 0.05
 LEAST_P = 1e-9  # smaller p-values are given as this one
@@ -79,7 +79,7 @@ def two_level(correct: Any) -> Estimate:
     of the mean is var_seeds / S + var_problems / P + var_rest / (S P), estimated from the mean squares of the table;
     `half_width` says how far that reaches. Seeds, and problems, are assumed to be drawn independently. One seed, or
     seeds that agree in everything, say nothing about other seeds: then the interval is over problems alone, by
-    `estune.evaluation.interval`.
+    `estune.train.evaluation.interval`.
 
     Raises:
         ValueError: not a table of seeds and problems in [0, 1].

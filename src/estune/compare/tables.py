@@ -14,7 +14,7 @@ import numpy as np
 from estune.compare.plan import BUDGETS
 from estune.compare.statistics import holm, over_seeds, paired_difference, two_level
 from estune.errors import UserError
-from estune.evaluation import pass_at_ks
+from estune.train.evaluation import pass_at_ks
 
 
 def read_json(file: Path) -> Any:

@@ -102,8 +102,8 @@ def train(values: dict[str, Any]) -> None:
         Interrupted: it was asked to stop, and has saved what it has.
     """
     from estune.config import ESConfig
-    from estune.engines.base import Interrupted
-    from estune.trainer import ESTrainer
+    from estune.es.types import Interrupted
+    from estune.train.trainer import ESTrainer
 
     args = ESConfig(**values)
     kind = ESTrainer
@@ -136,8 +136,8 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     from estune.console import note, take_over_process
-    from estune.engines.base import Interrupted
     from estune.errors import Hindered, UserError
+    from estune.es.types import Interrupted
     from estune.files import is_full_disk
 
     take_over_process()

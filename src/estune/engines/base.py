@@ -8,92 +8,13 @@ scalars, token ids), so that a remote engine differs from a local one in transpo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from estune.population import SAMPLE_PERSON, Member
+from estune.es.types import Completion, Perturbation, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from estune.master import Master
-
-
-class Interrupted(Exception):
-    """The run was asked to stop: the member being evaluated was dropped."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
-    """One parameter as ``save_pretrained`` writes it; ``perturbed`` parameters are perturbed and updated.
-
-    The noise of a ``lowrank`` one is a product ``A B^T`` instead of a number for every element: it is a matrix
-    (d0, d1), or a stack (E, d0, d1) of one matrix per expert.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    perturbed: bool
-    lowrank: bool = False
-
-    @property
-    def kind(self) -> str | bool:
-        """What the journal's header says of the parameter: ``full`` or ``lowrank`` noise, or False for none."""
-        return ("lowrank" if self.lowrank else "full") if self.perturbed else False
-
-
-@dataclass(frozen=True, slots=True)
-class Perturbation:
-    """``theta + scale * sign * n``: a member at the rounded scale ``s`` of DESIGN section 2.
-
-    With ``rank`` above 0 parameters of low-rank noise move by ``lowrank_scale * sign * (A B^T)``, the others as always.
-    """
-
-    member: Member
-    scale: float
-    distribution: str = "normal"
-    rank: int = 0  # columns of A and B; 0: every parameter has full noise
-    lowrank_scale: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One row, tokenised; the response prefix is part of ``token_ids``."""
-
-    row_id: int  # the row's index in its split
-    text: str  # all that the model reads: templates, system message, response prefix
-    token_ids: tuple[int, ...]  # (P,)
-    question: str = ""  # what the row itself asks: its prompt, or the last user message's content
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How completions are decoded; ``temperature`` 0 is greedy.
-
-    Sampled tokens are a pure function of (seed, step, row, completion, token position), the same for every member.
-    """
-
-    seed: int
-    step: int
-    max_completion_length: int  # tokens
-    num_generations: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    stop_strings: tuple[str, ...] = ()
-    person: bytes = SAMPLE_PERSON
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Generated tokens, the end-of-sequence token included; ``finished`` is false where the limit cut them off.
-
-    ``finite`` is false where the logits behind a token held NaN, or the chosen one was infinite: the model computes
-    with numbers that its dtype cannot hold.
-    """
-
-    token_ids: tuple[int, ...]  # (T,)
-    finished: bool
-    finite: bool = True
+    from estune.es.theta import Master
 
 
 class Engine(Protocol):

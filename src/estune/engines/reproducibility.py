@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from estune.engines.base import Perturbation, Prompt, Sampling
-from estune.engines.small_linear import MAX_ROWS
+from estune.engines.hf.small_linear import MAX_ROWS
+from estune.es.types import Perturbation, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from estune.engines.hf import HFEngine
+    from estune.engines.hf.engine import HFEngine
 
 ROWS = MAX_ROWS + 16  # with more, layers take the same code
 PROMPT_TOKENS, NEW_TOKENS = 1024, 3  # of all rows together, and of a completion

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from estune.engines.base import Completion, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.errors import UserError
-from estune.master import Master
+from estune.es.theta import Master
+from estune.es.types import Completion, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
 
 SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
 MODEL_TYPE = "estune-toy"

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.errors import UserError
-from estune.sandbox import run_function
+from estune.sandbox.host import run_function
 from estune.tasks import grids
 from estune.tasks.answers import completion_text, extract_answer
 from estune.tasks.grids import Grid

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections.abc import Collection
 
-from estune.words import nearest
+from estune.errors import nearest
 
 GSM8K = ("gsm_symbolic", "problems from templates of GSM8K; with --dataset_name, GSM8K's own rows work, too")
 MATH = ("math", "problems of its own; with --dataset_name, the rows of that set work, too")

@@ -32,9 +32,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estune.errors import UserError
+from estune.errors import UserError, nearest
 from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text, in_tags
-from estune.words import nearest
 
 PREFIX = "rg:"
 WHO = "a task that begins with rg:"

@@ -1,0 +1,1 @@
+"""The subcommands of `estune`, one file each."""

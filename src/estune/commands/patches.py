@@ -1,0 +1,192 @@
+"""A seed patch: all that a run did to its base model, in kilobytes.
+
+A step is its members' seeds and integer utilities; noise regenerates from them. So a tuned model is its base and this
+file, whatever its size: `estune export` takes the file out of a run's journal, `estune apply` rebuilds the weights on
+any machine, and both ends are held against fingerprints. Seeds that follow from the run's seed are left out.
+
+Layout: a line that names the format, 16 bytes of blake2b over the rest, and one JSON object compressed by zlib.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from estune.config import ESConfig
+from estune.console import say
+from estune.errors import UserError
+from estune.es.noise import NOISE_VERSION
+from estune.es.population import members_for_step
+from estune.es.types import ParameterSpec
+from estune.files import replace_file
+from estune.models.names import local_directory, public_name
+from estune.run.checkpoint import anchor_reader, write_model
+from estune.run.directory import JOURNAL_FILE
+from estune.run.journal import Journal, canonical_json, recorded_update
+from estune.run.resume import located
+from estune.train import setup
+
+MAGIC = b"estune patch 1\n"
+DIGEST_BYTES = 16
+MOST_BYTES = 1 << 30  # of a patch when unpacked: thousands of members for a hundred thousand steps
+# What of the configuration an update, or loading the base, depends on; nothing else is taken from a patch.
+KEPT = (
+    "antithetic", "noise", "rank", "noise_distribution", "weight_decay", "weight_decay_anchor", "seed",
+    "population_size", "trainable_parameters", "dtype", "engine",
+)  # fmt: skip
+CONTENT = {"noise_version": int, "base": dict, "config": dict, "parameters": str, "steps": list, "fingerprint": str}
+STEP_FIELDS = ("q", "e", "a", "decay", "a_lowrank")
+
+
+def make_patch(run: Path) -> bytes:
+    """Return the patch of a finished run.
+
+    Raises:
+        UserError: there is no journal, or nothing in it proves what the last step's weights are.
+    """
+    journal = Journal.open(run / JOURNAL_FILE, repair=False)
+    if journal is None:
+        raise UserError(f"{run} holds no journal to make a patch of")
+    done = len(journal.steps)
+    if done not in journal.checkpoints:
+        raise UserError(f"{run} was interrupted after {done} step{'s' * (done != 1)}: continue it with --resume to its "
+                        "end, then export it")  # fmt: skip
+    header = journal.header
+    config = {name: header["config"][name] for name in KEPT}
+    content = {
+        "noise_version": header["noise_version"],
+        "base": {
+            **header["base"],
+            "model": public_name(located(header["base"], run)["model"]),
+        },
+        "config": config,
+        "parameters": parameters_digest(header["parameters"]),
+        "steps": [_step(record, config) for record in journal.steps],
+        "fingerprint": journal.checkpoints[done],
+    }
+    packed = zlib.compress(canonical_json(content).encode("ascii"), 9)
+    return MAGIC + blake2b(packed, digest_size=DIGEST_BYTES).digest() + packed
+
+
+def _step(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: record[name] for name in STEP_FIELDS if name in record}
+    if record["seeds"] != _seeds(config, record["step"], len(record["seeds"])):
+        kept["seeds"] = record["seeds"]
+    return kept
+
+
+def _seeds(config: Mapping[str, Any], step: int, count: int) -> list[str]:
+    return [f"{member.seed:016x}" for member in members_for_step(config["seed"], step, count, config["antithetic"])]
+
+
+def parameters_digest(parameters: Sequence[Sequence[Any]]) -> str:
+    """Return a hash of (name, shape, kind of noise) of all parameters, as a journal's header lists them."""
+    listed = [[name, list(shape), "full" if kind is True else kind] for name, shape, kind in parameters]
+    return blake2b(canonical_json(listed).encode("ascii"), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def read_patch(path: Path) -> dict[str, Any]:
+    """Return what a patch holds.
+
+    Raises:
+        UserError: the file is missing, no patch, damaged, or of a later format.
+    """
+    raw = path.read_bytes()
+    if not raw.startswith(MAGIC):
+        kind = "a patch of another format" if raw.startswith(b"estune patch ") else "no estune patch"
+        raise UserError(f"{path} is {kind}")
+    digest, packed = raw[len(MAGIC) :][:DIGEST_BYTES], raw[len(MAGIC) + DIGEST_BYTES :]
+    if blake2b(packed, digest_size=DIGEST_BYTES).digest() != digest:
+        raise UserError(f"{path} is damaged: its hash is not the one it was written with")
+    content = _unpacked(packed, path)
+    if content["noise_version"] != NOISE_VERSION:
+        raise UserError(f"{path} needs noise version {content['noise_version']}; this estune has {NOISE_VERSION}")
+    return content
+
+
+def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
+    """Return a patch's content; whoever made it may mean harm, so its size and its types are looked at first."""
+    unpack = zlib.decompressobj()
+    try:
+        text = unpack.decompress(packed, MOST_BYTES)
+        content = json.loads(text) if unpack.eof else None
+    except (zlib.error, ValueError, RecursionError):
+        content = None
+    good = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in CONTENT.items())
+    if not isinstance(content, dict) or not good:
+        raise UserError(f"{path} is no estune patch: its content is not what a patch holds")
+    whole = set(content["config"]) == set(KEPT) and {"model", "fingerprint"} <= set(content["base"])
+    if not whole or not all(isinstance(step, dict) and set(STEP_FIELDS[:4]) <= set(step) for step in content["steps"]):
+        raise UserError(f"{path} is no estune patch: something is missing in it")
+    return content
+
+
+def export_command(run: Path, patch: Path) -> int:
+    """Write a run's patch and say how large it is."""
+    if patch.is_dir():
+        raise UserError(f"patch {patch} is a directory, not a file to write")
+    data = make_patch(run)
+    patch.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(patch, lambda file: file.write(data))
+    content = read_patch(patch)
+    say(f"estune: {patch}: {len(data):,} bytes for {_steps(content)} on {content['base']['model']}; "
+        f"fingerprint of the result {content['fingerprint']}")  # fmt: skip
+    return 0
+
+
+def apply_command(
+    patch: Path, model: str, output_dir: Path | None, revision: str | None, trust_remote_code: bool
+) -> int:
+    """Rebuild a tuned model from its base and a patch, verify it, save it (default: beside the patch, by its name).
+
+    Which revision of the base is loaded, and whether its own code may run, is for the user to say, never for the patch.
+
+    Raises:
+        UserError: the base is another one, or the result is not what the patch says; nothing is saved then.
+    """
+    content = read_patch(patch)
+    output_dir = output_dir or patch.with_suffix("")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"output_dir {output_dir} is not an empty directory")
+    config = {**content["config"], "model": model, "revision": revision,
+              "trust_remote_code": trust_remote_code}  # fmt: skip
+    args = setup.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
+    say(f"estune: loading {model}, then {_steps(content)} of {args.population_size} members")
+    engine = setup.load_engine(args)
+    master, base = engine.master, content["base"]
+    found = master.fingerprint()
+    if found != base["fingerprint"]:
+        raise UserError(f"{patch} belongs to another base: it was made on {base['model']} with fingerprint "
+                        f"{base['fingerprint']}, and {model} has {found}; nothing was written")  # fmt: skip
+    if parameters_digest(_listed(master.specs)) != content["parameters"]:
+        raise UserError(f"{patch} gives other parameters noise than this estune would; nothing was written")
+    anchor = None
+    if args.weight_decay_anchor == "base":
+        directory = local_directory(model)
+        anchor = anchor_reader(directory, master) if directory else None
+        if anchor is None:
+            raise UserError(f"{patch} decays towards its base, and {model} is no directory that holds it as it is")
+    for index, step in enumerate(content["steps"]):
+        seeds = step.get("seeds") or _seeds(content["config"], index, len(step["q"]))
+        master.update(recorded_update({**step, "seeds": seeds}, content["config"]), anchor)
+    found = master.fingerprint()
+    if found != content["fingerprint"]:
+        raise UserError(f"{patch} applied to {model} gives fingerprint {found}, not {content['fingerprint']}: nothing "
+                        "was written")  # fmt: skip
+    engine.master_changed()
+    write_model(output_dir, engine, float32=False)
+    say(f"estune: {_steps(content)} applied and verified, fingerprint {found}, in {output_dir}")
+    return 0
+
+
+def _steps(content: Mapping[str, Any]) -> str:
+    count = len(content["steps"])
+    return f"{count} step{'s' * (count != 1)}"
+
+
+def _listed(specs: Sequence[ParameterSpec]) -> list[list[Any]]:
+    return [[spec.name, list(spec.shape), spec.kind] for spec in specs]

@@ -1,0 +1,245 @@
+"""`estune probe`: what perturbations of several sizes do to a model on a task, before a run is paid for.
+
+Eight members at each of six sigmas answer the rows that a run's first step would use, and so does theta. Too small a
+sigma changes no answer: all members tie, and there is nothing to learn from. Too large a one breaks the model: answers
+are empty, never end, or the fitness of the whole population falls. In between members differ by what they say, and the
+sigma proposed is the one where they differ most without harm (`propose` says how). The rule is of thumb: eight members
+are few, and a short run decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from estune.config import ESConfig
+from estune.console import note, print_json, print_result
+from estune.data.datasets import Batches
+from estune.errors import UserError
+from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
+from estune.es.types import Completion, Interrupted
+from estune.train import setup
+from estune.train.rollouts import Completions, Evaluator, Group, scored, stack
+from estune.train.session import plan_step
+from estune.train.signals import StopRequest
+from estune.train.soundness import are_finite, broken_model, warn_of_inputs
+
+MEMBERS = 8
+SIGMAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+MOST_HARM = 1.0  # of the members' mean fitness, in their own spreads below theta's
+MORE_BROKEN = 0.05  # share of completions beyond theta's own
+LEAST_CHANGED = 0.1  # share of completions that differ from theta's
+FEW_DISTINCT = 0.5  # share of members of one fitness from which more members are proposed
+USUAL_N, LARGER_N = 30, 60
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What theta (M = 1) or some members made of the rows."""
+
+    fitness: list[float]  # (M,)
+    tied_prompts: float  # share of prompts on which all members got the same reward
+    changed: float  # share of completions that differ from theta's
+    broken: dict[str, float]  # shares of completions: empty, clipped, non-finite
+    failures: int  # rewards that failed
+
+    @property
+    def broken_share(self) -> float:
+        """Share of completions with any of the faults (they exclude each other)."""
+        return math.fsum(self.broken.values())
+
+    @property
+    def mean(self) -> float:
+        """Mean fitness of the members to whom a reward applied."""
+        known = [value for value in self.fitness if value == value]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the fitness."""
+        known = [value for value in self.fitness if value == value]
+        return float(np.std(known)) if known else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "fitness_mean": _plain(self.mean), "fitness_std": _plain(self.spread),
+            "fitness_best": _plain(max(self.fitness, default=math.nan)), "fitness": [_plain(v) for v in self.fitness],
+            "tied_prompts": self.tied_prompts, "changed": self.changed, "broken": self.broken,
+            "reward_failures": self.failures,
+        }  # fmt: skip
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def fault(completion: Completion, text: str) -> str | None:
+    """Name what is wrong with a completion, if anything is."""
+    if not completion.finite:
+        return "non_finite"
+    if not text.strip():
+        return "empty"
+    return None if completion.finished else "clipped"
+
+
+def summarise(
+    evaluator: Evaluator, groups: Sequence[Group], answers: Sequence[Completions], theta: Completions,
+    prompts: Sequence[Any], weights: Sequence[float],
+) -> Answers:  # fmt: skip
+    """Return what some members' scored groups and completions, (M,) each of (B, G), come to beside theta's."""
+    rollouts = stack(list(groups))
+    rewards = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (M, B, G)
+    per_prompt = [column[~np.isnan(column)].tolist() for column in rewards.swapaxes(0, 1)]  # B of (M * G,)
+    tied = [is_tie(values) for values in per_prompt if values]
+    own = [completion.token_ids for row in theta for completion in row]
+    flat = [[completion for row in member for completion in row] for member in answers]  # (M, B * G)
+    changed = [done.token_ids != before for member in flat for done, before in zip(member, own, strict=True)]
+    repeated = [prompt for prompt, row in zip(prompts, theta, strict=True) for _ in row]
+    faults = [
+        fault(done, evaluator.text(prompt, done.token_ids))
+        for member in flat
+        for prompt, done in zip(repeated, member, strict=True)
+    ]
+    return Answers(
+        fitness=population_fitness(rewards).tolist(),
+        tied_prompts=sum(tied) / len(tied) if tied else 1.0,
+        changed=sum(changed) / len(changed),
+        broken={name: faults.count(name) / len(faults) for name in ("empty", "clipped", "non_finite")},
+        failures=int(rollouts.failed.sum()),
+    )
+
+
+def probe(
+    args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int = MEMBERS
+) -> tuple[ESConfig, Answers, dict[float, Answers]]:
+    """Return the resolved configuration, and what theta and ``members`` members of every sigma make of the rows.
+
+    Raises:
+        UserError: what was configured cannot work; or it was asked to stop.
+    """
+    task = setup.task_of(args)
+    rewards = setup.resolve_rewards(args, None, task)
+    rows = setup.resolve_rows(args, None, task, "train", rewards)
+    args = setup.resolve_config(dataclasses.replace(args, population_size=members, antithetic=False), len(rows))
+    batches = Batches(len(rows), int(args.batch_size), args.seed)
+    with ExitStack() as stack_:
+        stop = stack_.enter_context(StopRequest())
+        pool = stack_.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
+        engine = setup.load_engine(args)
+        chosen = batches.rows_for_step(0)
+        rows = [rows[row] for row in chosen]
+        prompts = setup.build_prompts(args, engine, rows, task is not None)
+        args = setup.resolve_with_engine(args, engine, prompts)
+        warn_of_inputs(args, engine, prompts)
+        evaluator = Evaluator(engine, pool, args.response_prefix, stop.requested)
+        sampling = setup.sampling(args, 0)
+        state = {"global_step": 0, "max_steps": 0}
+
+        def answer(perturbations: Sequence[Any] | None) -> tuple[list[Group], list[Completions]]:
+            started = evaluator.start(perturbations, rows, prompts, sampling, state, False)
+            done = [
+                evaluator.finish(group, scored(future, stop.requested), sampling.num_generations)
+                for group, _, future in started
+            ]
+            return done, [completions for _, completions, _ in started]
+
+        try:
+            groups, [own] = answer(None)
+            if not are_finite(own):
+                raise UserError(broken_model(args.model, engine.compute_dtype))
+            theta = summarise(evaluator, groups, [own], own, prompts, rewards.weights)
+            found: dict[float, Answers] = {}
+            for sigma in sigmas:
+                step = plan_step(dataclasses.replace(args, sigma=sigma), batches, 0)
+                groups, answers = [], []
+                for first in range(0, members, int(args.members_per_batch)):
+                    part = step.members[first : first + int(args.members_per_batch)]
+                    scored_groups, completions = answer([step.perturbation(member) for member in part])
+                    groups += scored_groups
+                    answers += completions
+                found[sigma] = summarise(evaluator, groups, answers, own, prompts, rewards.weights)
+                note(f"sigma {sigma:g} tried")
+        except Interrupted:
+            raise UserError("the probe was stopped") from None
+    return args, theta, found
+
+
+def propose(theta: Answers, found: dict[float, Answers]) -> dict[str, Any]:
+    """Return a sigma, a learning rate (sigma / 2, the paper's rule) and N, with the reason in a sentence.
+
+    A sigma is harmless where at most 5 points more completions are broken than theta's, and the members' mean fitness
+    lies at most one standard deviation of theirs below theta's; it is felt where at least a tenth of the completions
+    changed and the members do not all tie. Of the sigmas that are both, the one with the largest spread of fitness.
+    """
+    harmless = [
+        sigma
+        for sigma, members in found.items()
+        if members.broken_share <= theta.broken_share + MORE_BROKEN
+        and members.mean >= theta.mean - MOST_HARM * members.spread - 1e-9 * abs(theta.mean)
+    ]
+    felt = [s for s, members in found.items() if members.changed >= LEAST_CHANGED and not _all_tie(members)]
+    both = [sigma for sigma in harmless if sigma in felt]
+    if both:
+        sigma = max(both, key=lambda s: found[s].spread)
+        reason = "members differ most there without harm"
+    elif felt:
+        sigma = min(felt)
+        reason = "the smallest that changes answers; it harms most members, so watch the first steps"
+    else:
+        sigma = max(harmless, default=min(found))
+        reason = "no sigma made members differ: easier prompts, more of them, or a finer reward would help more"
+        if not harmless:
+            reason = "every sigma tried breaks the members: try smaller ones with --sigmas"
+    values = found[sigma].fitness
+    most_common = max(sum(is_tie([value, other]) for other in values) for value in values)
+    n = LARGER_N if most_common / len(values) > FEW_DISTINCT else USUAL_N
+    return {"sigma": sigma, "learning_rate": sigma / 2, "population_size": n, "reason": reason}
+
+
+def _all_tie(members: Answers) -> bool:
+    known = [value for value in members.fitness if value == value]
+    return not known or is_tie(known)
+
+
+def table(theta: Answers, found: dict[float, Answers], proposal: dict[str, Any]) -> str:
+    """Return the result as text."""
+    head = (f"{'sigma':>8} {'fitness':>10} {'± spread':>9} {'best':>10} {'ties':>6} {'changed':>8} {'empty':>6} "
+            f"{'clipped':>8} {'not finite':>10}")  # fmt: skip
+    lines = [head]
+    for name, answers in [("theta", theta), *((f"{sigma:g}", answers) for sigma, answers in found.items())]:
+        most = max(answers.fitness, default=math.nan)
+        broken = answers.broken
+        among = [f"{answers.spread:.3g}", f"{most:.4g}", f"{answers.tied_prompts:.0%}", f"{answers.changed:.0%}"]
+        spread, best, ties, changed = among if answers is not theta else ["-"] * 4  # said of several members
+        lines.append(
+            f"{name:>8} {answers.mean:>10.4g} {spread:>9} {best:>10} {ties:>6} {changed:>8} {broken['empty']:>6.0%} "
+            f"{broken['clipped']:>8.0%} {broken['non_finite']:>10.0%}"
+        )
+    lines.append(
+        f"proposed: --sigma {proposal['sigma']:g} --learning_rate {proposal['learning_rate']:g} "
+        f"--population_size {proposal['population_size']} ({proposal['reason']})"
+    )
+    return "\n".join(lines)
+
+
+def probe_command(args: ESConfig, sigmas: Sequence[float], as_json: bool) -> int:
+    """Probe and print."""
+    if not sigmas or not all(math.isfinite(sigma) and sigma > 0 for sigma in sigmas):
+        raise UserError("sigmas must be positive numbers")
+    args, theta, found = probe(args, sorted(set(sigmas)))
+    proposal = propose(theta, found)
+    if as_json:
+        points = [{"sigma": sigma, **answers.as_dict()} for sigma, answers in found.items()]
+        print_json({"model": args.model, "task": args.task or args.dataset_name, "members": MEMBERS,
+                    "rows": args.batch_size, "theta": theta.as_dict(), "sigmas": points,
+                    "proposal": proposal})  # fmt: skip
+    else:
+        print_result(table(theta, found, proposal))
+    return 0

@@ -1,0 +1,1 @@
+"""Rows: reading datasets, making prompts, and the columns that rewards are given."""

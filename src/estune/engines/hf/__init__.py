@@ -1,0 +1,1 @@
+"""The engine of transformers models in this process."""

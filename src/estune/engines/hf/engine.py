@@ -1,0 +1,451 @@
+"""The Hugging Face engine: any causal language model of transformers, on CPU, CUDA or MPS, through plain torch.
+
+One float32 master, one working model in the compute dtype (`working_model`). Members are written into the working model
+one after another, or, with low-rank noise, share its forward passes (`estune.engines.lowrank`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from estune import environment
+from estune.console import warn
+from estune.engines.hf import allocator, attention, callers, decoding, end_ids, identity, small_linear, trials
+from estune.engines.hf.loading import files_of, load_model, load_tokenizer, master_of, resolve_device
+from estune.engines.hf.parameters import Binding, bindings
+from estune.engines.hf.saved_model import (
+    TIED_OTHERWISE,
+    check_agreement,
+    check_assets,
+    contradicts,
+    is_cast_in_part,
+    reason_of,
+    save_assets,
+    saved_config,
+    tied_truth,
+)
+from estune.engines.hf.working_model import WorkingModel
+from estune.engines.lowrank.kinds import lowrank_names
+from estune.engines.lowrank.members import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
+from estune.engines.lowrank.stand_ins import Uncovered
+from estune.engines.lowrank.trial import shared_forward
+from estune.engines.reproducibility import answers_repeat
+from estune.errors import UserError
+from estune.es.theta import Master
+from estune.es.types import Completion, Perturbation, Prompt, Sampling
+
+
+class HFEngine:
+    """Answers prompts with theta or a member of it; see `estune.engines.base.Engine`.
+
+    ``stored_dtypes`` maps stored names to the dtype the working model holds them in ("bfloat16", ...): some models
+    keep a few parameters in float32 whatever the compute dtype.
+    """
+
+    def __init__(
+        self,
+        model: callers.Model,
+        tokenizer: Any,
+        bound: Sequence[Binding],
+        master: Master,
+        *,
+        prompts_per_batch: int,
+        digests: dict[str, str] | None = None,
+        is_mixed: bool = False,
+    ) -> None:
+        """Take parts that belong together; use `load` or `from_model`.
+
+        ``digests`` are those of `identity` that come from a model's files; ``is_mixed`` says that a module was cast in
+        part, so that only float32 describes all its weights.
+        """
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.prompts_per_batch = prompts_per_batch
+        self.device = model.device
+        self.compute_dtype = _name(model.dtype)
+        self.perturb_s = 0.0  # seconds spent so far in writing members' weights
+        self.stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
+        self.working = WorkingModel(model, bound, master)
+        self.master = self.working.master
+        text_config = model.config.get_text_config(decoder=True)
+        limits = [
+            getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+        ]
+        self.max_context: int | None = next((n for n in limits if isinstance(n, int) and n > 0), None)
+        self.vocab_size = end_ids.vocabulary_rows(model)
+        self._eos, self._pad = end_ids.end_ids(model, tokenizer, self.vocab_size)
+        self._is_mixed = is_mixed
+        self._digests = digests
+        self._stop = decoding.StopStrings(tokenizer, ())
+        self._attention = trials.uses_attention_caller(model)
+        small_linear.install(model)
+        attention.install(model)
+        self._wide_mask = self._attention and trials.takes_wide_mask(model)
+        self._batching = "padded" if self._attention else trials.safe_batching(model, self._caller)
+        self._shared: SharedForward | None = None
+        self._is_lowrank = any(spec.lowrank for spec in master.specs)
+        if self._is_lowrank or self.working.is_theta:  # vectors alone share a forward pass, too
+            self._share_forward()
+        if self.device.type == "cpu":  # after loading, whose memory is better given back
+            allocator.keep_freed_memory()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        tokenizer: Any = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        num_threads: int = 1,
+        prompts_per_batch: int = 8,
+        trainable_parameters: Sequence[str] | None = None,
+        noise: str = "full",
+    ) -> HFEngine:
+        """Load a directory, a hub id or the embedded model ``tiny``.
+
+        Args:
+            model: what to load.
+            tokenizer: used instead of the model's own.
+            dtype: compute dtype; ``auto`` is float32, on CUDA bfloat16 for a checkpoint of 16 bits.
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            revision: the hub revision.
+            trust_remote_code: run code that comes with the model.
+            num_threads: threads that torch and the noise kernels use.
+            prompts_per_batch: prompts in one forward pass, each with all its completions.
+            trainable_parameters: regexes searched in stored names; only matching parameters are perturbed.
+            noise: ``full`` or ``lowrank``: the noise of matrices.
+
+        Raises:
+            UserError: the model cannot be used as it is; the sentence says why.
+        """
+        torch.set_num_threads(num_threads)
+        place = resolve_device(device)
+        has_own = tokenizer is None
+        if has_own:
+            tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        working, bound, master = load_model(
+            model,
+            dtype=dtype,
+            device=place,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            num_threads=num_threads,
+            trainable_parameters=trainable_parameters,
+            noise=noise,
+        )
+        commit = getattr(working.config, "_commit_hash", None) or revision
+        digests = identity.directory_identity(files_of(model, commit), tokenizer=has_own, code=trust_remote_code)
+        try:
+            return cls(working, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, digests=digests)
+        except UserError:
+            raise
+        except Exception as error:  # the model's own code, which answers a few tokens here for the first time
+            raise UserError(f"model {model!r} cannot be run: {reason_of(error)}") from error
+
+    @classmethod
+    def from_model(
+        cls,
+        model: callers.Model,
+        tokenizer: Any,
+        *,
+        num_threads: int = 1,
+        prompts_per_batch: int = 8,
+        trainable_parameters: Sequence[str] | None = None,
+        noise: str = "full",
+    ) -> HFEngine:
+        """Use a model that is already in memory, in its dtype and on its device; its weights become theta.
+
+        The model is the engine's from here on: its weights are overwritten by every member.
+
+        Raises:
+            UserError: the model cannot be used as it is; `check_assets` says whether it can be saved as it is.
+        """
+        torch.set_num_threads(num_threads)
+        name = type(model).__name__
+        if contradicts(model.config, tied_truth(model)):
+            warn(f"the module {name}: {TIED_OTHERWISE}")
+        is_mixed = is_cast_in_part(model)
+        if is_mixed:
+            warn(f"the module {name} holds weights of several dtypes; its saved config.json says float32, which "
+                 "rounds none of them")  # fmt: skip
+        try:
+            bound, buffers = bindings(model)
+            master = master_of(
+                bound,
+                buffers,
+                trainable_parameters,
+                num_threads,
+                name,
+                lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
+                share=noise == "lowrank" and model.device.type == "cpu",
+            )
+            return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
+        except UserError:
+            raise
+        except Exception:  # the module's own code; a configuration that describes another module explains it best
+            check_agreement(model, saved_config(model, "float32"))
+            raise
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end a completion: those of the model's generation_config, else the tokenizer's."""
+        return self._eos
+
+    def generate(
+        self,
+        perturbation: Perturbation | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Completion]]:
+        """Answer prompts (B) with one member, or theta itself: completions (B, G). See `Engine.generate`.
+
+        Raises:
+            Interrupted: ``should_stop()`` turned true between two tokens.
+            UserError: a prompt is empty, or does not leave room for a completion in the model's context.
+        """
+        if perturbation is not None and self._shared is not None:
+            return self.generate_population([perturbation], prompts, sampling, should_stop)[0]
+        self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
+        self._load(perturbation)
+        return self._answer(None, prompts, sampling, should_stop)[0]
+
+    def generate_population(
+        self,
+        perturbations: Sequence[Perturbation],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[list[Completion]]]:
+        """Answer prompts (B) with some members: completions (M, B, G). See `Engine.generate_population`.
+
+        Low-rank members share every forward pass where the model allows it; others run one after another.
+        """
+        if self._shared is None:
+            return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
+        self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
+        self._load(None)
+        started = time.perf_counter()
+        members = Members(self._shared, perturbations)
+        self.perturb_s += time.perf_counter() - started
+        try:
+            with self._shared.installed(members.stand_ins):
+                return self._answer(members, prompts, sampling, should_stop)
+        except Uncovered as error:  # no silent change of ways in the middle of a run
+            raise UserError(
+                f"low-rank members cannot share a forward pass with these prompts, because of {error}; use noise full"
+            ) from error
+
+    def _answer(
+        self,
+        members: Members | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool],
+    ) -> list[list[list[Completion]]]:
+        """Answer prompts with what the working model holds (M = 1), or with members that share it: (M, B, G)."""
+        if self._stop.strings != sampling.stop_strings:
+            self._stop = decoding.StopStrings(self.tokenizer, sampling.stop_strings)
+        copies = 1 if sampling.temperature == 0.0 else sampling.num_generations  # greedy completions are all equal
+        rows = [decoding.Row(p.token_ids, p.row_id, g) for p in prompts for g in range(copies)]
+        n_members = 1 if members is None else members.count
+        size = self.prompts_per_batch * copies
+        answers: list[list[Completion | None]] = [[None] * len(rows) for _ in range(n_members)]
+        for cut in decoding.cut(rows, size):
+            for batch in self._batches(cut, rows):
+                if members is not None:
+                    members.relay(range(n_members), len(batch))
+                done = decoding.complete(
+                    self._caller(members),
+                    [rows[i] for _ in range(n_members) for i in batch],
+                    sampling,
+                    self._eos,
+                    self._pad,
+                    self._stop,
+                    should_stop,
+                    self.device,
+                )
+                for place, completion in enumerate(done):
+                    answers[place // len(batch)][batch[place % len(batch)]] = completion
+        repeats = sampling.num_generations // copies
+        return [
+            [[c for c in member[i : i + copies] if c is not None] * repeats for i in range(0, len(rows), copies)]
+            for member in answers
+        ]
+
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
+        """Say how many of ``members`` should answer together; see `Engine.members_that_fit`."""
+        if self._shared is None:
+            return 1
+        free = environment.free_memory_bytes()
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        size = self._shared.bytes_per_member(rank) + rows * bytes_per_row(self.model, length, sampled)
+        return max(1, min(members, int(free * MEMORY_SHARE / size), MOST_ROWS // rows))
+
+    def load_theta(self) -> None:
+        """Put theta itself into the working model."""
+        self._load(None)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def master_changed(self) -> None:
+        """Theta was written: the next `generate` writes the working model anew."""
+        self.working.forget()
+
+    def save_assets(self, directory: Path, dtype: str) -> None:
+        """Write configuration, generation configuration and tokenizer; see `Engine.save_assets`."""
+        dtype = "float32" if self._is_mixed else dtype
+        save_assets(
+            self.model,
+            self.tokenizer,
+            dtype,
+            Path(directory),
+            ends=self._eos,
+            pad=self._pad,
+            vocab_size=self.vocab_size,
+        )
+
+    def check_assets(self) -> None:
+        """Try `save_assets`, and compare what it writes with the weights; see `Engine.check_assets`."""
+        check_assets(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides answers beside the weights; see `Engine.identity`."""
+        digests = identity.module_identity(self.model) if self._digests is None else self._digests
+        found = {"end_tokens": sorted(self._eos), **digests}
+        if "tokenizer" not in found:
+            found["tokenizer"] = identity.tokenizer_identity(self.tokenizer)
+        return found
+
+    @torch.inference_mode()
+    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the log-probability of every completion token under theta, at temperature 1.
+
+        Args:
+            prompts: (B,).
+            completions: token ids, one completion per prompt.
+
+        Returns:
+            For each prompt one value per completion token: float32 log-softmax, as Python floats.
+
+        Raises:
+            UserError: a prompt is empty, or a row is longer than the model's context.
+        """
+        self._check_lengths(prompts, [len(completion) for completion in completions])
+        self._load(None)
+        result: list[list[float]] = []
+        size = 1 if self._batching == "single" else self.prompts_per_batch
+        for start in range(0, len(prompts), size):
+            end = start + size
+            result += self._batch_logprobs([p.token_ids for p in prompts[start:end]], completions[start:end])
+        return result
+
+    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
+        """Return, per kind of parameter, how much of a perturbation survives; see `WorkingModel.perturb_cosine`.
+
+        Matrices of members that share a forward pass are left out: their factors meet the activations as they are.
+        """
+        return self.working.perturb_cosine(perturbation, self._shared.lowrank if self._shared else ())
+
+    def check_reproducible(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> bool:
+        """Run a batch of a step twice, the second time beside a busy thread; see `estune.engines.reproducibility`."""
+        return answers_repeat(self, perturbations, prompts, sampling)
+
+    def info(self) -> dict[str, Any]:
+        """Return what a journal's header says of the engine."""
+        return {
+            "engine": "hf",
+            "device": self.device.type,
+            "dtype": self.compute_dtype,
+            "model_type": self.model.config.model_type,
+            "architecture": type(self.model).__name__,
+            "num_parameters": self.master.num_parameters,
+            "max_context": self.max_context,
+            "prompts_per_batch": self.prompts_per_batch,
+            "shared_forward": self._shared is not None,
+        }
+
+    def _share_forward(self) -> None:
+        """Find out whether low-rank members can share a forward pass; where not, say why and keep theta apart."""
+        reason = "how the model is called (with more, or other, than tokens, an attention mask and positions)"
+        if self._attention:
+            apart = partial(callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
+            self._shared, reason = shared_forward(
+                self.model, self.working.bindings, self.master, apart, self.max_context
+            )
+        if self._shared is None:
+            warn(f"low-rank members run one after another on this model, because of {reason}")
+            self.working.stand_apart()
+
+    def _caller(self, members: Members | None = None) -> callers.Caller:
+        """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
+        if not self._attention:
+            return callers.GenericCaller(self.model)
+        if members is None:
+            return callers.AttentionCaller(self.model, self._wide_mask, groups=1)
+        everyone = range(members.count)
+        caller = callers.AttentionCaller(
+            self.model, self._wide_mask, members.count, lambda width: members.relay(everyone, width)
+        )
+        return MembersCaller(caller, members)
+
+    def _batches(self, indices: Sequence[int], rows: Sequence[decoding.Row]) -> list[list[int]]:
+        """Return one batch, or several for a model that cannot take padding or batches; see `safe_batching`."""
+        if self._batching == "padded":
+            return [list(indices)]
+        if self._batching == "single":
+            return [[i] for i in indices]
+        lengths = sorted({len(rows[i].token_ids) for i in indices})
+        return [[i for i in indices if len(rows[i].token_ids) == length] for length in lengths]
+
+    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: Sequence[int]) -> None:
+        for prompt, new in zip(prompts, new_tokens, strict=True):
+            length = len(prompt.token_ids)
+            if not length:
+                raise UserError(f"the prompt of row {prompt.row_id} has no tokens")
+            if self.max_context is not None and length + new > self.max_context:
+                raise UserError(
+                    f"the prompt of row {prompt.row_id} has {length} tokens, which with {new} for the completion "
+                    f"passes the model's context of {self.max_context}"
+                )
+
+    def _load(self, perturbation: Perturbation | None) -> None:
+        """Let the working model hold a member, or theta."""
+        self.perturb_s += self.working.hold(perturbation)
+
+    def _batch_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        length = max(len(row) for row in rows)
+        # padded on the right: with causal models nothing a row needs comes after its own tokens
+        ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+        skipped = min(len(prompt) for prompt in prompts) - 1 if self._attention else 0  # positions without a use
+        keep = {"logits_to_keep": length - skipped} if self._attention else {}
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits  # (R, T - skipped, V)
+        result = []
+        for row, prompt, completion in zip(logits, prompts, completions, strict=True):
+            first = len(prompt) - 1 - skipped
+            scores = row[first : first + len(completion)].float().log_softmax(-1)  # (C, V)
+            tokens = torch.tensor(list(completion), dtype=torch.int64, device=self.device)
+            result.append(scores.gather(-1, tokens[:, None])[:, 0].double().tolist())
+        return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

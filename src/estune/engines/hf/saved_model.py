@@ -1,0 +1,316 @@
+"""What lies beside the weights of a saved model: it must describe the very weights that are saved.
+
+A configuration can say something else than the model in memory: tied weights that the file holds apart, layers that a
+script has dropped, an embedding that it has grown. Where the truth is certain the saved configuration says it, else
+`check_agreement` refuses the model before a run writes anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, initialization
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+
+from estune.engines.hf import end_ids
+from estune.engines.hf.model_files import CONFIG_FILE, GENERATION_FILE
+from estune.errors import UserError
+
+TIED_OTHERWISE = (
+    "tie_word_embeddings of its configuration contradicts its weights; the weights are used as they are, tied or not, "
+    "and a saved config.json says which"
+)
+PRIVATE_KEYS = (
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "cache_dir",
+    "local_files_only",
+    "is_local",
+)
+
+
+def save_assets(
+    model: Any,
+    tokenizer: Any,
+    dtype: str,
+    directory: Path,
+    *,
+    ends: frozenset[int],
+    pad: int,
+    vocab_size: int | None,
+) -> None:
+    """Write config.json, generation_config.json, the tokenizer and code that came with the model.
+
+    The same model gives the same bytes wherever it was loaded from: no path or time is written.
+
+    Args:
+        model: in memory; not changed.
+        tokenizer: saved with it, if there is one.
+        dtype: of the weights that are saved.
+        directory: where the files go.
+        ends: token ids that end a completion.
+        pad: the padding id.
+        vocab_size: rows of the input embedding, if known.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = saved_config(model, dtype)
+    if model.is_remote_code():
+        custom_object_save(model, directory, config=config)
+    config.save_pretrained(directory)
+    if model.can_generate() and model.generation_config is not None:
+        # written as it is: save_pretrained of a GenerationConfig refuses some that the hub serves
+        settings = copy.deepcopy(model.generation_config)
+        for name, value in end_ids.settings_of(model, ends, pad, vocab_size).items():
+            setattr(settings, name, value)
+        (directory / GENERATION_FILE).write_text(settings.to_json_string(use_diff=True), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    for name in (CONFIG_FILE, GENERATION_FILE, "tokenizer_config.json"):
+        _strip_private(directory / name)
+
+
+def check_assets(engine: Any) -> None:
+    """Write the files beside the weights into a directory that is removed: what fails at the end must fail now.
+
+    Raises:
+        UserError: they cannot be written, or they describe another model than the one in memory.
+    """
+    with TemporaryDirectory(prefix="estune-") as directory:
+        try:
+            engine.save_assets(Path(directory), engine.compute_dtype)
+        except UserError:
+            raise
+        except Exception as error:  # configurations, tokenizers and remote code are third-party
+            raise _cannot_save(error) from error
+        if getattr(engine, "model", None) is not None:
+            name = type(engine.model).__name__
+            try:
+                config = type(engine.model.config).from_pretrained(directory)
+            except Exception as error:  # the model's own code
+                raise _builds_no_model(name, error) from error
+            check_agreement(engine.model, config)
+
+
+def saved_config(model: Any, dtype: str) -> Any:
+    """Return a copy of a model's configuration that says what is saved: dtype, class, tied weights.
+
+    Raises:
+        UserError: the configuration cannot be copied.
+    """
+    try:
+        config = copy.deepcopy(model.config)
+    except Exception as error:  # a configuration may hold any object
+        raise _cannot_save(error) from error
+    for part in _parts(config):
+        if part is config or getattr(part, "dtype", None) is not None:
+            part.dtype = dtype
+    config.architectures = [type(model).__name__]
+    set_tied(config, tied_truth(model))
+    return config
+
+
+def tied_truth(model: Any) -> bool | None:
+    """Return whether the weights that a model's class can tie are tied; ``None`` where some are, or it ties none."""
+    pairs = _tied_pairs(model)
+    memory = _memory(model)
+    found = {_key(memory[a]) == _key(memory[b]) for a, b in pairs.items() if a in memory and b in memory}
+    return found.pop() if len(found) == 1 else None
+
+
+def contradicts(config: Any, tied: bool | None) -> bool:
+    """Return whether a configuration says otherwise than `tied_truth`; it does not where that is ``None``."""
+    return bool(_wrong(config, tied))
+
+
+def set_tied(config: Any, tied: bool | None) -> bool:
+    """Let a configuration, and that of its text model, say what `tied_truth` found; return whether one did not."""
+    wrong = _wrong(config, tied)
+    for part in wrong:
+        part.tie_word_embeddings = tied
+    return bool(wrong)
+
+
+def _wrong(config: Any, tied: bool | None) -> list[Any]:
+    if tied is None:
+        return []
+    parts = [config] if (text := config.get_text_config(decoder=True)) is config else [config, text]
+    return [part for part in parts if bool(getattr(part, "tie_word_embeddings", tied)) != tied]
+
+
+def is_cast_in_part(model: Any) -> bool:
+    """Return whether loading a model in its own dtype would round some of its weights.
+
+    Some classes keep a few parameters in float32 whatever the dtype; those are loaded as they were.
+    """
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+    if len(set(dtypes.values())) < 2:
+        return False
+    try:
+        config = copy.deepcopy(model.config)
+        config.dtype = model.dtype
+        built = {name: parameter.dtype for name, parameter in skeleton(config, type(model)).named_parameters()}
+    except Exception:  # the model's own code; `check_agreement` says what is wrong
+        return True
+    plan = model._get_dtype_plan(model.dtype)
+    kept = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in plan) or r"(?!)")
+    return any(
+        dtype != built.get(name, model.dtype) and not (dtype == torch.float32 and kept.search(name))
+        for name, dtype in dtypes.items()
+    )
+
+
+def check_agreement(model: Any, config: Any) -> None:
+    """Check that a configuration describes the tensors that a model holds.
+
+    Args:
+        model: in memory.
+        config: what is, or will be, saved with it; not changed.
+
+    Raises:
+        UserError: a model built from the configuration has other tensors; the sentence names one.
+    """
+    name = type(model).__name__
+    try:
+        built = skeleton(config, type(model))
+    except Exception as error:  # the model's own code
+        raise _builds_no_model(name, error) from error
+    held, described = _layout(model), _layout(built)
+    for tensor in sorted(held.keys() | described.keys()):
+        here, there = held.get(tensor), described.get(tensor)
+        if here is None or there is None or here[0] != there[0]:
+            raise UserError(
+                f"{name} and its configuration contradict each other, so the saved run would be another model: the "
+                f"module holds {_of_shape(tensor, here)}, and its configuration describes {_of_shape(tensor, there)}; "
+                "change model.config to what the module is"
+            )
+    for tensor in sorted(held):
+        if held[tensor][1] != described[tensor][1]:
+            shared = sorted(held[tensor][1] ^ described[tensor][1] | {tensor})
+            where = "the module" if len(held[tensor][1]) > len(described[tensor][1]) else "its configuration"
+            raise UserError(
+                f"{name} and its configuration contradict each other, so the saved run would be another model: only "
+                f"{where} lets {' and '.join(shared[:2])} be one tensor"
+            )
+
+
+def skeleton(config: Any, model_class: Any = None, *, trust_remote_code: bool = False) -> Any:
+    """Build the model that a configuration describes on the meta device: names and shapes without memory.
+
+    Args:
+        config: not changed.
+        model_class: built where transformers knows no causal language model for the configuration.
+        trust_remote_code: run code that comes with the model.
+    """
+    config = copy.deepcopy(config)
+    auto: Any = AutoModelForCausalLM
+    known = model_class is None or type(config) in auto._model_mapping
+    with ExitStack() as stack:
+        for context in (
+            torch.device("meta"),
+            initialization.no_init_weights(),
+            initialization.meta_device_safe_creation_ops(),
+        ):
+            stack.enter_context(context)
+        if known:
+            built = auto.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            built = model_class._from_config(config)
+        built.tie_weights()
+        return built
+
+
+def stored_shapes(built: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a `skeleton`'s tensors as files hold them, by their names in files, tied ones once."""
+    memory, seen = {}, set()
+    for name, tensor in _memory(built).items():
+        if _key(tensor) not in seen:
+            seen.add(_key(tensor))
+            memory[name] = torch.empty(tensor.shape, device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(built, memory).items()}
+
+
+def _cannot_save(error: Exception) -> UserError:
+    return UserError(f"the files beside the weights could not be saved at the end of a run: {reason_of(error)}")
+
+
+def _builds_no_model(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"the configuration that would be saved with {name} builds no model, so the run could not be loaded: "
+        f"{reason_of(error)}"
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of other code says, on one line of at most 300 characters."""
+    reason = " ".join(str(error).split())
+    says_enough = isinstance(error, (OSError, ValueError, RuntimeError)) or "Validation" in type(error).__name__
+    if not reason or not says_enough:
+        reason = f"{type(error).__name__}{': ' if reason else ''}{reason}"
+    return reason if len(reason) <= 300 else f"{reason[:300]}..."
+
+
+def _of_shape(tensor: str, found: tuple[tuple[int, ...], frozenset[str]] | None) -> str:
+    return f"no {tensor}" if found is None else f"{tensor} of shape {found[0]}"
+
+
+def _layout(model: Any) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
+    """Return, for each name that is saved, the tensor's shape and all names of that tensor."""
+    memory = _memory(model)
+    names: dict[Any, set[str]] = defaultdict(set)
+    for name, tensor in memory.items():
+        names[_key(tensor)].add(name)
+    return {name: (tuple(tensor.shape), frozenset(names[_key(tensor)])) for name, tensor in memory.items()}
+
+
+def _memory(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers that are saved, by in-memory name, tied ones under every name."""
+    live: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    live.update(model.named_parameters(remove_duplicate=False))
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name: live[name] for name in model.state_dict() if name in live and name not in ignored}
+
+
+def _key(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+    return int(tensor.untyped_storage()._cdata), int(tensor.storage_offset()), tuple(tensor.shape)
+
+
+def _tied_pairs(model: Any) -> dict[str, str]:
+    """Return the pairs of names that the model's class ties where its configuration says so."""
+    twin = copy.copy(model)  # a module's own dictionaries are shared; only its configuration is another
+    twin.config = copy.copy(model.config)
+    twin.config.tie_word_embeddings = True
+    try:
+        pairs: dict[str, str] = twin.get_expanded_tied_weights_keys(all_submodels=False)
+    except (AttributeError, ValueError):  # a class that names its tied weights in a way that transformers cannot read
+        return {}
+    return pairs
+
+
+def _parts(config: Any) -> list[Any]:
+    """Return a configuration and those nested in it."""
+    found = [config]
+    for name in getattr(config, "sub_configs", None) or ():
+        part = getattr(config, name, None)
+        if part is not None:
+            found += _parts(part)
+    return found
+
+
+def _strip_private(path: Path) -> None:
+    if not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in PRIVATE_KEYS:
+        values.pop(key, None)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,163 @@
+"""The working model: what answers prompts, and how theta or a member gets into its memory.
+
+A member is written into the working model's own memory from the master, never added to or subtracted from what was
+there, so theta cannot drift. Where members share a forward pass (`lowrank.members`) nothing is written for a
+member, and the working model's memory may be theta itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from estune.engines.hf.parameters import Binding
+from estune.es.noise import lowrank_factors, noise_ints
+from estune.es.theta import Master
+from estune.es.types import Perturbation
+
+if TYPE_CHECKING:
+    from estune.gpu.theta import DeviceMaster
+
+COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` looks at
+
+
+class WorkingModel:
+    """A model, the master it belongs to, and what its memory holds.
+
+    ``is_theta``: the master's arrays are the model's own memory, so that no member must ever be written into it.
+    """
+
+    def __init__(self, model: Any, bound: Sequence[Binding], master: Master) -> None:
+        """Write theta into ``model``. On CUDA ``master`` may move to the device: use the attribute from here on."""
+        self.model = model
+        self.bindings = list(bound)
+        self._trained = {spec.name for spec in master.specs if spec.perturbed}
+        self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
+        self.is_theta = any(np.shares_memory(master.arrays[name], live) for name, live in self._live.items())
+        self._on_device = _on_device(master, model.device)
+        self.master = master if self._on_device is None else self._on_device
+        staged = [] if self._on_device is not None else [b for b in bound if b.name not in self._live]
+        largest = max((max(b.pieces[0].parameter.numel(), math.prod(b.shape)) for b in staged), default=0)
+        self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=model.device.type == "cuda")
+        self._held: tuple[Perturbation | None, int] | None = None  # and the master's version
+        self._fixed_version = -1  # master version at which the parameters that are not trained were written
+        self.hold(None)
+
+    @torch.inference_mode()
+    def hold(self, perturbation: Perturbation | None) -> float:
+        """Hold a member, or theta (``None``); return the seconds that writing it took."""
+        wanted = (perturbation, self.master.version)
+        if self._held == wanted:
+            return 0.0
+        started = time.perf_counter()
+        if self.is_theta:
+            if perturbation is not None:
+                raise RuntimeError("a member would be written over theta")
+        else:
+            self._held = None
+            self._write(perturbation)
+            self._fixed_version = self.master.version
+        self._held = wanted
+        return time.perf_counter() - started
+
+    def forget(self) -> None:
+        """Write everything anew at the next `hold`: theta has changed."""
+        self._held = None
+        self._fixed_version = -1
+
+    def stand_apart(self) -> None:
+        """Give the master memory of its own, so that members can be written into the model."""
+        if self.is_theta:
+            self.master.unshare()
+            self.is_theta = False
+
+    def perturb_cosine(self, perturbation: Perturbation, but: Collection[str] = ()) -> dict[str, float]:
+        """Return, per kind of parameter, the cosine of ``cast(W) - cast(theta)`` with the exact perturbation.
+
+        It says how much of the perturbation survives the compute dtype; computed in float64 from the first 65,536
+        elements of every perturbed parameter ``but`` those named.
+        """
+        sums: dict[str, np.ndarray] = {}
+        lowrank = {spec.name for spec in self.master.specs if spec.lowrank}
+        for binding in self.bindings:
+            if binding.name not in self._trained or binding.name in but:
+                continue
+            theta = self.master.head(binding.name, COSINE_ELEMENTS)  # (d,)
+            part = _lowrank_part if binding.name in lowrank else _full_part
+            exact = part(binding, perturbation, theta.size)
+            moved, still = (
+                torch.from_numpy(values).to(binding.dtype).double().numpy() for values in (theta + exact, theta)
+            )
+            change, wanted = moved - still, exact.astype(np.float64)
+            parts = np.array([change @ wanted, change @ change, wanted @ wanted])
+            sums[binding.kind] = sums.get(binding.kind, 0.0) + parts
+        return {
+            kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0 for kind, (dot, a, b) in sorted(sums.items())
+        }
+
+    def _write(self, perturbation: Perturbation | None) -> None:
+        live: dict[str, np.ndarray] = {}
+        for binding in self.bindings:
+            name = binding.name
+            if name not in self._trained and self._fixed_version == self.master.version:
+                continue
+            if self._on_device is not None:
+                direct = binding.direct
+                out = torch.empty(binding.shape, dtype=binding.dtype, device=self.model.device)
+                self._on_device.perturb_into(name, perturbation, out if direct is None else direct)
+                if direct is None:
+                    binding.write(out)
+            elif name in self._live:
+                live[name] = self._live[name]
+            elif perturbation is None or name not in self._trained:
+                binding.write(torch.from_numpy(self.master.arrays[name]))
+            else:
+                size = self.master.arrays[name].size
+                self.master.perturb(name, perturbation, out=self._staging[:size].numpy())
+                binding.write(self._staging[:size].view(binding.shape))
+        self.master.perturb_all(perturbation, live)
+        if self._on_device is not None:
+            torch.cuda.current_stream(self.model.device).synchronize()  # kernels are launched, not waited for
+
+
+def _live_memory(binding: Binding) -> np.ndarray | None:
+    """Return the parameter's own memory where a member can be written straight into it: float32, dense, on the CPU."""
+    live = binding.direct
+    return live.numpy() if live is not None and live.device.type == "cpu" and live.dtype == torch.float32 else None
+
+
+def _on_device(master: Master, device: torch.device) -> DeviceMaster | None:
+    """On CUDA, let Triton's kernels keep theta; None where the host keeps it."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from estune.gpu.theta import DeviceMaster, on_device
+
+    moved = on_device(master, device)
+    return moved if isinstance(moved, DeviceMaster) else None
+
+
+def _full_part(binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
+    """Return the first ``count`` elements of a parameter's exact perturbation: float32 (count,)."""
+    member = perturbation.member
+    n = noise_ints(member.seed, binding.name, 0, count, perturbation.distribution)
+    exact: np.ndarray = np.float32(perturbation.scale * member.sign) * n.astype(np.float32)
+    return exact
+
+
+def _lowrank_part(binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
+    """Return the first ``count`` elements of a matrix's exact low-rank perturbation: float64 (count,)."""
+    member = perturbation.member
+    left, right = lowrank_factors(
+        member.seed, binding.name, binding.shape, perturbation.rank, perturbation.distribution
+    )
+    if left.ndim == 3:  # stacked experts: the first
+        left, right = left[0], right[0]
+    rows = -(-count // len(right))
+    product: np.ndarray = (left[:rows].astype(np.float64) @ right.T.astype(np.float64)).reshape(-1)[:count]
+    return perturbation.lowrank_scale * member.sign * product

@@ -1,0 +1,1 @@
+"""Low-rank members: many of them in one forward pass of a transformers model."""

@@ -1,0 +1,1 @@
+"""The method: members, noise, fitness, update, and theta on the host; NumPy and numba only."""

@@ -1,0 +1,132 @@
+"""The noise at memory speed on CPUs: numba kernels, equal bit for bit to `reference`.
+
+Every kernel works on a contiguous piece of one parameter's flat tensor that lies within one key block and releases
+the GIL; the callers (`estune.es.theta`) cut tensors into pieces and spread them over threads. Nothing here allocates
+anything of a tensor's size. The hash itself is in `lanes`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from estune.es.noise.lanes import (
+    CACHE_LINE,
+    LANES,
+    _address,
+    _bits_of,
+    _fence,
+    _mix,
+    _noise,
+    _perturb_lanes,
+    _plus,
+    _popcount,
+    _stream_lanes,
+    _sum_lanes,
+)
+
+__all__ = ["_bits_of", "_mix", "_noise", "_popcount", "checksum_of", "noise_into", "perturb_into", "update_into"]
+
+TILE = 4 * LANES  # elements of an update in flight: their sums (5 KiB) stay in the first-level cache
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def noise_into(out, start, k0, k1, rademacher):  # type: ignore[no-untyped-def]
+    """Write the noise integers of elements ``start + j`` (within one block) to ``out``, int32 (count,)."""
+    base = np.uint32(start)
+    for j in range(out.size):
+        out[j] = _noise(_plus(base, j), k0, k1, rademacher)
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _perturb_singly(out, theta, first, last, base, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
+    for j in range(first, last):
+        n = _noise(_plus(base, j), k0, k1, rademacher)
+        # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
+        out[j] = theta[j] + (scale * np.float32(n) + np.float32(0.0))
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def perturb_into(out, theta, start, k0, k1, scale, rademacher, streamed=False):  # type: ignore[no-untyped-def]
+    """Write ``theta + scale * n`` (float32, scale carries the sign) to ``out``; both (count,).
+
+    ``streamed`` writes past the caches: faster where the whole model does not fit them, slower where it does.
+    """
+    base = np.uint32(start)
+    first = 0
+    if streamed:
+        first = min(out.size, (-_address(out, 0) % CACHE_LINE) // 4)
+        _perturb_singly(out, theta, 0, first, base, k0, k1, scale, rademacher)
+    last = out.size - (out.size - first) % LANES
+    if streamed:
+        for j in range(first, last, LANES):
+            _stream_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
+        _fence()
+    else:
+        for j in range(first, last, LANES):
+            _perturb_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
+    _perturb_singly(out, theta, last, out.size, base, k0, k1, scale, rademacher)
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def checksum_of(theta, start):  # type: ignore[no-untyped-def]
+    """Return ``sum_j mix(mix(start + j) + bits(theta_j))`` modulo 2^64 over a float32 (count,)."""
+    base = np.uint32(start)
+    total = np.uint64(0)
+    for j in range(theta.size):
+        total += np.uint64(_mix(_plus(_mix(_plus(base, j)), _bits_of(theta[j]))))
+    return total
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _move(theta, acc, start, a, decay, anchor, moved, size):  # type: ignore[no-untyped-def]
+    """Apply the decay and ``a * acc`` to one tile of theta and return its checksum.
+
+    What was added is squared and summed in ``moved``, theta afterwards in ``size``: float64 (TILE,), a sum for every
+    place in the tile, because one running sum would wait for itself (and its bits would depend on the vector width).
+    """
+    total = np.uint64(0)
+    for j in range(theta.size):
+        before = theta[j]
+        value = before
+        if decay != np.float32(0.0):
+            difference = value
+            if anchor.size > 0:
+                difference = np.float32(value - anchor[j])
+            value = np.float32(value - np.float32(decay * difference))
+        if acc[j] != 0:
+            value = np.float32(np.float64(value) + a * np.float64(acc[j]))
+        theta[j] = value
+        total += np.uint64(_mix(_plus(_mix(_plus(start, j)), _bits_of(value))))
+        moved[j] += (np.float64(value) - np.float64(before)) ** 2
+        size[j] += np.float64(value) ** 2
+    return total
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: ignore[no-untyped-def]
+    """Move ``theta`` (float32, (count,)) in place by one step.
+
+    Returns ``(checksum, moved, size)``: the checksum of theta afterwards, the sum of squares of what was added, and
+    of theta afterwards.
+
+    ``keys`` is uint32 (M, 2) and ``q`` int32 (M,), the utilities as integers with the members' signs multiplied in;
+    members of utility 0 may be left out. ``acc = sum_m q_m * n_m`` is exact in int32, so the order of members does
+    not matter. ``decay`` is float32, 0 for none; ``anchor`` is float32, (count,) or (0,) for decay towards 0.
+    """
+    table = np.empty((q.size, 3), dtype=np.uint32)  # (M, 3), see `_sum_lanes`
+    for m in range(q.size):
+        table[m, 0] = keys[m, 0] ^ (keys[m, 0] >> np.uint32(16))
+        table[m, 1] = keys[m, 1]
+        table[m, 2] = np.uint32(q[m])
+    acc = np.empty(TILE, dtype=np.int32)  # (TILE,)
+    moved = np.zeros(TILE, dtype=np.float64)  # (TILE,)
+    size = np.zeros(TILE, dtype=np.float64)  # (TILE,)
+    total = np.uint64(0)
+    for lo in range(0, theta.size, TILE):
+        hi = min(theta.size, lo + TILE)
+        base = _plus(np.uint32(start), lo)
+        for j in range(0, hi - lo, LANES):  # past the end of theta the last sums go unread
+            _sum_lanes(acc, j, _plus(base, j), table, rademacher)
+        total += _move(theta[lo:hi], acc, base, a, decay, anchor[lo:hi], moved, size)
+    return total, moved.sum(), size.sum()

@@ -1,0 +1,195 @@
+"""Low-rank noise at memory speed on CPUs: numba kernels, equal bit for bit to `reference`.
+
+A product `A B^T` is never written out for a whole matrix. Both kernels work on a contiguous range of rows of one
+matrix, tile by tile: the integers of B for the tile's columns and of A for its rows come from the keys, a few factors
+at a time, and are multiplied into int32 accumulators. An update takes all members in one pass, as one sum over the
+`M * rank` columns ("factors") of their A and B; it writes theta once. The scratch (`ROWS` x `COLS` accumulators and
+the factors) fits the second-level cache whatever the population.
+
+Rows are counted over the stored tensor: those of expert e of a stack (E, d0, d1) begin at e * d0, in A as in the
+checksum's element index, and its columns at e * d1 in B.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from estune.es.noise.cpu import _bits_of, _mix, _noise
+
+ROWS = 192  # of a tile, even; B is drawn again for every tile of rows, A for every tile of columns
+COLS = 768  # of a tile at most
+FACTORS = 32  # whose integers are in scratch at a time, a multiple of 4
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _draw(out, count, start, first, last, keys, weights, rank, rademacher):  # type: ignore[no-untyped-def]
+    """Write the integers of factors ``first .. last`` times their weights, for rows ``start + j`` of A (or B).
+
+    ``out`` is int32 (FACTORS, >= count); row ``f - first`` holds factor ``f = member * rank + k``. Factors up to the
+    next multiple of 4 are 0.
+    """
+    step = np.uint32(rank)
+    for f in range(first, last):
+        row = out[f - first]
+        member = f // rank
+        k0 = keys[member, 0]
+        k1 = keys[member, 1]
+        weight = weights[member]
+        base = np.uint32(start * rank + f % rank)
+        for j in range(count):
+            row[j] = np.int32(weight * _noise(np.uint32(base + np.uint32(np.uint32(j) * step)), k0, k1, rademacher))
+    for f in range(last - first, (last - first + 3) // 4 * 4):
+        out[f, :count] = 0
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def factors_into(out, keys, scales, rademacher):  # type: ignore[no-untyped-def]
+    """Write one factor of some members to ``out``, float32 (M, r, d): ``scale * n`` with n of element ``j * r + k``.
+
+    ``keys`` is uint32 (M, 2), ``scales`` float32 (M,).
+    """
+    members, rank, size = out.shape
+    for m in range(members):
+        k0, k1, scale = keys[m, 0], keys[m, 1], scales[m]
+        for k in range(rank):
+            row = out[m, k]
+            for j in range(size):
+                i = np.uint32(np.uint32(k) + np.uint32(np.uint32(j) * np.uint32(rank)))
+                row[j] = scale * np.float32(_noise(i, k0, k1, rademacher))
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _accumulate(acc, a, b, n_factors, n_rows, n_cols):  # type: ignore[no-untyped-def]
+    """Add ``sum_f a_fi * b_fj`` to ``acc`` (ROWS, COLS), int32, for rows i < n_rows and columns j < n_cols.
+
+    Two rows and four factors at a time: what the sixteen vector registers of AVX2 hold. Beside an odd last row goes
+    one whose sums nobody reads.
+    """
+    for i in range(0, n_rows, 2):
+        upper = acc[i, :n_cols]
+        lower = acc[i + 1, :n_cols]
+        for f in range(0, n_factors, 4):
+            u0, u1, u2, u3 = a[f, i], a[f + 1, i], a[f + 2, i], a[f + 3, i]
+            l0, l1, l2, l3 = a[f, i + 1], a[f + 1, i + 1], a[f + 2, i + 1], a[f + 3, i + 1]
+            b0, b1, b2, b3 = b[f, :n_cols], b[f + 1, :n_cols], b[f + 2, :n_cols], b[f + 3, :n_cols]
+            for j in range(n_cols):
+                # numba widens int32 arithmetic to 64 bits; the casts narrow it again to 32-bit lanes.
+                x = np.int32(np.int32(u0 * b0[j]) + np.int32(u1 * b1[j]))
+                x = np.int32(x + np.int32(np.int32(u2 * b2[j]) + np.int32(u3 * b3[j])))
+                y = np.int32(np.int32(l0 * b0[j]) + np.int32(l1 * b1[j]))
+                y = np.int32(y + np.int32(np.int32(l2 * b2[j]) + np.int32(l3 * b3[j])))
+                upper[j] = np.int32(upper[j] + x)
+                lower[j] = np.int32(lower[j] + y)
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _sum_tile(acc, a, b, row, n_rows, col, n_cols, keys_a, keys_b, q, ones, rank, rademacher):  # type: ignore[no-untyped-def]
+    """Set ``acc[i, j] = sum_m q_m * sum_k A_m[row + i, k] * B_m[col + j, k]`` for a tile; ``a``, ``b`` are scratch."""
+    acc[:n_rows, :n_cols] = 0
+    n_factors = q.size * rank
+    for first in range(0, n_factors, FACTORS):
+        last = min(first + FACTORS, n_factors)
+        _draw(a, n_rows, row, first, last, keys_a, q, rank, rademacher)
+        _draw(b, n_cols, col, first, last, keys_b, ones, rank, rademacher)
+        _accumulate(acc, a, b, last - first, n_rows, n_cols)
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _tile_width(cols):  # type: ignore[no-untyped-def]
+    """Return the width of equal tiles of at most COLS columns, whole vectors but for the last."""
+    n_tiles = max(1, (cols + COLS - 1) // COLS)
+    return ((cols + n_tiles - 1) // n_tiles + 15) // 16 * 16
+
+
+@njit(inline="always")
+def _stepped(value, a_scale, noise):  # type: ignore[no-untyped-def]
+    # Chosen without a branch, so that loops vectorise: where the sum is 0 theta keeps its bits.
+    moved = np.float32(np.float64(value) + a_scale * np.float64(noise))
+    return moved if noise != 0 else value
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def perturb_lowrank_into(out, theta, row, col, keys_a, keys_b, rank, scale, rademacher):  # type: ignore[no-untyped-def]
+    """Write ``float32(float64(theta) + scale * (A B^T))`` to ``out``; both float32 (n, cols), rows of one matrix.
+
+    ``row`` is the first row's index in A, ``col`` that of column 0 in B; ``keys_a`` and ``keys_b`` are uint32 (1, 2).
+    ``scale`` is float64 and carries the sign.
+    """
+    n, cols = theta.shape
+    acc = np.empty((ROWS, COLS), dtype=np.int32)
+    a = np.zeros((FACTORS, ROWS), dtype=np.int32)
+    b = np.empty((FACTORS, COLS), dtype=np.int32)
+    one = np.ones(1, dtype=np.int32)
+    width = _tile_width(cols)
+    for top in range(0, n, ROWS):
+        n_rows = min(ROWS, n - top)
+        for left in range(0, cols, width):
+            n_cols = min(width, cols - left)
+            _sum_tile(acc, a, b, row + top, n_rows, col + left, n_cols, keys_a, keys_b, one, one, rank, rademacher)
+            for i in range(n_rows):
+                source = theta[top + i, left : left + n_cols]
+                target = out[top + i, left : left + n_cols]
+                noise = acc[i, :n_cols]
+                for j in range(n_cols):
+                    # + 0.0: where the noise is 0 the sign of scale must not turn up as -0.0, see `cpu.perturb_into`.
+                    target[j] = np.float32(np.float64(source[j]) + (scale * np.float64(noise[j]) + 0.0))
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def update_lowrank_into(theta, row, col, keys_a, keys_b, q, rank, a_scale, rademacher, decay, anchor):  # type: ignore[no-untyped-def]
+    """Move ``theta`` (float32 (n, cols), rows of one matrix) in place by one step; see `cpu.update_into`.
+
+    Returns ``(checksum, moved, size)`` as it does. ``acc = sum_m q_m * A_m B_m^T`` is exact in int32, so neither the
+    order of members nor the cut into rows and tiles changes a bit.
+
+    ``row`` is the first row's index in A (and in the stored tensor), ``col`` that of column 0 in B. ``keys_a`` and
+    ``keys_b`` are uint32 (M, 2), ``q`` int32 (M,) with the members' signs; ``anchor`` is float32 (n * cols,) or (0,).
+    """
+    n, cols = theta.shape
+    acc = np.empty((ROWS, COLS), dtype=np.int32)
+    a = np.zeros((FACTORS, ROWS), dtype=np.int32)
+    b = np.empty((FACTORS, COLS), dtype=np.int32)
+    ones = np.ones(q.size, dtype=np.int32)
+    before = np.empty(COLS, dtype=np.float32)
+    # Norms are summed per column of a tile: a fixed order that vectorises.
+    moved = np.zeros(COLS, dtype=np.float64)
+    size = np.zeros(COLS, dtype=np.float64)
+    total = np.uint64(0)
+    width = _tile_width(cols)
+    for top in range(0, n, ROWS):
+        n_rows = min(ROWS, n - top)
+        for left in range(0, cols, width):
+            n_cols = min(width, cols - left)
+            _sum_tile(acc, a, b, row + top, n_rows, col + left, n_cols, keys_a, keys_b, q, ones, rank, rademacher)
+            for i in range(n_rows):
+                line = theta[top + i, left : left + n_cols]
+                noise = acc[i, :n_cols]
+                if decay != np.float32(0.0):
+                    for j in range(n_cols):
+                        before[j] = line[j]
+                    if anchor.size > 0:
+                        offset = (top + i) * cols + left
+                        base = anchor[offset : offset + n_cols]
+                        for j in range(n_cols):
+                            line[j] = np.float32(line[j] - np.float32(decay * np.float32(line[j] - base[j])))
+                    else:
+                        for j in range(n_cols):
+                            line[j] = np.float32(line[j] - np.float32(decay * line[j]))
+                    for j in range(n_cols):
+                        value = _stepped(line[j], a_scale, noise[j])
+                        line[j] = value
+                        moved[j] += (np.float64(value) - np.float64(before[j])) ** 2
+                        size[j] += np.float64(value) ** 2
+                else:  # the same without a copy of the row: memory is what limits this loop
+                    for j in range(n_cols):
+                        old = line[j]
+                        value = _stepped(old, a_scale, noise[j])
+                        line[j] = value
+                        moved[j] += (np.float64(value) - np.float64(old)) ** 2
+                        size[j] += np.float64(value) ** 2
+                first = np.uint32((row + top + i) * cols + left)  # modulo 2^32, as all element indices
+                for j in range(n_cols):
+                    word = np.uint32(_mix(np.uint32(first + np.uint32(j))) + _bits_of(line[j]))
+                    total += np.uint64(_mix(word))
+    return total, moved.sum(), size.sum()

@@ -1,0 +1,38 @@
+"""Who is in a step's population: members are (seed, sign), derived from (run seed, step, index) alone.
+
+No generator state anywhere: every number that looks random in estune is a hash of the integers that name it
+(DESIGN section 2), so any worker can compute any member of any step without having seen the ones before.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from estune.es.types import Member
+
+MEMBER_PERSON = b"estune-seed-v1"  # the member seeds of a step
+ROW_PERSON = b"estune-rows-v1"  # the order of the training rows
+EVAL_PERSON = b"estune-eval-v1"  # the uniforms of sampled decoding in an evaluation
+
+
+def derive_seed(*integers: int, person: bytes) -> int:
+    """Hash integers in [0, 2^64) into one unsigned 64-bit integer.
+
+    blake2b over the integers as little-endian uint64, digest of 8 bytes read little-endian; ``person`` (at most 16
+    bytes) keeps the uses apart.
+    """
+    message = b"".join(value.to_bytes(8, "little") for value in integers)
+    return int.from_bytes(blake2b(message, digest_size=8, person=person).digest(), "little")
+
+
+def members_for_step(run_seed: int, step: int, population_size: int, antithetic: bool) -> list[Member]:
+    """Return the ``population_size`` members of a step, in order.
+
+    Antithetic populations come in pairs of one seed, in the order +, -; then the index in the seed is the pair's.
+    """
+    if not antithetic:
+        return [
+            Member(derive_seed(run_seed, step, index, person=MEMBER_PERSON), +1) for index in range(population_size)
+        ]
+    seeds = [derive_seed(run_seed, step, pair, person=MEMBER_PERSON) for pair in range(population_size // 2)]
+    return [Member(seed, sign) for seed in seeds for sign in (+1, -1)]

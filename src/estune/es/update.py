@@ -1,0 +1,124 @@
+"""The update rule: utilities to integers, scale factors, schedules and weight decay.
+
+    theta += learning_rate / N * sum_m utilities_m * sign_m * eps(seed_m)          (arXiv 2509.24372; 1/sigma folded in)
+
+made exact: utilities become integers ``q`` of a common exponent ``e``, the sum runs in int32, and one scale ``a`` of
+22 significant bits turns it into weights (DESIGN section 2); matrices of low-rank noise have a scale of their own. What
+is computed here is a handful of scalars, which the journal records; `estune.es.theta` applies them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from estune.es.noise.reference import lowrank_deviation, noise_deviation, round_to_bits
+from estune.es.types import Member
+
+MAX_Q = 32767
+MAX_NOISE = 16  # |n| of the normal distribution; the Rademacher variant keeps the same bound
+SCALE_BITS = 22  # significant bits of `a`: with a 31-bit sum the product is exact in float64
+
+SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
+SIGMA_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Everything a replica needs to move theta by one step: seeds and scalars."""
+
+    members: tuple[Member, ...]  # (N,)
+    q: tuple[int, ...]  # (N,), integer utilities
+    e: int  # utilities ~ q / 2^e
+    a: float  # theta += a * sum_m q_m * sign_m * n(seed_m)
+    decay: float = 0.0  # theta -= decay * (theta - anchor), a float32 value; before the ES term
+    anchored: bool = False  # anchor: theta_0, otherwise 0
+    distribution: str = "normal"
+    rank: int = 0  # of the low-rank noise; 0: every parameter has full noise
+    a_lowrank: float = (
+        0.0  # the same for matrices of low-rank noise: theta += a_lowrank * sum_m q_m * sign_m * A_m B_m^T
+    )
+
+    @property
+    def is_zero(self) -> bool:
+        """True where all members tied: theta is not written, not even by the decay."""
+        return not any(self.q)
+
+
+def integer_utilities(utilities: Sequence[float], rank: int = 0) -> tuple[list[int], int]:
+    """Return ``(q, e)`` with ``q = rint(utilities * 2^e)``, half to even, at the largest exponent that fits.
+
+    It fits while max|q| <= 32767 and max|q| * 16 * N < 2^31, with low-rank noise max|q| * 256 * N * rank < 2^31, so
+    that no order of summation can overflow int32.
+    All-zero utilities give ``e = 0``.
+    """
+    largest = max((abs(value) for value in utilities), default=0.0)
+    if largest == 0.0:
+        return [0] * len(utilities), 0
+    if not math.isfinite(largest):
+        raise ValueError("utilities must be finite")
+
+    largest_noise = MAX_NOISE**2 * rank if rank else MAX_NOISE
+
+    def fits(exponent: int) -> bool:
+        top = round(math.ldexp(largest, exponent))
+        return top <= MAX_Q and top * largest_noise * len(utilities) < 1 << 31
+
+    exponent = 15 - math.frexp(largest)[1]  # ldexp(largest, exponent) lies in [2^14, 2^15)
+    while not fits(exponent):
+        exponent -= 1
+    return [round(math.ldexp(value, exponent)) for value in utilities], exponent
+
+
+def make_update(
+    members: Sequence[Member],
+    utilities: Sequence[float],
+    learning_rate: float,
+    *,
+    weight_decay: float = 0.0,
+    anchored: bool = False,
+    distribution: str = "normal",
+    rank: int = 0,
+) -> Update:
+    """Turn a step's utilities into the exact update.
+
+    Args:
+        members: (N,) in population order.
+        utilities: (N,), shaped fitness.
+        learning_rate: of this step, after its schedule.
+        weight_decay: lambda of ``theta -= learning_rate * lambda * (theta - anchor)``, decoupled as in AdamW.
+        anchored: decay towards theta_0 (arXiv 2605.30148) rather than towards 0.
+        distribution: of the noise.
+        rank: of the low-rank noise, 0 in a run of full noise.
+    """
+    q, e = integer_utilities(utilities, rank)
+
+    def scale(deviation: float) -> float:
+        return round_to_bits(math.ldexp(learning_rate / (len(members) * deviation), -e), SCALE_BITS)
+
+    a = scale(noise_deviation(distribution))
+    a_lowrank = scale(lowrank_deviation(rank, distribution)) if rank else 0.0
+    decay = float(np.float32(learning_rate * weight_decay))
+    return Update(tuple(members), tuple(q), e, a, decay, anchored, distribution, rank, a_lowrank)
+
+
+def scheduled(schedule: str, step: int, max_steps: int, warmup_steps: int = 0) -> float:
+    """Return the factor in [0, 1] on the base value at ``step`` (0-based) of ``max_steps``.
+
+    Warm-up counts up ``(step + 1) / warmup_steps``, so no step is wasted at 0; then ``constant`` (or
+    ``constant_with_warmup``) stays at 1, ``linear`` falls to 0 and ``cosine`` follows half a cosine to 0, both
+    reaching 0 one step after the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    if schedule in ("constant", "constant_with_warmup"):
+        return 1.0
+    raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")

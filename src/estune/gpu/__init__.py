@@ -1,0 +1,1 @@
+"""The same bits on a GPU: theta in device memory and its Triton kernels."""

@@ -1,0 +1,316 @@
+"""theta for a working model on a GPU: float32 on the device, or pinned on the host and streamed through it.
+
+A `DeviceMaster` is a `estune.es.theta.Master` whose members and updates are computed on the device by the kernels of
+`estune.gpu.launch`, to the same bits. `on_device` compares a device with the CPU kernels first and hands the host's
+master back where a bit differs. Where theta does not fit beside the working model it stays in (pinned) host memory, and
+parts of it pass through the ring of `estune.gpu.staging`. Needs triton.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from estune.es.noise import block_name, factor_names, factor_shapes, noise_key
+from estune.es.noise.reference import BLOCK_SIZE
+from estune.es.theta import AnchorReader, Master, Moved
+from estune.es.types import ParameterSpec, Perturbation
+from estune.es.update import Update
+from estune.gpu import check, launch
+from estune.gpu.staging import Staging, pin
+
+STAGE = 1 << 24  # elements of a staging buffer: 64 MiB
+RESIDENT_SHARE = 0.5  # of the device's free memory that theta may take; the rest is for caches and activations
+
+
+def on_device(master: Master, device: torch.device, *, resident: bool | None = None) -> Master:
+    """Return a master that works on ``device``, or ``master`` itself where that cannot be, or not to the bit.
+
+    Args:
+        master: theta; its arrays stay in use.
+        device: of the working model, which is loaded already: what it left free decides.
+        resident: whether theta goes to the device; None: where it takes at most half of the free memory.
+    """
+    if device.type != "cuda":
+        return master
+    try:
+        wrong = check.check(device)
+        trouble = f"does not compute {wrong[0]} to the bits of the definition" if wrong else ""
+    except Exception as error:  # no C compiler for Triton's launcher, a GPU it does not know, ...
+        trouble = f"cannot run the noise kernels ({type(error).__name__}: {error})"
+    if trouble:
+        warnings.warn(
+            f"{torch.cuda.get_device_name(device)} {trouble}: members and updates are computed on the CPU, which is "
+            "slower and exact",
+            stacklevel=2,
+        )
+        return master
+    if resident is None:
+        resident = 4 * master.num_parameters <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return DeviceMaster(master, device, resident=resident)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of one parameter's elements that one launch works on; ``rows`` for a matrix of low-rank noise."""
+
+    spec: ParameterSpec
+    start: int
+    count: int
+    rows: launch.Rows | None = None
+
+    @property
+    def span(self) -> slice:
+        """Where the elements lie in the flat parameter."""
+        return slice(self.start, self.start + self.count)
+
+    @property
+    def key_name(self) -> str:
+        """The name that stands for the part's keys: its block's, or the matrix's."""
+        return self.spec.name if self.rows is not None else block_name(self.spec.name, self.start // BLOCK_SIZE)
+
+
+def parts(spec: ParameterSpec, most: int | None = None) -> Iterator[Part]:
+    """Cut a parameter into parts of at most ``most`` elements (a power of 2), at least a row of a low-rank matrix."""
+    size = math.prod(spec.shape)
+    if size == 0:
+        return
+    if spec.perturbed and spec.lowrank:
+        *experts, d0, d1 = spec.shape
+        n_matrices = math.prod(experts)
+        matrices, rows = n_matrices, d0
+        if most is not None:
+            matrices, rows = max(1, most // (d0 * d1)), min(d0, max(1, most // d1))
+        for matrix in range(0, n_matrices, matrices):
+            for row in range(0, d0, rows):
+                here = launch.Rows(d0, d1, matrix, min(matrices, n_matrices - matrix), row, min(rows, d0 - row))
+                yield Part(spec, here.start, here.count, here)
+        return
+    step = BLOCK_SIZE if most is None else min(most, BLOCK_SIZE)
+    for start in range(0, size, step):
+        yield Part(spec, start, min(step, size - start))
+
+
+class DeviceMaster(Master):
+    """A master whose members and updates are computed on a device, to the bits of `estune.es.theta.Master`.
+
+    ``arrays`` are the host's copy: current whenever they are asked for, at the price of a download after an update
+    where theta lives on the device. What asks for some parameters alone downloads those alone.
+    """
+
+    def __init__(self, master: Master, device: torch.device, *, resident: bool, stage: int = STAGE) -> None:
+        """Take over ``master``'s arrays; ``stage`` is the number of elements of a staging buffer, a power of 2."""
+        self._stale: set[str] = set()  # parameters whose host copies are behind the device
+        super().__init__(master.specs, master.arrays, master.buffers, master.num_threads)
+        self.version = master.version
+        self.device = device = torch.empty(0, device=device).device  # with its index
+        self.resident = resident
+        self._by_name = {spec.name: spec for spec in self.specs}
+        self._host = {name: torch.from_numpy(flat) for name, flat in self._flat.items()}
+        self._stage = stage
+        self._staging: Staging | None = None
+        if resident:
+            self._theta = {name: flat.to(device, copy=True) for name, flat in self._host.items()}
+        else:
+            longest = max((spec.shape[-1] for spec in self.specs if spec.lowrank), default=0)
+            self._staging = Staging(device, max(stage, longest))
+            if device.type == "cuda":
+                pin(list(self._host.values()), self)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The host's copy of theta, by name, after a download where it was behind."""
+        self._download(self._stale)
+        return self._arrays
+
+    @arrays.setter
+    def arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def head(self, name: str, count: int) -> np.ndarray:
+        """Return the first ``count`` elements of a parameter, float32, without downloading the rest."""
+        return (self._theta if self.resident else self._host)[name][:count].cpu().numpy()
+
+    def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
+        """Return a member's weights on the host; see `Master.perturb`. No other parameter is downloaded."""
+        self._download([name])
+        if out is None:  # the master would ask for the shape of `arrays`, which downloads all of them
+            out = np.empty(self._by_name[name].shape, dtype=np.float32)
+        return super().perturb(name, perturbation, out)
+
+    def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
+        """Write a member's weights for several parameters on the host; see `Master.perturb_all`."""
+        self._download(outs)
+        super().perturb_all(perturbation, outs)
+
+    def perturb_into(self, name: str, perturbation: Perturbation | None, out: torch.Tensor) -> None:
+        """Write a member's weights for one parameter, cast once, into memory of the device.
+
+        Args:
+            name: the parameter.
+            perturbation: the member; ``None`` or a parameter that is not perturbed gives theta.
+            out: contiguous float32, bfloat16 or float16 of the parameter's size, on the master's device.
+
+        Raises:
+            ValueError: ``out`` does not fit, or the member has no rank for parameters of low-rank noise.
+        """
+        spec = self._by_name[name]
+        if out.device != self.device or not out.is_contiguous() or out.numel() != self._host[name].numel():
+            raise ValueError(
+                f"output for {name!r} must be contiguous on {self.device}, of {self._host[name].numel()} elements"
+            )
+        if out.dtype not in check.DTYPES:
+            raise ValueError(f"output for {name!r} must be float32, bfloat16 or float16, not {out.dtype}")
+        flat = out.view(-1)  # (d,)
+        if perturbation is not None:
+            self._check_rank(perturbation.rank)
+        for part in self._parts(spec):
+            self._apply(part, _member_writer(part, perturbation, flat[part.span]), write_back=False)
+
+    def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
+        """Move theta by one step; see `Master.update`. An anchor is read through the host, part by part."""
+        self._check_update(update, anchor)
+        if update.is_zero:
+            return Moved(self.checksum(), 0.0, 0.0)
+        if not (update.decay and update.anchored):
+            anchor = None
+        moving = [(member, q) for member, q in zip(update.members, update.q, strict=True) if q]
+        q = torch.tensor([member.sign * q for member, q in moving], dtype=torch.int32, device=self.device)  # (M,)
+        rademacher = update.distribution == "rademacher"
+        jobs = [part for spec in self.specs for part in self._parts(spec, whole=anchor is None)]
+        keys = self._keys(jobs, [member.seed for member, _ in moving])
+        done: list[tuple[Part, launch.Sums]] = []
+
+        def move(part: Part, theta: torch.Tensor) -> None:
+            """Queue one part's kernel."""
+            if not part.spec.perturbed:
+                nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+                done.append((part, launch.Sums(launch.checksum_of(theta, part.start % BLOCK_SIZE), nothing, nothing)))
+                return
+            base, words = None, keys[part.key_name]
+            if anchor is not None:  # a blocking copy: the map's pages are not pinned, and perhaps not writable
+                values = np.require(anchor(part.spec.name, part.start, part.count), requirements="W")
+                base = torch.from_numpy(values).to(self.device)
+            if part.rows is not None:
+                sums = launch.update_lowrank_into(
+                    theta, part.rows, update.rank, words, q, update.a_lowrank, rademacher, update.decay, base
+                )
+            else:
+                sums = launch.update_into(
+                    theta, part.start % BLOCK_SIZE, words, q, update.a, rademacher, update.decay, base
+                )
+            done.append((part, sums))
+
+        for part in jobs:
+            self._apply(part, partial(move, part), write_back=part.spec.perturbed)
+        self.version += 1
+        if self.resident:
+            self._stale.update(spec.name for spec in self.specs if spec.perturbed)
+        checksums = _to_list([sums.checksum for _, sums in done])
+        norm = math.sqrt(math.fsum(_to_list([sums.moved for _, sums in done])))
+        size = math.sqrt(math.fsum(_to_list([sums.size for _, sums in done])))
+        self._wait()
+        names = [part.spec.name for part, _ in done]
+        return Moved(self._digest(list(zip(names, checksums, strict=True))), norm, norm / size if size else 0.0)
+
+    def checksum(self) -> str:
+        """Return the checksum of theta, computed on the device; see `Master.checksum`."""
+        done: list[tuple[str, torch.Tensor]] = []
+
+        def add(part: Part, theta: torch.Tensor) -> None:
+            done.append((part.spec.name, launch.checksum_of(theta, part.start % BLOCK_SIZE)))
+
+        for spec in self.specs:
+            for part in self._parts(spec):
+                self._apply(part, partial(add, part), write_back=False)
+        sums = _to_list([value for _, value in done])
+        return self._digest([(name, value) for (name, _), value in zip(done, sums, strict=True)])
+
+    def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
+        """Overwrite theta; see `Master.load`."""
+        self._wait()
+        super().load(read_into)
+        self._stale.clear()
+        if self.resident:
+            for name, flat in self._host.items():
+                self._theta[name].copy_(flat)
+
+    def assign(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Overwrite theta; see `Master.assign`. What is on the device already does not pass through the host."""
+        if not self.resident:
+            super().assign(read)
+            return
+        self.version += 1
+        for spec in self.specs:
+            self._stale.add(spec.name)
+            self._theta[spec.name].copy_(read(spec.name).detach().reshape(-1))
+
+    def unshare(self) -> None:
+        """Move the host's copy into memory of its own; see `Master.unshare`."""
+        super().unshare()
+        self._host = {name: torch.from_numpy(flat) for name, flat in self._flat.items()}
+
+    def _download(self, names: Iterable[str]) -> None:
+        """Bring the host's copy of some parameters up to date; it is free where it was."""
+        for name in self._stale.intersection(names):
+            self._host[name].copy_(self._theta[name])
+            self._stale.discard(name)
+
+    def _parts(self, spec: ParameterSpec, whole: bool = True) -> Iterator[Part]:
+        """Cut a parameter as the master's place asks: into staging buffers, or not at all."""
+        return parts(spec, None if self.resident and whole else self._stage)
+
+    def _apply(self, part: Part, work: Callable[[torch.Tensor], object], *, write_back: bool) -> None:
+        """Queue ``work`` on a part's theta, which it may write where ``write_back`` is true."""
+        if self._staging is None:
+            work(self._theta[part.spec.name][part.span])
+        else:
+            self._staging.run(self._host[part.spec.name][part.span], work, write_back=write_back)
+
+    def _wait(self) -> None:
+        if self._staging is not None:
+            self._staging.wait()
+
+    def _keys(self, jobs: Sequence[Part], seeds: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return, per key name of the perturbed parts, the members' key words in one upload: uint32 (M, 2 or 4)."""
+        words: dict[str, np.ndarray] = {}
+        for part in jobs:
+            if part.spec.perturbed and part.key_name not in words:
+                names = factor_names(part.spec.name) if part.rows is not None else (part.key_name,)
+                words[part.key_name] = np.array(
+                    [[word for name in names for word in noise_key(seed, name)] for seed in seeds], dtype=np.uint32
+                )
+        if not words:
+            return {}
+        flat = launch.words(np.concatenate([table.reshape(-1) for table in words.values()]), self.device)
+        tables = torch.split(flat, [table.size for table in words.values()])
+        return dict(zip(words, tables, strict=True))
+
+
+def _member_writer(
+    part: Part, perturbation: Perturbation | None, out: torch.Tensor
+) -> Callable[[torch.Tensor], object]:
+    """Return the work that writes a member's part, or theta's, from theta to ``out``."""
+    if perturbation is None or not part.spec.perturbed:
+        return out.copy_
+    member, rademacher = perturbation.member, perturbation.distribution == "rademacher"
+    if part.rows is not None:
+        factor_shapes(part.spec.shape, perturbation.rank)  # refuses factors that are too large
+        words = [word for name in factor_names(part.spec.name) for word in noise_key(member.seed, name)]
+        rows, rank, scale = part.rows, perturbation.rank, perturbation.lowrank_scale
+        return lambda theta: launch.perturb_lowrank_into(out, theta, rows, rank, words, member.sign, scale, rademacher)
+    key = noise_key(member.seed, part.key_name)
+    scale = perturbation.scale * member.sign
+    return lambda theta: launch.perturb_into(out, theta, part.start % BLOCK_SIZE, key, scale, rademacher)
+
+
+def _to_list(values: list[torch.Tensor]) -> list[Any]:
+    """Download 0-d tensors at once."""
+    return torch.stack(values).tolist() if values else []

@@ -1,0 +1,180 @@
+"""What a run tells while it runs: one line a step on a terminal, `metrics.jsonl`, and PNG curves.
+
+A monitor that cannot start is an error; one that breaks later is warned about once and never ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from estune.console import finite_or_none, say, warn
+from estune.errors import UserError
+from estune.files import writing
+from estune.run.records import METRICS_FILE
+
+REPORT_FILE = "report.html"
+
+
+class Monitor(Protocol):
+    """Takes metric records as they come: training steps, and evaluations (their names begin with ``eval_``)."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Take one record; ``record["step"]`` counts steps done."""
+
+    def close(self, failed: bool = False) -> None:
+        """Finish; ``failed`` says that the run ended by an error."""
+
+
+class JsonlMonitor:
+    """Appends every record to `metrics.jsonl`; unlike the others it is part of the run and may fail it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record as a line."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: finite_or_none(value) for name, value in record.items()}) + "\n")
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing is held open."""
+
+
+class ConsoleMonitor:
+    """One line a step, plain text: it works on a terminal, in a log file and over a pipe."""
+
+    def __init__(self, max_steps: int, first_step: int) -> None:
+        self.max_steps = max_steps
+        self._times: list[float] = []
+        self._width = len(str(max_steps))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Print one line."""
+        step = f"step {record['step']:>{self._width}}/{self.max_steps}"
+        if "eval_reward" in record:
+            accuracy = record.get("eval_accuracy")
+            low, high = record.get("eval_accuracy_ci95", (0.0, 0.0))
+            right = "" if accuracy is None else f"  accuracy {accuracy:6.1%} [{low:.1%}, {high:.1%}]"
+            reward = record["eval_reward"]
+            text = f"{step}  held-out ({record['eval_rows']} rows){right}" + (
+                f"  reward {reward:.3f}" if reward is not None else "  reward: all failed"
+            )
+            say(text)
+            return
+        self._times = [*self._times[-9:], record["step_time"]]
+        left = (self.max_steps - record["step"]) * sum(self._times) / len(self._times)
+        failed = failures(record)
+        failed_rewards = f"  failed {failed[0]}{failed[1]}" if failed else ""
+        if "es/update_ratio" in record:
+            spread = f"{_number(record['es/fitness_std'])}  best {_number(record['es/fitness_best'])}"
+            moved = f"moved {record['es/update_ratio']:.1e}"
+        else:  # a method without a population
+            spread, moved = _number(record.get("reward_std")), f"loss {_number(record.get('loss'))}"
+        say(
+            f"{step}  reward {_number(record.get('reward'))} ± {spread}"
+            f"  length {record.get('completions/mean_length', 0):.0f}"
+            f"  {moved}  {record['step_time']:.1f} s{failed_rewards}  left {duration(left)}"
+        )
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing is held open."""
+
+
+class PlotMonitor:
+    """Redraws the run's curves after each evaluation and at the end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        try:
+            from estune.monitor.report.plots import plot_run
+        except ImportError as error:
+            raise UserError(f"report_to plot needs matplotlib ({error})") from None
+        self._draw: Callable[[Path], object] = plot_run
+        self.run_dir = run_dir
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Redraw where an evaluation has come in."""
+        if "eval_reward" in record:
+            self._draw(self.run_dir)
+
+    def close(self, failed: bool = False) -> None:
+        """Draw the last state."""
+        if (self.run_dir / METRICS_FILE).exists():
+            self._draw(self.run_dir)
+
+
+class ReportMonitor:
+    """Writes the run's page, `report.html`, after each evaluation and at the end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from estune.monitor.report.page import write_page
+
+        self._write: Callable[[list[Path], Path], object] = write_page
+        self.run_dir = run_dir
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write where an evaluation has come in."""
+        if "eval_reward" in record:
+            self.close()
+
+    def close(self, failed: bool = False) -> None:
+        """Write the last state."""
+        if (self.run_dir / METRICS_FILE).exists():
+            self._write([self.run_dir], self.run_dir / REPORT_FILE)
+
+
+class Monitors:
+    """All monitors of a run; those beside `metrics.jsonl` may break without harm."""
+
+    def __init__(self, required: Iterable[Monitor], optional: Iterable[Monitor]) -> None:
+        self.required = list(required)
+        self.optional = list(optional)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hand a record to every monitor."""
+        for monitor in self.required:
+            monitor.log(record)
+        for monitor in list(self.optional):
+            self._guard(monitor, lambda monitor=monitor: monitor.log(record))  # type: ignore[misc]
+
+    def close(self, failed: bool = False) -> None:
+        """Close every monitor."""
+        for monitor in self.required:
+            monitor.close(failed)
+        for monitor in list(self.optional):
+            self._guard(monitor, lambda monitor=monitor: monitor.close(failed))  # type: ignore[misc]
+
+    def _guard(self, monitor: Monitor, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a broken monitor must never end a run
+            self.optional.remove(monitor)
+            name = getattr(monitor, "name", type(monitor).__name__)
+            warn(f"{name} broke and is off for the rest of the run: {error}")
+
+
+def failures(record: dict[str, Any]) -> tuple[int, str] | None:
+    """Return how many rewards of a step failed, and of which functions: ``(3, " (accuracy 2, format 1)")``.
+
+    The functions are named where there are several. None where nothing failed.
+    """
+    total = record.get("es/reward_errors", record.get("reward_errors"))
+    if not total:
+        return None
+    names = {name: name.removeprefix("rewards/").removesuffix("/errors") for name in record
+             if name.startswith("rewards/") and name.endswith("/errors")}  # fmt: skip
+    told = [f"{function} {record[name]:.0f}" for name, function in names.items() if record[name]]
+    return round(total), f" ({', '.join(told)})" if len(names) > 1 else ""
+
+
+def duration(seconds: float) -> str:
+    """Return 75 as ``1:15`` and 3700 as ``1:01:40``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _number(value: float | None) -> str:
+    return "   n/a" if value is None else f"{value:6.3f}"

@@ -1,0 +1,229 @@
+"""A run on a terminal: one panel, redrawn in place, instead of a line a step.
+
+It shows the reward's course, how the members of the last step are spread, how far the present step is, speed and time
+left, and what the best, the median and the worst member of the last step said. Whatever else is printed goes above it.
+Where standard output is no terminal, `estune.monitor.monitors.ConsoleMonitor` prints lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from estune.console import is_terminal, warn
+from estune.monitor.monitors import duration, failures
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+REDRAW_S = 0.25  # least time between two redraws while a step runs
+SPARK_WIDTH, SPREAD_BINS = 32, 24
+MOST_CHARACTERS = 300  # of a completion
+
+
+def sparkline(values: Sequence[float | None], width: int = SPARK_WIDTH) -> str:
+    """Return the last ``width`` values as blocks between the lowest and the highest of them; a gap is a space."""
+    shown = list(values)[-width:]
+    known = [value for value in shown if value is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if value is None else BLOCKS[round((value - low) * scale)] for value in shown)
+
+
+def spread(values: Sequence[float], bins: int = SPREAD_BINS) -> str:
+    """Return a histogram of values as blocks, from the lowest to the highest; an empty bin is a space."""
+    low, high = min(values), max(values)
+    if low == high:
+        return BLOCKS[-1]
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
+    most = max(counts)
+    return "".join(BLOCKS[(count * len(BLOCKS) - 1) // most] if count else " " for count in counts)
+
+
+def plain(text: str) -> str:
+    """Return a text without control characters, by which it could write anywhere on a terminal."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
+
+
+class _Console(Console):
+    """Raises where the reader of stdout has left; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise an error, as a terminal that was closed does."""
+        raise BrokenPipeError(errno.EPIPE, "the reader has left")
+
+
+@dataclass
+class Said:
+    """What a member answered in the last step: its place ("best", ...), fitness, question and completion."""
+
+    place: str
+    fitness: float
+    question: str
+    completion: str
+
+
+@dataclass
+class PanelMonitor:
+    """The panel as a monitor; ``tick`` and ``members_done`` keep it moving within a step."""
+
+    title: str
+    max_steps: int
+    population_size: int
+    first_step: int = 0
+    console: Console = field(default_factory=lambda: _Console())
+
+    def __post_init__(self) -> None:
+        self.rewards: list[float | None] = []
+        self.held_out: list[dict[str, Any]] = []
+        self.fitness: list[float] = []
+        self.said: list[Said] = []
+        self.last: dict[str, Any] = {}
+        self.steps_done = self.first_step
+        self.done = 0  # members of the present step
+        self.tokens = 0  # positions generated in the present forward pass
+        self._times: list[float] = []
+        self._drawn_at = 0.0
+        self._broken = False
+        self._closed = False
+        # A stream that is no terminal keeps its lines to itself, such as a stderr that goes into a file.
+        self._live = Live(
+            console=self.console,
+            auto_refresh=False,
+            transient=False,
+            redirect_stdout=is_terminal(sys.stdout),
+            redirect_stderr=is_terminal(sys.stderr),
+        )
+        self._try(self._live.start)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Take a step's or an evaluation's metrics."""
+        if "eval_reward" in record:
+            self.held_out.append(record)
+        else:
+            self.last = record
+            self.steps_done = record["step"]
+            self.rewards.append(record["reward"])
+            self._times = [*self._times[-9:], record["step_time"]]
+            self.done = self.tokens = 0
+        self.draw()
+
+    def members(self, fitness: Sequence[float], said: Sequence[Said]) -> None:
+        """Take the members' fitness (N,) of a step, and what some of them said."""
+        self.fitness = [value for value in fitness if value == value]
+        self.said = list(said)
+
+    def members_done(self, done: int) -> None:
+        """Take how many members of the present step have answered."""
+        self.done, self.tokens = done, 0
+        self._draw_soon()
+
+    def tick(self) -> None:
+        """A token of every row was generated."""
+        self.tokens += 1
+        self._draw_soon()
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the last state on the terminal; closing again does nothing."""
+        if not self._closed and not self._broken:
+            self._closed = True
+            self.draw()
+            self._try(self._live.stop)
+
+    def draw(self) -> None:
+        """Redraw now. A terminal that cannot take it costs the panel, never the run."""
+        if self._broken:
+            return
+        self._drawn_at = time.monotonic()
+        self._try(lambda: self._live.update(self.render(), refresh=True))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Do something to the terminal; where that fails, the panel is off for the rest of the run."""
+        try:
+            action()
+        except Exception as error:  # a broken monitor must never end a run
+            self._broken = True
+            with contextlib.suppress(Exception):
+                self._live.stop()
+            warn(f"the panel broke and is off for the rest of the run: {error}")
+
+    def _draw_soon(self) -> None:
+        if time.monotonic() - self._drawn_at >= REDRAW_S:
+            self.draw()
+
+    def render(self) -> RenderableType:
+        """Return the panel."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(ratio=1)
+        for name, content in self._rows():
+            grid.add_row(name, content)
+        subtitle = f"step {self.steps_done}/{self.max_steps}"
+        return Panel(
+            Group(grid), title=Text(plain(self.title)), title_align="left", subtitle=subtitle, subtitle_align="right"
+        )
+
+    def _rows(self) -> list[tuple[str, RenderableType]]:
+        last = self.last
+        rows: list[tuple[str, RenderableType]] = []
+        if last:
+            number = (f"{_number(last['reward'])} ± {_number(last['es/fitness_std'])}, best "
+                      f"{_number(last['es/fitness_best'])}")  # fmt: skip
+            rows.append(("reward", Text.assemble((sparkline(self.rewards), "cyan"), "  ", number)))
+        if self.fitness:
+            low, high = min(self.fitness), max(self.fitness)
+            strip = Text.assemble(f"{_number(low)} ", (spread(self.fitness), "blue"), f" {_number(high)}")
+            rows.append(("members' fitness", strip))
+        if self.held_out:
+            rows.append(("held-out", self._held_out()))
+        if self.steps_done < self.max_steps:
+            rows.append(("this step", self._step_state()))
+        if self._times:
+            left = (self.max_steps - self.steps_done) * sum(self._times) / len(self._times)
+            pace = f"{last['es/tokens_per_s']:.0f} tokens/s, {last['step_time']:.1f} s a step, {duration(left)} left"
+            if failed := failures(last):
+                pace += f", {failed[0]} rewards failed{failed[1]}"
+            rows.append(("pace", Text(pace)))
+        if self.said:
+            asked = plain(" ".join(self.said[0].question.split()))
+            rows.append(("asked", Text(asked[:MOST_CHARACTERS], style="dim")))
+        for one in self.said:
+            text = plain(" ".join(one.completion.split()))[:MOST_CHARACTERS] or "(empty)"
+            rows.append((one.place, Text.assemble((f"{_number(one.fitness)}  ", "bold"), text, overflow="fold")))
+        return rows
+
+    def _step_state(self) -> RenderableType:
+        state = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self.population_size, completed=self.done, width=SPARK_WIDTH)
+        state.add_row(bar, f"{self.done}/{self.population_size} members", f"token {self.tokens}" if self.tokens else "")
+        return state
+
+    def _held_out(self) -> Text:
+        last = self.held_out[-1]
+        name = "eval_accuracy" if last.get("eval_accuracy") is not None else "eval_reward"
+        line = sparkline([record.get(name) for record in self.held_out])
+        if name == "eval_accuracy":
+            low, high = last["eval_accuracy_ci95"]
+            value = f"accuracy {last[name]:.1%} [{low:.1%}, {high:.1%}], reward {_number(last['eval_reward'])}"
+        else:
+            value = f"reward {_number(last[name])}"
+        return Text.assemble((line, "green"), f"  {value} ({last['eval_rows']} rows, step {last['step']})")
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

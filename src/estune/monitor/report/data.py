@@ -1,0 +1,160 @@
+"""What a report shows of runs, read from their directories alone: plain values, ready for JSON.
+
+Nothing is computed that the run did not write, apart from the marks of what differs between two completions. A run that
+is still going is read as far as it has come.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from estune.config import OF_METHODS
+from estune.errors import UserError
+from estune.run.checkpoint import read_state
+from estune.run.directory import CONFIG_FILE, JOURNAL_FILE, METHOD_FILE
+from estune.run.journal import Journal
+from estune.run.records import is_right, read_metrics
+
+MOST_ROWS = 24  # of completions shown side by side
+MOST_CHARACTERS = 2000  # of one completion
+TIME_PARTS = ("es/generate_s", "es/perturb_s", "es/score_s", "es/update_s")
+WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+
+Part = tuple[str, bool]  # a piece of a text, and whether the other text lacks it
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """Return what a report shows of one run.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
+    if (directory / "comparison.json").is_file():
+        raise UserError(f"{directory} holds a comparison: its page is report.html there, its runs are below runs")
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory} holds no run: there is no {CONFIG_FILE}")
+    config = _json(directory / CONFIG_FILE)
+    journal = Journal.open(directory / JOURNAL_FILE, repair=False) if (directory / JOURNAL_FILE).exists() else None
+    records = read_metrics(directory)
+    header = dict(journal.header) if journal else {}
+    checkpoints = journal.checkpoints if journal else {}
+    if journal is None and (directory / METHOD_FILE).is_file():  # a rival of ES
+        header = _json(directory / METHOD_FILE)
+        state = read_state(directory)
+        checkpoints = {state["step"]: state["fingerprint"]} if state else {}
+    return {
+        "name": config.get("run_name") or directory.resolve().name,
+        "steps_done": len(journal.steps) if journal else max((record["step"] for record in records), default=0),
+        "max_steps": config["max_steps"],
+        "config": options_of_use(config),
+        "trainer": {name: header[name] for name in ("trainer", "arguments") if journal is None and name in header},
+        "engine": header.get("engine", {}),
+        "base": header.get("base", {}),
+        "versions": header.get("versions", {}),
+        "rollouts": header.get("rollouts"),
+        "fingerprint": checkpoints[max(checkpoints)] if checkpoints else None,
+        "environment": _json(directory / "env.json") if (directory / "env.json").is_file() else {},
+        "steps": [_step(record) for record in records if "eval_reward" not in record],
+        "evaluations": [_evaluation(record) for record in records if "eval_reward" in record],
+        "fitness": [[_finite(value) for value in line["fitness"]] for line in journal.steps] if journal else [],
+        "completions": before_and_after(directory),
+    }
+
+
+def options_of_use(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's options without those that its method has no use for."""
+    method = config.get("method", "es")
+    return {name: value for name, value in config.items() if method in OF_METHODS.get(name, (method,))}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _finite(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _step(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a training step's numbers; the time that no part accounts for is ``other``."""
+    parts = {name.removeprefix("es/").removesuffix("_s"): record.get(name) or 0.0 for name in TIME_PARTS}
+    parts["other"] = max(0.0, (record.get("step_time") or 0.0) - math.fsum(parts.values()))
+    numbers = {name: _finite(value) for name, value in record.items() if not isinstance(value, (str, list, dict))}
+    return {**numbers, "time": parts}
+
+
+def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": record["step"],
+        "reward": _finite(record.get("eval_reward")),
+        "accuracy": _finite(record.get("eval_accuracy")),
+        "accuracy_ci95": record.get("eval_accuracy_ci95"),
+        "length": _finite(record.get("eval_mean_length_tokens")),
+        "rows": record.get("eval_rows"),
+    }
+
+
+def before_and_after(directory: Path) -> dict[str, Any]:
+    """Return the held-out completions of the first and the last evaluation side by side, differences marked."""
+    files = sorted((directory / "eval").glob("step_*.jsonl"))
+    if len(files) < 2:
+        return {"first_step": None, "last_step": None, "rows": []}
+    first, last = (_rows(file) for file in (files[0], files[-1]))
+    shown = []
+    for row_id in list(first)[:MOST_ROWS]:
+        if row_id not in last:
+            continue
+        one, other = first[row_id], last[row_id]
+        before, after = mark(one["completions"][0][:MOST_CHARACTERS], other["completions"][0][:MOST_CHARACTERS])
+        shown.append(
+            {
+                "prompt": one["question"] or one["prompt"], "before": before, "after": after,
+                "before_reward": one["rewards"][0], "after_reward": other["rewards"][0],
+                "before_right": _right(one), "after_right": _right(other),
+            }
+        )  # fmt: skip
+    return {"first_step": _number_of(files[0]), "last_step": _number_of(files[-1]), "rows": shown}
+
+
+def _rows(file: Path) -> dict[int, dict[str, Any]]:
+    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return {row["row_id"]: row for row in rows}
+
+
+def _right(row: dict[str, Any]) -> bool | None:
+    return is_right(row["accuracy"][0]) if row.get("accuracy") else None
+
+
+def _number_of(file: Path) -> int:
+    return int(file.stem.removeprefix("step_"))
+
+
+def mark(before: str, after: str) -> tuple[list[Part], list[Part]]:
+    """Cut two texts into parts, and mark those that the other one lacks."""
+    ours, theirs = WORDS.findall(before), WORDS.findall(after)
+    left: list[Part] = []
+    right: list[Part] = []
+    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if a < b:
+            left.append(("".join(ours[a:b]), kind != "equal"))
+        if c < d:
+            right.append(("".join(theirs[c:d]), kind != "equal"))
+    return left, right
+
+
+def read_runs(directories: Sequence[Path]) -> dict[str, Any]:
+    """Return what a report shows of several runs."""
+    runs = [read_run(directory) for directory in directories]
+    names = [run["name"] for run in runs]
+    for run, directory in zip(runs, directories, strict=True):
+        if names.count(run["name"]) > 1:
+            run["name"] = str(directory)
+    return {"runs": runs}

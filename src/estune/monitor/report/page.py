@@ -1,0 +1,32 @@
+"""The report as one self-contained HTML page: no network, no library, the data within it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from estune.files import replace_file
+from estune.monitor.report.data import read_runs
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PLACE = "/*DATA*/"
+
+
+def page(data: dict[str, Any], *, live: bool = False) -> str:
+    """Return the page for what `read_runs` gives; ``live`` makes it ask for ``data.json`` again and again."""
+    text = json.dumps({**data, "live": live}, ensure_ascii=False, allow_nan=False)
+    # Within a script element only these could end it or begin a comment; JSON reads the escapes back.
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
+
+
+def write_page(directories: Sequence[Path], path: Path) -> None:
+    """Write the page of some runs; it appears whole.
+
+    Raises:
+        UserError: a directory holds no run.
+    """
+    html = page(read_runs(directories)).encode("utf-8", errors="replace")
+    replace_file(path, lambda file: file.write(html))

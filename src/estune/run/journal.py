@@ -1,0 +1,279 @@
+"""The write-ahead journal: base model + journal = any step's weights, bit for bit.
+
+`journal.jsonl` holds a header, then step and checkpoint lines only, in order, without times or worker ids. Each line
+carries a hash chained to the line before, so damage is found and named. A step line is on disk (fsync) before theta
+moves; a crash leaves at most a torn last line, which opening repairs. Finished groups of the running step wait in
+`pending.jsonl`, tied to the journal's last hash, until their step line is written.
+
+Floats that decide bits (`s`, `a`, `decay`, and with low-rank noise `s_lowrank`, `a_lowrank`) are written as
+hexadecimal; fitness as decimal that reads back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from estune.errors import UserError
+from estune.es.types import Member
+from estune.es.update import Update
+from estune.files import append_line, is_count, is_number, parse_json
+
+FORMAT_VERSION = 1
+_GENESIS = "0" * 32
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN; parsing and dumping gives it again."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def _chained(previous: str, body: bytes) -> str:
+    return blake2b(previous.encode("ascii") + body, digest_size=16).hexdigest()
+
+
+def _sealed(body: bytes, head: str) -> bytes:
+    """Return a line: the JSON object ``body`` with its hash as the last key."""
+    return body[:-1] + f',"hash":"{head}"}}'.encode("ascii")
+
+
+@dataclass
+class Journal:
+    """The journal of one run, open for appending."""
+
+    path: Path
+    header: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: dict[int, str] = field(default_factory=dict)  # steps done -> fingerprint
+    head: str = _GENESIS  # hash of the last line
+    head_before_step: str = _GENESIS  # hash of the line before the last step line
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+        """Write a new journal that holds ``header`` alone."""
+        journal = cls(path, {})
+        record = {"kind": "header", "format": FORMAT_VERSION, **header}
+        journal._append(record)
+        journal.header = record
+        return journal
+
+    @classmethod
+    def open(cls, path: Path, repair: bool = True) -> Journal | None:
+        """Read and verify a journal; ``None`` if nothing (or only a torn header) was written.
+
+        A torn last line is cut off (``repair=False`` leaves the file as it is and only ignores it).
+
+        Raises:
+            UserError: a line before the last is damaged, or any line was changed; the step is named.
+        """
+        if not path.exists():
+            return None
+        journal = cls(path, {})
+        raw = path.read_bytes()
+        lines = raw.split(b"\n")
+        good = 0  # bytes that hold verified lines
+        for index, line in enumerate(lines):
+            is_last = good + len(line) + 1 >= len(raw)
+            if not line and index == len(lines) - 1:
+                break
+            torn = index == len(lines) - 1  # no newline behind it
+            record = None if torn else _parse(line)
+            if record is None:
+                if is_last:
+                    break
+                raise UserError(f"{path} is damaged at line {index + 1} ({journal._where()}); it cannot be resumed")
+            journal._accept(line, record, index)
+            good += len(line) + 1
+        if good < len(raw) and repair:
+            os.truncate(path, good)
+        return journal if journal.header else None
+
+    def append_step(self, record: Mapping[str, Any]) -> None:
+        """Write a step line; when this returns it is on disk."""
+        line = {"kind": "step", **record}
+        self._append(line)
+        self.steps.append(line)
+
+    def append_checkpoint(self, steps_done: int, fingerprint: str) -> None:
+        """Write a checkpoint line: theta after ``steps_done`` steps has this fingerprint."""
+        self._append({"kind": "checkpoint", "step": steps_done, "fingerprint": fingerprint})
+        self.checkpoints[steps_done] = fingerprint
+
+    def _append(self, record: dict[str, Any]) -> None:
+        body = canonical_json(record).encode("ascii")
+        head = _chained(self.head, body)
+        append_line(self.path, _sealed(body, head).decode("ascii"))
+        if record["kind"] == "step":
+            self.head_before_step = self.head
+        self.head = head
+
+    def _accept(self, line: bytes, record: dict[str, Any], index: int) -> None:
+        """Verify one line against the chain, to the byte, and take in what it says."""
+        body = line[: -len(_sealed(b"}", _GENESIS))] + b"}"
+        expected = _chained(self.head, body)
+        if line != _sealed(body, expected):
+            raise UserError(f"{self.path} is damaged at line {index + 1} ({self._where()}): its hash does not match")
+        if record["kind"] == "step":
+            self.head_before_step = self.head
+        self.head = record.pop("hash")
+        if record["kind"] == "header":
+            if record["format"] != FORMAT_VERSION:
+                raise UserError(f"{self.path} has format {record['format']}, this estune reads {FORMAT_VERSION}")
+            self.header = record
+        elif record["kind"] == "step":
+            self.steps.append(record)
+        else:
+            self.checkpoints[record["step"]] = record["fingerprint"]
+
+    def _where(self) -> str:
+        return f"step {len(self.steps)}" if self.header else "the header"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+def step_record(
+    step: int,
+    rows: Sequence[int],
+    fitness: Sequence[float],
+    scale: float,
+    update: Update,
+    checksum: str,
+    *,
+    failures: int,
+    tokens: int,
+    lowrank_scale: float = 0.0,
+) -> dict[str, Any]:
+    """Return the step line: what was evaluated, what came out, and the exact update about to be applied.
+
+    Args:
+        step: 0-based.
+        rows: (B,) row ids.
+        fitness: (N,), NaN where no reward applied.
+        scale: the rounded perturbation scale ``s``.
+        update: seeds (N,), integer utilities (N,), e, a, decay.
+        checksum: of theta before the update.
+        failures: failed rewards of the step.
+        tokens: prompt and completion tokens of the step.
+        lowrank_scale: the rounded scale of low-rank noise, where the update has a rank.
+    """
+    lowrank = {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()} if update.rank else {}
+    return {
+        "step": step,
+        "rows": list(rows),
+        "seeds": [f"{member.seed:016x}" for member in update.members],
+        "fitness": [None if math.isnan(value) else float(value) for value in fitness],
+        "failures": failures,
+        "tokens": tokens,
+        "q": list(update.q),
+        "e": update.e,
+        "s": scale.hex(),
+        "a": update.a.hex(),
+        "decay": update.decay.hex(),
+        "checksum": checksum,
+        **lowrank,
+    }
+
+
+def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Update:
+    """Return the update that a step line records; ``config`` is the header's."""
+    signs = (+1, -1) if config["antithetic"] else (+1, +1)
+    rank = config["rank"] if config["noise"] == "lowrank" else 0
+    members = tuple(Member(int(seed, 16), signs[index % 2]) for index, seed in enumerate(record["seeds"]))
+    return Update(
+        members=members,
+        q=tuple(record["q"]),
+        e=record["e"],
+        a=float.fromhex(record["a"]),
+        decay=float.fromhex(record["decay"]),
+        anchored=config["weight_decay_anchor"] == "base",
+        distribution=config["noise_distribution"],
+        rank=rank,
+        a_lowrank=float.fromhex(record["a_lowrank"]) if rank else 0.0,
+    )
+
+
+def _is_note(metrics: Any) -> bool:
+    """Return whether a value is a step's metrics by name, with the times that the step's line needs."""
+    needed = ("es/perturb_s", "es/generate_s", "es/score_s")
+    return (
+        isinstance(metrics, dict)
+        and all(value is None or is_number(value) for value in metrics.values())
+        and all(is_number(metrics.get(name)) for name in needed)
+    )
+
+
+def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
+    """Return whether a line of `pending.jsonl` has the hash that it was written with, or is of the form without one."""
+    if "hash" not in record:
+        return record.keys() in ({"after", "group", "result"}, {"after", "metrics"})
+    body = line[: -len(_sealed(b"}", _GENESIS))] + b"}"
+    return line == _sealed(body, _chained(head, body))
+
+
+class Pending:
+    """Finished groups of the running step, so that a killed run does not evaluate them again.
+
+    Each line names the head of the journal at that time, and holds a hash of itself. Lines of another step, damaged
+    lines, and a torn last line are ignored. Lines of an older estune hold no hash.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, head: str) -> dict[int, dict[str, Any]]:
+        """Return the finished groups of the step that follows ``head``, by group index."""
+        return {
+            record["group"]: record["result"]
+            for record in self._records(head)
+            if is_count(record.get("group")) and isinstance(record.get("result"), dict)
+        }
+
+    def read_note(self, head: str) -> dict[str, Any] | None:
+        """Return the metrics of the step that follows ``head``, if it got as far as its update."""
+        notes = [record["metrics"] for record in self._records(head) if _is_note(record.get("metrics"))]
+        return notes[-1] if notes else None
+
+    def _records(self, head: str) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        if not self.path.exists():
+            return records
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            os.truncate(self.path, len(whole))
+        for line in whole.splitlines():
+            try:
+                record = parse_json(line)
+            except ValueError:
+                continue  # a damaged line costs one group's evaluation, nothing else
+            if isinstance(record, dict) and record.get("after") == head and _is_as_written(line, record, head):
+                records.append(record)
+        return records
+
+    def append(self, head: str, group: int, result: Mapping[str, Any]) -> None:
+        """Put a finished group on disk."""
+        self._append(head, {"group": group, "result": result})
+
+    def note(self, head: str, metrics: Mapping[str, Any]) -> None:
+        """Put the step's metrics on disk: its update may be all that is left to do."""
+        self._append(head, {"metrics": metrics})
+
+    def _append(self, head: str, content: Mapping[str, Any]) -> None:
+        body = json.dumps({"after": head, **content}, separators=(",", ":")).encode("ascii")
+        append_line(self.path, _sealed(body, _chained(head, body)).decode("ascii"))
+
+    def clear(self) -> None:
+        """Forget the groups: their step line is on disk."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Training with evolution strategies: the loop, one step, evaluation."""

@@ -1,0 +1,110 @@
+"""What `metrics.jsonl` says of a step and of an evaluation: TRL's metric names where TRL has one, else `es/`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from estune.console import warn
+from estune.es.fitness import mean, share_of_tied_prompts, weigh
+from estune.es.theta import Moved
+from estune.train.evaluation import Evaluation
+from estune.train.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from estune.train.setup import Rewards
+
+COARSE_COSINE = 0.9
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Clock readings of a step, in seconds."""
+
+    started: float
+    update_started: float
+    ended: float
+
+
+def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollouts: Rollouts) -> dict[str, Any]:
+    """Return a training step's metrics before its update, from filled rewards (N, B, G, F) and fitness (N,)."""
+    weighed = weigh(rewards, spec.weights)  # (N, B, G)
+    lengths = rollouts.lengths  # (N, B, G)
+    generate_s = sum(group.generate_s for group in rollouts.groups)
+    perturb_s = sum(group.perturb_s for group in rollouts.groups)
+    known = fitness[~np.isnan(fitness)]
+    record: dict[str, Any] = {
+        "reward": _number(mean(weighed)),
+        "reward_std": _number(float(np.nanstd(weighed)) if np.isfinite(weighed).any() else np.nan),
+        **{f"rewards/{name}/mean": _number(mean(rewards[..., f])) for f, name in enumerate(spec.names)},
+        "frac_reward_zero_std": share_of_tied_prompts(weighed),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": rollouts.clipped_ratio,
+        "completions/non_finite_ratio": rollouts.non_finite_ratio,
+        "es/frac_modal": rollouts.modal_ratio,
+        "es/fitness_best": _number(float(known.max()) if known.size else np.nan),
+        "es/fitness_mean": _number(mean(fitness)),
+        "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
+        "es/fitness_error": _number(_error_over_prompts(weighed)),
+        "es/reward_errors": int(rollouts.failed.sum()),
+        **{f"rewards/{name}/errors": int(rollouts.failed[..., f].sum()) for f, name in enumerate(spec.names)},
+        "es/perturb_s": perturb_s,
+        "es/generate_s": generate_s,
+        "es/score_s": rollouts.score_wait_s,
+        "es/tokens_per_s": float(lengths.sum()) / max(generate_s + perturb_s, 1e-9),
+    }
+    for name in sorted({name for group in rollouts.groups for name in group.metrics}):
+        values = [group.metrics[name] for group in rollouts.groups if name in group.metrics]
+        record[_free_name(name, record)] = mean(np.array(values))
+    return record
+
+
+def _free_name(name: str, record: dict[str, Any]) -> str:
+    """Return a reward's own metric name, put under ``user/`` where it would pass for one of ours."""
+    taken = name in record or name in ("step", "num_tokens", "learning_rate", "step_time")
+    return f"user/{name}" if taken or name.startswith(("eval_", "es/")) else name
+
+
+def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None) -> dict[str, Any]:
+    """Return what is known once theta has moved; without ``timing`` (a killed run) the time of its parts."""
+    parts_s = measured["es/perturb_s"] + measured["es/generate_s"] + measured["es/score_s"]
+    return {
+        "es/update_norm": moved.norm,
+        "es/update_ratio": moved.ratio,
+        "es/update_s": timing.ended - timing.update_started if timing else None,
+        "step_time": timing.ended - timing.started if timing else parts_s,
+    }
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation's metrics under their ``eval_`` names."""
+    summary = evaluation.summary()
+    record = {"eval_rows": summary.pop("n"), "eval_reward": summary.pop("reward")}
+    return record | {f"eval_{name}": value for name, value in summary.items()}
+
+
+def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
+    """Warn where the compute dtype rounds the perturbation away."""
+    for kind, cosine in sorted(cosines.items()):
+        if cosine < COARSE_COSINE:
+            warn(f"the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
+                 "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32")  # fmt: skip
+
+
+def _error_over_prompts(weighed: np.ndarray) -> float:
+    """Return the standard error of the mean of weighed rewards (N, B, G) over prompts; NaN where it is unknown."""
+    of_prompts = np.array([mean(weighed[:, b]) for b in range(weighed.shape[1])])  # (B,)
+    of_prompts = of_prompts[~np.isnan(of_prompts)]
+    if of_prompts.size < 2:
+        return math.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = float(of_prompts.std(ddof=1)) / math.sqrt(of_prompts.size)
+    return error if math.isfinite(error) else math.nan
+
+
+def _number(value: float) -> float | None:
+    """Return a JSON number, or None for NaN."""
+    return None if value != value else value

@@ -1,0 +1,349 @@
+"""A training run while it is open: its directory, engine, reward workers, prompts and monitors.
+
+`ESTrainer.train` is the loop; this is what each of its lines does on disk and on the terminal. The order of writes
+within a step is that of `estune.run.directory`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from estune.config import ESConfig
+from estune.console import say, warn
+from estune.data.datasets import Batches
+from estune.errors import UserError
+from estune.es.fitness import fill_failures, population_fitness, weigh
+from estune.es.noise import lowrank_scale, perturbation_scale
+from estune.es.population import members_for_step
+from estune.es.theta import Moved
+from estune.es.types import Member, Perturbation, Prompt
+from estune.es.update import Update, scheduled
+from estune.models.hub import push
+from estune.monitor.panel import PanelMonitor, Said
+from estune.run import records
+from estune.run.card import write_card
+from estune.run.checkpoint import checkpoint_path, prune
+from estune.run.directory import Run, refuse_diverged
+from estune.run.journal import step_record
+from estune.train import metrics, setup
+from estune.train.open_run import OpenRun, Rows
+from estune.train.rollouts import Rollouts, digest
+from estune.train.sigma_watch import BesideMembers, Watch
+from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
+
+NOT_ASKED = BesideMembers()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step evaluates and at which scales: a pure function of the configuration and the step's index."""
+
+    index: int
+    rows: list[int]  # (B,)
+    members: list[Member]  # (N,)
+    sigma: float
+    scale: float  # sigma as the noise's integer scale, see `perturbation_scale`
+    learning_rate: float
+    distribution: str = "normal"  # of the noise
+    rank: int = 0  # of low-rank noise; 0: full noise
+    lowrank_scale: float = 0.0  # sigma as the scale of low-rank noise, see `estune.es.noise.lowrank_scale`
+
+    def perturbation(self, member: Member) -> Perturbation:
+        """Return what an engine has to know to be this member."""
+        return Perturbation(member, self.scale, self.distribution, self.rank, self.lowrank_scale)
+
+
+def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
+    """Return the step of an index."""
+    sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
+    factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
+    rank = args.rank if args.noise == "lowrank" else 0
+    return Step(
+        index=index,
+        rows=batches.rows_for_step(index),
+        members=members_for_step(args.seed, index, args.population_size, args.antithetic),
+        sigma=sigma,
+        scale=perturbation_scale(sigma, args.noise_distribution),
+        learning_rate=args.effective_learning_rate * factor,
+        distribution=args.noise_distribution,
+        rank=rank,
+        lowrank_scale=lowrank_scale(sigma, rank, args.noise_distribution) if rank else 0.0,
+    )
+
+
+def run_so_far(args: ESConfig, run: Run) -> dict[str, Any]:
+    """Return what a `Session` has to know of the steps that are done: ``watch`` and ``theta_answered_first``."""
+    logged = records.read_metrics(run.path)
+    fitness = (record["fitness"] for record in run.journal.steps)
+    return {
+        "watch": Watch.of_run(args.population_size, int(args.batch_size), fitness, logged),
+        "theta_answered_first": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
+    }
+
+
+@dataclass
+class Session(OpenRun):
+    """The parts of an open run of evolution strategies; made by `estune.train.opening.open_session`."""
+
+    batches: Batches
+    checksum: str  # of theta
+    tokens: int  # processed by the journalled steps
+    perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
+    perturb_cos_scale: float = 0.0
+    watch: Watch = field(default_factory=Watch)
+    asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
+    panel: PanelMonitor | None = None
+    repository: str | None = None  # on the hub, where the finished model goes
+    theta_answered_first: bool = False  # whether theta's answers to the first step's rows were scored
+    measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
+    started: float = 0.0  # clock readings of the step in hand, in seconds
+    move_started: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Say whether the run has all its steps, or has used up its time."""
+        return self.has_ended(self.run.steps_done)
+
+    def announce(self, replayed: int) -> None:
+        """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
+        args, master, run = self.args, self.engine.master, self.run
+        moving = sum(int(np.prod(spec.shape)) for spec in master.specs if spec.perturbed)
+        share = "all" if moving == master.num_parameters else f"{moving / master.num_parameters:.1%} of"
+        data = args.task or args.dataset_name or "your dataset"
+        say(f"estune: {args.model}, {share} {master.num_parameters:,} parameters; {data}: {len(self.train_rows)} "
+            f"training rows, {len(self.eval_rows)} held out")  # fmt: skip
+        say(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
+              f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
+        if args.noise == "lowrank":
+            shared = self.engine.info().get("shared_forward")
+            together = f"{args.members_per_batch} in a forward pass" if shared else "one after another"
+            say(f"estune: low-rank noise, rank {args.rank}; members {together}")
+        warn_of_inputs(args, self.engine, self.train_prompts)
+        if run.journal.header.get("rollouts") == "not reproducible":
+            warn("rollouts are not reproducible here: the same member gave other tokens beside other work, so a run "
+                 "with this configuration may differ; the journal alone is this run's truth")  # fmt: skip
+        if run.steps_done:
+            say(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
+
+    def evaluate_population(self, step: Step) -> Rollouts:
+        """Let every member answer the step's rows and score the answers: (N, B, G) rollouts.
+
+        Raises:
+            Interrupted: the run was asked to stop; finished groups are on disk.
+            UserError: no completion of any member comes from finite logits.
+        """
+        self.started = time.perf_counter()
+        if not self.perturb_cos or step.scale < self.perturb_cos_scale / 2:  # at first, and as sigma falls
+            self.perturb_cos_scale = step.scale
+            self.perturb_cos = self.engine.perturb_cosine(step.perturbation(step.members[0]))
+            metrics.warn_of_coarse_weights(self.perturb_cos)
+        rows, prompts = self._inputs(step)
+        rollouts = self.evaluator.population(
+            [step.perturbation(member) for member in step.members],
+            rows,
+            prompts,
+            setup.sampling(self.args, step.index),
+            self.trainer_state(step.index),
+            members_per_batch=int(self.args.members_per_batch),
+            pending=self.run.pending,
+            head=self.run.journal.head,
+            keep_text=self._keeps_completions(step) or self.panel is not None,
+        )
+        self.started -= rollouts.earlier_s  # a step takes what all its members took, whenever they did
+        if rollouts.non_finite_ratio == 1.0:
+            is_broken = not theta_is_finite(self.args, self.engine, self.train_prompts)
+            raise UserError(broken_population(self.engine, step.index + 1, step.sigma, is_broken))
+        return rollouts
+
+    def ask_theta(self, step: Step, rollouts: Rollouts) -> BesideMembers:
+        """Let theta answer the step's rows where that is due: in the first step, at evaluations, where members agree.
+
+        Theta's failures are filled from the population's rewards, as a member's are. No update depends on the answers.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        rows, prompts = self._inputs(step)
+        sampling = setup.sampling(self.args, step.index)
+        digests = np.array([group.digests for group in rollouts.groups])  # (N, B, G)
+        is_ranked = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
+        if not is_ranked and not (step.index == 0 and self.asks_theta_first):
+            if not self.watch.wants_theta(rollouts.modal_ratio):
+                return BesideMembers()
+            answers = self.engine.generate(None, prompts, sampling, self.evaluator.should_stop)
+            own = np.array([[digest(completion.token_ids) for completion in row] for row in answers])  # (B, G)
+            return BesideMembers(equal=float(np.mean(digests == own)))
+        theta = self.evaluator.theta(rows, prompts, sampling, self.trainer_state(step.index))
+        rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
+        failed = np.concatenate([rollouts.failed, theta.failed])
+        weights = self.rewards.weights
+        fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
+        return BesideMembers(
+            equal=float(np.mean(digests == np.array(theta.groups[0].digests))),
+            fitness=float(fitness[-1]),
+            rank=1 + int((fitness[:-1] > fitness[-1]).sum()) if is_ranked else None,
+            is_scored=True,
+        )
+
+    def journal_step(
+        self,
+        step: Step,
+        rewards: np.ndarray,
+        fitness: np.ndarray,
+        rollouts: Rollouts,
+        update: Update,
+        theta: BesideMembers = NOT_ASKED,
+    ) -> None:
+        """Put the step on disk, its line last; when this returns theta may move.
+
+        Args:
+            step: the step.
+            rewards: (N, B, G, F), failures filled.
+            fitness: (N,).
+            rollouts: what was evaluated.
+            update: how theta will move.
+            theta: how theta answered the step's rows.
+        """
+        self.tokens += rollouts.tokens
+        self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+        self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
+        self.measured |= theta.record()
+        if step.index == 0:
+            self.theta_answered_first = theta.is_scored
+        self.measured["num_evaluations"] = self._evaluations(step)
+        self.watch.step({"step": step.index + 1, **self.measured}, theta, self._unpaid(rollouts))
+        if step.index == 0:
+            self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
+        record = step_record(
+            step.index,
+            step.rows,
+            fitness.tolist(),
+            step.scale,
+            update,
+            self.checksum,
+            failures=int(rollouts.failed.sum()),
+            tokens=rollouts.tokens,
+            lowrank_scale=step.lowrank_scale,
+        )
+        self.run.pending.note(self.run.journal.head, self.measured)  # what a kill behind the step line would lose
+        if self.panel is not None:
+            self.panel.members(fitness.tolist(), said(self._inputs(step)[1], rollouts, fitness))
+        if self._keeps_completions(step):
+            path = records.completions_path(self.run.path, step.index + 1)
+            records.write_lines(path, rollouts.completion_records(self._inputs(step)[1]))
+        self.run.journal.append_step(record)
+
+    def move(self, update: Update) -> None:
+        """Apply the journalled update to theta, and tell the monitors."""
+        self.move_started = time.perf_counter()
+        moved = self.engine.master.update(update, self.run.anchor)
+        self.engine.master_changed()
+        self.checksum = moved.checksum
+        refuse_diverged(moved, self.run.steps_done)
+        timing = metrics.Timing(self.started, self.move_started, time.perf_counter())
+        self.train_time_s += timing.ended - timing.started
+        moves = metrics.update_metrics(self.measured, moved, timing)
+        self.log_step(self.measured | moves | {"train_time_s": self.train_time_s})
+        self.run.pending.clear()
+
+    def log_again(self, measured: dict[str, Any], moved: Moved) -> None:
+        """Log a step whose process was killed before it could: its time is that of the parts which are known.
+
+        Args:
+            measured: of the step, as `journal_step` noted it.
+            moved: how theta moved.
+        """
+        moves = metrics.update_metrics(measured, moved, None)
+        self.train_time_s += moves["step_time"]
+        if self.run.steps_done == 1:
+            self.theta_answered_first = "es/theta_fitness" in measured
+            self.watch.know_theta({"step": 1, **measured})
+        self.log_step(measured | moves | {"train_time_s": self.train_time_s})
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Hand the last step's metrics to the monitors, where it is one to log; theta_0's fitness always is."""
+        done = self.run.steps_done
+        if done % self.args.logging_steps == 0 or self.ended or (done == 1 and self.theta_answered_first):
+            self.monitors.log({"step": done} | record)
+
+    def after_step(self) -> None:
+        """Do what is due after ``run.steps_done`` steps and was not done yet: held-out evaluation, checkpoint."""
+        args, done = self.args, self.run.steps_done
+        if self.is_evaluation_due(done):
+            evaluation = self.answer_held_out(done)
+            record = metrics.evaluation_record(evaluation)
+            self.watch.evaluation(record)
+            self.monitors.log({"step": done, **record})
+            records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
+        if args.save_steps and done and done % args.save_steps == 0:
+            if not self.run.has_checkpoint():
+                self.run.save(self.engine, final=False)
+                self.run.record_checkpoint(self.engine)
+            prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
+
+    def finish(self) -> None:
+        """Write the finished model to the run directory's root, and leave theta in the working model.
+
+        Raises:
+            UserError: theta's logits are not finite any more; nothing is written.
+        """
+        refuse_broken_theta(self.args, self.engine, self.train_prompts, self.run.steps_done)
+        self.engine.load_theta()
+        self.run.save(self.engine, final=True)
+        self.run.record_checkpoint(self.engine)
+        write_card(self.run.path)  # a kill just before is mended where a finished run is found again
+        self.run.pending.clear()
+        prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
+        if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
+            warn("theta never moved: in every step all members tied, or every reward failed")
+        if self.panel is not None:
+            self.panel.close()  # before the last words
+        say(f"estune: done; the model is in {self.run.path}")
+        if self.repository is not None:
+            say(f"estune: {push(self.run.path, self.repository)}")
+
+    def save_interrupted(self) -> None:
+        """Save theta where the run was asked to stop."""
+        run = self.run
+        self.engine.load_theta()
+        if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
+            run.save(self.engine, final=False)
+        say(f"estune: stopped after {run.steps_done} steps; "
+            f"continue with: estune train --resume --output_dir {run.path}")  # fmt: skip
+
+    def _inputs(self, step: Step) -> tuple[Rows, list[Prompt]]:
+        """Return the rows and prompts of a step, (B,) each."""
+        return [self.train_rows[row] for row in step.rows], [self.train_prompts[row] for row in step.rows]
+
+    def _evaluations(self, step: Step) -> int:
+        """Return how many completions training has had scored so far, theta's own included."""
+        done, args = step.index + 1, self.args
+        of_theta = done // args.eval_steps if args.eval_steps else 0
+        of_theta += self.theta_answered_first and args.eval_steps != 1
+        return (done * args.population_size + of_theta) * len(step.rows) * args.num_generations
+
+    def _unpaid(self, rollouts: Rollouts) -> list[str]:
+        """Return the reward functions that returned None for every completion of a step."""
+        none = np.isnan(rollouts.rewards) & ~rollouts.failed  # (N, B, G, F)
+        return [name for f, name in enumerate(self.rewards.names) if none[..., f].all()]
+
+    def _keeps_completions(self, step: Step) -> bool:
+        return self.args.log_completions and (step.index + 1) % self.args.logging_steps == 0
+
+
+def said(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:
+    """Return what the best, the median and the worst member answered to the step's first prompt."""
+    order = [int(m) for m in np.argsort(-fitness, kind="stable") if not np.isnan(fitness[m])]  # NaN comes last
+    chosen = [("best", 0), ("median", len(order) // 2), ("worst", len(order) - 1)] if order else []
+    found = []
+    for place, index in chosen:
+        member = order[index]
+        texts = rollouts.groups[member].completions
+        if texts is not None:
+            found.append(Said(place, float(fitness[member]), prompts[0].question, texts[0][0]))
+    return found

@@ -1,0 +1,103 @@
+"""Does theta still compute with finite numbers? Asked before a run writes anything, and before it writes its model.
+
+A weight that float32 holds may overflow in the compute dtype: its logits are then NaN or infinite, every answer is
+noise, and no reward says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from estune.config import ESConfig
+from estune.console import warn
+from estune.data.datasets import Batches
+from estune.engines.base import Engine
+from estune.errors import UserError
+from estune.es.types import Completion, Prompt
+from estune.train import setup
+
+FEW_TOKENS = 4  # of an answer that only shows whether the logits are finite
+WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
+
+
+def are_finite(answers: Sequence[Sequence[Completion]]) -> bool:
+    """Return whether all completions (B, G) come from finite logits."""
+    return all(completion.finite for row in answers for completion in row)
+
+
+def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> bool:
+    """Return whether theta's logits are finite on the first step's prompts.
+
+    Args:
+        args: the run's resolved configuration.
+        engine: holds theta.
+        prompts: all training prompts.
+    """
+    rows = Batches(len(prompts), int(args.batch_size), args.seed).rows_for_step(0)
+    greedy = dataclasses.replace(
+        setup.sampling(args, 0),
+        temperature=0.0,
+        num_generations=1,
+        max_completion_length=min(FEW_TOKENS, args.max_completion_length),
+    )
+    return are_finite(engine.generate(None, [prompts[row] for row in rows], greedy))
+
+
+def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
+    """Let theta answer the first step's prompts with a few tokens.
+
+    Args:
+        args: the run's resolved configuration.
+        engine: holds theta as it is after ``steps_done`` steps.
+        prompts: all training prompts.
+        steps_done: 0 for the model that was given.
+
+    Raises:
+        UserError: a logit is not finite; the sentence names the dtype and what to try.
+    """
+    if theta_is_finite(args, engine, prompts):
+        return
+    if steps_done:
+        dtype = engine.compute_dtype
+        raise UserError(f"theta diverged in step {steps_done}, its logits are not finite in {dtype}: lower "
+                        f"learning_rate{_or_wider(dtype)}; earlier checkpoints are whole")  # fmt: skip
+    raise UserError(broken_model(args.model, engine.compute_dtype))
+
+
+def broken_model(model: str, dtype: str) -> str:
+    """Return the sentence that refuses a model whose logits are not finite in its compute dtype."""
+    advice = f"try {WIDER[dtype]}" if dtype in WIDER else "a weight is too large or the files are damaged"
+    return f"model {model} gives logits that are not finite in {dtype}: {advice}"
+
+
+def broken_population(engine: Engine, step: int, sigma: float, theta_is_broken: bool) -> str:
+    """Return the sentence that stops a run in which no member of a step (1-based) gave finite logits."""
+    dtype = engine.compute_dtype
+    cause = "theta itself is broken, lower learning_rate" if theta_is_broken else f"lower sigma ({sigma:g})"
+    return (f"step {step}: the logits behind every completion of every member are not finite in {dtype}: "
+            f"{cause}{_or_wider(dtype)}; the {step - 1} steps before are in the journal")  # fmt: skip
+
+
+def _or_wider(dtype: str) -> str:
+    return f" or try {WIDER[dtype]}" if dtype in WIDER else ""
+
+
+def warn_of_inputs(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> None:
+    """Warn of a model whose completions nothing ends, and of rows that all ask the same.
+
+    Args:
+        args: how completions are decoded.
+        engine: whose end tokens count; the toy engine's answers end by themselves.
+        prompts: all rows that will be asked.
+    """
+    if engine.tokenizer is not None and not engine.end_tokens and not args.stop_strings:
+        warn(
+            "no token ends a completion (neither the model's generation_config nor its tokenizer names one), so every "
+            "completion has max_completion_length tokens; give --stop_strings"
+        )
+    if len(prompts) > 1 and len({prompt.token_ids for prompt in prompts}) == 1:
+        warn(
+            f"all {len(prompts)} prompts are the same tokens: see whether the column `prompt` and the chat template "
+            "say what each row asks"
+        )
