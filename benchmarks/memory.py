@@ -41,7 +41,7 @@ def status(key):
 imported = status("VmRSS")
 what, noise, model, run = sys.argv[1:]
 if what == "replay":
-    estune.commands.all_commands.replay_command(Path(run), None, Path(run + "-replayed"), None)
+    estune.commands.replay.replay_command(Path(run), None, Path(run + "-replayed"), None)
 else:
     args = ESConfig(model=model, task="countdown", output_dir=run, max_steps=2 if what == "resume" else 1,
                     resume=what == "resume", population_size=2, batch_size=2, max_completion_length=4,

@@ -30,7 +30,7 @@ from record import write_result
 from step import CASES, Bench, Case, Place, endless_model
 
 from estune import ESConfig, environment
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.engines.hf.loading import load_tokenizer
 from estune.train import setup
 

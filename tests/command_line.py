@@ -342,6 +342,7 @@ def _main():
     """The far side: import and warm up once, then fork a command line per request."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
     import estune.commands.all_commands
+
     import estune.train.trainer
     from estune.cli import main
 

@@ -371,7 +371,7 @@ def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(values: dict[str, Any]) -> int:
-    from estune.commands.all_commands import evaluate_command
+    from estune.commands.evaluate import evaluate_command
     from estune.data.datasets import has_splits
     from estune.rewards.loading import look_for_modules_in
     from estune.run.directory import inherited_settings, run_of
@@ -403,7 +403,7 @@ def _probe(values: dict[str, Any]) -> int:
 
 
 def _score(values: dict[str, Any]) -> int:
-    from estune.commands.all_commands import score_command
+    from estune.commands.score import score_command
 
     completions, as_json = Path(values.pop("completions")), values.pop("json")
     return score_command(ESConfig.from_mapping(values), completions, as_json)
@@ -416,7 +416,7 @@ def _default_task(values: dict[str, Any]) -> str | None:
 
 
 def _replay(values: dict[str, Any]) -> int:
-    from estune.commands.all_commands import replay_command
+    from estune.commands.replay import replay_command
 
     return replay_command(Path(values["run"]), values["step"], Path(values["output_dir"]), values["model"])
 
@@ -458,6 +458,6 @@ def _watch(values: dict[str, Any]) -> int:
 
 
 def _env(values: dict[str, Any]) -> int:
-    from estune.commands.all_commands import env_command
+    from estune.commands.env import env_command
 
     return env_command(values["json"])

@@ -249,10 +249,10 @@ def _make_streams() -> None:
 
 def _main() -> None:
     import datasets
+    import estune.commands.all_commands
     import pyarrow.parquet
     import transformers
 
-    import estune.commands.all_commands
     import estune.engines.hf.engine
     import estune.train.trainer  # noqa: F401
 

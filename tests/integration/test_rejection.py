@@ -13,7 +13,7 @@ from estune.baselines import BaselineTrainer, random_search, rejection
 from estune.baselines.session import Ground
 from estune.compare import job
 from estune.compare.plan import evaluations_per_step
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.types import Interrupted
 from estune.models.names import local_directory

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-from estune.data.datasets import Batches, PromptBuilder, check_columns, has_splits, load_rows, reward_inputs
+from estune.data.batches import Batches
+from estune.data.columns import check_columns, reward_inputs
+from estune.data.datasets import has_splits, load_rows
+from estune.data.prompts import PromptBuilder
 from estune.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "target": i, "numbers": [i, 1.5, None], "text": "é\u2028"} for i in range(5)]

@@ -13,7 +13,7 @@ import pytest
 from plain_noise import nearest_float32, plain_key, plain_noise, same_bits, wide_checksum, wide_noise
 
 from estune.config import ESConfig
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.engines.toy import ToyEngine
 from estune.es.noise import (
     cpu_lowrank,

@@ -17,7 +17,7 @@ import numpy as np
 
 from estune.baselines.session import Ground
 from estune.config import ESConfig
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.types import Interrupted, Perturbation

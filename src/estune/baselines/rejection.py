@@ -26,7 +26,7 @@ import trl
 from estune.baselines.arguments import own_arguments, record_of, trl_config
 from estune.baselines.policy_gradient import drive
 from estune.baselines.session import Ground
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.types import Completion, Prompt
 from estune.files import replace_file, write_json

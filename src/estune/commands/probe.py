@@ -20,7 +20,7 @@ import numpy as np
 
 from estune.config import ESConfig
 from estune.console import note, print_json, print_result
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
 from estune.es.types import Completion, Interrupted

@@ -23,7 +23,7 @@ from estune.compare.plan import rows_of
 from estune.compare.tables import base_digest
 from estune.config import EVALUATE_FIELDS, ESConfig
 from estune.console import warn
-from estune.data.datasets import reward_inputs
+from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
 from estune.environment import code_digest
 from estune.errors import UserError

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from estune.config import ESConfig
 from estune.console import is_terminal, note, say, warn
-from estune.data.datasets import Batches, shared_prompts
+from estune.data.batches import Batches
+from estune.data.columns import shared_prompts
 from estune.errors import UserError
 from estune.models.hub import open_repository, repository_of
 from estune.models.names import local_directory, public_name

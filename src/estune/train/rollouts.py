@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from estune.console import warn
-from estune.data.datasets import reward_inputs
+from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
 from estune.es.types import Completion, Interrupted, Perturbation, Prompt, Sampling
 from estune.files import is_count, is_number

@@ -15,7 +15,7 @@ import numpy as np
 
 from estune.config import ESConfig
 from estune.console import say, warn
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.noise import lowrank_scale, perturbation_scale

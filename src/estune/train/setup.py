@@ -16,7 +16,9 @@ from typing import Any
 from estune import environment
 from estune.config import OF_METHODS, SAMPLING_METHODS, ESConfig
 from estune.console import warn
-from estune.data.datasets import PromptBuilder, check_columns, has_splits, load_rows
+from estune.data.columns import check_columns
+from estune.data.datasets import has_splits, load_rows
+from estune.data.prompts import PromptBuilder
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from estune.config import ESConfig
 from estune.console import warn
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Completion, Prompt

@@ -18,7 +18,7 @@ from typing import Any
 
 from estune.config import ESConfig
 from estune.console import say, warn
-from estune.data.datasets import Batches
+from estune.data.batches import Batches
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, shape_fitness, weigh

@@ -1,4 +1,4 @@
-"""What `estune evaluate`, `score`, `replay` and `env` do, behind the parser."""
+"""`estune evaluate`: the accuracy and the rewards of a model on held-out rows."""
 
 from __future__ import annotations
 
@@ -8,27 +8,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from estune.commands.results import print_values
 from estune.config import ESConfig
-from estune.console import note, print_json, print_result, say, show_progress, warn
-from estune.data.datasets import check_columns, has_splits, load_rows, reward_inputs
+from estune.console import show_progress, warn
+from estune.data.datasets import has_splits
 from estune.engines.base import Engine
-from estune.environment import environment
 from estune.errors import UserError, nearest
-from estune.es.fitness import mean, weigh
 from estune.es.types import Prompt
-from estune.models.names import local_directory
-from estune.rewards.pool import RewardBatch
-from estune.run.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
-from estune.run.directory import JOURNAL_FILE, check_base, check_parameters, replay_steps
-from estune.run.journal import Journal
 from estune.run.records import write_lines
-from estune.run.resume import located, refuse_lost
 from estune.train import setup
-from estune.train.evaluation import Evaluation, check_batches, evaluate, interval, kl_k3
+from estune.train.evaluation import Evaluation, check_batches, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
-from estune.train.setup import Rewards
 from estune.train.soundness import warn_of_inputs
 
 NARROW = ("bfloat16", "float16")  # whose rounding can change a token with the size of a batch
@@ -127,7 +117,7 @@ def evaluate_command(
             result["kl"] = _divergence(engine, args, reference, prompts, evaluation)
         if rows:
             write_lines(Path(rows), evaluation.records())
-    _print_result(result, json)
+    print_values(result, json)
     return 0
 
 
@@ -156,114 +146,3 @@ def _divergence(
                  f"{its_engine.compute_dtype}, so kl is unknown")  # fmt: skip
             return None
     return kl_k3(own, other)
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(result)
-        return
-    for name, value in result.items():
-        if name == "accuracy":
-            low, high = result["accuracy_ci95"]
-            print_result(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
-        elif name == "batch_check":
-            size, other = value["prompts_per_batch"]
-            print_result(f"{name:20} in batches of {other} instead of {size} prompts, {value['changed']} of "
-                         f"{value['rows']} rows have other tokens")  # fmt: skip
-        elif name != "accuracy_ci95":
-            print_result(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
-
-
-def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
-    """Score given completions with a task's reward and accuracy (or with rewards of one's own)."""
-    task = setup.task_of(args)
-    rewards = setup.resolve_rewards(args, None, task)
-    rows = load_rows(str(completions))
-    for index, row in enumerate(rows):
-        if "completion" not in row:
-            raise UserError(f"row {index} of {completions} has no column 'completion'")
-    texts = [str(row["completion"]) for row in rows]
-    columns = [{name: value for name, value in row.items() if name != "completion"} for row in rows]
-    if task is not None:
-        columns = [task.prepare_row(row) for row in columns]
-    columns = [{"prompt": "", **row} for row in columns]
-    check_columns(columns, rewards.funcs, rewards.names)
-    result, accuracy = _scored(args, rewards, columns, texts)
-    values = weigh(np.where(result.failed, np.nan, result.rewards), rewards.weights)  # (rows,)
-    output: dict[str, Any] = {"n": len(rows), "reward": _or_none(mean(values))}
-    if accuracy is not None:
-        output["accuracy"] = mean(accuracy)
-        output["accuracy_ci95"] = list(interval(accuracy.tolist()))
-    output["rewards"] = [_or_none(value) for value in values.tolist()]
-    output["errors"] = int(result.failed.any(axis=1).sum())
-    if as_json:
-        print_json(output)
-    else:
-        _print_result({name: value for name, value in output.items() if name != "rewards"}, False)
-        for message in result.errors:
-            note(message)
-    return 0
-
-
-def _scored(args: ESConfig, rewards: Rewards, columns: list[dict[str, Any]], texts: list[str]) -> Any:
-    """Return the reward result and the accuracy (rows,) or None, both from killable workers."""
-    prompts, answers, named = reward_inputs(columns, texts, "")
-    batch = RewardBatch(prompts, answers, [[] for _ in texts], named, {"global_step": 0, "max_steps": 0})
-    with setup.reward_pool(args, rewards.funcs, rewards.names) as pool:
-        result = pool.submit(batch).result()
-    if rewards.accuracy is None:
-        return result, None
-    with setup.reward_pool(args, [rewards.accuracy], ["accuracy"]) as pool:
-        graded = pool.submit(batch).result()
-    return result, np.where(graded.failed, 0.0, np.nan_to_num(graded.rewards))[:, 0]
-
-
-def _or_none(value: float) -> float | None:
-    return None if value != value else value
-
-
-def replay_command(run: Path, step: int | None, output_dir: Path, model: str | None) -> int:
-    """Rebuild the weights after ``step`` steps from base model and journal, verify them, save them."""
-    journal = Journal.open(run / JOURNAL_FILE, repair=False)
-    if journal is None:
-        raise UserError(f"{run} holds no journal to replay")
-    step = len(journal.steps) if step is None else step
-    if not 0 <= step <= len(journal.steps):
-        raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"output_dir {output_dir} is not an empty directory")
-    config = located({**journal.header["config"], "device": "auto"}, run)  # the bits are the same on every device
-    refuse_lost({"model": config["model"]}, run, () if model is None else ("model",))
-    if model is not None:
-        config["model"] = model
-    args = ESConfig.from_mapping(config, f"the journal of {run}")
-    engine = setup.load_engine(args)
-    check_base(journal, engine.master.fingerprint(), args.model)
-    check_parameters(journal, engine.master.specs)
-    anchor = None
-    if args.weight_decay_anchor == "base":
-        own = run / BASE_DIRECTORY
-        source = own if own.exists() else local_directory(args.model)
-        anchor = anchor_reader(source, engine.master) if source else None
-    replay_steps(journal, engine, 0, step, anchor)
-    write_model(output_dir, engine, float32=False)
-    proven = step < len(journal.steps) or step in journal.checkpoints
-    unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
-    how = "replayed and verified" if proven else unproven
-    say(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
-    return 0
-
-
-def env_command(as_json: bool) -> int:
-    """Print versions and machine."""
-    facts = environment()
-    if as_json:
-        print_json(facts)
-        return 0
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            for package, version in value.items():
-                print_result(f"{package:20} {version}")
-        else:
-            print_result(f"{name:20} {value}")
-    return 0

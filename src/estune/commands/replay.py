@@ -1,0 +1,47 @@
+"""`estune replay`: the weights of any step, rebuilt from base model and journal and verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from estune.config import ESConfig
+from estune.console import say
+from estune.errors import UserError
+from estune.models.names import local_directory
+from estune.run.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
+from estune.run.directory import JOURNAL_FILE, check_base, check_parameters, replay_steps
+from estune.run.journal import Journal
+from estune.run.resume import located, refuse_lost
+from estune.train import setup
+
+
+def replay_command(run: Path, step: int | None, output_dir: Path, model: str | None) -> int:
+    """Rebuild the weights after ``step`` steps from base model and journal, verify them, save them."""
+    journal = Journal.open(run / JOURNAL_FILE, repair=False)
+    if journal is None:
+        raise UserError(f"{run} holds no journal to replay")
+    step = len(journal.steps) if step is None else step
+    if not 0 <= step <= len(journal.steps):
+        raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"output_dir {output_dir} is not an empty directory")
+    config = located({**journal.header["config"], "device": "auto"}, run)  # the bits are the same on every device
+    refuse_lost({"model": config["model"]}, run, () if model is None else ("model",))
+    if model is not None:
+        config["model"] = model
+    args = ESConfig.from_mapping(config, f"the journal of {run}")
+    engine = setup.load_engine(args)
+    check_base(journal, engine.master.fingerprint(), args.model)
+    check_parameters(journal, engine.master.specs)
+    anchor = None
+    if args.weight_decay_anchor == "base":
+        own = run / BASE_DIRECTORY
+        source = own if own.exists() else local_directory(args.model)
+        anchor = anchor_reader(source, engine.master) if source else None
+    replay_steps(journal, engine, 0, step, anchor)
+    write_model(output_dir, engine, float32=False)
+    proven = step < len(journal.steps) or step in journal.checkpoints
+    unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
+    how = "replayed and verified" if proven else unproven
+    say(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
+    return 0

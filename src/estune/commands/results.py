@@ -1,0 +1,27 @@
+"""How a command prints a result: lines for people, or one JSON object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from estune.console import print_json, print_result
+
+
+def print_values(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    for name, value in result.items():
+        if name == "accuracy":
+            low, high = result["accuracy_ci95"]
+            print_result(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
+        elif name == "batch_check":
+            size, other = value["prompts_per_batch"]
+            print_result(f"{name:20} in batches of {other} instead of {size} prompts, {value['changed']} of "
+                         f"{value['rows']} rows have other tokens")  # fmt: skip
+        elif name != "accuracy_ci95":
+            print_result(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
+
+
+def or_none(value: float) -> float | None:
+    return None if value != value else value

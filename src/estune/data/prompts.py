@@ -1,0 +1,150 @@
+"""From rows to prompts: chat template, system prompt, response prefix, tokens. Engines see token ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from estune.data.datasets import Row
+from estune.errors import UserError
+from estune.es.types import Prompt
+
+UNSUPPORTED = ("tools", "image", "images")  # columns that TRL gives to the model; empty ones do no harm
+
+
+class PromptBuilder:
+    """Makes `Prompt`s of rows, once per row: chat template, system prompt, response prefix, tokens.
+
+    ``apply_chat_template``: ``auto`` templates message lists, and plain strings of built-in tasks where the tokenizer
+    has a template (your own strings stay as they are, as in TRL); ``true`` templates strings as one user message too;
+    ``false`` never templates. ``tokenizer`` None (the toy engine) makes one token of each UTF-8 byte. Every token must
+    be one of the model's, which has ``vocab_size`` of them (None: any).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        apply_chat_template: str,
+        chat_template_kwargs: dict[str, Any] | None,
+        system_prompt: str | None,
+        response_prefix: str,
+        max_context: int | None,  # tokens
+        max_completion_length: int,  # tokens
+        is_builtin_task: bool,
+        vocab_size: int | None = None,  # rows of the model's input embedding
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template_kwargs = chat_template_kwargs or {}
+        self._system_prompt, self._response_prefix = system_prompt, response_prefix
+        self._max_context, self._max_completion_length = max_context, max_completion_length
+        self._vocab_size = vocab_size
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._template_messages = apply_chat_template != "false"
+        self._template_strings = apply_chat_template == "true" or (
+            apply_chat_template == "auto" and is_builtin_task and self._has_template
+        )
+        if apply_chat_template == "true" and not self._has_template:
+            raise UserError("apply_chat_template is true, but the tokenizer has no chat template")
+
+    def build(self, row: Row, row_id: int) -> Prompt:
+        """Return the prompt of a row.
+
+        Raises:
+            UserError: the row cannot be made into a prompt, or leaves no room for a completion.
+        """
+        prompt: Any = row.get("prompt")
+        for column in UNSUPPORTED:
+            if _is_there(row.get(column)):
+                raise UserError(f"row {row_id} has a column {column!r}: tools and images are not supported")
+        messages: list[dict[str, Any]]
+        text: str
+        if isinstance(prompt, str):
+            templated = self._template_strings
+            messages = [{"role": "user", "content": prompt}]
+        elif _are_messages(prompt):
+            templated, messages = True, prompt
+            if not self._template_messages or not self._has_template:
+                why = "apply_chat_template is false" if self._has_template else "the tokenizer has no chat template"
+                raise UserError(f"row {row_id}: the prompt is a list of messages, but {why}")
+        else:
+            raise UserError(f"row {row_id}: 'prompt' should be a string, or messages with 'role' and a text 'content'")
+        if templated:
+            text = self._templated(messages, row_id)
+        else:
+            text = f"{self._system_prompt}\n\n{prompt}" if self._system_prompt else prompt
+        text += self._response_prefix
+        token_ids = self._token_ids(text, templated, row_id)
+        self._refuse_unknown_tokens(token_ids, row_id)
+        if not token_ids:
+            raise UserError(f"row {row_id}: the prompt is empty")
+        if self._max_context is not None and len(token_ids) + self._max_completion_length > self._max_context:
+            raise UserError(
+                f"row {row_id}: prompt ({len(token_ids)} tokens) and completion (up to {self._max_completion_length}) "
+                f"are longer than the model's context of {self._max_context} tokens"
+            )
+        asked = [message["content"] for message in messages if message["role"] == "user"] or [messages[-1]["content"]]
+        return Prompt(row_id, text, token_ids, asked[-1])
+
+    def _templated(self, messages: list[dict[str, Any]], row_id: int) -> str:
+        if self._system_prompt and messages[0]["role"] == "system":  # many templates allow one system message only
+            merged = f"{self._system_prompt}\n\n{messages[0]['content']}"
+            messages = [{**messages[0], "content": merged}, *messages[1:]]
+        elif self._system_prompt:
+            messages = [{"role": "system", "content": self._system_prompt}, *messages]
+        unfinished = messages[-1]["role"] == "assistant"  # as in TRL, the model goes on with it
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not unfinished,
+                continue_final_message=unfinished,
+                **self._chat_template_kwargs,
+            )
+        except Exception as error:  # a template is the model's own program: it raises, divides, and calls what it likes
+            raise UserError(f"row {row_id}: the chat template refuses the prompt: {error}") from error
+        return text
+
+    def _token_ids(self, text: str, templated: bool, row_id: int) -> tuple[int, ...]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"row {row_id}: the prompt is no text: it holds {text[error.start]!r}, half of a surrogate pair"
+            ) from None
+        if self._tokenizer is None:
+            return tuple(text.encode())
+        bos = getattr(self._tokenizer, "bos_token", None)
+        try:
+            if templated or (bos and text.startswith(bos)):  # its special tokens are in the text: no second BOS
+                return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+            return tuple(self._tokenizer.encode(text))
+        except Exception as error:  # a tokenizer is the model's own program, as a template is
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"row {row_id}: the tokenizer refuses the prompt: {type(error).__name__}: {reason}"
+            ) from error
+
+    def _refuse_unknown_tokens(self, token_ids: Sequence[int], row_id: int) -> None:
+        """Refuse tokens that the model has no embedding of, as those that a user added to the tokenizer alone."""
+        size = self._vocab_size
+        unknown = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
+        if unknown:
+            text = self._tokenizer.convert_ids_to_tokens(unknown[0]) if self._tokenizer is not None else unknown[0]
+            raise UserError(
+                f"row {row_id}: the prompt holds token {unknown[0]} ({text!r}), and the model's embedding has {size} "
+                "rows: resize the embedding to the tokenizer, or take the token out of it"
+            )
+
+
+def _is_there(value: Any) -> bool:
+    """Return whether a column says anything: not None, not empty; an array or an image has no truth of its own."""
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+
+
+def _are_messages(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in prompt)
+    )
