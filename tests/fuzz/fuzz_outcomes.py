@@ -65,9 +65,9 @@ def differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def contents(run_dir: Path) -> dict[str, Any]:
-    """Return every file of a run; metrics without their times, and as bytes where they are not whole."""
+    """Return a run's files as `tree` does; metrics as bytes where they are not whole."""
     try:
         return tree(run_dir)
     except ValueError:
         files = {str(path.relative_to(run_dir)): path for path in run_dir.rglob("*") if path.is_file()}
-        return {name: path.read_bytes() for name, path in files.items()}
+        return {name: path.read_bytes() for name, path in files.items() if path.name != "origin.json"}
