@@ -27,14 +27,14 @@ import numpy as np
 from record import write_result
 from scipy import stats
 
-from estune.es.theta import Master, Moved
+from estune.es.theta import HostTheta, Moved
 
 VARIANTS = {"full": ["--noise", "full"], "lowrank": ["--noise", "lowrank"], "randn": ["--noise", "full"]}
 WITHIN = 5.0  # percentage points
 HALF_WAY, END = 10, 25  # steps
 
 
-class RandnMaster(Master):
+class RandnTheta(HostTheta):
     """A master whose noise comes from torch's generator, in float32; everything else is estune's."""
 
     def _noise(self, seed: int, name: str) -> np.ndarray:
@@ -45,7 +45,7 @@ class RandnMaster(Master):
         return torch.randn(self.arrays[name].shape, generator=generator).numpy()
 
     def perturb(self, name: str, perturbation: Any, out: np.ndarray | None = None) -> np.ndarray:
-        """See `Master.perturb`."""
+        """See `HostTheta.perturb`."""
         written = super().perturb(name, None, out)
         if perturbation is not None and self._spec[name].perturbed:
             scale = np.float32(perturbation.scale * np.sqrt(8.0) * perturbation.member.sign)
@@ -53,12 +53,12 @@ class RandnMaster(Master):
         return written
 
     def perturb_all(self, perturbation: Any, outs: Any) -> None:
-        """See `Master.perturb_all`."""
+        """See `HostTheta.perturb_all`."""
         for name, out in outs.items():
             self.perturb(name, perturbation, out)
 
     def update(self, update: Any, anchor: Any = None) -> Moved:
-        """See `Master.update`."""
+        """See `HostTheta.update`."""
         for spec in self.specs:
             if spec.perturbed:
                 total = np.zeros(spec.shape, dtype=np.float64)
@@ -75,7 +75,7 @@ def child(variant: str, options: list[str]) -> int:
     from estune.engines.hf import loading
 
     if variant == "randn":
-        loading.Master = RandnMaster  # type: ignore[misc]
+        loading.HostTheta = RandnTheta  # type: ignore[misc]
     return cli.main(options)
 
 

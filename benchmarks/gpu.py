@@ -62,11 +62,11 @@ def main() -> int:
 
     from estune.es.noise import cpu, factor_names, noise_key, perturbation_scale
     from estune.es.population import members_for_step
-    from estune.es.theta import Master
+    from estune.es.theta import HostTheta
     from estune.es.types import ParameterSpec, Perturbation
     from estune.es.update import make_update
     from estune.gpu import check, launch
-    from estune.gpu.theta import DeviceMaster
+    from estune.gpu.theta import DeviceTheta
 
     device = torch.device("cuda", torch.cuda.current_device())
     wrong = check.check(device, ("normal", "rademacher"))
@@ -143,7 +143,7 @@ def main() -> int:
     pinned = torch.from_numpy(host).pin_memory()
     work = {"copy up from pinned memory": lambda: theta.copy_(pinned, non_blocking=True)}
     for kind, resident in (("resident", True), ("streamed", False)):
-        master = DeviceMaster(Master([spec], {"w": host.copy()}), device, resident=resident)
+        master = DeviceTheta(HostTheta([spec], {"w": host.copy()}), device, resident=resident)
         work[f"{kind} master, member"] = lambda master=master: master.perturb_into("w", perturbation, member)
         work[f"{kind} master, update"] = lambda master=master: master.update(update)
     results["master"] = report("master on the device and on the host", measure(work, max(3, options.repeats // 3)), n)

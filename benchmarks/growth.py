@@ -3,7 +3,7 @@
     python benchmarks/growth.py                       # about 12 minutes, 9 GiB of memory and no download
     python benchmarks/growth.py --parts population    # members, rank and tokens on the embedded model
 
-* perturb: the weights of the members with full noise, written one member after the other (`Master.perturb`).
+* perturb: the weights of the members with full noise, written one member after the other (`HostTheta.perturb`).
 * update: the update of all members, with full and with low-rank noise.
 * step: a population of low-rank members answers (`generate_population`, as many in a forward pass as ``auto`` takes),
   then the update.
@@ -91,7 +91,7 @@ class Subject:
 
         from estune.engines.hf.engine import HFEngine
         from estune.engines.hf.loading import load_tokenizer
-        from estune.es.theta import Master
+        from estune.es.theta import HostTheta
         from estune.models.names import local_directory
 
         torch.manual_seed(0)
@@ -108,11 +108,11 @@ class Subject:
         )
         if not self.engine.info()["shared_forward"]:
             raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
-        self.master = self.engine.master
-        specs = [dataclasses.replace(spec, lowrank=False) for spec in self.master.specs]
-        self.full = Master(specs, self.master.arrays, num_threads=num_threads)
-        largest = max(array.size for array in self.master.arrays.values())
-        self.out = np.zeros(max(largest, min(self.master.num_parameters, 1 << 26)), dtype=np.float32)
+        self.theta = self.engine.theta
+        specs = [dataclasses.replace(spec, lowrank=False) for spec in self.theta.specs]
+        self.full = HostTheta(specs, self.theta.arrays, num_threads=num_threads)
+        largest = max(array.size for array in self.theta.arrays.values())
+        self.out = np.zeros(max(largest, min(self.theta.num_parameters, 1 << 26)), dtype=np.float32)
 
     def perturb(self, n_members: int) -> None:
         """Write the weights of members with full noise, on and on through a buffer that no cache holds."""
@@ -128,7 +128,7 @@ class Subject:
         from estune.es.update import make_update
 
         ramp = [(2 * index - n_members + 0.5) / n_members for index in range(n_members)]
-        master = self.master if rank else self.full
+        master = self.theta if rank else self.full
         members = [perturbation.member for perturbation in perturbations(n_members, rank)]
         master.update(make_update(members, ramp, NEXT_TO_NOTHING, rank=rank))
         self.engine.master_changed()
@@ -196,7 +196,7 @@ def population_child(repetitions: int, most_members: int) -> dict[str, Any]:
     everything = "perturb update_full update_lowrank step"
     members = min(MEMBERS, most_members)
     return {
-        "parameters": subject.master.num_parameters,
+        "parameters": subject.theta.num_parameters,
         "members": [subject.point(n, n, 1, 32, 16, everything, repetitions) for n in n_values],
         "rank": [subject.point(r, members, r, 32, 16, "update_lowrank step", repetitions) for r in RANKS],
         "tokens": [subject.point(t, members, 1, 32, t, "step", repetitions) for t in TOKENS],
@@ -208,7 +208,7 @@ def model_child(model: str, num_threads: int, repetitions: int) -> dict[str, Any
     started = time.perf_counter()
     subject = Subject(model, num_threads)
     built = time.perf_counter() - started
-    size = subject.master.num_parameters
+    size = subject.theta.num_parameters
     work = "update_full update_lowrank step"
     point = subject.point(size, 8, 1, 16, 8, work, repetitions)
     point["times"]["perturb"] = timed(lambda: subject.perturb(1), repetitions)

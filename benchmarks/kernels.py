@@ -7,8 +7,8 @@ cores, and every repetition is in `benchmarks/results/kernels.json`; ratios are 
 repeats it with code for AVX2 alone, numba's and torch's (``"avx2"`` in the result).
 
 Per member the paper's loop adds sigma times the noise to the weights, draws the same noise again to take it off, and
-once more for the member's share of the update. estune writes the member's weights from theta (`Master.perturb`) and
-takes a 30th of an update of 30 members. The roof over `Master.perturb` is the slower of two things it cannot do
+once more for the member's share of the update. estune writes the member's weights from theta (`HostTheta.perturb`) and
+takes a 30th of an update of 30 members. The roof over `HostTheta.perturb` is the slower of two things it cannot do
 without: a float32 copy of the weights (by numba on the same threads or by torch, the faster), and drawing the noise
 and writing it nowhere.
 """
@@ -35,7 +35,7 @@ from estune.environment import cores
 from estune.es.noise import perturbation_scale
 from estune.es.noise.cpu import TILE
 from estune.es.noise.lanes import LANES, _sum_lanes
-from estune.es.theta import PIECE, Master
+from estune.es.theta import PIECE, HostTheta
 from estune.es.types import Member, ParameterSpec, Perturbation
 from estune.es.update import make_update
 
@@ -105,7 +105,7 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
     torch.set_num_threads(num_threads)
     generator = np.random.default_rng(0)
     arrays = {name: 0.02 * generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes()}
-    master = Master([ParameterSpec(name, shape, True) for name, shape in shapes()], arrays, num_threads=num_threads)
+    master = HostTheta([ParameterSpec(name, shape, True) for name, shape in shapes()], arrays, num_threads=num_threads)
     live = {name: array.copy() for name, array in arrays.items()}
     weights = [torch.from_numpy(array) for array in live.values()]
     theta = [torch.from_numpy(array) for array in arrays.values()]

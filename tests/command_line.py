@@ -335,7 +335,7 @@ def load_kernels():
     toy, pair = ToyEngine(), (Member(1, 1), Member(2, 1))
     for distribution in ("normal", "rademacher"):
         toy.vector(Perturbation(pair[0], 0.1, distribution))
-        toy.master.update(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
+        toy.theta.update(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
 
 
 def _main():

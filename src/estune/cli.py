@@ -317,7 +317,7 @@ def _train(values: dict[str, Any]) -> int:
     if args.dry_run:
         prompts = trainer.prepare()
         print_result(setup.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
-        print_result(f"estune: {trainer.engine.master.num_parameters:,} parameters, {len(trainer.train_rows)} training "
+        print_result(f"estune: {trainer.engine.theta.num_parameters:,} parameters, {len(trainer.train_rows)} training "
                      f"rows, {len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
         return 0
     trainer.train()

@@ -443,7 +443,7 @@ def test_whole_shards_load_without_a_word(
 ) -> None:
     """Also where two shards hold the same tensor twice."""
     engine = HFEngine.load(str(damaged(edit)))
-    assert engine.master.fingerprint() == HFEngine.load(str(whole)).master.fingerprint()
+    assert engine.theta.fingerprint() == HFEngine.load(str(whole)).theta.fingerprint()
     assert capsys.readouterr().err == ""
 
 

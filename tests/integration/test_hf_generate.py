@@ -427,9 +427,9 @@ def test_assets_make_a_loadable_model_without_paths(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float32"
-    save_file(engine.master.arrays, tmp_path / "one" / "model.safetensors", metadata={"format": "pt"})
+    save_file(engine.theta.arrays, tmp_path / "one" / "model.safetensors", metadata={"format": "pt"})
     again = HFEngine.load(str(tmp_path / "one"))
-    assert again.master.fingerprint() == engine.master.fingerprint()
+    assert again.theta.fingerprint() == engine.theta.fingerprint()
     assert again.generate(None, prompts(3), GREEDY) == engine.generate(None, prompts(3), GREEDY)
     assert AutoTokenizer.from_pretrained(tmp_path / "one").chat_template == engine.tokenizer.chat_template
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "one").dtype == torch.float32

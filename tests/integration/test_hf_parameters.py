@@ -48,10 +48,10 @@ def test_bindings_are_what_save_pretrained_writes(family: str, tmp_path: Path) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_member_is_theta_plus_scaled_noise_under_the_stored_names(family: str, tmp_path: Path) -> None:
     engine = HFEngine.from_model(tiny_model(family), tiny_tokenizer(), prompts_per_batch=2)
-    theta = {name: array.copy() for name, array in engine.master.arrays.items()}
+    theta = {name: array.copy() for name, array in engine.theta.arrays.items()}
     engine._load(member(7, sign=-1))
     stored = stored_state(engine.model, tmp_path)
-    for spec in engine.master.specs:
+    for spec in engine.theta.specs:
         n = noise_ints(7, spec.name, 0, theta[spec.name].size).reshape(spec.shape)
         expected = theta[spec.name] + np.float32(SCALE) * (-n).astype(np.float32)
         if not spec.perturbed:
@@ -64,13 +64,13 @@ def test_a_member_is_theta_plus_scaled_noise_under_the_stored_names(family: str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_theta_survives_twenty_evaluations_bit_for_bit(family: str, tmp_path: Path) -> None:
     engine = HFEngine.from_model(tiny_model(family), tiny_tokenizer(), prompts_per_batch=2)
-    before = engine.master.fingerprint()
+    before = engine.theta.fingerprint()
     start = stored_state(engine.model, tmp_path)
     for seed in range(20):
         engine.generate(member(seed, 1 if seed % 2 else -1), PROMPTS[:1], Sampling(0, 0, 2))
     engine.generate(None, PROMPTS[:1], Sampling(0, 0, 2))
     after = stored_state(engine.model, tmp_path)
-    assert engine.master.fingerprint() == before
+    assert engine.theta.fingerprint() == before
     assert all(torch.equal(start[name], after[name]) for name in start)
 
 
@@ -80,12 +80,12 @@ def test_bfloat16_weights_are_cast_once_from_float32(tmp_path: Path) -> None:
     assert engine.compute_dtype == "bfloat16"
     engine._load(member(3))
     stored = stored_state(engine.model, tmp_path / "member")
-    for spec in engine.master.specs:
-        weights = torch.from_numpy(engine.master.perturb(spec.name, member(3)))
+    for spec in engine.theta.specs:
+        weights = torch.from_numpy(engine.theta.perturb(spec.name, member(3)))
         assert torch.equal(stored[spec.name], weights.to(torch.bfloat16)), spec.name
     engine._load(None)
     stored = stored_state(engine.model, tmp_path / "theta")
-    for name, array in engine.master.arrays.items():
+    for name, array in engine.theta.arrays.items():
         assert torch.equal(stored[name], torch.from_numpy(array).to(torch.bfloat16)), name
 
 
@@ -94,7 +94,7 @@ def test_a_saved_model_is_loaded_to_the_bit(family: str, tmp_path: Path) -> None
     model = save_tiny(family, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     engine = HFEngine.load(str(tmp_path))
-    master = engine.master
+    master = engine.theta
     assert {spec.name for spec in master.specs} | master.buffers.keys() == stored.keys()
     for name, value in stored.items():
         kept = master.arrays[name] if name in master.arrays else master.buffers[name]
@@ -127,11 +127,11 @@ def test_frozen_and_unselected_parameters_and_buffers_stay() -> None:
     engine = HFEngine.from_model(
         model, tiny_tokenizer(), trainable_parameters=[r"self_attn", r"norm\.weight$"], prompts_per_batch=2
     )
-    perturbed = {spec.name for spec in engine.master.specs if spec.perturbed}
+    perturbed = {spec.name for spec in engine.theta.specs if spec.perturbed}
     assert "model.norm.weight" not in perturbed
     assert perturbed
     assert all("self_attn" in name or name.endswith("norm.weight") for name in perturbed)
-    assert list(engine.master.buffers) == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert list(engine.theta.buffers) == ["model.layers.1.mlp.gate.e_score_correction_bias"]
     before = {b.name: b.read() for b in engine.working.bindings}
     engine._load(member(1))
     for binding in engine.working.bindings:
@@ -146,10 +146,10 @@ def test_a_regex_that_selects_nothing_is_an_error(pattern: str) -> None:
 
 def test_a_written_master_reaches_the_model() -> None:
     engine = HFEngine.from_model(tiny_model("mixtral"), tiny_tokenizer(), trainable_parameters=["experts"])
-    engine.master.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
+    engine.theta.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
     engine.generate(None, PROMPTS, Sampling(0, 0, 1))
     for binding in engine.working.bindings:
-        assert np.array_equal(binding.read().numpy(), engine.master.arrays[binding.name])
+        assert np.array_equal(binding.read().numpy(), engine.theta.arrays[binding.name])
 
 
 def test_views_express_permutations_and_refuse_what_is_none() -> None:

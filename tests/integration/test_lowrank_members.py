@@ -42,8 +42,8 @@ def exact_weights(engine: HFEngine, perturbation: Perturbation) -> dict[str, np.
     """Return the member's weights by the definition of DESIGN section 2, in float64."""
     weights = {}
     sign = perturbation.member.sign
-    for spec in engine.master.specs:
-        theta = engine.master.arrays[spec.name].astype(np.float64)
+    for spec in engine.theta.specs:
+        theta = engine.theta.arrays[spec.name].astype(np.float64)
         if spec.lowrank:
             n = lowrank_ints(perturbation.member.seed, spec.name, spec.shape, perturbation.rank)
             weights[spec.name] = theta + perturbation.lowrank_scale * sign * n
@@ -89,7 +89,7 @@ def test_logits_equal_those_of_replaced_weights(
 ) -> None:
     engine = engine_of(family)
     small_kernel.clear()
-    before = engine.master.fingerprint()
+    before = engine.theta.fingerprint()
     assert engine.info()["shared_forward"]
     rows = prompts(4)
     perturbations = members(rank)
@@ -114,7 +114,7 @@ def test_logits_equal_those_of_replaced_weights(
     with torch.inference_mode():
         unperturbed = theta(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     assert (found[:4][seen] - unperturbed[seen]).abs().max() > 1e-2
-    assert engine.master.fingerprint() == before
+    assert engine.theta.fingerprint() == before
 
 
 @pytest.mark.parametrize("small_kernel", [False, True], indirect=True, ids=["torch", "small_linear"])
@@ -133,7 +133,7 @@ def test_answers_equal_those_of_replaced_weights(family: str) -> None:
     """Also where members cannot share a forward pass and are written into the model one after another."""
     engine = engine_of(family, prompts_per_batch=3)
     assert engine.info()["shared_forward"] == (family in SHARED)
-    before = engine.master.fingerprint()
+    before = engine.theta.fingerprint()
     perturbations, rows = members(2), prompts(5)
     answers = engine.generate_population(perturbations, rows, GREEDY)
     assert len({str(answer) for answer in answers}) == 3
@@ -141,7 +141,7 @@ def test_answers_equal_those_of_replaced_weights(family: str) -> None:
         assert engine.generate(perturbation, rows, GREEDY) == answer
         plain = HFEngine.from_model(replaced(engine, family, perturbation), tiny_tokenizer(), prompts_per_batch=3)
         assert plain.generate(None, rows, GREEDY) == answer
-    assert engine.master.fingerprint() == before
+    assert engine.theta.fingerprint() == before
     assert engine.generate(None, rows, GREEDY) == engine_of(family, prompts_per_batch=3).generate(None, rows, GREEDY)
 
 
@@ -178,12 +178,12 @@ def test_an_update_moves_what_the_engine_answers() -> None:
     engine = engine_of("llama")
     rows = prompts(4)
     live = dict(engine.model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
-    assert np.shares_memory(engine.master.arrays["model.layers.0.mlp.up_proj.weight"], live.detach().numpy())
+    assert np.shares_memory(engine.theta.arrays["model.layers.0.mlp.up_proj.weight"], live.detach().numpy())
     before = engine.generate(None, rows, GREEDY)
     perturbations = members(1)
     of_members = engine.generate_population(perturbations, rows, GREEDY)
     update = make_update([p.member for p in perturbations], [1.0, -2.0, 1.0], 0.3, rank=1)
-    engine.master.update(update)
+    engine.theta.update(update)
     engine.master_changed()
     assert engine.generate(None, rows, GREEDY) != before
     assert engine.generate_population(perturbations, rows, GREEDY) != of_members
@@ -375,7 +375,7 @@ def test_what_prompts_have_in_common_is_read_once_a_member(family: str, sampling
 def test_parameters_that_are_not_trained_stay_as_they_are() -> None:
     options: dict[str, Any] = {"trainable_parameters": [r"mlp\.", r"layers\.0\.input_layernorm"]}
     engine = engine_of("llama", **options)
-    kinds = {spec.name: spec.kind for spec in engine.master.specs}
+    kinds = {spec.name: spec.kind for spec in engine.theta.specs}
     assert kinds["model.layers.1.mlp.up_proj.weight"] == "lowrank"
     assert kinds["model.layers.0.input_layernorm.weight"] == "full"
     assert kinds["model.embed_tokens.weight"] is False and kinds["model.layers.0.self_attn.q_proj.weight"] is False

@@ -189,7 +189,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     best = json.loads((run / "trainer" / "best.json").read_text())
     args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_search", "noise": noise})
     trainer = BaselineTrainer(args=args, train_dataset=easy_rows(8), reward_funcs=letters)
-    prompts, master = trainer.prepare(), trainer.engine.master
+    prompts, master = trainer.prepare(), trainer.engine.theta
     order = [row for epoch in range(2) for row in Batches(8, 8, 0).rows_for_step(epoch)]
 
     def fitness(perturbation, first, index):  # two prompts from a place of the run's order

@@ -44,7 +44,7 @@ def assert_loads_as(directory: Path, engine: HFEngine) -> None:
     loaded, report = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     again = HFEngine.from_model(loaded, engine.tokenizer)
-    assert again.master.fingerprint() == engine.master.fingerprint()
+    assert again.theta.fingerprint() == engine.theta.fingerprint()
     assert again.generate(None, PROMPTS, GREEDY) == engine.generate(None, PROMPTS, GREEDY)
 
 
@@ -67,7 +67,7 @@ def test_a_file_whose_head_is_its_own_is_saved_as_untied(
     engine = HFEngine.load(str(tmp_path / "base"), dtype=dtype)
     said = capsys.readouterr().err
     assert said.count("warning") == 1 and "tie_word_embeddings" in said and str(tmp_path / "base") in said
-    assert "lm_head.weight" in engine.master.arrays
+    assert "lm_head.weight" in engine.theta.arrays
     assert saved_values(engine, tmp_path / "saved")["tie_word_embeddings"] is False
     engine.check_assets()
     assert_loads_as(tmp_path / "saved", HFEngine.load(str(tmp_path / "base")))
@@ -81,7 +81,7 @@ def test_weights_that_only_a_coarse_dtype_makes_equal_stay_apart(tmp_path: Path)
     tensors |= {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding * (1 + 2**-20)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     engine = HFEngine.load(str(tmp_path), dtype="bfloat16")
-    assert {binding.name for binding in engine.working.bindings} == engine.master.arrays.keys()
+    assert {binding.name for binding in engine.working.bindings} == engine.theta.arrays.keys()
     assert engine.model.lm_head.weight is not engine.model.model.embed_tokens.weight
     engine.check_assets()
 
@@ -129,7 +129,7 @@ def test_a_head_tied_or_untied_by_hand_is_saved_as_it_is(
     engine = engine_of(model)
     said = capsys.readouterr().err
     assert said.count("warning") == 1 and "tie_word_embeddings" in said
-    assert ("lm_head.weight" in engine.master.arrays) is not truth
+    assert ("lm_head.weight" in engine.theta.arrays) is not truth
     assert saved_values(engine, tmp_path / "saved")["tie_word_embeddings"] is truth
     assert model.config.tie_word_embeddings is before  # the user's object
     engine.check_assets()

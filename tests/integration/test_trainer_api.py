@@ -293,7 +293,7 @@ def test_theta_survives_any_number_of_evaluations(llama):
     """Nothing is restored by subtraction (invariant 1)."""
     trainer = ESTrainer(model=str(llama), reward_funcs=vowels, args=ESConfig(**SMALL), train_dataset=ROWS)
     prompts = trainer.prepare()
-    master = trainer.engine.master
+    master = trainer.engine.theta
     before = {name: array.copy() for name, array in master.arrays.items()}
     from estune.es.population import members_for_step
     from estune.es.types import Perturbation

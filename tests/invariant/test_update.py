@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from estune.es.noise import cpu, lowrank_ints, noise_deviation, noise_ints, noise_key, perturbation_scale
 from estune.es.population import members_for_step
-from estune.es.theta import PIECE, Master
+from estune.es.theta import PIECE, HostTheta
 from estune.es.types import ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 
@@ -32,11 +32,11 @@ def theta_0() -> dict[str, np.ndarray]:
     return {n: np.asarray(rng.standard_normal(s) * 0.05, dtype=np.float32).reshape(s) for n, s in SHAPES.items()}
 
 
-def master_of(names: list[str], num_threads: int = 1, rank: int = 0) -> Master:
+def master_of(names: list[str], num_threads: int = 1, rank: int = 0) -> HostTheta:
     """With a rank, the matrices have low-rank noise."""
     arrays = theta_0()
     specs = [ParameterSpec(n, SHAPES[n], True, rank > 0 and len(SHAPES[n]) > 1) for n in names]
-    return Master(specs, {n: arrays[n] for n in names}, {}, num_threads)
+    return HostTheta(specs, {n: arrays[n] for n in names}, {}, num_threads)
 
 
 def some_update(weight_decay: float = 0.0, distribution: str = "normal", rank: int = 0) -> Update:

@@ -130,11 +130,11 @@ def test_the_order_of_members_in_an_update_changes_no_bit():
         for _ in range(6):
             order = chance.sample(range(30), 30)
             toy = ToyEngine(num_threads=chance.choice([1, 2, 4]))
-            for name, array in toy.master.arrays.items():
+            for name, array in toy.theta.arrays.items():
                 array[...] = np.arange(array.size, dtype=np.float32).reshape(array.shape) / 7 + len(name)
             update = make_update([members[i] for i in order], [utilities[i] for i in order], 0.1, weight_decay=0.01)
-            toy.master.update(update)
-            found = {name: array.tobytes() for name, array in toy.master.arrays.items()}
+            toy.theta.update(update)
+            found = {name: array.tobytes() for name, array in toy.theta.arrays.items()}
             expected = expected or found
             assert found == expected
 
@@ -146,8 +146,8 @@ def test_a_tie_moves_nothing():
     toy = ToyEngine()
     for shaping in ("z_score", "centered_rank", "per_prompt_z", "none"):
         _, utilities = shape_fitness(np.full((30, 3, 1), 0.1), shaping)
-        toy.master.update(make_update([Member(i, 1) for i in range(30)], utilities, 1.0, weight_decay=0.5))
-    assert not any(array.any() for array in toy.master.arrays.values())
+        toy.theta.update(make_update([Member(i, 1) for i in range(30)], utilities, 1.0, weight_decay=0.5))
+    assert not any(array.any() for array in toy.theta.arrays.values())
 
 
 def test_the_journal_says_nothing_of_times_and_workers(one_worker):

@@ -18,14 +18,14 @@ from plain_noise import plain_key, same_bits, wide_checksum, wide_noise
 from estune.engines.lowrank.members import Members, SharedForward
 from estune.es.noise import cpu_lowrank, lowrank_ints, lowrank_scale, noise_key, perturbation_scale
 from estune.es.population import members_for_step
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.types import Member, ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 from estune.gpu import check
 from estune.gpu import launch as gpu
 from estune.gpu import theta as gpu_master
 from estune.gpu.check import theta_values
-from estune.gpu.theta import DeviceMaster
+from estune.gpu.theta import DeviceTheta
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -207,8 +207,8 @@ SPECS = [
 ]
 
 
-def host_master() -> Master:
-    return Master(SPECS, {s.name: theta_values(int(np.prod(s.shape))).reshape(s.shape) for s in SPECS})
+def host_master() -> HostTheta:
+    return HostTheta(SPECS, {s.name: theta_values(int(np.prod(s.shape))).reshape(s.shape) for s in SPECS})
 
 
 def updates() -> list[Update]:
@@ -239,7 +239,7 @@ def members() -> list[Perturbation | None]:
 def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
     """Members, updates, checksums and saves, whether theta is resident or streamed, in parts or whole."""
     host = host_master()
-    device = DeviceMaster(host_master(), DEVICE, resident=not stage, stage=stage or 1 << 10)
+    device = DeviceTheta(host_master(), DEVICE, resident=not stage, stage=stage or 1 << 10)
     base = {name: array.copy() for name, array in host.arrays.items()}
 
     def anchor(name: str, start: int, count: int) -> np.ndarray:
@@ -273,7 +273,7 @@ def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
     """The host's copy is behind then, where theta lives on the device."""
-    host, device = host_master(), DeviceMaster(host_master(), DEVICE, resident=resident)
+    host, device = host_master(), DeviceTheta(host_master(), DEVICE, resident=resident)
     for update, perturbation in zip(updates(), members()[:2], strict=False):
         host.update(update)
         device.update(update)
@@ -286,7 +286,7 @@ def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_theta_assigned_from_tensors_of_the_device(resident: bool) -> None:
     """As a gradient method's weights are, between its steps."""
-    host, device = host_master(), DeviceMaster(host_master(), DEVICE, resident=resident)
+    host, device = host_master(), DeviceTheta(host_master(), DEVICE, resident=resident)
     arrays = {name: np.asarray(array * 2 + 1) for name, array in host_master().arrays.items()}
     given = {name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()}
     for master in (host, device):
@@ -306,7 +306,7 @@ def test_theta_assigned_from_tensors_of_the_device(resident: bool) -> None:
 def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
     host, given = host_master(), host_master()
     shared = dict(given.arrays)
-    device = DeviceMaster(given, DEVICE, resident=True)
+    device = DeviceTheta(given, DEVICE, resident=True)
     device.unshare()
     for master in (host, device):
         master.update(updates()[0])
@@ -317,7 +317,7 @@ def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
 def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
     """The arrays given to the master are the host's copy: they show what was downloaded."""
     host, given = host_master(), host_master()
-    device = DeviceMaster(given, DEVICE, resident=True)
+    device = DeviceTheta(given, DEVICE, resident=True)
     for master in (host, device):
         master.update(updates()[0])
     perturbation = members()[1]
@@ -331,7 +331,7 @@ def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
 
 def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
     host, given = host_master(), host_master()
-    device = DeviceMaster(given, DEVICE, resident=True)
+    device = DeviceTheta(given, DEVICE, resident=True)
     for master in (host, device):
         master.update(updates()[0])
     model = torch.nn.ParameterDict(
@@ -348,7 +348,7 @@ def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
     check_downloaded(given, host, {"norm.weight"})
 
 
-def check_downloaded(copy: Master, current: Master, names: set[str]) -> None:
+def check_downloaded(copy: HostTheta, current: HostTheta, names: set[str]) -> None:
     """Of the parameters that an update moved, ``names`` are current in a copy and the others are as they began."""
     began = host_master().arrays
     moved = {name for name, array in current.arrays.items() if not same_bits(array, began[name])}
@@ -359,7 +359,7 @@ def check_downloaded(copy: Master, current: Master, names: set[str]) -> None:
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_what_a_device_master_refuses(resident: bool) -> None:
-    device = DeviceMaster(host_master(), DEVICE, resident=resident)
+    device = DeviceTheta(host_master(), DEVICE, resident=resident)
     full = Perturbation(Member(1, 1), 1e-3)
     with pytest.raises(ValueError, match="rank of at least 1"):
         device.perturb_into("one", full, torch.empty(1, device=DEVICE))
@@ -373,7 +373,7 @@ def test_what_a_device_master_refuses(resident: bool) -> None:
 
 def test_blocks_past_two_to_the_32_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_master, "BLOCK_SIZE", 400)
-    device = DeviceMaster(host_master(), DEVICE, resident=True)
+    device = DeviceTheta(host_master(), DEVICE, resident=True)
     out = torch.empty(513, device=DEVICE)
     device.perturb_into("norm.weight", Perturbation(Member(3, 1), 0.25, rank=1), out)
     theta = device.arrays["norm.weight"]
@@ -394,9 +394,9 @@ def test_a_master_streamed_from_pinned_memory(decay: float) -> None:
     specs = [ParameterSpec(name, shape, True, lowrank=len(shape) > 1) for name, shape in shapes.items()]
     rng = np.random.default_rng(5)
     values = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-    host = Master(specs, {name: array.copy() for name, array in values.items()})
-    device = DeviceMaster(
-        Master(specs, {name: array.copy() for name, array in values.items()}), DEVICE, resident=False, stage=1 << 16
+    host = HostTheta(specs, {name: array.copy() for name, array in values.items()})
+    device = DeviceTheta(
+        HostTheta(specs, {name: array.copy() for name, array in values.items()}), DEVICE, resident=False, stage=1 << 16
     )
 
     def anchor(name: str, start: int, count: int) -> np.ndarray:

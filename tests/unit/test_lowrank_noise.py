@@ -27,7 +27,7 @@ from estune.es.noise import (
     perturbation_scale,
 )
 from estune.es.population import members_for_step
-from estune.es.theta import PIECE, Master, row_pieces
+from estune.es.theta import PIECE, HostTheta, row_pieces
 from estune.es.types import Member, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
 from estune.train.session import plan_step
@@ -64,13 +64,13 @@ def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return theta
 
 
-def make_master(shapes: dict[str, tuple[int, ...]] = SHAPES, num_threads: int = 1) -> Master:
+def make_master(shapes: dict[str, tuple[int, ...]] = SHAPES, num_threads: int = 1) -> HostTheta:
     """Every parameter has low-rank noise but `full.*` and `frozen.*`."""
     specs = [
         ParameterSpec(name, shape, not name.startswith("frozen"), not name.startswith(("full", "frozen")))
         for name, shape in shapes.items()
     ]
-    return Master(specs, {name: values(shape) for name, shape in shapes.items()}, {}, num_threads)
+    return HostTheta(specs, {name: values(shape) for name, shape in shapes.items()}, {}, num_threads)
 
 
 def plain_factors(
@@ -212,7 +212,7 @@ def test_only_matrices_and_stacks_have_factors(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="matrices"):
         factor_shapes(shape, 1)
     with pytest.raises(ValueError, match="matrices"):
-        Master([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
+        HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
 
 
 def test_factors_have_fewer_than_2_to_the_32_elements() -> None:
@@ -258,7 +258,7 @@ def test_a_member_is_rounded_as_said_and_fusing_cannot_change_it() -> None:
 
 def test_minus_zero_under_zero_noise_is_the_same_for_both_signs() -> None:
     """As with full noise: the noise is an integer, it has no -0."""
-    master = Master([ParameterSpec("w", (30, 30), True, True)], {"w": np.full((30, 30), -0.0, dtype=np.float32)})
+    master = HostTheta([ParameterSpec("w", (30, 30), True, True)], {"w": np.full((30, 30), -0.0, dtype=np.float32)})
     still = lowrank_ints(3, "w", (30, 30), 1) == 0
     assert 100 < still.sum() < 500
     for sign in (1, -1):
@@ -270,7 +270,7 @@ def test_other_parameters_keep_full_noise() -> None:
     """A run of low-rank noise: vectors have full noise at the full scale, frozen ones none."""
     shapes = {"w": (9, 11), "full.norm": (50,), "full.w": (9, 11), "frozen.w": (4, 4)}
     lowrank, full = make_master(shapes), make_master(shapes)
-    full = Master([ParameterSpec(s.name, s.shape, s.perturbed) for s in lowrank.specs], lowrank.arrays)
+    full = HostTheta([ParameterSpec(s.name, s.shape, s.perturbed) for s in lowrank.specs], lowrank.arrays)
     member = Member(12, -1)
     with_rank = Perturbation(member, perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2))
     without = Perturbation(member, perturbation_scale(1e-2))
@@ -313,10 +313,10 @@ def test_a_steps_members_have_the_scales_of_its_sigma() -> None:
 
 def test_the_toy_engine_has_low_rank_matrices() -> None:
     engine = ToyEngine(noise="lowrank")
-    assert {spec.name: spec.kind for spec in engine.master.specs} == {
+    assert {spec.name: spec.kind for spec in engine.theta.specs} == {
         "body.bias": "full", "body.weight": "lowrank", "frozen.weight": False, "head.weight": "lowrank",
     }  # fmt: skip
-    assert not any(spec.lowrank for spec in ToyEngine().master.specs)
+    assert not any(spec.lowrank for spec in ToyEngine().theta.specs)
     members = [Perturbation(m, 0.1, "normal", 2, 0.05) for m in members_for_step(0, 0, 3, False)]
     prompts = [Prompt(i, f"x[{i}]", (1,)) for i in range(engine.coordinates)]
     sampling = Sampling(0, 0, 100)
@@ -402,7 +402,7 @@ def test_full_and_frozen_parameters_move_as_without_low_rank_noise() -> None:
 def test_where_the_sum_is_zero_theta_keeps_its_bits() -> None:
     """Also -0.0 and NaN payloads: equal utilities of a mirrored pair cancel everywhere."""
     bits = np.array([0x80000000, 0, 1, 0x7F7FFFFF, 0x80000001, 0x7FC00123] * 800, dtype=np.uint32).reshape(60, 80)
-    master = Master([ParameterSpec("w", (60, 80), True, True)], {"w": bits.view(np.float32).copy()})
+    master = HostTheta([ParameterSpec("w", (60, 80), True, True)], {"w": bits.view(np.float32).copy()})
     pair = members_for_step(0, 0, 2, antithetic=True)
     master.update(make_update(pair, [1.0, 1.0], 1.0, rank=2))
     assert np.array_equal(master.arrays["w"].view(np.uint32), bits)
@@ -420,7 +420,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     members = [Member(7, 1)] * size
     update = make_update(members, [1.0] * size, 1.0, rank=rank)
     assert max(update.q) * 256 * size * rank < 2**31 <= 2 * max(update.q) * 256 * size * rank
-    master = Master([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
+    master = HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
     master.update(update)
     acc = sum(update.q) * product(7, "w", shape, rank)
     assert 2**28 < np.abs(acc).max() < 2**31
@@ -480,7 +480,7 @@ def test_the_checksum_counts_elements_modulo_2_to_the_32() -> None:
 MEMORY_SCRIPT = """
 import numpy as np
 from estune.es.types import ParameterSpec
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.update import make_update
 from estune.es.population import members_for_step
 
@@ -488,7 +488,7 @@ def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
 def master(shape):
-    return Master([ParameterSpec("w", shape, True, True)], {"w": np.ones(shape, dtype=np.float32)})
+    return HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.ones(shape, dtype=np.float32)})
 
 members = members_for_step(3, 1, 64, True)
 update = make_update(members, np.arange(64.0).tolist(), 1e-2, rank=4)

@@ -17,7 +17,7 @@ import estune.es.noise.reference
 import estune.es.theta
 from estune.es.noise import perturbation_scale
 from estune.es.population import members_for_step
-from estune.es.theta import PIECE, Master, fingerprint, pieces
+from estune.es.theta import PIECE, HostTheta, fingerprint, pieces
 from estune.es.types import Member, ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 
@@ -49,9 +49,9 @@ def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return theta
 
 
-def make_master(num_threads: int = 1, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Master:
+def make_master(num_threads: int = 1, shapes: dict[str, tuple[int, ...]] = SHAPES) -> HostTheta:
     specs = [ParameterSpec(name, shape, name not in FROZEN) for name, shape in shapes.items()]
-    return Master(specs, {name: values(shape) for name, shape in shapes.items()}, {}, num_threads)
+    return HostTheta(specs, {name: values(shape) for name, shape in shapes.items()}, {}, num_threads)
 
 
 def member_noise(member: Member, name: str, size: int, distribution: str = "normal") -> np.ndarray:
@@ -120,7 +120,7 @@ def test_perturb_is_one_rounding_of_the_exact_sum() -> None:
 
 def test_minus_zero_under_zero_noise_is_the_same_for_both_signs() -> None:
     """theta + s * (sign * 0) is -0.0 + 0.0 = 0.0 whatever the sign: the noise is an integer, it has no -0."""
-    master = Master([ParameterSpec("w", (200,), True)], {"w": np.full(200, -0.0, dtype=np.float32)})
+    master = HostTheta([ParameterSpec("w", (200,), True)], {"w": np.full(200, -0.0, dtype=np.float32)})
     seed = MEMBERS[0].seed
     still = np.array([plain_noise(seed, "w", i) == 0 for i in range(200)])
     assert still.any()
@@ -221,7 +221,7 @@ def test_where_acc_is_zero_theta_keeps_its_bits() -> None:
     bits = np.array([0x80000000, 0x00000000, 0x00000001, 0x7F7FFFFF, 0x80000001] * 1000, dtype=np.uint32)
     specs = [ParameterSpec("w", (5000,), True)]
     pair = members_for_step(0, 0, 2, antithetic=True)
-    master = Master(specs, {"w": bits.view(np.float32).copy()})
+    master = HostTheta(specs, {"w": bits.view(np.float32).copy()})
     master.update(make_update(pair, [1.0, 1.0], 1.0))
     assert np.array_equal(master.arrays["w"].view(np.uint32), bits)
     single = members_for_step(0, 0, 2, antithetic=False)
@@ -237,7 +237,7 @@ def test_an_update_that_is_refused_moves_nothing(monkeypatch: pytest.MonkeyPatch
     """Not even parameters that come before the one with too large a factor."""
     specs = [ParameterSpec("a", (4, 4), True, lowrank=True), ParameterSpec("b", (64, 4), True, lowrank=True)]
     arrays = {spec.name: np.ones(spec.shape, dtype=np.float32) for spec in specs}
-    master = Master(specs, arrays, num_threads=num_threads)
+    master = HostTheta(specs, arrays, num_threads=num_threads)
     monkeypatch.setattr(estune.es.noise.reference, "BLOCK_SIZE", 128)
     update = make_update(members_for_step(0, 0, 4, False), [1.0, -1.0, 0.5, -0.5], 0.1, rank=2)
     with pytest.raises(ValueError, match=r"shape \(64, 4\) at rank 2"):
@@ -261,7 +261,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     members = [Member(7, 1)] * size
     update = make_update(members, [1.0] * size, 1.0)
     assert max(update.q) * 16 * size < 2**31 <= 2 * max(update.q) * 16 * size
-    master = Master([ParameterSpec("w", (count,), True)], {"w": np.zeros(count, dtype=np.float32)})
+    master = HostTheta([ParameterSpec("w", (count,), True)], {"w": np.zeros(count, dtype=np.float32)})
     master.update(update)
     acc = sum(update.q) * wide_noise(plain_key(7, "w"), 0, count)  # int64
     assert 0.7 * 2**30 < np.abs(acc).max() < 2**31
@@ -287,7 +287,7 @@ def test_a_tensor_of_several_key_blocks(monkeypatch: pytest.MonkeyPatch, num_thr
         monkeypatch.setattr(module, "BLOCK_SIZE", block)
     monkeypatch.setattr(estune.es.theta, "PIECE", 3000)
     theta = values((size,))
-    master = Master([ParameterSpec("w", (size,), True)], {"w": theta.copy()}, {}, num_threads)
+    master = HostTheta([ParameterSpec("w", (size,), True)], {"w": theta.copy()}, {}, num_threads)
 
     def noise(member: Member) -> np.ndarray:
         names = ["w", "w#1", "w#2", "w#3"]
@@ -312,8 +312,8 @@ def test_master_refuses_arrays_it_could_not_write_in_place() -> None:
     good = np.zeros((4, 6), dtype=np.float32)
     for bad in (good.astype(np.float64), np.zeros((6, 4), np.float32).T, np.zeros(24, np.float32)):
         with pytest.raises(ValueError, match="not C-contiguous float32"):
-            Master(spec, {"w": bad})
-    assert Master(spec, {"w": good}).num_parameters == 24
+            HostTheta(spec, {"w": bad})
+    assert HostTheta(spec, {"w": good}).num_parameters == 24
 
 
 def test_load_writes_in_place() -> None:
@@ -348,7 +348,7 @@ def test_fingerprint_and_checksum_see_names_shapes_and_single_bits() -> None:
     array = values((6, 4))
 
     def marks(name: str, shape: tuple[int, ...], data: np.ndarray) -> tuple[str, str]:
-        master = Master([ParameterSpec(name, shape, True)], {name: data.reshape(shape).copy()})
+        master = HostTheta([ParameterSpec(name, shape, True)], {name: data.reshape(shape).copy()})
         return master.fingerprint(), master.checksum()
 
     plain = marks("w", (6, 4), array)
@@ -378,7 +378,7 @@ def test_fingerprint_is_blake2b_over_raw_bytes_in_name_order() -> None:
         digest.update(b"".join(x.to_bytes(8, "little") for x in numbers) + name.encode())
         digest.update(b"".join(x.to_bytes(8, "little") for x in shapes[name]) + arrays[name].tobytes())
     assert fingerprint(specs, arrays) == fingerprint(specs[::-1], arrays) == digest.hexdigest()
-    assert Master(specs, arrays).fingerprint() == digest.hexdigest()
+    assert HostTheta(specs, arrays).fingerprint() == digest.hexdigest()
 
 
 def test_the_core_needs_no_torch() -> None:
@@ -392,7 +392,7 @@ def test_the_core_needs_no_torch() -> None:
 def test_a_theta_that_was_written_half_is_another_version() -> None:
     """What holds weights of the version before must not take them for current."""
     specs = [ParameterSpec(name, (3,), True) for name in ("a", "b")]
-    master = Master(specs, {spec.name: np.zeros(3, dtype=np.float32) for spec in specs})
+    master = HostTheta(specs, {spec.name: np.zeros(3, dtype=np.float32) for spec in specs})
     before = master.version
 
     def read(name: str) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Engine:
     """A model by its name; its log-probabilities tell which tokens it was asked about."""
 
     def __init__(self, name: str) -> None:
-        self.master = SimpleNamespace(fingerprint=lambda: f"print of {name}", arrays={})
+        self.theta = SimpleNamespace(fingerprint=lambda: f"print of {name}", arrays={})
         self.name = name
         self.asked: list[int] = []
 

@@ -50,8 +50,8 @@ def test_a_damaged_note_of_where_a_model_came_from_is_no_note(tmp_path: Path, co
 def test_files_with_other_values_are_no_anchor(tmp_path: Path) -> None:
     engine = ToyEngine()
     write_model(tmp_path, engine, float32=True)
-    reader = anchor_reader(tmp_path, engine.master)
+    reader = anchor_reader(tmp_path, engine.theta)
     assert reader is not None
     assert np.array_equal(reader("body.bias", 2, 3), np.zeros(3, dtype=np.float32))
-    engine.master.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
-    assert anchor_reader(tmp_path, engine.master) is None
+    engine.theta.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
+    assert anchor_reader(tmp_path, engine.theta) is None

@@ -62,7 +62,7 @@ def random_search(ground: Ground) -> None:
     Raises:
         Interrupted: it was asked to stop.
     """
-    args, master = ground.args, ground.engine.master
+    args, master = ground.args, ground.engine.theta
     batches = Batches(len(ground.train_rows), int(args.batch_size), args.seed)
     base = {name: array.copy() for name, array in master.arrays.items()}
     best = _read(ground)
@@ -113,7 +113,7 @@ def _perturbation(ground: Ground, batches: Batches, best: Best) -> Perturbation 
 
 def _theta(ground: Ground, batches: Batches, best: Best) -> dict[str, np.ndarray]:
     """Return the weights of the best so far, by stored name; the engine holds the base."""
-    master = ground.engine.master
+    master = ground.engine.theta
     perturbation = _perturbation(ground, batches, best)
     if perturbation is None:
         return {name: array.copy() for name, array in master.arrays.items()}

@@ -153,7 +153,7 @@ class Ground(OpenRun):
             return weights
 
         with torch.no_grad():
-            self.engine.master.assign(read)
+            self.engine.theta.assign(read)
         self.engine.master_changed()
         self.copied = True
 
@@ -236,7 +236,7 @@ class Ground(OpenRun):
         def read_into(name: str, flat: np.ndarray) -> None:
             flat[...] = theta[name].reshape(-1)
 
-        self.engine.master.load(read_into)
+        self.engine.theta.load(read_into)
         self.engine.master_changed()
 
     def state(self) -> dict[str, Any]:
@@ -300,7 +300,7 @@ class Ground(OpenRun):
         if final and self.steps_done:
             one = dataclasses.replace(setup.evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
-        master = self.engine.master
+        master = self.engine.theta
         state = {"step": self.steps_done, "fingerprint": master.fingerprint(), "checksum": master.checksum()}
         trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:

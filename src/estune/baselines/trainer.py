@@ -292,7 +292,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         if not goes_on:
             engine.check_assets()
             refuse_broken_theta(args, engine, train_prompts, 0)
-        fingerprint = engine.master.fingerprint()
+        fingerprint = engine.theta.fingerprint()
         facts = setup.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
         )
@@ -342,7 +342,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             copied=module is None or not steps_done,
         )
         data = args.task or args.dataset_name or "your dataset"
-        say(f"estune: {args.method} on {args.model}, {engine.master.num_parameters:,} parameters; {data}: "
+        say(f"estune: {args.method} on {args.model}, {engine.theta.num_parameters:,} parameters; {data}: "
             f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
         size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
             f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "

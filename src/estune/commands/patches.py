@@ -157,7 +157,7 @@ def apply_command(
     args = setup.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
     say(f"estune: loading {model}, then {_steps(content)} of {args.population_size} members")
     engine = setup.load_engine(args)
-    master, base = engine.master, content["base"]
+    master, base = engine.theta, content["base"]
     found = master.fingerprint()
     if found != base["fingerprint"]:
         raise UserError(f"{patch} belongs to another base: it was made on {base['model']} with fingerprint "

@@ -31,17 +31,17 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
         config["model"] = model
     args = ESConfig.from_mapping(config, f"the journal of {run}")
     engine = setup.load_engine(args)
-    check_base(journal, engine.master.fingerprint(), args.model)
-    check_parameters(journal, engine.master.specs)
+    check_base(journal, engine.theta.fingerprint(), args.model)
+    check_parameters(journal, engine.theta.specs)
     anchor = None
     if args.weight_decay_anchor == "base":
         own = run / BASE_DIRECTORY
         source = own if own.exists() else local_directory(args.model)
-        anchor = anchor_reader(source, engine.master) if source else None
+        anchor = anchor_reader(source, engine.theta) if source else None
     replay_steps(journal, engine, 0, step, anchor)
     write_model(output_dir, engine, float32=False)
     proven = step < len(journal.steps) or step in journal.checkpoints
     unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
     how = "replayed and verified" if proven else unproven
-    say(f"estune: {step} steps {how}, fingerprint {engine.master.fingerprint()}, in {output_dir}")
+    say(f"estune: {step} steps {how}, fingerprint {engine.theta.fingerprint()}, in {output_dir}")
     return 0

@@ -74,7 +74,7 @@ def measure_base(comparison: Comparison, model: str, file: Path) -> None:
         unsolved = never_solved(comparison, args, engine, rows, result, judges)
         result["never_solved"] = unsolved
         result["discovery_control"] = discovery(comparison, args, engine, unsolved, judges)
-    write_json(file, {**result, "model": model, "fingerprint": engine.master.fingerprint(), "code": code_digest()})
+    write_json(file, {**result, "model": model, "fingerprint": engine.theta.fingerprint(), "code": code_digest()})
 
 
 def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
@@ -83,7 +83,7 @@ def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
     Raises:
         UserError: it has another fingerprint.
     """
-    found = setup.load_engine(evaluation_config(comparison, model)).master.fingerprint()
+    found = setup.load_engine(evaluation_config(comparison, model)).theta.fingerprint()
     if found != fingerprint:
         raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
 
@@ -266,7 +266,7 @@ def changes(base: Engine, tuned: Engine, run: Path, steps: int) -> dict[str, Any
 
     The run may have gone on since: its first ``steps`` steps are what made the model.
     """
-    found = parameter_changes(base.master.arrays, tuned.master.arrays)
+    found = parameter_changes(base.theta.arrays, tuned.theta.arrays)
     return {
         "norm": found.norm,
         "relative_norm": found.ratio,

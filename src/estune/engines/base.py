@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from estune.es.types import Completion, Perturbation, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from estune.es.theta import Master
+    from estune.es.theta import HostTheta
 
 
 class Engine(Protocol):
     """A replica of theta that answers prompts."""
 
-    master: Master
+    master: HostTheta
     max_context: int | None  # tokens; None: unlimited
     vocab_size: int | None  # rows of the input embedding: token ids lie below it; None: unlimited
     tokenizer: Any  # None where prompts are bytes (the toy engine)

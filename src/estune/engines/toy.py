@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from estune.errors import UserError
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.types import Completion, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
 
 SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
@@ -40,7 +40,7 @@ class ToyEngine:
             perturbed = not name.startswith("frozen")
             specs.append(ParameterSpec(name, shape, perturbed, perturbed and noise == "lowrank" and len(shape) == 2))
         arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
-        self.master = Master(specs, arrays, num_threads=num_threads)
+        self.theta = HostTheta(specs, arrays, num_threads=num_threads)
         self.stored_dtypes = {spec.name: "float32" for spec in specs}
 
     @property
@@ -51,11 +51,11 @@ class ToyEngine:
     @property
     def coordinates(self) -> int:
         """Number of coordinates that can be asked for."""
-        return sum(int(np.prod(spec.shape)) for spec in self.master.specs if spec.perturbed)
+        return sum(int(np.prod(spec.shape)) for spec in self.theta.specs if spec.perturbed)
 
     def vector(self, perturbation: Perturbation | None) -> np.ndarray:
         """Return the perturbed parameters of a member as one vector, in name order: float32 (d,)."""
-        parts = [self.master.perturb(s.name, perturbation).reshape(-1) for s in self.master.specs if s.perturbed]
+        parts = [self.theta.perturb(s.name, perturbation).reshape(-1) for s in self.theta.specs if s.perturbed]
         return np.concatenate(parts)
 
     def generate(

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -39,14 +39,85 @@ Job = Callable[[], Part]
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What an update did: theta's checksum afterwards, the L2 norm of the change, and its ratio to theta's norm.
+    """What an update did to theta, or to the part of theta that one shard or worker holds; parts add up with ``+``.
 
-    Both norms are over the perturbed parameters.
+    ``sums`` holds the checksum's sum of every parameter afterwards, modulo 2^64. ``moved`` and ``size`` hold squares of
+    the change and of theta over the perturbed parameters, one pair for each piece of theta; their order has no meaning.
     """
 
-    checksum: str
-    norm: float
-    ratio: float
+    specs: tuple[ParameterSpec, ...]
+    sums: Mapping[str, int]
+    moved: tuple[float, ...] = ()
+    size: tuple[float, ...] = ()
+
+    def __add__(self, other: Moved) -> Moved:
+        sums = {name: (total + other.sums[name]) & MASK_64 for name, total in self.sums.items()}
+        return Moved(self.specs, sums, self.moved + other.moved, self.size + other.size)
+
+    @property
+    def checksum(self) -> str:
+        """Theta's checksum after the update."""
+        return digest(self.specs, self.sums)
+
+    @property
+    def norm(self) -> float:
+        """L2 norm of the change."""
+        return math.sqrt(math.fsum(self.moved))
+
+    @property
+    def ratio(self) -> float:
+        """Norm of the change over theta's norm; 0 where theta is 0."""
+        size = math.sqrt(math.fsum(self.size))
+        return self.norm / size if size else 0.0
+
+
+class Theta(Protocol):
+    """The float32 master in this process, on the host (`HostTheta`) or on a GPU (`estune.gpu.theta.DeviceTheta`)."""
+
+    specs: list[ParameterSpec]
+    buffers: dict[str, np.ndarray]
+
+    @property
+    def version(self) -> int:
+        """Count of the writes of theta."""
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The parameters on the host, by stored name."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalars in theta."""
+
+    def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
+        """Return a member's weights for one parameter; see `HostTheta.perturb`."""
+
+    def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
+        """Write a member's weights for several parameters; see `HostTheta.perturb_all`."""
+
+    def apply(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
+        """Move theta by one step; see `HostTheta.apply`."""
+
+    def sums(self) -> dict[str, int]:
+        """Return the checksum's sum of every parameter; `digest` makes the checksum of them."""
+
+    def checksum(self) -> str:
+        """Return the checksum of theta."""
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of theta."""
+
+    def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
+        """Overwrite theta from flat arrays; see `HostTheta.load`."""
+
+    def assign(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Overwrite theta from tensors; see `HostTheta.assign`."""
+
+    def head(self, name: str, count: int) -> np.ndarray:
+        """Return the first ``count`` elements of a parameter; flat."""
+
+    def unshare(self) -> None:
+        """Move theta into memory of its own."""
 
 
 def pieces(size: int) -> Iterator[tuple[int, int, int]]:
@@ -84,7 +155,7 @@ def _factor_keys(seeds: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarra
 
 
 @dataclass
-class Master:
+class HostTheta:
     """Float32 parameters under their stored names, in name order.
 
     ``arrays[name]`` is C-contiguous float32 of the spec's shape. ``buffers`` are the stored tensors that are not
@@ -104,7 +175,7 @@ class Master:
                 raise ValueError(f"master array {spec.name!r} is not C-contiguous float32 of shape {spec.shape}")
             if spec.lowrank:
                 factor_shapes(spec.shape, 1)  # refuses what is no matrix and no stack of them
-        self._flat = {spec.name: self.arrays[spec.name].reshape(-1) for spec in self.specs}
+        self.flat = {spec.name: self.arrays[spec.name].reshape(-1) for spec in self.specs}
         self._pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
         self._spec = {spec.name: spec for spec in self.specs}
         self.version = 0  # counts the writes of theta
@@ -112,7 +183,7 @@ class Master:
     @property
     def num_parameters(self) -> int:
         """Number of scalars in theta."""
-        return sum(flat.size for flat in self._flat.values())
+        return sum(flat.size for flat in self.flat.values())
 
     def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
         """Return a member's weights for one parameter, float32 of the parameter's shape.
@@ -147,12 +218,12 @@ class Master:
 
         ``streamed``: what is written passes the caches, because all of it together would not fit them.
         """
-        spec, theta = self._spec[name], self._flat[name]
+        spec, theta = self._spec[name], self.flat[name]
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != theta.size:
             raise ValueError(f"output for {name!r} must be C-contiguous float32 of {theta.size} elements")
         flat_out = out.reshape(-1)  # (d,)
         if perturbation is not None:
-            self._check_rank(perturbation.rank)
+            self.check_rank(perturbation.rank)
         if perturbation is None or not spec.perturbed:
             for start, count, _ in pieces(theta.size):
                 yield partial(np.copyto, flat_out[start : start + count], theta[start : start + count])
@@ -179,28 +250,27 @@ class Master:
             offset = start % BLOCK_SIZE
             yield partial(cpu.perturb_into, flat_out[part], theta[part], offset, k0, k1, scale, rademacher, streamed)
 
-    def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
+    def apply(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
         """Move theta by one step, in place, in one pass that also sums its checksum and norms.
 
         Raises:
             ValueError: the update decays towards theta_0 but no ``anchor`` is given, or it has no rank, or too large a
                 one, for parameters of low-rank noise; theta has not moved then.
         """
-        self._check_update(update, anchor)
+        self.check_update(update, anchor)
         if update.is_zero:
-            return Moved(self.checksum(), 0.0, 0.0)
+            return Moved(tuple(self.specs), self.sums())
         if not (update.decay and update.anchored):
             anchor = None
         jobs = (job for spec in self.specs for job in self._update_jobs(spec, update, anchor))
         parts = self._run(lambda job: job(), jobs)
         self.version += 1
-        norm = math.sqrt(math.fsum(moved for _, _, moved, _ in parts))
-        size = math.sqrt(math.fsum(size for _, _, _, size in parts))
-        return Moved(self._digest([part[:2] for part in parts]), norm, norm / size if size else 0.0)
+        names, sums, moved, sizes = zip(*parts, strict=True) if parts else ((), (), (), ())
+        return Moved(tuple(self.specs), total_sums(self.specs, zip(names, sums, strict=True)), moved, sizes)
 
     def _update_jobs(self, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Iterator[Job]:
         """Cut one parameter's update into calls that return (name, checksum, moved, size)."""
-        name, flat = spec.name, self._flat[spec.name]
+        name, flat = spec.name, self.flat[spec.name]
         seeds = [member.seed for member, q in zip(update.members, update.q, strict=True) if q]
         weights = [member.sign * q for member, q in zip(update.members, update.q, strict=True) if q]
         q = np.array(weights, dtype=np.int32)  # (M,)
@@ -240,29 +310,33 @@ class Master:
                 keys[block] = noise_keys(seeds, block_name(name, block))
             yield partial(full, start, count, keys[block])
 
-    def _check_rank(self, rank: int) -> None:
+    def check_rank(self, rank: int) -> None:
         """Raise ValueError where parameters of low-rank noise meet a member or an update without a rank."""
         if rank < 1 and any(spec.lowrank for spec in self.specs):
             raise ValueError("parameters of low-rank noise need a rank of at least 1")
 
-    def _check_update(self, update: Update, anchor: AnchorReader | None) -> None:
-        """Raise ValueError for what cannot be done, before any piece of theta moves; see `update`."""
-        self._check_rank(update.rank)
+    def check_update(self, update: Update, anchor: AnchorReader | None) -> None:
+        """Raise ValueError for what cannot be done, before any piece of theta moves; see `apply`."""
+        self.check_rank(update.rank)
         for spec in self.specs:
             if spec.lowrank:
                 factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
         if update.decay and update.anchored and anchor is None and not update.is_zero:
             raise ValueError("an anchored update needs a reader of theta_0")
 
-    def checksum(self) -> str:
-        """Return the checksum of theta (DESIGN section 5): blake2b-128 in hex, a sum that shards can add up."""
+    def sums(self) -> dict[str, int]:
+        """Return the checksum's sum of every parameter, modulo 2^64: shards and workers can add theirs up."""
 
         def work(job: tuple[str, int, int]) -> tuple[str, int]:
             name, start, count = job
-            return name, int(cpu.checksum_of(self._flat[name][start : start + count], start % BLOCK_SIZE))
+            return name, int(cpu.checksum_of(self.flat[name][start : start + count], start % BLOCK_SIZE))
 
-        jobs = [(s.name, start, count) for s in self.specs for start, count, _ in pieces(self._flat[s.name].size)]
-        return self._digest(self._run(work, jobs))
+        jobs = [(s.name, start, count) for s in self.specs for start, count, _ in pieces(self.flat[s.name].size)]
+        return total_sums(self.specs, self._run(work, jobs))
+
+    def checksum(self) -> str:
+        """Return the checksum of theta (DESIGN section 5): blake2b-128 in hex over names, shapes and `sums`."""
+        return digest(self.specs, self.sums())
 
     def fingerprint(self) -> str:
         """Return the fingerprint of theta (DESIGN section 5): blake2b-128 in hex over names, shapes and raw bytes."""
@@ -272,7 +346,7 @@ class Master:
         """Overwrite theta in place: ``read_into(name, flat)`` fills each parameter's flat float32 array (d,)."""
         self.version += 1  # also where it raises half way: what is there is not what was
         for spec in self.specs:
-            read_into(spec.name, self._flat[spec.name])
+            read_into(spec.name, self.flat[spec.name])
 
     def assign(self, read: Callable[[str], torch.Tensor]) -> None:
         """Overwrite theta: ``read(name)`` is each parameter's new value, of any floating dtype and device."""
@@ -285,23 +359,13 @@ class Master:
 
     def head(self, name: str, count: int) -> np.ndarray:
         """Return the first ``count`` elements of a parameter, or all if it has fewer; flat."""
-        return self._flat[name][:count]
+        return self.flat[name][:count]
 
     def unshare(self) -> None:
         """Move theta into memory of its own, where the arrays given were another's (a model's own parameters)."""
         for spec in self.specs:
             self.arrays[spec.name] = self.arrays[spec.name].copy()
-            self._flat[spec.name] = self.arrays[spec.name].reshape(-1)
-
-    def _digest(self, sums: Sequence[tuple[str, int]]) -> str:
-        totals = {spec.name: 0 for spec in self.specs}
-        for name, part in sums:
-            totals[name] = (totals[name] + part) & MASK_64
-        digest = blake2b(digest_size=16)
-        for spec in self.specs:
-            digest.update(_label(spec))
-            digest.update(totals[spec.name].to_bytes(8, "little"))
-        return digest.hexdigest()
+            self.flat[spec.name] = self.arrays[spec.name].reshape(-1)
 
     def _run(self, work: Callable, jobs: Iterable) -> list:  # type: ignore[type-arg]
         """Run ``work`` over ``jobs`` on the pool, results in order; a single job stays on this thread.
@@ -317,6 +381,23 @@ def _call(job: Callable[[], None]) -> None:
     job()
 
 
+def total_sums(specs: Sequence[ParameterSpec], parts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the checksum's sum of every parameter from the sums of its pieces, (name, sum) each."""
+    totals = {spec.name: 0 for spec in specs}
+    for name, part in parts:
+        totals[name] = (totals[name] + part) & MASK_64
+    return totals
+
+
+def digest(specs: Sequence[ParameterSpec], sums: Mapping[str, int]) -> str:
+    """Return the checksum of theta from the sums of its parameters: blake2b-128 in hex, in the specs' order."""
+    hashed = blake2b(digest_size=16)
+    for spec in specs:
+        hashed.update(_label(spec))
+        hashed.update(sums[spec.name].to_bytes(8, "little"))
+    return hashed.hexdigest()
+
+
 def _label(spec: ParameterSpec) -> bytes:
     """Return a parameter's name and shape as unambiguous bytes."""
     name = spec.name.encode("utf-8")
@@ -325,8 +406,8 @@ def _label(spec: ParameterSpec) -> bytes:
 
 def fingerprint(specs: Sequence[ParameterSpec], arrays: Mapping[str, np.ndarray]) -> str:
     """Return blake2b-128 over, in name order, each parameter's name, shape and raw float32 bytes."""
-    digest = blake2b(digest_size=16)
+    hashed = blake2b(digest_size=16)
     for spec in sorted(specs, key=lambda spec: spec.name):
-        digest.update(_label(spec))
-        digest.update(np.ascontiguousarray(arrays[spec.name], dtype="<f4").reshape(-1).data)
-    return digest.hexdigest()
+        hashed.update(_label(spec))
+        hashed.update(np.ascontiguousarray(arrays[spec.name], dtype="<f4").reshape(-1).data)
+    return hashed.hexdigest()

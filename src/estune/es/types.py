@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SAMPLE_PERSON = b"estune-samp-v1"  # blake2b person of the uniforms of sampled decoding in training
@@ -36,6 +38,11 @@ class ParameterSpec:
     def kind(self) -> str | bool:
         """What the journal's header says of the parameter: ``full`` or ``lowrank`` noise, or False for none."""
         return ("lowrank" if self.lowrank else "full") if self.perturbed else False
+
+
+def num_parameters(specs: Iterable[ParameterSpec]) -> int:
+    """Return the number of scalars in some parameters."""
+    return sum(math.prod(spec.shape) for spec in specs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,31 @@ class Sampling:
     top_k: int = 0  # 0: off
     stop_strings: tuple[str, ...] = ()
     person: bytes = SAMPLE_PERSON
+
+
+@dataclass(frozen=True, slots=True)
+class GroupJob:
+    """Members that answer the same prompts together: the unit of dispatch, of journaling and of resume.
+
+    ``indices`` are the members' places in the population. A perturbation of None stands for theta itself.
+    ``theta_checksum`` names the theta that the members are perturbations of; a replica that holds another one refuses.
+    """
+
+    indices: tuple[int, ...]  # (M,)
+    perturbations: tuple[Perturbation | None, ...]  # (M,)
+    theta_checksum: str
+    prompts: tuple[Prompt, ...]  # (B,)
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAnswer:
+    """The completions of a `GroupJob` and the seconds that they took."""
+
+    indices: tuple[int, ...]  # (M,)
+    completions: list[list[list[Completion]]]  # (M, B, G)
+    generate_s: float  # without perturb_s
+    perturb_s: float  # writing the members' weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """theta for a working model on a GPU: float32 on the device, or pinned on the host and streamed through it.
 
-A `DeviceMaster` is a `estune.es.theta.Master` whose members and updates are computed on the device by the kernels of
-`estune.gpu.launch`, to the same bits. `on_device` compares a device with the CPU kernels first and hands the host's
+A `DeviceTheta` computes members and updates on the device by the kernels of `estune.gpu.launch`, to the same bits as
+`estune.es.theta.HostTheta`. `on_device` compares a device with the CPU kernels first and hands the host's
 master back where a bit differs. Where theta does not fit beside the working model it stays in (pinned) host memory, and
 parts of it pass through the ring of `estune.gpu.staging`. Needs triton.
 """
@@ -20,7 +20,7 @@ import torch
 
 from estune.es.noise import block_name, factor_names, factor_shapes, noise_key
 from estune.es.noise.reference import BLOCK_SIZE
-from estune.es.theta import AnchorReader, Master, Moved
+from estune.es.theta import AnchorReader, HostTheta, Moved, Theta, digest, fingerprint, total_sums
 from estune.es.types import ParameterSpec, Perturbation
 from estune.es.update import Update
 from estune.gpu import check, launch
@@ -30,8 +30,8 @@ STAGE = 1 << 24  # elements of a staging buffer: 64 MiB
 RESIDENT_SHARE = 0.5  # of the device's free memory that theta may take; the rest is for caches and activations
 
 
-def on_device(master: Master, device: torch.device, *, resident: bool | None = None) -> Master:
-    """Return a master that works on ``device``, or ``master`` itself where that cannot be, or not to the bit.
+def on_device(master: HostTheta, device: torch.device, *, resident: bool | None = None) -> Theta:
+    """Return theta on ``device``, or ``master`` itself where the device cannot keep it, or not to the bit.
 
     Args:
         master: theta; its arrays stay in use.
@@ -54,7 +54,7 @@ def on_device(master: Master, device: torch.device, *, resident: bool | None = N
         return master
     if resident is None:
         resident = 4 * master.num_parameters <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return DeviceMaster(master, device, resident=resident)
+    return DeviceTheta(master, device, resident=resident)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +98,22 @@ def parts(spec: ParameterSpec, most: int | None = None) -> Iterator[Part]:
         yield Part(spec, start, min(step, size - start))
 
 
-class DeviceMaster(Master):
-    """A master whose members and updates are computed on a device, to the bits of `estune.es.theta.Master`.
+class DeviceTheta:
+    """Theta whose members and updates are computed on a device, to the bits of `estune.es.theta.HostTheta`.
 
-    ``arrays`` are the host's copy: current whenever they are asked for, at the price of a download after an update
-    where theta lives on the device. What asks for some parameters alone downloads those alone.
+    ``host`` holds the copy in host memory. It is behind the device after an update where theta lives on the device;
+    ``arrays`` downloads what is behind, and what needs some parameters alone downloads those alone.
     """
 
-    def __init__(self, master: Master, device: torch.device, *, resident: bool, stage: int = STAGE) -> None:
-        """Take over ``master``'s arrays; ``stage`` is the number of elements of a staging buffer, a power of 2."""
-        self._stale: set[str] = set()  # parameters whose host copies are behind the device
-        super().__init__(master.specs, master.arrays, master.buffers, master.num_threads)
-        self.version = master.version
+    def __init__(self, host: HostTheta, device: torch.device, *, resident: bool, stage: int = STAGE) -> None:
+        """Take over ``host``; ``stage`` is the number of elements of a staging buffer, a power of 2."""
+        self.host = host
+        self.specs, self.buffers = host.specs, host.buffers
         self.device = device = torch.empty(0, device=device).device  # with its index
         self.resident = resident
+        self._stale: set[str] = set()  # parameters whose host copies are behind the device
         self._by_name = {spec.name: spec for spec in self.specs}
-        self._host = {name: torch.from_numpy(flat) for name, flat in self._flat.items()}
+        self._host = {name: torch.from_numpy(flat) for name, flat in host.flat.items()}
         self._stage = stage
         self._staging: Staging | None = None
         if resident:
@@ -125,30 +125,34 @@ class DeviceMaster(Master):
                 pin(list(self._host.values()), self)
 
     @property
+    def version(self) -> int:
+        """Count of the writes of theta."""
+        return self.host.version
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of scalars in theta."""
+        return self.host.num_parameters
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The host's copy of theta, by name, after a download where it was behind."""
         self._download(self._stale)
-        return self._arrays
-
-    @arrays.setter
-    def arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        self._arrays = arrays
+        return self.host.arrays
 
     def head(self, name: str, count: int) -> np.ndarray:
         """Return the first ``count`` elements of a parameter, float32, without downloading the rest."""
         return (self._theta if self.resident else self._host)[name][:count].cpu().numpy()
 
     def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
-        """Return a member's weights on the host; see `Master.perturb`. No other parameter is downloaded."""
+        """Return a member's weights on the host; see `HostTheta.perturb`. No other parameter is downloaded."""
         self._download([name])
-        if out is None:  # the master would ask for the shape of `arrays`, which downloads all of them
-            out = np.empty(self._by_name[name].shape, dtype=np.float32)
-        return super().perturb(name, perturbation, out)
+        return self.host.perturb(name, perturbation, out)
 
     def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
-        """Write a member's weights for several parameters on the host; see `Master.perturb_all`."""
+        """Write a member's weights for several parameters on the host; see `HostTheta.perturb_all`."""
         self._download(outs)
-        super().perturb_all(perturbation, outs)
+        self.host.perturb_all(perturbation, outs)
 
     def perturb_into(self, name: str, perturbation: Perturbation | None, out: torch.Tensor) -> None:
         """Write a member's weights for one parameter, cast once, into memory of the device.
@@ -170,15 +174,15 @@ class DeviceMaster(Master):
             raise ValueError(f"output for {name!r} must be float32, bfloat16 or float16, not {out.dtype}")
         flat = out.view(-1)  # (d,)
         if perturbation is not None:
-            self._check_rank(perturbation.rank)
+            self.host.check_rank(perturbation.rank)
         for part in self._parts(spec):
             self._apply(part, _member_writer(part, perturbation, flat[part.span]), write_back=False)
 
-    def update(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
-        """Move theta by one step; see `Master.update`. An anchor is read through the host, part by part."""
-        self._check_update(update, anchor)
+    def apply(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
+        """Move theta by one step; see `HostTheta.apply`. An anchor is read through the host, part by part."""
+        self.host.check_update(update, anchor)
         if update.is_zero:
-            return Moved(self.checksum(), 0.0, 0.0)
+            return Moved(tuple(self.specs), self.sums())
         if not (update.decay and update.anchored):
             anchor = None
         moving = [(member, q) for member, q in zip(update.members, update.q, strict=True) if q]
@@ -210,18 +214,26 @@ class DeviceMaster(Master):
 
         for part in jobs:
             self._apply(part, partial(move, part), write_back=part.spec.perturbed)
-        self.version += 1
+        self.host.version += 1
         if self.resident:
             self._stale.update(spec.name for spec in self.specs if spec.perturbed)
         checksums = _to_list([sums.checksum for _, sums in done])
-        norm = math.sqrt(math.fsum(_to_list([sums.moved for _, sums in done])))
-        size = math.sqrt(math.fsum(_to_list([sums.size for _, sums in done])))
+        moved = tuple(_to_list([sums.moved for _, sums in done]))
+        sizes = tuple(_to_list([sums.size for _, sums in done]))
         self._wait()
         names = [part.spec.name for part, _ in done]
-        return Moved(self._digest(list(zip(names, checksums, strict=True))), norm, norm / size if size else 0.0)
+        return Moved(tuple(self.specs), total_sums(self.specs, zip(names, checksums, strict=True)), moved, sizes)
 
     def checksum(self) -> str:
-        """Return the checksum of theta, computed on the device; see `Master.checksum`."""
+        """Return the checksum of theta."""
+        return digest(self.specs, self.sums())
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of theta."""
+        return fingerprint(self.specs, self.arrays)
+
+    def sums(self) -> dict[str, int]:
+        """Return the checksum's sum of every parameter, computed on the device."""
         done: list[tuple[str, torch.Tensor]] = []
 
         def add(part: Part, theta: torch.Tensor) -> None:
@@ -231,31 +243,31 @@ class DeviceMaster(Master):
             for part in self._parts(spec):
                 self._apply(part, partial(add, part), write_back=False)
         sums = _to_list([value for _, value in done])
-        return self._digest([(name, value) for (name, _), value in zip(done, sums, strict=True)])
+        return total_sums(self.specs, ((name, value) for (name, _), value in zip(done, sums, strict=True)))
 
     def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
-        """Overwrite theta; see `Master.load`."""
+        """Overwrite theta; see `HostTheta.load`."""
         self._wait()
-        super().load(read_into)
+        self.host.load(read_into)
         self._stale.clear()
         if self.resident:
             for name, flat in self._host.items():
                 self._theta[name].copy_(flat)
 
     def assign(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Overwrite theta; see `Master.assign`. What is on the device already does not pass through the host."""
+        """Overwrite theta; see `HostTheta.assign`. What is on the device already does not pass through the host."""
         if not self.resident:
-            super().assign(read)
+            self.host.assign(read)
             return
-        self.version += 1
+        self.host.version += 1
         for spec in self.specs:
             self._stale.add(spec.name)
             self._theta[spec.name].copy_(read(spec.name).detach().reshape(-1))
 
     def unshare(self) -> None:
-        """Move the host's copy into memory of its own; see `Master.unshare`."""
-        super().unshare()
-        self._host = {name: torch.from_numpy(flat) for name, flat in self._flat.items()}
+        """Move the host's copy into memory of its own; see `HostTheta.unshare`."""
+        self.host.unshare()
+        self._host = {name: torch.from_numpy(flat) for name, flat in self.host.flat.items()}
 
     def _download(self, names: Iterable[str]) -> None:
         """Bring the host's copy of some parameters up to date; it is free where it was."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from estune.engines.base import Engine
 from estune.errors import UserError
-from estune.es.theta import AnchorReader, Master, fingerprint, pieces
+from estune.es.theta import AnchorReader, HostTheta, fingerprint, pieces
 from estune.es.types import ParameterSpec
 from estune.files import (
     file_digest,
@@ -130,8 +130,8 @@ def write_model(directory: Path, engine: Engine, *, float32: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with writing(directory):
         engine.save_assets(directory, "float32" if float32 else engine.compute_dtype)
-    dtypes = dict.fromkeys(engine.master.arrays, "float32") if float32 else engine.stored_dtypes
-    write_tensors(directory / WEIGHTS_FILE, engine.master.arrays, engine.master.buffers, dtypes)
+    dtypes = dict.fromkeys(engine.theta.arrays, "float32") if float32 else engine.stored_dtypes
+    write_tensors(directory / WEIGHTS_FILE, engine.theta.arrays, engine.theta.buffers, dtypes)
 
 
 def save_checkpoint(
@@ -222,7 +222,7 @@ def prune(run_dir: Path, keep: int, scheduled: Collection[int]) -> None:
         remove(run_dir, step)
 
 
-def load_master(directory: Path, master: Master) -> None:
+def load_master(directory: Path, master: HostTheta) -> None:
     """Read a checkpoint's float32 weights into theta.
 
     Raises:
@@ -235,7 +235,7 @@ def load_master(directory: Path, master: Master) -> None:
     master.load(file.read_into)
 
 
-def anchor_reader(directory: Path, master: Master) -> AnchorReader | None:
+def anchor_reader(directory: Path, master: HostTheta) -> AnchorReader | None:
     """Return a memory-mapped reader of theta_0 from a model directory's files.
 
     ``None`` where the files do not hold, under the stored names, the very values that ``master`` holds now.

@@ -123,7 +123,7 @@ class Run:
             UserError: the base model is not the one of the journal.
             Hindered: something else differs that a resume cannot change (`estune.run.resume`).
         """
-        fingerprint = engine.master.fingerprint()
+        fingerprint = engine.theta.fingerprint()
         values = dataclasses.asdict(stored_config(self.args))
         if self.found is None:
             keep_origin(self.path, values, held_out=facts.identity["held_out"])
@@ -135,14 +135,14 @@ class Run:
                 "config": self.args.trajectory(),
                 "engine": engine.info(),
                 "rollouts": "reproducible" if reproducible else "not reproducible",
-                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in engine.master.specs],
+                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in engine.theta.specs],
                 "versions": versions(),
                 **facts.as_dict(),
             }
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
             check_base(self.found, fingerprint, self.args.model)
-            check_parameters(self.found, engine.master.specs)
+            check_parameters(self.found, engine.theta.specs)
             check_facts(self.found.header, facts)
             warn_of_other_engine(self.found.header["engine"], engine.info())
             warn_of_versions(self.found.header["versions"], versions())
@@ -193,14 +193,14 @@ class Run:
             if state is None:
                 damaged.append((steps_done, f"{checkpoint.ES_STATE} cannot be read"))
                 continue
-            reason = checkpoint.damage(directory, engine.master.specs, state)
+            reason = checkpoint.damage(directory, engine.theta.specs, state)
             wanted = self.journal.checkpoints.get(steps_done, state["fingerprint"])
             if reason is None and state["fingerprint"] != wanted:
                 reason = f"{checkpoint.ES_STATE} does not have the journal's fingerprint"
             if reason is None and not self._belongs(state, steps_done):
                 reason = "it belongs to another run"
             if reason is None:
-                checkpoint.load_master(directory, engine.master)
+                checkpoint.load_master(directory, engine.theta)
                 return steps_done, damaged
             damaged.append((steps_done, reason))
         return 0, damaged
@@ -220,8 +220,8 @@ class Run:
     def save(self, engine: Engine, final: bool, steps_done: int | None = None) -> None:
         """Write the checkpoint of ``steps_done`` (default: all of the run), or the finished model to the root."""
         steps_done = self.steps_done if steps_done is None else steps_done
-        state = {"step": steps_done, "fingerprint": engine.master.fingerprint(),
-                 "checksum": engine.master.checksum()}  # fmt: skip
+        state = {"step": steps_done, "fingerprint": engine.theta.fingerprint(),
+                 "checksum": engine.theta.checksum()}  # fmt: skip
         trainer_state = {"global_step": steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
             checkpoint.save_final(self.path, engine, state, trainer_state)
@@ -231,7 +231,7 @@ class Run:
     def record_checkpoint(self, engine: Engine) -> None:
         """Write the checkpoint line of ``steps_done``, once."""
         if self.steps_done not in self.journal.checkpoints:
-            self.journal.append_checkpoint(self.steps_done, engine.master.fingerprint())
+            self.journal.append_checkpoint(self.steps_done, engine.theta.fingerprint())
 
     def has_checkpoint(self) -> bool:
         """Say whether the checkpoint of ``steps_done`` is written and journalled."""
@@ -627,7 +627,7 @@ def replay_steps(journal: Journal, engine: Engine, start: int, stop: int, anchor
     Raises:
         UserError: theta is not what the journal says; the step is named.
     """
-    master = engine.master
+    master = engine.theta
     checksum = master.checksum()
     moved = None
     for record in journal.steps[start:stop]:

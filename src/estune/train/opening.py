@@ -105,7 +105,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             eval_prompts=eval_prompts,
             batches=batches,
             monitors=monitors,
-            checksum=engine.master.checksum(),
+            checksum=engine.theta.checksum(),
             tokens=run.tokens_before(),
             train_time_s=run.train_time_s(),
             **run_so_far(args, run),
@@ -154,7 +154,7 @@ def _keep_base(trainer: ESTrainer, run: Run) -> None:
 
     A module that was given may have moved since the run began, so a resume reads theta_0 from the run.
     """
-    master, own = trainer.engine.master, run.path / BASE_DIRECTORY
+    master, own = trainer.engine.theta, run.path / BASE_DIRECTORY
     if trainer.has_module and not run.is_new:
         load_master(own, master)
         trainer.engine.master_changed()

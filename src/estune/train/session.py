@@ -111,7 +111,7 @@ class Session(OpenRun):
 
     def announce(self, replayed: int) -> None:
         """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
-        args, master, run = self.args, self.engine.master, self.run
+        args, master, run = self.args, self.engine.theta, self.run
         moving = sum(int(np.prod(spec.shape)) for spec in master.specs if spec.perturbed)
         share = "all" if moving == master.num_parameters else f"{moving / master.num_parameters:.1%} of"
         data = args.task or args.dataset_name or "your dataset"
@@ -241,7 +241,7 @@ class Session(OpenRun):
     def move(self, update: Update) -> None:
         """Apply the journalled update to theta, and tell the monitors."""
         self.move_started = time.perf_counter()
-        moved = self.engine.master.update(update, self.run.anchor)
+        moved = self.engine.theta.update(update, self.run.anchor)
         self.engine.master_changed()
         self.checksum = moved.checksum
         refuse_diverged(moved, self.run.steps_done)

@@ -252,7 +252,7 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
                 raise UserError(f"the toy engine has no use for {name}")
         toy = ToyEngine(args.num_threads, noise=args.noise)
         if args.model != "toy":
-            load_master(Path(args.model), toy.master)
+            load_master(Path(args.model), toy.theta)
         return toy
     from estune.engines.hf.engine import HFEngine
 

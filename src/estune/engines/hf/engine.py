@@ -37,7 +37,7 @@ from estune.engines.lowrank.stand_ins import Uncovered
 from estune.engines.lowrank.trial import shared_forward
 from estune.engines.reproducibility import answers_repeat
 from estune.errors import UserError
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.types import Completion, Perturbation, Prompt, Sampling
 
 
@@ -53,7 +53,7 @@ class HFEngine:
         model: callers.Model,
         tokenizer: Any,
         bound: Sequence[Binding],
-        master: Master,
+        master: HostTheta,
         *,
         prompts_per_batch: int,
         digests: dict[str, str] | None = None,
@@ -72,7 +72,7 @@ class HFEngine:
         self.perturb_s = 0.0  # seconds spent so far in writing members' weights
         self.stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
         self.working = WorkingModel(model, bound, master)
-        self.master = self.working.master
+        self.theta = self.working.theta
         text_config = model.config.get_text_config(decoder=True)
         limits = [
             getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -373,7 +373,7 @@ class HFEngine:
             "dtype": self.compute_dtype,
             "model_type": self.model.config.model_type,
             "architecture": type(self.model).__name__,
-            "num_parameters": self.master.num_parameters,
+            "num_parameters": self.theta.num_parameters,
             "max_context": self.max_context,
             "prompts_per_batch": self.prompts_per_batch,
             "shared_forward": self._shared is not None,
@@ -385,7 +385,7 @@ class HFEngine:
         if self._attention:
             apart = partial(callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
             self._shared, reason = shared_forward(
-                self.model, self.working.bindings, self.master, apart, self.max_context
+                self.model, self.working.bindings, self.theta, apart, self.max_context
             )
         if self._shared is None:
             warn(f"low-rank members run one after another on this model, because of {reason}")

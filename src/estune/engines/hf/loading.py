@@ -30,7 +30,7 @@ from estune.engines.hf.parameters import Binding, bindings
 from estune.engines.hf.saved_model import TIED_OTHERWISE, reason_of, set_tied, skeleton, stored_shapes, tied_truth
 from estune.engines.lowrank.kinds import lowrank_names
 from estune.errors import UserError, nearest
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.types import ParameterSpec
 from estune.models.names import EMBEDDED_MODELS, local_directory
 
@@ -184,7 +184,7 @@ def load_model(
     num_threads: int,
     trainable_parameters: Sequence[str] | None,
     noise: str = "full",
-) -> tuple[Any, list[Binding], Master]:
+) -> tuple[Any, list[Binding], HostTheta]:
     """Load the working model, bind its parameters, and copy its float32 weights into a master (see `master_of`).
 
     The master is read in float32 whatever the compute dtype; a working model of another dtype is loaded a second
@@ -244,7 +244,7 @@ def master_of(
     *,
     lowrank: Collection[str] = (),
     share: bool = False,
-) -> Master:
+) -> HostTheta:
     """Copy the stored parameters into a float32 master.
 
     Args:
@@ -277,7 +277,7 @@ def master_of(
         ParameterSpec(b.name, b.shape, b.name in chosen, lowrank=b.name in chosen and b.name in lowrank) for b in bound
     ]
     kept = {name: _as_numpy(buffer) for name, buffer in buffers.items()}
-    return Master(specs, arrays, kept, num_threads)
+    return HostTheta(specs, arrays, kept, num_threads)
 
 
 def _select(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:

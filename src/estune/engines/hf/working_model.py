@@ -18,11 +18,11 @@ import torch
 
 from estune.engines.hf.parameters import Binding
 from estune.es.noise import lowrank_factors, noise_ints
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.types import Perturbation
 
 if TYPE_CHECKING:
-    from estune.gpu.theta import DeviceMaster
+    from estune.gpu.theta import DeviceTheta
 
 COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` looks at
 
@@ -33,7 +33,7 @@ class WorkingModel:
     ``is_theta``: the master's arrays are the model's own memory, so that no member must ever be written into it.
     """
 
-    def __init__(self, model: Any, bound: Sequence[Binding], master: Master) -> None:
+    def __init__(self, model: Any, bound: Sequence[Binding], master: HostTheta) -> None:
         """Write theta into ``model``. On CUDA ``master`` may move to the device: use the attribute from here on."""
         self.model = model
         self.bindings = list(bound)
@@ -41,7 +41,7 @@ class WorkingModel:
         self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
         self.is_theta = any(np.shares_memory(master.arrays[name], live) for name, live in self._live.items())
         self._on_device = _on_device(master, model.device)
-        self.master = master if self._on_device is None else self._on_device
+        self.theta = master if self._on_device is None else self._on_device
         staged = [] if self._on_device is not None else [b for b in bound if b.name not in self._live]
         largest = max((max(b.pieces[0].parameter.numel(), math.prod(b.shape)) for b in staged), default=0)
         self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=model.device.type == "cuda")
@@ -52,7 +52,7 @@ class WorkingModel:
     @torch.inference_mode()
     def hold(self, perturbation: Perturbation | None) -> float:
         """Hold a member, or theta (``None``); return the seconds that writing it took."""
-        wanted = (perturbation, self.master.version)
+        wanted = (perturbation, self.theta.version)
         if self._held == wanted:
             return 0.0
         started = time.perf_counter()
@@ -62,7 +62,7 @@ class WorkingModel:
         else:
             self._held = None
             self._write(perturbation)
-            self._fixed_version = self.master.version
+            self._fixed_version = self.theta.version
         self._held = wanted
         return time.perf_counter() - started
 
@@ -74,7 +74,7 @@ class WorkingModel:
     def stand_apart(self) -> None:
         """Give the master memory of its own, so that members can be written into the model."""
         if self.is_theta:
-            self.master.unshare()
+            self.theta.unshare()
             self.is_theta = False
 
     def perturb_cosine(self, perturbation: Perturbation, but: Collection[str] = ()) -> dict[str, float]:
@@ -84,11 +84,11 @@ class WorkingModel:
         elements of every perturbed parameter ``but`` those named.
         """
         sums: dict[str, np.ndarray] = {}
-        lowrank = {spec.name for spec in self.master.specs if spec.lowrank}
+        lowrank = {spec.name for spec in self.theta.specs if spec.lowrank}
         for binding in self.bindings:
             if binding.name not in self._trained or binding.name in but:
                 continue
-            theta = self.master.head(binding.name, COSINE_ELEMENTS)  # (d,)
+            theta = self.theta.head(binding.name, COSINE_ELEMENTS)  # (d,)
             part = _lowrank_part if binding.name in lowrank else _full_part
             exact = part(binding, perturbation, theta.size)
             moved, still = (
@@ -105,7 +105,7 @@ class WorkingModel:
         live: dict[str, np.ndarray] = {}
         for binding in self.bindings:
             name = binding.name
-            if name not in self._trained and self._fixed_version == self.master.version:
+            if name not in self._trained and self._fixed_version == self.theta.version:
                 continue
             if self._on_device is not None:
                 direct = binding.direct
@@ -116,12 +116,12 @@ class WorkingModel:
             elif name in self._live:
                 live[name] = self._live[name]
             elif perturbation is None or name not in self._trained:
-                binding.write(torch.from_numpy(self.master.arrays[name]))
+                binding.write(torch.from_numpy(self.theta.arrays[name]))
             else:
-                size = self.master.arrays[name].size
-                self.master.perturb(name, perturbation, out=self._staging[:size].numpy())
+                size = self.theta.arrays[name].size
+                self.theta.perturb(name, perturbation, out=self._staging[:size].numpy())
                 binding.write(self._staging[:size].view(binding.shape))
-        self.master.perturb_all(perturbation, live)
+        self.theta.perturb_all(perturbation, live)
         if self._on_device is not None:
             torch.cuda.current_stream(self.model.device).synchronize()  # kernels are launched, not waited for
 
@@ -132,14 +132,14 @@ def _live_memory(binding: Binding) -> np.ndarray | None:
     return live.numpy() if live is not None and live.device.type == "cpu" and live.dtype == torch.float32 else None
 
 
-def _on_device(master: Master, device: torch.device) -> DeviceMaster | None:
+def _on_device(master: HostTheta, device: torch.device) -> DeviceTheta | None:
     """On CUDA, let Triton's kernels keep theta; None where the host keeps it."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
-    from estune.gpu.theta import DeviceMaster, on_device
+    from estune.gpu.theta import DeviceTheta, on_device
 
     moved = on_device(master, device)
-    return moved if isinstance(moved, DeviceMaster) else None
+    return moved if isinstance(moved, DeviceTheta) else None
 
 
 def _full_part(binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:

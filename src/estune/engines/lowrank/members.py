@@ -21,7 +21,7 @@ from estune.engines.hf.callers import Caller
 from estune.engines.hf.parameters import Binding
 from estune.engines.lowrank.stand_ins import Layout, MatrixStandIn, StandIn, VectorStandIn
 from estune.es.noise import cpu_lowrank, factor_names, noise_keys
-from estune.es.theta import Master
+from estune.es.theta import HostTheta
 from estune.es.types import Perturbation
 
 MEMORY_SHARE = 0.5  # of the free memory, for the rows of one forward pass
@@ -42,10 +42,10 @@ class Place:
 class SharedForward:
     """A model whose trained parameters can be replaced by stand-ins for the time of a batch."""
 
-    def __init__(self, model: Any, bound: Sequence[Binding], master: Master) -> None:
+    def __init__(self, model: Any, bound: Sequence[Binding], master: HostTheta) -> None:
         """``uncovered`` then names parameters that cannot have a stand-in, with the reason."""
         self.model = model
-        self.master = master
+        self.theta = master
         self.lowrank = {spec.name for spec in master.specs if spec.perturbed and spec.lowrank}
         self.parameters: dict[str, torch.Tensor] = {}
         self.uncovered: dict[str, str] = {}
@@ -66,7 +66,7 @@ class SharedForward:
 
     def bytes_per_member(self, rank: int) -> int:
         """Return how much memory a member's factors and vectors take, twice: rows may be laid out anew."""
-        shapes = {spec.name: spec.shape for spec in self.master.specs}
+        shapes = {spec.name: spec.shape for spec in self.theta.specs}
         numbers = sum(rank * sum(shapes[n]) if n in self.lowrank else math.prod(shapes[n]) for n in self.parameters)
         return 2 * 4 * numbers
 
@@ -104,7 +104,7 @@ class Members:
             else:
                 values = np.empty((len(perturbations), *parameter.shape), dtype=np.float32)  # (M, *shape)
                 for index, perturbation in enumerate(perturbations):
-                    shared.master.perturb(name, perturbation, out=values[index, ...])
+                    shared.theta.perturb(name, perturbation, out=values[index, ...])
                 vector = torch.from_numpy(values).to(parameter.device, parameter.dtype)
                 self._tensors[name] = (vector,)
                 self.stand_ins[name] = VectorStandIn(name, parameter.detach(), self.layout, vector)
