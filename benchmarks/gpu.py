@@ -145,7 +145,7 @@ def main() -> int:
     for kind, resident in (("resident", True), ("streamed", False)):
         master = DeviceTheta(HostTheta([spec], {"w": host.copy()}), device, resident=resident)
         work[f"{kind} master, member"] = lambda master=master: master.perturb_into("w", perturbation, member)
-        work[f"{kind} master, update"] = lambda master=master: master.update(update)
+        work[f"{kind} master, update"] = lambda master=master: master.apply(update)
     results["master"] = report("master on the device and on the host", measure(work, max(3, options.repeats // 3)), n)
     print(f"written: {write_result('gpu', results)}")
     return int(bool(wrong))

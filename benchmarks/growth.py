@@ -130,7 +130,7 @@ class Subject:
         ramp = [(2 * index - n_members + 0.5) / n_members for index in range(n_members)]
         master = self.theta if rank else self.full
         members = [perturbation.member for perturbation in perturbations(n_members, rank)]
-        master.update(make_update(members, ramp, NEXT_TO_NOTHING, rank=rank))
+        master.apply(make_update(members, ramp, NEXT_TO_NOTHING, rank=rank))
         self.engine.master_changed()
 
     def members_per_batch(self, n_members: int, rank: int, length: int, tokens: int) -> int:

@@ -137,7 +137,7 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
         "randn_restore": (lambda: add_noise(weights, 1, -SIGMA), 1),
         "randn_update": (lambda: add_noise(weights, 1, share), 1),
         "perturb": (perturb, 1),
-        "update": (lambda: master.update(update), MEMBERS),
+        "update": (lambda: master.apply(update), MEMBERS),
         "copy_numba": (lambda: master._run(copy, cuts), 1),
         "copy_torch": (torch_copy, 1),
         "noise": (lambda: master._run(draw, cuts), 1),

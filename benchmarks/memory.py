@@ -31,7 +31,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import torch, transformers, numba
-import estune.engines.hf.engine, estune.monitor.report.plots, estune.commands.all_commands
+import estune.engines.hf.engine, estune.monitor.report.plots, estune.commands.evaluate
 from estune import ESConfig, ESTrainer
 
 def status(key):

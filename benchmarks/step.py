@@ -158,7 +158,7 @@ class Bench:
         member = step.members[self.members_timed % len(step.members)]
         times = self._evaluate(session, dataclasses.replace(step, members=[member]))
         started = now()
-        session.engine.theta.update(ramp_update(step))
+        session.engine.theta.apply(ramp_update(step))
         session.engine.master_changed()
         return times | {"update": now() - started}
 
@@ -188,7 +188,7 @@ class Bench:
         step = plan_step(session.args, session.batches, 0)
         times = self._evaluate(session, dataclasses.replace(step, members=step.members[: self.members_per_batch]))
         started = now()
-        session.engine.theta.update(ramp_update(step))
+        session.engine.theta.apply(ramp_update(step))
         session.engine.master_changed()
         return times | {"update": now() - started}
 

@@ -335,13 +335,15 @@ def load_kernels():
     toy, pair = ToyEngine(), (Member(1, 1), Member(2, 1))
     for distribution in ("normal", "rademacher"):
         toy.vector(Perturbation(pair[0], 0.1, distribution))
-        toy.theta.update(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
+        toy.theta.apply(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
 
 
 def _main():
     """The far side: import and warm up once, then fork a command line per request."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
-    import estune.commands.all_commands
+    import estune.commands.evaluate
+    import estune.commands.replay
+    import estune.commands.score
 
     import estune.train.trainer
     from estune.cli import main

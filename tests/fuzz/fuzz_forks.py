@@ -249,7 +249,9 @@ def _make_streams() -> None:
 
 def _main() -> None:
     import datasets
-    import estune.commands.all_commands
+    import estune.commands.evaluate
+    import estune.commands.replay
+    import estune.commands.score
     import pyarrow.parquet
     import transformers
 

@@ -183,7 +183,7 @@ def test_an_update_moves_what_the_engine_answers() -> None:
     perturbations = members(1)
     of_members = engine.generate_population(perturbations, rows, GREEDY)
     update = make_update([p.member for p in perturbations], [1.0, -2.0, 1.0], 0.3, rank=1)
-    engine.theta.update(update)
+    engine.theta.apply(update)
     engine.master_changed()
     assert engine.generate(None, rows, GREEDY) != before
     assert engine.generate_population(perturbations, rows, GREEDY) != of_members

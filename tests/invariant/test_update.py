@@ -47,7 +47,7 @@ def some_update(weight_decay: float = 0.0, distribution: str = "normal", rank: i
 
 def moved_bytes(update: Update, names: list[str] | None = None, num_threads: int = 1) -> dict[str, bytes]:
     master = master_of(names or list(SHAPES), num_threads, update.rank)
-    master.update(update)
+    master.apply(update)
     return {name: array.tobytes() for name, array in master.arrays.items()}
 
 
@@ -115,7 +115,7 @@ def test_update_is_invariant_to_sharding_within_a_tensor() -> None:
     """Shards of one tensor, cut anywhere, move to the same bits, and their checksums add up."""
     update, name = some_update(), "lm_head.weight"
     master = master_of([name])
-    whole = master.update(update)
+    whole = master.apply(update)
     flat = theta_0()[name].reshape(-1)
     keys = np.array([noise_key(member.seed, name) for member in update.members], dtype=np.uint32)
     q = np.array([m.sign * q for m, q in zip(update.members, update.q, strict=True)], dtype=np.int32)
@@ -150,7 +150,7 @@ def test_the_update_points_where_the_paper_says() -> None:
     learning_rate = 1.0  # large beside theta's rounding
     master = master_of(["model.layers.0.mlp.weight"])
     before = master.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1)
-    moved = master.update(make_update(members, utilities.tolist(), learning_rate))
+    moved = master.apply(make_update(members, utilities.tolist(), learning_rate))
     change = master.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1) - before
     eps = np.stack(
         [m.sign * noise_ints(m.seed, "model.layers.0.mlp.weight", 0, before.size) / noise_deviation() for m in members]
@@ -167,7 +167,7 @@ def test_the_low_rank_update_points_where_the_paper_says() -> None:
     members = members_for_step(5, 2, N, antithetic=True)
     master = master_of([name], rank=rank)
     before = master.arrays[name].astype(np.float64)
-    master.update(make_update(members, utilities.tolist(), 1.0, rank=rank))
+    master.apply(make_update(members, utilities.tolist(), 1.0, rank=rank))
     change = master.arrays[name] - before
     noise = np.stack([m.sign * lowrank_ints(m.seed, name, before.shape, rank) for m in members])  # (N, d0, d1)
     wanted = 1.0 / N * np.tensordot(utilities, noise / (8 * math.sqrt(rank)), 1)
@@ -185,7 +185,7 @@ def test_many_steps_in_pieces_and_in_one_process_end_in_the_same_bits(rank: int)
         members = members_for_step(0, step, N, False)
         update = make_update(members, utilities, 1e-3 / (step + 1), weight_decay=0.1, rank=rank)
         for master in (whole, left, right):
-            master.update(update)
+            master.apply(update)
     assert all(whole.arrays[n].tobytes() == left.arrays[n].tobytes() for n in names[:2])
     assert all(whole.arrays[n].tobytes() == right.arrays[n].tobytes() for n in names[2:])
     assert all(np.isfinite(array).all() for array in whole.arrays.values())

@@ -133,7 +133,7 @@ def test_the_order_of_members_in_an_update_changes_no_bit():
             for name, array in toy.theta.arrays.items():
                 array[...] = np.arange(array.size, dtype=np.float32).reshape(array.shape) / 7 + len(name)
             update = make_update([members[i] for i in order], [utilities[i] for i in order], 0.1, weight_decay=0.01)
-            toy.theta.update(update)
+            toy.theta.apply(update)
             found = {name: array.tobytes() for name, array in toy.theta.arrays.items()}
             expected = expected or found
             assert found == expected
@@ -146,7 +146,7 @@ def test_a_tie_moves_nothing():
     toy = ToyEngine()
     for shaping in ("z_score", "centered_rank", "per_prompt_z", "none"):
         _, utilities = shape_fitness(np.full((30, 3, 1), 0.1), shaping)
-        toy.theta.update(make_update([Member(i, 1) for i in range(30)], utilities, 1.0, weight_decay=0.5))
+        toy.theta.apply(make_update([Member(i, 1) for i in range(30)], utilities, 1.0, weight_decay=0.5))
     assert not any(array.any() for array in toy.theta.arrays.values())
 
 

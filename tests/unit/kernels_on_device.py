@@ -256,7 +256,7 @@ def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
                 device.perturb_into(spec.name, perturbation, out)
                 wanted = host.perturb(spec.name, perturbation).reshape(-1)
                 assert np.array_equal(bits_of(out.view(-1)), cast(wanted, dtype)), (spec.name, dtype)
-        wanted_move, move = host.update(update, anchor), device.update(update, anchor)
+        wanted_move, move = host.apply(update, anchor), device.apply(update, anchor)
         assert move.checksum == wanted_move.checksum
         assert move.norm == pytest.approx(wanted_move.norm, rel=1e-12)
         assert move.ratio == pytest.approx(wanted_move.ratio, rel=1e-12)
@@ -275,8 +275,8 @@ def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
     """The host's copy is behind then, where theta lives on the device."""
     host, device = host_master(), DeviceTheta(host_master(), DEVICE, resident=resident)
     for update, perturbation in zip(updates(), members()[:2], strict=False):
-        host.update(update)
-        device.update(update)
+        host.apply(update)
+        device.apply(update)
         expected, found = ({s.name: np.empty(s.shape, dtype=np.float32) for s in SPECS} for _ in range(2))
         host.perturb_all(perturbation, expected)
         device.perturb_all(perturbation, found)
@@ -309,7 +309,7 @@ def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
     device = DeviceTheta(given, DEVICE, resident=True)
     device.unshare()
     for master in (host, device):
-        master.update(updates()[0])
+        master.apply(updates()[0])
     assert device.fingerprint() == host.fingerprint()
     assert all(same_bits(shared[name], array) for name, array in host_master().arrays.items())
 
@@ -319,7 +319,7 @@ def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
     host, given = host_master(), host_master()
     device = DeviceTheta(given, DEVICE, resident=True)
     for master in (host, device):
-        master.update(updates()[0])
+        master.apply(updates()[0])
     perturbation = members()[1]
     for out in (None, np.empty(513, dtype=np.float32)):
         found = device.perturb("norm.weight", perturbation, out)
@@ -333,7 +333,7 @@ def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
     host, given = host_master(), host_master()
     device = DeviceTheta(given, DEVICE, resident=True)
     for master in (host, device):
-        master.update(updates()[0])
+        master.apply(updates()[0])
     model = torch.nn.ParameterDict(
         {"matrix": torch.zeros(12, 67, device=DEVICE), "vector": torch.zeros(513, device=DEVICE)}
     )
@@ -368,7 +368,7 @@ def test_what_a_device_master_refuses(resident: bool) -> None:
     with pytest.raises(ValueError, match="float16, not"):
         device.perturb_into("one", None, torch.empty(1, dtype=torch.float64, device=DEVICE))
     with pytest.raises(ValueError, match="theta_0"):
-        device.update(updates()[2])
+        device.apply(updates()[2])
 
 
 def test_blocks_past_two_to_the_32_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +408,7 @@ def test_a_master_streamed_from_pinned_memory(decay: float) -> None:
         update = make_update(
             several, rng.standard_normal(6).tolist(), 0.02, weight_decay=decay, anchored=step % 2 == 1, rank=2
         )
-        assert device.update(update, anchor).checksum == host.update(update, anchor).checksum
+        assert device.apply(update, anchor).checksum == host.apply(update, anchor).checksum
         for spec in specs:
             out = torch.empty(spec.shape, dtype=torch.bfloat16, device=DEVICE)
             device.perturb_into(spec.name, perturbation, out)

@@ -289,7 +289,7 @@ def test_low_rank_parameters_need_a_rank() -> None:
             master.perturb(name, Perturbation(members[0], 1e-3))
     for utilities in ([1.0, 0.5, 0.0, 0.0], [0.0] * 4):
         with pytest.raises(ValueError, match="rank of at least 1"):
-            master.update(make_update(members, utilities, 1e-3))
+            master.apply(make_update(members, utilities, 1e-3))
     assert same_bits(master.perturb("w", None), values((9, 11)))
     assert master.version == 0
 
@@ -343,7 +343,7 @@ def test_an_update_equals_one_float64_matrix_product(
     members = members_for_step(1, 2, size, antithetic)
     utilities = np.random.default_rng(size).standard_normal(size).tolist()
     update = make_update(members, utilities, 5e-2, distribution=distribution, rank=rank)
-    moved = master.update(update)
+    moved = master.apply(update)
     squares = sizes = 0.0
     for name, theta in before.items():
         after = expected_update(name, theta, members, list(update.q), rank, update.a_lowrank, distribution)
@@ -369,7 +369,7 @@ def test_decay_comes_before_the_update_and_rounds_each_operation(anchored: bool)
         asked.append(count)
         return base[name].reshape(-1)[start : start + count]
 
-    moved = master.update(update, anchor)
+    moved = master.apply(update, anchor)
     for name, theta in before.items():
         origin = base[name] if anchored else None
         after = expected_update(
@@ -387,7 +387,7 @@ def test_full_and_frozen_parameters_move_as_without_low_rank_noise() -> None:
     update = make_update(members, [1.0, -0.25, 0.5, 0.75], 1e-2, rank=3)
     master = make_master(shapes)
     before = {name: array.copy() for name, array in master.arrays.items()}
-    moved = master.update(update)
+    moved = master.apply(update)
     acc = sum(q * wide_noise(plain_key(m.seed, "full.norm"), 0, 50) for m, q in zip(members, update.q, strict=True))
     theta = before["full.norm"].astype(np.float64)
     assert same_bits(
@@ -404,10 +404,10 @@ def test_where_the_sum_is_zero_theta_keeps_its_bits() -> None:
     bits = np.array([0x80000000, 0, 1, 0x7F7FFFFF, 0x80000001, 0x7FC00123] * 800, dtype=np.uint32).reshape(60, 80)
     master = HostTheta([ParameterSpec("w", (60, 80), True, True)], {"w": bits.view(np.float32).copy()})
     pair = members_for_step(0, 0, 2, antithetic=True)
-    master.update(make_update(pair, [1.0, 1.0], 1.0, rank=2))
+    master.apply(make_update(pair, [1.0, 1.0], 1.0, rank=2))
     assert np.array_equal(master.arrays["w"].view(np.uint32), bits)
     single = members_for_step(0, 0, 2, antithetic=False)
-    master.update(make_update(single, [1.0, 0.0], 1.0, rank=1))
+    master.apply(make_update(single, [1.0, 0.0], 1.0, rank=1))
     still = product(single[0].seed, "w", (60, 80), 1) == 0
     assert 800 < still.sum() < 1800  # P(A B = 0) is 26 %
     assert np.array_equal(master.arrays["w"].view(np.uint32)[still], bits[still])
@@ -421,7 +421,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     update = make_update(members, [1.0] * size, 1.0, rank=rank)
     assert max(update.q) * 256 * size * rank < 2**31 <= 2 * max(update.q) * 256 * size * rank
     master = HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
-    master.update(update)
+    master.apply(update)
     acc = sum(update.q) * product(7, "w", shape, rank)
     assert 2**28 < np.abs(acc).max() < 2**31
     assert same_bits(master.arrays["w"], (update.a_lowrank * acc).astype(np.float32) + np.float32(0.0))
@@ -493,9 +493,9 @@ def master(shape):
 members = members_for_step(3, 1, 64, True)
 update = make_update(members, np.arange(64.0).tolist(), 1e-2, rank=4)
 large = master((4096, 4096))  # 64 MiB
-master((8, 8)).update(update)  # compiles, or loads what was
+master((8, 8)).apply(update)  # compiles, or loads what was
 before = peak_kib()
-large.update(update)
+large.apply(update)
 print(peak_kib() - before)
 """
 

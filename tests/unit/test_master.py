@@ -144,7 +144,7 @@ def test_update_equals_the_definition(num_threads: int, distribution: str) -> No
     master = make_master(num_threads)
     before = {name: array.copy() for name, array in master.arrays.items()}
     update = make_update(MEMBERS, [1.3, -0.2, 0.0, 0.7, -2.1, 0.3], 5e-4, distribution=distribution)
-    moved = master.update(update)
+    moved = master.apply(update)
     after = {name: before[name] if name in FROZEN else expected_update(name, before[name], update) for name in SHAPES}
     for name in SHAPES:
         assert same_bits(master.arrays[name], after[name]), name
@@ -171,7 +171,7 @@ def test_decay_rounds_each_operation_and_comes_before_the_es_term(num_threads: i
         asked.append((name, start, count))
         return base[name].reshape(-1)[start : start + count]
 
-    moved = master.update(update, anchor if anchored else None)
+    moved = master.apply(update, anchor if anchored else None)
     after = {n: expected_update(n, before[n], update, base[n] if anchored else None) for n in shapes}
     after["frozen.weight"] = before["frozen.weight"]
     assert all(same_bits(master.arrays[name], after[name]) for name in shapes)
@@ -186,7 +186,7 @@ def test_decay_by_exact_arithmetic() -> None:
     theta = [Fraction(float(x)) for x in master.arrays["conv.weight"].reshape(-1)]
     base = values((3, 5, 7), seed=4)
     update = make_update(MEMBERS, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3, weight_decay=3.0, anchored=True)
-    master.update(update, lambda name, start, count: base.reshape(-1)[start : start + count])
+    master.apply(update, lambda name, start, count: base.reshape(-1)[start : start + count])
     decay = Fraction(update.decay)
     for i, (own, anchor) in enumerate(zip(theta, base.reshape(-1), strict=True)):
         difference = Fraction(float(nearest_float32(own - Fraction(float(anchor)))))
@@ -203,7 +203,7 @@ def test_an_anchored_update_needs_theta_0() -> None:
     master = make_master()
     before = master.fingerprint()
     with pytest.raises(ValueError, match="theta_0"):
-        master.update(update)
+        master.apply(update)
     assert master.fingerprint() == before
 
 
@@ -211,7 +211,7 @@ def test_a_tie_moves_nothing_not_even_by_decay() -> None:
     master = make_master(2)
     before = {name: array.copy() for name, array in master.arrays.items()}
     checksum = master.checksum()
-    moved = master.update(make_update(MEMBERS, [0.0] * 6, 5e-4, weight_decay=10.0))
+    moved = master.apply(make_update(MEMBERS, [0.0] * 6, 5e-4, weight_decay=10.0))
     assert (moved.checksum, moved.norm, moved.ratio) == (checksum, 0.0, 0.0)
     assert all(same_bits(master.arrays[name], before[name]) for name in SHAPES)
 
@@ -222,10 +222,10 @@ def test_where_acc_is_zero_theta_keeps_its_bits() -> None:
     specs = [ParameterSpec("w", (5000,), True)]
     pair = members_for_step(0, 0, 2, antithetic=True)
     master = HostTheta(specs, {"w": bits.view(np.float32).copy()})
-    master.update(make_update(pair, [1.0, 1.0], 1.0))
+    master.apply(make_update(pair, [1.0, 1.0], 1.0))
     assert np.array_equal(master.arrays["w"].view(np.uint32), bits)
     single = members_for_step(0, 0, 2, antithetic=False)
-    master.update(make_update(single, [1.0, 0.0], 1e-3))
+    master.apply(make_update(single, [1.0, 0.0], 1e-3))
     still = np.array([plain_noise(single[0].seed, "w", i) == 0 for i in range(5000)])
     assert 500 < still.sum() < 900  # P(n = 0) is 14 %
     assert np.array_equal(master.arrays["w"].view(np.uint32)[still], bits[still])
@@ -241,17 +241,17 @@ def test_an_update_that_is_refused_moves_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(estune.es.noise.reference, "BLOCK_SIZE", 128)
     update = make_update(members_for_step(0, 0, 4, False), [1.0, -1.0, 0.5, -0.5], 0.1, rank=2)
     with pytest.raises(ValueError, match=r"shape \(64, 4\) at rank 2"):
-        master.update(update)
+        master.apply(update)
     assert all((array == 1).all() for array in master.arrays.values())
     assert master.version == 0
 
 
 def test_members_of_zero_utility_are_skipped_without_a_trace() -> None:
     one, other = make_master(), make_master()
-    one.update(make_update(MEMBERS, [1.0, 0.0, -0.5, 0.0, 0.0, 0.25], 5e-4))
+    one.apply(make_update(MEMBERS, [1.0, 0.0, -0.5, 0.0, 0.0, 0.25], 5e-4))
     update = make_update(MEMBERS, [1.0, 0.0, -0.5, 0.0, 0.0, 0.25], 5e-4)
     kept = [0, 2, 5]
-    other.update(Update(tuple(MEMBERS[i] for i in kept), tuple(update.q[i] for i in kept), update.e, update.a))
+    other.apply(Update(tuple(MEMBERS[i] for i in kept), tuple(update.q[i] for i in kept), update.e, update.a))
     assert one.fingerprint() == other.fingerprint()
 
 
@@ -262,7 +262,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     update = make_update(members, [1.0] * size, 1.0)
     assert max(update.q) * 16 * size < 2**31 <= 2 * max(update.q) * 16 * size
     master = HostTheta([ParameterSpec("w", (count,), True)], {"w": np.zeros(count, dtype=np.float32)})
-    master.update(update)
+    master.apply(update)
     acc = sum(update.q) * wide_noise(plain_key(7, "w"), 0, count)  # int64
     assert 0.7 * 2**30 < np.abs(acc).max() < 2**31
     assert same_bits(master.arrays["w"], (update.a * acc.astype(np.float64)).astype(np.float32))
@@ -298,7 +298,7 @@ def test_a_tensor_of_several_key_blocks(monkeypatch: pytest.MonkeyPatch, num_thr
     weights = master.perturb("w", Perturbation(MEMBERS[1], scale))
     assert same_bits(weights, theta + np.float32(scale) * noise(MEMBERS[1]).astype(np.float32))
     update = make_update(MEMBERS, [1.3, -0.2, 0.0, 0.7, -2.1, 0.3], 5e-4)
-    moved = master.update(update)
+    moved = master.apply(update)
     acc = sum(q * noise(member) for member, q in zip(MEMBERS, update.q, strict=True))
     expected = np.where(acc == 0, theta, (theta.astype("f8") + update.a * acc.astype("f8")).astype(np.float32))
     assert same_bits(master.arrays["w"], expected)
@@ -339,7 +339,7 @@ def test_unshare_gives_theta_memory_of_its_own() -> None:
     assert master.fingerprint() == before == make_master().fingerprint()
     update = make_update(MEMBERS, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3)
     other = make_master()
-    assert master.update(update) == other.update(update)  # what is updated is what is saved
+    assert master.apply(update) == other.apply(update)  # what is updated is what is saved
     assert master.fingerprint() == other.fingerprint() != before
     assert all((array == 7.0).all() for array in others.values())
 

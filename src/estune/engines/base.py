@@ -1,37 +1,126 @@
-"""What the trainer needs of a generation backend, and the plain values that cross that line.
+"""The seam between training and a generation backend: what an engine answers, and what it is asked.
 
-An engine owns a replica of theta (`master`) and answers prompts with theta or with a perturbed member of it. It takes
-and returns token ids; prompts are built once, in `estune.data`. What crosses the line is small on purpose (seeds,
-scalars, token ids), so that a remote engine differs from a local one in transport only.
+A `Generator` answers groups of members, in any order. A `Replica` (`estune.es.replica`) owns theta. An `Engine` is
+both. A `LocalEngine` also gives access to theta and to single prompts in this process. What crosses the seam is small
+(seeds, scalars, token ids), so that a remote engine differs from a local one in transport only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from estune.es.types import Completion, Perturbation, Prompt, Sampling
+import numpy as np
 
-if TYPE_CHECKING:
-    from estune.es.theta import HostTheta
+from estune.es.replica import Replica
+from estune.es.theta import Theta
+from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
 
 
-class Engine(Protocol):
-    """A replica of theta that answers prompts."""
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What training needs to know of an engine."""
 
-    master: HostTheta
+    name: str  # as in ``--engine``
+    device: str  # cpu, cuda or mps
+    dtype: str  # that the engine computes in: float32, bfloat16 or float16
     max_context: int | None  # tokens; None: unlimited
     vocab_size: int | None  # rows of the input embedding: token ids lie below it; None: unlimited
-    tokenizer: Any  # None where prompts are bytes (the toy engine)
-    compute_dtype: str  # float32, bfloat16 or float16
-    stored_dtypes: dict[str, str]  # per stored name: some models keep a few tensors in float32 whatever the rest is
-    perturb_s: float  # seconds spent so far in writing members' weights
-    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may be changed between calls
+    shared_forward: bool  # whether low-rank members answer together in one forward pass
+    header: Mapping[str, Any]  # what a journal's header says of the engine
+
+
+class ModelAssets(Protocol):
+    """What belongs to a model beside its weights; local to the trainer, whichever engine answers."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None where prompts are bytes."""
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Token ids that end a completion, the last of its tokens; empty where none does (the toy engine)."""
+        """Token ids that end a completion, the last of its tokens; empty where none does."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, special tokens left out."""
+
+    def save(self, directory: Path, dtype: str) -> None:
+        """Write what a checkpoint of ``dtype`` holds beside its weights; no times, no paths."""
+
+    def check(self) -> None:
+        """Write what `save` writes into a directory that is removed, and compare it with the weights.
+
+        Raises:
+            UserError: it cannot be written, or describes another model than the one in memory.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides answers beside the weights, so that a resumed run can compare it.
+
+        ``end_tokens`` is a sorted list; ``config``, ``tokenizer`` and ``code`` are digests, the last of the Python
+        files that come with the model (empty where none is run). Chat templates are no part of it. Empty where nothing
+        but the weights decides (the toy engine).
+        """
+
+
+class Generator(Protocol):
+    """Answers prompts with theta or with perturbed members of it."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What training needs to know of the engine."""
+
+    def answers(
+        self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[GroupAnswer]:
+        """Yield the answers of groups as they are completed, in any order.
+
+        Raises:
+            Interrupted: ``should_stop`` turned true between two tokens.
+            ValueError: a job names another theta than the one held.
+        """
+
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
+        """Return how many of ``members`` low-rank members should answer together: what fits in memory and is worth it.
+
+        Args:
+            members: all there are; the answer lies in 1 .. ``members``.
+            rows: completions that each of them makes at a time.
+            length: tokens of the longest row, prompt and completion.
+            rank: of their noise.
+            sampled: whether tokens are sampled, which takes memory of its own.
+        """
+
+    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
+        """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""
+
+    def check_reproducible(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> bool:
+        """Return whether members (M) give equal tokens for prompts (B) twice, the second time under load."""
+
+    def stop(self) -> None:
+        """Free what the engine holds beside memory: threads, processes, connections."""
+
+
+class Engine(Generator, Replica, Protocol):
+    """A backend that a run trains with."""
+
+    @property
+    def assets(self) -> ModelAssets:
+        """What belongs to the model beside its weights."""
+
+    def load_theta(self) -> None:
+        """Put theta itself, cast to the compute dtype, where the user of the model finds it: into a local module."""
+
+
+class LocalEngine(Engine, Protocol):
+    """An engine in this process, which baselines, evaluations and comparisons need more of."""
+
+    theta: Theta
+    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may be changed between calls
 
     def generate(
         self,
@@ -46,67 +135,11 @@ class Engine(Protocol):
             Interrupted: ``should_stop`` turned true between two tokens.
         """
 
-    def generate_population(
-        self,
-        perturbations: Sequence[Perturbation],
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> list[list[list[Completion]]]:
-        """Answer ``prompts`` (B) with several members (M), as `generate` does with one: (M, B, G) completions.
+    def assign(self, read: Callable[[str], Any]) -> None:
+        """Overwrite theta: ``read(name)`` is each parameter's new value, a tensor of any floating dtype and device."""
 
-        Raises:
-            Interrupted: ``should_stop`` turned true between two tokens.
-        """
-
-    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
-        """Say how many of ``members`` low-rank members should answer together: what fits in memory and is worth it.
-
-        Args:
-            members: all there are; the answer lies in 1 .. ``members``.
-            rows: completions that each of them makes at a time.
-            length: tokens of the longest row, prompt and completion.
-            rank: of their noise.
-            sampled: whether tokens are sampled, which takes memory of its own.
-        """
-
-    def load_theta(self) -> None:
-        """Put theta itself into the working model, cast to the compute dtype."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion's tokens, special tokens left out."""
+    def assign_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Overwrite theta by float32 arrays, by stored name."""
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the natural log-probability under theta of every token of one completion per prompt."""
-
-    def master_changed(self) -> None:
-        """Theta was written: forget everything derived from it."""
-
-    def save_assets(self, directory: Path, dtype: str) -> None:
-        """Write what a checkpoint of ``dtype`` holds beside its weights; no times, no paths."""
-
-    def check_assets(self) -> None:
-        """Write what `save_assets` writes into a directory that is removed, and compare it with the weights.
-
-        Raises:
-            UserError: it cannot be written, or describes another model than the one in memory.
-        """
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decides answers beside the weights, so that a resumed run can compare it.
-
-        ``end_tokens`` is a sorted list; ``config``, ``tokenizer`` and ``code`` are digests, the last of the Python
-        files that come with the model (empty where none is run). Chat templates are no part of it. Empty where nothing
-        but the weights decides (the toy engine).
-        """
-
-    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
-        """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""
-
-    def check_reproducible(
-        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
-    ) -> bool:
-        """Answer prompts (B) with members (M) twice, the second time under load; say whether the tokens were equal."""
-
-    def info(self) -> dict[str, Any]:
-        """Return what a journal's header should say of the engine: device, model type and the like."""

@@ -9,27 +9,45 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from estune.engines.hf.small_linear import MAX_ROWS
-from estune.es.types import Perturbation, Prompt, Sampling
+from estune.es.types import Completion, Perturbation, Prompt, Sampling
 
-if TYPE_CHECKING:
-    from estune.engines.hf.engine import HFEngine
-
-ROWS = MAX_ROWS + 16  # with more, layers take the same code
+MORE_ROWS = 16  # rows beyond the engine's limit for small batches: with more, layers take the same code
 PROMPT_TOKENS, NEW_TOKENS = 1024, 3  # of all rows together, and of a completion
 
 
+class _Engine(Protocol):
+    prompts_per_batch: int
+
+    def generate_population(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> list[list[list[Completion]]]: ...
+
+    def forget(self) -> None: ...
+
+
 def answers_repeat(
-    engine: HFEngine, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    engine: _Engine,
+    perturbations: Sequence[Perturbation],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    small_rows: int,
 ) -> bool:
-    """Say whether members (M) give the same tokens for prompts (B) alone and beside a busy thread."""
+    """Return whether members give the same tokens alone and beside a busy thread.
+
+    Args:
+        engine: that answers.
+        perturbations: (M,).
+        prompts: (B,).
+        sampling: how completions are decoded.
+        small_rows: rows of a batch up to which the engine's layers take code of their own.
+    """
     short = replace(sampling, max_completion_length=min(NEW_TOKENS, sampling.max_completion_length))
     few = list(prompts[: engine.prompts_per_batch])
-    enough = -(-ROWS // (len(few) * (sampling.num_generations if sampling.temperature else 1)))
+    enough = -(-(small_rows + MORE_ROWS) // (len(few) * (sampling.num_generations if sampling.temperature else 1)))
     tried = list(perturbations[:enough])
     longest = max(2, PROMPT_TOKENS // (len(few) * len(tried)))
     few = [replace(prompt, token_ids=prompt.token_ids[-longest:]) for prompt in few]
@@ -38,7 +56,7 @@ def answers_repeat(
     load = threading.Thread(target=_keep_busy, args=(stop,), daemon=True)
     load.start()
     try:
-        engine.master_changed()  # write the weights again, too
+        engine.forget()  # write the weights again, too
         loaded = engine.generate_population(tried, few, short)
     finally:
         stop.set()

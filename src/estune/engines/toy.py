@@ -10,31 +10,56 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from estune.engines.base import EngineFacts
+from estune.engines.replica import LocalReplica
 from estune.errors import UserError
 from estune.es.theta import HostTheta
-from estune.es.types import Completion, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
 
 SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
 MODEL_TYPE = "estune-toy"
 
 
-class ToyEngine:
-    """Answers prompt ``x[i]``, or ``x[i]+x[j]``, with the text of that coordinate, or sum, of theta or of a member."""
+class ToyAssets:
+    """Prompts and completions are bytes, and a config.json names the toy; see `estune.engines.base.ModelAssets`."""
 
     tokenizer = None
-    max_context: int | None = None
-    vocab_size: int | None = None
+    end_tokens = frozenset[int]()  # an answer ends where its text does
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of bytes."""
+        return bytes(token_ids).decode()
+
+    def save(self, directory: Path, dtype: str) -> None:
+        """Write a config.json that names the toy."""
+        text = json.dumps({"model_type": MODEL_TYPE, "dtype": "float32"}, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+
+    def check(self) -> None:
+        """Do nothing: a config.json of two words can always be written."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return nothing: the weights alone decide."""
+        return {}
+
+
+class ToyEngine(LocalReplica):
+    """Answers prompt ``x[i]``, or ``x[i]+x[j]``, with the text of that coordinate, or sum, of theta or of a member."""
+
     compute_dtype = "float32"
-    perturb_s = 0.0  # part of the answer's time here
     prompts_per_batch = 1  # prompts share no work here
 
     def __init__(self, num_threads: int = 1, noise: str = "full") -> None:
+        self.assets = ToyAssets()
+        self._num_threads = num_threads
         specs = []
         for name, shape in SHAPES.items():
             perturbed = not name.startswith("frozen")
@@ -44,9 +69,10 @@ class ToyEngine:
         self.stored_dtypes = {spec.name: "float32" for spec in specs}
 
     @property
-    def end_tokens(self) -> frozenset[int]:
-        """No byte ends an answer: it ends where its text does."""
-        return frozenset()
+    def facts(self) -> EngineFacts:
+        """What training needs to know of the engine."""
+        header = {"engine": "toy", "model_type": MODEL_TYPE, "device": "cpu", "dtype": self.compute_dtype}
+        return EngineFacts("toy", "cpu", self.compute_dtype, None, None, shared_forward=False, header=header)
 
     @property
     def coordinates(self) -> int:
@@ -78,45 +104,33 @@ class ToyEngine:
             answers.append([Completion(tokens, finished, math.isfinite(value))] * sampling.num_generations)
         return answers
 
-    def generate_population(
-        self,
-        perturbations: Sequence[Perturbation],
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> list[list[list[Completion]]]:
-        """Answer with one member after the other: (M, B, G)."""
-        return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
+    def answers(
+        self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[GroupAnswer]:
+        """Answer groups on ``num_threads`` threads, each as it is completed; see `Generator.answers`."""
+
+        def answer(job: GroupJob) -> GroupAnswer:
+            started = time.perf_counter()
+            completions = [self.generate(each, job.prompts, job.sampling, should_stop) for each in job.perturbations]
+            return GroupAnswer(job.indices, completions, time.perf_counter() - started, 0.0)
+
+        if self._num_threads == 1:
+            yield from map(answer, self.checked(jobs))
+            return
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            for done in as_completed([pool.submit(answer, job) for job in self.checked(jobs)]):
+                yield done.result()
 
     def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
         """Return 1: members share no work here."""
         return 1
 
     def load_theta(self) -> None:
-        """There is no working model beside the master."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of bytes."""
-        return bytes(token_ids).decode()
+        """Do nothing: there is no working model beside theta."""
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """A function of a vector has no token probabilities: UserError."""
         raise UserError("the toy engine has no token probabilities, so no KL")
-
-    def master_changed(self) -> None:
-        """Nothing is derived from theta."""
-
-    def save_assets(self, directory: Path, dtype: str) -> None:
-        """Write a config.json that names the toy."""
-        text = json.dumps({"model_type": MODEL_TYPE, "dtype": "float32"}, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-
-    def check_assets(self) -> None:
-        """A config.json of two words can always be written."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return nothing: the weights alone decide."""
-        return {}
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
         """Return 1 per kind: float32 holds the perturbation to rounding."""
@@ -127,7 +141,3 @@ class ToyEngine:
     ) -> bool:
         """A function of a vector is reproducible."""
         return True
-
-    def info(self) -> dict[str, Any]:
-        """Return the facts for the journal's header."""
-        return {"engine": "toy", "model_type": MODEL_TYPE, "device": "cpu", "dtype": self.compute_dtype}

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from estune.engines.base import Engine
 from estune.errors import UserError
-from estune.es.theta import AnchorReader, HostTheta, fingerprint, pieces
+from estune.es.replica import Replica
+from estune.es.theta import fingerprint
 from estune.es.types import ParameterSpec
 from estune.files import (
     file_digest,
@@ -28,7 +28,7 @@ from estune.files import (
     write_json,
     writing,
 )
-from estune.models.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
+from estune.models.tensor_files import WEIGHTS_FILE, TensorFile
 
 ES_STATE = "es_state.json"
 TRAINER_STATE = "trainer_state.json"
@@ -122,20 +122,8 @@ def is_whole_model(
     return all(file.is_readable(spec.name) for spec in specs) and damaged_file(directory, state) is None
 
 
-def write_model(directory: Path, engine: Engine, *, float32: bool) -> None:
-    """Write the model as Hugging Face files.
-
-    Weights are the master itself with ``float32``, else theta cast once to the dtypes that the engine computes in.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with writing(directory):
-        engine.save_assets(directory, "float32" if float32 else engine.compute_dtype)
-    dtypes = dict.fromkeys(engine.theta.arrays, "float32") if float32 else engine.stored_dtypes
-    write_tensors(directory / WEIGHTS_FILE, engine.theta.arrays, engine.theta.buffers, dtypes)
-
-
 def save_checkpoint(
-    run_dir: Path, steps_done: int, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
+    run_dir: Path, steps_done: int, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
 ) -> Path:
     """Write ``checkpoint-<steps_done>`` with the float32 master; it appears whole or not at all.
 
@@ -146,7 +134,7 @@ def save_checkpoint(
     partial = run_dir / f"{_PARTIAL}{target.name}"
     remove_path(partial)
     try:
-        _write_whole(partial, engine, state, trainer_state, float32=True)
+        _write_whole(partial, replica, state, trainer_state, float32=True)
         remove_path(target)
         partial.rename(target)
         sync_directory(run_dir)
@@ -155,12 +143,12 @@ def save_checkpoint(
     return target
 
 
-def save_final(run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> None:
+def save_final(run_dir: Path, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> None:
     """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
     partial = run_dir / f"{_PARTIAL}final"
     remove_path(partial)
     try:
-        _write_whole(partial, engine, state, trainer_state, float32=False)
+        _write_whole(partial, replica, state, trainer_state, float32=False)
         (run_dir / ES_STATE).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: (path.name == ES_STATE, path.name)):
             destination = run_dir / path.name
@@ -173,9 +161,9 @@ def save_final(run_dir: Path, engine: Engine, state: Mapping[str, Any], trainer_
 
 
 def _write_whole(
-    directory: Path, engine: Engine, state: Mapping[str, Any], trainer_state: Mapping[str, Any], *, float32: bool
+    directory: Path, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any], *, float32: bool
 ) -> None:
-    write_model(directory, engine, float32=float32)
+    replica.save(directory, float32=float32)
     write_json(directory / TRAINER_STATE, trainer_state)
     names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
     files = {str(name): file_digest(directory / name) for name in names}
@@ -220,38 +208,3 @@ def prune(run_dir: Path, keep: int, scheduled: Collection[int]) -> None:
     doomed = [step for step, _ in ours if step not in scheduled] + (in_turn[:-keep] if keep > 0 else [])
     for step in doomed:
         remove(run_dir, step)
-
-
-def load_master(directory: Path, master: HostTheta) -> None:
-    """Read a checkpoint's float32 weights into theta.
-
-    Raises:
-        UserError: the file is missing, truncated, or holds other tensors.
-    """
-    file = TensorFile(directory / WEIGHTS_FILE)
-    for spec in master.specs:
-        if spec.name not in file.entries or file.shape(spec.name) != tuple(spec.shape):
-            raise UserError(f"{directory} holds no tensor {spec.name!r} of shape {tuple(spec.shape)}")
-    master.load(file.read_into)
-
-
-def anchor_reader(directory: Path, master: HostTheta) -> AnchorReader | None:
-    """Return a memory-mapped reader of theta_0 from a model directory's files.
-
-    ``None`` where the files do not hold, under the stored names, the very values that ``master`` holds now.
-    """
-    files = open_model_files(directory) if directory.is_dir() else {}
-
-    def read(name: str, start: int, count: int) -> np.ndarray:
-        return files[name].read(name, start, count)
-
-    for spec in master.specs:
-        if spec.name not in files or files[spec.name].shape(spec.name) != tuple(spec.shape):
-            return None
-        if not files[spec.name].is_readable(spec.name):
-            return None
-        flat = master.arrays[spec.name].reshape(-1)
-        for start, count, _ in pieces(flat.size):
-            if not np.array_equal(read(spec.name, start, count), flat[start : start + count]):
-                return None
-    return read

@@ -20,11 +20,11 @@ from typing import Any
 
 from estune.config import FIELDS, RESUMABLE, ESConfig, coerce, default_of
 from estune.console import open_missing_descriptors, warn
-from estune.engines.base import Engine
 from estune.environment import environment, processor, versions
 from estune.errors import Hindered, UserError
 from estune.es.noise import NOISE_VERSION
-from estune.es.theta import AnchorReader, Moved
+from estune.es.replica import Replica
+from estune.es.theta import Moved
 from estune.es.types import ParameterSpec
 from estune.files import read_json_object, try_lock, write_json
 from estune.models.names import local_directory
@@ -72,7 +72,6 @@ class Run:
     args: ESConfig
     lock: int  # descriptor that holds the directory's lock
     found: Journal | None = None  # the journal as opened; None for a new run, until `begin` writes its header
-    anchor: AnchorReader | None = None
     pending: Pending = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,14 +115,22 @@ class Run:
                 path.unlink()
         mark.unlink()
 
-    def begin(self, engine: Engine, reproducible: bool | None, facts: Facts) -> None:
+    def begin(
+        self, replica: Replica, engine: Mapping[str, Any], reproducible: bool | None, facts: Facts
+    ) -> None:
         """Write a new run's configuration, environment and journal header; compare an old one's with what is now.
+
+        Args:
+            replica: holds the base model's weights.
+            engine: what the header says of the engine.
+            reproducible: whether a member gave the same tokens twice; None for a run that began before.
+            facts: what the run is made of beside its options.
 
         Raises:
             UserError: the base model is not the one of the journal.
             Hindered: something else differs that a resume cannot change (`estune.run.resume`).
         """
-        fingerprint = engine.theta.fingerprint()
+        fingerprint = replica.fingerprint()
         values = dataclasses.asdict(stored_config(self.args))
         if self.found is None:
             keep_origin(self.path, values, held_out=facts.identity["held_out"])
@@ -133,18 +140,18 @@ class Run:
                 "noise_version": NOISE_VERSION,
                 "base": {"model": self.args.model, "fingerprint": fingerprint},
                 "config": self.args.trajectory(),
-                "engine": engine.info(),
+                "engine": dict(engine),
                 "rollouts": "reproducible" if reproducible else "not reproducible",
-                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in engine.theta.specs],
+                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in replica.specs],
                 "versions": versions(),
                 **facts.as_dict(),
             }
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
             check_base(self.found, fingerprint, self.args.model)
-            check_parameters(self.found, engine.theta.specs)
+            check_parameters(self.found, replica.specs)
             check_facts(self.found.header, facts)
-            warn_of_other_engine(self.found.header["engine"], engine.info())
+            warn_of_other_engine(self.found.header["engine"], engine)
             warn_of_versions(self.found.header["versions"], versions())
             warn_of_processor(_processor_of(self.path), processor())
             if self.found.header.get("identity", {}).get("held_out") is None:
@@ -152,7 +159,7 @@ class Run:
             keep_origin(self.path, values, self.found.header["config"], facts.identity["held_out"])
             write_json(self.path / CONFIG_FILE, values)
 
-    def recover(self, engine: Engine) -> tuple[int, Moved | None]:
+    def recover(self, replica: Replica) -> tuple[int, Moved | None]:
         """Bring theta to the journal's last step; return how many journalled steps were replayed, and the last move.
 
         The newest checkpoint that holds what its fingerprint says is the start, else the base model that the engine
@@ -160,24 +167,24 @@ class Run:
         """
         checkpoint.remove_partial(self.path)
         cut_back(self.path, self.steps_done)
-        start, damaged = self._newest_whole(engine)
+        start, damaged = self._newest_whole(replica)
         if damaged:
             listed = "; ".join(f"{checkpoint.checkpoint_path(self.path, step).name}: {why}" for step, why in damaged)
             source = f"checkpoint-{start}" if start else "the base model"
             warn(f"damaged, and written again from {source} and the journal: {listed}")
         moved, at = None, start
         for step, _ in reversed(damaged):
-            moved, at = replay_steps(self.journal, engine, at, step, self.anchor) or moved, step
+            moved, at = replay_steps(self.journal, replica, at, step) or moved, step
             if step in self.journal.checkpoints:
-                self.save(engine, final=False, steps_done=step)
+                self.save(replica, final=False, steps_done=step)
             else:
                 checkpoint.remove(self.path, step)
-        moved = replay_steps(self.journal, engine, at, self.steps_done, self.anchor) or moved
+        moved = replay_steps(self.journal, replica, at, self.steps_done) or moved
         if moved is not None:
             refuse_diverged(moved, self.steps_done)
         return self.steps_done - start, moved
 
-    def _newest_whole(self, engine: Engine) -> tuple[int, list[tuple[int, str]]]:
+    def _newest_whole(self, replica: Replica) -> tuple[int, list[tuple[int, str]]]:
         """Load the newest checkpoint that is whole, if there is one; theta is not touched by one that is not.
 
         Returns:
@@ -193,14 +200,14 @@ class Run:
             if state is None:
                 damaged.append((steps_done, f"{checkpoint.ES_STATE} cannot be read"))
                 continue
-            reason = checkpoint.damage(directory, engine.theta.specs, state)
+            reason = checkpoint.damage(directory, replica.specs, state)
             wanted = self.journal.checkpoints.get(steps_done, state["fingerprint"])
             if reason is None and state["fingerprint"] != wanted:
                 reason = f"{checkpoint.ES_STATE} does not have the journal's fingerprint"
             if reason is None and not self._belongs(state, steps_done):
                 reason = "it belongs to another run"
             if reason is None:
-                checkpoint.load_master(directory, engine.theta)
+                replica.load(directory)
                 return steps_done, damaged
             damaged.append((steps_done, reason))
         return 0, damaged
@@ -217,21 +224,20 @@ class Run:
             return True
         return bool(self.journal.steps[steps_done]["checksum"] == state.get("checksum"))
 
-    def save(self, engine: Engine, final: bool, steps_done: int | None = None) -> None:
+    def save(self, replica: Replica, final: bool, steps_done: int | None = None) -> None:
         """Write the checkpoint of ``steps_done`` (default: all of the run), or the finished model to the root."""
         steps_done = self.steps_done if steps_done is None else steps_done
-        state = {"step": steps_done, "fingerprint": engine.theta.fingerprint(),
-                 "checksum": engine.theta.checksum()}  # fmt: skip
+        state = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
         trainer_state = {"global_step": steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
-            checkpoint.save_final(self.path, engine, state, trainer_state)
+            checkpoint.save_final(self.path, replica, state, trainer_state)
         else:
-            checkpoint.save_checkpoint(self.path, steps_done, engine, state, trainer_state)
+            checkpoint.save_checkpoint(self.path, steps_done, replica, state, trainer_state)
 
-    def record_checkpoint(self, engine: Engine) -> None:
+    def record_checkpoint(self, replica: Replica) -> None:
         """Write the checkpoint line of ``steps_done``, once."""
         if self.steps_done not in self.journal.checkpoints:
-            self.journal.append_checkpoint(self.steps_done, engine.theta.fingerprint())
+            self.journal.append_checkpoint(self.steps_done, replica.fingerprint())
 
     def has_checkpoint(self) -> bool:
         """Say whether the checkpoint of ``steps_done`` is written and journalled."""
@@ -621,23 +627,22 @@ def warn_of_other_engine(then: Mapping[str, Any], now: Mapping[str, Any]) -> Non
             )
 
 
-def replay_steps(journal: Journal, engine: Engine, start: int, stop: int, anchor: AnchorReader | None) -> Moved | None:
+def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> Moved | None:
     """Apply the journal's steps ``start .. stop`` to theta, verifying its checksum before each; return the last move.
 
     Raises:
         UserError: theta is not what the journal says; the step is named.
     """
-    master = engine.theta
-    checksum = master.checksum()
+    checksum = replica.checksum()
     moved = None
     for record in journal.steps[start:stop]:
         if checksum != record["checksum"]:
             raise UserError(f"theta before step {record['step']} is not what the journal says it was")
-        moved = master.update(recorded_update(record, journal.header["config"]), anchor)
+        moved = replica.apply(recorded_update(record, journal.header["config"]))
         checksum = moved.checksum
         if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
             raise UserError(f"theta after step {record['step']} is not what the journal says it was")
-    if stop in journal.checkpoints and master.fingerprint() != journal.checkpoints[stop]:
+    if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
         raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
-    engine.master_changed()
+    engine.theta_changed()
     return moved

@@ -7,7 +7,7 @@ one after another, or, with low-rank noise, share its forward passes (`estune.en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ import torch
 from estune import environment
 from estune.console import warn
 from estune.engines.hf import allocator, attention, callers, decoding, end_ids, identity, small_linear, trials
+from estune.engines.base import EngineFacts
+from estune.engines.hf.assets import HFAssets
 from estune.engines.hf.loading import files_of, load_model, load_tokenizer, master_of, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
 from estune.engines.hf.saved_model import (
     TIED_OTHERWISE,
     check_agreement,
-    check_assets,
     contradicts,
     is_cast_in_part,
     reason_of,
-    save_assets,
     saved_config,
     tied_truth,
 )
@@ -35,14 +35,15 @@ from estune.engines.lowrank.kinds import lowrank_names
 from estune.engines.lowrank.members import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank.stand_ins import Uncovered
 from estune.engines.lowrank.trial import shared_forward
+from estune.engines.replica import LocalReplica
 from estune.engines.reproducibility import answers_repeat
 from estune.errors import UserError
 from estune.es.theta import HostTheta
-from estune.es.types import Completion, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
 
 
-class HFEngine:
-    """Answers prompts with theta or a member of it; see `estune.engines.base.Engine`.
+class HFEngine(LocalReplica):
+    """Answers prompts with theta or a member of it; see `estune.engines.base.LocalEngine`.
 
     ``stored_dtypes`` maps stored names to the dtype the working model holds them in ("bfloat16", ...): some models
     keep a few parameters in float32 whatever the compute dtype.
@@ -61,11 +62,9 @@ class HFEngine:
     ) -> None:
         """Take parts that belong together; use `load` or `from_model`.
 
-        ``digests`` are those of `identity` that come from a model's files; ``is_mixed`` says that a module was cast in
-        part, so that only float32 describes all its weights.
+        ``digests`` and ``is_mixed`` are those of `HFAssets`.
         """
         self.model = model.eval()
-        self.tokenizer = tokenizer
         self.prompts_per_batch = prompts_per_batch
         self.device = model.device
         self.compute_dtype = _name(model.dtype)
@@ -78,10 +77,7 @@ class HFEngine:
             getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
         ]
         self.max_context: int | None = next((n for n in limits if isinstance(n, int) and n > 0), None)
-        self.vocab_size = end_ids.vocabulary_rows(model)
-        self._eos, self._pad = end_ids.end_ids(model, tokenizer, self.vocab_size)
-        self._is_mixed = is_mixed
-        self._digests = digests
+        self.assets = HFAssets(model, tokenizer, self.compute_dtype, digests=digests, is_mixed=is_mixed)
         self._stop = decoding.StopStrings(tokenizer, ())
         self._attention = trials.uses_attention_caller(model)
         small_linear.install(model)
@@ -196,9 +192,42 @@ class HFEngine:
             raise
 
     @property
-    def end_tokens(self) -> frozenset[int]:
-        """Token ids that end a completion: those of the model's generation_config, else the tokenizer's."""
-        return self._eos
+    def facts(self) -> EngineFacts:
+        """What training needs to know of the engine."""
+        header = {
+            "engine": "hf",
+            "device": self.device.type,
+            "dtype": self.compute_dtype,
+            "model_type": self.model.config.model_type,
+            "architecture": type(self.model).__name__,
+            "num_parameters": self.theta.num_parameters,
+            "max_context": self.max_context,
+            "prompts_per_batch": self.prompts_per_batch,
+            "shared_forward": self._shared is not None,
+        }
+        return EngineFacts(
+            name="hf",
+            device=self.device.type,
+            dtype=self.compute_dtype,
+            max_context=self.max_context,
+            vocab_size=self.assets.vocab_size,
+            shared_forward=self._shared is not None,
+            header=header,
+        )
+
+    def answers(
+        self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[GroupAnswer]:
+        """Answer groups one after another; see `Generator.answers`."""
+        for job in self.checked(jobs):
+            started, perturbed = time.perf_counter(), self.perturb_s
+            if None in job.perturbations:
+                completions = [self.generate(p, job.prompts, job.sampling, should_stop) for p in job.perturbations]
+            else:
+                members = [each for each in job.perturbations if each is not None]
+                completions = self.generate_population(members, job.prompts, job.sampling, should_stop)
+            perturb_s = self.perturb_s - perturbed
+            yield GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
 
     def generate(
         self,
@@ -254,7 +283,7 @@ class HFEngine:
     ) -> list[list[list[Completion]]]:
         """Answer prompts with what the working model holds (M = 1), or with members that share it: (M, B, G)."""
         if self._stop.strings != sampling.stop_strings:
-            self._stop = decoding.StopStrings(self.tokenizer, sampling.stop_strings)
+            self._stop = decoding.StopStrings(self.assets.tokenizer, sampling.stop_strings)
         copies = 1 if sampling.temperature == 0.0 else sampling.num_generations  # greedy completions are all equal
         rows = [decoding.Row(p.token_ids, p.row_id, g) for p in prompts for g in range(copies)]
         n_members = 1 if members is None else members.count
@@ -268,8 +297,8 @@ class HFEngine:
                     self._caller(members),
                     [rows[i] for _ in range(n_members) for i in batch],
                     sampling,
-                    self._eos,
-                    self._pad,
+                    self.assets.end_tokens,
+                    self.assets.pad,
                     self._stop,
                     should_stop,
                     self.device,
@@ -296,38 +325,9 @@ class HFEngine:
         """Put theta itself into the working model."""
         self._load(None)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion's tokens, special tokens left out."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-    def master_changed(self) -> None:
-        """Theta was written: the next `generate` writes the working model anew."""
+    def forget(self) -> None:
+        """Write the working model anew at the next `generate`: theta has changed."""
         self.working.forget()
-
-    def save_assets(self, directory: Path, dtype: str) -> None:
-        """Write configuration, generation configuration and tokenizer; see `Engine.save_assets`."""
-        dtype = "float32" if self._is_mixed else dtype
-        save_assets(
-            self.model,
-            self.tokenizer,
-            dtype,
-            Path(directory),
-            ends=self._eos,
-            pad=self._pad,
-            vocab_size=self.vocab_size,
-        )
-
-    def check_assets(self) -> None:
-        """Try `save_assets`, and compare what it writes with the weights; see `Engine.check_assets`."""
-        check_assets(self)
-
-    def identity(self) -> dict[str, Any]:
-        """Return what decides answers beside the weights; see `Engine.identity`."""
-        digests = identity.module_identity(self.model) if self._digests is None else self._digests
-        found = {"end_tokens": sorted(self._eos), **digests}
-        if "tokenizer" not in found:
-            found["tokenizer"] = identity.tokenizer_identity(self.tokenizer)
-        return found
 
     @torch.inference_mode()
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -363,21 +363,7 @@ class HFEngine:
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
         """Run a batch of a step twice, the second time beside a busy thread; see `estune.engines.reproducibility`."""
-        return answers_repeat(self, perturbations, prompts, sampling)
-
-    def info(self) -> dict[str, Any]:
-        """Return what a journal's header says of the engine."""
-        return {
-            "engine": "hf",
-            "device": self.device.type,
-            "dtype": self.compute_dtype,
-            "model_type": self.model.config.model_type,
-            "architecture": type(self.model).__name__,
-            "num_parameters": self.theta.num_parameters,
-            "max_context": self.max_context,
-            "prompts_per_batch": self.prompts_per_batch,
-            "shared_forward": self._shared is not None,
-        }
+        return answers_repeat(self, perturbations, prompts, sampling, small_linear.MAX_ROWS)
 
     def _share_forward(self) -> None:
         """Find out whether low-rank members can share a forward pass; where not, say why and keep theta apart."""
@@ -433,7 +419,7 @@ class HFEngine:
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         length = max(len(row) for row in rows)
         # padded on the right: with causal models nothing a row needs comes after its own tokens
-        ids = torch.tensor([row + [self._pad] * (length - len(row)) for row in rows], device=self.device)
+        ids = torch.tensor([row + [self.assets.pad] * (length - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
         skipped = min(len(prompt) for prompt in prompts) - 1 if self._attention else 0  # positions without a use
         keep = {"logits_to_keep": length - skipped} if self._attention else {}

@@ -80,26 +80,28 @@ def save_assets(
         _strip_private(directory / name)
 
 
-def check_assets(engine: Any) -> None:
+def check_assets(model: Any, save: Callable[[Path], None]) -> None:
     """Write the files beside the weights into a directory that is removed: what fails at the end must fail now.
+
+    Args:
+        model: in memory.
+        save: writes the files into a directory.
 
     Raises:
         UserError: they cannot be written, or they describe another model than the one in memory.
     """
     with TemporaryDirectory(prefix="estune-") as directory:
         try:
-            engine.save_assets(Path(directory), engine.compute_dtype)
+            save(Path(directory))
         except UserError:
             raise
         except Exception as error:  # configurations, tokenizers and remote code are third-party
             raise _cannot_save(error) from error
-        if getattr(engine, "model", None) is not None:
-            name = type(engine.model).__name__
-            try:
-                config = type(engine.model.config).from_pretrained(directory)
-            except Exception as error:  # the model's own code
-                raise _builds_no_model(name, error) from error
-            check_agreement(engine.model, config)
+        try:
+            config = type(model.config).from_pretrained(directory)
+        except Exception as error:  # the model's own code
+            raise _builds_no_model(type(model).__name__, error) from error
+        check_agreement(model, config)
 
 
 def saved_config(model: Any, dtype: str) -> Any:
