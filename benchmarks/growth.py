@@ -106,7 +106,7 @@ class Subject:
         self.engine = HFEngine.from_model(
             module, load_tokenizer("tiny"), num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
         )
-        if not self.engine.info()["shared_forward"]:
+        if not self.engine.facts.header["shared_forward"]:
             raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
         self.theta = self.engine.theta
         specs = [dataclasses.replace(spec, lowrank=False) for spec in self.theta.specs]
@@ -131,7 +131,7 @@ class Subject:
         master = self.theta if rank else self.full
         members = [perturbation.member for perturbation in perturbations(n_members, rank)]
         master.apply(make_update(members, ramp, NEXT_TO_NOTHING, rank=rank))
-        self.engine.master_changed()
+        self.engine.forget()
 
     def members_per_batch(self, n_members: int, rank: int, length: int, tokens: int) -> int:
         """Return what ``members_per_batch`` auto comes to in a run of such steps."""

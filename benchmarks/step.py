@@ -130,7 +130,7 @@ class Bench:
             self.sessions[noise] = stack.enter_context(open_session(trainer))
         lowrank = self.sessions["lowrank"]
         engine: Any = lowrank.engine
-        if not engine.info()["shared_forward"]:
+        if not engine.facts.header["shared_forward"]:
             raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
         self.step = plan_step(lowrank.args, lowrank.batches, 0)
         self.prompts = [lowrank.train_prompts[row] for row in self.step.rows]  # (B,)
@@ -159,7 +159,7 @@ class Bench:
         times = self._evaluate(session, dataclasses.replace(step, members=[member]))
         started = now()
         session.engine.theta.apply(ramp_update(step))
-        session.engine.master_changed()
+        session.engine.forget()
         return times | {"update": now() - started}
 
     def lowrank_step(self) -> dict[str, float]:
@@ -189,7 +189,7 @@ class Bench:
         times = self._evaluate(session, dataclasses.replace(step, members=step.members[: self.members_per_batch]))
         started = now()
         session.engine.theta.apply(ramp_update(step))
-        session.engine.master_changed()
+        session.engine.forget()
         return times | {"update": now() - started}
 
     def pure_transformers(self) -> dict[str, float]:
@@ -217,7 +217,14 @@ class Bench:
             caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
             batch = [rows[i] for _ in range(groups) for i in cut]
             done = decoding.complete(
-                caller, batch, sampling, engine._eos, engine._pad, engine._stop, lambda: False, engine.device
+                caller,
+                batch,
+                sampling,
+                engine.assets.end_tokens,
+                engine.assets.pad,
+                engine._stop,
+                lambda: False,
+                engine.device,
             )
             lengths += [len(completion.token_ids) for completion in done]
         seconds = now() - started

@@ -344,7 +344,6 @@ def _main():
     import estune.commands.evaluate
     import estune.commands.replay
     import estune.commands.score
-
     import estune.train.trainer
     from estune.cli import main
 

@@ -305,6 +305,7 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
 
 def _train(values: dict[str, Any]) -> int:
     args = train_config(values)
+    from estune.es.types import num_parameters
     from estune.train import setup
     from estune.train.trainer import ESTrainer
 
@@ -317,7 +318,7 @@ def _train(values: dict[str, Any]) -> int:
     if args.dry_run:
         prompts = trainer.prepare()
         print_result(setup.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
-        print_result(f"estune: {trainer.engine.theta.num_parameters:,} parameters, {len(trainer.train_rows)} training "
+        print_result(f"estune: {num_parameters(trainer.engine.specs):,} parameters, {len(trainer.train_rows)} training "
                      f"rows, {len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
         return 0
     trainer.train()

@@ -249,12 +249,12 @@ def _make_streams() -> None:
 
 def _main() -> None:
     import datasets
-    import estune.commands.evaluate
-    import estune.commands.replay
-    import estune.commands.score
     import pyarrow.parquet
     import transformers
 
+    import estune.commands.evaluate
+    import estune.commands.replay
+    import estune.commands.score
     import estune.engines.hf.engine
     import estune.train.trainer  # noqa: F401
 

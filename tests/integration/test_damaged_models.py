@@ -313,11 +313,11 @@ def test_a_padding_id_that_does_not_exist_is_replaced(
     capsys.readouterr()
     ends(pad_token_id=pad)(tmp_path / "damaged")
     engine = HFEngine.load(str(tmp_path / "damaged"))
-    assert engine.vocab_size == 300
+    assert engine.facts.vocab_size == 300
     assert engine.generate(None, mixed_prompts(), sampling) == expected
     said = capsys.readouterr().err
     assert str(pad) in said and f"<pad> ({PAD})" in said and said.count("\n") == 1
-    engine.save_assets(tmp_path / "saved", "float32")
+    engine.assets.save(tmp_path / "saved", "float32")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert saved["pad_token_id"] == PAD and saved["eos_token_id"] == EOS
 
@@ -339,8 +339,8 @@ def test_end_ids_that_do_not_exist_are_left_out(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], given: list[int], left: set[int]
 ) -> None:
     engine = HFEngine.load(str(damaged(ends(eos_token_id=given))))
-    assert engine.end_tokens == left and "warning" not in capsys.readouterr().err
-    assert engine.identity()["end_tokens"] == sorted(left)
+    assert engine.assets.end_tokens == left and "warning" not in capsys.readouterr().err
+    assert engine.assets.identity()["end_tokens"] == sorted(left)
 
 
 @pytest.mark.parametrize("given", [300, -1, [10**9, 301]])
@@ -348,10 +348,10 @@ def test_a_model_that_no_token_ends_is_warned_of(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], given: Any, tmp_path: Path
 ) -> None:
     engine = HFEngine.load(str(damaged(ends(eos_token_id=given))))
-    assert engine.end_tokens == frozenset()
+    assert engine.assets.end_tokens == frozenset()
     said = capsys.readouterr().err
     assert said.count("warning") == 1 and "never does" in said and "vocabulary of 300" in said
-    engine.save_assets(tmp_path / "saved", "float32")
+    engine.assets.save(tmp_path / "saved", "float32")
     assert "eos_token_id" not in json.loads((tmp_path / "saved" / "generation_config.json").read_text())
 
 
@@ -464,4 +464,4 @@ def test_tensors_that_the_model_does_not_use_are_said(
     said = capsys.readouterr().err
     assert said.count("warning") == 1 and "LlamaForCausalLM" in said
     assert all(part in said for part in parts), said
-    engine.check_assets()
+    engine.assets.check()

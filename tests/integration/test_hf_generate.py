@@ -278,8 +278,8 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
     def several(model: Any) -> None:
         model.generation_config.eos_token_id = [7, 9]
 
-    assert (engine_of().end_tokens, engine_of()._pad) == ({EOS}, PAD)
-    assert (engine_of(edit=no_settings).end_tokens, engine_of(edit=no_settings)._pad) == ({EOS}, PAD)
+    assert (engine_of().assets.end_tokens, engine_of().assets.pad) == ({EOS}, PAD)
+    assert (engine_of(edit=no_settings).assets.end_tokens, engine_of(edit=no_settings).assets.pad) == ({EOS}, PAD)
     assert engine_of(edit=several).end_tokens == {7, 9}
     assert ToyEngine().end_tokens == frozenset()  # bytes, none of which ends an answer
     no_pad = SimpleNamespace(eos_token_id=5, pad_token_id=None)
@@ -404,7 +404,7 @@ def test_perturb_cosine_sees_what_a_dtype_swallows(tmp_path: Path) -> None:
 def test_check_reproducible_and_info() -> None:
     engine = engine_of()
     assert engine.check_reproducible([MEMBER], prompts(4), SAMPLED)
-    info = engine.info()
+    info = engine.facts.header
     assert info["model_type"] == "llama"
     assert info["dtype"] == "float32"
     assert info["device"] == "cpu"
@@ -415,9 +415,9 @@ def test_check_reproducible_and_info() -> None:
 def test_assets_make_a_loadable_model_without_paths(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "base")
     engine = HFEngine.load(str(tmp_path / "base"))
-    engine.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    engine.assets.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     for name in ("one", "two"):
-        engine.save_assets(tmp_path / name, engine.compute_dtype)
+        engine.assets.save(tmp_path / name, engine.compute_dtype)
     written = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(written)
     for name in written:
@@ -431,9 +431,9 @@ def test_assets_make_a_loadable_model_without_paths(tmp_path: Path) -> None:
     again = HFEngine.load(str(tmp_path / "one"))
     assert again.theta.fingerprint() == engine.theta.fingerprint()
     assert again.generate(None, prompts(3), GREEDY) == engine.generate(None, prompts(3), GREEDY)
-    assert AutoTokenizer.from_pretrained(tmp_path / "one").chat_template == engine.tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "one").chat_template == engine.assets.tokenizer.chat_template
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "one").dtype == torch.float32
-    HFEngine.load(str(tmp_path / "base"), dtype="bfloat16").save_assets(tmp_path / "half", "bfloat16")
+    HFEngine.load(str(tmp_path / "base"), dtype="bfloat16").assets.save(tmp_path / "half", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

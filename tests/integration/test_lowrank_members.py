@@ -90,7 +90,7 @@ def test_logits_equal_those_of_replaced_weights(
     engine = engine_of(family)
     small_kernel.clear()
     before = engine.theta.fingerprint()
-    assert engine.info()["shared_forward"]
+    assert engine.facts.header["shared_forward"]
     rows = prompts(4)
     perturbations = members(rank)
     some = Members(engine._shared, perturbations)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def test_logits_equal_those_of_replaced_weights(
 @pytest.mark.parametrize("small_kernel", [False, True], indirect=True, ids=["torch", "small_linear"])
 def test_a_bias_may_move_alone(small_kernel: list[int]) -> None:
     engine = engine_of("qwen2", trainable_parameters=["bias"])
-    assert engine.info()["shared_forward"]
+    assert engine.facts.header["shared_forward"]
     perturbations, rows = members(1), prompts(4)
     answers = engine.generate_population(perturbations, rows, GREEDY)
     for perturbation, answer in zip(perturbations, answers, strict=True):
@@ -132,7 +132,7 @@ def test_a_bias_may_move_alone(small_kernel: list[int]) -> None:
 def test_answers_equal_those_of_replaced_weights(family: str) -> None:
     """Also where members cannot share a forward pass and are written into the model one after another."""
     engine = engine_of(family, prompts_per_batch=3)
-    assert engine.info()["shared_forward"] == (family in SHARED)
+    assert engine.facts.header["shared_forward"] == (family in SHARED)
     before = engine.theta.fingerprint()
     perturbations, rows = members(2), prompts(5)
     answers = engine.generate_population(perturbations, rows, GREEDY)
@@ -184,7 +184,7 @@ def test_an_update_moves_what_the_engine_answers() -> None:
     of_members = engine.generate_population(perturbations, rows, GREEDY)
     update = make_update([p.member for p in perturbations], [1.0, -2.0, 1.0], 0.3, rank=1)
     engine.theta.apply(update)
-    engine.master_changed()
+    engine.forget()
     assert engine.generate(None, rows, GREEDY) != before
     assert engine.generate_population(perturbations, rows, GREEDY) != of_members
 
@@ -294,7 +294,7 @@ def test_a_parameter_without_a_rule_is_named_and_still_perturbed(
         model.model.layers[1].mlp = module(model.model.layers[1].mlp)
 
     engine = engine_of("llama", edit)
-    assert not engine.info()["shared_forward"]
+    assert not engine.facts.header["shared_forward"]
     message = capsys.readouterr().err
     assert "one after another" in message and named in message
     rows, perturbations = prompts(4), members(2)
@@ -306,7 +306,7 @@ def test_a_parameter_without_a_rule_is_named_and_still_perturbed(
 
 def test_a_model_that_is_called_in_a_way_of_its_own_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     engine = engine_of("mamba")
-    assert not engine.info()["shared_forward"]
+    assert not engine.facts.header["shared_forward"]
     message = capsys.readouterr().err
     assert "one after another" in message and "how the model is called" in message
 
@@ -351,7 +351,7 @@ def test_stop_strings_end_rows_of_members() -> None:
     engine = engine_of("llama")
     rows, perturbations = prompts(6), members(1)
     plain = engine.generate_population(perturbations, rows, GREEDY)
-    letters = {engine.decode([token]) for token in plain[0][0][0].token_ids}
+    letters = {engine.assets.decode([token]) for token in plain[0][0][0].token_ids}
     stopping = replace(GREEDY, stop_strings=tuple(sorted(letters))[:2])
     assert finished(engine.generate_population(perturbations, rows, stopping)) > finished(plain)
 
@@ -381,7 +381,7 @@ def test_parameters_that_are_not_trained_stay_as_they_are() -> None:
     assert kinds["model.embed_tokens.weight"] is False and kinds["model.layers.0.self_attn.q_proj.weight"] is False
     rows, perturbations = prompts(4), members(1)
     answers = engine.generate_population(perturbations, rows, GREEDY)
-    assert engine.info()["shared_forward"]
+    assert engine.facts.header["shared_forward"]
     for perturbation, answer in zip(perturbations, answers, strict=True):
         model = replaced(engine, "llama", perturbation)
         assert HFEngine.from_model(model, tiny_tokenizer()).generate(None, rows, GREEDY) == answer
@@ -390,7 +390,7 @@ def test_parameters_that_are_not_trained_stay_as_they_are() -> None:
 def test_members_of_a_model_in_bfloat16_share_it_too(tmp_path: Any) -> None:
     save_tiny("llama", tmp_path)
     engine = HFEngine.load(str(tmp_path), dtype="bfloat16", noise="lowrank")
-    assert engine.info()["shared_forward"] and not engine.working.is_theta
+    assert engine.facts.header["shared_forward"] and not engine.working.is_theta
     rows, perturbations = prompts(4), members(2)
     ids, mask = left_pad([row.token_ids for row in rows], 0, engine.device)
     some = Members(engine._shared, perturbations)  # type: ignore[arg-type]
@@ -414,7 +414,7 @@ def test_a_mixture_of_rows_is_found_in_bfloat16_too() -> None:
         model.model.layers[1].self_attn.q_proj = MixingMLP(model.model.layers[1].self_attn.q_proj)
         model.to(torch.bfloat16)
 
-    assert not engine_of("llama", edit).info()["shared_forward"]
+    assert not engine_of("llama", edit).facts.shared_forward
 
 
 def test_vectors_alone_share_a_forward_pass() -> None:

@@ -22,7 +22,6 @@ from estune.engines.hf.loading import load_model
 from estune.engines.toy import ToyEngine
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
-from estune.run.checkpoint import write_model
 
 GREEDY = Sampling(seed=0, step=0, max_completion_length=6)
 PROMPTS = [Prompt(i, "", tuple(range(5, 8 + i))) for i in range(3)]
@@ -34,7 +33,7 @@ def engine_of(model: Any, tokenizer: Any = None) -> HFEngine:
 
 def saved_values(engine: HFEngine, directory: Path, *, float32: bool = True) -> dict[str, Any]:
     """Write a model as a run does; return its config.json."""
-    write_model(directory, engine, float32=float32)
+    engine.save(directory, float32=float32)
     values: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return values
 
@@ -43,7 +42,7 @@ def assert_loads_as(directory: Path, engine: HFEngine) -> None:
     """transformers builds the very model from a saved directory, and leaves out or makes up no tensor."""
     loaded, report = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    again = HFEngine.from_model(loaded, engine.tokenizer)
+    again = HFEngine.from_model(loaded, engine.assets.tokenizer)
     assert again.theta.fingerprint() == engine.theta.fingerprint()
     assert again.generate(None, PROMPTS, GREEDY) == engine.generate(None, PROMPTS, GREEDY)
 
@@ -69,7 +68,7 @@ def test_a_file_whose_head_is_its_own_is_saved_as_untied(
     assert said.count("warning") == 1 and "tie_word_embeddings" in said and str(tmp_path / "base") in said
     assert "lm_head.weight" in engine.theta.arrays
     assert saved_values(engine, tmp_path / "saved")["tie_word_embeddings"] is False
-    engine.check_assets()
+    engine.assets.check()
     assert_loads_as(tmp_path / "saved", HFEngine.load(str(tmp_path / "base")))
 
 
@@ -83,7 +82,7 @@ def test_weights_that_only_a_coarse_dtype_makes_equal_stay_apart(tmp_path: Path)
     engine = HFEngine.load(str(tmp_path), dtype="bfloat16")
     assert {binding.name for binding in engine.working.bindings} == engine.theta.arrays.keys()
     assert engine.model.lm_head.weight is not engine.model.model.embed_tokens.weight
-    engine.check_assets()
+    engine.assets.check()
 
 
 def test_the_module_that_a_baseline_trains_says_the_truth(tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_a_head_tied_or_untied_by_hand_is_saved_as_it_is(
     assert ("lm_head.weight" in engine.theta.arrays) is not truth
     assert saved_values(engine, tmp_path / "saved")["tie_word_embeddings"] is truth
     assert model.config.tie_word_embeddings is before  # the user's object
-    engine.check_assets()
+    engine.assets.check()
     assert_loads_as(tmp_path / "saved", engine)
 
 
@@ -159,7 +158,7 @@ def test_flags_and_dtypes_of_a_nested_configuration_are_saved_as_they_are(
         values = saved_values(engine, tmp_path / dtype, float32=float32)
         assert values["tie_word_embeddings"] is values["text_config"]["tie_word_embeddings"] is False
         assert {part["dtype"] for part in (values, values["text_config"]) if "dtype" in part} == {dtype}
-    engine.check_assets()
+    engine.assets.check()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,12 +166,12 @@ def test_models_of_every_family_agree_without_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
 ) -> None:
     engine = engine_of(save_tiny(family, tmp_path))
-    engine.check_assets()
+    engine.assets.check()
     loaded = HFEngine.load(str(tmp_path), dtype="bfloat16")
-    loaded.check_assets()
+    loaded.assets.check()
     assert saved_values(loaded, tmp_path / "saved", float32=False)["dtype"] == "bfloat16"
     assert "warning" not in capsys.readouterr().err
-    assert engine.vocab_size == loaded.vocab_size == 300
+    assert engine.facts.vocab_size == loaded.facts.vocab_size == 300
 
 
 # --- what cannot be mended --------------------------------------------------------------------------------------------
@@ -252,8 +251,8 @@ def test_a_module_whose_configuration_was_changed_with_it_is_accepted(tmp_path: 
     embeddings_grown(model)
     model.config.num_hidden_layers, model.config.vocab_size = 1, 310
     engine = engine_of(model)
-    engine.check_assets()
-    assert engine.vocab_size == 310
+    engine.assets.check()
+    assert engine.facts.vocab_size == 310
     saved_values(engine, tmp_path)
     assert_loads_as(tmp_path, engine)
 
@@ -312,11 +311,11 @@ def test_the_saved_generation_config_says_which_tokens_ended_completions(
     model = tiny_model("llama")
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = given, pad
     engine = engine_of(model)
-    engine.save_assets(tmp_path, "float32")
+    engine.assets.save(tmp_path, "float32")
     values = json.loads((tmp_path / "generation_config.json").read_text())
     assert values.get("eos_token_id") == saved_eos and values.get("pad_token_id") == saved_pad
     saved = saved_eos if isinstance(saved_eos, list) else [saved_eos]
-    assert engine.end_tokens == set(saved)
+    assert engine.assets.end_tokens == set(saved)
     assert model.generation_config.eos_token_id == given  # the user's object
 
 
@@ -352,7 +351,7 @@ def broken_tokenizer(engine: HFEngine) -> None:
     def save_pretrained(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no vocabulary file")
 
-    engine.tokenizer.save_pretrained = save_pretrained
+    engine.assets.tokenizer.save_pretrained = save_pretrained
 
 
 @pytest.mark.parametrize(
@@ -361,10 +360,10 @@ def broken_tokenizer(engine: HFEngine) -> None:
 )
 def test_assets_that_cannot_be_saved_are_found_before_a_run(spoil: Callable[[HFEngine], None]) -> None:
     engine = engine_of(tiny_model("llama"))
-    engine.check_assets()
+    engine.assets.check()
     spoil(engine)
     with pytest.raises(UserError, match=r"could not be saved at the end of a run: .+") as caught:
-        engine.check_assets()
+        engine.assets.check()
     assert "\n" not in str(caught.value)
 
 
@@ -486,8 +485,8 @@ def test_code_that_comes_with_a_model_is_saved_and_agrees(base: Path, tmp_path: 
     with pytest.raises(UserError, match="trust_remote_code"):
         HFEngine.load(str(directory))
     engine = HFEngine.load(str(directory), trust_remote_code=True)
-    engine.check_assets()
-    assert engine.identity()["code"]
+    engine.assets.check()
+    assert engine.assets.identity()["code"]
     saved_values(engine, tmp_path / "saved")
     again = HFEngine.load(str(tmp_path / "saved"), trust_remote_code=True)
     assert type(again.model).__name__ == "MineForCausalLM"
@@ -525,9 +524,9 @@ def test_identity_of_modules_and_tokenizer_objects(base: Path, monkeypatch: pyte
 
 def test_a_saved_run_keeps_its_identity(base: Path, tmp_path: Path) -> None:
     """A model that is saved and loaded answers the same, so its digests stay the same from then on."""
-    HFEngine.load(str(base)).save_assets(tmp_path / "one", "float32")
+    HFEngine.load(str(base)).assets.save(tmp_path / "one", "float32")
     shutil.copy(base / "model.safetensors", tmp_path / "one")
-    HFEngine.load(str(tmp_path / "one")).save_assets(tmp_path / "two", "bfloat16")
+    HFEngine.load(str(tmp_path / "one")).assets.save(tmp_path / "two", "bfloat16")
     shutil.copy(base / "model.safetensors", tmp_path / "two")
     assert identity(tmp_path / "one") == identity(tmp_path / "two")
 

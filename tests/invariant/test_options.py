@@ -322,7 +322,7 @@ def test_allow_unsandboxed_code(run, place):
     (place / "rows.jsonl").write_text(json.dumps({**row, "completion": code}) + "\n")
     script = place / "script.py"  # a child without Landlock; rewards inline, for workers would have their own
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom estune import sandbox\n"
+        "import sys\nfrom pathlib import Path\nfrom estune.sandbox import host as sandbox\n"
         "text = sandbox.CHILD.read_text()\n"
         "sandbox.CHILD = Path('child.py').resolve()\n"
         "sandbox.CHILD.write_text(text.replace('= 444, 445, 446', '= 444, 445, 9999'))\n"

@@ -230,7 +230,8 @@ def test_a_second_signal_quits_at_once(zygote, run, place):
     mark = f"twice-{os.getpid()}"
     script = place / "script.py"
     script.write_text(
-        "import sys\nfrom estune import cli\nfrom estune.train import rollouts\nassert rollouts.STOP_GRACE_S\nrollouts.STOP_GRACE_S = 3600.0\n"
+        "import sys\nfrom estune import cli\nfrom estune.train import rollouts\n"
+        "assert rollouts.STOP_GRACE_S\nrollouts.STOP_GRACE_S = 3600.0\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     pid = zygote.start(options, place, script=script, env={MARK: mark, "CALLS": "calls", "HOLD_AFTER": "1"})

@@ -322,7 +322,9 @@ def test_the_toy_engine_has_low_rank_matrices() -> None:
     sampling = Sampling(0, 0, 100)
     answers = engine.generate_population(members, prompts, sampling)  # (M, B, G)
     assert answers == [engine.generate(member, prompts, sampling) for member in members]
-    matrix = [float(engine.decode(answer[0].token_ids)) for answer in answers[1][8:40]]  # body.weight, behind the bias
+    matrix = [
+        float(engine.assets.decode(answer[0].token_ids)) for answer in answers[1][8:40]
+    ]  # body.weight, behind the bias
     noise = members[1].member.sign * lowrank_ints(members[1].member.seed, "body.weight", (4, 8), 2)
     assert np.array(matrix, dtype=np.float32).tolist() == (0.05 * noise.reshape(-1)).astype(np.float32).tolist()
 

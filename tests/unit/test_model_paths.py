@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from estune.engines.replica import anchor_reader
 from estune.engines.toy import ToyEngine
 from estune.models.names import EMBEDDED_MODELS, FETCHED_FILE, fetched_name, local_directory, origin, public_name
-from estune.run.checkpoint import anchor_reader, write_model
 
 
 def test_the_embedded_name_means_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_a_damaged_note_of_where_a_model_came_from_is_no_note(tmp_path: Path, co
 
 def test_files_with_other_values_are_no_anchor(tmp_path: Path) -> None:
     engine = ToyEngine()
-    write_model(tmp_path, engine, float32=True)
+    engine.save(tmp_path, float32=True)
     reader = anchor_reader(tmp_path, engine.theta)
     assert reader is not None
     assert np.array_equal(reader("body.bias", 2, 3), np.zeros(3, dtype=np.float32))

@@ -135,7 +135,7 @@ def policy_gradient(ground: Ground) -> None:
             reward_funcs=reward_function(ground, finished),
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(ground.engine.tokenizer),  # TRL gives it a padding token
+            processing_class=copy.deepcopy(ground.engine.assets.tokenizer),  # TRL gives it a padding token
             callbacks=[driver],
         ),
     )
@@ -194,7 +194,7 @@ def reward_function(ground: Ground, finished: dict[tuple[int, ...], bool]) -> An
 
     def score(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
         count = ground.args.num_generations
-        ends = ground.engine.end_tokens
+        ends = ground.engine.assets.end_tokens
         listed = [tuple(ids) for ids in completion_ids]
         answers = [Completion(ids, finished.get(ids, bool(ids) and ids[-1] in ends)) for ids in listed]
         grouped = [answers[i : i + count] for i in range(0, len(answers), count)]

@@ -84,8 +84,9 @@ def make_trainer(ground: Ground) -> Any:
     args, module, batch = ground.args, ground.module, int(ground.args.batch_size)
     if batch < 2:
         raise UserError("method ppo compares tokens over a step: it needs a batch_size of 2 or more")
-    ends = sorted(ground.engine.end_tokens)
-    pad = pad_token(ground.engine.tokenizer, module, {*ends, *(t for p in ground.train_prompts for t in p.token_ids)})
+    ends = sorted(ground.engine.assets.end_tokens)
+    used = {*ends, *(token for prompt in ground.train_prompts for token in prompt.token_ids)}
+    pad = pad_token(ground.engine.assets.tokenizer, module, used)
     config, own = trl_config(
         args,
         str(ground.trainer_directory),

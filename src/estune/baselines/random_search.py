@@ -20,7 +20,7 @@ from estune.config import ESConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
-from estune.es.types import Interrupted, Perturbation
+from estune.es.types import GroupJob, Interrupted, Perturbation
 from estune.files import is_number, read_json_object, write_json
 from estune.train import setup
 from estune.train.rollouts import Group, scored, stack
@@ -134,11 +134,15 @@ def _fitness(
     rows = [ground.train_rows[row] for row in row_ids]
     prompts = [ground.train_prompts[row] for row in row_ids]
     sampling, evaluator = setup.sampling(ground.args, index), ground.evaluator
-    size = int(ground.args.members_per_batch)
-    groups: list[Group] = []
-    for part in _parts(contestants, size):
-        for group, _, future in evaluator.start(part, rows, prompts, sampling, ground.state(), False):
-            groups.append(evaluator.finish(group, scored(future, ground.should_stop), sampling.num_generations))
+    size, checksum = int(ground.args.members_per_batch), ground.engine.checksum()
+    jobs = (
+        GroupJob(tuple(places), tuple(contestants[place] for place in places), checksum, tuple(prompts), sampling)
+        for places in _parts(contestants, size)
+    )
+    found: dict[int, Group] = {}
+    for place, group, _, future in evaluator.submit(jobs, lambda _: rows, ground.state(), False):
+        found[place] = evaluator.complete(group, scored(future, ground.should_stop), sampling.num_generations)
+    groups = [found[place] for place in range(len(contestants))]
     rollouts, weights = stack(groups), ground.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
     by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members are what is compared
@@ -147,17 +151,15 @@ def _fitness(
     return population_fitness(weighed)
 
 
-def _parts(contestants: Sequence[Perturbation | None], size: int) -> Iterator[Sequence[Perturbation] | None]:
-    """Yield members that answer together, at most ``size``, in order; None for theta, who answers alone.
+def _parts(contestants: Sequence[Perturbation | None], size: int) -> Iterator[range]:
+    """Yield the places of members that answer together, at most ``size``, in order.
 
-    Members of different steps may differ in their scale, and answer alone, too.
+    Theta answers alone. So do members of different steps, whose scales may differ.
     """
-    known = [contestant for contestant in contestants if contestant is not None]
-    if len(known) < len(contestants) or len({(one.scale, one.lowrank_scale) for one in known}) > 1:
-        yield from (None if one is None else [one] for one in contestants)
-        return
-    for start in range(0, len(known), size):
-        yield known[start : start + size]
+    scales = {None if one is None else (one.scale, one.lowrank_scale) for one in contestants}
+    step = 1 if None in scales or len(scales) > 1 else size
+    for start in range(0, len(contestants), step):
+        yield range(start, min(start + step, len(contestants)))
 
 
 def _read(ground: Ground) -> Best:

@@ -81,7 +81,7 @@ def rejection(ground: Ground) -> None:
             model=ground.module,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(ground.engine.tokenizer),  # TRL gives it a padding token
+            processing_class=copy.deepcopy(ground.engine.assets.tokenizer),  # TRL gives it a padding token
             callbacks=[driver],
         ),
     )

@@ -46,7 +46,7 @@ class RewardModel(nn.Module):
 
         A completion without a reward (it failed, or none applies) gets the lowest of the run so far, 0 at most.
         """
-        rows, answers, ends = [], [], self.ground.engine.end_tokens
+        rows, answers, ends = [], [], self.ground.engine.assets.end_tokens
         for sequence in tokens.tolist():
             row, width = self.handed_out.popleft()
             prompt = self.ground.train_prompts[row].token_ids

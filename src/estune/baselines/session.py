@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from estune.console import warn
+from estune.engines.base import LocalEngine
 from estune.engines.hf.parameters import Binding
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, mean, weigh
@@ -102,6 +103,7 @@ class Progress:
 class Ground(OpenRun):
     """The parts of an open run of a rival; made by `estune.baselines.trainer`."""
 
+    engine: LocalEngine
     module: Any  # PreTrainedModel, float32: what is trained; None where there is no gradient
     bindings: Sequence[Binding]  # of the module
     facts: dict[str, Any]  # base, data, rewards: what a resume cannot change
@@ -153,8 +155,7 @@ class Ground(OpenRun):
             return weights
 
         with torch.no_grad():
-            self.engine.theta.assign(read)
-        self.engine.master_changed()
+            self.engine.assign(read)
         self.copied = True
 
     def sample(self, prompts: Sequence[Prompt], count: int, index: int) -> list[list[Completion]]:
@@ -232,12 +233,7 @@ class Ground(OpenRun):
 
     def use(self, theta: Mapping[str, np.ndarray]) -> None:
         """Let the engine have other weights, by stored name: for methods that train no module."""
-
-        def read_into(name: str, flat: np.ndarray) -> None:
-            flat[...] = theta[name].reshape(-1)
-
-        self.engine.theta.load(read_into)
-        self.engine.master_changed()
+        self.engine.assign_arrays(theta)
 
     def state(self) -> dict[str, Any]:
         """Return what reward functions are told now."""
@@ -300,8 +296,8 @@ class Ground(OpenRun):
         if final and self.steps_done:
             one = dataclasses.replace(setup.evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
-        master = self.engine.theta
-        state = {"step": self.steps_done, "fingerprint": master.fingerprint(), "checksum": master.checksum()}
+        engine = self.engine
+        state = {"step": self.steps_done, "fingerprint": engine.fingerprint(), "checksum": engine.checksum()}
         trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
             self.engine.load_theta()

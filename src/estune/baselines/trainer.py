@@ -24,7 +24,7 @@ from estune.engines.hf.loading import files_of, load_model, quiet, resolve_devic
 from estune.engines.hf.parameters import bindings
 from estune.environment import environment
 from estune.errors import Hindered, UserError
-from estune.es.types import Interrupted
+from estune.es.types import Interrupted, num_parameters
 from estune.files import read_json_object, remove_path, write_json
 from estune.models.hub import push
 from estune.monitor.trackers import keep_trackers, known_trackers
@@ -290,9 +290,9 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         args = trainer.args = run.args = setup.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = setup.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if not goes_on:
-            engine.check_assets()
+            engine.assets.check()
             refuse_broken_theta(args, engine, train_prompts, 0)
-        fingerprint = engine.theta.fingerprint()
+        fingerprint = engine.fingerprint()
         facts = setup.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
         )
@@ -342,7 +342,7 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
             copied=module is None or not steps_done,
         )
         data = args.task or args.dataset_name or "your dataset"
-        say(f"estune: {args.method} on {args.model}, {engine.theta.num_parameters:,} parameters; {data}: "
+        say(f"estune: {args.method} on {args.model}, {num_parameters(engine.specs):,} parameters; {data}: "
             f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
         size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
             f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "

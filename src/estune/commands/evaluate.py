@@ -12,7 +12,7 @@ from estune.commands.results import print_values
 from estune.config import ESConfig
 from estune.console import show_progress, warn
 from estune.data.datasets import has_splits
-from estune.engines.base import Engine
+from estune.engines.base import LocalEngine
 from estune.errors import UserError, nearest
 from estune.es.types import Prompt
 from estune.run.records import write_lines
@@ -103,11 +103,11 @@ def evaluate_command(
         elif has_splits(args.dataset_name):
             result["split"] = args.dataset_test_split
         result |= evaluation.summary()
-        if warning := evaluation.warning(engine.compute_dtype):
+        if warning := evaluation.warning(engine.facts.dtype):
             warn(warning)
         if n_samples:
             result["pass_at_k"] = evaluation.pass_at_k()
-        if batch_check == "always" or (batch_check == "auto" and engine.compute_dtype in NARROW):
+        if batch_check == "always" or (batch_check == "auto" and engine.facts.dtype in NARROW):
             checked = check_batches(engine, prompts, setup.sampling(args, 0), evaluation)
             if checked is not None:
                 result["batch_check"] = checked
@@ -122,7 +122,7 @@ def evaluate_command(
 
 
 def _divergence(
-    engine: Engine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
+    engine: LocalEngine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
 ) -> float | None:
     """Return KL(model || reference) per token, by the k3 estimator on the model's own completions.
 
@@ -133,9 +133,10 @@ def _divergence(
     own = engine.token_logprobs(repeated, token_ids)
     other_engine = setup.load_engine(dataclasses.replace(args, model=reference))
     largest = max((token for ids in token_ids for token in ids), default=0)
-    if other_engine.vocab_size is not None and largest >= other_engine.vocab_size:
+    vocab_size = other_engine.facts.vocab_size
+    if vocab_size is not None and largest >= vocab_size:
         raise UserError(
-            f"reference {reference} has an embedding of {other_engine.vocab_size} rows, and the model answered with "
+            f"reference {reference} has an embedding of {vocab_size} rows, and the model answered with "
             f"token {largest}: a KL divergence needs two models of one vocabulary"
         )
     other = other_engine.token_logprobs(repeated, token_ids)
@@ -143,6 +144,6 @@ def _divergence(
         broken = sum(not math.isfinite(value) for row in found for value in row)
         if broken:
             warn(f"{broken} of {sum(map(len, found))} log-probabilities of {name} are not finite in "
-                 f"{its_engine.compute_dtype}, so kl is unknown")  # fmt: skip
+                 f"{its_engine.facts.dtype}, so kl is unknown")  # fmt: skip
             return None
     return kl_k3(own, other)

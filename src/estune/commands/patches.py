@@ -24,7 +24,6 @@ from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
 from estune.files import replace_file
 from estune.models.names import local_directory, public_name
-from estune.run.checkpoint import anchor_reader, write_model
 from estune.run.directory import JOURNAL_FILE
 from estune.run.journal import Journal, canonical_json, recorded_update
 from estune.run.resume import located
@@ -157,28 +156,24 @@ def apply_command(
     args = setup.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
     say(f"estune: loading {model}, then {_steps(content)} of {args.population_size} members")
     engine = setup.load_engine(args)
-    master, base = engine.theta, content["base"]
-    found = master.fingerprint()
+    base, found = content["base"], engine.fingerprint()
     if found != base["fingerprint"]:
         raise UserError(f"{patch} belongs to another base: it was made on {base['model']} with fingerprint "
                         f"{base['fingerprint']}, and {model} has {found}; nothing was written")  # fmt: skip
-    if parameters_digest(_listed(master.specs)) != content["parameters"]:
+    if parameters_digest(_listed(engine.specs)) != content["parameters"]:
         raise UserError(f"{patch} gives other parameters noise than this estune would; nothing was written")
-    anchor = None
     if args.weight_decay_anchor == "base":
         directory = local_directory(model)
-        anchor = anchor_reader(directory, master) if directory else None
-        if anchor is None:
+        if directory is None or not engine.open_anchor([directory]):
             raise UserError(f"{patch} decays towards its base, and {model} is no directory that holds it as it is")
     for index, step in enumerate(content["steps"]):
         seeds = step.get("seeds") or _seeds(content["config"], index, len(step["q"]))
-        master.update(recorded_update({**step, "seeds": seeds}, content["config"]), anchor)
-    found = master.fingerprint()
+        engine.apply(recorded_update({**step, "seeds": seeds}, content["config"]))
+    found = engine.fingerprint()
     if found != content["fingerprint"]:
         raise UserError(f"{patch} applied to {model} gives fingerprint {found}, not {content['fingerprint']}: nothing "
                         "was written")  # fmt: skip
-    engine.master_changed()
-    write_model(output_dir, engine, float32=False)
+    engine.save(output_dir, float32=False)
     say(f"estune: {_steps(content)} applied and verified, fingerprint {found}, in {output_dir}")
     return 0
 

@@ -23,7 +23,7 @@ from estune.console import note, print_json, print_result
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
-from estune.es.types import Completion, Interrupted
+from estune.es.types import Completion, GroupJob, Interrupted, Perturbation
 from estune.train import setup
 from estune.train.rollouts import Completions, Evaluator, Group, scored, stack
 from estune.train.session import plan_step
@@ -142,18 +142,21 @@ def probe(
         sampling = setup.sampling(args, 0)
         state = {"global_step": 0, "max_steps": 0}
 
-        def answer(perturbations: Sequence[Any] | None) -> tuple[list[Group], list[Completions]]:
-            started = evaluator.start(perturbations, rows, prompts, sampling, state, False)
+        def answer(perturbations: Sequence[Perturbation | None]) -> tuple[list[Group], list[Completions]]:
+            job = GroupJob(
+                tuple(range(len(perturbations))), tuple(perturbations), engine.checksum(), tuple(prompts), sampling
+            )
+            started = list(evaluator.submit([job], lambda _: rows, state, False))
             done = [
-                evaluator.finish(group, scored(future, stop.requested), sampling.num_generations)
-                for group, _, future in started
+                evaluator.complete(group, scored(future, stop.requested), sampling.num_generations)
+                for _, group, _, future in started
             ]
-            return done, [completions for _, completions, _ in started]
+            return done, [completions for _, _, completions, _ in started]
 
         try:
-            groups, [own] = answer(None)
+            groups, [own] = answer([None])
             if not are_finite(own):
-                raise UserError(broken_model(args.model, engine.compute_dtype))
+                raise UserError(broken_model(args.model, engine.facts.dtype))
             theta = summarise(evaluator, groups, [own], own, prompts, rewards.weights)
             found: dict[float, Answers] = {}
             for sigma in sigmas:

@@ -8,7 +8,7 @@ from estune.config import ESConfig
 from estune.console import say
 from estune.errors import UserError
 from estune.models.names import local_directory
-from estune.run.checkpoint import BASE_DIRECTORY, anchor_reader, write_model
+from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import JOURNAL_FILE, check_base, check_parameters, replay_steps
 from estune.run.journal import Journal
 from estune.run.resume import located, refuse_lost
@@ -31,17 +31,17 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
         config["model"] = model
     args = ESConfig.from_mapping(config, f"the journal of {run}")
     engine = setup.load_engine(args)
-    check_base(journal, engine.theta.fingerprint(), args.model)
-    check_parameters(journal, engine.theta.specs)
-    anchor = None
+    check_base(journal, engine.fingerprint(), args.model)
+    check_parameters(journal, engine.specs)
     if args.weight_decay_anchor == "base":
         own = run / BASE_DIRECTORY
         source = own if own.exists() else local_directory(args.model)
-        anchor = anchor_reader(source, engine.theta) if source else None
-    replay_steps(journal, engine, 0, step, anchor)
-    write_model(output_dir, engine, float32=False)
+        if source is not None:
+            engine.open_anchor([source])
+    replay_steps(journal, engine, 0, step)
+    engine.save(output_dir, float32=False)
     proven = step < len(journal.steps) or step in journal.checkpoints
     unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
     how = "replayed and verified" if proven else unproven
-    say(f"estune: {step} steps {how}, fingerprint {engine.theta.fingerprint()}, in {output_dir}")
+    say(f"estune: {step} steps {how}, fingerprint {engine.fingerprint()}, in {output_dir}")
     return 0

@@ -24,7 +24,7 @@ from estune.compare.tables import base_digest
 from estune.config import EVALUATE_FIELDS, ESConfig
 from estune.console import warn
 from estune.data.columns import reward_inputs
-from estune.engines.base import Engine
+from estune.engines.base import LocalEngine
 from estune.environment import code_digest
 from estune.errors import UserError
 from estune.es.types import Prompt
@@ -48,7 +48,7 @@ CONSTANTS, CONSTANT_ROWS = 10, 500  # answers that are tried as a constant, on a
 class Base:
     """What measurements of tuned models refer to: the base's engine, and what was found when it was measured."""
 
-    engine: Engine
+    engine: LocalEngine
     judged: Judged
     never_solved: list[int]
 
@@ -74,7 +74,7 @@ def measure_base(comparison: Comparison, model: str, file: Path) -> None:
         unsolved = never_solved(comparison, args, engine, rows, result, judges)
         result["never_solved"] = unsolved
         result["discovery_control"] = discovery(comparison, args, engine, unsolved, judges)
-    write_json(file, {**result, "model": model, "fingerprint": engine.theta.fingerprint(), "code": code_digest()})
+    write_json(file, {**result, "model": model, "fingerprint": engine.fingerprint(), "code": code_digest()})
 
 
 def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
@@ -143,7 +143,7 @@ def measure_constant(comparison: Comparison, model: str, file: Path) -> None:
         tried = {text: judges.right(args, train, text) for text in common}
         says = max(common, key=lambda text: sum(tried[text]))
         right = judges.right(args, rows, says)
-    tokenizer = setup.load_engine(args).tokenizer
+    tokenizer = setup.load_engine(args).assets.tokenizer
     found = {
         "says": says,
         "n": len(rows),
@@ -198,7 +198,7 @@ class Judges:
         scores = grader.submit(RewardBatch(prompts, completions, [[]] * len(rows), columns)).result().rewards[:, 0]
         return [is_right(score) for score in scores]
 
-    def answer(self, args: ESConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
+    def answer(self, args: ESConfig, engine: LocalEngine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
         """Answer rows with a model and score the answers, as `estune evaluate` does.
 
         Raises:
@@ -212,14 +212,16 @@ class Judges:
         )  # fmt: skip
         broken = evaluation.summary().get("non_finite_ratio", 0.0)
         if broken == 1.0:
-            raise UserError(broken_model(args.model, engine.compute_dtype))
+            raise UserError(broken_model(args.model, engine.facts.dtype))
         if broken and args.model not in self._broken:
             self._broken.add(args.model)
-            warn(f"{args.model}: {evaluation.warning(engine.compute_dtype)}")
+            warn(f"{args.model}: {evaluation.warning(engine.facts.dtype)}")
         return evaluation, prompts
 
 
-def measure(comparison: Comparison, model: str, engine: Engine, base: Base | None, judges: Judges) -> dict[str, Any]:
+def measure(
+    comparison: Comparison, model: str, engine: LocalEngine, base: Base | None, judges: Judges
+) -> dict[str, Any]:
     """Return what is reported of a model.
 
     Args:
@@ -261,7 +263,7 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
     return result
 
 
-def changes(base: Engine, tuned: Engine, run: Path, steps: int) -> dict[str, Any]:
+def changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int) -> dict[str, Any]:
     """Return how far the parameters moved: norms (L2), share, straightness, and the distribution of single changes.
 
     The run may have gone on since: its first ``steps`` steps are what made the model.
@@ -294,7 +296,13 @@ def of_greedy(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def sample(
-    args: ESConfig, engine: Engine, rows: Rows, count: int, temperature: float, judges: Judges, seed: int = SAMPLE_SEED
+    args: ESConfig,
+    engine: LocalEngine,
+    rows: Rows,
+    count: int,
+    temperature: float,
+    judges: Judges,
+    seed: int = SAMPLE_SEED,
 ) -> Evaluation:
     """Return ``count`` samples of each row."""
     sampling = dataclasses.replace(args, temperature=temperature, num_generations=count, seed=seed)
@@ -302,7 +310,7 @@ def sample(
 
 
 def never_solved(
-    comparison: Comparison, args: ESConfig, engine: Engine, rows: Rows, found: dict[str, Any], judges: Judges
+    comparison: Comparison, args: ESConfig, engine: LocalEngine, rows: Rows, found: dict[str, Any], judges: Judges
 ) -> list[int]:
     """Return which of `discovery_rows` the base solves neither greedily nor in any of `discovery_samples` samples.
 
@@ -327,7 +335,7 @@ def never_solved(
 
 
 def discovery(
-    comparison: Comparison, args: ESConfig, engine: Engine, unsolved: Sequence[int], judges: Judges
+    comparison: Comparison, args: ESConfig, engine: LocalEngine, unsolved: Sequence[int], judges: Judges
 ) -> list[int]:
     """Return how many of `samples` samples of each row in ``unsolved`` are right, (unsolved,).
 
@@ -341,7 +349,7 @@ def discovery(
     return sample(args, engine, asked, measuring.samples, measuring.temperature, judges, DISCOVERY_SEED).right()
 
 
-def retained(comparison: Comparison, model: str, engine: Engine, kept: Retained, judges: Judges) -> dict[str, Any]:
+def retained(comparison: Comparison, model: str, engine: LocalEngine, kept: Retained, judges: Judges) -> dict[str, Any]:
     """Return the greedy accuracy on another task, or under another prompt, scored by that task's own reward."""
     args = retained_config(comparison, model, kept)
     rows = get_task(kept.task, args.allow_unsandboxed_code).load(kept.split)[: kept.rows or None]
@@ -361,7 +369,7 @@ def retained_config(comparison: Comparison, model: str, kept: Retained) -> ESCon
     return evaluation_config(comparison, model, **{**kept.settings, **own})
 
 
-def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:
+def divergence(engine: LocalEngine, base: LocalEngine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:
     """Return KL(model || base) per token, by the k3 estimator on the first sample of each of ``prompts``.
 
     ``sampled`` are samples of the model at temperature 1, of these prompts and perhaps further ones.

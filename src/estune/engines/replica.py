@@ -68,8 +68,8 @@ class LocalReplica:
         """Return the fingerprint of theta."""
         return self.theta.fingerprint()
 
-    def load(self, directory: Path) -> None:
-        """Read float32 weights; see `Replica.load`."""
+    def load_weights(self, directory: Path) -> None:
+        """Read float32 weights; see `Replica.load_weights`."""
         file = TensorFile(directory / WEIGHTS_FILE)
         for spec in self.specs:
             if spec.name not in file.entries or file.shape(spec.name) != tuple(spec.shape):

@@ -22,7 +22,16 @@ from estune.engines.base import EngineFacts
 from estune.engines.replica import LocalReplica
 from estune.errors import UserError
 from estune.es.theta import HostTheta
-from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, ParameterSpec, Perturbation, Prompt, Sampling
+from estune.es.types import (
+    Completion,
+    GroupAnswer,
+    GroupJob,
+    Interrupted,
+    ParameterSpec,
+    Perturbation,
+    Prompt,
+    Sampling,
+)
 
 SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
 MODEL_TYPE = "estune-toy"

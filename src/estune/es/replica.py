@@ -41,7 +41,7 @@ class Replica(Protocol):
     def fingerprint(self) -> str:
         """Return the fingerprint of theta."""
 
-    def load(self, directory: Path) -> None:
+    def load_weights(self, directory: Path) -> None:
         """Read theta from a directory that holds float32 weights.
 
         Raises:

@@ -12,8 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from estune.errors import UserError
 from estune.es.replica import Replica
 from estune.es.theta import fingerprint
@@ -26,7 +24,6 @@ from estune.files import (
     sync_directory,
     sync_tree,
     write_json,
-    writing,
 )
 from estune.models.tensor_files import WEIGHTS_FILE, TensorFile
 

@@ -115,9 +115,7 @@ class Run:
                 path.unlink()
         mark.unlink()
 
-    def begin(
-        self, replica: Replica, engine: Mapping[str, Any], reproducible: bool | None, facts: Facts
-    ) -> None:
+    def begin(self, replica: Replica, engine: Mapping[str, Any], reproducible: bool | None, facts: Facts) -> None:
         """Write a new run's configuration, environment and journal header; compare an old one's with what is now.
 
         Args:
@@ -207,7 +205,7 @@ class Run:
             if reason is None and not self._belongs(state, steps_done):
                 reason = "it belongs to another run"
             if reason is None:
-                replica.load(directory)
+                replica.load_weights(directory)
                 return steps_done, damaged
             damaged.append((steps_done, reason))
         return 0, damaged
@@ -644,5 +642,4 @@ def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> M
             raise UserError(f"theta after step {record['step']} is not what the journal says it was")
     if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
         raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
-    engine.theta_changed()
     return moved

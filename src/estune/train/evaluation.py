@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from estune.engines.base import Engine
+from estune.engines.base import LocalEngine
 from estune.es.fitness import mean, weigh
 from estune.es.population import EVAL_PERSON
-from estune.es.types import Prompt, Sampling
-from estune.rewards.pool import RewardPool
+from estune.es.types import GroupJob, Prompt, Sampling
+from estune.rewards.pool import RewardPool, RewardResult
 from estune.run.records import is_right
 from estune.train.rollouts import Completions, Evaluator, Group, scored
 
@@ -152,18 +153,28 @@ def evaluate(
     Raises:
         Interrupted: the run was asked to stop.
     """
-    sampling = of_evaluations(sampling)
-    running = []
+    sampling, checksum = of_evaluations(sampling), evaluator.engine.checksum()
     grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
-    for start in range(0, len(rows), batch):
-        part, part_prompts = rows[start : start + batch], prompts[start : start + batch]
-        [(group, completions, future)] = evaluator.start(None, part, part_prompts, sampling, trainer_state, True)
-        graded = grader.score(part, part_prompts, completions, trainer_state) if grader else None
-        running.append((part_prompts, completions, group, future, graded))
-        progress(min(start + batch, len(rows)))
+    jobs = (
+        GroupJob((start,), (None,), checksum, tuple(prompts[start : start + batch]), sampling)
+        for start in range(0, len(rows), batch)
+    )
+
+    def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
+        return rows[job.indices[0] : job.indices[0] + len(job.prompts)]
+
+    running: dict[int, tuple[Completions, Group, Future[RewardResult], Future[RewardResult] | None]] = {}
+    done = 0
+    for start, group, completions, future in evaluator.submit(jobs, rows_of, trainer_state, True):
+        part = slice(start, start + batch)
+        graded = grader.score(rows[part], prompts[part], completions, trainer_state) if grader else None
+        running[start] = completions, group, future, graded
+        done += len(completions)
+        progress(done)
     evaluated: list[EvaluatedRow] = []
-    for part_prompts, completions, group, future, graded in running:
-        evaluator.finish(group, scored(future, evaluator.should_stop), sampling.num_generations)
+    for start, (completions, group, future, graded) in sorted(running.items(), key=lambda item: item[0]):
+        part_prompts = prompts[start : start + batch]
+        evaluator.complete(group, scored(future, evaluator.should_stop), sampling.num_generations)
         accuracy = None
         if graded is not None:
             result = scored(graded, evaluator.should_stop)
@@ -180,7 +191,7 @@ def of_evaluations(sampling: Sampling) -> Sampling:
 
 
 def check_batches(
-    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
+    engine: LocalEngine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
 ) -> dict[str, Any] | None:
     """Answer evaluated rows once more, in batches of another size, and count the rows with other tokens.
 

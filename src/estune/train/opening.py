@@ -22,7 +22,7 @@ from estune.monitor.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monit
 from estune.monitor.panel import PanelMonitor
 from estune.monitor.trackers import keep_trackers, known_trackers, start_logger
 from estune.rewards.pool import INLINE_WARNING, RewardPool
-from estune.run.checkpoint import BASE_DIRECTORY, anchor_reader, load_master, write_model
+from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import Run, open_run
 from estune.train import setup
 from estune.train.rollouts import Evaluator
@@ -56,7 +56,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
         args = trainer.args = run.args = setup.resolve_with_engine(args, engine, train_prompts)
         eval_prompts = setup.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
         if run.is_new:
-            engine.check_assets()
+            engine.assets.check()
             refuse_broken_theta(args, engine, train_prompts, 0)
         facts = setup.facts_of(
             trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
@@ -77,7 +77,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             prompts = [train_prompts[row] for row in first.rows]
             say("estune: checking that the same prompts give the same answers twice")
             reproducible = engine.check_reproducible(members, prompts, sampling)
-        run.begin(engine, reproducible, facts)
+        run.begin(engine, engine.facts.header, reproducible, facts)
         keep_trackers(run.path, {**trackers, **started})
         replayed, last_move = run.recover(engine)
         if run.steps_done:
@@ -105,7 +105,7 @@ def open_session(trainer: ESTrainer) -> Iterator[Session]:
             eval_prompts=eval_prompts,
             batches=batches,
             monitors=monitors,
-            checksum=engine.theta.checksum(),
+            checksum=engine.checksum(),
             tokens=run.tokens_before(),
             train_time_s=run.train_time_s(),
             **run_so_far(args, run),
@@ -154,18 +154,17 @@ def _keep_base(trainer: ESTrainer, run: Run) -> None:
 
     A module that was given may have moved since the run began, so a resume reads theta_0 from the run.
     """
-    master, own = trainer.engine.theta, run.path / BASE_DIRECTORY
+    engine, own = trainer.engine, run.path / BASE_DIRECTORY
     if trainer.has_module and not run.is_new:
-        load_master(own, master)
-        trainer.engine.master_changed()
+        engine.load_weights(own)
     anchored = run.args.weight_decay_anchor == "base"
     source = None if trainer.has_module else local_directory(run.args.model)
-    anchor = anchor_reader(source, master) if source and anchored else None
-    if trainer.has_module or (anchored and anchor is None):
+    is_open = anchored and source is not None and engine.open_anchor([source])
+    if trainer.has_module or (anchored and not is_open):
         if run.is_new:
-            write_model(own, trainer.engine, float32=True)
-        anchor = anchor_reader(own, master)
-    run.anchor = anchor if anchored else None
+            engine.save(own, float32=True)
+        if anchored:
+            engine.open_anchor([own])
 
 
 def start_monitors(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -22,7 +22,7 @@ import numpy as np
 from estune.console import warn
 from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
-from estune.es.types import Completion, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
 from estune.files import is_count, is_number
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 from estune.run.journal import Pending
@@ -114,48 +114,59 @@ class Evaluator:
     members_done: Callable[[int], None] = lambda done: None  # told how many of a step's members have answered
     complained: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
 
-    def start(
+    def submit(
         self,
-        perturbations: Sequence[Perturbation] | None,
-        rows: Sequence[dict[str, Any]],
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
+        jobs: Iterable[GroupJob],
+        rows_of: Callable[[GroupJob], Sequence[dict[str, Any]]],
         trainer_state: dict[str, Any],
         keep_text: bool,
-    ) -> list[tuple[Group, Completions, Future[RewardResult]]]:
-        """Generate the completions (B, G) of some members (M), or theta's, and hand them to the reward pool.
+    ) -> Iterator[tuple[int, Group, Completions, Future[RewardResult]]]:
+        """Let the engine answer groups, and hand the completions of each member to the reward pool.
 
-        Each of the M results is to be completed by `finish`; times are shared out evenly.
+        Args:
+            jobs: whose first indices differ.
+            rows_of: returns the rows (B,) that a job's prompts were made of.
+            trainer_state: for reward functions.
+            keep_text: keep completions as text.
+
+        Yields:
+            The member's index, its `Group` without rewards, its completions (B, G), and the rewards to come; `complete`
+            puts the rewards into the group. Times are shared out evenly over the members of a job.
         """
-        started, perturbed = time.perf_counter(), self.engine.perturb_s
-        if perturbations is None:
-            answered = [self.engine.generate(None, prompts, sampling, self.should_stop)]  # (1, B, G)
-        else:
-            answered = self.engine.generate_population(perturbations, prompts, sampling, self.should_stop)  # (M, B, G)
-        perturb_s = self.engine.perturb_s - perturbed
-        generate_s = time.perf_counter() - started - perturb_s
-        handed_over = []
-        for completions in answered:
-            group = Group(
-                rewards=[],
-                failed=[],
-                lengths=[[len(c.token_ids) for c in row] for row in completions],
-                finished=[[c.finished for c in row] for row in completions],
-                finite=[[c.finite for c in row] for row in completions],
-                digests=[[digest(c.token_ids) for c in row] for row in completions],
-                prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * sampling.num_generations,
-                generate_s=generate_s / len(answered),
-                perturb_s=perturb_s / len(answered),
-            )
-            if keep_text:
-                group.completions = [
-                    [self.response_prefix + self.text(prompt, c.token_ids) for c in answers]
-                    for prompt, answers in zip(prompts, completions, strict=True)
-                ]
-            handed_over.append((group, completions, self.score(rows, prompts, completions, trainer_state)))
-        return handed_over
+        for job, answer in self._answers(jobs):
+            rows, n_members = rows_of(job), len(answer.indices)
+            for index, completions in zip(answer.indices, answer.completions, strict=True):
+                group = Group(
+                    rewards=[],
+                    failed=[],
+                    lengths=[[len(c.token_ids) for c in row] for row in completions],
+                    finished=[[c.finished for c in row] for row in completions],
+                    finite=[[c.finite for c in row] for row in completions],
+                    digests=[[digest(c.token_ids) for c in row] for row in completions],
+                    prompt_tokens=sum(len(prompt.token_ids) for prompt in job.prompts) * job.sampling.num_generations,
+                    generate_s=answer.generate_s / n_members,
+                    perturb_s=answer.perturb_s / n_members,
+                )
+                if keep_text:
+                    group.completions = [
+                        [self.text(prompt, c.token_ids) for c in row]
+                        for prompt, row in zip(job.prompts, completions, strict=True)
+                    ]
+                yield index, group, completions, self.score(rows, job.prompts, completions, trainer_state)
 
-    def finish(self, group: Group, result: RewardResult, num_generations: int) -> Group:
+    def _answers(self, jobs: Iterable[GroupJob]) -> Iterator[tuple[GroupJob, GroupAnswer]]:
+        """Yield each answer with its job."""
+        asked: dict[tuple[int, ...], GroupJob] = {}
+
+        def remembered() -> Iterator[GroupJob]:
+            for job in jobs:
+                asked[job.indices] = job
+                yield job
+
+        for answer in self.engine.answers(remembered(), self.should_stop):
+            yield asked[answer.indices], answer
+
+    def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put a group's scores into it; a completion that is not finite failed for every reward function."""
         shape = (-1, num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
@@ -182,11 +193,11 @@ class Evaluator:
         space in front of the first word of what it decodes.
         """
         if self.response_prefix:
-            last = self.engine.decode(prompt.token_ids[-1:])
-            whole = self.engine.decode([*prompt.token_ids[-1:], *token_ids])
+            last = self.engine.assets.decode(prompt.token_ids[-1:])
+            whole = self.engine.assets.decode([*prompt.token_ids[-1:], *token_ids])
             if whole.startswith(last):
                 return whole[len(last) :]
-        return self.engine.decode(token_ids)
+        return self.engine.assets.decode(token_ids)
 
     def score(
         self,
@@ -202,7 +213,7 @@ class Evaluator:
         given, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
         return self.pool.submit(RewardBatch(given, answers, token_ids, columns, trainer_state))
 
-    def theta(
+    def evaluate_theta(
         self,
         rows: Sequence[dict[str, Any]],
         prompts: Sequence[Prompt],
@@ -210,10 +221,11 @@ class Evaluator:
         trainer_state: dict[str, Any],
     ) -> Rollouts:
         """Evaluate theta itself on a step's prompts: (1, B, G) rollouts."""
-        [(group, _, future)] = self.start(None, rows, prompts, sampling, trainer_state, False)
-        return stack([self.finish(group, scored(future, self.should_stop), sampling.num_generations)])
+        job = GroupJob((0,), (None,), self.engine.checksum(), tuple(prompts), sampling)
+        [(_, group, _, future)] = self.submit([job], lambda _: rows, trainer_state, False)
+        return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
 
-    def population(
+    def evaluate_population(
         self,
         perturbations: Sequence[Perturbation],
         rows: Sequence[dict[str, Any]],
@@ -221,6 +233,7 @@ class Evaluator:
         sampling: Sampling,
         trainer_state: dict[str, Any],
         *,
+        theta_checksum: str,
         members_per_batch: int,
         pending: Pending,
         head: str,
@@ -234,6 +247,7 @@ class Evaluator:
             prompts: (B,).
             sampling: how completions are decoded.
             trainer_state: for reward functions.
+            theta_checksum: of the theta that the members are perturbations of.
             members_per_batch: members that answer together.
             pending: where finished members are put.
             head: the journal's head, which ties them to this step.
@@ -246,24 +260,28 @@ class Evaluator:
         shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
         known = known_groups(pending.read(head), n_members, shape, keep_text)
         groups: dict[int, Group] = dict(known)
+        answered = set(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
+
+        def jobs() -> Iterator[GroupJob]:
+            for first in range(0, n_members, members_per_batch):
+                batch = tuple(range(first, min(first + members_per_batch, n_members)))
+                if not all(index in known for index in batch):
+                    chosen = tuple(perturbations[index] for index in batch)
+                    yield GroupJob(batch, chosen, theta_checksum, tuple(prompts), sampling)
 
         def collect(wait: bool) -> None:
             while scoring and (wait or scoring[0][2].done()):
                 index, group, future = scoring[0]
-                groups[index] = self.finish(group, scored(future, self.should_stop), sampling.num_generations)
+                groups[index] = self.complete(group, scored(future, self.should_stop), sampling.num_generations)
                 scoring.pop(0)
                 pending.append(head, index, vars(groups[index]))
 
         try:
-            for first in range(0, n_members, members_per_batch):
-                batch = range(first, min(first + members_per_batch, n_members))
-                if all(index in known for index in batch):
-                    continue
-                chosen = [perturbations[index] for index in batch]
-                started = self.start(chosen, rows, prompts, sampling, trainer_state, keep_text)
-                scoring.extend((index, group, future) for index, (group, _, future) in zip(batch, started, strict=True))
-                self.members_done(batch.stop)
+            for index, group, _, future in self.submit(jobs(), lambda _: rows, trainer_state, keep_text):
+                answered.add(index)
+                scoring.append((index, group, future))
+                self.members_done(len(answered))
                 collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):
@@ -274,6 +292,19 @@ class Evaluator:
         rollouts = stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
         rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
         return rollouts
+
+
+def answers_of_theta(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, should_stop: Callable[[], bool] = lambda: False
+) -> Completions:
+    """Return theta's own completions (B, G) of some prompts.
+
+    Raises:
+        Interrupted: ``should_stop`` turned true between two tokens.
+    """
+    job = GroupJob((0,), (None,), engine.checksum(), tuple(prompts), sampling)
+    [answer] = engine.answers([job], should_stop)
+    return answer.completions[0]
 
 
 def digest(token_ids: Sequence[int]) -> str:

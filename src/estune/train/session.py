@@ -21,7 +21,7 @@ from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.noise import lowrank_scale, perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.theta import Moved
-from estune.es.types import Member, Perturbation, Prompt
+from estune.es.types import Member, Perturbation, Prompt, num_parameters
 from estune.es.update import Update, scheduled
 from estune.models.hub import push
 from estune.monitor.panel import PanelMonitor, Said
@@ -32,7 +32,7 @@ from estune.run.directory import Run, refuse_diverged
 from estune.run.journal import step_record
 from estune.train import metrics, setup
 from estune.train.open_run import OpenRun, Rows
-from estune.train.rollouts import Rollouts, digest
+from estune.train.rollouts import Rollouts, answers_of_theta, digest
 from estune.train.sigma_watch import BesideMembers, Watch
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
 
@@ -111,16 +111,16 @@ class Session(OpenRun):
 
     def announce(self, replayed: int) -> None:
         """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
-        args, master, run = self.args, self.engine.theta, self.run
-        moving = sum(int(np.prod(spec.shape)) for spec in master.specs if spec.perturbed)
-        share = "all" if moving == master.num_parameters else f"{moving / master.num_parameters:.1%} of"
+        args, run, size = self.args, self.run, num_parameters(self.engine.specs)
+        moving = num_parameters(spec for spec in self.engine.specs if spec.perturbed)
+        share = "all" if moving == size else f"{moving / size:.1%} of"
         data = args.task or args.dataset_name or "your dataset"
-        say(f"estune: {args.model}, {share} {master.num_parameters:,} parameters; {data}: {len(self.train_rows)} "
+        say(f"estune: {args.model}, {share} {size:,} parameters; {data}: {len(self.train_rows)} "
             f"training rows, {len(self.eval_rows)} held out")  # fmt: skip
         say(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
               f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
         if args.noise == "lowrank":
-            shared = self.engine.info().get("shared_forward")
+            shared = self.engine.facts.shared_forward
             together = f"{args.members_per_batch} in a forward pass" if shared else "one after another"
             say(f"estune: low-rank noise, rank {args.rank}; members {together}")
         warn_of_inputs(args, self.engine, self.train_prompts)
@@ -143,12 +143,13 @@ class Session(OpenRun):
             self.perturb_cos = self.engine.perturb_cosine(step.perturbation(step.members[0]))
             metrics.warn_of_coarse_weights(self.perturb_cos)
         rows, prompts = self._inputs(step)
-        rollouts = self.evaluator.population(
+        rollouts = self.evaluator.evaluate_population(
             [step.perturbation(member) for member in step.members],
             rows,
             prompts,
             setup.sampling(self.args, step.index),
             self.trainer_state(step.index),
+            theta_checksum=self.checksum,
             members_per_batch=int(self.args.members_per_batch),
             pending=self.run.pending,
             head=self.run.journal.head,
@@ -175,10 +176,10 @@ class Session(OpenRun):
         if not is_ranked and not (step.index == 0 and self.asks_theta_first):
             if not self.watch.wants_theta(rollouts.modal_ratio):
                 return BesideMembers()
-            answers = self.engine.generate(None, prompts, sampling, self.evaluator.should_stop)
+            answers = answers_of_theta(self.engine, prompts, sampling, self.evaluator.should_stop)
             own = np.array([[digest(completion.token_ids) for completion in row] for row in answers])  # (B, G)
             return BesideMembers(equal=float(np.mean(digests == own)))
-        theta = self.evaluator.theta(rows, prompts, sampling, self.trainer_state(step.index))
+        theta = self.evaluator.evaluate_theta(rows, prompts, sampling, self.trainer_state(step.index))
         rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, theta.failed])
         weights = self.rewards.weights
@@ -241,8 +242,7 @@ class Session(OpenRun):
     def move(self, update: Update) -> None:
         """Apply the journalled update to theta, and tell the monitors."""
         self.move_started = time.perf_counter()
-        moved = self.engine.theta.update(update, self.run.anchor)
-        self.engine.master_changed()
+        moved = self.engine.apply(update)
         self.checksum = moved.checksum
         refuse_diverged(moved, self.run.steps_done)
         timing = metrics.Timing(self.started, self.move_started, time.perf_counter())

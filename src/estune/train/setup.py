@@ -19,7 +19,7 @@ from estune.console import warn
 from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
-from estune.engines.base import Engine
+from estune.engines.base import LocalEngine
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.identity import encode, rows_digest
@@ -203,13 +203,13 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     return environment.cores() if size >= LARGE_BYTES else 1
 
 
-def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ESConfig:
+def resolve_with_engine(args: ESConfig, engine: LocalEngine, prompts: Sequence[Prompt]) -> ESConfig:
     """Return the configuration with what only the loaded engine can say: dtype, device, ``members_per_batch``.
 
     The last one comes from the memory that is free now. Full-rank members always answer one at a time. Of low-rank ones
     as many share a forward pass as fit and are worth it; the population is cut into batches of nearly equal size.
     """
-    args = dataclasses.replace(args, dtype=engine.compute_dtype, device=engine.info()["device"])
+    args = dataclasses.replace(args, dtype=engine.facts.dtype, device=engine.facts.device)
     if args.method not in OF_METHODS["members_per_batch"]:
         return args
     if args.members_per_batch != "auto":
@@ -236,7 +236,7 @@ def check_model(model: str, revision: str | None = None) -> None:
     loading.check_model(model, revision)
 
 
-def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Engine:
+def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> LocalEngine:
     """Load the engine of a resolved configuration; ``model`` may be a module from Python.
 
     Raises:
@@ -245,14 +245,13 @@ def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> Eng
     assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
     if args.engine == "toy" or (model is None and _is_toy(args.model)):
         from estune.engines.toy import ToyEngine
-        from estune.run.checkpoint import load_master
 
         for name, harmless in NOT_FOR_THE_TOY.items():
             if getattr(args, name) not in harmless:
                 raise UserError(f"the toy engine has no use for {name}")
         toy = ToyEngine(args.num_threads, noise=args.noise)
         if args.model != "toy":
-            load_master(Path(args.model), toy.theta)
+            toy.load_weights(Path(args.model))
         return toy
     from estune.engines.hf.engine import HFEngine
 
@@ -289,7 +288,7 @@ def _is_toy(model: str) -> bool:
 
 def facts_of(
     rewards: Rewards,
-    engine: Engine,
+    engine: LocalEngine,
     rows: Rows,
     prompts: Sequence[Prompt],
     held_out: Rows,
@@ -301,7 +300,7 @@ def facts_of(
         UserError: a value of a column cannot be compared; the sentence names row, column and type.
     """
     identity = {
-        **engine.identity(),
+        **engine.assets.identity(),
         "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
         "held_out": data_identity(held_out, held_out_prompts) if held_out else None,
     }
@@ -370,7 +369,7 @@ def evaluation_sampling(args: ESConfig) -> Sampling:
 
 
 def build_prompts(
-    args: ESConfig, engine: Engine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
+    args: ESConfig, engine: LocalEngine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
 ) -> list[Prompt]:
     """Tokenise rows once: (rows,) prompts with ``row_id`` the index.
 
@@ -378,22 +377,22 @@ def build_prompts(
         UserError: a prompt with its completion does not fit the model's context.
     """
     builder = PromptBuilder(
-        engine.tokenizer,
+        engine.assets.tokenizer,
         apply_chat_template=args.apply_chat_template,
         chat_template_kwargs=args.chat_template_kwargs,
         system_prompt=args.system_prompt,
         response_prefix=args.response_prefix,
-        max_context=engine.max_context,
+        max_context=engine.facts.max_context,
         max_completion_length=args.max_completion_length,
         is_builtin_task=is_builtin_task,
-        vocab_size=engine.vocab_size,
+        vocab_size=engine.facts.vocab_size,
     )
     if (
         args.chat_template_kwargs
         and rows
         and not (
             args.apply_chat_template == "true"
-            or (is_builtin_task and getattr(engine.tokenizer, "chat_template", None))
+            or (is_builtin_task and getattr(engine.assets.tokenizer, "chat_template", None))
             or any(not isinstance(row["prompt"], str) for row in rows)
         )
     ):

@@ -16,6 +16,7 @@ from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Completion, Prompt
 from estune.train import setup
+from estune.train.rollouts import answers_of_theta
 
 FEW_TOKENS = 4  # of an answer that only shows whether the logits are finite
 WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
@@ -41,7 +42,7 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
         num_generations=1,
         max_completion_length=min(FEW_TOKENS, args.max_completion_length),
     )
-    return are_finite(engine.generate(None, [prompts[row] for row in rows], greedy))
+    return are_finite(answers_of_theta(engine, [prompts[row] for row in rows], greedy))
 
 
 def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
@@ -59,10 +60,10 @@ def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
     if theta_is_finite(args, engine, prompts):
         return
     if steps_done:
-        dtype = engine.compute_dtype
+        dtype = engine.facts.dtype
         raise UserError(f"theta diverged in step {steps_done}, its logits are not finite in {dtype}: lower "
                         f"learning_rate{_or_wider(dtype)}; earlier checkpoints are whole")  # fmt: skip
-    raise UserError(broken_model(args.model, engine.compute_dtype))
+    raise UserError(broken_model(args.model, engine.facts.dtype))
 
 
 def broken_model(model: str, dtype: str) -> str:
@@ -73,7 +74,7 @@ def broken_model(model: str, dtype: str) -> str:
 
 def broken_population(engine: Engine, step: int, sigma: float, theta_is_broken: bool) -> str:
     """Return the sentence that stops a run in which no member of a step (1-based) gave finite logits."""
-    dtype = engine.compute_dtype
+    dtype = engine.facts.dtype
     cause = "theta itself is broken, lower learning_rate" if theta_is_broken else f"lower sigma ({sigma:g})"
     return (f"step {step}: the logits behind every completion of every member are not finite in {dtype}: "
             f"{cause}{_or_wider(dtype)}; the {step - 1} steps before are in the journal")  # fmt: skip
@@ -91,7 +92,7 @@ def warn_of_inputs(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) ->
         engine: whose end tokens count; the toy engine's answers end by themselves.
         prompts: all rows that will be asked.
     """
-    if engine.tokenizer is not None and not engine.end_tokens and not args.stop_strings:
+    if engine.assets.tokenizer is not None and not engine.assets.end_tokens and not args.stop_strings:
         warn(
             "no token ends a completion (neither the model's generation_config nor its tokenizer names one), so every "
             "completion has max_completion_length tokens; give --stop_strings"

@@ -19,14 +19,14 @@ from typing import Any
 from estune.config import ESConfig
 from estune.console import say, warn
 from estune.data.batches import Batches
-from estune.engines.base import Engine
+from estune.engines.base import LocalEngine
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.types import Interrupted, Prompt
 from estune.es.update import make_update
 from estune.models.hub import push
 from estune.run.card import CARD_FILE, write_card
-from estune.run.checkpoint import BASE_DIRECTORY, write_model
+from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import is_finished, refuse_rows_from_python
 from estune.train import setup
 from estune.train.opening import hub_repository, open_session
@@ -88,7 +88,7 @@ class ESTrainer:
         self.given = dataclasses.replace(args, model="auto") if self.has_module else args
         self.args = setup.resolve_config(args, len(self.train_rows), self._module)
         Batches(len(self.train_rows), int(self.args.batch_size), self.args.seed)  # refuses a batch above the rows
-        self._engine: Engine | None = None
+        self._engine: LocalEngine | None = None
         self.stopped = False  # whether the last `train` was asked to stop before its end
         self.asks_theta_first = True  # let theta answer the first step's rows, too: a baseline for warnings
 
@@ -141,7 +141,7 @@ class ESTrainer:
         return self._module is not None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> LocalEngine:
         """The engine, loaded on first use."""
         if self._engine is None:
             self._engine = setup.load_engine(self.args, self._module, self._processing_class)
@@ -149,7 +149,7 @@ class ESTrainer:
 
     def save_model(self, output_dir: str | Path) -> None:
         """Write theta as a Hugging Face model, cast once to the compute dtype."""
-        write_model(Path(output_dir), self.engine, float32=False)
+        self.engine.save(Path(output_dir), float32=False)
 
     def prepare(self) -> list[Prompt]:
         """Load the engine and tokenise the training rows: everything that can fail before a run is written."""

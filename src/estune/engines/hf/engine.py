@@ -9,15 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from estune import environment
 from estune.console import warn
-from estune.engines.hf import allocator, attention, callers, decoding, end_ids, identity, small_linear, trials
 from estune.engines.base import EngineFacts
+from estune.engines.hf import allocator, attention, callers, decoding, identity, small_linear, trials
 from estune.engines.hf.assets import HFAssets
 from estune.engines.hf.loading import files_of, load_model, load_tokenizer, master_of, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
@@ -48,6 +47,8 @@ class HFEngine(LocalReplica):
     ``stored_dtypes`` maps stored names to the dtype the working model holds them in ("bfloat16", ...): some models
     keep a few parameters in float32 whatever the compute dtype.
     """
+
+    assets: HFAssets
 
     def __init__(
         self,

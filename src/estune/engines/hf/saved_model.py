@@ -11,6 +11,7 @@ import copy
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -21,7 +21,7 @@ from estune.engines.hf.callers import Caller
 from estune.engines.hf.parameters import Binding
 from estune.engines.lowrank.stand_ins import Layout, MatrixStandIn, StandIn, VectorStandIn
 from estune.es.noise import cpu_lowrank, factor_names, noise_keys
-from estune.es.theta import HostTheta
+from estune.es.theta import Theta
 from estune.es.types import Perturbation
 
 MEMORY_SHARE = 0.5  # of the free memory, for the rows of one forward pass
@@ -42,14 +42,14 @@ class Place:
 class SharedForward:
     """A model whose trained parameters can be replaced by stand-ins for the time of a batch."""
 
-    def __init__(self, model: Any, bound: Sequence[Binding], master: HostTheta) -> None:
+    def __init__(self, model: Any, bound: Sequence[Binding], theta: Theta) -> None:
         """``uncovered`` then names parameters that cannot have a stand-in, with the reason."""
         self.model = model
-        self.theta = master
-        self.lowrank = {spec.name for spec in master.specs if spec.perturbed and spec.lowrank}
+        self.theta = theta
+        self.lowrank = {spec.name for spec in theta.specs if spec.perturbed and spec.lowrank}
         self.parameters: dict[str, torch.Tensor] = {}
         self.uncovered: dict[str, str] = {}
-        trained = {spec.name for spec in master.specs if spec.perturbed}
+        trained = {spec.name for spec in theta.specs if spec.perturbed}
         for binding in bound:
             if binding.name not in trained:
                 continue

@@ -22,7 +22,7 @@ from estune.engines.hf.parameters import Binding
 from estune.engines.lowrank.members import Members, SharedForward
 from estune.engines.lowrank.stand_ins import Uncovered
 from estune.es.noise import lowrank_scale, perturbation_scale
-from estune.es.theta import HostTheta
+from estune.es.theta import Theta
 from estune.es.types import Member, Perturbation
 
 TRIAL_SIGMA = 1e-2
@@ -33,13 +33,13 @@ PART = 8  # the share of the model, one in so many, that is spoiled at a time: i
 
 @torch.inference_mode()
 def shared_forward(
-    model: Any, bound: Sequence[Binding], master: HostTheta, caller: Callable[[], Caller], max_context: int | None
+    model: Any, bound: Sequence[Binding], theta: Theta, caller: Callable[[], Caller], max_context: int | None
 ) -> tuple[SharedForward | None, str]:
     """Return the shared forward pass, or ``None`` and why members have to run one after another.
 
     The working model must hold theta, and holds it again afterwards.
     """
-    shared = SharedForward(model, bound, master)
+    shared = SharedForward(model, bound, theta)
     if shared.uncovered:
         name, reason = next(iter(shared.uncovered.items()))
         return None, _and_others([f"{name} ({reason})", *list(shared.uncovered)[1:]])
