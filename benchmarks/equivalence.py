@@ -48,7 +48,7 @@ class RandnTheta(HostTheta):
         """See `HostTheta.perturb`."""
         written = super().perturb(name, None, out)
         if perturbation is not None and self._spec[name].perturbed:
-            scale = np.float32(perturbation.scale * np.sqrt(8.0) * perturbation.member.sign)
+            scale = np.float32(perturbation.noise.scale * np.sqrt(8.0) * perturbation.member.sign)
             written += scale * self._noise(perturbation.member.seed, name).reshape(written.shape)
         return written
 
@@ -66,7 +66,7 @@ class RandnTheta(HostTheta):
                     total += (q * member.sign) * self._noise(member.seed, spec.name).astype(np.float64)
                 self.arrays[spec.name] += (update.a * np.sqrt(8.0) * total).astype(np.float32)
         self.version += 1
-        return Moved(self.checksum(), 0.0, 0.0)
+        return Moved(tuple(self.specs), self.sums())
 
 
 def child(variant: str, options: list[str]) -> int:

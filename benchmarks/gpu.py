@@ -63,7 +63,7 @@ def main() -> int:
     from estune.es.noise import cpu, factor_names, noise_key, perturbation_scale
     from estune.es.population import members_for_step
     from estune.es.theta import HostTheta
-    from estune.es.types import ParameterSpec, Perturbation
+    from estune.es.types import Noise, ParameterSpec, Perturbation
     from estune.es.update import make_update
     from estune.gpu import check, launch
     from estune.gpu.theta import DeviceTheta
@@ -138,7 +138,7 @@ def main() -> int:
     results["update"] = report(f"update of {n_members} members", measure(work, max(3, options.repeats // 3)), n)
 
     spec = ParameterSpec("w", (n,), True)
-    perturbation = Perturbation(members[0], scale)
+    perturbation = Perturbation(members[0], Noise(scale))
     member = torch.empty(n, dtype=torch.bfloat16, device=device)
     pinned = torch.from_numpy(host).pin_memory()
     work = {"copy up from pinned memory": lambda: theta.copy_(pinned, non_blocking=True)}

@@ -180,11 +180,11 @@ def perturbations(n_members: int, rank: int) -> list[Any]:
     """Return the members of a step, of full noise where ``rank`` is 0."""
     from estune.es.noise import lowrank_scale, perturbation_scale
     from estune.es.population import members_for_step
-    from estune.es.types import Perturbation
+    from estune.es.types import Noise, Perturbation
 
     low = lowrank_scale(SIGMA, rank) if rank else 0.0
     return [
-        Perturbation(member, perturbation_scale(SIGMA), "normal", rank, low)
+        Perturbation(member, Noise(perturbation_scale(SIGMA), "normal", rank, low))
         for member in members_for_step(0, 0, n_members, False)
     ]
 

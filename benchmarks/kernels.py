@@ -36,7 +36,7 @@ from estune.es.noise import perturbation_scale
 from estune.es.noise.cpu import TILE
 from estune.es.noise.lanes import LANES, _sum_lanes
 from estune.es.theta import PIECE, HostTheta
-from estune.es.types import Member, ParameterSpec, Perturbation
+from estune.es.types import Member, Noise, ParameterSpec, Perturbation
 from estune.es.update import make_update
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 49152, 576, 30, 9, 3, 1536  # SmolLM2-135M, output head tied
@@ -124,7 +124,7 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
         return int(draw_noise(min(hi, flat[name][0].size) - lo, lo, table))
 
     def perturb() -> None:
-        perturbation = Perturbation(members[0], perturbation_scale(SIGMA))
+        perturbation = Perturbation(members[0], Noise(perturbation_scale(SIGMA)))
         master.perturb_all(perturbation, live)
 
     def torch_copy() -> None:

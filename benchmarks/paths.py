@@ -68,7 +68,7 @@ def one(model: str, task: str, length: int, run: Path) -> dict[str, Any]:
     steps = [record for record in records if "reward" in record]
     held_out = [record for record in records if "eval_reward" in record]
     said = estune("replay", "--run", str(run), "--output_dir", str(run.with_name(run.name + "-replayed")))
-    of_task, of_length = (f"rewards/{name}/mean" for name in trainer.rewards.names)
+    of_task, of_length = (f"rewards/{name}/mean" for name in trainer.request.rewards.names)
     return {
         "steps": [
             {

@@ -313,7 +313,9 @@ def ramp_update(step: Step) -> Update:
     """Return an update whose utilities are evenly spread and never 0, whatever the rewards were."""
     n = len(step.members)
     utilities = [(2 * index - n + 0.5) / n for index in range(n)]
-    return make_update(step.members, utilities, step.learning_rate, distribution=step.distribution, rank=step.rank)
+    return make_update(
+        step.members, utilities, step.learning_rate, distribution=step.noise.distribution, rank=step.noise.rank
+    )
 
 
 def _parts(rollouts: Any) -> dict[str, float]:

@@ -329,12 +329,12 @@ def count_writes(kill_at, number=signal.SIGKILL):
 def load_kernels():
     """Load the compiled kernels, which every forked process then has."""
     from estune.engines.toy import ToyEngine
-    from estune.es.types import Member, Perturbation
+    from estune.es.types import Member, Noise, Perturbation
     from estune.es.update import make_update
 
     toy, pair = ToyEngine(), (Member(1, 1), Member(2, 1))
     for distribution in ("normal", "rademacher"):
-        toy.vector(Perturbation(pair[0], 0.1, distribution))
+        toy.vector(Perturbation(pair[0], Noise(0.1, distribution)))
         toy.theta.apply(make_update(pair, [1.0, -1.0], 0.1, weight_decay=0.1, distribution=distribution))
 
 

@@ -307,8 +307,10 @@ def _train(values: dict[str, Any]) -> int:
     args = train_config(values)
     from estune.es.types import num_parameters
     from estune.train import setup
+    from estune.train.request import BaseTrainer
     from estune.train.trainer import ESTrainer
 
+    trainer: BaseTrainer
     if args.method == "es":
         trainer = ESTrainer(args=args)
     else:

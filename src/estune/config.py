@@ -428,6 +428,32 @@ class ESConfig:
         return cls(**canonical(values, source))
 
 
+class ResolvedConfig(ESConfig):
+    """The configuration of an open run: every ``auto`` that its method uses is a number.
+
+    `estune.train.setup.resolve_with_engine` makes one, once, when the engine is loaded. Nothing changes it afterwards.
+    """
+
+    learning_rate: float
+    batch_size: int
+    prompts_per_batch: int
+    members_per_batch: int
+    num_threads: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "prompts_per_batch", "members_per_batch", "num_threads"):
+            is_used = self.method in OF_METHODS.get(name, METHODS)
+            if is_used and not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is not resolved")
+        object.__setattr__(self, "_is_frozen", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_is_frozen", False):
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {name} of a resolved configuration")
+        super().__setattr__(name, value)
+
+
 FIELDS = {spec.name: spec for spec in dataclasses.fields(ESConfig)}
 FIELD_TYPES = typing.get_type_hints(ESConfig)
 

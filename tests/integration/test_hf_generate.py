@@ -25,11 +25,11 @@ from estune.engines.toy import ToyEngine
 from estune.errors import UserError
 from estune.es.noise import perturbation_scale
 from estune.es.population import EVAL_PERSON, derive_seed
-from estune.es.types import Completion, Interrupted, Member, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, Interrupted, Member, Noise, Perturbation, Prompt, Sampling
 
 GREEDY = Sampling(seed=0, step=0, max_completion_length=16)
 SAMPLED = replace(GREEDY, temperature=0.8, num_generations=2)
-MEMBER = Perturbation(Member(5, 1), perturbation_scale(1e-2))
+MEMBER = Perturbation(Member(5, 1), Noise(perturbation_scale(1e-2)))
 
 
 def prompts(count: int, longest: int = 20, seed: int = 1) -> list[Prompt]:
@@ -392,7 +392,7 @@ def test_token_logprobs(family: str) -> None:
 
 def test_perturb_cosine_sees_what_a_dtype_swallows(tmp_path: Path) -> None:
     save_tiny("qwen2", tmp_path)
-    small = Perturbation(Member(5, 1), perturbation_scale(1e-3))
+    small = Perturbation(Member(5, 1), Noise(perturbation_scale(1e-3)))
     exact = HFEngine.load(str(tmp_path)).perturb_cosine(small)
     assert exact.keys() == {"bias", "embedding", "matrix", "norm"}
     assert all(value > 0.999 for value in exact.values())

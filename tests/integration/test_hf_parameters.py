@@ -15,7 +15,7 @@ from estune.engines.hf.engine import HFEngine
 from estune.engines.hf.parameters import _pieces_of, _view_at, bindings
 from estune.errors import UserError
 from estune.es.noise import noise_ints, perturbation_scale
-from estune.es.types import Member, Perturbation, Prompt, Sampling
+from estune.es.types import Member, Noise, Perturbation, Prompt, Sampling
 
 SCALE = perturbation_scale(1e-2)
 PROMPTS = [Prompt(0, "", (5, 6, 7)), Prompt(1, "", (80, 81, 82, 83, 84))]
@@ -27,7 +27,7 @@ def stored_state(model: PreTrainedModel, directory: Path) -> dict[str, torch.Ten
 
 
 def member(seed: int, sign: int = 1, distribution: str = "normal") -> Perturbation:
-    return Perturbation(Member(seed, sign), SCALE, distribution)
+    return Perturbation(Member(seed, sign), Noise(SCALE, distribution))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

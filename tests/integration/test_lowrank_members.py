@@ -18,7 +18,7 @@ from estune.engines.hf.engine import HFEngine
 from estune.engines.hf.parameters import bindings
 from estune.engines.lowrank.members import Members, plan_rows
 from estune.es.noise import lowrank_ints, lowrank_scale, noise_ints, perturbation_scale
-from estune.es.types import Completion, Member, Perturbation, Prompt
+from estune.es.types import Completion, Member, Noise, Perturbation, Prompt
 
 SHARED = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma3", "opt", "gpt_neox"]
 SIGMA = 2e-2
@@ -27,7 +27,8 @@ SIGMA = 2e-2
 def members(rank: int, count: int = 3) -> list[Perturbation]:
     scales = perturbation_scale(SIGMA), lowrank_scale(SIGMA, rank)
     return [
-        Perturbation(Member(7 + i // 2, (1, -1)[i % 2]), scales[0], "normal", rank, scales[1]) for i in range(count)
+        Perturbation(Member(7 + i // 2, (1, -1)[i % 2]), Noise(scales[0], "normal", rank, scales[1]))
+        for i in range(count)
     ]
 
 
@@ -45,11 +46,11 @@ def exact_weights(engine: HFEngine, perturbation: Perturbation) -> dict[str, np.
     for spec in engine.theta.specs:
         theta = engine.theta.arrays[spec.name].astype(np.float64)
         if spec.lowrank:
-            n = lowrank_ints(perturbation.member.seed, spec.name, spec.shape, perturbation.rank)
-            weights[spec.name] = theta + perturbation.lowrank_scale * sign * n
+            n = lowrank_ints(perturbation.member.seed, spec.name, spec.shape, perturbation.noise.rank)
+            weights[spec.name] = theta + perturbation.noise.lowrank_scale * sign * n
         elif spec.perturbed:
             n = noise_ints(perturbation.member.seed, spec.name, 0, theta.size).reshape(spec.shape)
-            weights[spec.name] = theta + perturbation.scale * sign * n
+            weights[spec.name] = theta + perturbation.noise.scale * sign * n
         else:
             weights[spec.name] = theta
     return weights

@@ -200,7 +200,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     place_of, holder, fitnesses = (-1, -1), None, []
     for index in range(3):
         step = plan_step(trainer.args, Batches(8, 2, 0), index)
-        drawn = [step.perturbation(member) for member in step.members[:2]]
+        drawn = step.perturbations[:2]
         first = [fitness(one, 4 * index, 2 * index) for one in drawn]
         luckiest = int(np.argmax(first))
         then, now = (fitness(one, 4 * index + 2, 2 * index + 1) for one in (holder, drawn[luckiest]))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from estune.es.noise import cpu, lowrank_ints, noise_deviation, noise_ints, noise_key, perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.theta import PIECE, HostTheta
-from estune.es.types import ParameterSpec, Perturbation
+from estune.es.types import Noise, ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 
 SHAPES = {
@@ -58,7 +58,9 @@ def test_evaluations_leave_theta_bit_identical(rank: int) -> None:
     before, checksum = master.fingerprint(), master.checksum()
     for member in members_for_step(0, 0, 30, antithetic=False):
         for name in SHAPES:
-            weights = master.perturb(name, Perturbation(member, perturbation_scale(1e-1), "normal", rank, 0.0125))
+            weights = master.perturb(
+                name, Perturbation(member, Noise(perturbation_scale(1e-1), "normal", rank, 0.0125))
+            )
             assert not np.array_equal(weights, master.arrays[name]) or name == "model.scale"
     assert master.fingerprint() == before and master.checksum() == checksum and master.version == 0
 

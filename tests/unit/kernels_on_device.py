@@ -19,7 +19,7 @@ from estune.engines.lowrank.members import Members, SharedForward
 from estune.es.noise import cpu_lowrank, lowrank_ints, lowrank_scale, noise_key, perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.theta import HostTheta
-from estune.es.types import Member, ParameterSpec, Perturbation
+from estune.es.types import Member, Noise, ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 from estune.gpu import check
 from estune.gpu import launch as gpu
@@ -230,8 +230,8 @@ def updates() -> list[Update]:
 def members() -> list[Perturbation | None]:
     return [
         None,
-        Perturbation(Member(3, 1), perturbation_scale(1e-2), "normal", 4, lowrank_scale(1e-2, 4)),
-        Perturbation(Member(2**64 - 1, -1), 1e-2, "rademacher", 1, 2.0**-7),
+        Perturbation(Member(3, 1), Noise(perturbation_scale(1e-2), "normal", 4, lowrank_scale(1e-2, 4))),
+        Perturbation(Member(2**64 - 1, -1), Noise(1e-2, "rademacher", 1, 2.0**-7)),
     ]
 
 
@@ -339,7 +339,7 @@ def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
     )
     shared = SharedForward(model, [], device)
     shared.parameters = {"matrix": model["matrix"], "norm.weight": model["vector"]}
-    perturbations = [Perturbation(Member(seed, -1), 0.25, "normal", 4, 0.5) for seed in (3, 4)]
+    perturbations = [Perturbation(Member(seed, -1), Noise(0.25, "normal", 4, 0.5)) for seed in (3, 4)]
     vectors = Members(shared, perturbations).stand_ins["norm.weight"].values
     assert all(
         same_bits(vector.cpu().numpy(), host.perturb("norm.weight", perturbation))
@@ -360,7 +360,7 @@ def check_downloaded(copy: HostTheta, current: HostTheta, names: set[str]) -> No
 @pytest.mark.parametrize("resident", [True, False])
 def test_what_a_device_master_refuses(resident: bool) -> None:
     device = DeviceTheta(host_master(), DEVICE, resident=resident)
-    full = Perturbation(Member(1, 1), 1e-3)
+    full = Perturbation(Member(1, 1), Noise(1e-3))
     with pytest.raises(ValueError, match="rank of at least 1"):
         device.perturb_into("one", full, torch.empty(1, device=DEVICE))
     with pytest.raises(ValueError, match="of 513 elements"):
@@ -375,7 +375,7 @@ def test_blocks_past_two_to_the_32_have_keys_of_their_own(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu_master, "BLOCK_SIZE", 400)
     device = DeviceTheta(host_master(), DEVICE, resident=True)
     out = torch.empty(513, device=DEVICE)
-    device.perturb_into("norm.weight", Perturbation(Member(3, 1), 0.25, rank=1), out)
+    device.perturb_into("norm.weight", Perturbation(Member(3, 1), Noise(0.25, rank=1)), out)
     theta = device.arrays["norm.weight"]
     noise = [wide_noise(plain_key(3, "norm.weight"), 0, 400), wide_noise(plain_key(3, "norm.weight#1"), 0, 113)]
     assert same_bits(out.cpu().numpy(), theta + np.float32(0.25) * np.concatenate(noise).astype(np.float32))
@@ -402,7 +402,7 @@ def test_a_master_streamed_from_pinned_memory(decay: float) -> None:
     def anchor(name: str, start: int, count: int) -> np.ndarray:
         return values[name].reshape(-1)[start : start + count]
 
-    perturbation = Perturbation(Member(3, -1), perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2))
+    perturbation = Perturbation(Member(3, -1), Noise(perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2)))
     for step in range(4):
         several = members_for_step(1, step, 6, antithetic=False)
         update = make_update(

@@ -28,7 +28,7 @@ from estune.es.noise import (
 )
 from estune.es.population import members_for_step
 from estune.es.theta import PIECE, HostTheta, row_pieces
-from estune.es.types import Member, ParameterSpec, Perturbation, Prompt, Sampling
+from estune.es.types import Member, Noise, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
 from estune.train.session import plan_step
 
@@ -232,7 +232,7 @@ def test_a_member_equals_the_float64_definition(rank: int, sign: int, num_thread
     master = make_master(num_threads=num_threads)
     member = Member(0xDEADBEEF12345678, sign)
     scale = lowrank_scale(1e-2, rank, distribution)
-    perturbation = Perturbation(member, perturbation_scale(1e-2, distribution), distribution, rank, scale)
+    perturbation = Perturbation(member, Noise(perturbation_scale(1e-2, distribution), distribution, rank, scale))
     for name, shape in SHAPES.items():
         theta = master.arrays[name].copy()
         weights = master.perturb(name, perturbation)
@@ -248,7 +248,7 @@ def test_a_member_equals_the_float64_definition(rank: int, sign: int, num_thread
 
 def test_a_member_is_rounded_as_said_and_fusing_cannot_change_it() -> None:
     master, rank, scale = make_master({"odd": (33, 65)}), 3, lowrank_scale(7e-4, 3)
-    weights = master.perturb("odd", Perturbation(Member(8, -1), 0.0, "normal", rank, scale)).reshape(-1)
+    weights = master.perturb("odd", Perturbation(Member(8, -1), Noise(0.0, "normal", rank, scale))).reshape(-1)
     theta = master.arrays["odd"].reshape(-1)
     noise = product(8, "odd", (33, 65), rank).reshape(-1)
     for i in range(0, theta.size, 7):
@@ -262,7 +262,7 @@ def test_minus_zero_under_zero_noise_is_the_same_for_both_signs() -> None:
     still = lowrank_ints(3, "w", (30, 30), 1) == 0
     assert 100 < still.sum() < 500
     for sign in (1, -1):
-        weights = master.perturb("w", Perturbation(Member(3, sign), 1.0, "normal", 1, 0.5))
+        weights = master.perturb("w", Perturbation(Member(3, sign), Noise(1.0, "normal", 1, 0.5)))
         assert not np.signbit(weights[still]).any()
 
 
@@ -272,8 +272,8 @@ def test_other_parameters_keep_full_noise() -> None:
     lowrank, full = make_master(shapes), make_master(shapes)
     full = HostTheta([ParameterSpec(s.name, s.shape, s.perturbed) for s in lowrank.specs], lowrank.arrays)
     member = Member(12, -1)
-    with_rank = Perturbation(member, perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2))
-    without = Perturbation(member, perturbation_scale(1e-2))
+    with_rank = Perturbation(member, Noise(perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2)))
+    without = Perturbation(member, Noise(perturbation_scale(1e-2)))
     for name in ("full.norm", "full.w", "frozen.w"):
         assert same_bits(lowrank.perturb(name, with_rank), full.perturb(name, without))
         assert same_bits(full.perturb(name, with_rank), full.perturb(name, without))  # a rank that nothing uses
@@ -286,7 +286,7 @@ def test_low_rank_parameters_need_a_rank() -> None:
     members = members_for_step(0, 0, 4, True)
     for name in ("w", "full.norm"):
         with pytest.raises(ValueError, match="rank of at least 1"):
-            master.perturb(name, Perturbation(members[0], 1e-3))
+            master.perturb(name, Perturbation(members[0], Noise(1e-3)))
     for utilities in ([1.0, 0.5, 0.0, 0.0], [0.0] * 4):
         with pytest.raises(ValueError, match="rank of at least 1"):
             master.apply(make_update(members, utilities, 1e-3))
@@ -303,12 +303,13 @@ def test_a_steps_members_have_the_scales_of_its_sigma() -> None:
     for index in range(4):
         step = plan_step(args, batches, index)
         sigma = 0.1 * (1 - index / 4)
-        found = step.perturbation(step.members[1])
-        assert found == Perturbation(step.members[1], perturbation_scale(sigma), "normal", 4, lowrank_scale(sigma, 4))
-        assert step.rank == 4 and found.lowrank_scale == pytest.approx(sigma / 16, rel=2.0**-16)
+        found = step.perturbations[1]
+        assert found == Perturbation(
+            step.members[1], Noise(perturbation_scale(sigma), "normal", 4, lowrank_scale(sigma, 4))
+        )
+        assert step.noise.rank == 4 and found.noise.lowrank_scale == pytest.approx(sigma / 16, rel=2.0**-16)
     full = plan_step(ESConfig(noise_distribution="rademacher", sigma=0.1), batches, 0)
-    assert full.perturbation(full.members[0]) == Perturbation(full.members[0], perturbation_scale(0.1, "rademacher"),
-                                                              "rademacher")  # fmt: skip
+    assert full.noise == Noise(perturbation_scale(0.1, "rademacher"), "rademacher")
 
 
 def test_the_toy_engine_has_low_rank_matrices() -> None:
@@ -317,7 +318,7 @@ def test_the_toy_engine_has_low_rank_matrices() -> None:
         "body.bias": "full", "body.weight": "lowrank", "frozen.weight": False, "head.weight": "lowrank",
     }  # fmt: skip
     assert not any(spec.lowrank for spec in ToyEngine().theta.specs)
-    members = [Perturbation(m, 0.1, "normal", 2, 0.05) for m in members_for_step(0, 0, 3, False)]
+    members = [Perturbation(m, Noise(0.1, "normal", 2, 0.05)) for m in members_for_step(0, 0, 3, False)]
     prompts = [Prompt(i, f"x[{i}]", (1,)) for i in range(engine.coordinates)]
     sampling = Sampling(0, 0, 100)
     answers = engine.generate_population(members, prompts, sampling)  # (M, B, G)

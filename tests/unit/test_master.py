@@ -18,7 +18,7 @@ import estune.es.theta
 from estune.es.noise import perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.theta import PIECE, HostTheta, fingerprint, pieces
-from estune.es.types import Member, ParameterSpec, Perturbation
+from estune.es.types import Member, Noise, ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -93,7 +93,7 @@ def test_perturb_equals_the_definition(member: Member, num_threads: int, distrib
     before = {name: array.copy() for name, array in master.arrays.items()}
     scale = perturbation_scale(1e-3, distribution)
     for name, shape in SHAPES.items():
-        weights = master.perturb(name, Perturbation(member, scale, distribution))
+        weights = master.perturb(name, Perturbation(member, Noise(scale, distribution)))
         assert weights.shape == shape and weights.dtype == np.float32
         noise = 0 if name in FROZEN else member_noise(member, name, before[name].size, distribution)
         expected = before[name].reshape(-1)
@@ -102,7 +102,7 @@ def test_perturb_equals_the_definition(member: Member, num_threads: int, distrib
         assert same_bits(weights, expected.reshape(shape))
         assert not np.shares_memory(weights, master.arrays[name])
         out = np.full(shape, np.nan, dtype=np.float32)
-        assert master.perturb(name, Perturbation(member, scale, distribution), out=out) is out
+        assert master.perturb(name, Perturbation(member, Noise(scale, distribution)), out=out) is out
         assert same_bits(out, weights)
     assert all(same_bits(master.arrays[name], before[name]) for name in SHAPES)
     assert master.version == 0
@@ -111,7 +111,7 @@ def test_perturb_equals_the_definition(member: Member, num_threads: int, distrib
 def test_perturb_is_one_rounding_of_the_exact_sum() -> None:
     master = make_master()
     scale = perturbation_scale(7e-4)
-    weights = master.perturb("conv.weight", Perturbation(MEMBERS[1], scale)).reshape(-1)
+    weights = master.perturb("conv.weight", Perturbation(MEMBERS[1], Noise(scale))).reshape(-1)
     theta = master.arrays["conv.weight"].reshape(-1)
     for i in range(theta.size):
         noise = MEMBERS[1].sign * plain_noise(MEMBERS[1].seed, "conv.weight", i)
@@ -125,7 +125,7 @@ def test_minus_zero_under_zero_noise_is_the_same_for_both_signs() -> None:
     still = np.array([plain_noise(seed, "w", i) == 0 for i in range(200)])
     assert still.any()
     for sign in (1, -1):
-        weights = master.perturb("w", Perturbation(Member(seed, sign), perturbation_scale(1e-3)))
+        weights = master.perturb("w", Perturbation(Member(seed, sign), Noise(perturbation_scale(1e-3))))
         assert not np.signbit(weights[still]).any()
 
 
@@ -295,7 +295,7 @@ def test_a_tensor_of_several_key_blocks(monkeypatch: pytest.MonkeyPatch, num_thr
         return member.sign * np.concatenate(whole)[:size]
 
     scale = perturbation_scale(1e-2)
-    weights = master.perturb("w", Perturbation(MEMBERS[1], scale))
+    weights = master.perturb("w", Perturbation(MEMBERS[1], Noise(scale)))
     assert same_bits(weights, theta + np.float32(scale) * noise(MEMBERS[1]).astype(np.float32))
     update = make_update(MEMBERS, [1.3, -0.2, 0.0, 0.7, -2.1, 0.3], 5e-4)
     moved = master.apply(update)

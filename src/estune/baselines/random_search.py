@@ -24,7 +24,7 @@ from estune.es.types import GroupJob, Interrupted, Perturbation
 from estune.files import is_number, read_json_object, write_json
 from estune.train import setup
 from estune.train.rollouts import Group, scored, stack
-from estune.train.session import plan_step
+from estune.train.step import plan_step
 
 STATE_FILE = "best.json"
 
@@ -92,7 +92,7 @@ def _step(ground: Ground, batches: Batches, index: int, best: Best) -> Best:
     order = Batches(len(ground.train_rows), 1, args.seed)
     first = index * (batches.batch_size + second)
     rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + second)]
-    drawn = [step.perturbation(member) for member in step.members[:members]]
+    drawn = step.perturbations[:members]
     fitness = _fitness(ground, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
     # where no reward applied to anybody, the first one is as good as any
     luckiest = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
@@ -108,7 +108,7 @@ def _perturbation(ground: Ground, batches: Batches, best: Best) -> Perturbation 
     if best.step < 0:
         return None
     step = plan_step(ground.args, batches, best.step)
-    return step.perturbation(step.members[best.member])
+    return step.perturbations[best.member]
 
 
 def _theta(ground: Ground, batches: Batches, best: Best) -> dict[str, np.ndarray]:
@@ -156,7 +156,7 @@ def _parts(contestants: Sequence[Perturbation | None], size: int) -> Iterator[ra
 
     Theta answers alone. So do members of different steps, whose scales may differ.
     """
-    scales = {None if one is None else (one.scale, one.lowrank_scale) for one in contestants}
+    scales = {None if one is None else one.noise for one in contestants}
     step = 1 if None in scales or len(scales) > 1 else size
     for start in range(0, len(contestants), step):
         yield range(start, min(start + step, len(contestants)))

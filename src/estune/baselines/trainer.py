@@ -28,7 +28,7 @@ from estune.es.types import Interrupted, num_parameters
 from estune.files import read_json_object, remove_path, write_json
 from estune.models.hub import push
 from estune.monitor.trackers import keep_trackers, known_trackers
-from estune.run.card import CARD_FILE, write_card
+from estune.run.card import CARD_FILE
 from estune.run.checkpoint import ES_STATE, checkpoints, is_whole_model, leftovers, read_state, remove_partial
 from estune.run.directory import (
     CONFIG_FILE,
@@ -44,10 +44,11 @@ from estune.run.records import cut_back, read_metrics
 from estune.run.resume import Facts, are_facts, check_facts, keep_origin, located, same_names
 from estune.train import setup
 from estune.train.opening import hub_repository, start_monitors, start_workers
+from estune.train.request import BaseTrainer, TrainingRequest
 from estune.train.rollouts import Evaluator
 from estune.train.signals import StopRequest
 from estune.train.soundness import refuse_broken_theta
-from estune.train.trainer import ESTrainer
+from estune.train.trainer import finish_again
 
 
 def _policy_gradient(ground: Ground) -> None:
@@ -79,30 +80,24 @@ METHODS: dict[str, Callable[[Ground], None]] = {
 RESTARTED = ("ppo",)  # by a resume: their trainers keep nothing to go on from
 
 
-class BaselineTrainer(ESTrainer):
+class BaselineTrainer(BaseTrainer):
     """Trains a model by one of ES's rivals; arguments and results are those of `ESTrainer`."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        if self.has_module:
+        if self.request.module is not None:
             raise UserError(f"method {self.args.method} takes the model by name")
-        check_method(self.args, self.rewards.accuracy is not None)  # before anything is written
+        check_method(self.args, self.request.rewards.accuracy is not None)  # before anything is written
 
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
-        self.args = self._placed(self.args)
-        run_dir = Path(self.args.output_dir or "")
-        self.stopped = False
-        if self.args.resume and is_finished(run_dir, self.args, self.given):
-            say(f"estune: {run_dir} is finished; nothing to do")
-            if not (run_dir / CARD_FILE).exists():
-                write_card(run_dir)
-            if self.args.push_to_hub:
-                say(f"estune: {push(run_dir, hub_repository(self.args))}")
-            return run_dir
-        self._refuse_to_go_on(run_dir)
+        request, self.stopped = self.request, False
+        run_dir = request.place()
+        if self.args.resume and is_finished(run_dir, self.args, request.given):
+            return finish_again(run_dir, self.args)
+        self._refuse_to_restart(run_dir)
         repository = hub_repository(self.args) if self.args.push_to_hub else None
-        with open_ground(self) as ground:
+        with open_ground(request) as ground:
             try:
                 if ground.module is not None or not ground.steps_done:  # random search has done all before it kept it
                     ground.after_step()
@@ -122,13 +117,13 @@ class BaselineTrainer(ESTrainer):
                     f"{again} with: estune train --resume --output_dir {run_dir}")  # fmt: skip
         return run_dir
 
-    def _refuse_to_go_on(self, run_dir: Path) -> None:
+    def _refuse_to_restart(self, run_dir: Path) -> None:
         """Raise UserError where a finished run would have to start again to be longer or shorter."""
         if not self.args.resume or self.args.method not in RESTARTED or not (run_dir / CONFIG_FILE).exists():
             return
         stored = read_config(run_dir)
         then = {name: stored[name] for name in ("max_steps", "max_time_s")}
-        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.given):
+        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.request.given):
             raise UserError(f"{run_dir} is finished, and a run of method {self.args.method} cannot go on from its end: "
                             "train in another --output_dir")  # fmt: skip
 
@@ -267,34 +262,35 @@ def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
 
 
 @contextmanager
-def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
+def open_ground(request: TrainingRequest) -> Iterator[Ground]:
     """Open the directory, start the reward workers, load engine and module; everything the user gave is tried first."""
     with ExitStack() as stack:
-        run = open_run(trainer.args, trainer.given)
+        run = open_run(request.args, request.given)
         stack.callback(run.close)
         args = run.args
         goes_on = args.resume and (run.path / CONFIG_FILE).exists()
         if goes_on:
-            args = adopt(args, kept_by_a_resume(run.path), trainer.given)
+            args = adopt(args, kept_by_a_resume(run.path), request.given)
         restarts = goes_on and args.method in RESTARTED
         if restarts:
             say(f"estune: {args.method} keeps nothing to go on from: starting again from step 0")
             goes_on = False
         stop = stack.enter_context(StopRequest())
-        grades = bool(trainer.eval_rows) or args.method == "sft_rejection"
-        pool, accuracy_pool = start_workers(stack, trainer, args, grades=grades)
+        request.args = args
+        grades = bool(request.eval_rows) or args.method == "sft_rejection"
+        pool, accuracy_pool = start_workers(stack, request, grades=grades)
         say(f"estune: loading {args.model}")
-        trainer.args = args
-        engine = trainer.engine
-        train_prompts = trainer.prepare()
-        args = trainer.args = run.args = setup.resolve_with_engine(args, engine, train_prompts)
-        eval_prompts = setup.build_prompts(args, engine, trainer.eval_rows, trainer.task is not None)
+        engine = request.engine
+        train_prompts = request.prompts(request.train_rows)
+        resolved = setup.resolve_with_engine(args, engine, train_prompts)
+        args = request.args = run.args = resolved
+        eval_prompts = request.prompts(request.eval_rows)
         if not goes_on:
             engine.assets.check()
             refuse_broken_theta(args, engine, train_prompts, 0)
         fingerprint = engine.fingerprint()
         facts = setup.facts_of(
-            trainer.rewards, engine, trainer.train_rows, train_prompts, trainer.eval_rows, eval_prompts
+            request.rewards, engine.assets, request.train_rows, train_prompts, request.eval_rows, eval_prompts
         )
         progress = resume_point(run.path) if goes_on else Progress()
         steps_done = progress.steps_done
@@ -319,17 +315,17 @@ def open_ground(trainer: BaselineTrainer) -> Iterator[Ground]:
         remove_partial(run.path)
         forget_later(run.path, steps_done)
         ground = Ground(
-            args=args,
+            args=resolved,
             run=run,
             engine=engine,
             module=module,
             bindings=bound,
             evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested),
             accuracy_pool=accuracy_pool,
-            rewards=trainer.rewards,
-            train_rows=trainer.train_rows,
+            rewards=request.rewards,
+            train_rows=request.train_rows,
             train_prompts=train_prompts,
-            eval_rows=trainer.eval_rows,
+            eval_rows=request.eval_rows,
             eval_prompts=eval_prompts,
             monitors=monitors,
             facts={"base": {"model": args.model, "fingerprint": fingerprint}, **facts.as_dict()},

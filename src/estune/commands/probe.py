@@ -26,9 +26,9 @@ from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
 from estune.es.types import Completion, GroupJob, Interrupted, Perturbation
 from estune.train import setup
 from estune.train.rollouts import Completions, Evaluator, Group, scored, stack
-from estune.train.session import plan_step
 from estune.train.signals import StopRequest
 from estune.train.soundness import are_finite, broken_model, warn_of_inputs
+from estune.train.step import plan_step
 
 MEMBERS = 8
 SIGMAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -164,7 +164,7 @@ def probe(
                 groups, answers = [], []
                 for first in range(0, members, int(args.members_per_batch)):
                     part = step.members[first : first + int(args.members_per_batch)]
-                    scored_groups, completions = answer([step.perturbation(member) for member in part])
+                    scored_groups, completions = answer([Perturbation(member, step.noise) for member in part])
                     groups += scored_groups
                     answers += completions
                 found[sigma] = summarise(evaluator, groups, answers, own, prompts, rewards.weights)

@@ -103,16 +103,18 @@ def train(values: dict[str, Any]) -> None:
     """
     from estune.config import ESConfig
     from estune.es.types import Interrupted
+    from estune.train.request import BaseTrainer
     from estune.train.trainer import ESTrainer
 
     args = ESConfig(**values)
-    kind = ESTrainer
-    if args.method != "es":
+    trainer: BaseTrainer
+    if args.method == "es":
+        trainer = ESTrainer(args=args)
+        trainer.asks_theta_first = False  # budgets are counted in completions, and the base is measured anyway
+    else:
         from estune.baselines import BaselineTrainer
 
-        kind = BaselineTrainer
-    trainer = kind(args=args)
-    trainer.asks_theta_first = False  # budgets are counted in completions, and the base is measured anyway
+        trainer = BaselineTrainer(args=args)
     trainer.train()
     if trainer.stopped:
         raise Interrupted

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from estune.es.types import Member
+from estune.es.noise import lowrank_scale, perturbation_scale
+from estune.es.types import Member, Noise
 
 MEMBER_PERSON = b"estune-seed-v1"  # the member seeds of a step
 ROW_PERSON = b"estune-rows-v1"  # the order of the training rows
@@ -23,6 +24,18 @@ def derive_seed(*integers: int, person: bytes) -> int:
     """
     message = b"".join(value.to_bytes(8, "little") for value in integers)
     return int.from_bytes(blake2b(message, digest_size=8, person=person).digest(), "little")
+
+
+def noise_of(sigma: float, distribution: str = "normal", rank: int = 0) -> Noise:
+    """Return the noise of a step's members.
+
+    Args:
+        sigma: standard deviation of the perturbations.
+        distribution: ``normal`` or ``rademacher``.
+        rank: of low-rank noise; 0 for full noise.
+    """
+    low = lowrank_scale(sigma, rank, distribution) if rank else 0.0
+    return Noise(perturbation_scale(sigma, distribution), distribution, rank, low)
 
 
 def members_for_step(run_seed: int, step: int, population_size: int, antithetic: bool) -> list[Member]:

@@ -223,25 +223,25 @@ class HostTheta:
             raise ValueError(f"output for {name!r} must be C-contiguous float32 of {theta.size} elements")
         flat_out = out.reshape(-1)  # (d,)
         if perturbation is not None:
-            self.check_rank(perturbation.rank)
+            self.check_rank(perturbation.noise.rank)
         if perturbation is None or not spec.perturbed:
             for start, count, _ in pieces(theta.size):
                 yield partial(np.copyto, flat_out[start : start + count], theta[start : start + count])
             return
-        member, rademacher = perturbation.member, perturbation.distribution == "rademacher"
+        member, rademacher = perturbation.member, perturbation.noise.distribution == "rademacher"
         if spec.lowrank:
-            factor_shapes(spec.shape, perturbation.rank)  # refuses factors that are too large
+            factor_shapes(spec.shape, perturbation.noise.rank)  # refuses factors that are too large
             keys_a, keys_b = _factor_keys([member.seed], name)
-            factor = perturbation.lowrank_scale * member.sign
+            factor = perturbation.noise.lowrank_scale * member.sign
             rows_out, rows_theta = _rows_of(spec, flat_out), _rows_of(spec, theta)
             for row, count, column in row_pieces(spec.shape):
                 rows = slice(row, row + count)
                 yield partial(
                     cpu_lowrank.perturb_lowrank_into, rows_out[rows], rows_theta[rows], row, column, keys_a, keys_b,
-                    perturbation.rank, factor, rademacher,
+                    perturbation.noise.rank, factor, rademacher,
                 )  # fmt: skip
             return
-        scale = np.float32(perturbation.scale * member.sign)
+        scale = np.float32(perturbation.noise.scale * member.sign)
         blocks = range(-(-theta.size // BLOCK_SIZE))
         keys = [noise_keys([member.seed], block_name(name, block))[0] for block in blocks]  # uint32 (2,) each
         for start, count, block in pieces(theta.size):

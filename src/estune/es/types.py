@@ -46,17 +46,24 @@ def num_parameters(specs: Iterable[ParameterSpec]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Perturbation:
-    """``theta + scale * sign * n``: a member at the rounded scale ``s`` of DESIGN section 2.
+class Noise:
+    """The noise of a step's members: its size, its distribution, and the rank of low-rank noise.
 
-    With ``rank`` above 0 parameters of low-rank noise move by ``lowrank_scale * sign * (A B^T)``, the others as always.
+    Scales are sigma over the deviation of the noise's integers, rounded as in DESIGN section 2.
     """
 
-    member: Member
-    scale: float
+    scale: float  # of parameters with full noise
     distribution: str = "normal"
     rank: int = 0  # columns of A and B; 0: every parameter has full noise
-    lowrank_scale: float = 0.0
+    lowrank_scale: float = 0.0  # of parameters with low-rank noise
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """One member of theta: ``theta + scale * sign * n``, and ``lowrank_scale * sign * (A B^T)`` for low-rank noise."""
+
+    member: Member
+    noise: Noise
 
 
 @dataclass(frozen=True, slots=True)

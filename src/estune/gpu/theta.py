@@ -174,7 +174,7 @@ class DeviceTheta:
             raise ValueError(f"output for {name!r} must be float32, bfloat16 or float16, not {out.dtype}")
         flat = out.view(-1)  # (d,)
         if perturbation is not None:
-            self.host.check_rank(perturbation.rank)
+            self.host.check_rank(perturbation.noise.rank)
         for part in self._parts(spec):
             self._apply(part, _member_writer(part, perturbation, flat[part.span]), write_back=False)
 
@@ -312,14 +312,14 @@ def _member_writer(
     """Return the work that writes a member's part, or theta's, from theta to ``out``."""
     if perturbation is None or not part.spec.perturbed:
         return out.copy_
-    member, rademacher = perturbation.member, perturbation.distribution == "rademacher"
+    member, rademacher = perturbation.member, perturbation.noise.distribution == "rademacher"
     if part.rows is not None:
-        factor_shapes(part.spec.shape, perturbation.rank)  # refuses factors that are too large
+        factor_shapes(part.spec.shape, perturbation.noise.rank)  # refuses factors that are too large
         words = [word for name in factor_names(part.spec.name) for word in noise_key(member.seed, name)]
-        rows, rank, scale = part.rows, perturbation.rank, perturbation.lowrank_scale
+        rows, rank, scale = part.rows, perturbation.noise.rank, perturbation.noise.lowrank_scale
         return lambda theta: launch.perturb_lowrank_into(out, theta, rows, rank, words, member.sign, scale, rademacher)
     key = noise_key(member.seed, part.key_name)
-    scale = perturbation.scale * member.sign
+    scale = perturbation.noise.scale * member.sign
     return lambda theta: launch.perturb_into(out, theta, part.start % BLOCK_SIZE, key, scale, rademacher)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from estune.config import ESConfig
+from estune.config import ResolvedConfig
 from estune.engines.base import Engine
 from estune.es.types import Prompt
 from estune.monitor.monitors import Monitors
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 class OpenRun:
     """The parts of a run while it is open; how many steps are done its method knows (``steps_done``)."""
 
-    args: ESConfig
+    args: ResolvedConfig
     run: Run
     engine: Engine
     evaluator: Evaluator
@@ -57,11 +57,11 @@ class OpenRun:
             setup.evaluation_sampling(self.args),
             self.rewards.weights,
             self.accuracy_pool,
-            batch=int(self.args.prompts_per_batch),
+            batch=self.args.prompts_per_batch,
             trainer_state=self.trainer_state(steps_done),
         )
 
     def trainer_state(self, steps_done: int) -> dict[str, Any]:
         """Return what reward functions are told after so many steps."""
-        epoch = steps_done * int(self.args.batch_size) / len(self.train_rows)
+        epoch = steps_done * self.args.batch_size / len(self.train_rows)
         return {"global_step": steps_done, "max_steps": self.args.max_steps, "epoch": epoch}

@@ -58,8 +58,9 @@ class Rollouts:
     groups: list[Group]  # (N,)
     rewards: np.ndarray  # (N, B, G, F), NaN: not applicable or failed
     failed: np.ndarray  # (N, B, G, F), bool
-    score_wait_s: float  # how long the engine waited for scores
-    earlier_s: float = 0.0  # that groups took which were there already, from before the run was cut off
+    score_wait_s: float  # seconds that the engine waited for scores
+    earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
+    started: float = 0.0  # clock reading at which the step began, in seconds, were it done in one go
 
     def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
         """Yield what a file of completions holds: member, row, prompt, completion, rewards, log_extra columns."""

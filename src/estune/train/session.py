@@ -1,11 +1,12 @@
 """A training run while it is open: its directory, engine, reward workers, prompts and monitors.
 
-`ESTrainer.train` is the loop; this is what each of its lines does on disk and on the terminal. The order of writes
-within a step is that of `estune.run.directory`.
+`ESTrainer.train` is the loop, and `Session` has a method for each of its lines. The order of writes within a step is
+that of `estune.run.directory`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from estune.config import ESConfig
+from estune.config import ResolvedConfig
 from estune.console import say, warn
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
-from estune.es.noise import lowrank_scale, perturbation_scale
-from estune.es.population import members_for_step
 from estune.es.theta import Moved
-from estune.es.types import Member, Perturbation, Prompt, num_parameters
-from estune.es.update import Update, scheduled
+from estune.es.types import Prompt, num_parameters
+from estune.es.update import Update
 from estune.models.hub import push
 from estune.monitor.panel import PanelMonitor, Said
 from estune.run import records
@@ -35,53 +34,32 @@ from estune.train.open_run import OpenRun, Rows
 from estune.train.rollouts import Rollouts, answers_of_theta, digest
 from estune.train.sigma_watch import BesideMembers, Watch
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
-
-NOT_ASKED = BesideMembers()
+from estune.train.step import Step, plan_step
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step evaluates and at which scales: a pure function of the configuration and the step's index."""
+class Applied:
+    """What an update did, and clock readings around it, in seconds."""
 
-    index: int
-    rows: list[int]  # (B,)
-    members: list[Member]  # (N,)
-    sigma: float
-    scale: float  # sigma as the noise's integer scale, see `perturbation_scale`
-    learning_rate: float
-    distribution: str = "normal"  # of the noise
-    rank: int = 0  # of low-rank noise; 0: full noise
-    lowrank_scale: float = 0.0  # sigma as the scale of low-rank noise, see `estune.es.noise.lowrank_scale`
-
-    def perturbation(self, member: Member) -> Perturbation:
-        """Return what an engine has to know to be this member."""
-        return Perturbation(member, self.scale, self.distribution, self.rank, self.lowrank_scale)
+    moved: Moved
+    started: float
+    ended: float
 
 
-def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
-    """Return the step of an index."""
-    sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
-    factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
-    rank = args.rank if args.noise == "lowrank" else 0
-    return Step(
-        index=index,
-        rows=batches.rows_for_step(index),
-        members=members_for_step(args.seed, index, args.population_size, args.antithetic),
-        sigma=sigma,
-        scale=perturbation_scale(sigma, args.noise_distribution),
-        learning_rate=args.effective_learning_rate * factor,
-        distribution=args.noise_distribution,
-        rank=rank,
-        lowrank_scale=lowrank_scale(sigma, rank, args.noise_distribution) if rank else 0.0,
-    )
+@dataclass(frozen=True)
+class Measured:
+    """What a step's rollouts came to, before theta moves."""
+
+    metrics: dict[str, Any]
+    started: float  # clock reading at which the step began, in seconds
 
 
-def run_so_far(args: ESConfig, run: Run) -> dict[str, Any]:
+def run_so_far(args: ResolvedConfig, run: Run) -> dict[str, Any]:
     """Return what a `Session` has to know of the steps that are done: ``watch`` and ``theta_answered_first``."""
     logged = records.read_metrics(run.path)
     fitness = (record["fitness"] for record in run.journal.steps)
     return {
-        "watch": Watch.of_run(args.population_size, int(args.batch_size), fitness, logged),
+        "watch": Watch.of_run(args.population_size, args.batch_size, fitness, logged),
         "theta_answered_first": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
     }
 
@@ -93,21 +71,22 @@ class Session(OpenRun):
     batches: Batches
     checksum: str  # of theta
     tokens: int  # processed by the journalled steps
-    perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at perturb_cos_scale
-    perturb_cos_scale: float = 0.0
+    perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at the smallest noise so far
+    perturb_cos_scale: float = math.inf
     watch: Watch = field(default_factory=Watch)
     asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
     panel: PanelMonitor | None = None
     repository: str | None = None  # on the hub, where the finished model goes
     theta_answered_first: bool = False  # whether theta's answers to the first step's rows were scored
-    measured: dict[str, Any] = field(default_factory=dict)  # metrics of the step in hand
-    started: float = 0.0  # clock readings of the step in hand, in seconds
-    move_started: float = 0.0
 
     @property
     def ended(self) -> bool:
-        """Say whether the run has all its steps, or has used up its time."""
+        """Return whether the run has all its steps, or has used up its time."""
         return self.has_ended(self.run.steps_done)
+
+    def plan(self) -> Step:
+        """Return the next step."""
+        return plan_step(self.args, self.batches, self.run.steps_done)
 
     def announce(self, replayed: int) -> None:
         """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
@@ -137,31 +116,28 @@ class Session(OpenRun):
             Interrupted: the run was asked to stop; finished groups are on disk.
             UserError: no completion of any member comes from finite logits.
         """
-        self.started = time.perf_counter()
-        if not self.perturb_cos or step.scale < self.perturb_cos_scale / 2:  # at first, and as sigma falls
-            self.perturb_cos_scale = step.scale
-            self.perturb_cos = self.engine.perturb_cosine(step.perturbation(step.members[0]))
-            metrics.warn_of_coarse_weights(self.perturb_cos)
+        started = time.perf_counter()
+        self._measure_rounding(step)
         rows, prompts = self._inputs(step)
         rollouts = self.evaluator.evaluate_population(
-            [step.perturbation(member) for member in step.members],
+            step.perturbations,
             rows,
             prompts,
             setup.sampling(self.args, step.index),
             self.trainer_state(step.index),
             theta_checksum=self.checksum,
-            members_per_batch=int(self.args.members_per_batch),
+            members_per_batch=self.args.members_per_batch,
             pending=self.run.pending,
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,
         )
-        self.started -= rollouts.earlier_s  # a step takes what all its members took, whenever they did
+        rollouts.started = started - rollouts.earlier_s  # a step takes what all its members took, whenever they did
         if rollouts.non_finite_ratio == 1.0:
             is_broken = not theta_is_finite(self.args, self.engine, self.train_prompts)
             raise UserError(broken_population(self.engine, step.index + 1, step.sigma, is_broken))
         return rollouts
 
-    def ask_theta(self, step: Step, rollouts: Rollouts) -> BesideMembers:
+    def evaluate_theta(self, step: Step, rollouts: Rollouts) -> BesideMembers:
         """Let theta answer the step's rows where that is due: in the first step, at evaluations, where members agree.
 
         Theta's failures are filled from the population's rewards, as a member's are. No update depends on the answers.
@@ -191,71 +167,85 @@ class Session(OpenRun):
             is_scored=True,
         )
 
-    def journal_step(
-        self,
-        step: Step,
-        rewards: np.ndarray,
-        fitness: np.ndarray,
-        rollouts: Rollouts,
-        update: Update,
-        theta: BesideMembers = NOT_ASKED,
-    ) -> None:
-        """Put the step on disk, its line last; when this returns theta may move.
+    def measure(
+        self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, theta: BesideMembers
+    ) -> Measured:
+        """Return the step's metrics so far, and warn of what they show.
 
         Args:
             step: the step.
             rewards: (N, B, G, F), failures filled.
             fitness: (N,).
             rollouts: what was evaluated.
-            update: how theta will move.
             theta: how theta answered the step's rows.
         """
         self.tokens += rollouts.tokens
-        self.measured = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
-        self.measured |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        self.measured |= theta.record()
         if step.index == 0:
             self.theta_answered_first = theta.is_scored
-        self.measured["num_evaluations"] = self._evaluations(step)
-        self.watch.step({"step": step.index + 1, **self.measured}, theta, self._unpaid(rollouts))
+        found = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+        found |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
+        found |= theta.record()
+        found["num_evaluations"] = self._evaluations(step)
+        self.watch.step({"step": step.index + 1, **found}, theta, self._unpaid(rollouts))
         if step.index == 0:
-            self.measured |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
+            found |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
+        if self.panel is not None:
+            self.panel.members(fitness.tolist(), excerpts(self._inputs(step)[1], rollouts, fitness))
+        return Measured(found, rollouts.started)
+
+    def journal(self, step: Step, fitness: np.ndarray, rollouts: Rollouts, update: Update, measured: Measured) -> None:
+        """Write the step to disk, its line last; when this returns theta may move.
+
+        Args:
+            step: the step.
+            fitness: (N,).
+            rollouts: what was evaluated.
+            update: how theta will move.
+            measured: noted beside the pending groups, for a run that is killed before it logs them.
+        """
         record = step_record(
             step.index,
             step.rows,
             fitness.tolist(),
-            step.scale,
+            step.noise.scale,
             update,
             self.checksum,
             failures=int(rollouts.failed.sum()),
             tokens=rollouts.tokens,
-            lowrank_scale=step.lowrank_scale,
+            lowrank_scale=step.noise.lowrank_scale,
         )
-        self.run.pending.note(self.run.journal.head, self.measured)  # what a kill behind the step line would lose
-        if self.panel is not None:
-            self.panel.members(fitness.tolist(), said(self._inputs(step)[1], rollouts, fitness))
+        self.run.pending.note(self.run.journal.head, measured.metrics)
         if self._keeps_completions(step):
             path = records.completions_path(self.run.path, step.index + 1)
             records.write_lines(path, rollouts.completion_records(self._inputs(step)[1]))
         self.run.journal.append_step(record)
 
-    def move(self, update: Update) -> None:
-        """Apply the journalled update to theta, and tell the monitors."""
-        self.move_started = time.perf_counter()
+    def apply(self, update: Update) -> Applied:
+        """Move theta by the journalled update.
+
+        Raises:
+            UserError: theta is not finite any more.
+        """
+        started = time.perf_counter()
         moved = self.engine.apply(update)
         self.checksum = moved.checksum
         refuse_diverged(moved, self.run.steps_done)
-        timing = metrics.Timing(self.started, self.move_started, time.perf_counter())
+        return Applied(moved, started, time.perf_counter())
+
+    def log(self, measured: Measured, applied: Applied) -> None:
+        """Hand the step's metrics to the monitors, then evaluate and save where it is due."""
+        timing = metrics.Timing(measured.started, applied.started, applied.ended)
         self.train_time_s += timing.ended - timing.started
-        moves = metrics.update_metrics(self.measured, moved, timing)
-        self.log_step(self.measured | moves | {"train_time_s": self.train_time_s})
+        moves = metrics.update_metrics(measured.metrics, applied.moved, timing)
+        self._log_step(measured.metrics | moves | {"train_time_s": self.train_time_s})
         self.run.pending.clear()
+        self.catch_up()
 
     def log_again(self, measured: dict[str, Any], moved: Moved) -> None:
         """Log a step whose process was killed before it could: its time is that of the parts which are known.
 
         Args:
-            measured: of the step, as `journal_step` noted it.
+            measured: the step's metrics, as `journal` noted them.
             moved: how theta moved.
         """
         moves = metrics.update_metrics(measured, moved, None)
@@ -263,16 +253,16 @@ class Session(OpenRun):
         if self.run.steps_done == 1:
             self.theta_answered_first = "es/theta_fitness" in measured
             self.watch.know_theta({"step": 1, **measured})
-        self.log_step(measured | moves | {"train_time_s": self.train_time_s})
+        self._log_step(measured | moves | {"train_time_s": self.train_time_s})
 
-    def log_step(self, record: dict[str, Any]) -> None:
+    def _log_step(self, record: dict[str, Any]) -> None:
         """Hand the last step's metrics to the monitors, where it is one to log; theta_0's fitness always is."""
         done = self.run.steps_done
         if done % self.args.logging_steps == 0 or self.ended or (done == 1 and self.theta_answered_first):
             self.monitors.log({"step": done} | record)
 
-    def after_step(self) -> None:
-        """Do what is due after ``run.steps_done`` steps and was not done yet: held-out evaluation, checkpoint."""
+    def catch_up(self) -> None:
+        """Make the held-out evaluation and the checkpoint that are due after the steps done, unless they exist."""
         args, done = self.args, self.run.steps_done
         if self.is_evaluation_due(done):
             evaluation = self.answer_held_out(done)
@@ -316,6 +306,13 @@ class Session(OpenRun):
         say(f"estune: stopped after {run.steps_done} steps; "
             f"continue with: estune train --resume --output_dir {run.path}")  # fmt: skip
 
+    def _measure_rounding(self, step: Step) -> None:
+        """Measure how much of a perturbation the compute dtype keeps: in the first step, and as sigma halves."""
+        if step.noise.scale < self.perturb_cos_scale / 2:
+            self.perturb_cos_scale = step.noise.scale
+            self.perturb_cos = self.engine.perturb_cosine(step.perturbations[0])
+            metrics.warn_of_coarse_weights(self.perturb_cos)
+
     def _inputs(self, step: Step) -> tuple[Rows, list[Prompt]]:
         """Return the rows and prompts of a step, (B,) each."""
         return [self.train_rows[row] for row in step.rows], [self.train_prompts[row] for row in step.rows]
@@ -336,8 +333,8 @@ class Session(OpenRun):
         return self.args.log_completions and (step.index + 1) % self.args.logging_steps == 0
 
 
-def said(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:
-    """Return what the best, the median and the worst member answered to the step's first prompt."""
+def excerpts(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:
+    """Return the answers of the best, the median and the worst member to the step's first prompt."""
     order = [int(m) for m in np.argsort(-fitness, kind="stable") if not np.isnan(fitness[m])]  # NaN comes last
     chosen = [("best", 0), ("median", len(order) // 2), ("worst", len(order) - 1)] if order else []
     found = []

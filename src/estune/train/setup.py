@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from estune import environment
-from estune.config import OF_METHODS, SAMPLING_METHODS, ESConfig
+from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig
 from estune.console import warn
+from estune.data.batches import Batches
 from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
-from estune.engines.base import LocalEngine
+from estune.engines.base import Engine, LocalEngine, ModelAssets
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.identity import encode, rows_digest
@@ -187,6 +188,16 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
     return dataclasses.replace(args, **auto)
 
 
+def batches_of(args: ESConfig, n_rows: int) -> Batches:
+    """Return the rows of each step, for a configuration whose batch size is resolved.
+
+    Raises:
+        UserError: the batch is larger than the rows.
+    """
+    assert isinstance(args.batch_size, int)
+    return Batches(n_rows, args.batch_size, args.seed)
+
+
 def default_threads(args: ESConfig, module: Any = None) -> int:
     """Return 1 for a small model, else the cores this process may use.
 
@@ -203,25 +214,26 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     return environment.cores() if size >= LARGE_BYTES else 1
 
 
-def resolve_with_engine(args: ESConfig, engine: LocalEngine, prompts: Sequence[Prompt]) -> ESConfig:
-    """Return the configuration with what only the loaded engine can say: dtype, device, ``members_per_batch``.
+def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ResolvedConfig:
+    """Return the configuration with what only the loaded engine can tell: dtype, device, ``members_per_batch``.
 
     The last one comes from the memory that is free now. Full-rank members always answer one at a time. Of low-rank ones
     as many share a forward pass as fit and are worth it; the population is cut into batches of nearly equal size.
     """
-    args = dataclasses.replace(args, dtype=engine.facts.dtype, device=engine.facts.device)
-    if args.method not in OF_METHODS["members_per_batch"]:
-        return args
-    if args.members_per_batch != "auto":
-        return args
     most = 1
-    if args.noise == "lowrank":
-        wanted = min(int(args.batch_size), int(args.prompts_per_batch)) * args.num_generations  # rows of a member
+    if args.noise == "lowrank" and args.members_per_batch == "auto":
+        assert isinstance(args.batch_size, int) and isinstance(args.prompts_per_batch, int)
+        wanted = min(args.batch_size, args.prompts_per_batch) * args.num_generations  # rows of a member
         longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
         sampled = args.temperature > 0
         most = engine.members_that_fit(args.population_size, wanted, longest, args.rank, sampled)
-    batches = -(-args.population_size // most)
-    return dataclasses.replace(args, members_per_batch=-(-args.population_size // batches))
+    members = args.members_per_batch
+    if members == "auto" and args.method in OF_METHODS["members_per_batch"]:
+        batches = -(-args.population_size // most)
+        members = -(-args.population_size // batches)
+    values = {name: getattr(args, name) for name in FIELDS}
+    values |= dict(dtype=engine.facts.dtype, device=engine.facts.device, members_per_batch=members)
+    return ResolvedConfig(**values)
 
 
 def check_model(model: str, revision: str | None = None) -> None:
@@ -288,7 +300,7 @@ def _is_toy(model: str) -> bool:
 
 def facts_of(
     rewards: Rewards,
-    engine: LocalEngine,
+    assets: ModelAssets,
     rows: Rows,
     prompts: Sequence[Prompt],
     held_out: Rows,
@@ -300,7 +312,7 @@ def facts_of(
         UserError: a value of a column cannot be compared; the sentence names row, column and type.
     """
     identity = {
-        **engine.assets.identity(),
+        **assets.identity(),
         "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
         "held_out": data_identity(held_out, held_out_prompts) if held_out else None,
     }

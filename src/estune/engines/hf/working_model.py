@@ -145,8 +145,8 @@ def _on_device(master: HostTheta, device: torch.device) -> DeviceTheta | None:
 def _full_part(binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
     """Return the first ``count`` elements of a parameter's exact perturbation: float32 (count,)."""
     member = perturbation.member
-    n = noise_ints(member.seed, binding.name, 0, count, perturbation.distribution)
-    exact: np.ndarray = np.float32(perturbation.scale * member.sign) * n.astype(np.float32)
+    n = noise_ints(member.seed, binding.name, 0, count, perturbation.noise.distribution)
+    exact: np.ndarray = np.float32(perturbation.noise.scale * member.sign) * n.astype(np.float32)
     return exact
 
 
@@ -154,10 +154,10 @@ def _lowrank_part(binding: Binding, perturbation: Perturbation, count: int) -> n
     """Return the first ``count`` elements of a matrix's exact low-rank perturbation: float64 (count,)."""
     member = perturbation.member
     left, right = lowrank_factors(
-        member.seed, binding.name, binding.shape, perturbation.rank, perturbation.distribution
+        member.seed, binding.name, binding.shape, perturbation.noise.rank, perturbation.noise.distribution
     )
     if left.ndim == 3:  # stacked experts: the first
         left, right = left[0], right[0]
     rows = -(-count // len(right))
     product: np.ndarray = (left[:rows].astype(np.float64) @ right.T.astype(np.float64)).reshape(-1)[:count]
-    return perturbation.lowrank_scale * member.sign * product
+    return perturbation.noise.lowrank_scale * member.sign * product

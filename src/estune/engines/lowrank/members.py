@@ -148,11 +148,13 @@ def _factors(
     name: str, parameter: torch.Tensor, perturbations: Sequence[Perturbation]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the members' factors: left (M, r, d0), times scale and sign, and right (M, r, d1)."""
-    rank = perturbations[0].rank
-    rademacher = perturbations[0].distribution == "rademacher"
+    rank = perturbations[0].noise.rank
+    rademacher = perturbations[0].noise.distribution == "rademacher"
     seeds = [p.member.seed for p in perturbations]
     ones = np.ones(len(perturbations), dtype=np.float32)
-    scales = np.array([p.lowrank_scale * p.member.sign for p in perturbations], dtype=np.float32)  # exact: 16 bits
+    scales = np.array(
+        [p.noise.lowrank_scale * p.member.sign for p in perturbations], dtype=np.float32
+    )  # exact: 16 bits
     factors = []
     for factor, size, scale in zip(factor_names(name), parameter.shape, (scales, ones), strict=True):
         values = np.empty((len(perturbations), rank, size), dtype=np.float32)

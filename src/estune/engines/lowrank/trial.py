@@ -23,7 +23,7 @@ from estune.engines.lowrank.members import Members, SharedForward
 from estune.engines.lowrank.stand_ins import Uncovered
 from estune.es.noise import lowrank_scale, perturbation_scale
 from estune.es.theta import Theta
-from estune.es.types import Member, Perturbation
+from estune.es.types import Member, Noise, Perturbation
 
 TRIAL_SIGMA = 1e-2
 TRIAL_RANK = 2
@@ -64,7 +64,7 @@ class _Trial:
         self.prompts = [[(3 * i + n) % vocabulary for i in range(min(n, longest))] for n in TRIAL_LENGTHS]
         scales = perturbation_scale(TRIAL_SIGMA), lowrank_scale(TRIAL_SIGMA, TRIAL_RANK)
         self.perturbations = [
-            Perturbation(Member(seed, sign), scales[0], rank=TRIAL_RANK, lowrank_scale=scales[1])
+            Perturbation(Member(seed, sign), Noise(scales[0], rank=TRIAL_RANK, lowrank_scale=scales[1]))
             for seed, sign in ((1, 1), (2, -1))
         ]
 

@@ -1,0 +1,165 @@
+"""What a run is asked to do, by evolution strategies or by a baseline, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from estune.config import ESConfig
+from estune.console import warn
+from estune.engines.base import LocalEngine
+from estune.errors import UserError
+from estune.es.types import Prompt
+from estune.run.checkpoint import BASE_DIRECTORY
+from estune.run.directory import refuse_rows_from_python
+from estune.tasks import Task
+from estune.train import setup
+from estune.train.setup import Rewards
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class TrainingRequest:
+    """A configuration, its rewards and its rows, and the engine that is loaded on first use."""
+
+    given: ESConfig  # before `auto` values were resolved: a resume keeps the run's own values for those
+    args: ESConfig  # with what depends on the rows filled in; once the run is open, its resolved configuration
+    task: Task | None
+    rewards: Rewards
+    train_rows: Rows
+    eval_rows: Rows
+    module: Any = None  # a model in memory; None where the model is given by name
+    tokenizer: Any = None  # given beside a module, or instead of the model's own
+    _engine: LocalEngine | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        args: ESConfig | None,
+        model: Any = None,
+        reward_funcs: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+    ) -> TrainingRequest:
+        """Return the request of a trainer's arguments; see `estune.train.trainer.ESTrainer`.
+
+        Raises:
+            UserError: the input cannot work; one sentence says why.
+        """
+        args = args if args is not None else ESConfig()
+        if not isinstance(args, ESConfig):
+            raise UserError(
+                f"args must be an ESConfig, not {type(args).__name__}; most options have the same names there"
+            )
+        module = None if model is None or isinstance(model, (str, Path)) else model
+        if isinstance(model, (str, Path)):
+            args = dataclasses.replace(args, model=str(model))
+        if args.task is None and args.dataset_name is None and train_dataset is None:
+            refuse_rows_from_python(args)
+            args = dataclasses.replace(args, task="countdown")
+        args.validate_training()
+        task = setup.task_of(args)
+        rewards = setup.resolve_rewards(args, reward_funcs, task)
+        train_rows = setup.resolve_rows(args, train_dataset, task, "train", rewards)
+        eval_rows: Rows = []
+        if eval_dataset is not None and not args.eval_steps:
+            warn("eval_dataset is given, but eval_steps is 0: no evaluation is made of it")
+        if args.eval_steps:
+            if train_dataset is not None and eval_dataset is None:
+                raise UserError("eval_steps needs an eval_dataset beside train_dataset")
+            held_out = setup.resolve_rows(args, eval_dataset, task, "validation", rewards)
+            eval_rows = held_out[: args.eval_rows or None]
+        given = args if module is None else dataclasses.replace(args, model="auto")  # a module is named by its run
+        args = setup.resolve_config(args, len(train_rows), module)
+        setup.batches_of(args, len(train_rows))  # refuses a batch above the rows
+        return cls(given, args, task, rewards, train_rows, eval_rows, module, processing_class)
+
+    @property
+    def engine(self) -> LocalEngine:
+        """The engine, loaded on first use."""
+        if self._engine is None:
+            self._engine = setup.load_engine(self.args, self.module, self.tokenizer)
+        return self._engine
+
+    def prompts(self, rows: Rows) -> list[Prompt]:
+        """Tokenise rows; loads the engine."""
+        return setup.build_prompts(self.args, self.engine, rows, self.task is not None)
+
+    def place(self) -> Path:
+        """Give the run a directory where it has none, and return it. A module's weights at the start are kept there."""
+        if self.args.output_dir is None:
+            path = Path("runs") / self.args.run_name if self.args.run_name is not None else self._new_directory()
+            self.args = dataclasses.replace(self.args, output_dir=str(path), run_name=path.name)
+        if self.module is not None:
+            self.args = dataclasses.replace(self.args, model=str(Path(str(self.args.output_dir)) / BASE_DIRECTORY))
+        return Path(str(self.args.output_dir))
+
+    def _new_directory(self) -> Path:
+        """Make a directory named task-model-date-time that no other run has, with the method's name if it is not es."""
+        args = self.args
+        source = args.task or Path(args.dataset_name or "data").stem
+        model = Path(args.model).name if self.module is None else type(self.module).__name__
+        method = "" if args.method == "es" else f"-{args.method}"
+        name = f"{source}-{model}{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in itertools.count(1):
+            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):  # another run started in the same second
+                path.mkdir(parents=True)
+                return path
+        raise AssertionError("counting does not end")
+
+
+class BaseTrainer:
+    """The arguments and results that trainers of all methods have in common; see `estune.train.trainer.ESTrainer`."""
+
+    def __init__(
+        self,
+        *,
+        model: Any = None,
+        reward_funcs: Any = None,
+        args: ESConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+    ) -> None:
+        self.request = TrainingRequest.of(args, model, reward_funcs, train_dataset, eval_dataset, processing_class)
+        self.stopped = False  # whether the last `train` was asked to stop before its end
+
+    def train(self) -> Path:
+        """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
+        raise NotImplementedError
+
+    @property
+    def args(self) -> ESConfig:
+        """The configuration; once a run was opened, its resolved one."""
+        return self.request.args
+
+    @property
+    def engine(self) -> LocalEngine:
+        """The engine, loaded on first use."""
+        return self.request.engine
+
+    @property
+    def train_rows(self) -> list[dict[str, Any]]:
+        """The training rows."""
+        return self.request.train_rows
+
+    @property
+    def eval_rows(self) -> list[dict[str, Any]]:
+        """The held-out rows; empty without ``eval_steps``."""
+        return self.request.eval_rows
+
+    def save_model(self, output_dir: str | Path) -> None:
+        """Write theta as a Hugging Face model, cast once to the compute dtype."""
+        self.engine.save(Path(output_dir), float32=False)
+
+    def prepare(self) -> list[Prompt]:
+        """Load the engine and tokenise the training rows: everything that can fail before a run is written."""
+        return self.request.prompts(self.request.train_rows)

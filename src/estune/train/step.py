@@ -1,0 +1,59 @@
+"""One training step: which rows, which members, which noise; a pure function of the configuration and the index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from estune.config import ESConfig
+from estune.data.batches import Batches
+from estune.es.population import members_for_step, noise_of
+from estune.es.types import Member, Noise, Perturbation
+from estune.es.update import Update, make_update, scheduled
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step evaluates, and how its update will be scaled."""
+
+    index: int  # from 0
+    rows: list[int]  # (B,)
+    members: list[Member]  # (N,)
+    sigma: float
+    noise: Noise
+    learning_rate: float
+    weight_decay: float = 0.0
+    anchored: bool = False  # weight decay pulls towards theta_0, otherwise towards 0
+
+    @property
+    def perturbations(self) -> list[Perturbation]:
+        """The members as an engine needs them, (N,)."""
+        return [Perturbation(member, self.noise) for member in self.members]
+
+    def update(self, utilities: Sequence[float]) -> Update:
+        """Return the step's update from the members' utilities (N,)."""
+        return make_update(
+            self.members,
+            utilities,
+            self.learning_rate,
+            weight_decay=self.weight_decay,
+            anchored=self.anchored,
+            distribution=self.noise.distribution,
+            rank=self.noise.rank,
+        )
+
+
+def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
+    """Return the step of an index, after the schedules of sigma and learning rate."""
+    sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
+    factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
+    return Step(
+        index=index,
+        rows=batches.rows_for_step(index),
+        members=members_for_step(args.seed, index, args.population_size, args.antithetic),
+        sigma=sigma,
+        noise=noise_of(sigma, args.noise_distribution, args.rank if args.noise == "lowrank" else 0),
+        learning_rate=args.effective_learning_rate * factor,
+        weight_decay=args.weight_decay,
+        anchored=args.weight_decay_anchor == "base",
+    )
