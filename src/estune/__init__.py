@@ -5,15 +5,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
 __all__ = ["ESConfig", "ESTrainer", "UserError", "__version__"]
 
 if TYPE_CHECKING:
     from estune.config import ESConfig
+    from estune.environment import VERSION as __version__
     from estune.errors import UserError
     from estune.train.trainer import ESTrainer
 
-_HOMES = {"ESConfig": "estune.config", "ESTrainer": "estune.train.trainer", "UserError": "estune.errors"}
+_HOMES = {
+    "ESConfig": ("estune.config", "ESConfig"),
+    "ESTrainer": ("estune.train.trainer", "ESTrainer"),
+    "UserError": ("estune.errors", "UserError"),
+    "__version__": ("estune.environment", "VERSION"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +26,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'estune' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

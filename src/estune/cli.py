@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from estune import __version__
 from estune.config import (
     EVALUATE_FIELDS,
     FIELD_TYPES,
@@ -28,6 +27,7 @@ from estune.config import (
     read_config_file,
 )
 from estune.console import keep_stdout_for_json, note, print_result, say, take_over_process, warn
+from estune.environment import VERSION
 from estune.errors import UserError, nearest
 from estune.files import full_disk_message, is_full_disk
 from estune.models.fetch import MODELS
@@ -197,7 +197,7 @@ def _normalised(word: str, known: Container[str]) -> str:
 def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     about = "Fine-tune all parameters of a language model with evolution strategies."
     parser = _Parser(prog="estune", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"estune {__version__}")
+    parser.add_argument("--version", action="version", version=f"estune {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     commands: dict[str, argparse.ArgumentParser] = {}
 

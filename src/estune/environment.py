@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+VERSION = "0.1.0"  # as in pyproject.toml
 PACKAGES = ("estune", "torch", "transformers", "numba", "numpy", "tokenizers", "safetensors", "datasets")
 
 

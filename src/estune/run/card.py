@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from estune import __version__
 from estune.config import FIELDS, RESUMABLE, default_of
+from estune.environment import VERSION
 from estune.files import replace_file
 from estune.models.names import fetched_name, origin, public_name
 from estune.run.checkpoint import read_state
@@ -70,7 +70,7 @@ def card(run_dir: Path) -> str:
         header, config = journal.header, journal.header["config"]
         steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
         how = (f"{steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
-               f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {__version__})")  # fmt: skip
+               f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {VERSION})")  # fmt: skip
         how = f"evolution strategies: {how}"
         rebuilding = [
             "## Rebuilding the weights", "",
@@ -114,7 +114,7 @@ def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def _by_rival(header: Mapping[str, Any], steps: int) -> str:
     """Return what a run that is not ES's was trained by."""
     trainer = f"{header['trainer']} of TRL {header['trl']}" if "trl" in header else header["trainer"]
-    return f"`{header['method']}` ({trainer}, run by estune {__version__} as a baseline): {steps} steps"
+    return f"`{header['method']}` ({trainer}, run by estune {VERSION} as a baseline): {steps} steps"
 
 
 def _gain(records: list[dict[str, Any]]) -> list[str]:
