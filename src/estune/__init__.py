@@ -9,7 +9,7 @@ __all__ = ["ESConfig", "ESTrainer", "UserError", "__version__"]
 
 if TYPE_CHECKING:
     from estune.config import ESConfig
-    from estune.environment import VERSION as __version__
+    from estune.environment import VERSION as __version__  # noqa: N811
     from estune.errors import UserError
     from estune.train.trainer import ESTrainer
 
