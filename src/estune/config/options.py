@@ -7,22 +7,19 @@ a string), an unknown name is an error that tells the nearest known one, and `va
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from estune.config.coercion import convert, is_text
 from estune.errors import UserError, nearest
 from estune.es.update import SCHEDULES, SIGMA_SCHEDULES
 
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
-PRESETS = Path(__file__).parent / "presets"
 
 # How a model is trained. `es` is what estune is for; the others are its rivals, on the same ground (estune.baselines).
 METHODS = ("es", "grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search")
@@ -263,9 +260,16 @@ class ESConfig:
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, float) and not math.isfinite(item):
                     raise UserError(f"{spec.name} must be a finite number, not {item}")
-                if not _is_text(item):
+                if not is_text(item):
                     raise UserError(f"{spec.name} is no text that can be written down: {item!r} holds half of a "
                                     "surrogate pair, as undecodable bytes on a command line do")  # fmt: skip
+        self._validate_numbers()
+        self._validate_method()
+        self._validate_population()
+        self._validate_run()
+
+    def _validate_numbers(self) -> None:
+        """Refuse numbers out of their range."""
         positive = (
             "sigma",
             "reward_timeout_s",
@@ -300,7 +304,9 @@ class ESConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} must not be negative, not {value}")
-        self._validate_method()
+
+    def _validate_population(self) -> None:
+        """Refuse members, noise and decoding that cannot work together."""
         if self.population_size < 2:
             raise UserError(f"population_size must be at least 2, not {self.population_size}")
         if self.antithetic and self.population_size % 2:
@@ -327,6 +333,9 @@ class ESConfig:
             raise UserError("weight_decay_anchor base needs weight_decay above 0")
         if self.lr_scheduler_type == "constant_with_warmup" and self.warmup_steps == 0:
             raise UserError("lr_scheduler_type constant_with_warmup needs warmup_steps above 0")
+
+    def _validate_run(self) -> None:
+        """Refuse data, rewards and files that cannot work together."""
         if self.eval_rows and not self.eval_steps:
             raise UserError("eval_rows has no effect without eval_steps")
         if self.eval_greedy and not (self.eval_steps and self.temperature and self.method == "es"):
@@ -489,130 +498,6 @@ def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def coerce(name: str, value: Any) -> Any:
     """Return ``value`` in the type of field ``name``; UserError where it does not fit."""
-    options = _alternatives(FIELD_TYPES[name])
-    if type(None) in options and value in (["none"], ["null"]):  # `--reward_funcs none` on the command line
-        return None
     if isinstance(value, bool) and "true" in FIELDS[name].metadata["choices"]:  # YAML's `true` for the word
         value = "true" if value else "false"
-    for kind in options:
-        converted = _convert(value, kind)
-        if converted is not _MISFIT:
-            return converted
-    wanted = " or ".join(_describe(kind) for kind in options if kind is not type(None))
-    raise UserError(f"{name} must be {wanted}, not {value!r}{_quoting_hint(value, options)}")
-
-
-def _quoting_hint(value: Any, options: list[Any]) -> str:
-    """What to do where YAML read `no` as a boolean, `0123` as 83, or `2026-01-01` as a date, and text is wanted."""
-    items = value if isinstance(value, list) else [value]
-    if options[0] in (str, list[str]) and any(isinstance(item, (bool, int, float, datetime.date)) for item in items):
-        return "; if it is meant as text, write it in quotes"
-    return ""
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether all strings in a value, at any depth, can be encoded."""
-    if isinstance(value, dict):
-        return all(_is_text(key) and _is_text(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(_is_text, value))
-    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-_MISFIT = object()
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return list(typing.get_args(hint)) if union else [hint]
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """Convert a YAML, JSON or command-line value to one type, or return the misfit mark."""
-    origin = typing.get_origin(kind)
-    if kind is type(None):
-        return None if value is None or value in ("none", "null", "None") else _MISFIT
-    if origin is Literal:
-        return value if value in typing.get_args(kind) else _MISFIT
-    if origin is list:
-        items = [value] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
-        if not isinstance(items, (list, tuple)):
-            return _MISFIT
-        converted = [_convert(item, typing.get_args(kind)[0]) for item in items]
-        return _MISFIT if any(item is _MISFIT for item in converted) else converted
-    if origin is dict:
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return _MISFIT
-        try:  # what JSON cannot hold (dates, NaN) does not fit; keys become strings, as the journal reads them back
-            return json.loads(json.dumps(value, allow_nan=False)) if isinstance(value, Mapping) else _MISFIT
-        except (TypeError, ValueError):
-            return _MISFIT
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        return words.get(str(value).lower(), _MISFIT)
-    if kind is str:
-        return str(value) if isinstance(value, (str, Path)) else _MISFIT
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return _MISFIT
-    try:
-        number = float(value)
-        if kind is float:
-            return number
-        return (
-            int(value)
-            if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value))
-            else (int(number) if number.is_integer() else _MISFIT)
-        )
-    except (ValueError, OverflowError):
-        return _MISFIT
-
-
-def _describe(kind: Any) -> str:
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        return " or ".join(map(repr, typing.get_args(kind)))
-    if origin is list:
-        return f"a list of {_describe(typing.get_args(kind)[0]).split(' ', 1)[-1]}s"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-    return "a JSON object" if origin is dict else names.get(kind, str(kind))
-
-
-def read_config_file(name: str) -> dict[str, Any]:
-    """Read a YAML file, or a preset by its name (``demo``), into field names and raw values.
-
-    Raises:
-        UserError: it is missing, not YAML, not a mapping, or has an unknown name or one name twice.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses a key that a mapping has already, where YAML's own would forget the first value."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise UserError(
-                        f"config {name!r} gives {key.value!r} twice, once in line {key.start_mark.line + 1}"
-                    )
-                seen.add(str(key.value))
-            return super().construct_mapping(node, deep)
-
-    path = Path(name)
-    if not path.suffix and not path.exists() and (PRESETS / f"{name}.yaml").exists():
-        path = PRESETS / f"{name}.yaml"
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise UserError(f"config {name!r} cannot be read ({error.strerror}); presets: {presets}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or a date such as 2026-99-99
-        raise UserError(f"config {name!r} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"config {name!r} must be a mapping of option names to values")
-    return canonical(values, f"config {name!r}")
+    return convert(name, value, FIELD_TYPES[name])

@@ -1,0 +1,39 @@
+"""The options of a run: what they mean, what they may be, and where they are read from."""
+
+from estune.config.options import (
+    EVALUATE_FIELDS,
+    FIELD_TYPES,
+    FIELDS,
+    METHODS,
+    OF_METHODS,
+    PROBE_FIELDS,
+    RESUMABLE,
+    SAMPLING_METHODS,
+    SCORE_FIELDS,
+    ESConfig,
+    ResolvedConfig,
+    canonical,
+    canonical_name,
+    coerce,
+    default_of,
+)
+from estune.config.yaml_file import read_config_file
+
+__all__ = [
+    "EVALUATE_FIELDS",
+    "FIELDS",
+    "FIELD_TYPES",
+    "METHODS",
+    "OF_METHODS",
+    "PROBE_FIELDS",
+    "RESUMABLE",
+    "SAMPLING_METHODS",
+    "SCORE_FIELDS",
+    "ESConfig",
+    "ResolvedConfig",
+    "canonical",
+    "canonical_name",
+    "coerce",
+    "default_of",
+    "read_config_file",
+]
