@@ -19,7 +19,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from estune.compare.job import DONE, FAILED, UNMEASURED
 from estune.compare.plan import BUDGETS, EVALUATIONS, TIME
+from estune.compare.tables import summarise
 from estune.errors import UserError
 from estune.files import parse_json, replace_file
 
@@ -147,7 +149,7 @@ def pack(directory: Path) -> Archive:
         raise UserError(f"{directory} holds no comparison")
     plan, cost = files.pop(PLAN), files.pop(f"{RESULTS}/{COST}", [])
     rows = [_row(place, result, directory) for place, result in files.items()]
-    common = _common([row["settings"] for row in rows if row.get("settings")])
+    common = _common([own for row in rows if (own := row.get("settings"))])
     edges = next((found for row in rows if (found := _edges(row))), [])
     for row in rows:
         if "settings" in row:
@@ -287,13 +289,15 @@ def read_archive(file: Path) -> Archive:
     if content.get("digest") != _digest(content):
         raise UserError(f"{file} is damaged or was edited: its digest is not that of its content")
     whole = all(isinstance(content.get(name), kind) for name, kind in CONTENT.items())
-    if not whole or not all(isinstance(row, dict) and _is_placed(row) for row in content["rows"]):
+    if not whole or not all(isinstance(row, dict) and _is_row(row) for row in content["rows"]):
         raise UserError(f"{file} holds no comparison's results: something is missing in it")
     return cast(Archive, content)
 
 
-def _is_placed(row: Mapping[str, Any]) -> bool:
-    """Return whether a row says what was measured, in names that lead to a place below `results/` and nowhere else."""
+def _is_row(row: Mapping[str, Any]) -> bool:
+    """Return whether a row says what was measured, and its names lead to a place below `results/` and nowhere else."""
+    if row.get("status", DONE) not in (DONE, FAILED, UNMEASURED):
+        return False
     names = [row[name] for name in ("model", "method") if name in row]
     if not all(isinstance(name, str) and name not in (".", "..") for name in names):
         return False
@@ -359,8 +363,8 @@ def _files(archive: Archive) -> dict[str, Any]:
 
 def _result(row: Row, archive: Archive) -> dict[str, Any]:
     """Return a result as a comparison's directory holds it."""
-    left_out = ("kind", "index", "budget", "settings_lacking", "path")
-    left_out += () if row["kind"] == "run" else ("model", "method", "seed")
+    identity = ("kind", "index", "budget") if row["kind"] == "run" else IDENTITY
+    left_out = {*identity, "settings_lacking", "path"}
     found: dict[str, Any] = {name: value for name, value in row.items() if name not in left_out}
     if "path" in row:
         found["model"] = row["path"]
@@ -380,8 +384,6 @@ def summary_of(file: Path) -> dict[str, Any]:
     Raises:
         UserError: see `read_archive`; or there is nothing to report yet.
     """
-    from estune.compare.tables import summarise
-
     with tempfile.TemporaryDirectory() as name:
         unpack(read_archive(file), Path(name))
         return summarise(Path(name))
