@@ -12,8 +12,8 @@ are wall time of the whole training process: imports, loading, training, held-ou
 share no question with the above, and records nothing.
 
 Targets: the distance at least halves on average, no seed's correctness falls more than five points below the base, no
-seed takes more than six minutes. Configuration, metrics, curves and completions of every seed go to
-`benchmarks/results/conciseness/`, the summary to `benchmarks/results/conciseness.json`.
+seed takes more than six minutes. What was found, with the configuration, metrics and completions of every seed, goes to
+`benchmarks/results/conciseness.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "conciseness_smollm2.yaml"
 ESTUNE = [sys.executable, "-m", "estune"]
 LARGEST_SHARE_LEFT, MOST_POINTS_LOST, MOST_SECONDS = 0.5, 5.0, 360.0
-KEPT = ("es_config.json", "metrics.jsonl", "README.md")  # of a run, beside plots and evaluated rows
+PLACES = ("model", "output_dir", "run_name", "seed")  # of a configuration: what is not the same for all seeds
+Rows = list[dict[str, Any]]
 
 
 def evaluate(model: str, split: str, rows: Path, tokens: int) -> dict[str, Any]:
@@ -51,33 +51,55 @@ def evaluate(model: str, split: str, rows: Path, tokens: int) -> dict[str, Any]:
     return found
 
 
-def measure(model: str, directory: Path, tokens: int, splits: tuple[str, str]) -> dict[str, Any]:
-    """Return a model's distance on the prompts of one split and its correctness on the questions of the other."""
-    directory.mkdir(parents=True, exist_ok=True)
-    test, knowledge = (evaluate(model, split, directory / f"{split}.jsonl", tokens) for split in splits)
+def read_lines(file: Path) -> Rows:
+    """Return the objects of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def answers_in(file: Path, **of: Any) -> Rows:
+    """Return what is kept of evaluated rows; ``of`` says whose answers they are. Prompts are the task's."""
+    return [
+        {**of, "row_id": row["row_id"], "completion": row["completions"][0], "reward": row["rewards"][0],
+         "accuracy": row["accuracy"][0], "length": row["lengths"][0], "finished": row["finished"][0]}
+        for row in read_lines(file)
+    ]  # fmt: skip
+
+
+def measure(model: str, of: str, tokens: int, splits: tuple[str, str]) -> tuple[dict[str, Any], Rows]:
+    """Return a model's distance on the prompts of one split and its correctness on the questions of the other.
+
+    And its answers, by the model's name here: ``of``.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name) / f"{split}.jsonl" for split in splits]
+        test, knowledge = (evaluate(model, split, file, tokens) for split, file in zip(splits, files, strict=True))
+        answers = [
+            row for split, file in zip(splits, files, strict=True) for row in answers_in(file, of=of, split=split)
+        ]
     return {
         "distance": -test["reward"], "test_accuracy": test["accuracy"], "correct": knowledge["accuracy"],
         "correct_ci95": knowledge["accuracy_ci95"], "knowledge_distance": -knowledge["reward"],
         "clipped": test["clipped_ratio"],
-    }  # fmt: skip
+    }, answers  # fmt: skip
 
 
-def score_again(directory: Path) -> list[float]:
-    """Score the kept answers to the questions with the task as it is now, and keep that; return them, (200,)."""
-    path = directory / "knowledge.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def knowledge_of(answers: Rows, of: str) -> Rows:
+    """Return one model's answers to the 200 questions."""
+    return [row for row in answers if row["of"] == of and row["split"] == "knowledge"]
+
+
+def score_again(rows: Rows) -> list[float]:
+    """Score answers to the questions with the task as it is now, and keep that in them; return the scores, (200,)."""
     answers = [row["answers"] for row in conciseness.load("knowledge")]
     for row in rows:
-        row["accuracy"] = conciseness.accuracy([row["completions"][0]], answers=[answers[row["row_id"]]])
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return [row["accuracy"][0] for row in rows]
+        row["accuracy"] = conciseness.accuracy([row["completion"]], answers=[answers[row["row_id"]]])[0]
+    return [row["accuracy"] for row in rows]
 
 
-def in_first_sentence(directory: Path) -> float:
+def in_first_sentence(rows: Rows) -> float:
     """Return the share of the questions that are answered rightly in the completion's first sentence."""
-    rows = [json.loads(line) for line in (directory / "knowledge.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [row["answers"] for row in conciseness.load("knowledge")]
-    first = [re.split(r"(?<=[.!?])\s|\n", row["completions"][0].strip(), maxsplit=1)[0] for row in rows]
+    first = [re.split(r"(?<=[.!?])\s|\n", row["completion"].strip(), maxsplit=1)[0] for row in rows]
     right = conciseness.accuracy(first, answers=[answers[row["row_id"]] for row in rows])
     return math.fsum(right) / len(right)
 
@@ -90,39 +112,41 @@ def compare(base: list[float], tuned: list[float]) -> dict[str, Any]:
             "points_ci95": [float(middle - 1.96 * error), float(middle + 1.96 * error)]}  # fmt: skip
 
 
-def count(found: dict[str, Any], kept: Path) -> None:
+def count(found: dict[str, Any], answers: Rows) -> None:
     """Fill in what follows from the kept answers: correctness, changes against the base."""
-    of_base = score_again(kept / "base")
+    of_base = score_again(knowledge_of(answers, "base"))
     for entry, name in [(found["base"], "base"), *((run, f"seed-{run['seed']}") for run in found["runs"])]:
-        own = of_base if name == "base" else score_again(kept / name)
+        rows = knowledge_of(answers, name)
+        own = score_again(rows)
         entry["correct"] = math.fsum(own) / len(own)
         entry["correct_ci95"] = list(interval(own))
-        entry["correct_in_first_sentence"] = in_first_sentence(kept / name)
+        entry["correct_in_first_sentence"] = in_first_sentence(rows)
         if name != "base":
             entry["against_base"] = compare(of_base, own)
     found["targets"]["most_points_lost"]["value"] = max(-run["against_base"]["points"] for run in found["runs"])
 
 
-def run_seed(seed: int, options: argparse.Namespace, place: Path, kept: Path) -> dict[str, Any]:
-    """Train with one seed, evaluate what came out, keep what shows it."""
+def run_seed(seed: int, options: argparse.Namespace, place: Path) -> tuple[dict[str, Any], Rows, Rows]:
+    """Train with one seed and evaluate what came out; return what was found, its answers and the run's metrics."""
     run = place / f"seed-{seed}"
     command = [*ESTUNE, "train", "--config", str(options.config), "--model", options.model, "--seed", str(seed),
                "--output_dir", str(run)]  # fmt: skip
     started = time.monotonic()
     subprocess.run(command, check=True)
     seconds = time.monotonic() - started
-    target = kept / run.name
-    tuned = measure(str(run), target, options.tokens, options.splits)
-    for name in KEPT:
-        shutil.copy(run / name, target / name)
-    shutil.copytree(run / "plots", target / "plots", dirs_exist_ok=True)
-    shutil.copytree(run / "eval", target / "eval", dirs_exist_ok=True)
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {
+    tuned, answers = measure(str(run), run.name, options.tokens, options.splits)
+    for file in sorted((run / "eval").glob("step_*.jsonl")):
+        answers += answers_in(file, of=run.name, split="eval", step=int(file.stem.removeprefix("step_")))
+    metrics = read_lines(run / "metrics.jsonl")
+    settings = json.loads((run / "es_config.json").read_text(encoding="utf-8"))
+    found = {
         "seed": seed, "seconds": seconds, **tuned,
         "curve": [{"step": r["step"], "distance": -r["eval_reward"]} for r in metrics if "eval_reward" in r],
         "steps_s": math.fsum(r["step_time"] for r in metrics if "step_time" in r),
+        "fingerprint": json.loads((run / "es_state.json").read_text(encoding="utf-8"))["fingerprint"],
+        "settings": {name: value for name, value in settings.items() if name not in PLACES},
     }  # fmt: skip
+    return found, answers, [{"seed": seed, **record} for record in metrics]
 
 
 def main() -> int:
@@ -137,25 +161,22 @@ def main() -> int:
     parser.add_argument("--recount", action="store_true", help="score the kept answers of the recorded runs again")
     options = parser.parse_args()
     if options.recount:
-        path = RESULTS / "conciseness.json"
-        found = json.loads(path.read_text(encoding="utf-8"))
-        count(found, RESULTS / "conciseness")
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found = json.loads((RESULTS / "conciseness.json").read_text(encoding="utf-8"))
+        listed = {name: found.pop(name) for name in ("answers", "metrics")}
+        count(found, listed["answers"])
+        write_result("conciseness", found, stamped=False, listed=listed)
         print(json.dumps([run["against_base"] for run in found["runs"]], indent=1))
         return 0
     options.no_record |= options.validation
     options.splits = ("validation", "knowledge_validation") if options.validation else ("test", "knowledge")
+    base, answers = measure(options.model, "base", options.tokens, options.splits)
+    runs, metrics = [], []
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        kept = place / "kept" if options.no_record else RESULTS / "conciseness"
-        shutil.rmtree(kept, ignore_errors=True)  # nothing of earlier runs stays among these
-        base = measure(options.model, kept / "base", options.tokens, options.splits)
-        runs = [run_seed(seed, options, place, kept) for seed in options.seeds]
-        paths = [str(place / f"seed-{seed}") for seed in options.seeds]
-        report = [*ESTUNE, "report", *paths, "--output_dir", str(kept)]
-        subprocess.run(report, check=True)
-        for file in [kept / "report.html", *kept.glob("*/es_config.json")]:  # where the runs lay says nothing
-            file.write_text(file.read_text(encoding="utf-8").replace(f"{place}/", ""), encoding="utf-8")
+        for seed in options.seeds:
+            run, its_answers, its_metrics = run_seed(seed, options, Path(name))
+            runs.append(run)
+            answers += its_answers
+            metrics += its_metrics
     print(f"base: distance {base['distance']:.1f} characters, {base['correct']:.1%} of the questions right")
     for run in runs:
         print(f"seed {run['seed']}: distance {run['distance']:.1f}, {run['correct']:.1%} right, {run['seconds']:.0f} s")
@@ -170,10 +191,11 @@ def main() -> int:
         print(f"{what} {value:.3g} (at most {limit:g}){'' if value <= limit else ': MISSED'}")
     if not options.no_record:
         summary = {what: {"value": value, "limit": limit} for what, (value, limit) in targets.items()}
-        what = {"config": options.config.name, "tokens": options.tokens}
+        settings = [run.pop("settings") for run in runs]
+        what = {"config": options.config.name, "tokens": options.tokens, "settings": settings[0]}
         found = {**what, "targets": summary, "base": base, "runs": runs}
-        count(found, RESULTS / "conciseness")
-        write_result("conciseness", found)
+        count(found, answers)
+        write_result("conciseness", found, listed={"answers": answers, "metrics": metrics})
     return int(any(value > limit for value, limit in targets.values()))
 
 

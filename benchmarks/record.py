@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,19 @@ def stamp() -> dict[str, Any]:
     return {"commit": commit(), "machine": environment()}
 
 
-def write_result(name: str, values: dict[str, Any], *, stamped: bool = True) -> Path:
+def write_result(
+    name: str, values: Mapping[str, Any], *, stamped: bool = True, listed: Mapping[str, Sequence[Any]] | None = None
+) -> Path:
     """Write ``benchmarks/results/<name>.json`` and return its path.
 
     ``stamped``: with the commit and the machine; a result that was not measured in one go has them in its parts.
+    ``listed``: further names, of lists that are written one element a line.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {**(stamp() if stamped else {}), **values}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    parts = [json.dumps({**(stamp() if stamped else {}), **values}, indent=1).removesuffix("\n}")]
+    for own, elements in (listed or {}).items():
+        lines = ",\n".join(f"  {json.dumps(element, ensure_ascii=False)}" for element in elements)
+        parts.append(f" {json.dumps(own)}: [\n{lines}\n ]")
+    path.write_text(",\n".join(parts) + "\n}\n", encoding="utf-8")
     return path

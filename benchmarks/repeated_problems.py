@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from record import RESULTS, write_result
 
+from estune.compare.archive import read_archive
 from estune.compare.statistics import two_level
 from estune.tasks import reasoning
 
@@ -43,12 +44,14 @@ def main() -> None:
     again = [question in test[:place] for place, question in enumerate(test)]
     left = ~np.array([trained_on, chosen_by, again]).any(0)  # (P,)
     rows: dict[str, Any] = {}
-    folder = RESULTS / COMPARISON / "results" / "smollm2-135m"
-    results = {"a constant": [folder / "constant.json"]}
-    for method in sorted(path for path in folder.iterdir() if path.is_dir()):
-        results[method.name] = sorted(method.glob("seed-*-time.json"))
-    for name, files in results.items():
-        correct = np.array([[mark == "1" for mark in json.loads(file.read_text("utf-8"))["correct"]] for file in files])
+    answered: dict[str, list[str]] = {"a constant": []}  # marks of each seed
+    for row in read_archive(RESULTS / f"{COMPARISON}.json")["rows"]:
+        if row["kind"] == "constant":
+            answered["a constant"].append(row["correct"])
+        elif row["kind"] == "run" and row["budget"] == "time":
+            answered.setdefault(row["method"], []).append(row["correct"])
+    for name, seeds in answered.items():
+        correct = np.array([[mark == "1" for mark in marks] for marks in seeds])
         estimates = [two_level(marks.astype(float)) for marks in (correct, correct[:, left])]  # (S, P)
         rows[name] = {which: {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
                       for which, estimate in zip(("all", "left"), estimates, strict=True)}  # fmt: skip

@@ -255,9 +255,11 @@ def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     report.add_argument("--output_dir", type=Path, help="Where it goes. Default: the run, or ./report for several.")
     compare = command("compare", _compare, "Compare methods on the same ground: tune, run, measure, report.", "FILE")
     compare.add_argument("file", metavar="FILE", type=Path, help="YAML file that says what is compared.")
-    compare.add_argument("--output_dir", type=Path, help="Where it goes. Default: the file's.")
+    compare.add_argument("--output_dir", type=Path, help="Where it goes. Default: the file's; FILE of FILE.json.")
     compare.add_argument("--dry_run", action="store_true", help="Check everything, say what it takes, run nothing.")
-    compare.add_argument("--report_only", action="store_true", help="Write the report of what is there.")
+    compare.add_argument(
+        "--report_only", action="store_true", help="Write the report of what is there, or in FILE.json."
+    )
     watch = command("watch", _watch, "Serve the page of runs that are going on to a browser on this machine.", "RUN...")
     watch.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories.")
     watch.add_argument("--port", type=int, default=8008, help="Port [8008]; 0: any free one.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from script_loading import loaded
+from script_loading import ROOT, loaded
 
 
 def estimate(mean: float, spread: float = 0.1) -> dict[str, float]:
@@ -53,8 +55,8 @@ def summary(seeds: int = 3) -> dict[str, Any]:
 
 
 def test_an_overview_has_a_line_for_each_method_and_a_column_for_each_base() -> None:
-    with loaded("scripts/evidence.py") as evidence:
-        lines = evidence.overview(summary(), "time").splitlines()
+    with loaded("scripts/evidence_tables.py") as tables:
+        lines = tables.overview(summary(), ["time"]).splitlines()
     assert lines[0] == "| pass@1, % | a | b | evaluations | seconds | half way, s |"
     assert lines[2:] == [
         "| base | 20.0 [10.0, 30.0] | 30.0 [20.0, 40.0] |  |  |  |",
@@ -77,14 +79,14 @@ def test_an_overview_has_a_line_for_each_method_and_a_column_for_each_base() -> 
 def test_half_way_is_read_off_between_evaluations_and_counts_runs_that_never_came(curves: Any, told: str) -> None:
     its = {"base": {"accuracy": estimate(0.2)}, "prefix": {"accuracy": estimate(0.8)},
            "curves": {"time": {"es": curves}}}  # fmt: skip
-    with loaded("scripts/evidence.py") as evidence:
-        assert evidence.half_way({"models": {"a": its}}, "time", "es") == told
+    with loaded("scripts/evidence_tables.py") as tables:
+        assert tables.half_way({"models": {"a": its}}, "time", "es") == told
 
 
 def test_differences_are_counted_in_both_directions_and_not_of_a_seed_or_two() -> None:
-    with loaded("scripts/evidence.py") as evidence:
-        told = evidence.differences(summary(), "time")
-        assert evidence.differences(summary(seeds=2), "time") == ""
+    with loaded("scripts/evidence_tables.py") as tables:
+        told = tables.differences(summary(), "time")
+        assert tables.differences(summary(seeds=2), "time") == ""
     assert (
         "Of 4 paired" in told and "2 are in favour of evolution strategies (" in told and "1 over random_search" in told
     )
@@ -96,17 +98,17 @@ def test_a_skill_that_forcing_does_not_bring_has_no_half_way_and_the_best_consta
     for its in found["models"].values():
         its["prefix"]["accuracy"] = its["base"]["accuracy"]
         its["constant"] = {"name": "always <answer>1</answer>", "accuracy": estimate(0.1)}
-    with loaded("scripts/evidence.py") as evidence:
-        lines = evidence.overview(found, "time").splitlines()
+    with loaded("scripts/evidence_tables.py") as tables:
+        lines = tables.overview(found, ["time"]).splitlines()
     assert lines[0] == "| pass@1, % | a | b | evaluations | seconds |"
     assert lines[4] == "| always &lt;answer>1&lt;/answer> | 10.0 [0.0, 20.0] | 10.0 [0.0, 20.0] |  |  |"
 
 
 def test_seeds_that_are_missing_are_told() -> None:
-    with loaded("scripts/evidence.py") as evidence:
+    with loaded("scripts/evidence_tables.py") as tables:
         rows = [row("es", 0.5, 5), row("grpo", 0.5, 1)]
-        assert evidence.seeds_told(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
-        assert evidence.seeds_told(rows[:1], 5) == ""
+        assert tables.seeds_told(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
+        assert tables.seeds_told(rows[:1], 5) == ""
 
 
 def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
@@ -118,58 +120,136 @@ def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
         "seeds": [{"accuracy": 0.75}, {}, {"accuracy": 0.25}], "evaluations": 1000.0, "train_time_s": 9.6,
         "wordless": 0.0625, "unmeasured": 0,
     }  # fmt: skip
-    with loaded("scripts/evidence.py") as evidence:
-        assert evidence.line(lost, {"grpo": False}, 4, True) == [
+    with loaded("scripts/evidence_tables.py") as tables:
+        assert tables.line(lost, {"grpo": False}, 4, True) == [
             "grpo (not established: no claim; 2 of 2 failed)",
             "",
             "",
             "",
         ]
         for wordless in (False, True):
-            assert evidence.line(done, {}, 10, wordless) == [
+            assert tables.line(done, {}, 10, wordless) == [
             "es (1 of 3 failed; 1 hacked)", "50.0 [40.0, 60.0]", "+25.0 [+12.5, +37.5]", "25.0 to 75.0",
             "50.0 [40.0, 60.0]", "75.0 [65.0, 85.0]", "", "25.0", *["6"] * wordless, "1,000", "10",
         ]  # fmt: skip
 
 
-def test_the_scan_and_the_paths_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_two_budgets_share_a_table() -> None:
+    found = summary()
+    for its in found["models"].values():
+        its["rows"]["evaluations"] = its["rows"]["time"][:1]
+        its["curves"]["evaluations"] = its["curves"]["time"]
+    with loaded("scripts/evidence_tables.py") as tables:
+        lines = tables.overview(found, ["evaluations", "time"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:8]] == [
+        "| **equal evaluations**",
+        "| es",
+        "| **equal time**",
+        "| es",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_scans_paths_and_conciseness_have_a_table_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plain = {"n": 4, "accuracy": 0.25, "holds_answer": 0.75, "answer_in_prompt": 0.5, "constant": 0.125, "length": 12.4}
     its = {**plain, "right_samples": 3, "samples": 128}
     scanned = {"rows": 32, "ranked": ["b", "c", "a", "e"], "chosen": ["b"],
                "tasks": {"a": its, "b": its, "c": plain, "e": plain, "d": {"left_out": "slow"}}}  # fmt: skip
     step = {"reward": 0.5, "shorter": 0.25, "es/update_norm": 1.5, "completions/clipped_ratio": 0.25}
     steps = [step, {**step, "reward": 0.0, "shorter": 0.5, "completions/clipped_ratio": 0.75}]
-    tried = {"tasks": {"sudoku": {"steps": steps, "replay": "the same"}}}
-    for name, value in (("scan_reasoning", scanned), ("paths", tried)):
+    tried = {"tasks": {"sudoku": {"steps": steps, "replay": "estune: 2 steps verified, in sudoku-replayed"}}}
+    known = {"distance": 8.25, "knowledge_distance": 4.0, "correct": 0.5}
+    run = {**known, "seed": 1, "seconds": 60.4, "curve": [{"step": 0, "distance": 8.25}, {"step": 2, "distance": 2.0}],
+           "against_base": {"went": 1, "came": 2, "points": 0.5, "points_ci95": [-1.0, 2.0]}}  # fmt: skip
+    brief = {"base": known, "runs": [run]}
+    for name, value in (
+        ("scan_reasoning", scanned),
+        ("scan_reasoning_easy", {**scanned, "chosen": []}),
+        ("paths", tried),
+        ("conciseness", brief),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
-    with loaded("scripts/evidence.py") as evidence:
-        monkeypatch.setattr(evidence, "RESULTS", tmp_path)
-        monkeypatch.setattr(evidence, "SHOWN", 2)
-        told = evidence.section("scan_reasoning").splitlines()
-        assert told[0].startswith("4 tasks, the first 32 validation problems or fewer; those") and len(told) == 7
+    with loaded("scripts/evidence_tables.py") as tables:
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+        told = tables.scans(2).splitlines()
         first = "4 | 25 | 75 | 12 | 50"
-        assert told[4:] == [
+        assert told[2:6] == [
+            "| **4 tasks at their default level, 1 chosen** |  |  |  |  |  |  |  |",
             f"| **b** | {first} | 3 of 128 | 12 |",
             f"| c | {first} | not sampled | 12 |",
             f"| a | {first} | 3 of 128 | 12 |",
         ]
-        line = evidence.section("paths").splitlines()[2]
-        assert line == "| `sudoku` | 0.500, 0.000 | 0.25 to 0.50 | 1.50, 1.50 | 50 | the same |"
+        assert told[6].startswith("| **4 tasks at their lowest level, none chosen**") and len(told) == 10
+        line = tables.section("paths").splitlines()[2]
+        assert line == "| `sudoku` | 0.500, 0.000 | 0.25 to 0.50 | 1.50, 1.50 | 50 | 2 steps verified |"
+        told = tables.section("conciseness").splitlines()
+        assert told[2:] == [
+            "| base | 8.2 | 4.0 | 50.0 |  |  |",
+            "| seed 1 | 8.2 | 4.0 | 50.0 | 1, 2, +0.5 [-1.0, +2.0] | 60 |",
+        ]
 
 
-def test_the_page_says_what_the_results_say(
+@pytest.mark.parametrize("name", ["compare_smollm2_basic_arithmetic", "compare_smollm2_gcd_cut_off"])
+def test_everything_that_a_file_says_can_be_shown(name: str) -> None:
+    """Every seed, whatever became of it, every trial, every paired difference; also of what was cut off."""
+    with loaded("scripts/evidence_tables.py") as tables:
+        packed = tables.read_archive(tables.RESULTS / f"{name}.json")["rows"]
+        lines = tables.everything(name).splitlines()
+    runs = [row for row in packed if row["kind"] == "run"]
+    for row in runs:
+        told = f"| {row['method']} | {row['seed']} | {row['evaluations']:,} |"
+        assert any(line.startswith(told) for line in lines), told
+    assert sum("failed: none of" in line for line in lines) == sum(row["status"] == "failed" for row in runs)
+    trials = [line for line in lines if re.match(r"\| \S+ \| equal (time|evaluations) \|", line)]
+    assert len(trials) == sum(row["kind"] == "trial" for row in packed)
+    assert any(line.startswith("| es - random_search |") for line in lines)
+    if name == "compare_smollm2_basic_arithmetic":
+        assert sum("| 2 of 1728 |" in line for line in lines) == 1
+
+
+# --- pages and pictures -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_and_its_pictures_are_what_the_results_say(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """And with one figure changed it is found."""
+    """And with a figure, a phrase or a picture changed it is found, and mended."""
     monkeypatch.setattr("sys.argv", ["evidence.py", "--check"])
     with loaded("scripts/evidence.py") as evidence:
         assert evidence.main() == 0, capsys.readouterr().err
-        text = evidence.PAGE.read_text(encoding="utf-8")
-        changed = re.sub(r"(\| base \| )(\d)", lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", text, count=1)
-        assert changed != text
+        page, images = tmp_path / "docs" / "evidence.md", tmp_path / "docs" / "images"
+        text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+        shutil.copytree(evidence.IMAGES, images)
+        (tmp_path / "README.md").write_text("", encoding="utf-8")
         monkeypatch.setattr(evidence, "ROOT", tmp_path)
-        monkeypatch.setattr(evidence, "PAGE", tmp_path / "evidence.md")
-        evidence.PAGE.write_text(changed, encoding="utf-8")
-        assert evidence.main() == 1 and "python scripts/evidence.py" in capsys.readouterr().err
+        monkeypatch.setattr(evidence, "IMAGES", images)
+        page.write_text(text, encoding="utf-8")
+        assert evidence.main() == 0
+        picture = images / "conciseness.png"
+        shutil.copy(images / "compare_mini_sudoku.png", picture)
+        changed = re.sub(r"(\| base \| )(\d)", lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", text, count=1)
+        page.write_text(changed.replace("49 to 92 %", "50 to 92 %"), encoding="utf-8")
+        assert changed != text and evidence.main() == 1
+        told = capsys.readouterr().err
+        assert "docs/evidence.md is not what the results say: python scripts/evidence.py" in told
+        assert "docs/images/conciseness.png is not" in told and "must say 'three seeds: 49 to 92 %'" in told
         monkeypatch.setattr("sys.argv", ["evidence.py"])
-        assert evidence.main() == 0 and evidence.PAGE.read_text(encoding="utf-8") == text
+        assert evidence.main() == 1  # a phrase is for its author to mend
+        assert evidence.is_drawn("conciseness") and picture.stat().st_size > 10_000
+        page.write_text(page.read_text(encoding="utf-8").replace("50 to 92 %", "49 to 92 %"), encoding="utf-8")
+        assert evidence.main() == 0 and page.read_text(encoding="utf-8") == text
+
+
+def test_the_page_is_short() -> None:
+    assert len((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_what_follows_from_kept_answers_is_what_the_summary_says() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "conciseness.json").read_text(encoding="utf-8"))
+    answers, before = found.pop("answers"), copy.deepcopy(found)
+    with loaded("benchmarks/conciseness.py") as conciseness:
+        conciseness.count(found, answers)
+    assert found.pop("metrics") == before.pop("metrics") and found == before
+    for entry, name in [(found["base"], "base"), *((run, f"seed-{run['seed']}") for run in found["runs"])]:
+        tests = [row["reward"] for row in answers if row["of"] == name and row["split"] == "test"]
+        assert len(tests) == 8 and entry["distance"] == pytest.approx(-sum(tests) / 8)

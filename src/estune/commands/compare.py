@@ -11,17 +11,16 @@ from estune.errors import UserError
 
 
 def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_only: bool) -> int:
-    """Carry a comparison out, or go on with it, and write its report."""
+    """Carry a comparison out, or continue it, and write its report and its packed results."""
     if dry_run and report_only:
         raise UserError("dry_run and report_only exclude each other")
+    if report_only and file.suffix == ".json":
+        return _redraw(file, output_dir or file.with_suffix(""))
     comparison = read_comparison(file, output_dir)
-    from estune.compare.report import write_report
-
     if report_only:
         if not (comparison.directory / "results").is_dir():
             raise UserError(f"{comparison.directory} holds no results yet")
-        say(f"estune: {write_report(comparison.directory)}")
-        return 0
+        return _report(comparison.directory)
     from estune.compare.runner import Runner
 
     runner = Runner(comparison)
@@ -40,7 +39,27 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
     except KeyboardInterrupt:
         say("estune: stopped; the same command goes on from there")
         raise
-    say(f"estune: {write_report(comparison.directory)}")
+    return _report(comparison.directory)
+
+
+def _report(directory: Path) -> int:
+    """Write the page of a comparison's directory, and everything that the page is made of as one file beside it."""
+    from estune.compare.archive import ARCHIVE_FILE, pack, write_archive
+    from estune.compare.report import write_report
+
+    page = write_report(directory)
+    write_archive(pack(directory), directory / ARCHIVE_FILE)
+    say(f"estune: {page}")
+    return 0
+
+
+def _redraw(file: Path, directory: Path) -> int:
+    """Write the page of a packed comparison, and the results that it links to."""
+    from estune.compare.archive import read_archive, unpack
+    from estune.compare.report import write_report
+
+    unpack(read_archive(file), directory)
+    say(f"estune: {write_report(directory)}")
     return 0
 
 

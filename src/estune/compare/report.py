@@ -60,7 +60,7 @@ def write_report(directory: Path) -> Path:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     replace_file(directory / "curves.png", lambda file: file.write(image.getvalue()))
-    page = render(summary, _svg(figure)).encode("utf-8")
+    page = render(summary, _svg(figure, "curves")).encode("utf-8")
     replace_file(directory / "report.html", lambda file: file.write(page))
     return directory / "report.html"
 
@@ -93,9 +93,10 @@ def render(summary: dict[str, Any], figure: str) -> str:
     ]
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")
-        parts.append(f"<p class=note><code>{_text(model['path'])}</code>, fingerprint <code>{model['fingerprint']}"
-                     f"</code>; {model['never_solved']} of {model['sought']} test problems the base solves neither "
-                     f"greedily nor in {comparison['measuring']['discovery_samples']} samples.</p>")  # fmt: skip
+        samples = _text(comparison["measuring"]["discovery_samples"])
+        parts.append(f"<p class=note><code>{_text(model['path'])}</code>, fingerprint "
+                     f"<code>{_text(model['fingerprint'])}</code>; {model['never_solved']} of {model['sought']} test "
+                     f"problems the base solves neither greedily nor in {samples} samples.</p>")  # fmt: skip
         for budget in BUDGETS:
             if model["rows"][budget]:
                 parts.append(f"<h3>{BUDGET_NAMES[budget]}</h3>")
@@ -252,7 +253,8 @@ def _changes_part(summary: dict[str, Any]) -> str:
     for name, model in summary["models"].items():
         rows = [row for row in model["rows"][budget] if row.get("changes", {}).get("histogram")]
         if rows:
-            figures.append(f"<h3>{_text(name)}</h3><figure>{_svg(_histograms(rows))}</figure>")
+            image = _svg(_histograms(rows), f"changes of {name}")
+            figures.append(f"<h3>{_text(name)}</h3><figure>{image}</figure>")
     if not figures:
         return ""
     note = (
@@ -270,8 +272,8 @@ def _changes_part(summary: dict[str, Any]) -> str:
 def _seed_link(seed: dict[str, Any]) -> str:
     if seed["status"] != "done":
         return (f'<a class="bad" href="{_text(seed["file"])}" title="{_text(seed.get("error", ""))}">'
-                f"{seed['seed']}: {seed['status']}</a>")  # fmt: skip
-    title = f"seed {seed['seed']}, {_text(seed['run'])}"
+                f"{_text(seed['seed'])}: {_text(seed['status'])}</a>")  # fmt: skip
+    title = f"seed {_text(seed['seed'])}, {_text(seed['run'])}"
     told = f'<a href="{_text(seed["file"])}" title="{title}">{100 * seed["accuracy"]:.1f}</a>'
     return told + (f'<a class="run" href="{_text(seed["page"])}" title="its run">\u2197</a>' if "page" in seed else "")
 
@@ -335,7 +337,8 @@ def curves(summary: dict[str, Any]) -> Figure:
             panel.set(title=name, xlabel=label, ylabel="validation accuracy, %")
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
-        line[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if line[1].get_legend_handles_labels()[0]:
+            line[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -384,9 +387,11 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, name: str) -> str:
+    """Return a figure as SVG: the same text for the same figure and name, which its identifiers are made from."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
 
 
