@@ -10,23 +10,26 @@ This command continues a run that was stopped, killed, or finished with too few 
 
     estune train --resume --output_dir RUN
 
-The run ends in the same bytes as a run that was never interrupted. For that it has to be the same run: the same base weights, the same rows,
-the same rewards. These are compared **by what they are, not by their names**. A model may have moved, a dataset may be a copy, a reward
-file may have another comment. `origin.json` in the run directory keeps where every name led. So a run is resumed, replayed and evaluated from
-any directory, also after it was moved together with its files.
+The run ends in the same bytes as a run that was never interrupted. For that it has to be the same run: the same base
+weights, the same rows, the same rewards. These are compared **by what they are, not by their names**. A model may
+have moved, a dataset may be a copy, a reward file may have another comment. `origin.json` in the run directory keeps
+where every name led. So a run is resumed, replayed and evaluated from any directory, also after it was moved together
+with its files.
 
-One warning names damaged files. They do not end the run while the journal and the base model are whole. The resume starts from the newest
-checkpoint whose fingerprint is right, the journal rebuilds the rest, and damaged checkpoints are written again.
+One warning names damaged files. They do not end the run while the journal and the base model are whole. The resume
+starts from the newest checkpoint whose fingerprint is right, the journal rebuilds the rest, and damaged checkpoints
+are written again.
 
 ## What is compared
 
-*Refused*: the resume ends with one sentence that names the difference, and the run stays as it was. *Warned*: the run continues with one
-warning.
+*Refused*: the resume ends with one sentence that names the difference, and the run stays as it was. *Warned*: the run
+continues with one warning.
 
 """
 TAIL = """
-Files that a reward reads are not compared, nor are objects in it that are no plain values (a loaded model, a client). A run
-of an older estune is compared by what that version wrote down; a warning names the columns whose values it did not write.
+Files that a reward reads are not compared, nor are objects in it that are no plain values (a loaded model, a client).
+A run of an older estune is compared by what that version wrote down; a warning names the columns whose values it did
+not write.
 """
 
 

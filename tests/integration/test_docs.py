@@ -1,4 +1,4 @@
-"""Every command and program in `docs/` and every example runs as written; generated pages, listings and figures are true."""
+"""Every command in `docs/` and every example runs as written; generated pages, listings and figures are true."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from estune.config import ESConfig
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ("decisions", "log", "cli"))
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+WRITTEN_BY_RUNS = ("README.md", "report.html", "trackers.json")
 
 
 def run(command: list[str], place: Path) -> None:
@@ -109,11 +112,14 @@ def test_the_architecture_page_is_the_codes_own() -> None:
 
 @pytest.mark.parametrize("page", ["docs/architecture", "docs/decisions", "docs/benchmarks", "CONTRIBUTING", "README"])
 def test_named_files_exist(page: str) -> None:
-    """Paths in running text are those of the repository, or of the package."""
-    text = re.sub(r"```.*?```", "", (ROOT / f"{page}.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|yaml))`", text):
-        if not name.startswith(("runs/", "models/smollm2", "plots/", "eval/", "completions/", "base/", "trainer/")):
-            roots = (ROOT, ROOT / "src" / "estune", ROOT / "benchmarks" / "results")
+    """Paths in running text are those of the repository, of the package, or of the results."""
+    text = (ROOT / f"{page}.md").read_text(encoding="utf-8").split("\n## Every file\n")[0]
+    if page == "docs/decisions":
+        text = "".join(re.findall(r"\*\*Where:\*\*.*\n", text))
+    roots = (ROOT, ROOT / "src" / "estune", ROOT / "benchmarks" / "results")
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w.-]+(?:\.py|\.md|\.yaml|\.json|/))`", text):
+        if name not in WRITTEN_BY_RUNS:
             assert any((root / name).exists() for root in roots), f"{page}: {name}"
 
 
@@ -185,13 +191,14 @@ def test_figures_of_speed_and_memory_are_those_of_the_results() -> None:
         f"{gpu['ratios']['paper / lowrank']['median']:.1f} times as long",
         f"greedy | {100 * gain['base']['accuracy']:.2f} %",
         f"`<think>` | {100 * gain['base_forced']['accuracy']:.2f} %",
-        *(f"seed {its['seed']}, {its['seconds']:.0f} s | {100 * its['tuned']['accuracy']:.2f} %" for its in gain["runs"]),
+        *(f"seed {its['seed']}, {its['seconds']:.0f} s | {100 * its['tuned']['accuracy']:.2f} %"
+          for its in gain["runs"]),
         f"gain is {gain['mean_gain_points']:.1f} points",
         *(f"{ninety['mean_gain_points'][noise]:.1f} points" for noise in ("full", "lowrank")),
-        *(f"| {alike['lowrank']['10']['points']:+.1f} (95 % interval", f"| {alike['lowrank']['25']['points']:+.2f} ("),
-        *(f"| {alike['randn']['10']['points']:+.1f} (", f"| {alike['randn']['25']['points']:+.2f} ("),
-        *(f"| seed {its['seed']} | {its['distance']:.1f} | {its['knowledge_distance']:.1f} | {100 * its['correct']:.1f} % |"
-          for its in brief["runs"]),
+        *(f"| {alike[what]['10']['points']:+.1f} (" for what in ("lowrank", "randn")),
+        *(f"| {alike[what]['25']['points']:+.2f} (" for what in ("lowrank", "randn")),
+        *(f"| seed {its['seed']} | {its['distance']:.1f} | {its['knowledge_distance']:.1f} | "
+          f"{100 * its['correct']:.1f} % |" for its in brief["runs"]),
     ]  # fmt: skip
     assert [text for text in expected if text not in page] == []
 
