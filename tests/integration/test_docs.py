@@ -1,23 +1,28 @@
-"""Every command and program in `docs/` and every example runs as written; the reference and the listings are true."""
+"""Every command in `docs/` and every example runs as written; generated pages, listings and figures are true."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from estune import cli, config
+from estune import cli, config, tasks
 from estune.config import ESConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ("decisions", "log", "cli"))
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+WRITTEN_BY_RUNS = ("README.md", "report.html", "trackers.json")
 
 
 def run(command: list[str], place: Path) -> None:
@@ -27,13 +32,20 @@ def run(command: list[str], place: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_runs(page: Path, tmp_path: Path) -> None:
-    """Blocks of one page share a directory; those marked ``console`` need a download, and have tests of their own."""
+    """Blocks of one page share a directory, and a block that begins with a file's name is that file.
+
+    Blocks marked ``console`` need a download, and have tests of their own.
+    """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for language, text in re.findall(r"```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        if text.startswith("# rewards.py"):
-            (tmp_path / "rewards.py").write_text(text, encoding="utf-8")
+        if name := re.match(r"# (\w+\.py)\n", text):
+            (tmp_path / name[1]).write_text(text, encoding="utf-8")
         else:
             run(["bash", "-eu", "-c", text] if language == "bash" else [sys.executable, "-c", text], tmp_path)
+    if page.stem == "extending":  # its engine learns, as the page says
+        lines = (tmp_path / "runs/bigram/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        first, last = (json.loads(line)["reward"] for line in (lines[0], lines[-1]))
+        assert last > 10 * first
 
 
 @pytest.mark.parametrize("name", ["quickstart", "custom_reward", "custom_dataset"])
@@ -90,6 +102,105 @@ def test_a_generated_page_is_the_codes_own(script: str, page: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == done.stdout
+
+
+def test_the_architecture_page_is_the_codes_own() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "architecture.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/architecture", "docs/decisions", "docs/benchmarks", "CONTRIBUTING", "README"])
+def test_named_files_exist(page: str) -> None:
+    """Paths in running text are those of the repository, of the package, or of the results."""
+    text = (ROOT / f"{page}.md").read_text(encoding="utf-8").split("\n## Every file\n")[0]
+    if page == "docs/decisions":
+        text = "".join(re.findall(r"\*\*Where:\*\*.*\n", text))
+    roots = (ROOT, ROOT / "src" / "estune", ROOT / "benchmarks" / "results")
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w.-]+(?:\.py|\.md|\.yaml|\.json|/))`", text):
+        if name not in WRITTEN_BY_RUNS:
+            assert any((root / name).exists() for root in roots), f"{page}: {name}"
+
+
+def test_a_task_takes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That of `docs/extending.md`, as it would stand among the built-in tasks."""
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    module = re.findall(r"```python\n(# letters\.py\n.*?)```", text, flags=re.DOTALL)[0]
+    (tmp_path / "letters.py").write_text(module, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = re.findall(r"^(_built_in\(.*\)),$", text, flags=re.MULTILINE)[0]
+    task = eval(line, {**vars(tasks), "letters": importlib.import_module("letters")})
+    splits = [task.load(split) for split in task.splits]
+    assert list(map(len, splits)) == [200, 200, 1000]
+    assert len({row["prompt"] for rows in splits for row in rows}) == 1400
+    row = splits[0][0]
+    answers = [task.right_answer(row), "<answer>9</answer>", "1"]
+    columns = {name: [row[name]] * len(answers) for name in task.columns}
+    assert task.reward(answers, **columns) == [1.0, 0.1, 0.0]
+    assert task.accuracy(answers, **columns) == [1.0, 0.0, 0.0]
+
+
+def test_decisions_are_few_and_have_four_fields() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
+    _, *entries = text.split("\n### ")
+    assert len(entries) <= 60
+    for entry in entries:
+        fields = re.findall(r"^\* \*\*(\w+):\*\*", entry, flags=re.MULTILINE)
+        assert fields == ["Decision", "Alternatives", "Why", "Where"], entry.splitlines()[0]
+
+
+def test_the_log_is_dated_and_newest_first() -> None:
+    text = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    dates = [heading.split(": ")[0] for heading in headings]
+    assert all(re.fullmatch(r"\d{4}-\d{2}-\d{2}", date) for date in dates)
+    assert dates == sorted(dates, reverse=True)
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_figures_of_speed_and_memory_are_those_of_the_results() -> None:
+    page = " ".join((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split())
+    bench, memory, gain, ninety = (result(name) for name in ("bench", "memory", "demo_gain", "demo_time"))
+    kernels, step = bench["kernels"]["ratios"], bench["step"]
+    small, large = (step[case]["ratios"] for case in ("conciseness", "countdown"))
+    peers = [
+        bench["peers"][name]["peer / estune low-rank"] for name in ("torcheggroll", "eggroll-es", "mezo", "evotorch")
+    ]
+    gpu = result("step_gpu")["cases"]["conciseness"]
+    alike, brief = result("equivalence"), result("conciseness")
+    expected = [
+        f"{kernels['loop_speedup']:.0f} times as fast",
+        f"{kernels['update_speedup']:.0f} times as fast",
+        f"{kernels['perturb_of_roof']:.0%}".replace("%", " % of its speed"),
+        *(f"{ratios['pure / lowrank']['median']:.0%}".replace("%", " % of its speed") for ratios in (small, large)),
+        f"{min(small['pure / lowrank']['each']):.0%} to {max(small['pure / lowrank']['each']):.0%}".replace("%", "", 1)
+        .replace("%", " %"),
+        *(f"{ratios['paper / lowrank']['median']:.1f} times the time of a low-rank step, "
+          f"{ratios['paper / full']['median']:.1f} times that of a full-rank step" for ratios in (small, large)),
+        "{:.0f}, {:.0f}, {:.0f} and {:.0f} times".format(*peers),
+        f"{small['pure_shared / lowrank']['median']:.0%} of a low-rank step's time".replace("%", " %"),
+        f"({bench['growth']['steps']['journal_bytes_per_step']:.0f} bytes",
+        *(f"| {memory['models'][model]['noise']['full']['train']['ratio']:.2f} | "
+          f"{memory['models'][model]['noise']['lowrank']['train']['ratio']:.2f} |" for model in ("0.5B", "1.5B")),
+        f"takes {gpu['variants']['lowrank']['step_seconds']:.2f} s",
+        f"{gpu['ratios']['pure / lowrank']['median']:.2f} of the speed",
+        f"{gpu['ratios']['paper / lowrank']['median']:.1f} times as long",
+        f"greedy | {100 * gain['base']['accuracy']:.2f} %",
+        f"`<think>` | {100 * gain['base_forced']['accuracy']:.2f} %",
+        *(f"seed {its['seed']}, {its['seconds']:.0f} s | {100 * its['tuned']['accuracy']:.2f} %"
+          for its in gain["runs"]),
+        f"gain is {gain['mean_gain_points']:.1f} points",
+        *(f"{ninety['mean_gain_points'][noise]:.1f} points" for noise in ("full", "lowrank")),
+        *(f"| {alike[what]['10']['points']:+.1f} (" for what in ("lowrank", "randn")),
+        *(f"| {alike[what]['25']['points']:+.2f} (" for what in ("lowrank", "randn")),
+        *(f"| seed {its['seed']} | {its['distance']:.1f} | {its['knowledge_distance']:.1f} | "
+          f"{100 * its['correct']:.1f} % |" for its in brief["runs"]),
+    ]  # fmt: skip
+    assert [text for text in expected if text not in page] == []
 
 
 def default_of(configuration: type, name: str) -> object:

@@ -1,4 +1,4 @@
-"""Every command and program in the README runs as written, in one directory, in order."""
+"""The README: short, its commands and programs run as written, its figures and folders are true."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ROOT / "docs"
+
+
+def section(title: str) -> str:
+    """Return the text of a section of the README."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -19,11 +25,12 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+    """In one directory, in order; a block that begins with a file's name is that file."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = []
     for language, text in blocks():
-        if text.startswith("# rewards.py"):
-            (tmp_path / "rewards.py").write_text(text, encoding="utf-8")
+        if name := re.match(r"# (\w+\.py)\n", text):
+            (tmp_path / name[1]).write_text(text, encoding="utf-8")
             continue
         command = ["bash", "-eu", "-c", text] if language == "bash" else [sys.executable, "-c", text]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -34,17 +41,36 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
         assert (tmp_path / path / "model.safetensors").is_file(), path
 
 
-def test_the_annotated_tree_names_every_module_and_no_other() -> None:
-    tree = README.split("## What is where")[1].split("```")[1]
-    parts = re.split(r"^(src/estune|scripts|benchmarks)/$", tree, flags=re.MULTILINE)
-    assert len(parts) == 7
-    for folder, text in zip(parts[1::2], parts[2::2], strict=True):
-        root, named = ROOT / folder, set(re.findall(r"(?<!\S)([\w/]+\.py)\b", text))
-        files = root.rglob("*.py") if folder == "src/estune" else root.glob("*.py")
-        there = {path.relative_to(root).as_posix() for path in files if not path.name.startswith("__")}
-        assert there == named, f"{folder}: not in the tree {sorted(there - named)}, not there {sorted(named - there)}"
-    for path in (ROOT / "benchmarks").iterdir():
-        assert not path.is_dir() or path.name == "__pycache__" or f"{path.name}/" in parts[6], path.name
+def test_commands_that_need_a_download_are_those_of_the_quickstart() -> None:
+    """`test_docs` runs them there."""
+    quickstart = (PAGES / "index.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL):
+        assert f"```console\n{block}```" in quickstart
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(README) <= 12_000
+
+
+def test_every_room_has_its_line() -> None:
+    named = re.findall(r"^  (\w+)/ ", section("Folders"), flags=re.MULTILINE)
+    folders = [path for path in (ROOT / "src" / "estune").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert sorted(named) == sorted(path.name for path in folders)
+
+
+def test_figures_stand_on_the_pages_that_scripts_check() -> None:
+    """Results stand on the page of evidence, all other figures with a decimal point on that of speed and memory."""
+    evidence, speed = ((PAGES / f"{name}.md").read_text(encoding="utf-8") for name in ("evidence", "benchmarks"))
+    text = re.sub(r"```.*?```|\]\(.*?\)|\d\.\d+ or later|Apache-2\.0", "", README, flags=re.DOTALL)
+    results = section("Results")
+    for figure in re.findall(r"\d+\.\d+", text):
+        assert figure in (evidence if figure in results else speed), figure
+
+
+def test_links_lead_to_files() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / link).exists(), link
 
 
 def test_programs_shadow_no_package() -> None:

@@ -152,7 +152,7 @@ def test_the_defaults_of_methods_are_trls():
 
 
 def test_the_page_names_the_defaults_that_a_run_gets():
-    lines = (Path(__file__).parents[2] / "docs" / "rivals.md").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text(encoding="utf-8").splitlines()
     start = next(i for i, text in enumerate(lines) if text.startswith("| | `grpo`"))
     head, _, *body = [[cell.strip() for cell in text.strip("|").split("|")] for text in lines[start : start + 11]]
     table = {cells[0].split(",")[0].strip("`"): dict(zip(head[1:], cells[1:], strict=True)) for cells in body}

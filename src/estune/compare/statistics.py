@@ -2,7 +2,7 @@
 
 A result varies because another seed trains another model, and because other problems could have been asked. Both count.
 Seeds are few, three to five, so every interval is made of variance components rather than of resampled seeds: a
-bootstrap of three seeds sees two thirds of their variance. `docs/decisions.md` holds the coverage that was measured.
+bootstrap of three seeds sees two thirds of their variance. `docs/log.md` holds the measured coverage.
 All intervals are of 95 %.
 """
 

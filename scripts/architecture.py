@@ -1,0 +1,108 @@
+"""Write the generated parts of `docs/architecture.md`, from the imports and the docstrings of every module.
+
+    python scripts/architecture.py            # after a module was added, moved or described anew
+    python scripts/architecture.py --check    # exit status 1 where the page and the code differ
+
+A generated part stands between `<!-- NAME -->` and `<!-- end -->`: `rooms` is a table with each room's purpose and
+imports, `files` a list with one line a file. Everything else on the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, PACKAGE = ROOT / "docs" / "architecture.md", ROOT / "src" / "estune"
+PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PROGRAMS = {"scripts": "Programs for the repository itself.", "benchmarks": "Programs that measure, and their inputs."}
+
+
+def summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring; after a question the next sentence, too.
+
+    Raises:
+        SystemExit: the module has no docstring.
+    """
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not text:
+        raise SystemExit(f"architecture: {path.relative_to(ROOT)} has no docstring")
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    first, *more = re.split(r"(?<=[.?!])\s", paragraph)
+    return f"{first} {more[0]}" if first.endswith("?") and more else first
+
+
+def rooms() -> list[Path]:
+    """Return the package's folders that hold modules, in order of their names."""
+    return sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the rooms and root modules of estune that a module imports, lazy and type-checking imports included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # `from estune import x` imports the module x, or a name of the package itself.
+            names = [f"estune.{alias.name}" for alias in node.names] if node.module == "estune" else [node.module or ""]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("estune.") and "__" not in name)
+
+
+def room_table() -> str:
+    """Return a table with one row a room: its name, its purpose, and what it imports of estune."""
+    rows = ["| room | purpose | imports |", "|---|---|---|"]
+    for room in rooms():
+        found = {name for path in room.rglob("*.py") for name in imports_of(path)} - {room.name}
+        purpose = summary(room / "__init__.py").replace("|", "\\|")
+        rows.append(f"| `{room.name}/` | {purpose} | {', '.join(sorted(found)) or '-'} |")
+    return "\n".join(rows)
+
+
+def file_list() -> str:
+    """Return one line a file, room after room, then the programs; a folder within a room has a line, too."""
+    parts = ["### The package's root\n"]
+    parts += [line(path, PACKAGE) for path in sorted(PACKAGE.glob("*.py"))]
+    for room in rooms():
+        parts += [f"\n### `{room.name}/`\n"]
+        parts += [line(path, PACKAGE) for path in sorted(room.rglob("*.py")) if path != room / "__init__.py"]
+    for folder, purpose in PROGRAMS.items():
+        parts += [f"\n### `{folder}/`\n", f"{purpose}\n"]
+        parts += [line(path, ROOT) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return "\n".join(parts)
+
+
+def line(path: Path, root: Path) -> str:
+    """Return a list item with a file's path and its summary; the ``__init__.py`` of an inner folder stands for it."""
+    name = path.relative_to(root).as_posix()
+    return f"* `{name.removesuffix('__init__.py') or name}`: {summary(path)}"
+
+
+def page(text: str) -> str:
+    """Return the page with its generated parts made anew."""
+    parts = {"rooms": room_table, "files": file_list}
+    return PLACE.sub(lambda place: f"{place[1]}\n{parts[place[2]]()}\n\n{place[3]}", text)
+
+
+def main() -> int:
+    """Write the page, or compare it with the code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    options = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    made = page(text)
+    if options.check and made != text:
+        print(f"{PAGE.relative_to(ROOT)} differs from the code: python scripts/architecture.py", file=sys.stderr)
+        return 1
+    if not options.check:
+        PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
