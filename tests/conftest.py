@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
 _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it, and all that it starts

@@ -7,6 +7,8 @@ import struct
 import pytest
 from command_line import TOY, assert_refused, estune, journal, tree
 
+pytestmark = pytest.mark.miniature
+
 RUN = (*TOY, "--max_steps", 1, "--population_size", 4)
 DATA = ("--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels")
 

@@ -12,6 +12,8 @@ from command_line import TOY, assert_refused, estune, journal, metrics, write_re
 from estune.config import read_config_file
 from estune.tasks import TASKS
 
+pytestmark = pytest.mark.miniature
+
 COMMANDS = ("train", "evaluate", "score", "probe", "replay", "export", "apply", "report", "watch", "fetch", "env")
 
 

@@ -24,6 +24,8 @@ from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.models.names import EMBEDDED_MODELS
 
+pytestmark = pytest.mark.miniature
+
 Edit = Callable[[Path], Any]
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,6 +15,8 @@ import pytest
 from estune import cli, config
 from estune.config import ESConfig
 
+pytestmark = pytest.mark.miniature
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ("decisions", "log", "cli"))
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -57,7 +59,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(1800)
 def test_the_commands_on_a_real_model_run(tmp_path: Path) -> None:
     """Those of the quickstart, word for word: fetch, train, evaluate. Needs the package registry."""

@@ -27,6 +27,8 @@ from estune.es.noise import perturbation_scale
 from estune.es.population import EVAL_PERSON, derive_seed
 from estune.es.types import Completion, Interrupted, Member, Perturbation, Prompt, Sampling
 
+pytestmark = pytest.mark.miniature
+
 GREEDY = Sampling(seed=0, step=0, max_completion_length=16)
 SAMPLED = replace(GREEDY, temperature=0.8, num_generations=2)
 MEMBER = Perturbation(Member(5, 1), perturbation_scale(1e-2))

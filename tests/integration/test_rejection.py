@@ -22,7 +22,7 @@ from estune.tasks import get_task
 from estune.train import setup
 from estune.train.session import plan_step
 
-pytestmark = pytest.mark.usefixtures("in_place")
+pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
 
 def test_rejection_learns_right_samples_once_and_completions_alone(trainers, batches, place):

@@ -16,7 +16,10 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full, and reads of a closed pty that fail")
+pytestmark = [
+    pytest.mark.miniature,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full, and reads of a closed pty that fail"),
+]
 
 REWARDS = '''
 """Rewards that write wherever a reward can."""
