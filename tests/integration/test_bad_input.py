@@ -259,9 +259,9 @@ def test_a_pointer_to_where_the_prompt_may_be(refused, place, name):
 
 
 @pytest.mark.parametrize("option", ["--system_prompt", "--response_prefix", "--stop_strings", "--dataset_name"])
-def test_bytes_that_are_no_text_on_the_command_line(place, option):
+def test_bytes_that_are_no_text_on_the_command_line(call, place, option):
     """The command line reads undecodable bytes as halves of surrogate pairs, which no file of a run could hold."""
-    done = estune(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"), cwd=place, env={"PYTHONUTF8": "1"})
+    done = call(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert_refused(done, option.removeprefix("--"), "is no text")
     assert not (place / "run").exists()
 

@@ -325,8 +325,8 @@ def test_sampled_evaluation_and_divergence(torch_zygote, tiny_run):
 # --- train without arguments ------------------------------------------------------------------------------------------
 
 
-def test_the_demo_preset_is_for_evolution_strategies(tmp_path):
-    assert_refused(estune("train", "--method", "rloo", cwd=tmp_path), "preset demo is for es", "--task", "method rloo")
+def test_the_demo_preset_is_for_evolution_strategies(call):
+    assert_refused(call("train", "--method", "rloo"), "preset demo is for es", "--task", "method rloo")
 
 
 def test_train_without_arguments_is_the_demo_preset(run_model):

@@ -307,30 +307,30 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
         ({"methods": {"a b": {"method": "es"}}}, ("file name",)),
     ],
 )  # fmt: skip
-def test_what_is_refused_before_anything_runs(tmp_path: Path, changes: dict, parts: tuple[str, ...]) -> None:
-    assert_refused(estune("compare", write(tmp_path, **changes), cwd=tmp_path), *parts)
+def test_what_is_refused_before_anything_runs(call, tmp_path: Path, changes: dict, parts: tuple[str, ...]) -> None:
+    assert_refused(call("compare", write(tmp_path, **changes), cwd=tmp_path), *parts)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
-    done = estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
+def test_a_dry_run_says_what_it_would_take(call, tmp_path: Path) -> None:
+    done = call("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
     assert done.code == 0 and "8 runs" in done.out and "4 trials of 32 evaluations and 0.5 s" in done.out
     assert not (tmp_path / "out").exists()
-    assert_refused(estune("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
+    assert_refused(call("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
 
 
 @pytest.mark.e2e
 @pytest.mark.xdist_group("compared")
-def test_a_comparisons_directory_is_no_model_and_no_run(compared: Path) -> None:
-    done = estune("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
+def test_a_comparisons_directory_is_no_model_and_no_run(call, compared: Path) -> None:
+    done = call("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
     assert_refused(done, "holds a comparison", "below its models")
-    assert_refused(estune("report", "out", cwd=compared), "holds a comparison", "report.html")
+    assert_refused(call("report", "out", cwd=compared), "holds a comparison", "report.html")
 
 
 @pytest.mark.e2e
 @pytest.mark.xdist_group("compared")
-def test_a_dry_run_sees_what_is_there_already(compared: Path, tmp_path: Path) -> None:
+def test_a_dry_run_sees_what_is_there_already(call, compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared / "out", tmp_path / "out")
     file = write(tmp_path, measuring={**MINIATURE["measuring"], "samples": 3})
-    assert_refused(estune("compare", file, "--dry_run", cwd=tmp_path), "measuring", "another output_dir")
-    assert estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path).code == 0
+    assert_refused(call("compare", file, "--dry_run", cwd=tmp_path), "measuring", "another output_dir")
+    assert call("compare", write(tmp_path), "--dry_run", cwd=tmp_path).code == 0

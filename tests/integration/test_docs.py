@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shells import Shell
 
 from estune import cli, config
 from estune.config import ESConfig
@@ -22,25 +23,20 @@ PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def run(command: list[str], place: Path) -> None:
-    done = subprocess.run(command, cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_runs(page: Path, tmp_path: Path) -> None:
+def test_every_block_runs(page: Path, tmp_path: Path, shell: Shell) -> None:
     """Blocks of one page share a directory; those marked ``console`` need a download, and have tests of their own."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for language, text in re.findall(r"```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         if text.startswith("# rewards.py"):
             (tmp_path / "rewards.py").write_text(text, encoding="utf-8")
         else:
-            run(["bash", "-eu", "-c", text] if language == "bash" else [sys.executable, "-c", text], tmp_path)
+            shell.check(text, tmp_path, language)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "custom_reward", "custom_dataset"])
-def test_every_example_runs(name: str, tmp_path: Path) -> None:
-    run([sys.executable, str(ROOT / "examples" / f"{name}.py")], tmp_path)
+def test_every_example_runs(name: str, tmp_path: Path, shell: Shell) -> None:
+    shell.check(f"python '{ROOT / 'examples' / name}.py'", tmp_path)
     assert (tmp_path / "runs" / name / "model.safetensors").is_file()
 
 
