@@ -63,7 +63,7 @@ class Forks:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.wait(timeout=60)
+        self._process.wait()
 
     def run(
         self,
