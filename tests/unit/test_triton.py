@@ -356,7 +356,7 @@ def test_parts_do_not_cross_a_key_block() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_without_a_gpu_says_so() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "launch.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "no GPU" in done.stderr
