@@ -407,19 +407,19 @@ def test_models_that_are_not_there(refused, run_model, place, model, parts):
 
 def test_a_run_without_a_finished_model(run, place, monkeypatch):
     """The checkpoint, or the journal alone, is what there is to evaluate."""
-    from estune.engines.hf.loading import resolve_model
     from estune.errors import UserError
+    from estune.run.directory import refuse_unfinished
 
     monkeypatch.chdir(place)
     assert run(*TOY, "--max_steps", 2, "--population_size", 4, "--save_steps", 1).code == 0
     (place / "run" / "config.json").unlink(missing_ok=True)
     said = "run is a run that stopped after 2 of 2 steps and has no finished model: finish it with --resume, or "
     with pytest.raises(UserError, match=said + "evaluate run/checkpoint-2$"):
-        resolve_model("run")
+        refuse_unfinished("run")
     for directory in (place / "run").glob("checkpoint-*"):
         shutil.rmtree(directory)
     with pytest.raises(UserError, match=said + "rebuild its weights with estune replay --run run --output_dir OUT$"):
-        resolve_model("run")
+        refuse_unfinished("run")
 
 
 @pytest.mark.parametrize(("word", "near"), [("tiyn", "tiny"), ("./mymodel", "mymodle"), ("mymodel", "mymodle")])

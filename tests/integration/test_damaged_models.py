@@ -370,7 +370,7 @@ def test_end_ids_other_than_the_tokenizers_are_said(
 def test_end_ids_that_are_the_tokenizers_are_not_said(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], given: Any
 ) -> None:
-    assert HFEngine.load(str(damaged(ends(eos_token_id=given)))).end_tokens == {EOS}
+    assert HFEngine.load(str(damaged(ends(eos_token_id=given)))).assets.end_tokens == {EOS}
     assert capsys.readouterr().err == ""
 
 

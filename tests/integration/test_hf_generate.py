@@ -282,8 +282,8 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
 
     assert (engine_of().assets.end_tokens, engine_of().assets.pad) == ({EOS}, PAD)
     assert (engine_of(edit=no_settings).assets.end_tokens, engine_of(edit=no_settings).assets.pad) == ({EOS}, PAD)
-    assert engine_of(edit=several).end_tokens == {7, 9}
-    assert ToyEngine().end_tokens == frozenset()  # bytes, none of which ends an answer
+    assert engine_of(edit=several).assets.end_tokens == {7, 9}
+    assert ToyEngine().assets.end_tokens == frozenset()  # bytes, none of which ends an answer
     no_pad = SimpleNamespace(eos_token_id=5, pad_token_id=None)
     model = tiny_model("llama")
     no_settings(model)
