@@ -7,21 +7,19 @@ tells its exit status. What is read at an import (``OMP_NUM_THREADS``, ``HF_ENDP
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import runpy
 import select
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 import types
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+from forked import ended, make_streams
 
 TESTS = Path(__file__).resolve().parents[1]
 SOCKET = "socket"
@@ -98,7 +96,7 @@ def _main() -> None:
     for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
     load_kernels()
-    sys.path.remove(str(TESTS))
+    sys.path[:] = [path for path in sys.path if path not in (str(TESTS), str(TESTS / "helpers"))]
     directory = tempfile.mkdtemp(prefix="estune-shell-")
     address = os.path.join(directory, SOCKET)
     programs = [os.path.join(directory, name) for name in ("estune", "python")]
@@ -150,42 +148,18 @@ def _answer(connection: socket.socket) -> None:
     pid = os.fork()
     if pid == 0:
         connection.close()
-        code = _ended(json.loads(request), streams)
-        os._exit(code)
+        os._exit(ended(lambda: _command(*json.loads(request), streams)))
     for stream in streams:
         os.close(stream)
     connection.sendall(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
     os._exit(0)
 
 
-def _ended(request: list[Any], streams: list[int]) -> int:
-    """Run a command and end as the interpreter does, short of freeing its memory; return the exit status."""
-    try:
-        code = _command(*request, streams)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    return code
-
-
 def _command(program: str, words: list[str], cwd: str, environment: dict[str, str], streams: list[int]) -> int:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+    make_streams()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

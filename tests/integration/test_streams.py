@@ -18,6 +18,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.miniature,
+    pytest.mark.xdist_group("processes"),
     pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full, and reads of a closed pty that fail"),
 ]
 
