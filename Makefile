@@ -1,6 +1,7 @@
 # One command for each habit; CI calls the same ones.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Stamps make a second call need neither network nor time.
@@ -12,11 +13,13 @@ PPO := $(VENV)/lib/estune-ppo
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test fuzz check docs format bench bench-check figures clean
+.PHONY: help install demo test test-e2e test-real fuzz check docs format bench bench-check figures clean
 
 help:
 	@echo "make demo    set up, train the embedded model, evaluate before and after"
-	@echo "make test    set up, run the whole test suite"
+	@echo "make test    set up, run the unit and invariant tests and a miniature of every feature"
+	@echo "make test-e2e   comparisons end to end, every kill point, full products of parameters, a short fuzz run"
+	@echo "make test-real  real models, the package registry, trackers, a browser, lm-eval"
 	@echo "make fuzz    1000 random cases against the real commands: data, models, kills, streams (about half an hour)"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as pages, in build/site"
@@ -43,8 +46,17 @@ $(DEV): $(RUNTIME) | $(PPO)
 demo: $(RUNTIME)
 	$(BIN)/python scripts/demo.py
 
+# Two workers of pytest-xdist, each with one thread.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-e2e: $(DEV)
+	$(PYTEST) -m e2e
+
+test-real: $(DEV)
+	$(PYTEST) -m real tests/integration
 
 fuzz: $(DEV)
 	$(BIN)/python scripts/fuzz.py --cases 1000 --seed 0

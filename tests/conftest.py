@@ -8,18 +8,23 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
 _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it, and all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 INTEGRATION = Path(__file__).parent / "integration"
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
-from command_line import Zygote, write_rewards  # noqa: E402
+from command_line import Done, Zygote, write_rewards  # noqa: E402
+from shells import Shell  # noqa: E402
 
 if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
     from hypothesis import HealthCheck, settings
@@ -43,6 +48,13 @@ def zygote():
 def torch_zygote():
     """The same, with torch and transformers imported (and none of their threads started)."""
     with Zygote(torch=True) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def shell():
+    """Runs blocks of documentation and programs word for word; see `shells.py`."""
+    with Shell() as process:
         yield process
 
 
@@ -74,6 +86,24 @@ def run_model(torch_zygote, place):
 
     def start(*words, cwd=place, **options):
         return torch_zygote.run(words, cwd, **options)
+
+    return start
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """``call(*words)``: an `estune` command in this process, for what ends before anything is computed."""
+    from estune.cli import main
+
+    def start(*words, cwd=place):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            try:
+                code = main([str(word) for word in words])
+            except SystemExit as error:
+                code = error.code
+        return Done(code, *capsys.readouterr())
 
     return start
 

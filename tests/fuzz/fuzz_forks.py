@@ -7,7 +7,6 @@ files for streams, which is what most tests want.)
 
 from __future__ import annotations
 
-import atexit
 import gc
 import json
 import os
@@ -18,18 +17,20 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Self
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [path for path in (str(TESTS), str(TESTS / "integration")) if path not in sys.path]
+PLACES = [str(TESTS), str(TESTS / "helpers"), str(TESTS / "integration")]
+sys.path[:0] = [path for path in PLACES if path not in sys.path]
 
 from command_line import count_writes, load_kernels  # noqa: E402
+from forked import ended, make_streams  # noqa: E402
 
 LIMIT_S = 300.0  # seconds after which a command counts as hanging; a case takes about one
 MEMORY_BYTES = 6 << 30  # of address space beyond what the server has: absurd sizes fail here, not on the machine
@@ -63,7 +64,7 @@ class Forks:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.wait(timeout=60)
+        self._process.wait()
 
     def run(
         self,
@@ -157,31 +158,9 @@ def _serve(connection: Connection) -> None:
         pid = os.fork()
         if pid == 0:
             connection.close()
-            os._exit(_ended(request))
+            os._exit(ended(partial(_command, request)))
         connection.send_bytes(str(pid).encode())
         connection.send_bytes(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
-
-
-def _ended(request: dict[str, Any]) -> int:
-    """Run a command and end as the interpreter does, short of freeing its memory; return the exit status."""
-    try:
-        code = _command(request)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None and not stream.closed:
-                stream.flush()
-        except Exception:
-            code = 120  # as in `Py_FinalizeEx`
-            if stream is sys.stdout and sys.stderr is not None:
-                print("Exception ignored while flushing sys.stdout", file=sys.stderr)
-    return code
 
 
 def _command(request: dict[str, Any]) -> int:
@@ -193,7 +172,7 @@ def _command(request: dict[str, Any]) -> int:
         os.unlink(".writes")
     for descriptor, (name, kind) in enumerate(request["streams"].items()):
         _redirect(descriptor, name, kind)
-    _make_streams()
+    make_streams()
     _, limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES, limit))
     sys.argv = [request["script"] or "estune", *request["words"]]
@@ -231,20 +210,6 @@ def _redirect(descriptor: int, name: str, kind: str) -> None:
         os.dup2(used, descriptor)
         os.close(used)
     os.set_inheritable(descriptor, True)
-
-
-def _make_streams() -> None:
-    """Make `sys.stdin`, `sys.stdout` and `sys.stderr` as an interpreter does at its start."""
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = None
-        with suppress(OSError):
-            os.fstat(descriptor)
-            errors = "backslashreplace" if name == "stderr" else "strict"
-            stream = open(descriptor, "w" if descriptor else "r", encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
-            if name == "stderr" or stream.isatty():
-                stream.reconfigure(line_buffering=True)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
 
 
 def _main() -> None:

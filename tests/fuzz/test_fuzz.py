@@ -12,6 +12,8 @@ from fuzz_forks import Forks
 from fuzz_run import DOMAINS, settings
 from hypothesis import given
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def forks():

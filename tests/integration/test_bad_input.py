@@ -7,6 +7,8 @@ import struct
 import pytest
 from command_line import TOY, assert_refused, estune, journal, tree
 
+pytestmark = pytest.mark.miniature
+
 RUN = (*TOY, "--max_steps", 1, "--population_size", 4)
 DATA = ("--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels")
 
@@ -257,9 +259,9 @@ def test_a_pointer_to_where_the_prompt_may_be(refused, place, name):
 
 
 @pytest.mark.parametrize("option", ["--system_prompt", "--response_prefix", "--stop_strings", "--dataset_name"])
-def test_bytes_that_are_no_text_on_the_command_line(place, option):
+def test_bytes_that_are_no_text_on_the_command_line(call, place, option):
     """The command line reads undecodable bytes as halves of surrogate pairs, which no file of a run could hold."""
-    done = estune(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"), cwd=place, env={"PYTHONUTF8": "1"})
+    done = call(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert_refused(done, option.removeprefix("--"), "is no text")
     assert not (place / "run").exists()
 
@@ -405,19 +407,19 @@ def test_models_that_are_not_there(refused, run_model, place, model, parts):
 
 def test_a_run_without_a_finished_model(run, place, monkeypatch):
     """The checkpoint, or the journal alone, is what there is to evaluate."""
-    from estune.engines.hf.loading import resolve_model
     from estune.errors import UserError
+    from estune.run.directory import refuse_unfinished
 
     monkeypatch.chdir(place)
     assert run(*TOY, "--max_steps", 2, "--population_size", 4, "--save_steps", 1).code == 0
     (place / "run" / "config.json").unlink(missing_ok=True)
     said = "run is a run that stopped after 2 of 2 steps and has no finished model: finish it with --resume, or "
     with pytest.raises(UserError, match=said + "evaluate run/checkpoint-2$"):
-        resolve_model("run")
+        refuse_unfinished("run")
     for directory in (place / "run").glob("checkpoint-*"):
         shutil.rmtree(directory)
     with pytest.raises(UserError, match=said + "rebuild its weights with estune replay --run run --output_dir OUT$"):
-        resolve_model("run")
+        refuse_unfinished("run")
 
 
 @pytest.mark.parametrize(("word", "near"), [("tiyn", "tiny"), ("./mymodel", "mymodle"), ("mymodel", "mymodle")])

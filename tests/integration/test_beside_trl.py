@@ -12,6 +12,8 @@ from tiny_models import save_tiny, tiny_tokenizer
 from estune import ESConfig, ESTrainer
 from estune.rewards.pool import RewardBatch, RewardPool, load_reward
 
+pytestmark = pytest.mark.e2e
+
 trl = pytest.importorskip("trl", reason="an optional neighbour")
 
 ROWS = Dataset.from_list([{"prompt": f"count to {i}: ", "bonus": i / 10} for i in range(8)])

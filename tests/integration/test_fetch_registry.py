@@ -17,7 +17,7 @@ import pytest
 from estune.errors import UserError
 from estune.models.fetch import MODELS, fetch
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 ASK = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

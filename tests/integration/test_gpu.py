@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [pytest.mark.miniature, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "benchmarks" / "bases" / "llama"
 RUN = (

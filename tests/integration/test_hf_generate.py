@@ -27,6 +27,8 @@ from estune.es.noise import perturbation_scale
 from estune.es.population import EVAL_PERSON, derive_seed
 from estune.es.types import Completion, Interrupted, Member, Noise, Perturbation, Prompt, Sampling
 
+pytestmark = pytest.mark.miniature
+
 GREEDY = Sampling(seed=0, step=0, max_completion_length=16)
 SAMPLED = replace(GREEDY, temperature=0.8, num_generations=2)
 MEMBER = Perturbation(Member(5, 1), Noise(perturbation_scale(1e-2)))
@@ -280,8 +282,8 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
 
     assert (engine_of().assets.end_tokens, engine_of().assets.pad) == ({EOS}, PAD)
     assert (engine_of(edit=no_settings).assets.end_tokens, engine_of(edit=no_settings).assets.pad) == ({EOS}, PAD)
-    assert engine_of(edit=several).end_tokens == {7, 9}
-    assert ToyEngine().end_tokens == frozenset()  # bytes, none of which ends an answer
+    assert engine_of(edit=several).assets.end_tokens == {7, 9}
+    assert ToyEngine().assets.end_tokens == frozenset()  # bytes, none of which ends an answer
     no_pad = SimpleNamespace(eos_token_id=5, pad_token_id=None)
     model = tiny_model("llama")
     no_settings(model)

@@ -17,6 +17,8 @@ from estune.errors import UserError
 from estune.es.noise import noise_ints, perturbation_scale
 from estune.es.types import Member, Noise, Perturbation, Prompt, Sampling
 
+pytestmark = pytest.mark.miniature
+
 SCALE = perturbation_scale(1e-2)
 PROMPTS = [Prompt(0, "", (5, 6, 7)), Prompt(1, "", (80, 81, 82, 83, 84))]
 

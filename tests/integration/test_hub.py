@@ -14,6 +14,8 @@ from command_line import weights, write_rewards
 from hub_stand_in import Hub, running
 from tiny_models import save_tiny
 
+pytestmark = pytest.mark.miniature
+
 SMALL = ("--task", "countdown", "--sigma", "0.01", "--population_size", "4", "--batch_size", "4", "--max_steps", "1",
          "--max_completion_length", "8", "--num_threads", "1", "--console", "lines")  # fmt: skip
 

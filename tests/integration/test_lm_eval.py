@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_models import save_tiny
+
+pytestmark = pytest.mark.real
 
 TASK = """
 task: sums

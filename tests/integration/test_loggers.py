@@ -17,6 +17,8 @@ from estune.errors import UserError
 from estune.monitor.monitors import Monitors
 from estune.monitor.trackers import LOGGERS, Apart, numbers, start_logger
 
+pytestmark = pytest.mark.miniature
+
 RUN = (*TOY, "--max_steps", 2, "--population_size", 4, "--sigma", 0.1, "--num_threads", 1, "--eval_steps", 1,
        "--reward_isolation", "inline")  # fmt: skip
 
@@ -38,6 +40,7 @@ def resumed(place, name, **environment):
     assert "broke and is off" not in done.err, done.err
 
 
+@pytest.mark.real
 @needs("tensorboard")
 def test_tensorboard(place):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,6 +52,7 @@ def test_tensorboard(place):
     assert [event.step for event in events.Scalars("eval_reward")] == [0, 1, 2]
 
 
+@pytest.mark.real
 @needs("wandb")
 def test_wandb_offline(place):
     started(place, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
@@ -58,6 +62,7 @@ def test_wandb_offline(place):
     assert len({file.name for file in files}) == 1  # ... of the same run
 
 
+@pytest.mark.real
 @needs("mlflow")
 def test_mlflow(place):
     started(place, "mlflow", MLFLOW_TRACKING_URI=f"sqlite:///{place / 'mlflow.db'}")
@@ -70,6 +75,7 @@ def test_mlflow(place):
     assert [point.step for point in client.get_metric_history(run.info.run_id, "reward")] == [1, 2, 3]
 
 
+@pytest.mark.real
 @needs("trackio")
 def test_trackio(place):
     started(place, "trackio", TRACKIO_DIR=str(place / "trackio"), TRACKIO_PROJECT="mine")
@@ -190,6 +196,7 @@ def test_a_slow_tracker_loses_nothing(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.real
 @needs("mlflow")
 def test_a_tracker_that_cannot_start_costs_no_run_that_was_to_be_overwritten(place):
     started(place, "tensorboard")
@@ -203,6 +210,7 @@ def test_a_tracker_that_cannot_start_costs_no_run_that_was_to_be_overwritten(pla
     assert not before.keys() & set((place / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.real
 @needs("mlflow")
 def test_a_run_that_fails_is_not_finished_for_its_tracker(place):
     uri = f"sqlite:///{place / 'mlflow.db'}"

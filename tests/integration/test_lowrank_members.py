@@ -20,6 +20,8 @@ from estune.engines.lowrank.members import Members, plan_rows
 from estune.es.noise import lowrank_ints, lowrank_scale, noise_ints, perturbation_scale
 from estune.es.types import Completion, Member, Noise, Perturbation, Prompt
 
+pytestmark = pytest.mark.miniature
+
 SHARED = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma3", "opt", "gpt_neox"]
 SIGMA = 2e-2
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from command_line import Done, assert_refused, journal
 
+pytestmark = pytest.mark.miniature
+
 STORED = json.loads((Path(__file__).parents[1] / "data" / "old_runs.json").read_text(encoding="utf-8"))
 JOURNALLED = [name for name, files in STORED["runs"].items() if "journal.jsonl" in files]
 

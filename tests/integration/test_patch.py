@@ -11,6 +11,8 @@ from command_line import TOY, assert_refused, weights
 
 from estune.commands.patches import CONTENT, DIGEST_BYTES, MAGIC
 
+pytestmark = pytest.mark.miniature
+
 RUN = (*TOY, "--max_steps", 3, "--population_size", 6, "--sigma", 0.1, "--learning_rate", 0.1, "--num_threads", 1,
        "--reward_isolation", "inline")  # fmt: skip
 KINDS = [(), ("--antithetic",), ("--noise", "lowrank", "--rank", 2), ("--weight_decay", 0.1),

@@ -23,7 +23,10 @@ from estune import ESConfig
 from estune.baselines import BaselineTrainer, ppo, ppo_arguments, trl_ppo
 from estune.errors import UserError
 
-pytestmark = pytest.mark.skipif(not trl_ppo.directory().exists(), reason="`make install` installs its TRL")
+pytestmark = [
+    pytest.mark.miniature,
+    pytest.mark.skipif(not trl_ppo.directory().exists(), reason="`make install` installs its TRL"),
+]
 
 ROWS = [{"prompt": f"count to {'1' * i}: ", "bonus": i / 10} for i in range(8)]
 COMMON = {
@@ -133,7 +136,6 @@ def test_only_trl_comes_from_the_directory_of_its_own() -> None:
     assert f"trl=={trl_ppo.VERSION}" in (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
 
 
-@pytest.mark.miniature
 def test_advantages_are_those_of_gae_and_the_first_ratio_is_one(seen, tmp_path: Path, monkeypatch) -> None:
     """Advantages and returns of two updates, against the sums that define them; temperature is not 1."""
     save_tiny("llama", tmp_path / "model")
@@ -227,7 +229,6 @@ def probabilities(directory: Path) -> torch.Tensor:
 BANDIT = {"rows": [{"prompt": "?"}] * 32, "reward": goes_right, "max_completion_length": 1, "batch_size": 32}
 
 
-@pytest.mark.miniature
 def test_it_solves_a_bandit(tmp_path: Path) -> None:
     bandit(tmp_path / "model")
     assert probabilities(tmp_path / "model")[3] < 0.4

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from shells import Shell
+
+pytestmark = pytest.mark.miniature
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,17 +28,14 @@ def blocks() -> list[tuple[str, str]]:
     return [(language, text) for language, text in found if "make demo" not in text]
 
 
-def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+def test_every_block_of_the_readme_runs(tmp_path: Path, shell: Shell) -> None:
     """In one directory, in order; a block that begins with a file's name is that file."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = []
     for language, text in blocks():
         if name := re.match(r"# (\w+\.py)\n", text):
             (tmp_path / name[1]).write_text(text, encoding="utf-8")
             continue
-        command = ["bash", "-eu", "-c", text] if language == "bash" else [sys.executable, "-c", text]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        shell.check(text, tmp_path, language)
         ran.append(text)
     assert len(ran) >= 3
     for path in ("runs/mine", "runs/python", "runs/lowrank", "rebuilt"):

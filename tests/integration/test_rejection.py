@@ -22,7 +22,7 @@ from estune.tasks import get_task
 from estune.train import setup
 from estune.train.session import plan_step
 
-pytestmark = pytest.mark.usefixtures("in_place")
+pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
 
 def test_rejection_learns_right_samples_once_and_completions_alone(trainers, batches, place):
@@ -195,7 +195,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     def fitness(perturbation, first, index):  # two prompts from a place of the run's order
         rows = [prompts[row] for row in order[first : first + 2]]
         answers = trainer.engine.generate(perturbation, rows, setup.sampling(trainer.args, index))
-        return np.mean(letters([trainer.engine.decode(a.token_ids) for [a] in answers]))
+        return np.mean(letters([trainer.engine.assets.decode(a.token_ids) for [a] in answers]))
 
     place_of, holder, fitnesses = (-1, -1), None, []
     for index in range(3):

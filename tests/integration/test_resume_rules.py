@@ -18,6 +18,8 @@ from estune.models.names import EMBEDDED_MODELS
 from estune.run.directory import adopt
 from estune.run.resume import LOCATED, RULES, Facts, check_facts
 
+pytestmark = pytest.mark.miniature
+
 REWARD = """import helper
 
 

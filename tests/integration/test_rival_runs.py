@@ -20,7 +20,7 @@ from estune.es.types import Interrupted
 from estune.models.names import local_directory
 from estune.monitor.report.data import read_runs
 
-pytestmark = pytest.mark.usefixtures("in_place")
+pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------

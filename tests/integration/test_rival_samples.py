@@ -16,7 +16,7 @@ from estune.models.names import local_directory
 from estune.tasks import get_task
 from estune.train import setup
 
-pytestmark = pytest.mark.usefixtures("in_place")
+pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

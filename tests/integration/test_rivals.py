@@ -21,7 +21,7 @@ from estune.models.names import local_directory
 from estune.tasks import get_task
 from estune.train import setup
 
-pytestmark = pytest.mark.usefixtures("in_place")
+pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
 
 # --- a rival is TRL's -------------------------------------------------------------------------------------------------
@@ -79,7 +79,6 @@ def assert_same_run(run, trainer, rewards):
     assert any((base[name] != found[name]).any() for name in found)
 
 
-@pytest.mark.miniature
 @pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
 def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
     trainer, rewards = trls_own(method, **of_trl)

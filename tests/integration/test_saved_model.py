@@ -23,6 +23,8 @@ from estune.engines.toy import ToyEngine
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 
+pytestmark = pytest.mark.miniature
+
 GREEDY = Sampling(seed=0, step=0, max_completion_length=6)
 PROMPTS = [Prompt(i, "", tuple(range(5, 8 + i))) for i in range(3)]
 

@@ -16,7 +16,11 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full, and reads of a closed pty that fail")
+pytestmark = [
+    pytest.mark.miniature,
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full, and reads of a closed pty that fail"),
+]
 
 REWARDS = '''
 """Rewards that write wherever a reward can."""
@@ -120,7 +124,7 @@ def estune(at, streams, *words, **env):
     (at / "code").unlink(missing_ok=True)
     done = subprocess.run(
         ["bash", "-c", streams, "bash", sys.executable, "-m", "estune", *map(str, words)],
-        cwd=at, env={**os.environ, **env}, capture_output=True, encoding="utf-8", errors="replace", timeout=120,
+        cwd=at, env={**os.environ, **env}, capture_output=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
     code = int((at / "code").read_text()) if (at / "code").exists() else done.returncode
     return code, done.stdout, done.stderr
@@ -221,7 +225,7 @@ thread.join()
 print("ended", file=report, flush=True)
 os._exit(0)  # what Python finds of these streams at its own end is the user's
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=at, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=at, capture_output=True, text=True)
     assert (at / "report").read_text() == "ended\n"
     assert_quiet(done.stderr)
     for isolation in ("process", "inline"):
@@ -246,7 +250,7 @@ args = ESConfig(engine="toy", task="quadratic", report_to=["none"], max_steps=2,
                 reward_isolation="inline", population_size=4)
 ESTrainer(args=args, reward_funcs=reward).train()
 """
-    assert subprocess.run([sys.executable, "-c", script], cwd=at, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=at).returncode == 0
     for name in ("journal.jsonl", "metrics.jsonl"):
         lines = [json.loads(line) for line in (at / "run" / name).read_text().splitlines()]
         assert lines and not any(line.get("failures") for line in lines)
@@ -350,7 +354,7 @@ def test_a_terminal_that_is_gone_ends_no_run(at, journals, console):
     wait_for_calls(at, 6, process)
     assert b"estune" in os.read(master, 1 << 16)
     os.close(master)
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
     assert (at / "run" / "journal.jsonl").read_bytes() == journals(("slow",), steps=4)
 
 
@@ -367,7 +371,7 @@ def test_stderr_is_not_drawn_into_the_panel_where_it_is_a_file(at):
             except OSError:  # the process has ended
                 break
     os.close(master)
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
     assert b"p" * 40 not in shown and (at / "err").read_text().count("p" * 200) == 4 * STEPS + 1
 
 
@@ -387,10 +391,8 @@ def test_a_shell_whose_terminal_closes_lets_a_run_save(at):
     wait_for_calls(at, 6, shell)
     pid = int((at / "pid").read_text())
     os.close(master)
-    shell.wait(timeout=60)
-    deadline = time.monotonic() + 60
+    shell.wait()
     while os.path.exists(f"/proc/{pid}/exe"):  # which a zombie has not
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert list((at / "run").glob("checkpoint-*/model.safetensors"))
 
@@ -412,7 +414,7 @@ def test_a_signal_to_the_whole_group_saves(at, journals, number, phase):
     os.killpg(process.pid, number)
     if number == signal.SIGHUP:
         os.killpg(process.pid, number)
-    out, err = (text.decode() for text in process.communicate(timeout=60))
+    out, err = (text.decode() for text in process.communicate())
     assert process.returncode == 0, err
     assert_quiet(err)
     assert err.count("once more to quit without saving") == 1
@@ -430,7 +432,7 @@ def test_signals_that_were_ignored_from_the_start_stay_ignored(at, journals):
         wait_for_calls(at, n_calls, process)
         for number in numbers:
             process.send_signal(number)
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
     assert (at / "run" / "journal.jsonl").read_bytes() == journals(("slow",), steps=4)
 
 
@@ -449,7 +451,7 @@ def test_programs_that_a_reward_starts_get_the_users_signals():
     """)
     for ignored, wanted in ((signal.SIG_IGN, "1.0\n"), (signal.SIG_DFL, "0.0\n")):
         done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+            [sys.executable, "-c", script], capture_output=True, text=True,
             preexec_fn=lambda handler=ignored: signal.signal(signal.SIGHUP, handler),
         )  # fmt: skip
         assert done.stdout == wanted, done.stderr

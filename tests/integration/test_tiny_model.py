@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import estune
 from estune.tasks import countdown
 
+pytestmark = pytest.mark.miniature
+
 TINY = Path(estune.__file__).parent / "models" / "tiny"
 
 

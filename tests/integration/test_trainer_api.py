@@ -16,6 +16,8 @@ from estune.engines.hf.callers import AttentionCaller
 from estune.engines.hf.engine import HFEngine
 from estune.errors import UserError
 
+pytestmark = pytest.mark.miniature
+
 ROWS = [{"prompt": f"count to {i}: ", "bonus": i / 10} for i in range(6)]
 SMALL = {
     "max_steps": 2,

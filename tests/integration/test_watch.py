@@ -21,6 +21,8 @@ from estune.monitor.report.data import read_runs
 from estune.monitor.report.page import page
 from estune.monitor.report.watch import serve
 
+pytestmark = pytest.mark.miniature
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 RUN = (*TOY, "--max_steps", 3, "--population_size", 4, "--sigma", 0.1, "--num_threads", 1, "--eval_steps", 1,
@@ -54,6 +56,7 @@ def address(finished: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.real
 @needs_browser
 def test_the_file_opens_without_network_and_without_errors(finished: Path, run, place: Path) -> None:
     assert run("report", "run", "--output_dir", "page").code == 0
@@ -67,6 +70,7 @@ def test_the_file_opens_without_network_and_without_errors(finished: Path, run, 
     assert re.search(r"[0-9a-f]{32}", html)
 
 
+@pytest.mark.real
 @needs_browser
 def test_the_live_page_is_the_same_and_says_so(address: str, place: Path) -> None:
     html, console = look(address, place)
@@ -90,6 +94,7 @@ document.body.dataset.stays = document.querySelector("details").open === wanted;
 </script></body>"""
 
 
+@pytest.mark.real
 @needs_browser
 def test_what_did_not_change_is_not_drawn_again_and_what_was_opened_stays_open(finished: Path, place: Path) -> None:
     driven = place / "driven.html"

@@ -40,8 +40,9 @@ def lines_of(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_dying_at_every_write_to_the_file_system(zygote, place):
-    """A run of 3 steps is killed before each of its writes, and in the middle of each append; then resumed."""
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.e2e)])
+def test_dying_at_every_write_to_the_file_system(zygote, place, every):
+    """A run of 3 steps is killed before ``every``-th of its writes, and in the middle of appends; then resumed."""
     options = (
         *TOY,
         "--max_steps",
@@ -74,7 +75,7 @@ def test_dying_at_every_write_to_the_file_system(zygote, place):
     assert n_writes > 60
     wanted = tree(whole / "run")
     assert_whole(whole / "run", 3)
-    for kill_at in range(1, n_writes + 1):
+    for kill_at in range(1, n_writes + 1, every):
         at = place / f"at_{kill_at}"
         at.mkdir()
         assert zygote.run(options, at, kill_at=kill_at).code == -signal.SIGKILL, kill_at
@@ -84,8 +85,9 @@ def test_dying_at_every_write_to_the_file_system(zygote, place):
         assert_same_tree(tree(at / "run"), wanted)
 
 
+@pytest.mark.parametrize("every", [10, pytest.param(2, marks=pytest.mark.e2e)])
 @pytest.mark.parametrize("again", ["--overwrite", "--resume"])
-def test_dying_while_another_run_is_overwritten(zygote, place, again):
+def test_dying_while_another_run_is_overwritten(zygote, place, again, every):
     options = (
         *TOY,
         "--max_steps",
@@ -113,7 +115,7 @@ def test_dying_while_another_run_is_overwritten(zygote, place, again):
         at.mkdir()
         assert zygote.run((*options, *extra), at).code == 0
     wanted = tree(whole / "run")
-    for kill_at in range(1, 60, 2):
+    for kill_at in range(1, 60, every):
         at = place / f"at_{kill_at}"
         shutil.copytree(old, at)
         if zygote.run((*options, "--overwrite"), at, kill_at=kill_at).code != -signal.SIGKILL:
@@ -127,8 +129,9 @@ def test_dying_while_another_run_is_overwritten(zygote, place, again):
     assert kill_at > 20, "the run ended before it was killed"
 
 
-def test_twenty_kills_at_random_instants(zygote, place):
-    """Slow rewards in worker processes, checkpoints and evaluations; killed 20 times, over as many runs as it takes."""
+@pytest.mark.parametrize("n_kills", [4, pytest.param(20, marks=pytest.mark.e2e)])
+def test_kills_at_random_instants(zygote, place, n_kills):
+    """Slow rewards in worker processes, checkpoints and evaluations; killed over as many runs as it takes."""
     options = (
         *TOY,
         "--max_steps",
@@ -158,14 +161,14 @@ def test_twenty_kills_at_random_instants(zygote, place):
     chance = random.Random(20)
     mark = f"crash-{os.getpid()}"
     kills = finished = 0
-    while kills < 20 or (place / f"run_{finished}").exists():
+    while kills < n_kills or (place / f"run_{finished}").exists():
         at = place / f"run_{finished}"
         if not at.exists():
             at.mkdir()
             write_rewards(at)
         calls = place / f"calls_{kills}_{finished}"
         pid = zygote.start([*options, "--resume"], at, env={MARK: mark, "CALLS": str(calls)})
-        if kills < 20:  # at a point that its calls of the reward show, and a random moment later
+        if kills < n_kills:  # at a point that its calls of the reward show, and a random moment later
             after = chance.randrange(n_calls * 6 // 10)
             while lines_of(calls) < after and os.path.exists(f"/proc/{pid}"):
                 time.sleep(0.002)
@@ -179,7 +182,7 @@ def test_twenty_kills_at_random_instants(zygote, place):
             assert_whole(at / "run", 6)
             assert_same_tree(tree(at / "run"), wanted)
             finished += 1
-    assert finished >= 2
+    assert finished >= min(2, n_kills // 4)
     assert_no_process(mark)
 
 
@@ -251,7 +254,10 @@ def test_a_checkpoint_of_a_step_that_the_journal_lost_is_not_believed(zygote, pl
     assert_same_tree(tree(place / "run"), wanted)
 
 
-@pytest.mark.parametrize("noise", [(), ("--noise", "lowrank", "--rank", 2, "--members_per_batch", 3)], ids=str)
+LOWRANK = ("--noise", "lowrank", "--rank", 2, "--members_per_batch", 3)
+
+
+@pytest.mark.parametrize("noise", [pytest.param((), marks=pytest.mark.e2e), LOWRANK], ids=str)
 @pytest.mark.parametrize("model", ["tiny"])
 def test_three_kills_of_a_language_model(torch_zygote, place, request, model, noise):
     if model == "tiny":

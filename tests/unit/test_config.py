@@ -344,7 +344,10 @@ def test_every_field_has_help() -> None:
 
 def test_the_core_is_free_of_torch_and_transformers() -> None:
     """DESIGN section 4; also what keeps `--help` fast and a crash test of the toy engine possible."""
-    modules = "noise population fitness optimizer journal master config tensor_files evaluation files cli".split()
+    modules = (
+        "noise es.population es.fitness es.update es.theta run.journal models.tensor_files train.evaluation "
+        "config files cli"
+    ).split()
     script = "import sys\n" + "\n".join(f"import estune.{module}" for module in modules)
     script += "\nassert not {'torch', 'transformers', 'vllm', 'ray'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -279,7 +279,7 @@ def test_batches_depend_on_the_step_alone():
     one, other = Batches(11, 4, seed=3), Batches(11, 4, seed=3)
     forward = {step: one.rows_for_step(step) for step in range(30)}
     assert all(other.rows_for_step(step) == forward[step] for step in reversed(range(30)))
-    code = "from estune.data.datasets import Batches; print([Batches(11, 4, 3).rows_for_step(s) for s in (0, 17, 29)])"
+    code = "from estune.data.batches import Batches; print([Batches(11, 4, 3).rows_for_step(s) for s in (0, 17, 29)])"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(text) == [forward[0], forward[17], forward[29]]
 

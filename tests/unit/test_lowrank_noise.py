@@ -28,7 +28,7 @@ from estune.es.noise import (
 )
 from estune.es.population import members_for_step
 from estune.es.theta import PIECE, HostTheta, row_pieces
-from estune.es.types import Member, Noise, ParameterSpec, Perturbation, Prompt, Sampling
+from estune.es.types import GroupJob, Member, Noise, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
 from estune.train.session import plan_step
 
@@ -321,7 +321,8 @@ def test_the_toy_engine_has_low_rank_matrices() -> None:
     members = [Perturbation(m, Noise(0.1, "normal", 2, 0.05)) for m in members_for_step(0, 0, 3, False)]
     prompts = [Prompt(i, f"x[{i}]", (1,)) for i in range(engine.coordinates)]
     sampling = Sampling(0, 0, 100)
-    answers = engine.generate_population(members, prompts, sampling)  # (M, B, G)
+    job = GroupJob((0, 1, 2), tuple(members), engine.checksum(), tuple(prompts), sampling)
+    [answers] = [answer.completions for answer in engine.answers([job])]  # (M, B, G)
     assert answers == [engine.generate(member, prompts, sampling) for member in members]
     matrix = [
         float(engine.assets.decode(answer[0].token_ids)) for answer in answers[1][8:40]

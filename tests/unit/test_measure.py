@@ -31,9 +31,12 @@ class Engine:
     """A model by its name; its log-probabilities tell which tokens it was asked about."""
 
     def __init__(self, name: str) -> None:
-        self.theta = SimpleNamespace(fingerprint=lambda: f"print of {name}", arrays={})
+        self.theta = SimpleNamespace(fingerprint=self.fingerprint, arrays={})
         self.name = name
         self.asked: list[int] = []
+
+    def fingerprint(self) -> str:
+        return f"print of {self.name}"
 
     def token_logprobs(self, prompts: Any, token_ids: Any) -> list[list[float]]:
         self.asked = [tokens[0] for tokens in token_ids]

@@ -157,6 +157,7 @@ def test_scale_a_is_right_and_its_products_are_exact(
     check_update(size, magnitude, learning_rate, distribution)
 
 
+@pytest.mark.e2e
 def test_scale_a_of_a_million_members() -> None:
     check_update(1_000_000, 1.0, 5e-4, "normal")
 

@@ -22,6 +22,8 @@ from estune.rewards.loading import EXTRA_OF
 from estune.rewards.pool import RewardBatch, RewardPool, load_reward
 from estune.rewards.processes import read_reply
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 ROOT = Path(__file__).parents[2]
 GENEROUS_S = PATIENCE_S  # for calls that answer
 KILLED_AFTER_S = 3.0  # where a call hangs: the calls beside it have as long, on a busy machine too

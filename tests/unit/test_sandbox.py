@@ -28,7 +28,10 @@ CHILD = ROOT / "src" / "estune" / "sandbox" / "child.py"
 # What is endless ends by its processor time, which no other process uses; what waits, by the clock (BRIEF).
 ROOMY, BRIEF = Limits(cpu_s=1, wall_s=600.0), Limits(cpu_s=1, wall_s=2.0)
 
-pytestmark = pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no Landlock or no seccomp")
+pytestmark = [
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no Landlock or no seccomp"),
+]
 
 
 def test_nothing_is_missing_where_the_kernel_has_it() -> None:

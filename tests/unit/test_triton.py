@@ -35,7 +35,7 @@ from estune.gpu.staging import SLOTS, Staging
 from estune.gpu.theta import parts
 
 KERNELS = ("perturb", "update", "checksum", "perturb_lowrank", "update_lowrank")
-TARGETS = (80, 90)
+TARGETS = (pytest.param(80, marks=pytest.mark.e2e), 90)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
@@ -43,14 +43,16 @@ POINTERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("interpreted", [True, False])
-def test_bits(interpreted: bool) -> None:
+@pytest.mark.parametrize(
+    ("interpreted", "tier"), [(True, "not e2e"), pytest.param(True, "e2e", marks=pytest.mark.e2e), (False, "")]
+)
+def test_bits(interpreted: bool, tier: str) -> None:
     """Runs `kernels_on_device.py` in a child, where triton is imported as an interpreter, or on the GPU."""
     if not interpreted and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     file = Path(__file__).with_name("kernels_on_device.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, str(file)],
         env={**os.environ, "TRITON_INTERPRET": str(int(interpreted))}, cwd=file.parents[2],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -356,7 +358,7 @@ def test_parts_do_not_cross_a_key_block() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_without_a_gpu_says_so() -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "launch.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "no GPU" in done.stderr

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import estune
 
 from estune.train.sigma_watch import BesideMembers, Watch
 
@@ -62,10 +61,10 @@ def test_a_population_that_lost_half_of_its_fitness(
 
 @pytest.mark.parametrize(("sigma", "warned"), [(1e-9, True), (0.05, False)])
 @pytest.mark.parametrize("noise", ["full", "lowrank"])
-def test_a_run_whose_members_say_what_theta_says(sigma: float, warned: bool, noise: str, place) -> None:
-    done = estune("train", "--model", "tiny", "--task", "countdown", "--sigma", sigma, "--noise", noise,
+def test_a_run_whose_members_say_what_theta_says(sigma: float, warned: bool, noise: str, run_model) -> None:
+    done = run_model("train", "--model", "tiny", "--task", "countdown", "--sigma", sigma, "--noise", noise,
                   "--population_size", 4, "--batch_size", 4, "--max_steps", 2, "--max_completion_length", 24,
-                  "--num_threads", 1, "--output_dir", "run", "--report_to", "none", cwd=place)  # fmt: skip
+                  "--num_threads", 1, "--output_dir", "run", "--report_to", "none")  # fmt: skip
     assert done.code == 0, done
     assert done.err.count("equal the unperturbed model's") == int(warned), done.err
 
