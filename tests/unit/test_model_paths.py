@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from estune.engines.replica import anchor_reader
+from estune.engines.local import anchor_reader
 from estune.engines.toy import ToyEngine
 from estune.models.names import EMBEDDED_MODELS, FETCHED_FILE, fetched_name, local_directory, origin, public_name
 

@@ -12,7 +12,7 @@ BASE = "errors console files environment identity"
 CORE = f"{BASE} config es gpu rewards sandbox tasks data models engines run"
 MAY_IMPORT = {
     "errors": "", "environment": "", "console": "errors", "files": "errors", "identity": "errors", "noise": "es",
-    "es": "errors", "gpu": "es", "config": "errors es", "rewards": BASE, "sandbox": "errors console files",
+    "es": "errors", "gpu": "es", "config": "errors es engines", "rewards": BASE, "sandbox": "errors console files",
     "tasks": "errors sandbox rewards", "data": "errors identity es rewards", "models": "errors console files",
     "engines": f"{BASE} es gpu models", "run": f"{BASE} es config models", "monitor": f"{BASE} config models run",
     "train": f"{CORE} monitor", "baselines": f"{CORE} monitor train", "compare": f"{CORE} monitor train baselines",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from estune.config.coercion import convert, is_text
+from estune.engines import ENGINES
 from estune.errors import UserError, nearest
 from estune.es.update import SCHEDULES, SIGMA_SCHEDULES
 
@@ -99,7 +100,9 @@ class ESConfig:
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
-    engine: str = _option("hf", "Generation backend: hf (transformers), toy (a function of a vector).", ("hf", "toy"))
+    engine: str = _option(
+        "hf", "Generation backend: hf (transformers), toy (a function of a vector), or package.module:Class."
+    )
     trainable_parameters: list[str] | None = _option(
         None, "Regular expressions; only parameters whose stored name holds a match of one are trained. Default: all."
     )
@@ -362,6 +365,9 @@ class ESConfig:
                 raise UserError(f"reward_weights has {len(self.reward_weights)} numbers for {n_funcs} reward functions")
             if not any(self.reward_weights):
                 raise UserError("reward_weights are all 0: nothing would be learned")
+        if self.engine not in ENGINES and ":" not in self.engine:
+            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, or package.module:Class"
+                            f"{nearest(self.engine, ENGINES)}")  # fmt: skip
         for pattern in self.trainable_parameters or []:
             try:
                 re.compile(pattern)

@@ -32,6 +32,23 @@ class EngineFacts:
     header: Mapping[str, Any]  # what a journal's header says of the engine
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is opened with."""
+
+    model: str  # a directory, a hub id, or a name that the engine knows
+    module: Any = None  # a model in memory, used instead of ``model``
+    tokenizer: Any = None  # used instead of the model's own
+    dtype: str = "auto"  # compute dtype
+    device: str = "auto"
+    revision: str | None = None  # on the hub
+    trust_remote_code: bool = False
+    num_threads: int = 1
+    prompts_per_batch: int = 64  # prompts in one forward pass, each with all its completions
+    trainable_parameters: Sequence[str] | None = None  # regexes searched in stored names; None: all are trained
+    noise: str = "full"  # or lowrank
+
+
 class ModelAssets(Protocol):
     """What belongs to a model beside its weights; local to the trainer, whichever engine answers."""
 
@@ -117,7 +134,10 @@ class Engine(Generator, Replica, Protocol):
 
 
 class LocalEngine(Engine, Protocol):
-    """An engine in this process, which baselines, evaluations and comparisons need more of."""
+    """An engine in this process, which baselines, evaluations and comparisons need more of.
+
+    Its class also has ``open(options: EngineOptions)``, which returns one.
+    """
 
     theta: Theta
     prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may be changed between calls

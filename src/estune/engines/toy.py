@@ -7,10 +7,8 @@ descends a quadratic, and every number of the trainer, the journal and the updat
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from estune.engines.base import EngineFacts
-from estune.engines.replica import LocalReplica
+from estune.engines.base import EngineFacts, EngineOptions
+from estune.engines.local import ByteAssets, LocalBase
 from estune.errors import UserError
 from estune.es.theta import HostTheta
 from estune.es.types import (
@@ -37,37 +35,20 @@ SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "froz
 MODEL_TYPE = "estune-toy"
 
 
-class ToyAssets:
-    """Prompts and completions are bytes, and a config.json names the toy; see `estune.engines.base.ModelAssets`."""
-
-    tokenizer = None
-    end_tokens = frozenset[int]()  # an answer ends where its text does
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of bytes."""
-        return bytes(token_ids).decode()
-
-    def save(self, directory: Path, dtype: str) -> None:
-        """Write a config.json that names the toy."""
-        text = json.dumps({"model_type": MODEL_TYPE, "dtype": "float32"}, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-
-    def check(self) -> None:
-        """Do nothing: a config.json of two words can always be written."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return nothing: the weights alone decide."""
-        return {}
+# Options that the toy engine would ignore, with the values that ask nothing of it.
+NO_USE: dict[str, tuple[Any, ...]] = {
+    "dtype": ("auto", "float32"), "device": ("auto", "cpu"), "trainable_parameters": (None,), "revision": (None,),
+    "trust_remote_code": (False,),
+}  # fmt: skip
 
 
-class ToyEngine(LocalReplica):
+class ToyEngine(LocalBase):
     """Answers prompt ``x[i]``, or ``x[i]+x[j]``, with the text of that coordinate, or sum, of theta or of a member."""
 
-    compute_dtype = "float32"
-    prompts_per_batch = 1  # prompts share no work here
+    name = "toy"
 
     def __init__(self, num_threads: int = 1, noise: str = "full") -> None:
-        self.assets = ToyAssets()
+        self.assets = ByteAssets(MODEL_TYPE)  # an answer ends where its text does
         self._num_threads = num_threads
         specs = []
         for name, shape in SHAPES.items():
@@ -75,7 +56,21 @@ class ToyEngine(LocalReplica):
             specs.append(ParameterSpec(name, shape, perturbed, perturbed and noise == "lowrank" and len(shape) == 2))
         arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
         self.theta = HostTheta(specs, arrays, num_threads=num_threads)
-        self.stored_dtypes = {spec.name: "float32" for spec in specs}
+
+    @classmethod
+    def open(cls, options: EngineOptions) -> ToyEngine:
+        """Return an engine at the origin, or at the weights of a toy's own run.
+
+        Raises:
+            UserError: an option would have no effect.
+        """
+        for name, harmless in NO_USE.items():
+            if getattr(options, name) not in harmless:
+                raise UserError(f"the toy engine has no use for {name}")
+        engine = cls(options.num_threads, noise=options.noise)
+        if options.model != "toy":
+            engine.load_weights(Path(options.model))
+        return engine
 
     @property
     def facts(self) -> EngineFacts:
@@ -117,36 +112,9 @@ class ToyEngine(LocalReplica):
         self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[GroupAnswer]:
         """Answer groups on ``num_threads`` threads, each as it is completed; see `Generator.answers`."""
-
-        def answer(job: GroupJob) -> GroupAnswer:
-            started = time.perf_counter()
-            completions = [self.generate(each, job.prompts, job.sampling, should_stop) for each in job.perturbations]
-            return GroupAnswer(job.indices, completions, time.perf_counter() - started, 0.0)
-
         if self._num_threads == 1:
-            yield from map(answer, self.checked(jobs))
+            yield from super().answers(jobs, should_stop)
             return
         with ThreadPoolExecutor(self._num_threads) as pool:
-            for done in as_completed([pool.submit(answer, job) for job in self.checked(jobs)]):
+            for done in as_completed([pool.submit(self.answer, job, should_stop) for job in self.checked(jobs)]):
                 yield done.result()
-
-    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
-        """Return 1: members share no work here."""
-        return 1
-
-    def load_theta(self) -> None:
-        """Do nothing: there is no working model beside theta."""
-
-    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """A function of a vector has no token probabilities: UserError."""
-        raise UserError("the toy engine has no token probabilities, so no KL")
-
-    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
-        """Return 1 per kind: float32 holds the perturbation to rounding."""
-        return {"matrix": 1.0}
-
-    def check_reproducible(
-        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
-    ) -> bool:
-        """A function of a vector is reproducible."""
-        return True

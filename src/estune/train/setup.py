@@ -6,6 +6,7 @@ Everything torch-free comes first (rows, rewards, the reward pool's processes); 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from estune.data.batches import Batches
 from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
-from estune.engines.base import Engine, LocalEngine, ModelAssets
+from estune.engines import ENGINES
+from estune.engines.base import Engine, EngineOptions, LocalEngine, ModelAssets
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.identity import encode, rows_digest
@@ -40,11 +42,6 @@ DEFAULT_BATCH = 32
 PROBLEM_COLUMNS = ("question", "problem", "instruction", "input", "text", "query", "messages")  # where prompts hide
 DEFAULT_GROUPS = 8  # prompts a step of methods that sample several completions of each
 DEFAULT_PROMPTS_PER_BATCH = 64
-# Options that the toy engine would ignore, with the values that ask nothing of it.
-NOT_FOR_THE_TOY: dict[str, tuple[Any, ...]] = {
-    "dtype": ("auto", "float32"), "device": ("auto", "cpu"), "trainable_parameters": (None,), "revision": (None,),
-    "trust_remote_code": (False,), "temperature": (0.0,), "stop_strings": ([],),
-}  # fmt: skip
 
 
 @dataclass
@@ -248,44 +245,49 @@ def check_model(model: str, revision: str | None = None) -> None:
     loading.check_model(model, revision)
 
 
-def load_engine(args: ESConfig, model: Any = None, tokenizer: Any = None) -> LocalEngine:
-    """Load the engine of a resolved configuration; ``model`` may be a module from Python.
+def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> LocalEngine:
+    """Load the engine of a configuration whose threads and batches are resolved; ``module`` is a model in memory.
 
     Raises:
-        UserError: the model is missing, damaged, or not a model.
+        UserError: the engine does not exist, or the model is missing, damaged, or not a model.
     """
     assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
-    if args.engine == "toy" or (model is None and _is_toy(args.model)):
-        from estune.engines.toy import ToyEngine
-
-        for name, harmless in NOT_FOR_THE_TOY.items():
-            if getattr(args, name) not in harmless:
-                raise UserError(f"the toy engine has no use for {name}")
-        toy = ToyEngine(args.num_threads, noise=args.noise)
-        if args.model != "toy":
-            toy.load_weights(Path(args.model))
-        return toy
-    from estune.engines.hf.engine import HFEngine
-
-    refuse_unfinished(args.model)
-    options: dict[str, Any] = dict(
+    options = EngineOptions(
+        model=args.model,
+        module=module,
+        tokenizer=tokenizer,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
         num_threads=args.num_threads,
         prompts_per_batch=args.prompts_per_batch,
         trainable_parameters=args.trainable_parameters,
         noise=args.noise,
     )
-    if model is not None:
-        own = (str(model.dtype).removeprefix("torch."), model.device.type)
-        if args.dtype not in ("auto", own[0]) or args.device not in ("auto", own[1]):
-            raise UserError(f"a model given as a module keeps its dtype and device ({own[0]} on {own[1]}): leave both "
-                            "at auto")  # fmt: skip
-        if tokenizer is None:
-            raise UserError("a model given as a module needs its tokenizer as processing_class")
-        return HFEngine.from_model(model, tokenizer, **options)
-    if args.revision is not None and local_directory(args.model) is not None:
-        raise UserError(f"revision names a version on the hub, and model {args.model} is a directory")
-    options |= dict(tokenizer=tokenizer, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    return HFEngine.load(args.model, dtype=args.dtype, device=args.device, **options)
+    is_toy = args.engine == "toy" or (args.engine == "hf" and module is None and _is_toy(args.model))
+    if is_toy:
+        for name, harmless in (("temperature", 0.0), ("stop_strings", [])):
+            if getattr(args, name) != harmless:
+                raise UserError(f"the toy engine has no use for {name}")
+    elif module is None:
+        refuse_unfinished(args.model)
+    engine: LocalEngine = engine_class("toy" if is_toy else args.engine).open(options)
+    return engine
+
+
+def engine_class(name: str) -> Any:
+    """Return the class of an engine: one of `ENGINES`, or ``package.module:Class``.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    where = ENGINES.get(name, name)
+    module, _, attribute = where.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"engine {name!r} does not import: {error}") from error
 
 
 def _is_toy(model: str) -> bool:

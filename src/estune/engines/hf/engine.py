@@ -7,7 +7,7 @@ one after another, or, with low-rank noise, share its forward passes (`estune.en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from estune import environment
 from estune.console import warn
-from estune.engines.base import EngineFacts
+from estune.engines.base import EngineFacts, EngineOptions
 from estune.engines.hf import allocator, attention, callers, decoding, identity, small_linear, trials
 from estune.engines.hf.assets import HFAssets
 from estune.engines.hf.loading import files_of, load_model, load_tokenizer, master_of, resolve_device
@@ -30,24 +30,22 @@ from estune.engines.hf.saved_model import (
     tied_truth,
 )
 from estune.engines.hf.working_model import WorkingModel
+from estune.engines.local import LocalBase
 from estune.engines.lowrank.kinds import lowrank_names
 from estune.engines.lowrank.members import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank.stand_ins import Uncovered
 from estune.engines.lowrank.trial import shared_forward
-from estune.engines.replica import LocalReplica
 from estune.engines.reproducibility import answers_repeat
 from estune.errors import UserError
 from estune.es.theta import HostTheta
 from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
+from estune.models.names import local_directory
 
 
-class HFEngine(LocalReplica):
-    """Answers prompts with theta or a member of it; see `estune.engines.base.LocalEngine`.
+class HFEngine(LocalBase):
+    """Answers prompts with theta or a member of it; see `estune.engines.base.LocalEngine`."""
 
-    ``stored_dtypes`` maps stored names to the dtype the working model holds them in ("bfloat16", ...): some models
-    keep a few parameters in float32 whatever the compute dtype.
-    """
-
+    name = "hf"
     assets: HFAssets
 
     def __init__(
@@ -69,8 +67,7 @@ class HFEngine(LocalReplica):
         self.prompts_per_batch = prompts_per_batch
         self.device = model.device
         self.compute_dtype = _name(model.dtype)
-        self.perturb_s = 0.0  # seconds spent so far in writing members' weights
-        self.stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
+        self._stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
         self.working = WorkingModel(model, bound, master)
         self.theta = self.working.theta
         text_config = model.config.get_text_config(decoder=True)
@@ -91,6 +88,40 @@ class HFEngine(LocalReplica):
             self._share_forward()
         if self.device.type == "cpu":  # after loading, whose memory is better given back
             allocator.keep_freed_memory()
+
+    @classmethod
+    def open(cls, options: EngineOptions) -> HFEngine:
+        """Return an engine of a model by name, or of a module in memory.
+
+        Raises:
+            UserError: the model cannot be used, or an option would have no effect.
+        """
+        given: dict[str, Any] = dict(
+            num_threads=options.num_threads,
+            prompts_per_batch=options.prompts_per_batch,
+            trainable_parameters=options.trainable_parameters,
+            noise=options.noise,
+        )
+        module = options.module
+        if module is not None:
+            own = (_name(module.dtype), module.device.type)
+            if options.dtype not in ("auto", own[0]) or options.device not in ("auto", own[1]):
+                raise UserError(f"a model given as a module keeps its dtype and device ({own[0]} on {own[1]}): leave "
+                                "both at auto")  # fmt: skip
+            if options.tokenizer is None:
+                raise UserError("a model given as a module needs its tokenizer as processing_class")
+            return cls.from_model(module, options.tokenizer, **given)
+        if options.revision is not None and local_directory(options.model) is not None:
+            raise UserError(f"revision names a version on the hub, and model {options.model} is a directory")
+        return cls.load(
+            options.model,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype,
+            device=options.device,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            **given,
+        )
 
     @classmethod
     def load(
@@ -193,6 +224,11 @@ class HFEngine(LocalReplica):
             raise
 
     @property
+    def stored_dtypes(self) -> dict[str, str]:
+        """The dtype of each stored tensor in the working model."""
+        return self._stored_dtypes
+
+    @property
     def facts(self) -> EngineFacts:
         """What training needs to know of the engine."""
         header = {
@@ -216,19 +252,15 @@ class HFEngine(LocalReplica):
             header=header,
         )
 
-    def answers(
-        self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[GroupAnswer]:
-        """Answer groups one after another; see `Generator.answers`."""
-        for job in self.checked(jobs):
-            started, perturbed = time.perf_counter(), self.perturb_s
-            if None in job.perturbations:
-                completions = [self.generate(p, job.prompts, job.sampling, should_stop) for p in job.perturbations]
-            else:
-                members = [each for each in job.perturbations if each is not None]
-                completions = self.generate_population(members, job.prompts, job.sampling, should_stop)
-            perturb_s = self.perturb_s - perturbed
-            yield GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
+    def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
+        """Answer one group; low-rank members share every forward pass where the model allows it."""
+        members = [each for each in job.perturbations if each is not None]
+        if self._shared is None or len(members) < len(job.perturbations):
+            return super().answer(job, should_stop)
+        started, perturbed = time.perf_counter(), self.perturb_s
+        completions = self.generate_population(members, job.prompts, job.sampling, should_stop)
+        perturb_s = self.perturb_s - perturbed
+        return GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
 
     def generate(
         self,

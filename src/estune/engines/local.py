@@ -1,35 +1,104 @@
-"""The half of a local engine that owns theta: updates, files, and theta_0 of anchored weight decay."""
+"""What engines in this process share: theta with its files, and answers to one group after another."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from estune.engines.base import ModelAssets
+from estune.engines.base import EngineFacts, EngineOptions, ModelAssets
 from estune.errors import UserError
 from estune.es.theta import AnchorReader, Moved, Theta, digest, pieces
-from estune.es.types import GroupJob, ParameterSpec
+from estune.es.types import Completion, GroupAnswer, GroupJob, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.es.update import Update
 from estune.files import writing
 from estune.models.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
 
 
-class LocalReplica:
-    """Theta in this process; the base class of local engines. See `estune.es.replica.Replica`.
+class LocalBase:
+    """The base class of engines in this process; see `estune.engines.base.LocalEngine`.
 
-    Subclasses set ``theta``, ``assets``, ``compute_dtype`` and ``stored_dtypes``, and override `forget` where
-    something is derived from theta.
+    A subclass sets ``theta`` and ``assets`` and answers prompts in `generate`. It overrides `forget` where something is
+    derived from theta, and the other methods where the engine can do better.
     """
 
+    name = "local"
     theta: Theta
     assets: ModelAssets
-    compute_dtype: str  # float32, bfloat16 or float16
-    stored_dtypes: dict[str, str]  # by stored name: some models keep a few tensors in float32 whatever the rest is
+    compute_dtype = "float32"  # or bfloat16, float16
+    prompts_per_batch = 1  # prompts in one forward pass
+    perturb_s = 0.0  # seconds spent so far in writing members' weights, where they are measured apart
     _anchor: AnchorReader | None = None
     _checksum: tuple[int, str] | None = None  # theta's version and checksum
+
+    @classmethod
+    def open(cls, options: EngineOptions) -> Self:
+        """Return an engine with these options; the base class takes none.
+
+        Raises:
+            UserError: the model cannot be used.
+        """
+        return cls()
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What training needs to know of the engine."""
+        header = {"engine": self.name, "model_type": self.name, "device": "cpu", "dtype": self.compute_dtype}
+        return EngineFacts(self.name, "cpu", self.compute_dtype, None, None, shared_forward=False, header=header)
+
+    @property
+    def stored_dtypes(self) -> dict[str, str]:
+        """The dtype of each stored tensor: some models keep a few in float32 whatever the rest is."""
+        return dict.fromkeys(self.theta.arrays, self.compute_dtype)
+
+    def generate(
+        self,
+        perturbation: Perturbation | None,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Completion]]:
+        """Answer prompts (B) with one member, or with theta itself (None): (B, G) completions."""
+        raise NotImplementedError
+
+    def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
+        """Answer one group, member by member."""
+        started, perturbed = time.perf_counter(), self.perturb_s
+        completions = [self.generate(each, job.prompts, job.sampling, should_stop) for each in job.perturbations]
+        perturb_s = self.perturb_s - perturbed
+        return GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
+
+    def answers(
+        self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[GroupAnswer]:
+        """Answer groups one after another; see `Generator.answers`."""
+        for job in self.checked(jobs):
+            yield self.answer(job, should_stop)
+
+    def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
+        """Return 1: members share no work; see `Generator.members_that_fit`."""
+        return 1
+
+    def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
+        """Return 1 for all kinds together: float32 holds the perturbation to rounding."""
+        return {"matrix": 1.0}
+
+    def check_reproducible(
+        self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
+    ) -> bool:
+        """Return true: one thread repeats what it computes."""
+        return True
+
+    def load_theta(self) -> None:
+        """Do nothing: there is no working model beside theta."""
+
+    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Raise UserError: the engine has no token probabilities."""
+        raise UserError(f"the {self.name} engine has no token probabilities, so no KL")
 
     @property
     def specs(self) -> Sequence[ParameterSpec]:
@@ -115,6 +184,31 @@ class LocalReplica:
 
     def stop(self) -> None:
         """Do nothing: a local engine holds memory alone."""
+
+
+class ByteAssets:
+    """Prompts and completions are bytes, and a config.json names the model; see `estune.engines.base.ModelAssets`."""
+
+    tokenizer = None
+
+    def __init__(self, model_type: str, end_tokens: Iterable[int] = ()) -> None:
+        self.model_type, self.end_tokens = model_type, frozenset(end_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of bytes."""
+        return bytes(token_ids).decode("utf-8", errors="replace")
+
+    def save(self, directory: Path, dtype: str) -> None:
+        """Write a config.json that names the model."""
+        text = json.dumps({"model_type": self.model_type, "dtype": "float32"}, indent=2) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+
+    def check(self) -> None:
+        """Do nothing: a config.json of two words can always be written."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return nothing: the weights alone decide."""
+        return {}
 
 
 def anchor_reader(directory: Path, theta: Theta) -> AnchorReader | None:
