@@ -303,11 +303,11 @@ class ScriptedCaller:
         assert len(tokens) == len(self.rows)
         return self._logits()
 
-    def keep(self, rows: torch.Tensor) -> bool:
+    def select_rows(self, rows: torch.Tensor) -> bool:
         self.rows = [self.rows[i] for i in rows.tolist()]
         return True
 
-    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+    def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         if 2 * len(alive) > lines:
             return None
         self.keep(torch.tensor(alive))

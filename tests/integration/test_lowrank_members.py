@@ -97,7 +97,7 @@ def test_logits_equal_those_of_replaced_weights(
     rows = prompts(4)
     perturbations = members(rank)
     some = Members(engine._shared, perturbations)  # type: ignore[arg-type]
-    some.relay(range(3), len(rows))
+    some.regroup(range(3), len(rows))
     ids, mask = left_pad([row.token_ids for row in rows], 0, engine.device)
     positions = (mask.cumsum(-1) - 1).clamp_(min=0)
     with torch.inference_mode(), engine._shared.installed(some.stand_ins):  # type: ignore[union-attr]
@@ -157,15 +157,15 @@ def ends_often(model: Any) -> None:
 def test_rows_that_finish_leave_and_change_no_answer(family: str, sampling: Any) -> None:
     engine = engine_of(family, ends_often)
     relaid: list[tuple[int, int]] = []
-    relay = Members.relay
+    regroup = Members.regroup
 
     def noted(self: Members, groups: Any, width: int) -> None:
-        relay(self, groups, width)
+        regroup(self, groups, width)
         relaid.append((self.layout.groups, self.layout.width))
 
     perturbations, rows = members(1, count=6), prompts(7, seed=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Members, "relay", noted)
+        patch.setattr(Members, "regroup", noted)
         answers = engine.generate_population(perturbations, rows, sampling)
     assert len(relaid) > 2 and relaid[0][0] == 6  # the rows were laid out anew more than once
     assert len({len(c.token_ids) for member in answers for row in member for c in row}) > 3
@@ -397,7 +397,7 @@ def test_members_of_a_model_in_bfloat16_share_it_too(tmp_path: Any) -> None:
     rows, perturbations = prompts(4), members(2)
     ids, mask = left_pad([row.token_ids for row in rows], 0, engine.device)
     some = Members(engine._shared, perturbations)  # type: ignore[arg-type]
-    some.relay(range(3), len(rows))
+    some.regroup(range(3), len(rows))
     with torch.inference_mode(), engine._shared.installed(some.stand_ins):  # type: ignore[union-attr]
         found = engine.model(input_ids=ids.repeat(3, 1), attention_mask=mask.repeat(3, 1)).logits.float()
     assert found.isfinite().all()

@@ -13,7 +13,7 @@ from command_line import Done, assert_refused, journal, steps
 from safetensors.numpy import load_file, save_file
 
 from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
-from estune.errors import Hindered
+from estune.errors import ExternalError
 from estune.models.names import EMBEDDED_MODELS
 from estune.run.directory import adopt
 from estune.run.resume import LOCATED, RULES, Facts, check_facts
@@ -200,7 +200,7 @@ def facts(**identity):
 def test_other_code_of_the_model_is_refused():
     then = facts(code={"modeling_x.py": "a"}).as_dict()
     check_facts(then, facts(code={"modeling_x.py": "a"}))
-    with pytest.raises(Hindered, match=RULES["code"].what):
+    with pytest.raises(ExternalError, match=RULES["code"].what):
         check_facts(then, facts(code={"modeling_x.py": "b"}))
 
 
@@ -239,7 +239,7 @@ def test_every_option_is_free_or_refused_as_the_table_says(name, monkeypatch):
     elif name in LOCATED and name != "reward_funcs":
         assert getattr(adopt(now, stored, now), name) == getattr(now, name)  # compared when it is loaded
     else:
-        with pytest.raises(Hindered, match=f"a resume cannot change {name}"):
+        with pytest.raises(ExternalError, match=f"a resume cannot change {name}"):
             adopt(now, stored, now)
 
 

@@ -13,7 +13,7 @@ from rival_runs import FEW, NO_GRADIENT, SMALL, TRL, always_right, easy_rows, te
 from safetensors.numpy import load_file
 
 from estune import ESConfig, ESTrainer
-from estune.baselines.session import Ground
+from estune.baselines.session import BaselineSession
 from estune.cli import main
 from estune.errors import UserError
 from estune.es.types import Interrupted
@@ -181,19 +181,19 @@ from estune.cli import main
 
 where, step, *words = sys.argv[1:]
 owner, name = {
-    "metrics": (session.Ground, "after_step"),  # the step's metrics are written
+    "metrics": (session.BaselineSession, "after_step"),  # the step's metrics are written
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
     "kept": (session.Progress, "keep"),  # it is whole, and nothing says so
     "kept beside": (session.Progress, "keep_beside"),  # the same of a method whose files are written at every step
-    "final": (session.Ground, "save"),
-    "scoring": (session.Ground, "score"),  # of what was sampled
-    "method": (session.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
+    "final": (session.BaselineSession, "save"),
+    "scoring": (session.BaselineSession, "score"),  # of what was sampled
+    "method": (session.BaselineSession, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
 }[where]
 plain = getattr(owner, name)
 
 
 def doomed(self, *given, **named):
-    done = self.steps_done if hasattr(self, "steps_done") else self.ground.steps_done
+    done = self.steps_done if hasattr(self, "steps_done") else self.session.steps_done
     if done == int(step) and (where != "final" or named.get("final")):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, *given, **named)
@@ -253,7 +253,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(generation, when, place,
     write_few(place)
     changes = {**FEW, "method_kwargs": {"generation": generation}}
     whole = train("grpo", **changes, output_dir="whole")
-    owner, name = (Ground, "sample") if when == "sampling" and generation == "estune" else (Ground, "score")
+    owner, name = (
+        (BaselineSession, "sample") if when == "sampling" and generation == "estune" else (BaselineSession, "score")
+    )
     plain = getattr(owner, name)
 
     def stopped(self, *given):

@@ -16,27 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from estune.baselines.session import Ground
+from estune.baselines.session import BaselineSession
 from estune.es.types import Completion
 
 PAD = -1  # in what `score` gets
 
 
 class RewardModel(nn.Module):
-    """Gives every completion what `Ground.score` says."""
+    """Gives every completion what `BaselineSession.score` says."""
 
     base_model_prefix = "backbone"
 
-    def __init__(self, ground: Ground, pad: int) -> None:
+    def __init__(self, session: BaselineSession, pad: int) -> None:
         super().__init__()
-        self.ground, self.pad = ground, pad
+        self.session, self.pad = session, pad
         self.backbone = _Tokens()
         self.handed_out: deque[tuple[int, int]] = deque()  # row, tokens of its padded prompt; of those not scored yet
         self.lowest = 0.0  # reward of the run so far, and 0 at most
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the prompts of some rows, padded on the left: (B, T)."""
-        prompts = [self.ground.train_prompts[row].token_ids for row in rows]
+        prompts = [self.session.train_prompts[row].token_ids for row in rows]
         width = max(len(prompt) for prompt in prompts)
         self.handed_out.extend((row, width) for row in rows)
         return {"input_ids": torch.tensor([[self.pad] * (width - len(prompt)) + [*prompt] for prompt in prompts])}
@@ -46,17 +46,17 @@ class RewardModel(nn.Module):
 
         A completion without a reward (it failed, or none applies) gets the lowest of the run so far, 0 at most.
         """
-        rows, answers, ends = [], [], self.ground.engine.assets.end_tokens
+        rows, answers, ends = [], [], self.session.engine.assets.end_tokens
         for sequence in tokens.tolist():
             row, width = self.handed_out.popleft()
-            prompt = self.ground.train_prompts[row].token_ids
+            prompt = self.session.train_prompts[row].token_ids
             assert tuple(sequence[width - len(prompt) : width]) == prompt, "a completion of another prompt"
             answer = sequence[width:]
             if PAD in answer:
                 answer = answer[: answer.index(PAD)]
             rows.append(row)
             answers.append([Completion(tuple(answer), bool(answer) and answer[-1] in ends)])
-        rewards = self.ground.score(rows, answers)[:, 0]  # (B,)
+        rewards = self.session.score(rows, answers)[:, 0]  # (B,)
         known = np.isfinite(rewards)
         if known.any():
             self.lowest = min(self.lowest, float(rewards[known].min()))

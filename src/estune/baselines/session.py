@@ -100,7 +100,7 @@ class Progress:
 
 
 @dataclass
-class Ground(OpenRun):
+class BaselineSession(OpenRun):
     """The parts of an open run of a rival; made by `estune.baselines.trainer`."""
 
     engine: LocalEngine

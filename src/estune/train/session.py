@@ -32,7 +32,7 @@ from estune.run.journal import step_record
 from estune.train import metrics, setup
 from estune.train.open_run import OpenRun, Rows
 from estune.train.rollouts import Rollouts, answers_of_theta, digest
-from estune.train.sigma_watch import BesideMembers, Watch
+from estune.train.sigma_watch import BesideMembers, SigmaWatch
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
 from estune.train.step import Step, plan_step
 
@@ -59,7 +59,7 @@ def run_so_far(args: ResolvedConfig, run: Run) -> dict[str, Any]:
     logged = records.read_metrics(run.path)
     fitness = (record["fitness"] for record in run.journal.steps)
     return {
-        "watch": Watch.of_run(args.population_size, args.batch_size, fitness, logged),
+        "watch": SigmaWatch.of_run(args.population_size, args.batch_size, fitness, logged),
         "theta_answered_first": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
     }
 
@@ -73,7 +73,7 @@ class Session(OpenRun):
     tokens: int  # processed by the journalled steps
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at the smallest noise so far
     perturb_cos_scale: float = math.inf
-    watch: Watch = field(default_factory=Watch)
+    watch: SigmaWatch = field(default_factory=SigmaWatch)
     asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
     panel: PanelMonitor | None = None
     repository: str | None = None  # on the hub, where the finished model goes
