@@ -6,6 +6,7 @@ from pathlib import Path
 
 from estune.compare.config import Budget, Tuning, read_comparison
 from estune.compare.plan import cells, entries
+from estune.compare.statistics import require_scipy
 from estune.console import say
 from estune.errors import UserError
 
@@ -16,6 +17,7 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
         raise UserError("dry_run and report_only exclude each other")
     if report_only and file.suffix == ".json":
         return _redraw(file, output_dir or file.with_suffix(""))
+    require_scipy()
     comparison = read_comparison(file, output_dir)
     if report_only:
         if not (comparison.directory / "results").is_dir():
