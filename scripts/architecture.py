@@ -3,8 +3,8 @@
     python scripts/architecture.py            # after a module was added, moved or described anew
     python scripts/architecture.py --check    # exit status 1 where the page and the code differ
 
-A generated part stands between `<!-- NAME -->` and `<!-- end -->`: `rooms` is a table with each room's purpose and
-imports, `files` a list with one line a file. Everything else on the page is written by hand.
+A generated part stands between `<!-- generated NAME -->` and `<!-- end of generated NAME -->`: `rooms` is a table with
+each room's purpose and imports, `files` a list with one line a file. Everything else on the page is written by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PACKAGE = ROOT / "docs" / "architecture.md", ROOT / "src" / "estune"
-PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- generated (\w+) -->\n).*?(<!-- end of generated \w+ -->)", re.DOTALL)
 PROGRAMS = {"scripts": "Programs for the repository itself.", "benchmarks": "Programs that measure, and their inputs."}
 
 

@@ -5,7 +5,7 @@
     python scripts/evidence.py --show compare_countdown    # everything that a file says, every paired difference
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, on any page of `docs` or in README; it is made from
-`benchmarks/results/NAME.json` (`scans` from two). The curves of a `compare_*` are in `docs/images/NAME.png`. Its file
+`benchmarks/results/NAME.json` (`scans` from two, `results` in README by `evidence_rows.py`). The curves of a `compare_*` are in `docs/images/NAME.png`. Its file
 is what `estune compare` leaves as `comparison_results.json` in a comparison's directory:
 
     cp benchmarks/results/compare_countdown/comparison_results.json benchmarks/results/compare_countdown.json
@@ -20,6 +20,7 @@ import sys
 from hashlib import blake2b
 from pathlib import Path
 
+import evidence_rows
 import evidence_tables as tables
 from matplotlib.figure import Figure
 from PIL import Image
@@ -41,7 +42,7 @@ def page(text: str) -> str:
     """Return a page with its tables made anew."""
 
     def made(place: re.Match[str]) -> str:
-        text = tables.section(place[2])
+        text = evidence_rows.results() if place[2] == "results" else tables.section(place[2])
         end = "\n" * text.rstrip().endswith("|")  # a table ends with an empty line, or the mark would be a row of it
         return f"{place[1]}\n{text}{end}{place[3]}"
 

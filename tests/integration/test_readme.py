@@ -69,9 +69,16 @@ def test_figures_stand_on_the_pages_that_scripts_check() -> None:
         assert figure in (evidence if figure in results else speed), figure
 
 
-def test_links_lead_to_files() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / link).exists(), link
+def test_links_lead_to_files_and_headings() -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)", README):
+        name, _, anchor = link.partition("#")
+        assert (ROOT / name).is_file(), link
+        headings = re.findall(
+            r"^#+ (.*)$", (ROOT / name).read_text(encoding="utf-8") if anchor else "", flags=re.MULTILINE
+        )
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings], (
+            link
+        )
 
 
 def test_programs_shadow_no_package() -> None:
