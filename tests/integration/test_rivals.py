@@ -12,7 +12,7 @@ import transformers
 from command_line import metrics, write_rewards
 from datasets import Dataset
 from rival_runs import NO_GRADIENT, SMALL, TRL, tensors, train, trl
-from tiers import full
+from tiers import few, full
 
 from estune import ESConfig
 from estune.baselines import arguments
@@ -115,7 +115,7 @@ RESOLVED = {
 }
 
 
-@pytest.mark.parametrize("method", RESOLVED)
+@pytest.mark.parametrize("method", few(RESOLVED, ("grpo", "sft_rejection")))
 def test_what_a_method_was_told_is_kept_and_true(method, trainers, place):
     write_rewards(place)
     own = (
