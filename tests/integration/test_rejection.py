@@ -67,6 +67,7 @@ DRAWN = {"train_dataset": easy_rows(6), "seed": 3, "max_steps": 2, "prompts_per_
          "max_completion_length": 48}  # fmt: skip
 
 
+@pytest.mark.e2e
 def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
     """A bound leaves the first samples of the whole draw, to the sample; a part of a round follows the run's order."""
 
@@ -90,6 +91,7 @@ def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
     assert drawn("all", max_samples=100) == whole
 
 
+@pytest.mark.e2e
 def test_rejection_of_few_prompts_fills_its_passes_and_draws_the_same(batches):
     """What is drawn does not depend on what shares a forward pass, and a bound leaves the first of it."""
     given = {**DRAWN, "reward_funcs": always_right}
