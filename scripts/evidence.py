@@ -5,8 +5,8 @@
     python scripts/evidence.py --show compare_countdown    # everything that a file says, every paired difference
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, on any page of `docs` or in README; it is made from
-`benchmarks/results/NAME.json` (`scans` from two, `results` in README by `evidence_rows.py`). The curves of a `compare_*` are in `docs/images/NAME.png`. Its file
-is what `estune compare` leaves as `comparison_results.json` in a comparison's directory:
+`benchmarks/results/NAME.json` (`scans` from two, `results` in README by `evidence_rows.py`). The curves of a
+`compare_*` are in `docs/images/NAME.png`. Its file is what `estune compare` leaves as `comparison_results.json`:
 
     cp benchmarks/results/compare_countdown/comparison_results.json benchmarks/results/compare_countdown.json
 """

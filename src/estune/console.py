@@ -4,8 +4,9 @@ A stream can be missing (``>&-``, ``sys.stdout = None``), its reader can leave (
 (SIGHUP), its disk can fill up, and its encoding can lack a character. In each case the text is lost, or written with
 escapes, and the run continues. Only `print_result` and `print_json`, which print what a command was asked for, raise.
 
-Notes and warnings are records of the logger ``estune``, which a Python program can silence or redirect. From Python the streams are the user's, and `say`, `note` and `warn` catch what they raise. The command line owns its
-process: `take_over_process` replaces the streams by such that never raise, whoever writes to them.
+Notes and warnings are records of the logger ``estune``, which a Python program can silence or redirect. From Python
+the streams are the user's, and `say`, `note` and `warn` catch what they raise. The command line owns its process:
+`take_over_process` replaces the streams by such that never raise, whoever writes to them.
 """
 
 from __future__ import annotations

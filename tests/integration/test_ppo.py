@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from estune import ESConfig
-from estune.baselines import BaselineTrainer, ppo, ppo_arguments, trl_ppo
+from estune.baselines import BaselineTrainer, arguments, ppo, trl_ppo
 from estune.errors import UserError
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_policy_and_value_model_move_and_the_reference_does_not(family, seen, tm
     assert all(record["objective/scores"] == pytest.approx(record["reward"], abs=1e-6) for record in records)
     told = json.loads((run / "method.json").read_text())
     assert told["method"] == "ppo" and told["trl"] == trl_ppo.VERSION
-    assert told["arguments"].keys() == ppo_arguments.READ
+    assert told["arguments"].keys() == arguments.PPO_READ
     wanted = {
         "num_mini_batches": 2, "mini_batch_size": 2, "num_ppo_epochs": 4, "total_episodes": 8, "num_total_batches": 2,
         "local_rollout_forward_batch_size": 3, "learning_rate": 1e-3, "temperature": 1.0, "stop_token_id": EOS,

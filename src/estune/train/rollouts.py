@@ -264,9 +264,11 @@ class Evaluator:
         answered = set(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
 
+        starts = range(0, n_members, members_per_batch)
+        batches = [tuple(range(first, min(first + members_per_batch, n_members))) for first in starts]
         jobs = (
             GroupJob(batch, tuple(perturbations[m] for m in batch), theta_checksum, tuple(prompts), sampling)
-            for batch in itertools.batched(range(n_members), members_per_batch)
+            for batch in batches
             if not known.keys() >= set(batch)
         )
 
