@@ -30,8 +30,7 @@ CASES: dict[str, list[str]] = {
     "sampled, two completions": [f"{TINY} --max_steps 2 --temperature 0.8 --num_generations 2 --top_p 0.9"],
     "anchored decay, schedules": [f"{TINY} --max_steps 3 --weight_decay 0.1 --weight_decay_anchor base "
                                   "--lr_scheduler_type cosine --warmup_steps 1 --sigma_scheduler_type linear"],
-    "shaping, mixture": [f"{TINY.replace('countdown', 'countdown=1,conciseness=1')} --max_steps 2 "
-                         "--fitness_shaping per_prompt_z"],
+    "shaping by prompt": [f"{TINY} --max_steps 2 --fitness_shaping per_prompt_z"],
     "checkpoints, resumed": [f"{TOY} --max_steps 2 --save_steps 1", f"{TOY} --max_steps 5 --save_steps 1 --resume"],
     "toy, low rank": [f"{TOY} --max_steps 4 --noise lowrank --rank 2"],
     "patch": [f"{TOY} --max_steps 3", "export run --patch toy.estp"],
