@@ -4,10 +4,9 @@
     python scripts/evidence.py --check               # exit status 1 where a page or a picture is not what the files say
     python scripts/evidence.py --show compare_countdown    # everything that a file says, every paired difference
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`, on any page of `docs` or in README. It is made from
-`benchmarks/results/NAME.json`; `scans` is made from two files, and README's `results` from several
-(`evidence_rows.py`). The curves of a `compare_*` are in `docs/images/NAME.png`. Its file is what `estune compare`
-leaves as `comparison_results.json` in a comparison's directory:
+A table stands between `<!-- NAME -->` and `<!-- end -->`, on any page of `docs` or in README; it is made from
+`benchmarks/results/NAME.json` (`scans` from two, `results` in README by `evidence_rows.py`). The curves of a
+`compare_*` are in `docs/images/NAME.png`. Its file is what `estune compare` leaves as `comparison_results.json`:
 
     cp benchmarks/results/compare_countdown/comparison_results.json benchmarks/results/compare_countdown.json
 """

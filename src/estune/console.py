@@ -4,14 +4,16 @@ A stream can be missing (``>&-``, ``sys.stdout = None``), its reader can leave (
 (SIGHUP), its disk can fill up, and its encoding can lack a character. In each case the text is lost, or written with
 escapes, and the run continues. Only `print_result` and `print_json`, which print what a command was asked for, raise.
 
-From Python the streams are the user's, and `say`, `note` and `warn` catch what they raise. The command line owns its
-process: `take_over_process` replaces the streams by such that never raise, whoever writes to them.
+Notes and warnings are records of the logger ``estune``, which a Python program can silence or redirect. From Python
+the streams are the user's, and `say`, `note` and `warn` catch what they raise. The command line owns its process:
+`take_over_process` replaces the streams by such that never raise, whoever writes to them.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import select
 import sys
@@ -19,6 +21,21 @@ from contextlib import suppress
 from typing import Any
 
 from estune.errors import UserError
+
+
+class _Handler(logging.Handler):
+    """Writes records to stderr as it is when they come, and never raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        _write(_stream("stderr"), f"estune: {level}{record.getMessage()}\n")
+
+
+LOGGER = logging.getLogger("estune")
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False  # as the libraries of this field do, else a root handler would print everything twice
+if not LOGGER.handlers:
+    LOGGER.addHandler(_Handler())
 
 _json_descriptor: int | None = None  # where `print_json` writes; None: to sys.stdout
 _reader_left = False  # of descriptor 1, which leads to the null device since
@@ -30,13 +47,13 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print ``estune: <text>`` on stderr."""
-    _write(_stream("stderr"), f"estune: {text}\n")
+    """Log ``text`` at level INFO: ``estune: <text>`` on stderr."""
+    LOGGER.info("%s", text)
 
 
 def warn(text: str) -> None:
-    """Print ``estune: warning: <text>`` on stderr."""
-    _write(_stream("stderr"), f"estune: warning: {text}\n")
+    """Log ``text`` at level WARNING: ``estune: warning: <text>`` on stderr."""
+    LOGGER.warning("%s", text)
 
 
 def show_progress(text: str) -> None:

@@ -15,7 +15,7 @@ class UserError(Exception):
     """
 
 
-class Hindered(UserError):
+class ExternalError(UserError):
     """What keeps a run from going on and is none of its doing.
 
     Another process that holds it, a full disk, options or data that a resume cannot change. A comparison stops at it,

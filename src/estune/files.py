@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from estune.errors import Hindered
+from estune.errors import ExternalError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if is_full_disk(error):
-            raise Hindered(full_disk_message(error, path)) from None
+            raise ExternalError(full_disk_message(error, path)) from None
         raise
 
 
@@ -43,7 +43,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line and fsync; where the disk is full the file is cut back to what it was.
 
     Raises:
-        Hindered: no space left.
+        ExternalError: no space left.
     """
     with writing(path):
         fresh = not path.exists()

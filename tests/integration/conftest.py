@@ -17,12 +17,12 @@ def trainers(monkeypatch):
     made = []
     drive = policy_gradient.drive
 
-    def spied(ground, make):
+    def spied(session, make):
         def kept(driver):
             made.append(make(driver))
             return made[-1]
 
-        return drive(ground, kept)
+        return drive(session, kept)
 
     monkeypatch.setattr(policy_gradient, "drive", spied)
     monkeypatch.setattr(rejection, "drive", spied)
@@ -32,14 +32,14 @@ def trainers(monkeypatch):
 @pytest.fixture
 def batches(monkeypatch):
     """What runs had scored: (rows, completions (B, G), rewards (B, G)) of each batch."""
-    from estune.baselines.session import Ground
+    from estune.baselines.session import BaselineSession
 
     seen = []
-    score = Ground.score
+    score = BaselineSession.score
 
     def spied(self, row_ids, completions):
         seen.append((list(row_ids), completions, score(self, row_ids, completions)))
         return seen[-1][2]
 
-    monkeypatch.setattr(Ground, "score", spied)
+    monkeypatch.setattr(BaselineSession, "score", spied)
     return seen

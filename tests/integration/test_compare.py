@@ -138,6 +138,29 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.xdist_group("compared")
+def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, tmp_path: Path) -> None:
+    """All but links to the runs' own pages, which are not there; and nothing that was measured is measured again."""
+    shutil.copy(compared / "out" / "comparison_results.json", tmp_path / "kept.json")
+    done = estune("compare", "--report_only", "kept.json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    pages = [(place / "report.html").read_text(encoding="utf-8") for place in (compared / "out", tmp_path / "kept")]
+    assert 'class="run"' in pages[0] and re.sub(r'<a class="run"[^>]*>.</a>', "", pages[0]) == pages[1]
+    kept = [(place / "curves.png").read_bytes() for place in (compared / "out", tmp_path / "kept")]
+    assert kept[0] == kept[1]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "results" / "tiny").rglob("*.json")}
+    assert len(before) > 20
+    done = estune("compare", write(tmp_path), "--output_dir", "kept", cwd=tmp_path)
+    assert done.code == 0, done.err
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "results" / "tiny").rglob("*.json")}
+    assert not (tmp_path / "kept" / "runs").exists()
+    assert {path for path in after if after[path] != before.get(path)} <= set((tmp_path / "kept").rglob("tuning.json"))
+    packed = [json.loads((place / "comparison_results.json").read_text(encoding="utf-8"))
+              for place in (compared / "out", tmp_path / "kept")]  # fmt: skip
+    assert packed[0]["rows"] == packed[1]["rows"] and len(packed[1]["cost"]) == 2
+
+
+@pytest.mark.e2e
+@pytest.mark.xdist_group("compared")
 def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"

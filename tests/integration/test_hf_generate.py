@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tiers import few
 from tiny_models import EOS, FAMILIES, PAD, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -29,6 +30,7 @@ from estune.es.types import Completion, Interrupted, Member, Noise, Perturbation
 
 pytestmark = pytest.mark.miniature
 
+NEAR = ("gpt2", "llama", "gemma3", "mamba")  # families that have little in common
 GREEDY = Sampling(seed=0, step=0, max_completion_length=16)
 SAMPLED = replace(GREEDY, temperature=0.8, num_generations=2)
 MEMBER = Perturbation(Member(5, 1), Noise(perturbation_scale(1e-2)))
@@ -47,7 +49,7 @@ def engine_of(family: str = "llama", prompts_per_batch: int = 8, edit: Callable[
     return HFEngine.from_model(model, tiny_tokenizer(), prompts_per_batch=prompts_per_batch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, NEAR))
 def test_a_batch_equals_single_rows_and_generate(family: str) -> None:
     engine = engine_of(family)
     rows = prompts(8)
@@ -64,7 +66,7 @@ def test_a_batch_equals_single_rows_and_generate(family: str) -> None:
         assert completion.finished == (expected[-1] == EOS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "mamba"])
+@pytest.mark.parametrize("family", few(["llama", "gemma3", "mixtral", "mamba"], ("llama", "mamba")))
 def test_the_batch_shrinks_as_rows_finish(family: str) -> None:
     def all_even_tokens_end(model: Any) -> None:
         model.generation_config.eos_token_id = list(range(0, 300, 3))
@@ -89,7 +91,7 @@ def last_logits(model: Any, rows: list[list[int]], caller: callers.Caller) -> li
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, NEAR))
 def test_fast_layers_and_attention_give_the_logits_of_transformers(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +155,7 @@ class CountingModel:
         return getattr(self.model, name)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mamba"])
+@pytest.mark.parametrize("family", few([f for f in FAMILIES if f != "mamba"], ("llama", "gemma3")))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_prompts_have_in_common_is_read_once(family: str, groups: int) -> None:
     model = tiny_model(family)
@@ -303,11 +305,11 @@ class ScriptedCaller:
         assert len(tokens) == len(self.rows)
         return self._logits()
 
-    def keep(self, rows: torch.Tensor) -> bool:
+    def select_rows(self, rows: torch.Tensor) -> bool:
         self.rows = [self.rows[i] for i in rows.tolist()]
         return True
 
-    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+    def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         if 2 * len(alive) > lines:
             return None
         self.keep(torch.tensor(alive))
@@ -366,8 +368,8 @@ def test_interruption_between_tokens() -> None:
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
     engine = engine_of("gpt2")
-    assert engine.max_context == 128
-    assert engine_of("mamba").max_context is None
+    assert engine.facts.max_context == 128
+    assert engine_of("mamba").facts.max_context is None
     full = Prompt(4, "", (1,) * 112)
     assert len(engine.generate(None, [full], GREEDY)[0][0].token_ids) <= 16
     with pytest.raises(UserError, match="row 4 has 113 tokens"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Done, assert_refused, journal
+from tiers import full
 
 pytestmark = pytest.mark.miniature
 
@@ -52,7 +53,7 @@ def test_an_old_run_resumes_to_the_bits_of_a_longer_one(run, place, old, name):
     assert (place / name / "journal.jsonl").read_text().startswith(before)
 
 
-@pytest.mark.parametrize("name", ["own_full", "own_lowrank", "decimals", "countdown"])
+@pytest.mark.parametrize("name", [full("own_full"), "own_lowrank", full("decimals"), "countdown"])
 def test_an_old_run_of_a_language_model_resumes(run_model, place, old, name):
     """Its journalled steps are exact; those that follow depend on how this processor rounds."""
     end = old(name)

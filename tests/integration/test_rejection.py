@@ -10,7 +10,7 @@ from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, ten
 
 from estune import ESConfig
 from estune.baselines import BaselineTrainer, random_search, rejection
-from estune.baselines.session import Ground
+from estune.baselines.session import BaselineSession
 from estune.compare import job
 from estune.compare.plan import evaluations_per_step
 from estune.data.batches import Batches
@@ -67,6 +67,7 @@ DRAWN = {"train_dataset": easy_rows(6), "seed": 3, "max_steps": 2, "prompts_per_
          "max_completion_length": 48}  # fmt: skip
 
 
+@pytest.mark.e2e
 def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
     """A bound leaves the first samples of the whole draw, to the sample; a part of a round follows the run's order."""
 
@@ -90,6 +91,7 @@ def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
     assert drawn("all", max_samples=100) == whole
 
 
+@pytest.mark.e2e
 def test_rejection_of_few_prompts_fills_its_passes_and_draws_the_same(batches):
     """What is drawn does not depend on what shares a forward pass, and a bound leaves the first of it."""
     given = {**DRAWN, "reward_funcs": always_right}
@@ -129,13 +131,13 @@ def test_a_sample_whose_reward_fails_is_not_learnt_from(batches):
 
 def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
     """The batch in hand is kept; the steps have the rest, and a run with more time draws no more."""
-    sample = Ground.sample
+    sample = BaselineSession.sample
 
     def slow(self, *given):
         self.clock -= 10_000  # next to which the real seconds are nothing
         return sample(self, *given)
 
-    monkeypatch.setattr(Ground, "sample", slow)
+    monkeypatch.setattr(BaselineSession, "sample", slow)
     given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
     run = train("sft_rejection", **given, max_time_s=50_000)
     assert len(batches) == 3
@@ -225,8 +227,8 @@ def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
                   [1.0, nan], [0.25, nan], [nan, nan], [nan, nan]])  # fmt: skip
     seen, plain = [], random_search._fitness
 
-    def scripted(ground, contestants, rows, index):
-        plain(ground, contestants, rows, index)
+    def scripted(session, contestants, rows, index):
+        plain(session, contestants, rows, index)
         seen.append(rows)
         return np.array(next(looks))
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from command_line import Done, assert_refused, journal, steps
 from safetensors.numpy import load_file, save_file
+from tiers import full
 
 from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
-from estune.errors import Hindered
+from estune.errors import ExternalError
 from estune.models.names import EMBEDDED_MODELS
 from estune.run.directory import adopt
 from estune.run.resume import LOCATED, RULES, Facts, check_facts
@@ -147,7 +148,11 @@ CHANGES = {
 WORDS = {"base": "fingerprint", "parameters": "noise of", "engine": "the run began with",
          "versions": "since the run began", "processor": "an abacus", "reward_funcs": "reward_funcs",
          "reward_weights": "reward_weights"}  # fmt: skip
-CASES = [(name, number) for name, changes in CHANGES.items() for number in range(len(changes))]
+CASES = [
+    full(name, number) if number else (name, number)
+    for name, changes in CHANGES.items()
+    for number in range(len(changes))
+]
 
 
 def test_every_line_of_the_table_has_a_case():
@@ -200,7 +205,7 @@ def facts(**identity):
 def test_other_code_of_the_model_is_refused():
     then = facts(code={"modeling_x.py": "a"}).as_dict()
     check_facts(then, facts(code={"modeling_x.py": "a"}))
-    with pytest.raises(Hindered, match=RULES["code"].what):
+    with pytest.raises(ExternalError, match=RULES["code"].what):
         check_facts(then, facts(code={"modeling_x.py": "b"}))
 
 
@@ -239,14 +244,14 @@ def test_every_option_is_free_or_refused_as_the_table_says(name, monkeypatch):
     elif name in LOCATED and name != "reward_funcs":
         assert getattr(adopt(now, stored, now), name) == getattr(now, name)  # compared when it is loaded
     else:
-        with pytest.raises(Hindered, match=f"a resume cannot change {name}"):
+        with pytest.raises(ExternalError, match=f"a resume cannot change {name}"):
             adopt(now, stored, now)
 
 
 # --- runs that are resumed from elsewhere ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("moved", [full(False), True])
 @pytest.mark.parametrize("how", ["resume", "replay", "evaluate"])
 def test_a_run_is_found_from_another_directory(run_model, tmp_path, project, how, moved):
     place = tmp_path / "project"
@@ -323,7 +328,7 @@ def test_a_run_on_rows_that_are_all_trained_on_says_so_when_it_is_evaluated(run_
 
 
 @pytest.mark.parametrize(
-    ("lost", "option"), [("base", "model"), ("data", "dataset_name"), ("score.py", "reward_funcs")]
+    ("lost", "option"), [full("base", "model"), full("data", "dataset_name"), ("score.py", "reward_funcs")]
 )
 def test_what_is_gone_is_named_and_may_lie_elsewhere(run_model, tmp_path, lost, option):
     """After a resume that says where it is now, the run is replayed without saying so again."""

@@ -11,9 +11,10 @@ import transformers
 from command_line import Zygote, assert_same_tree, metrics, steps, tree, weights
 from rival_runs import FEW, NO_GRADIENT, SMALL, TRL, always_right, easy_rows, tensors, train, trl, words_of, write_few
 from safetensors.numpy import load_file
+from tiers import few, full
 
 from estune import ESConfig, ESTrainer
-from estune.baselines.session import Ground
+from estune.baselines.session import BaselineSession
 from estune.cli import main
 from estune.errors import UserError
 from estune.es.types import Interrupted
@@ -181,19 +182,19 @@ from estune.cli import main
 
 where, step, *words = sys.argv[1:]
 owner, name = {
-    "metrics": (session.Ground, "after_step"),  # the step's metrics are written
+    "metrics": (session.BaselineSession, "after_step"),  # the step's metrics are written
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
     "kept": (session.Progress, "keep"),  # it is whole, and nothing says so
     "kept beside": (session.Progress, "keep_beside"),  # the same of a method whose files are written at every step
-    "final": (session.Ground, "save"),
-    "scoring": (session.Ground, "score"),  # of what was sampled
-    "method": (session.Ground, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
+    "final": (session.BaselineSession, "save"),
+    "scoring": (session.BaselineSession, "score"),  # of what was sampled
+    "method": (session.BaselineSession, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
 }[where]
 plain = getattr(owner, name)
 
 
 def doomed(self, *given, **named):
-    done = self.steps_done if hasattr(self, "steps_done") else self.ground.steps_done
+    done = self.steps_done if hasattr(self, "steps_done") else self.session.steps_done
     if done == int(step) and (where != "final" or named.get("final")):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, *given, **named)
@@ -220,9 +221,9 @@ def assert_same_run(found, wanted):
 
 SFT = {"method_kwargs": {"min_reward": 0.0}}
 KILLED = [
-    ("grpo", {}, [("metrics", 2), ("saving", 3), ("kept", 4), ("final", 4)]),
-    ("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
-    ("sft_rejection", SFT, [("scoring", 0), ("method", 0), ("saving", 2), ("metrics", 4)]),
+    full("grpo", {}, [("metrics", 2), ("saving", 3), ("kept", 4), ("final", 4)]),
+    full("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
+    full("sft_rejection", SFT, [("scoring", 0), ("method", 0), ("saving", 2), ("metrics", 4)]),
     ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept beside", 3), ("final", 4)]),
 ]
 
@@ -246,14 +247,18 @@ def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, rivals, plac
     assert_same_tree(tree(place / "run"), before)
 
 
-@pytest.mark.parametrize("generation", ["estune", "trl"])
-@pytest.mark.parametrize("when", ["sampling", "scoring"])
+@pytest.mark.parametrize(
+    ("when", "generation"),
+    [("sampling", "trl"), ("scoring", "estune"), full("sampling", "estune"), full("scoring", "trl")],
+)
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(generation, when, place, monkeypatch):
     """In the midst of a step, which is then begun again; no checkpoints were asked for."""
     write_few(place)
     changes = {**FEW, "method_kwargs": {"generation": generation}}
     whole = train("grpo", **changes, output_dir="whole")
-    owner, name = (Ground, "sample") if when == "sampling" and generation == "estune" else (Ground, "score")
+    owner, name = (
+        (BaselineSession, "sample") if when == "sampling" and generation == "estune" else (BaselineSession, "score")
+    )
     plain = getattr(owner, name)
 
     def stopped(self, *given):
@@ -314,7 +319,7 @@ def test_methods_do_not_go_on_with_each_others_runs(place, capsys):
         ESTrainer(args=ESConfig(task="countdown", output_dir="run", resume=True)).train()
 
 
-@pytest.mark.parametrize("method", ["es", "grpo", "sft_rejection", "random_search"])
+@pytest.mark.parametrize("method", few(["es", "grpo", "sft_rejection", "random_search"], ("es", "grpo")))
 def test_a_run_ends_when_its_time_is_up(method, place):
     """It is whole then; with more time it goes on, to the bits of a run that had all of it."""
     write_few(place)
@@ -414,7 +419,7 @@ MODEL = {
 }
 
 
-@pytest.mark.parametrize("damage", MODEL)
+@pytest.mark.parametrize("damage", few(MODEL, ("flipped", "gone")))
 def test_a_finished_model_that_is_damaged_is_written_again(search, place, damage):
     own = ("es_config.json",)  # it names the directory
     before = tree(place / "run", without=own)
@@ -427,7 +432,7 @@ def test_a_finished_model_that_is_damaged_is_written_again(search, place, damage
     assert code == 0 and "nothing to do" in out
 
 
-@pytest.mark.parametrize("damage", MODEL)
+@pytest.mark.parametrize("damage", few(MODEL, ("flipped", "state")))
 def test_a_damaged_model_with_no_whole_trainer_is_left_as_it_is(search, place, damage):
     name, edit = MODEL[damage]
     edit(place / "run" / name)
@@ -442,7 +447,7 @@ METHOD_FILES = [{"data": GONE}, {"data": []}, {"data": {"rows": 3}}, {"data": {"
                 {"method": GONE}, {"arguments": 3}]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", METHOD_FILES)
+@pytest.mark.parametrize("changes", few(METHOD_FILES, METHOD_FILES[:3]))
 def test_a_damaged_method_json_is_one_sentence(search, place, changes):
     edited(**changes)(place / "run" / "method.json")
     assert_one_sentence(search("--max_steps", 3), "method.json", "damaged")
@@ -456,10 +461,24 @@ def test_a_method_json_that_is_no_object_is_one_sentence(search, place, text):
     assert_one_sentence(search("--max_steps", 3), "method.json", "damaged")
 
 
-@pytest.mark.parametrize("text", ['{"step":1,"member":999}', '{"step":"a"}', '{"step":9,"member":0}', '{"step":-5}',
-                                  '{"step":0,"member":-1}', '{"step":-1,"member":0}', '{"step":1,"member":1.0}',
-                                  '{"step":true,"member":true}', '{"step":1,"member":0,"fitness":"x"}',
-                                  '{"step":1,"member":0,"fitness":NaN}', '{"other":1}', "[]", DEEP])  # fmt: skip
+BESTS = [
+    '{"step":1,"member":999}',
+    '{"step":"a"}',
+    '{"step":9,"member":0}',
+    '{"step":-5}',
+    '{"step":0,"member":-1}',
+    '{"step":-1,"member":0}',
+    '{"step":1,"member":1.0}',
+    '{"step":true,"member":true}',
+    '{"step":1,"member":0,"fitness":"x"}',
+    '{"step":1,"member":0,"fitness":NaN}',
+    '{"other":1}',
+    "[]",
+    DEEP,
+]
+
+
+@pytest.mark.parametrize("text", few(BESTS, BESTS[:2]))
 def test_a_damaged_best_json_is_one_sentence(search, place, searched, text):
     (place / "run" / "trainer" / "best.json").write_text(text)
     assert_one_sentence(search("--max_steps", 3), "best.json", "damaged", "delete run/trainer")
@@ -468,9 +487,22 @@ def test_a_damaged_best_json_is_one_sentence(search, place, searched, text):
     assert weights(place / "run") == weights(searched / "long")
 
 
-@pytest.mark.parametrize("changes", [{"steps_done": "2"}, {"steps_done": None}, {"steps_done": -1}, {"batches": 1.5},
-                                     {"evaluations": [1]}, {"train_time_s": "x"}, {"tokens": True}, {"epochs": -1},
-                                     {"train_time_s": float("inf")}, {"files": [1]}, {"more": 1}])  # fmt: skip
+PROGRESS = [
+    {"steps_done": "2"},
+    {"steps_done": None},
+    {"steps_done": -1},
+    {"batches": 1.5},
+    {"evaluations": [1]},
+    {"train_time_s": "x"},
+    {"tokens": True},
+    {"epochs": -1},
+    {"train_time_s": float("inf")},
+    {"files": [1]},
+    {"more": 1},
+]
+
+
+@pytest.mark.parametrize("changes", few(PROGRESS, PROGRESS[:2]))
 def test_damaged_progress_is_no_state_to_go_on_from(search, place, searched, changes):
     edited(**changes)(place / "run" / "trainer" / "progress.json")
     code, _, err = search("--max_steps", 3)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from command_line import PATIENCE_S, metrics, weights
 from rival_runs import NO_GRADIENT, SMALL, easy_rows, train, weights_of_base, write_few
+from tiers import few
 from tiny_models import save_tiny
 
 from estune import ESConfig
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "sft_rejection"])
+@pytest.mark.parametrize("method", few(["grpo", "rloo", "sft_rejection"], ("grpo",)))
 def test_samples_are_what_es_engine_gives_for_theta(method, batches, place):
     """Of the weights as they are in that step, with that step's numbers."""
     changes = {"temperature": 0.7, "top_k": 5, "max_steps": 2, "save_steps": 1, "seed": 5}
@@ -155,7 +156,7 @@ def last_step_rewards(batches):
     return batches[-1][2]  # (B, G)
 
 
-@pytest.mark.parametrize("kind", ["raising", "hanging", "nan", "dying"])
+@pytest.mark.parametrize("kind", few(["raising", "hanging", "nan", "dying"], ("raising",)))
 def test_a_reward_that_fails_does_not_pay(kind, batches, place):
     """It gets the lowest reward of its prompt's group, is counted, and the run goes on."""
     (place / "bad.py").write_text(BAD)

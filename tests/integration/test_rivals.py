@@ -12,6 +12,7 @@ import transformers
 from command_line import metrics, write_rewards
 from datasets import Dataset
 from rival_runs import NO_GRADIENT, SMALL, TRL, tensors, train, trl
+from tiers import few, full
 
 from estune import ESConfig
 from estune.baselines import arguments
@@ -33,6 +34,7 @@ EXACT = [
     ("dr_grpo", {}, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
     ("rloo", {}, {}),
 ]
+NAMES = ["grpo", "dapo", "kl", "dr_grpo", "rloo"]
 
 
 def trls_own(method, generated=None, **of_trl):
@@ -79,13 +81,13 @@ def assert_same_run(run, trainer, rewards):
     assert any((base[name] != found[name]).any() for name in found)
 
 
-@pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
+@pytest.mark.parametrize(("method", "kwargs", "of_trl"), [EXACT[0], *(full(*case) for case in EXACT[1:])], ids=NAMES)
 def test_a_run_is_trls_own_bit_for_bit(method, kwargs, of_trl, place):
     trainer, rewards = trls_own(method, **of_trl)
     assert_same_run(train(method, seed=7, method_kwargs={**TRL, **kwargs}), trainer, rewards)
 
 
-@pytest.mark.parametrize(("method", "kwargs", "of_trl"), EXACT, ids=["grpo", "dapo", "kl", "dr_grpo", "rloo"])
+@pytest.mark.parametrize(("method", "kwargs", "of_trl"), [*(full(*case) for case in EXACT[:-1]), EXACT[-1]], ids=NAMES)
 def test_with_samples_of_es_engine_the_rest_is_trls_own_bit_for_bit(method, kwargs, of_trl, batches, place):
     """What comparisons run: TRL's trainer, given the same completions and the positions that they were sampled at."""
     run = train(method, seed=7, method_kwargs=kwargs)
@@ -113,7 +115,7 @@ RESOLVED = {
 }
 
 
-@pytest.mark.parametrize("method", RESOLVED)
+@pytest.mark.parametrize("method", few(RESOLVED, ("grpo", "sft_rejection")))
 def test_what_a_method_was_told_is_kept_and_true(method, trainers, place):
     write_rewards(place)
     own = (

@@ -1,5 +1,6 @@
 """`ESTrainer` from Python, with TRL's keywords, on a tiny random Llama; and what a run directory is good for."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -256,6 +257,10 @@ def test_resume_from_python(llama, place):
         train(llama, max_steps=5, resume=True, reward_funcs=length)
 
 
+def without_shared_forward(facts):
+    return dataclasses.replace(facts, header=facts.header | {"shared_forward": False})
+
+
 def test_what_auto_became_is_journalled_and_another_engine_is_named(llama, place, capsys, monkeypatch):
     train(llama, noise="lowrank")
     header = journal(place / "run")[0]
@@ -263,8 +268,8 @@ def test_what_auto_became_is_journalled_and_another_engine_is_named(llama, place
     capsys.readouterr()
     train(llama, noise="lowrank", max_steps=3, resume=True)
     assert "continues with" not in capsys.readouterr().err
-    info = HFEngine.info
-    monkeypatch.setattr(HFEngine, "info", lambda self: info(self) | {"shared_forward": False})
+    facts = HFEngine.facts.fget
+    monkeypatch.setattr(HFEngine, "facts", property(lambda self: without_shared_forward(facts(self))))
     train(llama, noise="lowrank", max_steps=4, resume=True)
     assert "the run began with shared_forward True and continues with False" in capsys.readouterr().err
 

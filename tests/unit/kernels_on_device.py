@@ -101,6 +101,7 @@ def test_members_and_updates_equal_the_cpu_kernels() -> None:
     assert check.check(DEVICE) == []
 
 
+@pytest.mark.e2e
 def test_the_check_notices_a_wrong_bit_of_any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Distributions, dtypes of weights and ways of decay are compiled apart; each could be the one that is wrong."""
 
@@ -235,7 +236,7 @@ def members() -> list[Perturbation | None]:
     ]
 
 
-@pytest.mark.parametrize("stage", [0, 512])  # 0: theta lives on the device
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.e2e), 512])  # 0: theta lives on the device
 def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
     """Members, updates, checksums and saves, whether theta is resident or streamed, in parts or whole."""
     host = host_master()

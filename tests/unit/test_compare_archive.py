@@ -230,6 +230,11 @@ def test_bytes_that_are_no_text_and_absent_files_are_refused(tmp_path: Path) -> 
         report_only(tmp_path / "absent.json")
 
 
+def test_results_are_no_comparison_to_run(compared: Path) -> None:
+    with pytest.raises(UserError, match="add --report_only"):
+        compare_command(compared / archive.ARCHIVE_FILE, None, dry_run=False, report_only=False)
+
+
 def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) -> None:
     """Not over another comparison, one that went on, somebody's files, or a file."""
     file = tmp_path / "kept.json"

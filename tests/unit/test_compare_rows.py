@@ -24,7 +24,7 @@ from estune.compare.plan import Cell, cells, configuration, entries, rows_of, wi
 from estune.compare.processes import Stopped
 from estune.compare.runner import Runner
 from estune.compare.tables import base_digest, summarise
-from estune.errors import Hindered, UserError
+from estune.errors import ExternalError, UserError
 from estune.files import try_lock
 
 ES = {"method": "es", "settings": {"population_size": 4, "batch_size": 8}}
@@ -385,7 +385,7 @@ def test_what_hinders_is_told_from_what_fails(kind: str, tmp_path: Path) -> None
 def _hindered(kind: str) -> None:
     if kind == "full":
         raise OSError(errno.ENOSPC, "full")
-    raise Hindered("held") if kind == "held" else UserError("own")
+    raise ExternalError("held") if kind == "held" else UserError("own")
 
 
 def test_a_run_that_was_left_behind_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

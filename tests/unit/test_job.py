@@ -97,7 +97,7 @@ WEIGHTS = {(5, 6.0): ("after 5", "after 3"), (3, 10.0): ("after 3", "after 5"), 
 @pytest.mark.parametrize(("steps", "time_s"), WEIGHTS, ids=["time first", "evaluations first", "both at once"])
 def test_each_budget_is_measured_by_the_model_of_then(tmp_path: Path, steps: int, time_s: float) -> None:
     played, made = Played(), job(tmp_path, steps, time_s)
-    made.bring(played)
+    made.run(played)
     found = results(made)
     assert (found["evaluations"]["weights"], found["time"]["weights"]) == WEIGHTS[steps, time_s]
     assert found["evaluations"]["evaluations"] == 10 * steps and found["time"]["train_time_s"] == time_s
@@ -107,14 +107,14 @@ def test_each_budget_is_measured_by_the_model_of_then(tmp_path: Path, steps: int
         assert kept.name == f"seed-0-{budget}" and (kept / "model.safetensors").read_text() == found[budget]["weights"]
         assert found[budget]["settings"] == {"seed": 3} and found[budget]["trained_by"] == ["c"]
     before = list(played.calls)
-    made.bring(played)
+    made.run(played)
     assert played.calls == before
 
 
 def test_a_kept_model_is_whole(tmp_path: Path) -> None:
     """Chat templates and code of its own go with it: without them it would be asked otherwise than in training."""
     made = job(tmp_path)
-    made.bring(Played())
+    made.run(Played())
     assert results(made)["time"]["asked"] == TEMPLATE
     kept = {str(path.relative_to(tmp_path / "models" / "seed-0-time"))
             for path in (tmp_path / "models" / "seed-0-time").rglob("*")}  # fmt: skip
@@ -133,9 +133,9 @@ def test_stopped_anywhere_it_ends_in_the_same_results(
     for cut in range(len(played.calls)):
         made = job(tmp_path / str(cut), steps, time_s, keeps_models=keeps_models)
         with pytest.raises(Stopped):
-            made.bring(Played(cut))
+            made.run(Played(cut))
         assert all(result["status"] == "done" for result in results(made).values())
-        made.bring(Played())
+        made.run(Played())
         assert results(made) == results(whole)
         assert len(list((tmp_path / str(cut) / "models").iterdir())) == (2 if keeps_models else 0)
 
@@ -145,38 +145,38 @@ def test_a_result_that_was_deleted_is_measured_again_or_trained_anew(tmp_path: P
     """From the model that was kept; where none was, from a new run if the old one is past that budget."""
     for keeps_models in (True, False):
         made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
-        made.bring(Played())
+        made.run(Played())
         before = results(made)
         made.files[budget].unlink()
         again = Played()
-        made.bring(again)
+        made.run(again)
         assert results(made) == before
         assert ("train" in again.calls) != keeps_models
 
 
 def test_a_run_that_failed_is_a_row_at_both_budgets_and_not_tried_again(tmp_path: Path) -> None:
     made = job(tmp_path)
-    made.bring(Played(broken="it diverged"))
+    made.run(Played(broken="it diverged"))
     found = results(made)
     assert {(found[budget]["status"], found[budget]["error"]) for budget in found} == {("failed", "it diverged")}
     assert not list((tmp_path / "run" / "trainer").glob("checkpoint-*"))  # nothing that only a resume would need
     again = Played()
-    made.bring(again)
+    made.run(again)
     assert not again.calls and len(found) == 2
 
 
 def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
     for keeps_models in (True, False):
         made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
-        made.bring(Played(unmeasured=True))
-        made.bring(Played(unmeasured=True))  # what is written down is not tried again
+        made.run(Played(unmeasured=True))
+        made.run(Played(unmeasured=True))  # what is written down is not tried again
         assert all(
             (result["status"], result["error"]) == ("unmeasured", "no memory") for result in results(made).values()
         )
         for file in made.files.values():
             file.unlink()
         again = Played()
-        made.bring(again)
+        made.run(again)
         assert "train" not in again.calls and results(made)["time"]["weights"] == "after 3"
 
 
@@ -187,13 +187,13 @@ def test_every_code_that_carried_a_run_on_is_told(tmp_path: Path) -> None:
     for code in ("d", "c", "d"):
         made = job(tmp_path, code=code)
         with pytest.raises(Stopped):
-            made.bring(Played(0))
-    made.bring(Played())
+            made.run(Played(0))
+    made.run(Played())
     assert {tuple(found["trained_by"]) for found in results(made).values()} == {("c", "d")}
     shutil.rmtree(tmp_path / "run")
     for place in ("models", "results"):
         shutil.rmtree(tmp_path / place)
-    made.bring(Played())
+    made.run(Played())
     assert {tuple(found["trained_by"]) for found in results(made).values()} == {("d",)}
 
 
@@ -210,7 +210,7 @@ def test_a_record_without_a_time_is_no_stumbling_block(tmp_path: Path) -> None:
     made = job(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "num_evaluations": 10}) + "\n")
-    made.bring(Played())
+    made.run(Played())
     assert results(made)["time"]["weights"] == "after 3"
 
 
@@ -221,13 +221,13 @@ def test_a_run_that_ends_before_its_budget_says_so(tmp_path: Path) -> None:
         def train(self, args: ESConfig) -> Outcome:
             return super().train(dataclasses.replace(args, max_steps=2))
 
-    made.bring(Lazy())
+    made.run(Lazy())
     assert "ended after 2 steps, before any of its budgets" in results(made)["evaluations"]["error"]
 
 
 def test_what_a_method_learnt_from_stays_and_its_optimizer_does_not(tmp_path: Path) -> None:
     for budgets in (("evaluations",), ("time",)):
         made = job(tmp_path / budgets[0], budgets=budgets)
-        made.bring(Played())
+        made.run(Played())
         assert [path.name for path in (tmp_path / budgets[0] / "run" / "trainer").iterdir()] == ["samples.jsonl"]
         assert results(made)[budgets[0]]["status"] == "done"

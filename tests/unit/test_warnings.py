@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from estune.train.sigma_watch import BesideMembers, Watch
+from estune.train.sigma_watch import BesideMembers, SigmaWatch
 
 NOBODY = BesideMembers()
 
@@ -21,7 +21,7 @@ def record(fitness: float | None = 1.0, **others: Any) -> dict[str, Any]:
 
 
 def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Watch()
+    watch = SigmaWatch()
     assert watch.wants_theta(0.95) and not watch.wants_theta(0.9)
     watch.step(record(), BesideMembers(equal=0.2))  # the members agree on something that theta does not say
     watch.step(record(), NOBODY)
@@ -51,7 +51,7 @@ def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: p
 def test_a_population_that_lost_half_of_its_fitness(
     course: list[float | None], warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch = Watch()
+    watch = SigmaWatch()
     for fitness in course:
         watch.step(record(fitness), NOBODY)
     told = capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_a_run_whose_members_say_what_theta_says(sigma: float, warned: bool, noi
 
 
 def test_a_resumed_run_remembers_its_best_step(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Watch.of_run(30, 16, [[1.0, 3.0], [1.4, 1.6], [None, None]])
+    watch = SigmaWatch.of_run(30, 16, [[1.0, 3.0], [1.4, 1.6], [None, None]])
     watch.step(record(0.9), NOBODY)
     assert "has halved since its best step" in capsys.readouterr().err
 
@@ -80,7 +80,7 @@ def test_a_resumed_run_repeats_no_warning(capsys: pytest.CaptureFixture[str]) ->
               record(0.04, **{"step": 2, "completions/non_finite_ratio": 0.5}),
               {"step": 0, "eval_reward": 1.0, "eval_rows": 80},
               {"step": 2, "eval_reward": 0.1, "eval_rows": 80}]  # fmt: skip
-    watch = Watch.of_run(30, 16, [[1.0, 3.0], [0.04, 0.06]], before)
+    watch = SigmaWatch.of_run(30, 16, [[1.0, 3.0], [0.04, 0.06]], before)
     watch.step(record(0.04, **{"completions/clipped_ratio": 1.0, "completions/non_finite_ratio": 0.5}), NOBODY)
     watch.evaluation({"eval_reward": 0.05, "eval_rows": 80})
     assert capsys.readouterr().err == ""
@@ -112,7 +112,7 @@ def test_members_are_compared_with_theta_on_the_same_rows(
     theta: float, mean: float, std: float, best: float, size: tuple[int, int], warned: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    watch, own = Watch(*size), BesideMembers(fitness=theta, is_scored=True)
+    watch, own = SigmaWatch(*size), BesideMembers(fitness=theta, is_scored=True)
     step = record(mean, **{"step": 1, "es/fitness_std": std, "es/fitness_best": best, **own.record()})
     watch.step(step, own)
     watch.step(step, own)
@@ -123,7 +123,7 @@ def test_members_are_compared_with_theta_on_the_same_rows(
 
 def test_later_steps_are_compared_with_theta_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     """No step lost half of the best one, and most of what theta had is gone."""
-    watch, own = Watch(), BesideMembers(fitness=0.56, is_scored=True)
+    watch, own = SigmaWatch(), BesideMembers(fitness=0.56, is_scored=True)
     watch.step(record(0.33, **{"step": 1, **own.record()}), own)
     watch.step(record(0.3), NOBODY)
     assert capsys.readouterr().err == ""
@@ -138,7 +138,7 @@ def test_later_steps_are_compared_with_theta_of_the_first(capsys: pytest.Capture
 @pytest.mark.parametrize("solved", [0.3, 0.5])
 def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys: pytest.CaptureFixture[str]) -> None:
     """300 steps of members of one quality, on prompts that are mostly solved by all of them, or by none."""
-    rng, watch = np.random.default_rng(0), Watch(30, prompts)
+    rng, watch = np.random.default_rng(0), SigmaWatch(30, prompts)
     for index in range(300):
         easy = rng.beta(0.7 * solved, 0.7 * (1 - solved), prompts)
         rewards = rng.random((30, prompts)) < easy
@@ -164,7 +164,7 @@ def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys:
 def test_what_is_known_of_completions_is_told_once(
     others: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch = Watch()
+    watch = SigmaWatch()
     for _ in range(3):
         watch.step(record(**others), NOBODY)
     found = capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_what_is_known_of_completions_is_told_once(
 
 
 def test_a_reward_that_never_applies_is_told_where_enough_prompts_were_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Watch(30, 4)
+    watch = SigmaWatch(30, 4)
     for unpaid in (["brief", "polite"], ["polite"], ["brief", "polite"]):
         watch.step(record(), NOBODY, unpaid)
     assert capsys.readouterr().err == ""
@@ -190,7 +190,7 @@ def test_a_reward_that_never_applies_is_told_where_enough_prompts_were_seen(caps
 def test_held_out_rewards_are_compared_with_the_first(
     rewards: list[float | None], rows: int, told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch = Watch()
+    watch = SigmaWatch()
     for reward in rewards:
         watch.evaluation({"eval_reward": reward, "eval_rows": rows})
     assert capsys.readouterr().err.count("the held-out reward was") == int(told)

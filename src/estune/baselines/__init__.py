@@ -1,4 +1,4 @@
-"""ES's rivals on ES's ground: the same tasks, prompts, rewards, splits, evaluations, token limits and run directory.
+"""ES's rivals on ES's session: the same tasks, prompts, rewards, splits, evaluations, token limits and run directory.
 
 `estune train --method M` comes here for every M but `es`. GRPO, Dr.GRPO, RLOO, PPO and the fine-tuning of
 `sft_rejection` are TRL's trainers; what estune adds around them is what ES has, too. It loads torch: import it

@@ -9,20 +9,79 @@
     per_device_train_batch_size   completions in one backward pass; default: all of a step, of a large model the most
                                   up to 16 that a step has whole batches of
 
-Of `ppo` it may hold what its trainer reads (`ppo_arguments`). An argument that would have no effect is refused: those
+Of `ppo` it may hold what its trainer reads (`PPO_READ`). An argument that would have no effect is refused: those
 of TRL's own generation under ``generation: estune``, for one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from estune.baselines import ppo_arguments, trl_ppo
+from estune.baselines import trl_ppo
 from estune.config import ESConfig
 from estune.errors import UserError, nearest
+
+# What `method_kwargs` may hold.
+PPO_FREE = frozenset(
+    "num_ppo_epochs num_mini_batches kl_coef kl_estimator cliprange cliprange_value vf_coef gamma lam whiten_rewards "
+    "missing_eos_penalty optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_kwargs".split()
+)
+# What `method.json` keeps: also those that the run's configuration, or estune, decides.
+PPO_READ = PPO_FREE | frozenset(
+    "learning_rate lr_scheduler_type warmup_steps weight_decay seed use_cpu temperature response_length stop_token_id "
+    "total_episodes num_total_batches batch_size mini_batch_size per_device_train_batch_size world_size "
+    "gradient_accumulation_steps local_rollout_forward_batch_size num_sample_generations".split()
+)
+_ONE_PASS = "a mini-batch is one backward pass; more num_mini_batches make it smaller"
+_ENDS = "a completion ends where it does with every method"
+# Why others have no effect, or no place in `method_kwargs`.
+WHY_NOT = {
+    "max_grad_norm": "it never clips gradients",
+    "gradient_checkpointing": "it never turns that on",
+    "per_device_train_batch_size": _ONE_PASS,
+    "gradient_accumulation_steps": _ONE_PASS,
+    "stop_token": _ENDS,
+    "stop_token_id": _ENDS,
+    "response_length": "that is max_completion_length",
+    "total_episodes": "that is max_steps times batch_size",
+    "batch_size": "that is the run's own batch_size",
+    "local_rollout_forward_batch_size": "that is prompts_per_batch",
+}
+_COUNTS = ("num_ppo_epochs", "num_mini_batches")
+_NUMBERS = ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam", "missing_eos_penalty")
+
+
+def refuse_unread_by_ppo(name: str) -> None:
+    """Raise UserError for an argument that the trainer has and does not read."""
+    if name not in PPO_FREE:
+        raise UserError(f"the trainer of method ppo has no use for {name}: {WHY_NOT.get(name, 'it never reads it')}")
+
+
+def check_ppo(given: Mapping[str, Any], batch: int | None = None) -> None:
+    """Raise UserError for values that the trainer would stumble over, or quietly do nothing with.
+
+    ``batch`` is the number of rows of a step, where it is known.
+    """
+    for name, value in given.items():
+        if name in _COUNTS and (type(value) is not int or value < 1):
+            raise UserError(f"{name} must be an integer of 1 or more, not {value!r}")
+        if name in _NUMBERS and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} must be a number of 0 or more, not {value!r}")
+        if name == "whiten_rewards" and not isinstance(value, bool):
+            raise UserError(f"whiten_rewards must be true or false, not {value!r}")
+        if name == "kl_estimator" and value not in ("k1", "k3"):
+            raise UserError(f"kl_estimator can be k1 or k3, not {value!r}")
+    parts = given.get("num_mini_batches", 1)
+    if batch is not None and batch % parts:
+        raise UserError(f"num_mini_batches {parts} does not divide the {batch} rows of a step")
+    if batch is not None and given.get("whiten_rewards") and batch < 8 * parts:
+        raise UserError("whiten_rewards needs mini-batches of 8 rows or more")
+
 
 SMALL = 10_000_000  # parameters; up to here a whole step's completions go through one backward pass
 MICRO_BATCH = 16
@@ -103,7 +162,7 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
         raise UserError(f"{fixed[0]} is what makes dr_grpo: with another one it is method grpo")
     types = {spec.name: spec.type for spec in dataclasses.fields(config_class(args.method))}
     fields = types.keys() | known.keys()
-    free = ppo_arguments.FREE if args.method == "ppo" else {name for name in fields if not is_decided(name)}
+    free = PPO_FREE if args.method == "ppo" else {name for name in fields if not is_decided(name)}
     ppo = args.method == "ppo"  # whose trainer says of itself what it reads
     for name, value in args.method_kwargs.items():
         if name in DECIDED or (is_decided(name) and name in fields and not ppo):
@@ -111,12 +170,12 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
         if name not in fields:
             raise UserError(f"method {args.method} has no argument {name!r}{nearest(name, free)}")
         if ppo:
-            ppo_arguments.refuse_unread(name)
+            refuse_unread_by_ppo(name)
         elif not _fits(value, types.get(name)):
             wanted = getattr(types[name], "__name__", types[name])
             raise UserError(f"{name} of method {args.method} cannot be {value!r}: TRL wants {wanted}")
     if ppo:
-        ppo_arguments.check(args.method_kwargs)
+        check_ppo(args.method_kwargs)
     given = {**known, **args.method_kwargs}
     generation = given.get("generation")
     if generation not in (None, "estune", "trl"):
@@ -176,7 +235,7 @@ def trl_config(
     if not isinstance(micro, int) or micro < 1 or batch % micro:
         raise UserError(f"per_device_train_batch_size {micro} does not divide the {batch} rows of a step")
     if args.method == "ppo":
-        ppo_arguments.check(given, batch)
+        check_ppo(given, batch)
     # transformers' `constant` knows no warmup, estune's does
     warm = args.lr_scheduler_type == "constant" and args.warmup_steps
     schedule = "constant_with_warmup" if warm else args.lr_scheduler_type
@@ -237,6 +296,6 @@ def record_of(method: str, trainer: str, config: Any, own: dict[str, Any]) -> di
     arguments = {
         name: value
         for name, value in sorted(config.to_dict().items())
-        if name not in PATHS and (method != "ppo" or name in ppo_arguments.READ)
+        if name not in PATHS and (method != "ppo" or name in PPO_READ)
     }
     return {"method": method, "trainer": trainer, "trl": version("trl"), "estune": own, "arguments": arguments}

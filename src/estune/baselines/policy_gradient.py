@@ -22,7 +22,7 @@ import trl
 from transformers import TrainerCallback
 
 from estune.baselines.arguments import record_of, refused, sampling_arguments, trl_config
-from estune.baselines.session import Diverged, Ground
+from estune.baselines.session import BaselineSession, Diverged
 from estune.es.types import Completion, Interrupted
 from estune.files import remove_path, sync_tree
 
@@ -40,49 +40,49 @@ MEASURED = (
 
 
 class Driver(TrainerCallback):
-    """Tells the ground of every step, and the trainer when to stop and to save."""
+    """Tells the session of every step, and the trainer when to stop and to save."""
 
-    def __init__(self, ground: Ground) -> None:
-        self.ground = ground
+    def __init__(self, session: BaselineSession) -> None:
+        self.session = session
         self.trainer: Any = None
         self.at_step_end: tuple[Any, ...] | None = None  # random states and tokens seen
-        self.saved = ground.steps_done  # the step whose state is on disk
+        self.saved = session.steps_done  # the step whose state is on disk
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock, where what went before is no part of the first step."""
-        if self.ground.steps_done or not self.ground.measured:
-            self.ground.step_started()
+        if self.session.steps_done or not self.session.measured:
+            self.session.step_started()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Take a step's metrics."""
         if not logs or "loss" not in logs:  # the summary at the end
             return
-        ground = self.ground
+        session = self.session
         record = {name: value for name, value in logs.items() if not name.startswith(MEASURED) and name != "epoch"}
         self.at_step_end = (*random_states(), state.num_input_tokens_seen)
-        ground.step_done(state.global_step, record, float(state.epoch or 0.0))
-        done, every = ground.steps_done, ground.args.save_steps
-        stopped = ground.should_stop()
-        if ground.ended or stopped:
+        session.step_done(state.global_step, record, float(state.epoch or 0.0))
+        done, every = session.steps_done, session.args.save_steps
+        stopped = session.should_stop()
+        if session.ended or stopped:
             control.should_training_stop = True
-        if ground.ended or stopped or (every and done % every == 0):
+        if session.ended or stopped or (every and done % every == 0):
             control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Say in the trainer's checkpoint how far the run is, which makes it one to go on from; drop those before."""
-        ground = self.ground
-        directory = ground.trainer_directory / f"checkpoint-{ground.steps_done}"
+        session = self.session
+        directory = session.trainer_directory / f"checkpoint-{session.steps_done}"
         sync_tree(directory)
-        ground.progress.keep(directory)
-        for other in ground.trainer_directory.glob("checkpoint-*"):
+        session.progress.keep(directory)
+        for other in session.trainer_directory.glob("checkpoint-*"):
             if other != directory:
                 remove_path(other)
-        self.saved = ground.steps_done
-        ground.step_started()  # saving is no part of the next step
+        self.saved = session.steps_done
+        session.step_started()  # saving is no part of the next step
 
     def save_where_interrupted(self) -> None:
         """Save the state at the end of the last step: the one that was interrupted has moved random states alone."""
-        if self.at_step_end is None or self.saved == self.ground.steps_done:
+        if self.at_step_end is None or self.saved == self.session.steps_done:
             return
         *states, tokens = self.at_step_end
         set_random_states(*states)
@@ -106,65 +106,65 @@ def set_random_states(python: Any, numpy: Any, cpu: torch.Tensor, cuda: list[tor
         torch.cuda.set_rng_state_all(cuda)
 
 
-def policy_gradient(ground: Ground) -> None:
+def policy_gradient(session: BaselineSession) -> None:
     """Train by GRPO, Dr.GRPO or RLOO until the run has ended.
 
     Raises:
         Interrupted: it was asked to stop; the trainer's state is saved.
     """
-    args = ground.args
+    args = session.args
     batch = int(args.batch_size) * args.num_generations
     config, own = trl_config(
         args,
-        str(ground.trainer_directory),
+        str(session.trainer_directory),
         batch,
-        ground.module.num_parameters(),
+        session.module.num_parameters(),
         **sampling_arguments(args),
     )
     base = trl.RLOOTrainer if args.method == "rloo" else trl.GRPOTrainer
-    ground.keep_method(record_of(args.method, f"trl.{base.__name__}", config, own))
-    if ground.ended:
+    session.keep_method(record_of(args.method, f"trl.{base.__name__}", config, own))
+    if session.ended:
         return
     finished: dict[tuple[int, ...], bool] = {}
     # Two rows may have the same text: TRL sees a prompt as the number of its row.
-    rows = [{"prompt": str(row), "row": row} for row in range(len(ground.train_prompts))]
+    rows = [{"prompt": str(row), "row": row} for row in range(len(session.train_prompts))]
     drive(
-        ground,
-        lambda driver: _trainer_class(base, ground, own["generation"] == "estune", finished)(
-            model=ground.module,
-            reward_funcs=reward_function(ground, finished),
+        session,
+        lambda driver: _trainer_class(base, session, own["generation"] == "estune", finished)(
+            model=session.module,
+            reward_funcs=reward_function(session, finished),
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(ground.engine.assets.tokenizer),  # TRL gives it a padding token
+            processing_class=copy.deepcopy(session.engine.assets.tokenizer),  # TRL gives it a padding token
             callbacks=[driver],
         ),
     )
 
 
-def drive(ground: Ground, make: Callable[[Driver], Any]) -> None:
+def drive(session: BaselineSession, make: Callable[[Driver], Any]) -> None:
     """Run a trainer of transformers from where the run stands to its end.
 
     Raises:
         Interrupted: it was asked to stop; its state at the end of the last step is saved.
         UserError: TRL does not take the arguments.
     """
-    driver = Driver(ground)
+    driver = Driver(session)
     try:
         trainer = driver.trainer = make(driver)
     except ValueError as error:
-        raise refused(ground.args.method, error) from error
+        raise refused(session.args.method, error) from error
     if hasattr(trainer, "_total_train_tokens"):  # TRL counts the tokens of fine-tuning from the last start
-        trainer._total_train_tokens = int(ground.progress.tokens)
+        trainer._total_train_tokens = int(session.progress.tokens)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
-    start = ground.trainer_directory / f"checkpoint-{ground.steps_done}" if ground.steps_done else None
+    start = session.trainer_directory / f"checkpoint-{session.steps_done}" if session.steps_done else None
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     except Interrupted:
         driver.save_where_interrupted()
         raise
-    if not ground.ended:
+    if not session.ended:
         raise Interrupted
 
 
@@ -186,26 +186,26 @@ def count_positions_from_the_mask(model: Any) -> None:
     model.register_forward_pre_hook(add, with_kwargs=True)
 
 
-def reward_function(ground: Ground, finished: dict[tuple[int, ...], bool]) -> Any:
+def reward_function(session: BaselineSession, finished: dict[tuple[int, ...], bool]) -> Any:
     """Return the reward function that TRL calls with a batch's completions, each prompt's G in a row.
 
     ``finished`` tells of completions that ES's engine sampled whether they ended by themselves.
     """
 
     def score(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
-        count = ground.args.num_generations
-        ends = ground.engine.assets.end_tokens
+        count = session.args.num_generations
+        ends = session.engine.assets.end_tokens
         listed = [tuple(ids) for ids in completion_ids]
         answers = [Completion(ids, finished.get(ids, bool(ids) and ids[-1] in ends)) for ids in listed]
         grouped = [answers[i : i + count] for i in range(0, len(answers), count)]
-        rewards = ground.score(row[::count], grouped)
+        rewards = session.score(row[::count], grouped)
         return [None if np.isnan(value) else float(value) for value in rewards.reshape(-1)]
 
     return score
 
 
 def _trainer_class(
-    base: type[Any], ground: Ground, engine_generates: bool, finished: dict[tuple[int, ...], bool]
+    base: type[Any], session: BaselineSession, engine_generates: bool, finished: dict[tuple[int, ...], bool]
 ) -> type[Any]:
     """Return TRL's trainer class with ES's tokens, and ES's engine for sampling; see `reward_function`."""
 
@@ -221,13 +221,13 @@ def _trainer_class(
         def _get_train_sampler(self, *given: Any) -> Any:
             sampler = super()._get_train_sampler(*given)
             generator = getattr(sampler, "generator", None)  # it has none where it does not shuffle
-            for _ in range(math.floor(ground.progress.epochs + 1e-9) if generator is not None else 0):
-                torch.randperm(len(ground.train_rows), generator=generator)  # each epoch's order goes on from the last
+            for _ in range(math.floor(session.progress.epochs + 1e-9) if generator is not None else 0):
+                torch.randperm(len(session.train_rows), generator=generator)  # each epoch's order goes on from the last
             return sampler
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
             self.drawn = [int(row) for row in prompts]
-            return [list(ground.train_prompts[row].token_ids) for row in self.drawn], None, {}
+            return [list(session.train_prompts[row].token_ids) for row in self.drawn], None, {}
 
         def _generate_single_turn(self, prompt_ids: Sequence[Sequence[int]], *rest: Any, **named: Any) -> Any:
             if not engine_generates:
@@ -236,12 +236,14 @@ def _trainer_class(
                 except RuntimeError as error:
                     if "probability tensor" not in str(error):
                         raise
-                    raise Diverged(ground.args.method, ground.steps_done, "its probabilities are no numbers") from error
-            count = ground.args.num_generations
-            prompts = [ground.train_prompts[row] for row in self.drawn[::count]]
-            ground.moved()  # the optimizer may have moved the weights since the last step was noted
-            answers = ground.sample(prompts, count, ground.batches)
-            ground.batches += 1
+                    raise Diverged(
+                        session.args.method, session.steps_done, "its probabilities are no numbers"
+                    ) from error
+            count = session.args.num_generations
+            prompts = [session.train_prompts[row] for row in self.drawn[::count]]
+            session.moved()  # the optimizer may have moved the weights since the last step was noted
+            answers = session.sample(prompts, count, session.batches)
+            session.batches += 1
             finished.clear()
             finished.update((completion.token_ids, completion.finished) for row in answers for completion in row)
             ids = [list(completion.token_ids) for row in answers for completion in row]

@@ -11,22 +11,75 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig, TrainerCallback, set_seed
 
 from estune.baselines import trl_ppo
 from estune.baselines.arguments import record_of, trl_config
-from estune.baselines.reward_model import RewardModel
-from estune.baselines.session import Ground
+from estune.baselines.session import BaselineSession
 from estune.engines.hf.loading import quiet
 from estune.errors import UserError
-from estune.es.types import Interrupted
+from estune.es.types import Completion, Interrupted
+
+PAD = -1  # in what `score` gets
+
+
+class RewardModel(nn.Module):
+    """Gives every completion what `BaselineSession.score` says."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, session: BaselineSession, pad: int) -> None:
+        super().__init__()
+        self.session, self.pad = session, pad
+        self.backbone = _Tokens()
+        self.handed_out: deque[tuple[int, int]] = deque()  # row, tokens of its padded prompt; of those not scored yet
+        self.lowest = 0.0  # reward of the run so far, and 0 at most
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the prompts of some rows, padded on the left: (B, T)."""
+        prompts = [self.session.train_prompts[row].token_ids for row in rows]
+        width = max(len(prompt) for prompt in prompts)
+        self.handed_out.extend((row, width) for row in rows)
+        return {"input_ids": torch.tensor([[self.pad] * (width - len(prompt)) + [*prompt] for prompt in prompts])}
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """Return the rewards (B, T, 1) of prompts with their completions (B, T), the same number at every token.
+
+        A completion without a reward (it failed, or none applies) gets the lowest of the run so far, 0 at most.
+        """
+        rows, answers, ends = [], [], self.session.engine.assets.end_tokens
+        for sequence in tokens.tolist():
+            row, width = self.handed_out.popleft()
+            prompt = self.session.train_prompts[row].token_ids
+            assert tuple(sequence[width - len(prompt) : width]) == prompt, "a completion of another prompt"
+            answer = sequence[width:]
+            if PAD in answer:
+                answer = answer[: answer.index(PAD)]
+            rows.append(row)
+            answers.append([Completion(tuple(answer), bool(answer) and answer[-1] in ends)])
+        rewards = self.session.score(rows, answers)[:, 0]  # (B,)
+        known = np.isfinite(rewards)
+        if known.any():
+            self.lowest = min(self.lowest, float(rewards[known].min()))
+        rewards = np.where(known, rewards, self.lowest)
+        given = torch.tensor(rewards, dtype=torch.float32, device=tokens.device)
+        return given[:, None, None].expand(-1, tokens.shape[1], 1)
+
+
+class _Tokens(nn.Module):
+    """Stands where a reward model's transformer stands: its "hidden states" are the tokens themselves."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(hidden_states=(torch.where(attention_mask.bool(), input_ids, PAD),))
 
 
 class _Ended(Exception):
@@ -34,22 +87,22 @@ class _Ended(Exception):
 
 
 class _Driver(TrainerCallback):
-    """Tells the ground of every step, and ends the training."""
+    """Tells the session of every step, and ends the training."""
 
-    def __init__(self, ground: Ground, vf_coef: float) -> None:
-        self.ground, self.vf_coef = ground, vf_coef
+    def __init__(self, session: BaselineSession, vf_coef: float) -> None:
+        self.session, self.vf_coef = session, vf_coef
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Take a step's metrics, once an update."""
         record = {name: value for name, value in (logs or {}).items() if "/" in name}
         record["loss"] = record["loss/policy_avg"] + self.vf_coef * record["loss/value_avg"]
         record["learning_rate"] = (logs or {})["lr"]
-        self.ground.step_done(state.global_step, record)
-        if self.ground.ended or self.ground.should_stop():
+        self.session.step_done(state.global_step, record)
+        if self.session.ended or self.session.should_stop():
             raise _Ended
 
 
-def ppo(ground: Ground) -> None:
+def ppo(session: BaselineSession) -> None:
     """Train by PPO until the run has ended.
 
     Raises:
@@ -58,14 +111,14 @@ def ppo(ground: Ground) -> None:
     """
     with trl_ppo.in_place(), quiet(), _cheap_collections(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"var\(\)")  # of one number, the ratio of a single optimizer step
-        trainer = make_trainer(ground)
-        if ground.ended:  # max_steps 0
+        trainer = make_trainer(session)
+        if session.ended:  # max_steps 0
             return
-        ground.step_started()
+        session.step_started()
         try:
             trainer.train()
         except _Ended:
-            if not ground.ended:
+            if not session.ended:
                 raise Interrupted from None
 
 
@@ -79,17 +132,17 @@ def _cheap_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def make_trainer(ground: Ground) -> Any:
+def make_trainer(session: BaselineSession) -> Any:
     """Return TRL's trainer, ready to train; write `method.json`."""
-    args, module, batch = ground.args, ground.module, int(ground.args.batch_size)
+    args, module, batch = session.args, session.module, int(session.args.batch_size)
     if batch < 2:
         raise UserError("method ppo compares tokens over a step: it needs a batch_size of 2 or more")
-    ends = sorted(ground.engine.assets.end_tokens)
-    used = {*ends, *(token for prompt in ground.train_prompts for token in prompt.token_ids)}
-    pad = pad_token(ground.engine.assets.tokenizer, module, used)
+    ends = sorted(session.engine.assets.end_tokens)
+    used = {*ends, *(token for prompt in session.train_prompts for token in prompt.token_ids)}
+    pad = pad_token(session.engine.assets.tokenizer, module, used)
     config, own = trl_config(
         args,
-        str(ground.trainer_directory),
+        str(session.trainer_directory),
         batch,
         module.num_parameters(),
         total_episodes=args.max_steps * batch,
@@ -108,7 +161,7 @@ def make_trainer(ground: Ground) -> Any:
         no_dropout(model)
     settings: Any = GenerationConfig
     module.generation_config = settings(pad_token_id=pad)  # and nothing that the model's own would add
-    rewards = RewardModel(ground, pad)
+    rewards = RewardModel(session, pad)
     trainer = trl_ppo.load()[1](
         args=config,
         processing_class=SimpleNamespace(pad_token_id=pad, eos_token_id=ends[0] if ends else -1),
@@ -116,16 +169,16 @@ def make_trainer(ground: Ground) -> Any:
         ref_model=reference,
         reward_model=rewards,
         value_model=value,
-        train_dataset=range(len(ground.train_prompts)),
+        train_dataset=range(len(session.train_prompts)),
         data_collator=rewards.collate,
-        callbacks=[_Driver(ground, config.vf_coef)],
+        callbacks=[_Driver(session, config.vf_coef)],
     )
     module.generation_config.eos_token_id = ends or None  # all of them; after an end the sampler pads
     trainer.accelerator.print = lambda *_, **__: None
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
-    ground.keep_method(record_of(args.method, "trl.experimental.ppo.PPOTrainer", config, own))
+    session.keep_method(record_of(args.method, "trl.experimental.ppo.PPOTrainer", config, own))
     return trainer
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from estune.baselines.session import Ground
+from estune.baselines.session import BaselineSession
 from estune.config import ESConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
@@ -54,7 +54,7 @@ def evaluations_per_step(args: ESConfig) -> int:
     return (members * int(args.batch_size) + 2 * second) * args.num_generations
 
 
-def random_search(ground: Ground) -> None:
+def random_search(session: BaselineSession) -> None:
     """Draw members until the run has ended; leave theta at the best one.
 
     `best.json` follows a step's metrics, evaluation and checkpoint: a run that is killed begins a step again.
@@ -62,92 +62,92 @@ def random_search(ground: Ground) -> None:
     Raises:
         Interrupted: it was asked to stop.
     """
-    args, master = ground.args, ground.engine.theta
-    batches = Batches(len(ground.train_rows), int(args.batch_size), args.seed)
+    args, master = session.args, session.engine.theta
+    batches = Batches(len(session.train_rows), int(args.batch_size), args.seed)
     base = {name: array.copy() for name, array in master.arrays.items()}
-    best = _read(ground)
-    ground.keep_method({"method": args.method, "trainer": "estune.random_search", "arguments": {}})
-    ground.step_started()
-    if ground.ended and ground.steps_done:  # killed before the finished model was written
-        ground.use(_theta(ground, batches, best))
-    while not ground.ended:
-        if ground.should_stop():
+    best = _read(session)
+    session.keep_method({"method": args.method, "trainer": "estune.random_search", "arguments": {}})
+    session.step_started()
+    if session.ended and session.steps_done:  # killed before the finished model was written
+        session.use(_theta(session, batches, best))
+    while not session.ended:
+        if session.should_stop():
             raise Interrupted
-        index = ground.steps_done
-        best = _step(ground, batches, index, best)
-        ground.use(_theta(ground, batches, best))
-        ground.step_done(index + 1, {"es/fitness_best": best.fitness})
-        ground.trainer_directory.mkdir(exist_ok=True)
-        write_json(ground.trainer_directory / STATE_FILE, vars(best))
-        ground.progress.keep_beside(ground.trainer_directory)
-        if not ground.ended:
-            ground.use(base)
+        index = session.steps_done
+        best = _step(session, batches, index, best)
+        session.use(_theta(session, batches, best))
+        session.step_done(index + 1, {"es/fitness_best": best.fitness})
+        session.trainer_directory.mkdir(exist_ok=True)
+        write_json(session.trainer_directory / STATE_FILE, vars(best))
+        session.progress.keep_beside(session.trainer_directory)
+        if not session.ended:
+            session.use(base)
 
 
-def _step(ground: Ground, batches: Batches, index: int, best: Best) -> Best:
+def _step(session: BaselineSession, batches: Batches, index: int, best: Best) -> Best:
     """Draw a step's members and return the best so far; the engine holds the base."""
-    args = ground.args
+    args = session.args
     members, second = sizes(args)
     step = plan_step(args, batches, index)
-    order = Batches(len(ground.train_rows), 1, args.seed)
+    order = Batches(len(session.train_rows), 1, args.seed)
     first = index * (batches.batch_size + second)
     rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + second)]
     drawn = step.perturbations[:members]
-    fitness = _fitness(ground, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
+    fitness = _fitness(session, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
     # where no reward applied to anybody, the first one is as good as any
     luckiest = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
-    contestants = [_perturbation(ground, batches, best), drawn[luckiest]]
-    then, now = _fitness(ground, contestants, rows[batches.batch_size :], 2 * index + 1).tolist()
+    contestants = [_perturbation(session, batches, best), drawn[luckiest]]
+    then, now = _fitness(session, contestants, rows[batches.batch_size :], 2 * index + 1).tolist()
     if now > then or (np.isnan(then) and not np.isnan(now)):
         return Best(index, luckiest, now)
     return Best(best.step, best.member, None if np.isnan(then) else then)
 
 
-def _perturbation(ground: Ground, batches: Batches, best: Best) -> Perturbation | None:
+def _perturbation(session: BaselineSession, batches: Batches, best: Best) -> Perturbation | None:
     """Return what the best so far is to an engine that holds the base; None for the base itself."""
     if best.step < 0:
         return None
-    step = plan_step(ground.args, batches, best.step)
+    step = plan_step(session.args, batches, best.step)
     return step.perturbations[best.member]
 
 
-def _theta(ground: Ground, batches: Batches, best: Best) -> dict[str, np.ndarray]:
+def _theta(session: BaselineSession, batches: Batches, best: Best) -> dict[str, np.ndarray]:
     """Return the weights of the best so far, by stored name; the engine holds the base."""
-    master = ground.engine.theta
-    perturbation = _perturbation(ground, batches, best)
+    master = session.engine.theta
+    perturbation = _perturbation(session, batches, best)
     if perturbation is None:
         return {name: array.copy() for name, array in master.arrays.items()}
     return {name: master.perturb(name, perturbation) for name in master.arrays}
 
 
 def _fitness(
-    ground: Ground, contestants: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
+    session: BaselineSession, contestants: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
 ) -> np.ndarray:
     """Let members (N,), or theta (None), answer rows (B,): fitness (N,), NaN where no reward applied.
 
     Args:
-        ground: of the run.
+        session: of the run.
         contestants: all are sampled with the same random numbers.
         row_ids: of the training rows.
         index: of the batch within the run: other numbers give other samples.
     """
-    rows = [ground.train_rows[row] for row in row_ids]
-    prompts = [ground.train_prompts[row] for row in row_ids]
-    sampling, evaluator = setup.sampling(ground.args, index), ground.evaluator
-    size, checksum = int(ground.args.members_per_batch), ground.engine.checksum()
+    rows = [session.train_rows[row] for row in row_ids]
+    prompts = [session.train_prompts[row] for row in row_ids]
+    sampling, evaluator = setup.sampling(session.args, index), session.evaluator
+    size, checksum = int(session.args.members_per_batch), session.engine.checksum()
     jobs = (
         GroupJob(tuple(places), tuple(contestants[place] for place in places), checksum, tuple(prompts), sampling)
         for places in _parts(contestants, size)
     )
     found: dict[int, Group] = {}
-    for place, group, _, future in evaluator.submit(jobs, lambda _: rows, ground.state(), False):
-        found[place] = evaluator.complete(group, scored(future, ground.should_stop), sampling.num_generations)
+    for place, group, _, future in evaluator.submit(jobs, lambda _: rows, session.state(), False):
+        found[place] = evaluator.complete(group, scored(future, session.should_stop), sampling.num_generations)
     groups = [found[place] for place in range(len(contestants))]
-    rollouts, weights = stack(groups), ground.rewards.weights
+    rollouts, weights = stack(groups), session.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
     by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members are what is compared
     failures = rollouts.failed.sum(axis=(0, 1, 2))  # (F,)
-    ground.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, failures)
+    session.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, failures)
     return population_fitness(weighed)
 
 
@@ -162,15 +162,15 @@ def _parts(contestants: Sequence[Perturbation | None], size: int) -> Iterator[ra
         yield range(start, min(start + step, len(contestants)))
 
 
-def _read(ground: Ground) -> Best:
-    path = ground.trainer_directory / STATE_FILE
-    if not ground.steps_done:
+def _read(session: BaselineSession) -> Best:
+    path = session.trainer_directory / STATE_FILE
+    if not session.steps_done:
         return Best()
     try:
         best = Best(**read_json_object(path))
     except (OSError, ValueError, TypeError):
         best = None
-    if best is None or not _is_drawn(best, ground.steps_done, sizes(ground.args)[0]):
+    if best is None or not _is_drawn(best, session.steps_done, sizes(session.args)[0]):
         raise UserError(f"{path} is missing or damaged; delete {path.parent} to begin again from step 0")
     return best
 

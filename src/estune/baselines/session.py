@@ -31,8 +31,8 @@ from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
 from estune.run.directory import METHOD_FILE
 from estune.train import metrics, setup
-from estune.train.open_run import OpenRun
 from estune.train.rollouts import scored
+from estune.train.session import OpenRun
 
 PROGRESS_FILE = "progress.json"  # in a directory a run can go on from; written last, so it says that all is there
 
@@ -100,7 +100,7 @@ class Progress:
 
 
 @dataclass
-class Ground(OpenRun):
+class BaselineSession(OpenRun):
     """The parts of an open run of a rival; made by `estune.baselines.trainer`."""
 
     engine: LocalEngine

@@ -17,13 +17,13 @@ import torch
 
 from estune.baselines.arguments import own_arguments, sampling_arguments, trl_config
 from estune.baselines.random_search import random_search
-from estune.baselines.session import PROGRESS_FILE, Ground, Progress
+from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress
 from estune.config import RESUMABLE, ESConfig
 from estune.console import say, warn
 from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf.parameters import bindings
 from estune.environment import environment
-from estune.errors import Hindered, UserError
+from estune.errors import ExternalError, UserError
 from estune.es.types import Interrupted, num_parameters
 from estune.files import read_json_object, remove_path, write_json
 from estune.models.hub import push
@@ -51,25 +51,25 @@ from estune.train.soundness import refuse_broken_theta
 from estune.train.trainer import finish_again
 
 
-def _policy_gradient(ground: Ground) -> None:
+def _policy_gradient(session: BaselineSession) -> None:
     from estune.baselines.policy_gradient import policy_gradient
 
-    policy_gradient(ground)
+    policy_gradient(session)
 
 
-def _ppo(ground: Ground) -> None:
+def _ppo(session: BaselineSession) -> None:
     from estune.baselines.ppo import ppo
 
-    ppo(ground)
+    ppo(session)
 
 
-def _rejection(ground: Ground) -> None:
+def _rejection(session: BaselineSession) -> None:
     from estune.baselines.rejection import rejection
 
-    rejection(ground)
+    rejection(session)
 
 
-METHODS: dict[str, Callable[[Ground], None]] = {
+METHODS: dict[str, Callable[[BaselineSession], None]] = {
     "grpo": _policy_gradient,
     "dr_grpo": _policy_gradient,
     "rloo": _policy_gradient,
@@ -97,13 +97,13 @@ class BaselineTrainer(BaseTrainer):
             return finish_again(run_dir, self.args)
         self._refuse_to_restart(run_dir)
         repository = hub_repository(self.args) if self.args.push_to_hub else None
-        with open_ground(request) as ground:
+        with open_baseline(request) as session:
             try:
-                if ground.module is not None or not ground.steps_done:  # random search has done all before it kept it
-                    ground.after_step()
+                if session.module is not None or not session.steps_done:  # random search has done all before it kept it
+                    session.after_step()
                 with quiet():
-                    METHODS[self.args.method](ground)
-                ground.save(final=True)
+                    METHODS[self.args.method](session)
+                session.save(final=True)
                 rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
                 if rewards and all(reward is None for reward in rewards):
                     warn("every reward failed, or applied to nothing, so there was nothing to learn from")
@@ -113,7 +113,7 @@ class BaselineTrainer(BaseTrainer):
             except Interrupted:
                 self.stopped = True
                 again = "start it again" if self.args.method in RESTARTED else "continue"
-                say(f"estune: stopped after {ground.steps_done} steps; "
+                say(f"estune: stopped after {session.steps_done} steps; "
                     f"{again} with: estune train --resume --output_dir {run_dir}")  # fmt: skip
         return run_dir
 
@@ -256,25 +256,27 @@ def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
         )
     base = then["base"]["fingerprint"]
     if base != fingerprint:
-        raise Hindered(f"a resume cannot change the base model's weights: they have fingerprint {fingerprint}, the run "
-                       f"was begun on {base}")  # fmt: skip
+        raise ExternalError(
+            f"a resume cannot change the base model's weights: they have fingerprint {fingerprint}, the run was begun "
+            f"on {base}"
+        )
     check_facts(then, facts)
 
 
 @contextmanager
-def open_ground(request: TrainingRequest) -> Iterator[Ground]:
+def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
     """Open the directory, start the reward workers, load engine and module; everything the user gave is tried first."""
     with ExitStack() as stack:
         run = open_run(request.args, request.given)
         stack.callback(run.close)
         args = run.args
-        goes_on = args.resume and (run.path / CONFIG_FILE).exists()
-        if goes_on:
+        resumes = args.resume and (run.path / CONFIG_FILE).exists()
+        if resumes:
             args = adopt(args, kept_by_a_resume(run.path), request.given)
-        restarts = goes_on and args.method in RESTARTED
+        restarts = resumes and args.method in RESTARTED
         if restarts:
             say(f"estune: {args.method} keeps nothing to go on from: starting again from step 0")
-            goes_on = False
+            resumes = False
         stop = stack.enter_context(StopRequest())
         request.args = args
         grades = bool(request.eval_rows) or args.method == "sft_rejection"
@@ -285,26 +287,26 @@ def open_ground(request: TrainingRequest) -> Iterator[Ground]:
         resolved = setup.resolve_with_engine(args, engine, train_prompts)
         args = request.args = run.args = resolved
         eval_prompts = request.prompts(request.eval_rows)
-        if not goes_on:
+        if not resumes:
             engine.assets.check()
             refuse_broken_theta(args, engine, train_prompts, 0)
         fingerprint = engine.fingerprint()
         facts = setup.facts_of(
             request.rewards, engine.assets, request.train_rows, train_prompts, request.eval_rows, eval_prompts
         )
-        progress = resume_point(run.path) if goes_on else Progress()
+        progress = resume_point(run.path) if resumes else Progress()
         steps_done = progress.steps_done
         if steps_done:
             check_run(run.path, fingerprint, facts)
         if steps_done > args.max_steps:
-            raise Hindered(f"{run.path} already has {steps_done} steps, more than max_steps {args.max_steps}")
-        found = {} if goes_on else run.files()
+            raise ExternalError(f"{run.path} already has {steps_done} steps, more than max_steps {args.max_steps}")
+        found = {} if resumes else run.files()
         if restarts:  # until it is written again, the configuration says what the next resume starts
             del found[run.path / CONFIG_FILE]
-        trackers = known_trackers(run.path) if goes_on else {}
+        trackers = known_trackers(run.path) if resumes else {}
         monitors, _, started = start_monitors(args, run, trackers, steps_done)
         stack.push(lambda kind, *_: monitors.close(failed=kind is not None and not issubclass(kind, Interrupted)))
-        if not goes_on:
+        if not resumes:
             run.clear(found)
         module, bound = load_module(args, run, steps_done)
         values = dataclasses.asdict(stored_config(args))
@@ -314,7 +316,7 @@ def open_ground(request: TrainingRequest) -> Iterator[Ground]:
         keep_trackers(run.path, {**trackers, **started})
         remove_partial(run.path)
         forget_later(run.path, steps_done)
-        ground = Ground(
+        session = BaselineSession(
             args=resolved,
             run=run,
             engine=engine,
@@ -339,7 +341,7 @@ def open_ground(request: TrainingRequest) -> Iterator[Ground]:
         )
         data = args.task or args.dataset_name or "your dataset"
         say(f"estune: {args.method} on {args.model}, {num_parameters(engine.specs):,} parameters; {data}: "
-            f"{len(ground.train_rows)} training rows, {len(ground.eval_rows)} held out")  # fmt: skip
+            f"{len(session.train_rows)} training rows, {len(session.eval_rows)} held out")  # fmt: skip
         size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
             f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "
             f"learning_rate {args.learning_rate:g}"
@@ -348,7 +350,7 @@ def open_ground(request: TrainingRequest) -> Iterator[Ground]:
             f"{run.path}")  # fmt: skip
         if steps_done:
             say(f"estune: resuming after step {steps_done}")
-        yield ground
+        yield session
 
 
 def load_module(args: ESConfig, run: Run, steps_done: int) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from estune.compare.config import Budget, Tuning, read_comparison
 from estune.compare.plan import cells, entries
+from estune.compare.statistics import require_scipy
 from estune.console import say
 from estune.errors import UserError
 
@@ -16,6 +17,9 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
         raise UserError("dry_run and report_only exclude each other")
     if report_only and file.suffix == ".json":
         return _redraw(file, output_dir or file.with_suffix(""))
+    if file.suffix == ".json" and _is_packed(file):
+        raise UserError(f"{file} holds the results of a comparison: add --report_only to draw its page")
+    require_scipy()
     comparison = read_comparison(file, output_dir)
     if report_only:
         if not (comparison.directory / "results").is_dir():
@@ -51,6 +55,13 @@ def _report(directory: Path) -> int:
     write_archive(pack(directory), directory / ARCHIVE_FILE)
     say(f"estune: {page}")
     return 0
+
+
+def _is_packed(file: Path) -> bool:
+    """Return whether a file is a packed comparison, whole or not."""
+    from estune.compare.archive import FORMAT
+
+    return file.is_file() and FORMAT.encode() in file.read_bytes()[:1000]
 
 
 def _redraw(file: Path, directory: Path) -> int:

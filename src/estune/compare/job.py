@@ -55,7 +55,7 @@ class Job:
         """The run's directory."""
         return Path(str(self.args.output_dir))
 
-    def bring(self, processes: Processes) -> None:
+    def run(self, processes: Processes) -> None:
         """Do what is not there yet.
 
         Raises:

@@ -173,7 +173,7 @@ def evaluations_per_step(args: ESConfig) -> float:
     return each / int(args.method_kwargs.get("num_iterations", 1))
 
 
-def goes_on(args: ESConfig) -> bool:
+def can_resume(args: ESConfig) -> bool:
     """Say whether a run goes on from one budget to the other; else each has a run of its own.
 
     PPO cannot be resumed, and rejection sampling decides with its budget how much it draws before it learns.

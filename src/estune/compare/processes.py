@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import threading
 import time
@@ -11,11 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from estune.compare import worker
-from estune.compare.cost import Cost
 from estune.config import ESConfig
 from estune.console import say
 from estune.errors import UserError
-from estune.files import try_lock
+from estune.files import try_lock, write_json
+
+
+class Cost:
+    """Processor and wall seconds of a comparison's sittings; the file is a list of them, the present one last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._file: Path | None = None
+        self._sittings: list[dict[str, Any]] = []
+        self._started = 0.0
+
+    def open(self, file: Path, facts: dict[str, Any]) -> None:
+        """Begin a sitting; ``facts`` say what code runs it, on which machine."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file, self._started = file, time.perf_counter()
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        self._sittings = [*before, {"cpu_s": 0.0, "wall_s": 0.0, **facts}]
+
+    def add(self, cpu_s: float) -> None:
+        """Count a process that has ended."""
+        assert self._file is not None
+        with self._lock:
+            sitting = self._sittings[-1]
+            sitting["cpu_s"] = round(sitting["cpu_s"] + cpu_s, 1)
+            sitting["wall_s"] = round(time.perf_counter() - self._started, 1)
+            write_json(self._file, self._sittings)
+
 
 ATTEMPTS = 3  # of a process that was killed, by the system or by a crash in somebody's library
 LEFT_BEHIND_S = 180.0  # that a run may still take which a killed comparison left behind

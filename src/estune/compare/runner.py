@@ -25,12 +25,12 @@ from estune.compare.plan import (
     CHOSEN,
     Cell,
     budgets_of,
+    can_resume,
     cells,
     chosen_for,
     configuration,
     entries,
     evaluated_every,
-    goes_on,
     result_file,
     rows_of,
     run_directory,
@@ -145,7 +145,7 @@ class Runner:
 
     def _bring(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
-            job.bring(self.processes)
+            job.run(self.processes)
 
     # --- bases --------------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Runner:
             keeps_models=False,
             settings=f"{_told(trial)}; {index + 1} of {len(entry.trials)} trials",
         )
-        return [job] if goes_on(args) or len(files) == 1 else [_of(job, budget) for budget in files]
+        return [job] if can_resume(args) or len(files) == 1 else [_of(job, budget) for budget in files]
 
     def _choose(self, model: str, method: str) -> None:
         """Choose a method's best trial on the validation split, once for each budget, and keep what the tuning cost.
@@ -268,7 +268,7 @@ class Runner:
                 settings=_told(chosen),
             )
         whole = next(iter(jobs.values()))
-        if len(jobs) == 1 or (goes_on(whole.args) and all(whole.args == job.args for job in jobs.values())):
+        if len(jobs) == 1 or (can_resume(whole.args) and all(whole.args == job.args for job in jobs.values())):
             return [whole]
         return [_of(job, budget) for budget, job in jobs.items()]
 

@@ -8,19 +8,35 @@ All intervals are of 95 %.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from estune.compare.student import quantile
+from estune.errors import UserError
 from estune.train.evaluation import Z_95, interval
 
 ALPHA = 0.05
 LEAST_P = 1e-9  # smaller p-values are given as this one
 Component = tuple[float, int]  # a part of a mean's variance, and the degrees of freedom it was estimated with
+
+
+def require_scipy() -> None:
+    """Raise UserError where the package that computes Student's t is missing."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError("estune compare needs the package scipy: python -m pip install 'estune[compare]'")
+
+
+@cache
+def quantile(alpha: float, degrees: float) -> float:
+    """Return the t that |T| exceeds with chance ``alpha``, for Student's T with ``degrees`` degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.isf(alpha / 2, degrees))
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     from estune.console import note, take_over_process
-    from estune.errors import Hindered, UserError
+    from estune.errors import ExternalError, UserError
     from estune.es.types import Interrupted
     from estune.files import is_full_disk
 
@@ -151,7 +151,7 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
         function(*arguments)
     except UserError as error:
         note(f"error: {error}")
-        code = HINDERED if isinstance(error, Hindered) else 2
+        code = HINDERED if isinstance(error, ExternalError) else 2
     except (Interrupted, KeyboardInterrupt):
         code = STOPPED
     except BaseException as error:  # whatever it is: a run that fails is a row of the comparison

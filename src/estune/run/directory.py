@@ -21,7 +21,7 @@ from typing import Any
 from estune.config import FIELDS, RESUMABLE, ESConfig, coerce, default_of
 from estune.console import open_missing_descriptors, warn
 from estune.environment import environment, processor, versions
-from estune.errors import Hindered, UserError
+from estune.errors import ExternalError, UserError
 from estune.es.noise import NOISE_VERSION
 from estune.es.replica import Replica
 from estune.es.theta import Moved
@@ -126,7 +126,7 @@ class Run:
 
         Raises:
             UserError: the base model is not the one of the journal.
-            Hindered: something else differs that a resume cannot change (`estune.run.resume`).
+            ExternalError: something else differs that a resume cannot change (`estune.run.resume`).
         """
         fingerprint = replica.fingerprint()
         values = dataclasses.asdict(stored_config(self.args))
@@ -298,7 +298,7 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given, has_sources(journal.header))
         if len(journal.steps) > args.max_steps:
-            raise Hindered(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
+            raise ExternalError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
         return Run(path, args, lock, journal)
     except BaseException:
         os.close(lock)
@@ -310,7 +310,7 @@ def _refuse_other_method(path: Path, args: ESConfig) -> None:
     if args.resume and (path / CONFIG_FILE).exists():
         method = read_config(path).get("method", "es")
         if method != args.method:
-            raise Hindered(f"a resume cannot change method from {method!r} to {args.method!r}")
+            raise ExternalError(f"a resume cannot change method from {method!r} to {args.method!r}")
 
 
 def _refuse_lost_journal(path: Path) -> None:
@@ -378,7 +378,7 @@ def lock_directory(path: Path) -> int:
     """Take the directory's lock, held until the descriptor closes or the process dies."""
     descriptor = try_lock(path)
     if descriptor is None:
-        raise Hindered(f"another process is running {path}")
+        raise ExternalError(f"another process is running {path}")
     return descriptor
 
 
@@ -386,13 +386,13 @@ def refuse_rows_from_python(args: ESConfig) -> None:
     """Refuse to resume a run whose rows were given from Python where none are given now.
 
     Raises:
-        Hindered: says how such a run is continued.
+        ExternalError: says how such a run is continued.
     """
     path = Path(args.output_dir or "")
     if args.resume and (path / CONFIG_FILE).exists():
         stored = read_config(path)
         if stored.get("task") is None and stored.get("dataset_name") is None:
-            raise Hindered(f"the rows of {path} were given from Python: run that script again, with "
+            raise ExternalError(f"the rows of {path} were given from Python: run that script again, with "
                            f"ESConfig(resume=True, output_dir={str(path)!r})")  # fmt: skip
 
 
@@ -420,7 +420,7 @@ def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_source
             if may_lead_to_the_same(name, value, now, has_sources):
                 continue
             free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
-            raise Hindered(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
+            raise ExternalError(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
         taken[name] = value
     return dataclasses.replace(args, **taken)
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypedDict
 
 from estune.config import FIELDS, RESUMABLE
 from estune.console import warn
-from estune.errors import Hindered
+from estune.errors import ExternalError
 from estune.files import is_count, write_json
 from estune.models.names import EMBEDDED_MODELS, local_directory
 
@@ -100,12 +100,12 @@ def check_facts(then: Mapping[str, Any], now: Facts) -> None:
     """Compare what a run was begun with, as its header or `method.json` keeps it, with what it is resumed with.
 
     Raises:
-        Hindered: something differs that a resume cannot change; the sentence names it.
+        ExternalError: something differs that a resume cannot change; the sentence names it.
     """
     _check_data(then["data"], now)
     for name in ("reward_funcs", "reward_weights"):
         if name in then and then[name] != getattr(now, name):
-            raise Hindered(f"a resume cannot change {name} from {then[name]} to {getattr(now, name)}")
+            raise ExternalError(f"a resume cannot change {name} from {then[name]} to {getattr(now, name)}")
     known = then.get("identity", {})
     for name, value in now.identity.items():
         if name in known and known[name] != value:
@@ -121,10 +121,12 @@ def _check_data(then: Mapping[str, Any], now: Facts) -> None:
             warn(f"the run was begun by an older estune, which compares no values of {', '.join(unseen)}: whether they "
                  "are still the same is for you to know")  # fmt: skip
     if found["rows"] != then["rows"]:
-        raise Hindered(f"a resume cannot change the training data: the run began with {then['rows']} rows, now there "
-                       f"are {found['rows']}")  # fmt: skip
+        raise ExternalError(
+            f"a resume cannot change the training data: the run began with {then['rows']} rows, now there are "
+            f"{found['rows']}"
+        )
     if found != then:
-        raise Hindered(
+        raise ExternalError(
             "a resume cannot change the training data: a value of a column, or a prompt's tokens, is not what the run "
             f"began with (its fingerprint was {then['fingerprint']}, now it is {found['fingerprint']})"
         )
@@ -136,12 +138,12 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
             warn(HELD_OUT)
         return
     if rule.name == "end_tokens":
-        raise Hindered(f"a resume cannot change {rule.what} from {then} to {now}")
+        raise ExternalError(f"a resume cannot change {rule.what} from {then} to {now}")
     if rule.name == "reward_sources":
         changed = [_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name]]
-        raise Hindered(f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; take the "
+        raise ExternalError(f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; take the "
                        "change back, or start a new run from the run's weights with --model")  # fmt: skip
-    raise Hindered(f"a resume cannot change {rule.what}: it is not as it was when the run began")
+    raise ExternalError(f"a resume cannot change {rule.what}: it is not as it was when the run began")
 
 
 def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -254,7 +256,7 @@ def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] 
     """Refuse to look elsewhere for a file or directory of the run that is gone; ``given`` options are left out.
 
     Raises:
-        Hindered: names what is gone, where it was, and the option that says where it is now.
+        ExternalError: names what is gone, where it was, and the option that says where it is now.
     """
     origin = read_origin(run_dir)
     if origin is None:
@@ -265,7 +267,9 @@ def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] 
             path = _split(str(name))[0]
             recorded = origin["paths"].get(path)
             if recorded is not None and _moved(recorded, run_dir, origin) is None and _path_of(path) is None:
-                raise Hindered(f"the {option} of {run_dir} was {recorded}, which is gone: if it moved, give --{option}")
+                raise ExternalError(
+                    f"the {option} of {run_dir} was {recorded}, which is gone: if it moved, give --{option}"
+                )
 
 
 def module_directories(run_dir: Path) -> list[Path]:

@@ -264,12 +264,13 @@ class Evaluator:
         answered = set(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
 
-        def jobs() -> Iterator[GroupJob]:
-            for first in range(0, n_members, members_per_batch):
-                batch = tuple(range(first, min(first + members_per_batch, n_members)))
-                if not all(index in known for index in batch):
-                    chosen = tuple(perturbations[index] for index in batch)
-                    yield GroupJob(batch, chosen, theta_checksum, tuple(prompts), sampling)
+        starts = range(0, n_members, members_per_batch)
+        batches = [tuple(range(first, min(first + members_per_batch, n_members))) for first in starts]
+        jobs = (
+            GroupJob(batch, tuple(perturbations[m] for m in batch), theta_checksum, tuple(prompts), sampling)
+            for batch in batches
+            if not known.keys() >= set(batch)
+        )
 
         def collect(wait: bool) -> None:
             while scoring and (wait or scoring[0][2].done()):
@@ -279,7 +280,7 @@ class Evaluator:
                 pending.append(head, index, vars(groups[index]))
 
         try:
-            for index, group, _, future in self.submit(jobs(), lambda _: rows, trainer_state, keep_text):
+            for index, group, _, future in self.submit(jobs, lambda _: rows, trainer_state, keep_text):
                 answered.add(index)
                 scoring.append((index, group, future))
                 self.members_done(len(answered))

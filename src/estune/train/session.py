@@ -17,24 +17,77 @@ import numpy as np
 from estune.config import ResolvedConfig
 from estune.console import say, warn
 from estune.data.batches import Batches
+from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.theta import Moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
 from estune.models.hub import push
+from estune.monitor.monitors import Monitors
 from estune.monitor.panel import PanelMonitor, Said
+from estune.rewards.pool import RewardPool
 from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
 from estune.run.directory import Run, refuse_diverged
 from estune.run.journal import step_record
 from estune.train import metrics, setup
-from estune.train.open_run import OpenRun, Rows
-from estune.train.rollouts import Rollouts, answers_of_theta, digest
-from estune.train.sigma_watch import BesideMembers, Watch
+from estune.train.evaluation import Evaluation, evaluate
+from estune.train.rollouts import Evaluator, Rollouts, answers_of_theta, digest
+from estune.train.setup import Rewards
+from estune.train.sigma_watch import BesideMembers, SigmaWatch
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
 from estune.train.step import Step, plan_step
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class OpenRun:
+    """The parts of a run while it is open; how many steps are done its method knows (``steps_done``)."""
+
+    args: ResolvedConfig
+    run: Run
+    engine: Engine
+    evaluator: Evaluator
+    accuracy_pool: RewardPool | None
+    rewards: Rewards
+    train_rows: Rows
+    train_prompts: list[Prompt]
+    eval_rows: Rows
+    eval_prompts: list[Prompt]
+    monitors: Monitors
+    train_time_s: float  # of the steps done, evaluations and saving not counted
+
+    def has_ended(self, steps_done: int) -> bool:
+        """Say whether a run of so many steps has all of them, or has used up its time."""
+        args = self.args
+        return steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
+
+    def is_evaluation_due(self, steps_done: int) -> bool:
+        """Say whether the held-out rows are to be answered after so many steps, and were not yet."""
+        every = self.args.eval_steps
+        due = bool(every) and (steps_done % every == 0 or self.has_ended(steps_done))
+        return due and not records.evaluation_path(self.run.path, steps_done).exists()
+
+    def answer_held_out(self, steps_done: int) -> Evaluation:
+        """Answer the held-out rows with the model that the engine holds, and score the answers."""
+        return evaluate(
+            self.evaluator,
+            self.eval_rows,
+            self.eval_prompts,
+            setup.evaluation_sampling(self.args),
+            self.rewards.weights,
+            self.accuracy_pool,
+            batch=self.args.prompts_per_batch,
+            trainer_state=self.trainer_state(steps_done),
+        )
+
+    def trainer_state(self, steps_done: int) -> dict[str, Any]:
+        """Return what reward functions are told after so many steps."""
+        epoch = steps_done * self.args.batch_size / len(self.train_rows)
+        return {"global_step": steps_done, "max_steps": self.args.max_steps, "epoch": epoch}
 
 
 @dataclass(frozen=True)
@@ -59,7 +112,7 @@ def run_so_far(args: ResolvedConfig, run: Run) -> dict[str, Any]:
     logged = records.read_metrics(run.path)
     fitness = (record["fitness"] for record in run.journal.steps)
     return {
-        "watch": Watch.of_run(args.population_size, args.batch_size, fitness, logged),
+        "watch": SigmaWatch.of_run(args.population_size, args.batch_size, fitness, logged),
         "theta_answered_first": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
     }
 
@@ -73,7 +126,7 @@ class Session(OpenRun):
     tokens: int  # processed by the journalled steps
     perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at the smallest noise so far
     perturb_cos_scale: float = math.inf
-    watch: Watch = field(default_factory=Watch)
+    watch: SigmaWatch = field(default_factory=SigmaWatch)
     asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
     panel: PanelMonitor | None = None
     repository: str | None = None  # on the hub, where the finished model goes

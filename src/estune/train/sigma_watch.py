@@ -1,6 +1,6 @@
 """Warnings while a run trains: members that nobody hears, that break, or that get worse; each is given once.
 
-What a step is compared with is told in `Watch`. A resumed run sees its earlier steps again and repeats no warning.
+What a step is compared with is told in `SigmaWatch`. A resumed run sees its earlier steps again and repeats no warning.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BesideMembers:
 
 
 @dataclass
-class Watch:
+class SigmaWatch:
     """Warns, once each, of what keeps a run from learning: members that nobody hears, that break, or that get worse.
 
     The members are compared with theta where theta answered the same rows, as in the first step; otherwise with the
@@ -69,7 +69,7 @@ class Watch:
         rows_per_step: int,
         fitness: Iterable[Sequence[float | None]],
         records: Iterable[Mapping[str, Any]] = (),
-    ) -> Watch:
+    ) -> SigmaWatch:
         """Return one that has seen a run's steps already; what they showed was told.
 
         Args:

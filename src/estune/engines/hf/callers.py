@@ -30,10 +30,10 @@ class Caller(Protocol):
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one token per row (R,); return the logits of the next one (R, V)."""
 
-    def keep(self, rows: torch.Tensor) -> bool:
+    def select_rows(self, rows: torch.Tensor) -> bool:
         """Make the batch of these of its rows; false where the model's cache cannot do that (nothing changes)."""
 
-    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+    def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         """Let finished rows leave a batch of ``lines``, if that is worth it.
 
         Returns:
@@ -82,11 +82,11 @@ class AttentionCaller:
 
     What prompts have in common is read once: prompts that are equal (the completions of one prompt), and the first
     tokens that all prompts share. Rows may form ``groups`` of equal prompts, each with weights of its own (members);
-    then nothing is shared between groups, and ``relay(K)`` is called before a call with other rows per group.
+    then nothing is shared between groups, and ``regroup(K)`` is called before a call with other rows per group.
     """
 
     def __init__(
-        self, model: Model, wide_mask: bool, groups: int = 0, relay: Callable[[int], None] | None = None
+        self, model: Model, wide_mask: bool, groups: int = 0, regroup: Callable[[int], None] | None = None
     ) -> None:
         """Take a model and what is known of it and of its rows.
 
@@ -94,13 +94,13 @@ class AttentionCaller:
             model: the model.
             wide_mask: it takes a ready (R, 1, 1, S) mask per token, which saves building one in it.
             groups: of rows, each with the same prompts; 0: any row may have weights of its own, so nothing is shared.
-            relay: called with the rows per group before a call that has others than the one before.
+            regroup: called with the rows per group before a call that has others than the one before.
         """
         self.model = model
         self.wide_mask = wide_mask
         self.shares = groups > 0
         self.groups = max(groups, 1)
-        self.relay = relay or (lambda width: None)
+        self.regroup = regroup or (lambda width: None)
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, max_new: int) -> torch.Tensor:
         """See `Caller`."""
@@ -125,12 +125,12 @@ class AttentionCaller:
             self.mask = self.mask.bool()[:, None, None, :]  # (R, 1, 1, P + T)
         self.positions = positions[:, -1:].clone()  # (R, 1): of the last token read
         if len(lines) < width or shared:
-            self.relay(len(lines))
+            self.regroup(len(lines))
         logits = self._call(ids[:, shared:], mask if self.padded else None, positions[:, shared:])
         if len(lines) < width:
             repeated = self._in_groups(back, len(lines))
-            self.keep(repeated)
-            self.relay(width)
+            self.select_rows(repeated)
+            self.regroup(width)
             logits = logits[repeated]
         return logits
 
@@ -160,7 +160,7 @@ class AttentionCaller:
         start = ids.shape[1] - int(mask[0].sum())
         first = ids[:1, start : start + shared].expand(self.groups, -1)  # (V, shared)
         positions = torch.arange(shared, device=ids.device).expand(self.groups, -1)
-        self.relay(1)
+        self.regroup(1)
         self._call(first, None, positions)
         self.cache.batch_select_indices(torch.arange(self.groups, device=ids.device).repeat_interleave(width))
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -181,7 +181,7 @@ class AttentionCaller:
         self.positions += 1
         return self._call(tokens[:, None], self.mask[..., : self.length] if self.padded else None, self.positions)
 
-    def keep(self, rows: torch.Tensor) -> bool:
+    def select_rows(self, rows: torch.Tensor) -> bool:
         """See `Caller`."""
         if not self._can_select():
             return False
@@ -189,9 +189,9 @@ class AttentionCaller:
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         return True
 
-    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+    def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         """Keep the unfinished rows alone once they are three quarters of the batch or fewer; see `Caller`."""
-        if 4 * len(alive) > 3 * lines or not self.keep(torch.tensor(alive, device=self.mask.device)):
+        if 4 * len(alive) > 3 * lines or not self.select_rows(torch.tensor(alive, device=self.mask.device)):
             return None
         return list(alive), [True] * len(alive)
 
@@ -235,11 +235,11 @@ class GenericCaller:
         inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=1, **self.arguments)
         return self._call(inputs)
 
-    def keep(self, rows: torch.Tensor) -> bool:
+    def select_rows(self, rows: torch.Tensor) -> bool:
         """See `Caller`."""
         return False
 
-    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+    def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         """See `Caller`."""
         return None
 

@@ -157,10 +157,10 @@ def complete(
         if not alive or position == limit - 1:
             break
         tokens = tokens.to(device)
-        shrunk = caller.shrink(alive, len(batch))
+        shrunk = caller.drop_finished(alive, len(batch))
         if shrunk is not None:
             lines, live = shrunk
-            batch = [batch[line] if goes_on else FILLING for line, goes_on in zip(lines, live, strict=True)]
+            batch = [batch[line] if is_live else FILLING for line, is_live in zip(lines, live, strict=True)]
             tokens = tokens[torch.tensor(lines, device=device)]
         logits = caller.step(tokens)
     return [Completion(tuple(new_tokens[r]), finished[r], finite[r]) for r in range(len(rows))]

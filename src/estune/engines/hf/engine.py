@@ -325,7 +325,7 @@ class HFEngine(LocalBase):
         for cut in decoding.cut(rows, size):
             for batch in self._batches(cut, rows):
                 if members is not None:
-                    members.relay(range(n_members), len(batch))
+                    members.regroup(range(n_members), len(batch))
                 done = decoding.complete(
                     self._caller(members),
                     [rows[i] for _ in range(n_members) for i in batch],
@@ -418,7 +418,7 @@ class HFEngine(LocalBase):
             return callers.AttentionCaller(self.model, self._wide_mask, groups=1)
         everyone = range(members.count)
         caller = callers.AttentionCaller(
-            self.model, self._wide_mask, members.count, lambda width: members.relay(everyone, width)
+            self.model, self._wide_mask, members.count, lambda width: members.regroup(everyone, width)
         )
         return MembersCaller(caller, members)
 

@@ -86,8 +86,8 @@ class SharedForward:
 class Members:
     """The factors of some members (M) and how the rows of a batch belong to them.
 
-    At first each member has one group of one row. `relay` lays the rows out anew: a member may have several groups, or
-    none.
+    At first each member has one group of one row. `regroup` lays the rows out anew: a member may have several groups,
+    or none.
     """
 
     def __init__(self, shared: SharedForward, perturbations: Sequence[Perturbation]) -> None:
@@ -110,12 +110,12 @@ class Members:
                 self.stand_ins[name] = VectorStandIn(name, parameter.detach(), self.layout, vector)
 
     def spoil(self, member: int) -> None:
-        """Make all noise of one member NaN, for a trial; `relay` puts it in place."""
+        """Make all noise of one member NaN, for a trial; `regroup` puts it in place."""
         for tensors in self._tensors.values():
             for tensor in tensors:
                 tensor[member] = torch.nan
 
-    def relay(self, groups: Sequence[int], width: int) -> None:
+    def regroup(self, groups: Sequence[int], width: int) -> None:
         """Let the rows form these groups: the member of each (V,), and rows in each."""
         self.groups = list(groups)
         self.layout.groups, self.layout.width = len(groups), width
@@ -222,11 +222,11 @@ class MembersCaller:
         """See `Caller`."""
         return self.caller.step(tokens)
 
-    def keep(self, rows: torch.Tensor) -> bool:
-        """Rows leave by `shrink` alone, which knows whose they are."""
+    def select_rows(self, rows: torch.Tensor) -> bool:
+        """Rows leave by `drop_finished` alone, which knows whose they are."""
         return False
 
-    def shrink(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
+    def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         """See `Caller`."""
         if len(alive) == self.alive:  # nothing has finished since the last look
             return None
@@ -235,7 +235,7 @@ class MembersCaller:
         if plan is None:
             return None
         device = next(iter(self.members.stand_ins.values())).device
-        if not self.caller.keep(torch.tensor(plan.lines, device=device)):
+        if not self.caller.select_rows(torch.tensor(plan.lines, device=device)):
             return None
-        self.members.relay(plan.groups, plan.width)
+        self.members.regroup(plan.groups, plan.width)
         return plan.lines, plan.live

@@ -90,7 +90,7 @@ class _Trial:
 
     def logits(self, members: Members) -> torch.Tensor:
         """Return the logits of prefill and one step, float32 (2, M * K, V)."""
-        members.relay(range(members.count), len(self.prompts))
+        members.regroup(range(members.count), len(self.prompts))
         ids, mask = left_pad(self.prompts * members.count, 0, self.model.device)
         with self.shared.installed(members.stand_ins):
             one = self.caller()
