@@ -1,4 +1,4 @@
-"""The pictures of the documentation: the panel in a terminal, the page and the docs in a browser.
+"""The pictures of the documentation: the panel in a terminal, and the page in a browser.
 
     python scripts/pictures.py --model models/smollm2-135m --run runs/concise
 
@@ -86,7 +86,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct: takes the panel")
     parser.add_argument("--run", type=Path, nargs="+", help="finished runs: takes the page")
-    parser.add_argument("--site", type=Path, help="what `make docs` wrote (build/site): takes its first page")
     options = parser.parse_args()
     if options.model:
         panel(options.model.resolve(), IMAGES / "panel.png")
@@ -95,8 +94,6 @@ def main() -> None:
             command = [sys.executable, "-m", "estune", "report", *map(str, options.run), "--output_dir", name]
             subprocess.run(command, check=True)
             photograph((Path(name) / "report.html").as_uri(), IMAGES / "report.png", 1280, 1700)
-    if options.site:
-        photograph((options.site.resolve() / "index.html").as_uri(), IMAGES / "docs.png", 1280, 900)
 
 
 if __name__ == "__main__":
