@@ -6,6 +6,7 @@ in a directory that ends with the session.
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,18 @@ if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+
+
+# What a file names that holds tests of a tier.
+NAMES = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Where one tier is selected, leave out files without a test of it: their imports take most of a minute."""
+    names = NAMES.get(config.option.markexpr)
+    if names is None or not collection_path.is_file():
+        return None
+    return True if not names.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_unconfigure():
