@@ -1,4 +1,4 @@
-"""Fixtures that start the real command line; see `command_line.py`.
+"""Fixtures that start the real command line; see `helpers/command_line.py`.
 
 Nothing reaches the network, those tests apart that fetch a model and say so: the hub is offline, and every cache lies
 in a directory that ends with the session.
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,8 +20,7 @@ _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it, and all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
-INTEGRATION = Path(__file__).parent / "integration"
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+HELPERS = Path(__file__).parent / "helpers"
 
 from command_line import Done, Zygote, write_rewards  # noqa: E402
 from shells import Shell  # noqa: E402
@@ -127,7 +125,7 @@ def tiny_llama(torch_zygote, tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
     script = place / "save.py"
     script.write_text(
-        f"import sys, pathlib\nsys.path.append({str(INTEGRATION)!r})\nfrom tiny_models import save_tiny\n"
+        f"import sys, pathlib\nsys.path.append({str(HELPERS)!r})\nfrom tiny_models import save_tiny\n"
         "save_tiny('llama', pathlib.Path('llama'))\n"
     )
     done = torch_zygote.run([], place, script=script)
