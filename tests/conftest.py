@@ -1,4 +1,4 @@
-"""Fixtures that start the real command line; see `command_line.py`.
+"""Fixtures that start the real command line; see `helpers/command_line.py`.
 
 Nothing reaches the network, those tests apart that fetch a model and say so: the hub is offline, and every cache lies
 in a directory that ends with the session.
@@ -6,9 +6,9 @@ in a directory that ends with the session.
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,8 +20,7 @@ _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it, and all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
-INTEGRATION = Path(__file__).parent / "integration"
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+HELPERS = Path(__file__).parent / "helpers"
 
 from command_line import Done, Zygote, write_rewards  # noqa: E402
 from shells import Shell  # noqa: E402
@@ -31,6 +30,18 @@ if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
 
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
+
+
+# What a file names that holds tests of a tier.
+NAMES = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Where one tier is selected, leave out files without a test of it: their imports take most of a minute."""
+    names = NAMES.get(config.option.markexpr)
+    if names is None or not collection_path.is_file():
+        return None
+    return True if not names.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_unconfigure():
@@ -114,7 +125,7 @@ def tiny_llama(torch_zygote, tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
     script = place / "save.py"
     script.write_text(
-        f"import sys, pathlib\nsys.path.append({str(INTEGRATION)!r})\nfrom tiny_models import save_tiny\n"
+        f"import sys, pathlib\nsys.path.append({str(HELPERS)!r})\nfrom tiny_models import save_tiny\n"
         "save_tiny('llama', pathlib.Path('llama'))\n"
     )
     done = torch_zygote.run([], place, script=script)

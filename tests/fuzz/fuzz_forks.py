@@ -25,9 +25,9 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Self
 
-TESTS = Path(__file__).resolve().parents[1]
-PLACES = [str(TESTS), str(TESTS / "helpers"), str(TESTS / "integration")]
-sys.path[:0] = [path for path in PLACES if path not in sys.path]
+HELPERS = str(Path(__file__).resolve().parents[1] / "helpers")
+if HELPERS not in sys.path:
+    sys.path.insert(0, HELPERS)
 
 from command_line import count_writes, load_kernels  # noqa: E402
 from forked import ended, make_streams  # noqa: E402

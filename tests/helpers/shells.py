@@ -21,7 +21,7 @@ from typing import Self
 
 from forked import ended, make_streams
 
-TESTS = Path(__file__).resolve().parents[1]
+HELPERS = str(Path(__file__).resolve().parent)
 SOCKET = "socket"
 SHIM = """#!{python} -IS
 import json, os, socket, sys
@@ -81,8 +81,6 @@ class Shell:
 def _main() -> None:
     """Import, open the socket, print where the programs lie, fork a command per request until stdin is closed."""
     import transformers
-
-    sys.path[:0] = [str(TESTS)]
     from command_line import load_kernels
 
     import estune.baselines.policy_gradient
@@ -96,7 +94,7 @@ def _main() -> None:
     for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
     load_kernels()
-    sys.path[:] = [path for path in sys.path if path not in (str(TESTS), str(TESTS / "helpers"))]
+    sys.path[:] = [path for path in sys.path if path != HELPERS]
     directory = tempfile.mkdtemp(prefix="estune-shell-")
     address = os.path.join(directory, SOCKET)
     programs = [os.path.join(directory, name) for name in ("estune", "python")]

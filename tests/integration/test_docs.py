@@ -56,6 +56,7 @@ def test_a_reward_takes_less_than_twenty_lines() -> None:
     assert len((ROOT / "examples" / "custom_reward.py").read_text(encoding="utf-8").splitlines()) < 20
 
 
+@pytest.mark.e2e
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """As Jupyter runs it: in a kernel, cell after cell."""
     nbclient = pytest.importorskip("nbclient", reason="runs notebooks")

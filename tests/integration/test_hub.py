@@ -62,6 +62,7 @@ def test_without_a_repository_the_run_does_not_begin(hub: Hub, place: Path) -> N
     assert not (place / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.e2e
 def test_a_failed_upload_loses_nothing(hub: Hub, place: Path) -> None:
     hub.refused.add("commit")
     done = estune(hub, place, *PUSHED)
@@ -82,6 +83,7 @@ def offer(hub: Hub, place: Path) -> None:
     }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_a_penalty_is_on_the_distance_to_the_revision_that_is_trained(method: str, hub: Hub, place: Path) -> None:
     """Before the first update, policy and reference are one model: the KL is 0. That of the main branch is another."""

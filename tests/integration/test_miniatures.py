@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from command_line import journal
+from tiers import few
 
 pytestmark = pytest.mark.miniature
 TASKS = (
@@ -30,7 +31,7 @@ def long_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return place
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", few(TASKS, ("arc_1d", "math", "chain:4", "mini_sudoku", "rg:gcd")))
 def test_a_step_of_every_task(task: str, long_llama: Path, place: Path, run_model: Any) -> None:
     done = run_model(
         "train", "--model", long_llama, "--task", task, "--noise", "lowrank", "--population_size", 4, "--batch_size", 2,
@@ -45,6 +46,7 @@ def test_a_step_of_every_task(task: str, long_llama: Path, place: Path, run_mode
     assert run_model("replay", "--run", "run", "--output_dir", "again").code == 0
 
 
+@pytest.mark.e2e
 def test_mini_sudoku_by_es_and_grpo(place: Path, run_model: Any) -> None:
     """Two steps of either on the base that solves a few per cent: both are paid for right cells."""
     base = Path(__file__).parents[2] / "benchmarks" / "bases" / "sudoku"

@@ -15,6 +15,7 @@ import textwrap
 import time
 
 import pytest
+from tiers import few, full
 
 pytestmark = [
     pytest.mark.miniature,
@@ -169,7 +170,10 @@ def results(journal):
     return [(line["fitness"], line["failures"], line["checksum"]) for line in lines if line["kind"] == "step"]
 
 
-@pytest.mark.parametrize("streams", SHELL)
+OFTEN = ("closed stdin", "all closed", "full stdout", "one line of both", "no reader", "ascii", "ignoring SIGHUP")
+
+
+@pytest.mark.parametrize("streams", few(SHELL, OFTEN))
 def test_no_stream_ends_a_run_or_changes_it(at, journals, streams):
     code, _, err = estune(at, SHELL[streams], *train(LOUD))
     assert code == 0, err
@@ -177,7 +181,7 @@ def test_no_stream_ends_a_run_or_changes_it(at, journals, streams):
     assert (at / "run" / "journal.jsonl").read_bytes() == journals(LOUD)
 
 
-@pytest.mark.parametrize("streams", ["no reader", "all closed", "one line of both"])
+@pytest.mark.parametrize("streams", few(["no reader", "all closed", "one line of both"], ("all closed",)))
 def test_no_inline_reward_fails_where_its_output_is_lost(at, journals, streams):
     code, _, err = estune(at, SHELL[streams], *train(LOUD, "inline"))
     assert code == 0, err
@@ -202,7 +206,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", few(SETTINGS, ("neither", "closed files", "raising objects", "closed descriptors", "full disk"))
+)
 def test_no_stream_of_a_users_process_ends_a_run(at, journals, name):
     """Neither with workers and lines, nor inline with the panel, in the main thread or in another one."""
     script = f"""
@@ -345,7 +351,7 @@ def start(at, *words, streams=subprocess.DEVNULL, **options):
     return subprocess.Popen(command, cwd=at, **ends)
 
 
-@pytest.mark.parametrize("console", ["panel", "lines"])
+@pytest.mark.parametrize("console", ["panel", full("lines")])
 def test_a_terminal_that_is_gone_ends_no_run(at, journals, console):
     """Its master closes in the middle: from then on every write fails with EIO."""
     master, end = pty.openpty()

@@ -23,6 +23,7 @@ from command_line import (
     tree,
     weights,
 )
+from tiers import few, full
 
 WORKERS = (*TOY, "--population_size", 4, "--sigma", 0.1, "--save_steps", 2)
 SMALL = (*WORKERS, "--reward_isolation", "inline")
@@ -478,16 +479,19 @@ def many_checkpoints(zygote, tmp_path_factory):
     return place
 
 
+FILES = [
+    ("checkpoint-5/model.safetensors",),
+    ("checkpoint-5/es_state.json", "checkpoint-3/model.safetensors", "checkpoint-4/es_state.json"),
+    ("checkpoint-5/es_state.json",),
+    ("checkpoint-5/model.safetensors", "checkpoint-4/model.safetensors"),
+    tuple(f"checkpoint-{step}/model.safetensors" for step in range(1, 6)),
+]
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
     "files",
-    [
-        ("checkpoint-5/model.safetensors",),
-        ("checkpoint-5/es_state.json",),
-        ("checkpoint-5/model.safetensors", "checkpoint-4/model.safetensors"),
-        ("checkpoint-5/es_state.json", "checkpoint-3/model.safetensors", "checkpoint-4/es_state.json"),
-        tuple(f"checkpoint-{step}/model.safetensors" for step in range(1, 6)),
-    ],
+    few(FILES, FILES[:2]),
     ids=lambda files: "+".join(sorted({file.partition("/")[2] for file in files})) + f"-{len(files)}",
 )
 def test_damaged_checkpoints_are_written_again_with_one_warning(run, place, many_checkpoints, files, damage):
@@ -543,7 +547,7 @@ def test_a_type_that_no_tensor_has_is_damage(run, place, many_checkpoints, dtype
 
 
 @pytest.mark.parametrize("damage", STATES)
-@pytest.mark.parametrize("words", [(), ("--max_time_s", 1e-6)], ids=["all steps", "time is up"])
+@pytest.mark.parametrize("words", [(), full(("--max_time_s", 1e-6))], ids=["all steps", "time is up"])
 def test_a_state_that_is_no_state_is_written_again(run, place, many_checkpoints, damage, words):
     """Of the finished model, and of the newest checkpoint."""
     shutil.copytree(many_checkpoints / "run", place / "run")
