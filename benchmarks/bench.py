@@ -313,11 +313,11 @@ def check(values: Mapping[str, float], sections: Sequence[str]) -> int:
     recorded, here = json.loads(RATIOS.read_text(encoding="utf-8")), processor()
     if here not in recorded:
         print(f"bench-check: no ratios are recorded on {here} (they are on {', '.join(recorded)}): targets alone count")
-        verdicts = {target: met(target, values.get(target.name), here) for target in targets_of(sections, quick=True)}
-        for target, verdict in verdicts.items():
-            said = {None: "not judged", True: "met", False: "FAILED: missed, or not measured"}[verdict]
-            print(f"bench-check: {target.name}: {said}")
-        return int(False in verdicts.values())
+        judged = [(target, met(target, values.get(target.name), here)) for target in targets_of(sections, quick=True)]
+        for target, verdict in judged:
+            outcome = {None: "not judged", True: "met", False: "FAILED: missed, or not measured"}[verdict]
+            print(f"bench-check: {target.name}: {outcome}")
+        return int(any(verdict is False for _, verdict in judged))
     ratios = recorded[here]["ratios"]
     comparisons = compare({name: value for name, value in ratios.items() if name.partition("/")[0] in sections}, values)
     for comparison in comparisons:

@@ -18,6 +18,7 @@ from command_line import (
     weights,
     write_rewards,
 )
+from tiers import few
 
 from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step
@@ -195,7 +196,7 @@ MISBEHAVIOUR = {
 }
 
 
-@pytest.mark.parametrize("reward", MISBEHAVIOUR)
+@pytest.mark.parametrize("reward", few(MISBEHAVIOUR, ("raising", "dying", "nan", "infinite")))
 def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker, reward):
     mark = f"{reward}-{place.name}"
     words = (
