@@ -82,8 +82,22 @@ def child(variant: str, options: list[str]) -> int:
 def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
     """Train one model and evaluate it on the test problems."""
     output = directory / f"{variant}-{seed}"
-    train = ["train", "--config", "demo", "--seed", str(seed), "--output_dir", str(output), "--eval_steps", "0",
-             "--report_to", "none", "--save_steps", str(HALF_WAY), *VARIANTS[variant]]  # fmt: skip
+    train = [
+        "train",
+        "--config",
+        "demo",
+        "--seed",
+        str(seed),
+        "--output_dir",
+        str(output),
+        "--eval_steps",
+        "0",
+        "--report_to",
+        "none",
+        "--save_steps",
+        str(HALF_WAY),
+        *VARIANTS[variant],
+    ]
     started = time.perf_counter()
     subprocess.run([sys.executable, __file__, "--child", variant, *train], check=True, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = {"variant": variant, "seed": seed, "train_s": time.perf_counter() - started}
@@ -91,8 +105,11 @@ def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
         evaluate = [sys.executable, "-m", "estune", "evaluate", "--model", str(model), "--json"]
         found = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
         result[f"accuracy_{steps}"], result["n"] = found["accuracy"], found["n"]
-    print(f"{variant:8} seed {seed}: {result[f'accuracy_{HALF_WAY}']:.2%} after {HALF_WAY} steps, "
-          f"{result[f'accuracy_{END}']:.2%} after {END}, {result['train_s']:.0f} s", flush=True)  # fmt: skip
+    print(
+        f"{variant:8} seed {seed}: {result[f'accuracy_{HALF_WAY}']:.2%} after {HALF_WAY} steps, "
+        f"{result[f'accuracy_{END}']:.2%} after {END}, {result['train_s']:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -125,8 +142,10 @@ def main() -> int:
             result[variant][str(steps)] = found = difference(runs, variant, steps)
             low, high = found["interval95"]
             verdict = "within" if found["equivalent"] else "not shown to be within"
-            print(f"{variant} - full after {steps} steps: {found['points']:+.2f} points, 95 % interval {low:+.2f} to "
-                  f"{high:+.2f}: {verdict} {WITHIN:g} points")  # fmt: skip
+            print(
+                f"{variant} - full after {steps} steps: {found['points']:+.2f} points, 95 % interval {low:+.2f} to "
+                f"{high:+.2f}: {verdict} {WITHIN:g} points"
+            )
     write_result("equivalence", result)
     return 0
 

@@ -95,8 +95,12 @@ def main() -> int:
         wrong.append(f"an update of {n} elements")
     print(f"{torch.cuda.get_device_name(device)}: {wrong or 'all bits equal the CPU kernels'}")
     del expected, out
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(device), "elements": n, "members": n_members,
-                               "differs": wrong}  # fmt: skip
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device),
+        "elements": n,
+        "members": n_members,
+        "differs": wrong,
+    }
 
     d1 = 4096
     rows = launch.Rows(n // d1, d1, 0, 1, 0, n // d1)
@@ -114,8 +118,12 @@ def main() -> int:
         def lowrank(target: torch.Tensor = target) -> None:
             launch.perturb_lowrank_into(target, theta, rows, 1, pair, 1, 1e-4, False)
 
-        work = {"copy": lambda target=target: target.copy_(theta), "torch.randn, add, cast": randn,
-                "member": perturb, "low-rank member, rank 1": lowrank}  # fmt: skip
+        work = {
+            "copy": lambda target=target: target.copy_(theta),
+            "torch.randn, add, cast": randn,
+            "member": perturb,
+            "low-rank member, rank 1": lowrank,
+        }
         name = str(dtype).removeprefix("torch.")
         results[f"perturb_{name}"] = report(f"one member, {name}", measure(work, options.repeats), n)
         del target

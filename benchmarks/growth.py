@@ -41,13 +41,29 @@ MODELS: dict[str, dict[str, Any]] = {  # configurations of random models
     "0.6M": dict(LLAMA, hidden_size=96, num_hidden_layers=4, intermediate_size=256, num_attention_heads=3),
     "4M": dict(LLAMA, hidden_size=256, num_hidden_layers=4, intermediate_size=704, num_attention_heads=4),
     "20M": dict(LLAMA, hidden_size=512, num_hidden_layers=6, intermediate_size=1408, num_attention_heads=8),
-    "140M": dict(LLAMA, vocab_size=32000, hidden_size=768, num_hidden_layers=12, intermediate_size=3072,
-                 num_attention_heads=12),
-    "0.5B": dict(LLAMA, vocab_size=32000, tie_word_embeddings=False, hidden_size=1280, num_hidden_layers=20,
-                 intermediate_size=3456, num_attention_heads=20),
-    "1.5B": dict(model_type="qwen2", vocab_size=151936, tie_word_embeddings=True, hidden_size=1536,
-                 num_hidden_layers=28, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
-}  # fmt: skip
+    "140M": dict(
+        LLAMA, vocab_size=32000, hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=12
+    ),
+    "0.5B": dict(
+        LLAMA,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+        hidden_size=1280,
+        num_hidden_layers=20,
+        intermediate_size=3456,
+        num_attention_heads=20,
+    ),
+    "1.5B": dict(
+        model_type="qwen2",
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        hidden_size=1536,
+        num_hidden_layers=28,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    ),
+}
 LARGEST, LARGEST_NEEDS_BYTES = "1.5B", 12 << 30
 THREADS_MODEL = "20M"
 PARTS = ("population", "models", "workers", "steps")
@@ -58,8 +74,12 @@ SIGMA, NEXT_TO_NOTHING = 1e-3, 1e-12  # the latter as learning rate: theta is wr
 # x from where on the exponent is judged: below, fixed costs of a forward pass outweigh what x adds.
 JUDGED_FROM = {"members": 16.0, "parameters": 3e6}
 SAME = 1.05  # peaks of a short and a long run that are called equal
-SERIES = {"perturb": "perturb (full noise)", "update_full": "update (full noise)", "update_lowrank":
-          "update (low-rank)", "step": "step (low-rank)"}  # fmt: skip
+SERIES = {
+    "perturb": "perturb (full noise)",
+    "update_full": "update (full noise)",
+    "update_lowrank": "update (low-rank)",
+    "step": "step (low-rank)",
+}
 
 
 def timed(function: Callable[[], Any], repetitions: int) -> dict[str, Any]:
@@ -138,8 +158,15 @@ class Subject:
         from estune import ESConfig
         from estune.train import setup
 
-        args = ESConfig(task="countdown", noise="lowrank", rank=rank, population_size=n_members, batch_size=PROMPTS,
-                        prompts_per_batch=self.engine.prompts_per_batch, max_completion_length=tokens)  # fmt: skip
+        args = ESConfig(
+            task="countdown",
+            noise="lowrank",
+            rank=rank,
+            population_size=n_members,
+            batch_size=PROMPTS,
+            prompts_per_batch=self.engine.prompts_per_batch,
+            max_completion_length=tokens,
+        )
         return int(setup.resolve_with_engine(args, self.engine, prompts_of(length)).members_per_batch)
 
     def step(self, n_members: int, rank: int, length: int, tokens: int, together: int) -> None:
@@ -223,9 +250,16 @@ def train_child(values: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         (place / "rewards.py").write_text(REWARD, encoding="utf-8")
-        args = ESConfig(model="tiny", task="countdown", noise="lowrank", sigma=0.01, report_to=["none"],
-                        reward_funcs=[f"{place / 'rewards.py'}:{values.pop('reward')}"],
-                        output_dir=str(place / "run"), **values)  # fmt: skip
+        args = ESConfig(
+            model="tiny",
+            task="countdown",
+            noise="lowrank",
+            sigma=0.01,
+            report_to=["none"],
+            reward_funcs=[f"{place / 'rewards.py'}:{values.pop('reward')}"],
+            output_dir=str(place / "run"),
+            **values,
+        )
         ESTrainer(args=args).train()
         run = place / "run"
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -279,8 +313,9 @@ def measure_models(models: Sequence[str], repetitions: int) -> tuple[list[dict[s
     for model in models:
         free = free_memory_bytes()
         if model == LARGEST and free < LARGEST_NEEDS_BYTES:
-            notes.append(f"{model} skipped: {free / 2**30:.1f} GiB of memory are free, "
-                         f"{LARGEST_NEEDS_BYTES / 2**30:.0f} needed")  # fmt: skip
+            notes.append(
+                f"{model} skipped: {free / 2**30:.1f} GiB of memory are free, {LARGEST_NEEDS_BYTES / 2**30:.0f} needed"
+            )
             continue
         points.append(in_child("model", model, 1, repetitions))
         print(f"growth: {model} is measured", flush=True)
@@ -292,8 +327,15 @@ def measure_workers(max_steps: int) -> list[dict[str, Any]]:
     rows = []
     for workers in (1, 2):
         for threads in (1, 2):
-            values = {"population_size": MEMBERS, "batch_size": 16, "max_completion_length": 32, "reward": "slow",
-                      "max_steps": max_steps, "reward_workers": workers, "num_threads": threads}  # fmt: skip
+            values = {
+                "population_size": MEMBERS,
+                "batch_size": 16,
+                "max_completion_length": 32,
+                "reward": "slow",
+                "max_steps": max_steps,
+                "reward_workers": workers,
+                "num_threads": threads,
+            }
             steps = in_child("train", values)["steps"][1:]
             medians = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
             rows.append({"reward_workers": workers, "num_threads": threads, **medians})
@@ -304,8 +346,14 @@ def measure_steps(long: int) -> dict[str, Any]:
     """Compare a run of 2 steps with one of many: peak memory, and bytes on disk without journal and metrics."""
     found: dict[str, Any] = {}
     for steps in (2, long):
-        values = {"population_size": 4, "batch_size": 2, "max_completion_length": 8, "reward": "lengths",
-                  "max_steps": steps, "num_threads": 1}  # fmt: skip
+        values = {
+            "population_size": 4,
+            "batch_size": 2,
+            "max_completion_length": 8,
+            "reward": "lengths",
+            "max_steps": steps,
+            "num_threads": 1,
+        }
         result = in_child("train", values)
         growing = {name: result["bytes"].pop(name) for name in ("journal.jsonl", "metrics.jsonl")}
         others = sum(result["bytes"].values())
@@ -354,8 +402,10 @@ def verdicts(result: dict[str, Any]) -> dict[str, int]:
     A sweep of too few points has no verdict.
     """
     found = {}
-    sweeps = {"members": result.get("population", {}).get("fits", {}).get("members"),
-              "parameters": result.get("models", {}).get("fits")}  # fmt: skip
+    sweeps = {
+        "members": result.get("population", {}).get("fits", {}).get("members"),
+        "parameters": result.get("models", {}).get("fits"),
+    }
     for name, fitted in sweeps.items():
         if fitted:
             found[name] = int(all(row["verdict"] != "MORE than linear" for row in fitted.values()))
@@ -371,10 +421,12 @@ def rows_of(points: Sequence[dict[str, Any]], fitted: dict[str, Any], unit: str,
         yield f"  {SERIES[what]:22s} " + "  ".join(f"{x:g}: {s:.3g} s" for x, s in zip(xs, seconds, strict=True))
         if what in fitted:
             f = fitted[what]
-            yield (f"  {'':22s} ~ {unit}^{f['exponent']:.2f} (R2 {f['r2']:.3f}), from {f['judged_from']:.3g} on {unit}^"
-                   f"{f['judged_exponent']:.2f} (R2 {f['judged_r2']:.3f}), last three {unit}^{f['last_exponent']:.2f}; "
-                   f"{f['a_s']:.3g} s + {f['b_s']:.3g} s {unit} (R2 {f['line_r2']:.3f}, off by up to "
-                   f"{f['line_residual']:.0%}){': ' + f['verdict'] if judged else ''}")  # fmt: skip
+            yield (
+                f"  {'':22s} ~ {unit}^{f['exponent']:.2f} (R2 {f['r2']:.3f}), from {f['judged_from']:.3g} on {unit}^"
+                f"{f['judged_exponent']:.2f} (R2 {f['judged_r2']:.3f}), last three {unit}^{f['last_exponent']:.2f}; "
+                f"{f['a_s']:.3g} s + {f['b_s']:.3g} s {unit} (R2 {f['line_r2']:.3f}, off by up to "
+                f"{f['line_residual']:.0%}){': ' + f['verdict'] if judged else ''}"
+            )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -382,8 +434,11 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     if "population" in result:
         found = result["population"]
-        titles = {"members": ("N members (2 prompts, 16 tokens)", "N"), "rank": ("rank r", "r"),
-                  "tokens": ("T new tokens a completion (prompts of 32)", "T")}  # fmt: skip
+        titles = {
+            "members": ("N members (2 prompts, 16 tokens)", "N"),
+            "rank": ("rank r", "r"),
+            "tokens": ("T new tokens a completion (prompts of 32)", "T"),
+        }
         for name, (title, unit) in titles.items():
             lines.append(f"against {title}: embedded model, {found['parameters']:,} parameters, 1 thread")
             lines.extend(rows_of(found[name], found["fits"][name], unit, judged=name == "members"))
@@ -396,9 +451,11 @@ def table(result: dict[str, Any]) -> str:
     if "workers" in result:
         lines.append("against workers and threads: whole steps of the embedded model, reward of 2 ms a completion")
         for row in result["workers"]["steps"]:
-            lines.append(f"  reward_workers {row['reward_workers']}, num_threads {row['num_threads']}: "
-                         f"{row['step_time']:.2f} s a step, {row['es/generate_s']:.2f} s generation, "
-                         f"{row['es/score_s']:.2f} s waiting for scores")  # fmt: skip
+            lines.append(
+                f"  reward_workers {row['reward_workers']}, num_threads {row['num_threads']}: "
+                f"{row['step_time']:.2f} s a step, {row['es/generate_s']:.2f} s generation, "
+                f"{row['es/score_s']:.2f} s waiting for scores"
+            )
         one, two = (point["times"] for point in result["workers"]["threads"])
         told = (f"{SERIES[what]} {one[what]['median_s'] / two[what]['median_s']:.2f}" for what in one)
         lines.append(f"  {THREADS_MODEL} parameters, two threads against one, times as fast: {', '.join(told)}")
@@ -407,9 +464,11 @@ def table(result: dict[str, Any]) -> str:
         short, long = found["runs"]
         says = "nothing but journal and metrics grows" if found["nothing_else_grows"] else "SOMETHING ELSE GROWS"
         per_step = [found[f"{name}_bytes_per_step"] for name in ("journal", "metrics")]
-        lines.append(f"against steps, {short} and {long}: peak memory times {found['peak_ratio']:.3f}, files but "
-                     f"journal and metrics times {found['other_bytes_ratio']:.6f}: {says}; a step adds "
-                     f"{per_step[0]:.0f} bytes of journal, {per_step[1]:.0f} of metrics")  # fmt: skip
+        lines.append(
+            f"against steps, {short} and {long}: peak memory times {found['peak_ratio']:.3f}, files but "
+            f"journal and metrics times {found['other_bytes_ratio']:.6f}: {says}; a step adds "
+            f"{per_step[0]:.0f} bytes of journal, {per_step[1]:.0f} of metrics"
+        )
     return "\n".join(lines)
 
 

@@ -74,5 +74,13 @@ def fit(x: Sequence[float], seconds: Sequence[float], judged_from: float = 0.0) 
     first = min(int(np.searchsorted(xs, judged_from)), len(xs) - 2)
     a, b = line(xs, ys)
     on_line = a + b * xs
-    return Fit(*power(xs, ys), float(xs[first]), *power(xs[first:], ys[first:]), power(xs[-3:], ys[-3:])[0], a, b,
-               r_squared(ys, on_line), float(abs(on_line / ys - 1)[1:].max()))  # fmt: skip
+    return Fit(
+        *power(xs, ys),
+        float(xs[first]),
+        *power(xs[first:], ys[first:]),
+        power(xs[-3:], ys[-3:])[0],
+        a,
+        b,
+        r_squared(ys, on_line),
+        float(abs(on_line / ys - 1)[1:].max()),
+    )

@@ -41,8 +41,12 @@ def measure(repetitions: int = 15) -> dict[str, Any]:
         turns = [(seconds(BARE), seconds([sys.executable, "-m", "estune", *words])) for _ in range(repetitions + 1)]
         bare, helped = (list(column) for column in zip(*turns[1:], strict=True))
         medians = {"bare": statistics.median(bare), "help": statistics.median(helped)}
-        result[name] = {"bare_s": bare, "help_s": helped, "medians_s": medians,
-                        "bare_of_help": medians["bare"] / medians["help"]}  # fmt: skip
+        result[name] = {
+            "bare_s": bare,
+            "help_s": helped,
+            "medians_s": medians,
+            "bare_of_help": medians["bare"] / medians["help"],
+        }
     # Of the slower command: what no help is above.
     result["slowest_s"] = max(result[name]["medians_s"]["help"] for name in COMMANDS)
     result["bare_of_help"] = min(result[name]["bare_of_help"] for name in COMMANDS)
@@ -54,8 +58,10 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for name in COMMANDS:
         medians = result[name]["medians_s"]
-        lines.append(f"{name:22s} {medians['help']:.3f} s, bare interpreter {medians['bare']:.3f} s, bare / help "
-                     f"{result[name]['bare_of_help']:.2f}")  # fmt: skip
+        lines.append(
+            f"{name:22s} {medians['help']:.3f} s, bare interpreter {medians['bare']:.3f} s, bare / help "
+            f"{result[name]['bare_of_help']:.2f}"
+        )
     return "\n".join(lines)
 
 

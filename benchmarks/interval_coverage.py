@@ -26,14 +26,26 @@ from estune.compare.statistics import over_seeds, paired_difference, tango, two_
 PROBLEMS = (200, 1000)
 # mean log-odds; spread of seeds, of problems, of seeds on problems
 TABLES = [
-    (0, 0, 1.5, 0.5), (0, 0.05, 1.5, 0.5), (0, 0.1, 1.5, 0.5), (0, 0.2, 1.5, 0.5), (0, 0.4, 1.5, 0.5),
-    (0, 1, 1, 0.5), (2, 0.2, 2, 1), (-3, 0.3, 1, 0.5), (-3, 0, 2, 0.5), (0, 0.2, 5, 0),
-]  # fmt: skip
+    (0, 0, 1.5, 0.5),
+    (0, 0.05, 1.5, 0.5),
+    (0, 0.1, 1.5, 0.5),
+    (0, 0.2, 1.5, 0.5),
+    (0, 0.4, 1.5, 0.5),
+    (0, 1, 1, 0.5),
+    (2, 0.2, 2, 1),
+    (-3, 0.3, 1, 0.5),
+    (-3, 0, 2, 0.5),
+    (0, 0.2, 5, 0),
+]
 # mean log-odds; the first method's lead; spread of seeds, of problems, of methods on problems, of seeds on problems
 PAIRS = [
-    (0, 0.3, 0, 1.5, 0.3, 0.5), (0, 0.3, 0.1, 1.5, 0.3, 0.5), (0, 0.3, 0.2, 1.5, 0.3, 0.5),
-    (0, 0, 0.4, 1.5, 0.3, 0.5), (-2, 0.3, 0.2, 2, 0.5, 1), (-3, 0, 0.2, 1, 0.3, 0.5),
-]  # fmt: skip
+    (0, 0.3, 0, 1.5, 0.3, 0.5),
+    (0, 0.3, 0.1, 1.5, 0.3, 0.5),
+    (0, 0.3, 0.2, 1.5, 0.3, 0.5),
+    (0, 0, 0.4, 1.5, 0.3, 0.5),
+    (-2, 0.3, 0.2, 2, 0.5, 1),
+    (-3, 0, 0.2, 1, 0.3, 0.5),
+]
 SINGLE = [(0.1, 0.1), (0.2, 0.1), (0.02, 0.01), (0.02, 0.0), (0.15, 0.05)]  # chances that a pair is gained, lost
 FEW = (24, 142, 1000)  # problems of the hard cases
 RARE = [(-3, 0.3, 1, 0.5), (-4, 0.3, 1, 0.5), (-5, 0.3, 1, 0.5), (-4, 1, 1, 0.5)]  # as in TABLES
@@ -94,8 +106,14 @@ def grouped(rng: np.random.Generator, seeds: int, problems: int, case: tuple[flo
         found = two_level((rng.random((seeds, problems)) < chance(odds)).astype(np.float64))
         hits += found.low <= truth <= found.high
         alike += bool(kinds.all() or not kinds.any())
-    return {"seeds": seeds, "problems": problems, "case": case, "truth": round(truth, 4), **named(hits / repeats),
-            "all_of_one_kind": percent([alike / repeats])[0]}  # fmt: skip
+    return {
+        "seeds": seeds,
+        "problems": problems,
+        "case": case,
+        "truth": round(truth, 4),
+        **named(hits / repeats),
+        "all_of_one_kind": percent([alike / repeats])[0],
+    }
 
 
 def hard(rng: np.random.Generator, repeats: int) -> dict[str, Any]:
@@ -105,8 +123,10 @@ def hard(rng: np.random.Generator, repeats: int) -> dict[str, Any]:
     for seeds in (3, 5):
         for problems in FEW:
             where = {"seeds": seeds, "problems": problems}
-            print(f"{seeds} seeds, {problems} problems: rare answers {span(rare, 'two_level', **where)}, seeds in two "
-                  f"groups {span(groups, **where)}")  # fmt: skip
+            print(
+                f"{seeds} seeds, {problems} problems: rare answers {span(rare, 'two_level', **where)}, seeds in two "
+                f"groups {span(groups, **where)}"
+            )
     return {"rare": rare, "groups": groups}
 
 

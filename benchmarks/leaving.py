@@ -111,9 +111,14 @@ def with_patch(run: Path, place: Path, kept: Path | None) -> dict[str, Any]:
     content = read_patch(patch)
     if kept is not None:
         shutil.copy(patch, kept)
-    return {"bytes": patch.stat().st_size, "model_bytes": (run / "model.safetensors").stat().st_size, "equal": same,
-            "seed": config["seed"], "base_fingerprint": content["base"]["fingerprint"],
-            "fingerprint": content["fingerprint"]}  # fmt: skip
+    return {
+        "bytes": patch.stat().st_size,
+        "model_bytes": (run / "model.safetensors").stat().st_size,
+        "equal": same,
+        "seed": config["seed"],
+        "base_fingerprint": content["base"]["fingerprint"],
+        "fingerprint": content["fingerprint"],
+    }
 
 
 def main() -> int:
@@ -128,9 +133,10 @@ def main() -> int:
         place = Path(name)
         kept = None if options.no_record else RESULTS / "conciseness.estp"
         found = {
-            "patch": with_patch(run, place, kept), "gguf": with_converter(run, cache_dir, place),
+            "patch": with_patch(run, place, kept),
+            "gguf": with_converter(run, cache_dir, place),
             "vllm": with_vllm(run, cache_dir, place),
-        }  # fmt: skip
+        }
     print(json.dumps(found, indent=1))
     if not options.no_record:
         write_result("leaving", found)

@@ -51,16 +51,30 @@ class Peer:
 
 
 PEERS = (
-    Peer("eggroll-es", "0.2.0", "MIT",
-         "members one after another; keeps the noise of all members, 0.54 GB each on this model"),
-    Peer("torcheggroll", "0.2.0", "MIT",
-         "keeps noise and weights of all members, 1.1 GB each on this model: N = 30 does not fit into 24 GiB"),
-    Peer("mezo", "0.0.1", "MIT",
-         "pairs of members, an update after each; installed without its dependencies, which ask for transformers 4",
-         members=2, with_dependencies=False),
-    Peer("evotorch", "0.6.1", "Apache-2.0",
-         "a general library; keeps all members as vectors, 0.54 GB each on this model"),
-)  # fmt: skip
+    Peer(
+        "eggroll-es",
+        "0.2.0",
+        "MIT",
+        "members one after another; keeps the noise of all members, 0.54 GB each on this model",
+    ),
+    Peer(
+        "torcheggroll",
+        "0.2.0",
+        "MIT",
+        "keeps noise and weights of all members, 1.1 GB each on this model: N = 30 does not fit into 24 GiB",
+    ),
+    Peer(
+        "mezo",
+        "0.0.1",
+        "MIT",
+        "pairs of members, an update after each; installed without its dependencies, which ask for transformers 4",
+        members=2,
+        with_dependencies=False,
+    ),
+    Peer(
+        "evotorch", "0.6.1", "Apache-2.0", "a general library; keeps all members as vectors, 0.54 GB each on this model"
+    ),
+)
 
 LOOKED_AT = {
     "eggroll": "another thing of the same name: client and server of a federated-computing framework",
@@ -91,10 +105,13 @@ def environment_of(peer: Peer, cache_dir: Path) -> Path:
     """
     alone = [] if peer.with_dependencies else ["--no-deps"]
     pinned = ["-c", str(CONSTRAINTS)]
-    return make_environment(cache_dir / f"{peer.name}-{peer.version}", [
-        [*pinned, "-r", str(HERE / "peers" / "base.txt")],
-        [*pinned, *alone, "-r", str(HERE / "peers" / f"{peer.name}.txt")],
-    ])  # fmt: skip
+    return make_environment(
+        cache_dir / f"{peer.name}-{peer.version}",
+        [
+            [*pinned, "-r", str(HERE / "peers" / "base.txt")],
+            [*pinned, *alone, "-r", str(HERE / "peers" / f"{peer.name}.txt")],
+        ],
+    )
 
 
 def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -114,12 +131,14 @@ def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) 
     step_s = options.population_size * per_member
     return facts | {
         "how": f"{members_of(peer, options)} members together, {len(seconds)} times: the median per member, times "
-               f"{options.population_size}",
-        "seconds_per_member": per_member, "seconds_per_member_of_each_measurement": seconds, "step_seconds": step_s,
+        f"{options.population_size}",
+        "seconds_per_member": per_member,
+        "seconds_per_member_of_each_measurement": seconds,
+        "step_seconds": step_s,
         "tokens_per_s": case.prompts * case.tokens / per_member,
         "estune_lowrank_step_seconds": {"before": before, "after": after},
         "peer / estune low-rank": step_s / statistics.mean([before, after]),
-    }  # fmt: skip
+    }
 
 
 def members_of(peer: Peer, options: argparse.Namespace) -> int:
@@ -141,15 +160,24 @@ def drive(peer: Peer, python: Path, case: Case, model: Path, options: argparse.N
     """
     with tempfile.TemporaryDirectory() as name:
         job, result = Path(name) / "job.json", Path(name) / "result.json"
-        values = {"model": str(model), "prompts": tokenised(case, model), "tokens": case.tokens,
-                  "members": members_of(peer, options), "measurements": 1 + options.measurements,
-                  "num_threads": threads_of(options)}  # fmt: skip
+        values = {
+            "model": str(model),
+            "prompts": tokenised(case, model),
+            "tokens": case.tokens,
+            "members": members_of(peer, options),
+            "measurements": 1 + options.measurements,
+            "num_threads": threads_of(options),
+        }
         job.write_text(json.dumps(values), encoding="utf-8")
         subprocess.run(
             [str(python), str(HERE / "peers" / "driver.py"), peer.name, str(job), str(result)],
-            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=TIME_LIMIT_S,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIME_LIMIT_S,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
+        )
         seconds: list[float] = json.loads(result.read_text(encoding="utf-8"))["seconds_per_member"]
     return seconds[1:]
 
@@ -164,8 +192,14 @@ def failure(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) ->
 
 def estune_step_s(case: Case, model: Path, options: argparse.Namespace) -> float:
     """Return the median seconds of estune's low-rank step, timed in a process whose memory ends with it."""
-    values = {"case": case.name, "tokens": case.tokens, "model": str(model), "num_threads": threads_of(options),
-              "population_size": options.population_size, "measurements": options.measurements}  # fmt: skip
+    values = {
+        "case": case.name,
+        "tokens": case.tokens,
+        "model": str(model),
+        "num_threads": threads_of(options),
+        "population_size": options.population_size,
+        "measurements": options.measurements,
+    }
     command = [sys.executable, __file__, "--child", json.dumps(values)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds: list[float] = json.loads(output.splitlines()[-1])
@@ -187,8 +221,10 @@ def told(row: dict[str, Any]) -> str:
     """Return a peer's result in a line."""
     if "error" in row:
         return str(row["error"])
-    return (f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s, "
-            f"peer / estune low-rank {row['peer / estune low-rank']:.1f}")  # fmt: skip
+    return (
+        f"{row['step_seconds']:.1f} s a step, {row['tokens_per_s']:.1f} tokens/s, "
+        f"peer / estune low-rank {row['peer / estune low-rank']:.1f}"
+    )
 
 
 def main() -> int:
@@ -223,8 +259,10 @@ def main() -> int:
             row = results[case.name][peer.name] = time_peer(peer, case, model, options)
             print(f"{case.name} {peer.name} {peer.version}: {told(row)}", flush=True)
     if not options.no_record:
-        write_result("peers", {"model": model.name, "population_size": options.population_size, "cases": results,
-                               "looked_at": LOOKED_AT})  # fmt: skip
+        write_result(
+            "peers",
+            {"model": model.name, "population_size": options.population_size, "cases": results, "looked_at": LOOKED_AT},
+        )
     return 0
 
 

@@ -11,11 +11,27 @@ from pathlib import Path
 from typing import Any
 
 MODELS: dict[str, dict[str, Any]] = {
-    "0.5B": dict(model_type="llama", hidden_size=1280, num_hidden_layers=20, intermediate_size=3456,
-                 num_attention_heads=20, num_key_value_heads=20, vocab_size=32000, tie_word_embeddings=False),
-    "1.5B": dict(model_type="qwen2", hidden_size=1536, num_hidden_layers=28, intermediate_size=8960,
-                 num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-}  # fmt: skip
+    "0.5B": dict(
+        model_type="llama",
+        hidden_size=1280,
+        num_hidden_layers=20,
+        intermediate_size=3456,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+    "1.5B": dict(
+        model_type="qwen2",
+        hidden_size=1536,
+        num_hidden_layers=28,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+}
 TINY = Path(__file__).resolve().parents[1] / "src" / "estune" / "models" / "tiny"
 
 

@@ -30,8 +30,13 @@ TASK, COMPARISON = "basic_arithmetic:easy", "compare_smollm2_basic_arithmetic"
 def old_rows() -> dict[str, list[str]]:
     """Return the questions of each split, told apart by their text."""
     code = f"import json; from estune.tasks import reasoning; print(json.dumps(reasoning._make({TASK!r}, str)))"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "0"}, check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return {split: [row["prompt"] for row in rows] for split, rows in json.loads(done.stdout).items()}
 
 
@@ -53,18 +58,29 @@ def main() -> None:
     for name, seeds in answered.items():
         correct = np.array([[mark == "1" for mark in marks] for marks in seeds])
         estimates = [two_level(marks.astype(float)) for marks in (correct, correct[:, left])]  # (S, P)
-        rows[name] = {which: {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-                      for which, estimate in zip(("all", "left"), estimates, strict=True)}  # fmt: skip
+        rows[name] = {
+            which: {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+            for which, estimate in zip(("all", "left"), estimates, strict=True)
+        }
         rows[name]["right_on_trained"] = int(correct[:, np.array(trained_on)].sum())
         rows[name]["right"] = int(correct.sum())
-    found = {"task": f"rg:{TASK}", "test": len(test), "trained_on": sum(trained_on), "chosen_by": sum(chosen_by),
-             "asked_before": sum(again), "left": int(left.sum()), "methods": rows}  # fmt: skip
+    found = {
+        "task": f"rg:{TASK}",
+        "test": len(test),
+        "trained_on": sum(trained_on),
+        "chosen_by": sum(chosen_by),
+        "asked_before": sum(again),
+        "left": int(left.sum()),
+        "methods": rows,
+    }
     path = write_result("repeated_problems", found)
     print(json.dumps({name: value for name, value in found.items() if name != "methods"}))
     for name, its in rows.items():
-        print(f"{name:16} of all {100 * its['all']['mean']:.1f} %, of those left {100 * its['left']['mean']:.1f} "
-              f"[{100 * its['left']['low']:.1f}, {100 * its['left']['high']:.1f}]; right {its['right']}, on "
-              f"what was trained on {its['right_on_trained']}")  # fmt: skip
+        print(
+            f"{name:16} of all {100 * its['all']['mean']:.1f} %, of those left {100 * its['left']['mean']:.1f} "
+            f"[{100 * its['left']['low']:.1f}, {100 * its['left']['high']:.1f}]; right {its['right']}, on "
+            f"what was trained on {its['right_on_trained']}"
+        )
     print(path)
 
 

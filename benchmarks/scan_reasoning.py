@@ -80,8 +80,9 @@ class Scanner:
     """A model that answers rows of tasks."""
 
     def __init__(self, model: str, num_threads: int) -> None:
-        args = ESConfig(model=model, task="rg:gcd", max_completion_length=TOKENS, num_threads=num_threads,
-                        reward_isolation="inline")  # fmt: skip
+        args = ESConfig(
+            model=model, task="rg:gcd", max_completion_length=TOKENS, num_threads=num_threads, reward_isolation="inline"
+        )
         self.args = setup.resolve_config(args, ROWS)
         self.engine = setup.load_engine(self.args)
 
@@ -169,8 +170,16 @@ def main() -> None:
         print(f"{name:28} {sum(right)} of {len(right) * SAMPLES} samples right", flush=True)
     passed = [name for name in sampled if tasks[name]["right_samples"] >= FEWEST_RIGHT]
     chosen = sorted(passed, key=lambda name: tasks[name]["test_rows"] < reasoning.SPLIT_SIZES["test"])[:CHOSEN]
-    found = {"model": Path(options.model).name, "rows": ROWS, "leading": LEADING, "tokens": TOKENS, "ranked": ranked,
-             "passed": passed, "chosen": chosen, "tasks": tasks}  # fmt: skip
+    found = {
+        "model": Path(options.model).name,
+        "rows": ROWS,
+        "leading": LEADING,
+        "tokens": TOKENS,
+        "ranked": ranked,
+        "passed": passed,
+        "chosen": chosen,
+        "tasks": tasks,
+    }
     path = write_result("scan_reasoning" + "_easy" * options.easy, found)
     print(f"chosen: {', '.join(chosen) or 'none'}; {path}")
 

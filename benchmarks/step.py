@@ -104,10 +104,23 @@ class Place:
 def es_config(case: Case, noise: str, model: Path, run: Path, population_size: int, place: Place) -> ESConfig:
     """Return the configuration of a case's run."""
     lowrank = {"members_per_batch": case.members_per_batch} if noise == "lowrank" else {}
-    return ESConfig(model=str(model), output_dir=str(run), noise=noise, population_size=population_size, sigma=0.01,
-                    learning_rate=NEXT_TO_NOTHING, batch_size=case.prompts, max_completion_length=case.tokens,
-                    max_steps=NO_STEPS_END, report_to=["none"], num_threads=place.num_threads,
-                    device=place.device, dtype=place.dtype, task=case.task, **lowrank)  # fmt: skip
+    return ESConfig(
+        model=str(model),
+        output_dir=str(run),
+        noise=noise,
+        population_size=population_size,
+        sigma=0.01,
+        learning_rate=NEXT_TO_NOTHING,
+        batch_size=case.prompts,
+        max_completion_length=case.tokens,
+        max_steps=NO_STEPS_END,
+        report_to=["none"],
+        num_threads=place.num_threads,
+        device=place.device,
+        dtype=place.dtype,
+        task=case.task,
+        **lowrank,
+    )
 
 
 class Bench:
@@ -179,8 +192,10 @@ class Bench:
         ended = now()
         self._check(rollouts.lengths)
         return _parts(rollouts) | {
-            "evaluate": evaluated - started, "update": ended - evaluated, "step": ended - started,
-        }  # fmt: skip
+            "evaluate": evaluated - started,
+            "update": ended - evaluated,
+            "step": ended - started,
+        }
 
     def lowrank_pass(self) -> dict[str, float]:
         """Time one forward pass of low-rank members, scored; and the update by all N."""
@@ -301,12 +316,13 @@ class Bench:
         return {
             "paper": f"torch.randn, full rank: one member a repetition (perturb, generate, restore, update), times {n}",
             "full": f"full rank: one member a repetition (perturb, generate, score), times {n}, plus the update of {n}",
-            "lowrank": f"rank 1: the whole step of {n} members, {m} in a forward pass" if self.case.whole_step
+            "lowrank": f"rank 1: the whole step of {n} members, {m} in a forward pass"
+            if self.case.whole_step
             else f"rank 1: one forward pass of {m} members, scored, times {n / m:g}, plus the update of {n} members",
             "pure_transformers": f"generate of transformers: {passes}",
             "pure_estune": f"estune's decoding, equal prompts of {m} groups read apart: {passes}",
             "pure_shared": f"one model, equal prompts read once: not available to members: {passes}",
-        }  # fmt: skip
+        }
 
 
 def ramp_update(step: Step) -> Update:
@@ -361,11 +377,15 @@ def measure_case(case: Case, model: Path, directory: Path, population_size: int,
         "pure_shared / lowrank": [step["pure_shared"] / step["lowrank"] for step in steps],
     }
     return {
-        "prompts": case.prompts, "tokens": case.tokens, "repetitions": case.repetitions,
-        "population_size": population_size, "members_per_batch": members_per_batch,
-        "num_threads": torch.get_num_threads(), "variants": variants,
+        "prompts": case.prompts,
+        "tokens": case.tokens,
+        "repetitions": case.repetitions,
+        "population_size": population_size,
+        "members_per_batch": members_per_batch,
+        "num_threads": torch.get_num_threads(),
+        "variants": variants,
         "ratios": {name: {"median": statistics.median(values), "each": values} for name, values in ratios.items()},
-    }  # fmt: skip
+    }
 
 
 def measure(
@@ -386,11 +406,14 @@ def table(results: dict[str, Any]) -> str:
     """Return the results as text."""
     lines = []
     for name, case in results.items():
-        lines.append(f"{name}: {case['prompts']} prompts, {case['tokens']} tokens, N {case['population_size']}, "
-                     f"{case['num_threads']} threads")  # fmt: skip
+        lines.append(
+            f"{name}: {case['prompts']} prompts, {case['tokens']} tokens, N {case['population_size']}, "
+            f"{case['num_threads']} threads"
+        )
         for variant, row in case["variants"].items():
-            lines.append(f"  {variant:<18}{row['step_seconds']:9.2f} s a step {row['tokens_per_s']:8.1f} tokens/s   "
-                         f"{row['how']}")  # fmt: skip
+            lines.append(
+                f"  {variant:<18}{row['step_seconds']:9.2f} s a step {row['tokens_per_s']:8.1f} tokens/s   {row['how']}"
+            )
         lines.append("  " + ", ".join(f"{ratio} {row['median']:.2f}" for ratio, row in case["ratios"].items()))
     return "\n".join(lines)
 
@@ -425,8 +448,9 @@ def main() -> int:
     print(table(results))
     if not options.no_record:
         gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
-        write_result(options.name, {"model": Path(options.model).name, "dtype": options.dtype, "gpu": gpu,
-                                    "cases": results})  # fmt: skip
+        write_result(
+            options.name, {"model": Path(options.model).name, "dtype": options.dtype, "gpu": gpu, "cases": results}
+        )
     return 0
 
 

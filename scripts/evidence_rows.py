@@ -26,22 +26,48 @@ class Shown:
 
 
 ROWS = (
-    Shown("Countdown, three tiny models, equal evaluations", "compare_countdown", "evaluations",
-          {"full": "es-full", "low-rank": "es-lowrank"}, {"GRPO": "grpo"},
-          "Most methods end level. Beyond chance ES is ahead of no established baseline."),
-    Shown("the same, equal time", "compare_countdown", "time",
-          {"full": "es-full", "low-rank": "es-lowrank"}, {"GRPO": "grpo"},
-          "Low-rank ES is half way after {low-rank} s, GRPO after {GRPO} s. Then it loses much of its gain on two of "
-          "three models."),
-    Shown("4x4 Sudoku, equal time", "compare_mini_sudoku", "time", {"": "es"}, {"GRPO": "grpo"},
-          "Greedily no method is better than the base beyond chance. In samples GRPO learned, ES did not."),
-    Shown("SmolLM2-135M, sums of two digits, 9 minutes", "compare_smollm2_chain_sum", "time", {"": "es"},
-          {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
-          "Only rejection sampling learned; a constant answer has {constant}."),
-    Shown("SmolLM2-135M, one-digit arithmetic, 9 minutes", "compare_smollm2_basic_arithmetic", "time", {"": "es"},
-          {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
-          "No method learned; a constant answer has {constant}."),
-)  # fmt: skip
+    Shown(
+        "Countdown, three tiny models, equal evaluations",
+        "compare_countdown",
+        "evaluations",
+        {"full": "es-full", "low-rank": "es-lowrank"},
+        {"GRPO": "grpo"},
+        "Most methods end level. Beyond chance ES is ahead of no established baseline.",
+    ),
+    Shown(
+        "the same, equal time",
+        "compare_countdown",
+        "time",
+        {"full": "es-full", "low-rank": "es-lowrank"},
+        {"GRPO": "grpo"},
+        "Low-rank ES is half way after {low-rank} s, GRPO after {GRPO} s. Then it loses much of its gain on two of "
+        "three models.",
+    ),
+    Shown(
+        "4x4 Sudoku, equal time",
+        "compare_mini_sudoku",
+        "time",
+        {"": "es"},
+        {"GRPO": "grpo"},
+        "Greedily no method is better than the base beyond chance. In samples GRPO learned, ES did not.",
+    ),
+    Shown(
+        "SmolLM2-135M, sums of two digits, 9 minutes",
+        "compare_smollm2_chain_sum",
+        "time",
+        {"": "es"},
+        {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
+        "Only rejection sampling learned; a constant answer has {constant}.",
+    ),
+    Shown(
+        "SmolLM2-135M, one-digit arithmetic, 9 minutes",
+        "compare_smollm2_basic_arithmetic",
+        "time",
+        {"": "es"},
+        {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
+        "No method learned; a constant answer has {constant}.",
+    ),
+)
 
 
 def over_models(values: list[float]) -> str:
@@ -72,6 +98,13 @@ def results() -> str:
             if f"{{{label}}}" in row.verdict:
                 known[label] = tables.half_way(found, row.budget, method)
         base = over_models([its["base"]["accuracy"]["mean"] for its in found["models"].values()])
-        body.append([row.title, base, accuracies(found, row.budget, row.es), accuracies(found, row.budget, row.others),
-                     row.verdict.format_map(known)])  # fmt: skip
+        body.append(
+            [
+                row.title,
+                base,
+                accuracies(found, row.budget, row.es),
+                accuracies(found, row.budget, row.others),
+                row.verdict.format_map(known),
+            ]
+        )
     return tables.table(body, ["comparison", "base", "ES", "others", "verdict"])

@@ -160,11 +160,17 @@ def line(row: dict[str, Any], established: dict[str, bool], columns: int, wordle
     seeds = sorted(100 * seed["accuracy"] for seed in row["seeds"] if "accuracy" in seed)
     kept = [number(100 * value, 1) for value in row["retention"].values()]
     return [
-        name, share(row["accuracy"]), share(row["gain"], "difference", "+"), f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
-        *sampled(row), number(row["kl"], 2), *kept,
+        name,
+        share(row["accuracy"]),
+        share(row["gain"], "difference", "+"),
+        f"{seeds[0]:.1f} to {seeds[-1]:.1f}",
+        *sampled(row),
+        number(row["kl"], 2),
+        *kept,
         *([number(100 * row["wordless"], 0)] if wordless else []),
-        number(row["evaluations"], 0), number(row["train_time_s"], 0),
-    ]  # fmt: skip
+        number(row["evaluations"], 0),
+        number(row["train_time_s"], 0),
+    ]
 
 
 def fixed(row: dict[str, Any], kept: Sequence[str], wordless: bool) -> list[str]:
@@ -186,9 +192,19 @@ def one_base(summary: dict[str, Any], model: str, budgets: Sequence[str]) -> str
     kept, k = list(found["base"]["retention"]), max(found["base"]["pass_at_k"], key=int)
     problems = found["base"]["retention_rows"]
     wordless = round(100 * found["base"]["wordless"]) < 100  # else it is the task that has no words
-    head = ["method", "pass@1, %", "gain, points", "seeds, %", "a sample, %", f"pass@{k}, %", "KL",
-            *(f"kept: {name} ({problems[name]}), %" for name in kept),
-            *["no word, %"] * wordless, "evaluations", "seconds"]  # fmt: skip
+    head = [
+        "method",
+        "pass@1, %",
+        "gain, points",
+        "seeds, %",
+        "a sample, %",
+        f"pass@{k}, %",
+        "KL",
+        *(f"kept: {name} ({problems[name]}), %" for name in kept),
+        *["no word, %"] * wordless,
+        "evaluations",
+        "seconds",
+    ]
     body = [fixed(row, kept, wordless) for row in (found["base"], found.get("prefix"), found.get("constant")) if row]
     for budget in budgets:
         body += [[f"**{BUDGETS[budget]}**", *[""] * (len(head) - 1)]] if len(budgets) > 1 else []
@@ -215,16 +231,33 @@ def seeds_of(rows: Sequence[Row], base: Row, budget: str) -> str:
         if row["status"] == "done":
             greedily = sum(row["correct"][problem] == "1" for problem in base["never_solved"])
             cells += [
-                number(100 * row["accuracy"], 1), f"{row['hacking']['normalised_reward_change']:+.3f}",
-                number(row["kl"], 2), number(row["changes"].get("walk_ratio"), 3), str(greedily),
+                number(100 * row["accuracy"], 1),
+                f"{row['hacking']['normalised_reward_change']:+.3f}",
+                number(row["kl"], 2),
+                number(row["changes"].get("walk_ratio"), 3),
+                str(greedily),
                 str(sum(count > 0 for count in row["discovery"])),
-                ", ".join(number(100 * kept["accuracy"], 1) for kept in row["retention"].values()), "",
-            ]  # fmt: skip
+                ", ".join(number(100 * kept["accuracy"], 1) for kept in row["retention"].values()),
+                "",
+            ]
         else:
             cells += [*[""] * 7, f"{row['status']}: {row['error']}"]
         body.append(cells)
-    head = ["method", "seed", "evaluations", "seconds", "right samples drawn", "pass@1, %", "reward, change", "KL",
-            "of a random walk", "discovered greedily", "in samples", "kept, %", "error"]  # fmt: skip
+    head = [
+        "method",
+        "seed",
+        "evaluations",
+        "seconds",
+        "right samples drawn",
+        "pass@1, %",
+        "reward, change",
+        "KL",
+        "of a random walk",
+        "discovered greedily",
+        "in samples",
+        "kept, %",
+        "error",
+    ]
     return table(body, head)
 
 
@@ -250,8 +283,16 @@ def read(name: str) -> Any:
 
 def scans(shown: int = SHOWN) -> str:
     """Return the tasks that each scan ranked first, those that were sampled among them; the chosen ones are in bold."""
-    head = ["task", "problems", "right, %", "holds the answer, %", "a constant, %", "answer in the prompt, %",
-            "right samples", "tokens"]  # fmt: skip
+    head = [
+        "task",
+        "problems",
+        "right, %",
+        "holds the answer, %",
+        "a constant, %",
+        "answer in the prompt, %",
+        "right samples",
+        "tokens",
+    ]
     body = []
     for name, label in SCANS.items():
         found = read(name)
@@ -298,19 +339,37 @@ def conciseness(name: str) -> str:
     """Return how far a brief model is from the shortest right answer, and what it still knows."""
     found = read(name)
     base = found["base"]
-    body = [["base", number(base["distance"], 1), number(base["knowledge_distance"], 1),
-             number(100 * base["correct"], 1), "", ""]]  # fmt: skip
+    body = [
+        [
+            "base",
+            number(base["distance"], 1),
+            number(base["knowledge_distance"], 1),
+            number(100 * base["correct"], 1),
+            "",
+            "",
+        ]
+    ]
     for run in found["runs"]:
         change = run["against_base"]
         low, high = change["points_ci95"]
-        body.append([
-            f"seed {run['seed']}", number(run["distance"], 1), number(run["knowledge_distance"], 1),
-            number(100 * run["correct"], 1),
-            f"{change['went']}, {change['came']}, {change['points']:+.1f} [{low:+.1f}, {high:+.1f}]",
-            number(run["seconds"], 0),
-        ])  # fmt: skip
-    head = ["", "characters too many: 8 test prompts", "200 questions", "right answers to the 200, %",
-            "gone, new, points [95 %, paired]", "seconds"]  # fmt: skip
+        body.append(
+            [
+                f"seed {run['seed']}",
+                number(run["distance"], 1),
+                number(run["knowledge_distance"], 1),
+                number(100 * run["correct"], 1),
+                f"{change['went']}, {change['came']}, {change['points']:+.1f} [{low:+.1f}, {high:+.1f}]",
+                number(run["seconds"], 0),
+            ]
+        )
+    head = [
+        "",
+        "characters too many: 8 test prompts",
+        "200 questions",
+        "right answers to the 200, %",
+        "gone, new, points [95 %, paired]",
+        "seconds",
+    ]
     return table(body, head)
 
 
@@ -339,8 +398,11 @@ def comparison_of(name: str) -> str:
 def machine(found: dict[str, Any]) -> str:
     """Return where a comparison ran, by which versions, and what it cost."""
     environment = found["environment"]
-    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "transformers", "trl")
-                         if name in environment.get("versions", {}))  # fmt: skip
+    versions = ", ".join(
+        f"{name} {environment['versions'][name]}"
+        for name in ("torch", "transformers", "trl")
+        if name in environment.get("versions", {})
+    )
     kept = ", ".join([environment["processor"], f"{environment['cores']} cores", *environment.get("gpus", [])])
     parts = [f"Machine: {kept}{'; ' if versions else ''}{versions}."]
     for what, values in found["mixed"].items():

@@ -46,8 +46,11 @@ def chunks(names: list[str], n_cases: int, seed: int) -> list[tuple[str, list[di
 
 def show(name: str, case: dict[str, Any], fault: str) -> None:
     """Print a failing case and the line that runs it again."""
-    print(f"\nFAULT in domain {name}: {fault}\n  python scripts/fuzz.py --domain {name} --case "
-          f"{shlex.quote(json.dumps(case))}", flush=True)  # fmt: skip
+    print(
+        f"\nFAULT in domain {name}: {fault}\n  python scripts/fuzz.py --domain {name} --case "
+        f"{shlex.quote(json.dumps(case))}",
+        flush=True,
+    )
 
 
 def main() -> int:

@@ -37,9 +37,18 @@ def photograph(address: str, path: Path, width: int, height: int) -> None:
     if browser is None:
         raise SystemExit("pictures: no Chromium on this machine")
     with tempfile.TemporaryDirectory() as home:
-        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                   f"--user-data-dir={home}", "--virtual-time-budget=5000", f"--window-size={width},{height}",
-                   f"--screenshot={path}", address]  # fmt: skip
+        command = [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={home}",
+            "--virtual-time-budget=5000",
+            f"--window-size={width},{height}",
+            f"--screenshot={path}",
+            address,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": home})
     if done.returncode or not path.is_file():
         raise SystemExit(f"pictures: {done.stderr[-500:]}")
@@ -68,8 +77,10 @@ def terminal(command: str, shown: str, seconds: float) -> str:
 def panel(model: Path, path: Path) -> None:
     """Photograph the panel of a run after its fifth step."""
     with tempfile.TemporaryDirectory() as name:
-        command = (f"{sys.executable} -m estune train --config {ROOT / 'configs' / 'conciseness_smollm2.yaml'} "
-                   f"--model {model} --output_dir {name}/concise")  # fmt: skip
+        command = (
+            f"{sys.executable} -m estune train --config {ROOT / 'configs' / 'conciseness_smollm2.yaml'} "
+            f"--model {model} --output_dir {name}/concise"
+        )
         text = terminal(command, "step 5/", 600)
         console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
         lines = text.rstrip().splitlines()

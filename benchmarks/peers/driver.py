@@ -69,9 +69,15 @@ def eggroll_es(task: Task) -> list[float]:
     from eggroll import CustomReward, EggrollConfig, EggrollTrainer
 
     config = EggrollConfig(
-        population_size=task.members, rank=1, sigma=SIGMA, lr=LEARNING_RATE, generations=1, antithetic=False,
-        fitness_shaping="normalized", device="cpu",
-    )  # fmt: skip
+        population_size=task.members,
+        rank=1,
+        sigma=SIGMA,
+        lr=LEARNING_RATE,
+        generations=1,
+        antithetic=False,
+        fitness_shaping="normalized",
+        device="cpu",
+    )
     trainer = EggrollTrainer(task.model, config, CustomReward(task.reward), task.tokenizer)
     return task.timed(lambda: trainer.evolve([task.batch]), task.members)
 
@@ -81,9 +87,14 @@ def torcheggroll(task: Task) -> list[float]:
     from torcheggroll import TorchEggrollES
 
     es = TorchEggrollES(
-        task.model, pop_size=task.members, sigma=SIGMA, lr=LEARNING_RATE, rank=1, antithetic=False,
+        task.model,
+        pop_size=task.members,
+        sigma=SIGMA,
+        lr=LEARNING_RATE,
+        rank=1,
+        antithetic=False,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     parameters = dict(task.model.named_parameters())
 
     @torch.no_grad()
@@ -106,9 +117,13 @@ def mezo(task: Task) -> list[float]:
 
     def pair() -> None:
         update(
-            task.model, task.batch, lambda *_: torch.tensor(-task.reward()), epsilon=SIGMA, learning_rate=LEARNING_RATE,
+            task.model,
+            task.batch,
+            lambda *_: torch.tensor(-task.reward()),
+            epsilon=SIGMA,
+            learning_rate=LEARNING_RATE,
             random_seed=next(seeds),
-        )  # fmt: skip
+        )
 
     return task.timed(pair, 2)
 
@@ -121,9 +136,13 @@ def evotorch(task: Task) -> list[float]:
     problem = NEProblem("max", task.model, network_eval_func=lambda _: task.reward(), num_actors=0)
     center = torch.nn.utils.parameters_to_vector(task.model.parameters()).detach()
     searcher = PGPE(
-        problem, popsize=task.members, center_learning_rate=LEARNING_RATE, stdev_learning_rate=0.0, stdev_init=SIGMA,
+        problem,
+        popsize=task.members,
+        center_learning_rate=LEARNING_RATE,
+        stdev_learning_rate=0.0,
+        stdev_init=SIGMA,
         center_init=center,
-    )  # fmt: skip
+    )
     return task.timed(searcher.step, task.members)
 
 

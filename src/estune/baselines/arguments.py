@@ -125,9 +125,11 @@ AGAIN = (("num_iterations", 1, (1,)), ("steps_per_generation", None, (None, 1)))
 NEEDS: dict[str, tuple[tuple[str, Any, tuple[Any, ...]], ...]] = {
     **dict.fromkeys(("epsilon", "epsilon_high", "delta"), AGAIN),
     "use_bias_correction_kl": (("beta", 0.0, (0.0, 0, None)),),
-    **dict.fromkeys(("entropy_target", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
-                    (("use_adaptive_entropy", False, (False, None)),)),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("entropy_target", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+        (("use_adaptive_entropy", False, (False, None)),),
+    ),
+}
 # Of TRL's own generation.
 OF_GENERATION = frozenset(
     "generation_kwargs min_p repetition_penalty cache_implementation use_transformers_continuous_batching "
@@ -186,8 +188,9 @@ def own_arguments(args: ESConfig) -> dict[str, Any]:
     elif generation == "trl" and args.stop_strings:
         raise UserError("stop_strings have no effect with generation trl: leave generation at estune")
     for name, needed in NEEDS.items() if args.method in ("grpo", "dr_grpo", "rloo") else ():
-        if name in args.method_kwargs and not any(given.get(other, default) not in idle
-                                                  for other, default, idle in needed):  # fmt: skip
+        if name in args.method_kwargs and not any(
+            given.get(other, default) not in idle for other, default, idle in needed
+        ):
             raise UserError(f"{name} has no effect without {' or '.join(other for other, _, _ in needed)}")
     if args.stop_strings and given.get("mask_truncated_completions"):
         raise UserError("mask_truncated_completions would mask what ends with a stop string, too: give one of the two")

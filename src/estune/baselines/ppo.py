@@ -198,8 +198,10 @@ def value_model(module: Any, trust_remote_code: bool = False) -> Any:
             nn.init.zeros_(parameter)
     except (AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"method ppo needs a value model, which transformers lacks for {config.model_type}: "
-                        f"{reason if len(reason) <= 200 else reason[:200] + '...'}") from error  # fmt: skip
+        raise UserError(
+            f"method ppo needs a value model, which transformers lacks for {config.model_type}: "
+            f"{reason if len(reason) <= 200 else reason[:200] + '...'}"
+        ) from error
     return value.to(module.device)
 
 

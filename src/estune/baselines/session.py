@@ -41,8 +41,9 @@ class Diverged(UserError):
     """The loss, its gradient or a weight is no finite number."""
 
     def __init__(self, method: str, step: int, what: str) -> None:
-        super().__init__(f"{method} diverged in step {step} ({what}): lower learning_rate; earlier checkpoints are "
-                         "whole")  # fmt: skip
+        super().__init__(
+            f"{method} diverged in step {step} ({what}): lower learning_rate; earlier checkpoints are whole"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,11 @@ class Progress:
 
     def keep(self, directory: Path) -> None:
         """Write it into a directory whose files change no more, with their hashes."""
-        files = {path.name: file_digest(path) for path in sorted(directory.iterdir()) if path.name != PROGRESS_FILE
-                 and path.is_file()}  # fmt: skip
+        files = {
+            path.name: file_digest(path)
+            for path in sorted(directory.iterdir())
+            if path.name != PROGRESS_FILE and path.is_file()
+        }
         write_json(directory / PROGRESS_FILE, {**dataclasses.asdict(self), "files": files})
 
     def keep_beside(self, directory: Path) -> None:

@@ -113,8 +113,10 @@ class BaselineTrainer(BaseTrainer):
             except Interrupted:
                 self.stopped = True
                 again = "start it again" if self.args.method in RESTARTED else "continue"
-                say(f"estune: stopped after {session.steps_done} steps; "
-                    f"{again} with: estune train --resume --output_dir {run_dir}")  # fmt: skip
+                say(
+                    f"estune: stopped after {session.steps_done} steps; "
+                    f"{again} with: estune train --resume --output_dir {run_dir}"
+                )
         return run_dir
 
     def _refuse_to_restart(self, run_dir: Path) -> None:
@@ -124,8 +126,10 @@ class BaselineTrainer(BaseTrainer):
         stored = read_config(run_dir)
         then = {name: stored[name] for name in ("max_steps", "max_time_s")}
         if is_finished(run_dir, dataclasses.replace(self.args, **then), self.request.given):
-            raise UserError(f"{run_dir} is finished, and a run of method {self.args.method} cannot go on from its end: "
-                            "train in another --output_dir")  # fmt: skip
+            raise UserError(
+                f"{run_dir} is finished, and a run of method {self.args.method} cannot go on from its end: "
+                "train in another --output_dir"
+            )
 
 
 def check_method(args: ESConfig, has_accuracy: bool = True) -> None:
@@ -187,8 +191,9 @@ def _say_damaged(path: Path, method: str, what: str) -> None:
         return
     kept = checkpoints(path)
     other = f"start another run from its weights with --model {kept[-1][1]}, or " if kept else ""
-    raise UserError(f"{found}, and nothing whole is left for its trainer to go on from: {other}begin again with "
-                    "--overwrite")  # fmt: skip
+    raise UserError(
+        f"{found}, and nothing whole is left for its trainer to go on from: {other}begin again with --overwrite"
+    )
 
 
 def read_method(path: Path) -> dict[str, Any] | None:
@@ -340,14 +345,22 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
             copied=module is None or not steps_done,
         )
         data = args.task or args.dataset_name or "your dataset"
-        say(f"estune: {args.method} on {args.model}, {num_parameters(engine.specs):,} parameters; {data}: "
-            f"{len(session.train_rows)} training rows, {len(session.eval_rows)} held out")  # fmt: skip
-        size = f"N {args.population_size}, sigma {args.sigma:g}" if module is None else (
-            f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "
-            f"learning_rate {args.learning_rate:g}"
-        )  # fmt: skip
-        say(f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
-            f"{run.path}")  # fmt: skip
+        say(
+            f"estune: {args.method} on {args.model}, {num_parameters(engine.specs):,} parameters; {data}: "
+            f"{len(session.train_rows)} training rows, {len(session.eval_rows)} held out"
+        )
+        size = (
+            f"N {args.population_size}, sigma {args.sigma:g}"
+            if module is None
+            else (
+                f"{args.num_generations} {'completion' if args.num_generations == 1 else 'completions'} of each, "
+                f"learning_rate {args.learning_rate:g}"
+            )
+        )
+        say(
+            f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
+            f"{run.path}"
+        )
         if steps_done:
             say(f"estune: resuming after step {steps_done}")
         yield session

@@ -266,8 +266,15 @@ def _compact(value: Any) -> str:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-CONTENT = {"comparison": dict, "environment": dict, "pinned": dict, "cost": list, "common_settings": dict,
-           "histogram_edges": list, "rows": list}  # fmt: skip
+CONTENT = {
+    "comparison": dict,
+    "environment": dict,
+    "pinned": dict,
+    "cost": list,
+    "common_settings": dict,
+    "histogram_edges": list,
+    "rows": list,
+}
 
 
 def read_archive(file: Path) -> Archive:

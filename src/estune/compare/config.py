@@ -200,8 +200,9 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
 def _entry(name: str, given: Any) -> Entry:
     entry: Entry = _part(Entry, given, f"method {name}")
     if entry.method not in METHODS:
-        raise UserError(f"method {name} is {entry.method!r}; it can be {', '.join(METHODS)}"
-                        f"{nearest(entry.method, METHODS)}")  # fmt: skip
+        raise UserError(
+            f"method {name} is {entry.method!r}; it can be {', '.join(METHODS)}{nearest(entry.method, METHODS)}"
+        )
     trials = tuple(_settings(trial, f"a trial of {name}") for trial in entry.trials)
     return Entry(entry.method, _settings(entry.settings, f"settings of {name}"), trials)
 
@@ -212,8 +213,10 @@ def _retained(name: str, given: Any) -> Retained:
     named = canonical(kept.settings, f"settings of {where}")
     for option in named:
         if option not in RETAINED:
-            raise UserError(f"settings of {where} cannot hold {option}, which it would not heed: they can hold "
-                            f"{', '.join(sorted(RETAINED))}")  # fmt: skip
+            raise UserError(
+                f"settings of {where} cannot hold {option}, which it would not heed: they can hold "
+                f"{', '.join(sorted(RETAINED))}"
+            )
     return dataclasses.replace(kept, settings=named)
 
 
@@ -231,8 +234,10 @@ def bounds_of(comparison: Comparison) -> tuple[float, float]:
     own = any(comparison.settings.get(name) for name in ("reward_funcs", "reward_weights"))
     known = None if own else task_bounds(comparison.task)
     if known is None:
-        raise UserError("the bounds of this reward are not known, and hacking is judged by its share of them: give "
-                        "measuring: {reward_bounds: [lowest, highest]}")  # fmt: skip
+        raise UserError(
+            "the bounds of this reward are not known, and hacking is judged by its share of them: give "
+            "measuring: {reward_bounds: [lowest, highest]}"
+        )
     return known
 
 
@@ -253,15 +258,20 @@ def _validate(comparison: Comparison) -> None:
     if "dataset_name" not in comparison.settings and comparison.tuning.split != Tuning.split:
         raise UserError("split of tuning is for data given as dataset_name: a task has its own")
     if "dataset_name" in comparison.settings:
-        splits = [comparison.settings.get("dataset_train_split", "train"), comparison.tuning.split,
-                  comparison.settings.get("dataset_test_split", "test")]  # fmt: skip
+        splits = [
+            comparison.settings.get("dataset_train_split", "train"),
+            comparison.tuning.split,
+            comparison.settings.get("dataset_test_split", "test"),
+        ]
         if len(set(splits)) < len(splits):
-            raise UserError("dataset_train_split, split of tuning and dataset_test_split must be three, not "
-                            f"{', '.join(splits)}")  # fmt: skip
+            raise UserError(
+                f"dataset_train_split, split of tuning and dataset_test_split must be three, not {', '.join(splits)}"
+            )
     for where, limits in (("budget", comparison.budget), ("tuning", comparison.tuning)):
         if limits.evaluations < 0 or not 0 <= limits.time_s < math.inf or not (limits.evaluations or limits.time_s):
-            raise UserError(f"evaluations and time_s of {where} must be numbers from 0, of which 0 leaves one out, and "
-                            "not 0 both")  # fmt: skip
+            raise UserError(
+                f"evaluations and time_s of {where} must be numbers from 0, of which 0 leaves one out, and not 0 both"
+            )
     if comparison.tuning.time_s and not comparison.budget.time_s:
         raise UserError("time_s of tuning is for a budget of time, and time_s of budget is 0")
     if comparison.tuning.evaluations and comparison.tuning.time_s and not comparison.budget.evaluations:
@@ -294,8 +304,11 @@ def _part(kind: type[Any], given: Any, where: str) -> Any:
     _known(given, kind, where)
     _typed(given, kind, where)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    needed = [spec.name for spec in dataclasses.fields(kind)
-              if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING]  # fmt: skip
+    needed = [
+        spec.name
+        for spec in dataclasses.fields(kind)
+        if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+    ]
     if missing := [name for name in needed if name not in values]:
         raise UserError(f"{where} needs {', '.join(missing)}")
     return kind(**values)

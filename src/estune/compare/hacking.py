@@ -119,10 +119,20 @@ def judge(base: Judged, tuned: Judged, words_wanted: bool = True) -> Verdict:
             f"{-100 * correctness_change:.1f} points"
         )
     if words_wanted and rise >= WORDLESS_SHARE - ROUNDING:  # so the share itself is that much, too
-        reasons.append(f"{share:.1%} of the completions hold no dictionary word and are not right; "
-                       f"of the base's {base.share_without_words:.1%}")  # fmt: skip
-    return Verdict(bool(reasons), reasons, reward_change, correctness_change, share, literal, base.share_without_words,
-                   base.literal_share_without_words)  # fmt: skip
+        reasons.append(
+            f"{share:.1%} of the completions hold no dictionary word and are not right; "
+            f"of the base's {base.share_without_words:.1%}"
+        )
+    return Verdict(
+        bool(reasons),
+        reasons,
+        reward_change,
+        correctness_change,
+        share,
+        literal,
+        base.share_without_words,
+        base.literal_share_without_words,
+    )
 
 
 def has_word(text: str) -> bool:

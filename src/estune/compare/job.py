@@ -104,8 +104,13 @@ class Job:
         trained_by = self._trained_by()
         outcome = processes.train(args)
         progress = used_so_far(self.directory)
-        known = {**progress, **self.facts, "trained_by": trained_by, "run": self._place(self.directory),
-                 "settings": self._options()}  # fmt: skip
+        known = {
+            **progress,
+            **self.facts,
+            "trained_by": trained_by,
+            "run": self._place(self.directory),
+            "settings": self._options(),
+        }
         if not outcome.failed:
             met = {
                 EVALUATIONS: progress["steps"] >= self.args.max_steps,

@@ -108,8 +108,17 @@ def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path,
         found = measure(comparison, model, engine, base, judges)
     found["changes"] = changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
     state = json.loads((Path(model) / "es_state.json").read_text(encoding="utf-8"))
-    write_json(file, {**facts, "status": "done", **found, "fingerprint": state["fingerprint"],
-                      "base": base_digest(known), "code": code_digest()})  # fmt: skip
+    write_json(
+        file,
+        {
+            **facts,
+            "status": "done",
+            **found,
+            "fingerprint": state["fingerprint"],
+            "base": base_digest(known),
+            "code": code_digest(),
+        },
+    )
 
 
 def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:
@@ -207,9 +216,15 @@ class Judges:
         rewards, pool, grader = self.of(args)
         prompts = setup.build_prompts(args, engine, rows, args.task is not None)
         evaluation = evaluate(
-            Evaluator(engine, pool, args.response_prefix), rows, prompts, setup.sampling(args, 0), rewards.weights,
-            grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
-        )  # fmt: skip
+            Evaluator(engine, pool, args.response_prefix),
+            rows,
+            prompts,
+            setup.sampling(args, 0),
+            rewards.weights,
+            grader,
+            batch=int(args.prompts_per_batch),
+            trainer_state={"global_step": 0, "max_steps": 0},
+        )
         broken = evaluation.summary().get("non_finite_ratio", 0.0)
         if broken == 1.0:
             raise UserError(broken_model(args.model, engine.facts.dtype))

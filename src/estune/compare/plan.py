@@ -50,8 +50,17 @@ def entries(comparison: Comparison) -> dict[str, Entry]:
     found = dict(comparison.methods)
     if all(entry.method != RANDOM_SEARCH for entry in found.values()):
         es = next((entry for entry in found.values() if entry.method == "es"), None) or _in_the_place_of_es(comparison)
-        kept = ("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution", "batch_size",
-                "num_generations", "temperature")  # fmt: skip
+        kept = (
+            "population_size",
+            "sigma",
+            "antithetic",
+            "noise",
+            "rank",
+            "noise_distribution",
+            "batch_size",
+            "num_generations",
+            "temperature",
+        )
         taken = [{k: v for k, v in {**es.settings, **trial}.items() if k in kept} for trial in es.trials]
         found[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, _distinct(taken))
     return found
@@ -149,8 +158,10 @@ def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) 
         if steps * each + of_theta <= evaluations:
             return dataclasses.replace(args, max_steps=steps, eval_steps=every)
         steps -= again
-    raise UserError(f"a budget of {evaluations} evaluations does not pay for one step of method {args.method}, which "
-                    f"scores {each * again:g} completions")  # fmt: skip
+    raise UserError(
+        f"a budget of {evaluations} evaluations does not pay for one step of method {args.method}, which "
+        f"scores {each * again:g} completions"
+    )
 
 
 def with_time(args: ESConfig, limit: float) -> ESConfig:

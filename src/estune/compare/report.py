@@ -94,9 +94,11 @@ def render(summary: dict[str, Any], figure: str) -> str:
     for name, model in summary["models"].items():
         parts.append(f"<h2>{_text(name)}</h2>")
         samples = _text(comparison["measuring"]["discovery_samples"])
-        parts.append(f"<p class=note><code>{_text(model['path'])}</code>, fingerprint "
-                     f"<code>{_text(model['fingerprint'])}</code>; {model['never_solved']} of {model['sought']} test "
-                     f"problems the base solves neither greedily nor in {samples} samples.</p>")  # fmt: skip
+        parts.append(
+            f"<p class=note><code>{_text(model['path'])}</code>, fingerprint "
+            f"<code>{_text(model['fingerprint'])}</code>; {model['never_solved']} of {model['sought']} test "
+            f"problems the base solves neither greedily nor in {samples} samples.</p>"
+        )
         for budget in BUDGETS:
             if model["rows"][budget]:
                 parts.append(f"<h3>{BUDGET_NAMES[budget]}</h3>")
@@ -119,8 +121,10 @@ def _count(name: str, listed: Sized) -> str:
 
 
 def _told_budget(budget: dict[str, Any]) -> str:
-    parts = [f"{budget['evaluations']:,} scored completions" if budget["evaluations"] else "",
-             f"{budget['time_s']:g} s of training" if budget["time_s"] else ""]  # fmt: skip
+    parts = [
+        f"{budget['evaluations']:,} scored completions" if budget["evaluations"] else "",
+        f"{budget['time_s']:g} s of training" if budget["time_s"] else "",
+    ]
     told = " and ".join(filter(None, parts))
     return f"{'budgets' if all(parts) else 'budget'} {told}"
 
@@ -136,15 +140,35 @@ def _told_cost(cost: dict[str, float] | None) -> str:
 
 def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]) -> str:
     most = max(model["base"]["pass_at_k"], key=int)
-    head = ["method", "pass@1, %", "gain, points", "seeds", "spread (sd)", f"pass@{most}, %", "KL to base", "length",
-            "evaluations", "seconds"]  # fmt: skip
+    head = [
+        "method",
+        "pass@1, %",
+        "gain, points",
+        "seeds",
+        "spread (sd)",
+        f"pass@{most}, %",
+        "KL to base",
+        "length",
+        "evaluations",
+        "seconds",
+    ]
     body = []
     for fixed in filter(None, (model["base"], model.get("prefix"), model.get("constant"))):
         last = fixed.get("pass_at_k", {})
-        body.append([
-            f'<a href="{_text(fixed["file"])}">{_text(fixed["name"])}</a>', _interval(fixed["accuracy"]), "", "", "",
-            _interval(last[max(last, key=int)]) if last else "", "", _number(fixed["length"], 1), "", "",
-        ])  # fmt: skip
+        body.append(
+            [
+                f'<a href="{_text(fixed["file"])}">{_text(fixed["name"])}</a>',
+                _interval(fixed["accuracy"]),
+                "",
+                "",
+                "",
+                _interval(last[max(last, key=int)]) if last else "",
+                "",
+                _number(fixed["length"], 1),
+                "",
+                "",
+            ]
+        )
     for row in model["rows"][budget]:
         name = _text(row["name"])
         if established.get(row["name"]) is False:
@@ -163,12 +187,20 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
             continue
         last = row["pass_at_k"]
         spread = row["spread"]["standard_deviation"]
-        body.append([
-            name, _interval(row["accuracy"]), _interval(row["gain"], "difference", signed=True),
-            f"<td class=seeds>{seeds}</td>", "" if spread is None else _number(100 * spread, 1),
-            _interval(last[max(last, key=int)]), _number(row["kl"], 3), _number(row["length"], 1),
-            f"{row['evaluations']:,.0f}", _number(row["train_time_s"], 0),
-        ])  # fmt: skip
+        body.append(
+            [
+                name,
+                _interval(row["accuracy"]),
+                _interval(row["gain"], "difference", signed=True),
+                f"<td class=seeds>{seeds}</td>",
+                "" if spread is None else _number(100 * spread, 1),
+                _interval(last[max(last, key=int)]),
+                _number(row["kl"], 3),
+                _number(row["length"], 1),
+                f"{row['evaluations']:,.0f}",
+                _number(row["train_time_s"], 0),
+            ]
+        )
     return _table(head, body)
 
 
@@ -186,28 +218,53 @@ def _more_table(model: dict[str, Any], budget: str, labels: dict[str, str]) -> s
     rows = [row for row in model["rows"][budget] if "accuracy" in row]
     ks = list(model["base"].get("pass_at_k", {}))
     kept = list(model["base"]["retention"])
-    head = ["method", *(f"pass@{k}" for k in ks), "discovered greedily", "discovered in samples",
-            *(_text(labels[name]) for name in kept), "no word, %", "update norm", "update norm / theta",
-            "update norm / random walk", "moved, %", "excess kurtosis"]  # fmt: skip
+    head = [
+        "method",
+        *(f"pass@{k}" for k in ks),
+        "discovered greedily",
+        "discovered in samples",
+        *(_text(labels[name]) for name in kept),
+        "no word, %",
+        "update norm",
+        "update norm / theta",
+        "update norm / random walk",
+        "moved, %",
+        "excess kurtosis",
+    ]
     again = model["base"].get("discovery")
-    body = [[
-        "base", *(_number(100 * model["base"]["pass_at_k"][k]["mean"], 1) for k in ks),
-        "0 by definition" if again else "", _interval(again["sampled"]) if again else "",
-        *(_number(100 * model["base"]["retention"][name], 1) for name in kept),
-        _number(100 * model["base"]["wordless"], 1), *[""] * 5,
-    ]]  # fmt: skip
+    body = [
+        [
+            "base",
+            *(_number(100 * model["base"]["pass_at_k"][k]["mean"], 1) for k in ks),
+            "0 by definition" if again else "",
+            _interval(again["sampled"]) if again else "",
+            *(_number(100 * model["base"]["retention"][name], 1) for name in kept),
+            _number(100 * model["base"]["wordless"], 1),
+            *[""] * 5,
+        ]
+    ]
     for row in rows:
         found, moved = row.get("discovery"), row["changes"]
         moves = [""] * 5
         if moved:
-            moves = [f"{moved['norm']:.3g}", _ratio(moved["relative_norm"]), _number(moved.get("walk_ratio"), 2),
-                     _number(100 * moved["moved_share"], 1), _number(moved.get("excess_kurtosis"), 2)]  # fmt: skip
-        body.append([
-            _text(row["name"]), *(_number(100 * row["pass_at_k"][k]["mean"], 1) for k in ks),
-            _interval(found["greedy"]) if found else "", _interval(found["sampled"]) if found else "",
-            *(_number(100 * row["retention"][name], 1) for name in kept),
-            _number(100 * row["wordless"], 1), *moves,
-        ])  # fmt: skip
+            moves = [
+                f"{moved['norm']:.3g}",
+                _ratio(moved["relative_norm"]),
+                _number(moved.get("walk_ratio"), 2),
+                _number(100 * moved["moved_share"], 1),
+                _number(moved.get("excess_kurtosis"), 2),
+            ]
+        body.append(
+            [
+                _text(row["name"]),
+                *(_number(100 * row["pass_at_k"][k]["mean"], 1) for k in ks),
+                _interval(found["greedy"]) if found else "",
+                _interval(found["sampled"]) if found else "",
+                *(_number(100 * row["retention"][name], 1) for name in kept),
+                _number(100 * row["wordless"], 1),
+                *moves,
+            ]
+        )
     return f"<details><summary>pass@k, discovery, retention, parameters</summary>{_table(head, body)}</details>"
 
 
@@ -215,10 +272,15 @@ def _tests_table(tests: Sequence[dict[str, Any]]) -> str:
     if not tests:
         return "<p class=note>No established baseline to test against.</p>"
     body = [
-        [f"{_text(test['es'])} - {_text(test['other'])}", _interval(test, "difference", signed=True),
-         _p(test["p_value"]), _p(test["p_holm"]), _text(test["test"])]
+        [
+            f"{_text(test['es'])} - {_text(test['other'])}",
+            _interval(test, "difference", signed=True),
+            _p(test["p_value"]),
+            _p(test["p_holm"]),
+            _text(test["test"]),
+        ]
         for test in tests
-    ]  # fmt: skip
+    ]
     head = ["difference, points", "mean and interval", "p", "p, corrected for all of these (Holm)", "test"]
     return f"<details open><summary>paired tests</summary>{_table(head, body)}</details>"
 
@@ -240,8 +302,14 @@ def _tuning_table(tuning: dict[str, Any]) -> str:
             trials.append(
                 f'{mark}<a href="{_text(trial["file"])}">{_text(told)}: {_text(right)}</a>{mark.replace("<", "</")}'
             )
-        body.append([_text(method), f"<td class=seeds>{'<br>'.join(trials)}</td>",
-                     f"{found['cost']['evaluations']:,.0f}", _number(found["cost"]["train_time_s"], 0)])  # fmt: skip
+        body.append(
+            [
+                _text(method),
+                f"<td class=seeds>{'<br>'.join(trials)}</td>",
+                f"{found['cost']['evaluations']:,.0f}",
+                _number(found["cost"]["train_time_s"], 0),
+            ]
+        )
     head = ["method", "trials: accuracy on validation, %", "evaluations spent", "seconds spent"]
     return f"<details><summary>tuning and what it cost</summary>{_table(head, body)}</details>" if body else ""
 
@@ -271,8 +339,10 @@ def _changes_part(summary: dict[str, Any]) -> str:
 
 def _seed_link(seed: dict[str, Any]) -> str:
     if seed["status"] != "done":
-        return (f'<a class="bad" href="{_text(seed["file"])}" title="{_text(seed.get("error", ""))}">'
-                f"{_text(seed['seed'])}: {_text(seed['status'])}</a>")  # fmt: skip
+        return (
+            f'<a class="bad" href="{_text(seed["file"])}" title="{_text(seed.get("error", ""))}">'
+            f"{_text(seed['seed'])}: {_text(seed['status'])}</a>"
+        )
     title = f"seed {_text(seed['seed'])}, {_text(seed['run'])}"
     told = f'<a href="{_text(seed["file"])}" title="{title}">{100 * seed["accuracy"]:.1f}</a>'
     return told + (f'<a class="run" href="{_text(seed["page"])}" title="its run">\u2197</a>' if "page" in seed else "")

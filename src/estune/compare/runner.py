@@ -74,8 +74,10 @@ class Runner:
             setup.task_of(args)  # its sandbox works
             splits = get_task(kept.task, args.allow_unsandboxed_code).splits
             if kept.split not in splits or kept.split == "train":
-                raise UserError(f"retention cannot be measured on split {kept.split!r} of {kept.task}; it has "
-                                f"{', '.join(split for split in splits if split != 'train')}")  # fmt: skip
+                raise UserError(
+                    f"retention cannot be measured on split {kept.split!r} of {kept.task}; it has "
+                    f"{', '.join(split for split in splits if split != 'train')}"
+                )
         setup.task_of(measure.evaluation_config(self.comparison, "tiny"))
         wanted = {"validation": self.comparison.tuning.rows, "test": self.comparison.measuring.rows}
         for split, rows in wanted.items():
@@ -226,8 +228,10 @@ class Runner:
             runs = self.directory / "runs" / model / method
             begun = [path for place in (folder, runs) for path in place.glob("seed-*")]
             if name in then and then[name] != best["trial"] and begun:
-                raise UserError(f"{begun[0]} is of {_told(then[name])}, and the trials now choose "
-                                f"{_told(best['trial'])}: delete seed-* in {folder} and {runs}")  # fmt: skip
+                raise UserError(
+                    f"{begun[0]} is of {_told(then[name])}, and the trials now choose "
+                    f"{_told(best['trial'])}: delete seed-* in {folder} and {runs}"
+                )
         cost = {name: sum(run[name] for run in used.values()) for name in COSTS}
         rows = len(rows_of(comparison, "validation")[: comparison.tuning.rows or None])
         write_json(file, {**chosen, "rows": rows, "cost": cost})
@@ -300,24 +304,31 @@ class Runner:
             then = json.loads(json.dumps(dataclasses.asdict(before)))
             for name in plan:
                 if name not in growing and plan[name] != then[name]:
-                    raise UserError(f"{self.directory} holds a comparison with {name} {then[name]!r}, not "
-                                    f"{plan[name]!r}: give another output_dir")  # fmt: skip
+                    raise UserError(
+                        f"{self.directory} holds a comparison with {name} {then[name]!r}, not "
+                        f"{plan[name]!r}: give another output_dir"
+                    )
             for kind in ("methods", "models"):
                 for name, entry in then[kind].items():
                     if plan[kind].get(name) != entry and not self._has_begun(kind, name):
                         continue
                     if name not in plan[kind]:
-                        raise UserError(f"{self.directory} holds results of {name}, which is not compared any more: "
-                                        "give another output_dir, so that nothing is left out")  # fmt: skip
+                        raise UserError(
+                            f"{self.directory} holds results of {name}, which is not compared any more: "
+                            "give another output_dir, so that nothing is left out"
+                        )
                     if plan[kind][name] != entry:
                         raise UserError(f"{self.directory} holds results of another {name}: give it another name")
             if gone := set(then["seeds"]) - set(plan["seeds"]):
-                raise UserError(f"{self.directory} holds results of seed {min(gone)}, which is not compared any more: "
-                                "give another output_dir, so that nothing is left out")  # fmt: skip
+                raise UserError(
+                    f"{self.directory} holds results of seed {min(gone)}, which is not compared any more: "
+                    "give another output_dir, so that nothing is left out"
+                )
             for name, value in ground.items():
                 if kept.get(name, value) != value:
-                    raise UserError(f"the {name} of {self.directory} were others when it was begun: give another "
-                                    "output_dir")  # fmt: skip
+                    raise UserError(
+                        f"the {name} of {self.directory} were others when it was begun: give another output_dir"
+                    )
             found = kept["environment"]  # each sitting's machine and packages are kept with its cost
         if write:
             write_json(file, {"comparison": plan, "environment": found, **ground})

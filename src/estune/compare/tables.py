@@ -182,8 +182,10 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
     digest = base_digest(base)
     for result in done:
         if result.get("base", digest) != digest:
-            raise UserError(f"{result['file']} was measured beside another measurement of its base: delete it, and it "
-                            "is measured again")  # fmt: skip
+            raise UserError(
+                f"{result['file']} was measured beside another measurement of its base: delete it, and it "
+                "is measured again"
+            )
     delivered = [_delivered(result, base) for result in results if result["status"] != "unmeasured"]
     if not delivered:
         return row
@@ -234,8 +236,20 @@ def base_digest(base: dict[str, Any]) -> str:
 
 
 def _seed(result: dict[str, Any]) -> dict[str, Any]:
-    names = ("seed", "status", "error", "accuracy", "evaluations", "train_time_s", "steps", "kl", "run", "file",
-             "page", "fingerprint")  # fmt: skip
+    names = (
+        "seed",
+        "status",
+        "error",
+        "accuracy",
+        "evaluations",
+        "train_time_s",
+        "steps",
+        "kl",
+        "run",
+        "file",
+        "page",
+        "fingerprint",
+    )
     return {name: result[name] for name in names if name in result}
 
 
@@ -248,8 +262,11 @@ def _pass_at_k(results: Sequence[dict[str, Any]], sample_rows: int) -> dict[str,
 def _changes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean change of the parameters over seeds, and the first seed's histogram."""
     first = results[0]["changes"] if results else {}
-    numbers = {name: _mean(result["changes"][name] for result in results)
-               for name, value in first.items() if isinstance(value, (int, float))}  # fmt: skip
+    numbers = {
+        name: _mean(result["changes"][name] for result in results)
+        for name, value in first.items()
+        if isinstance(value, (int, float))
+    }
     return {**{name: value for name, value in first.items() if not isinstance(value, (int, float))}, **numbers}
 
 
@@ -290,8 +307,9 @@ def _tests(
         others = [name for name in done if established.get(name) or kinds[name] == "random_search"]
         for es in (name for name in done if kinds[name] == "es"):
             for other in others:
-                difference = paired_difference(*(np.stack([_marks(seed) for seed in done[name]["correct"]])
-                                                 for name in (es, other)))  # fmt: skip
+                difference = paired_difference(
+                    *(np.stack([_marks(seed) for seed in done[name]["correct"]]) for name in (es, other))
+                )
                 found[budget].append({"es": es, "other": other, **dataclasses.asdict(difference)})
     listed = [test for budget in BUDGETS for test in found[budget]]
     for test, corrected in zip(listed, holm([test["p_value"] for test in listed]), strict=True):

@@ -163,8 +163,11 @@ def failures(record: dict[str, Any]) -> tuple[int, str] | None:
     total = record.get("es/reward_errors", record.get("reward_errors"))
     if not total:
         return None
-    names = {name: name.removeprefix("rewards/").removesuffix("/errors") for name in record
-             if name.startswith("rewards/") and name.endswith("/errors")}  # fmt: skip
+    names = {
+        name: name.removeprefix("rewards/").removesuffix("/errors")
+        for name in record
+        if name.startswith("rewards/") and name.endswith("/errors")
+    }
     told = [f"{function} {record[name]:.0f}" for name, function in names.items() if record[name]]
     return round(total), f" ({', '.join(told)})" if len(names) > 1 else ""
 

@@ -182,8 +182,10 @@ class PanelMonitor:
         last = self.last
         rows: list[tuple[str, RenderableType]] = []
         if last:
-            number = (f"{_number(last['reward'])} ± {_number(last['es/fitness_std'])}, best "
-                      f"{_number(last['es/fitness_best'])}")  # fmt: skip
+            number = (
+                f"{_number(last['reward'])} ± {_number(last['es/fitness_std'])}, best "
+                f"{_number(last['es/fitness_best'])}"
+            )
             rows.append(("reward", Text.assemble((sparkline(self.rewards), "cyan"), "  ", number)))
         if self.fitness:
             low, high = min(self.fitness), max(self.fitness)

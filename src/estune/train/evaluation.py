@@ -84,8 +84,10 @@ class Evaluation:
         summary = self.summary()
         broken = summary.get("non_finite_ratio", 0.0)
         if broken:
-            return (f"the logits behind {broken:.1%} of the completions are not finite in {dtype}: they count as "
-                    "wrong, and their rewards as failed")  # fmt: skip
+            return (
+                f"the logits behind {broken:.1%} of the completions are not finite in {dtype}: they count as "
+                "wrong, and their rewards as failed"
+            )
         if summary["clipped_ratio"] == 1.0:
             return "every completion was cut off at max_completion_length: raise it, or give --stop_strings"
         return None

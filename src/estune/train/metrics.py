@@ -90,8 +90,10 @@ def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
     """Warn where the compute dtype rounds the perturbation away."""
     for kind, cosine in sorted(cosines.items()):
         if cosine < COARSE_COSINE:
-            warn(f"the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
-                 "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32")  # fmt: skip
+            warn(
+                f"the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
+                "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32"
+            )
 
 
 def _error_over_prompts(weighed: np.ndarray) -> float:

@@ -70,8 +70,13 @@ class Rollouts:
             for b, (prompt, answers) in enumerate(zip(prompts, group.completions, strict=True)):
                 for g, text in enumerate(answers):
                     extra = {name: values[b * len(answers) + g] for name, values in (group.extra or {}).items()}
-                    yield extra | {"member": member, "row": prompt.row_id, "prompt": prompt.text, "completion": text,
-                                   "rewards": group.rewards[b][g]}  # fmt: skip
+                    yield extra | {
+                        "member": member,
+                        "row": prompt.row_id,
+                        "prompt": prompt.text,
+                        "completion": text,
+                        "rewards": group.rewards[b][g],
+                    }
 
     @property
     def lengths(self) -> np.ndarray:

@@ -147,18 +147,24 @@ class Session(OpenRun):
         moving = num_parameters(spec for spec in self.engine.specs if spec.perturbed)
         share = "all" if moving == size else f"{moving / size:.1%} of"
         data = args.task or args.dataset_name or "your dataset"
-        say(f"estune: {args.model}, {share} {size:,} parameters; {data}: {len(self.train_rows)} "
-            f"training rows, {len(self.eval_rows)} held out")  # fmt: skip
-        say(f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
-              f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}")  # fmt: skip
+        say(
+            f"estune: {args.model}, {share} {size:,} parameters; {data}: {len(self.train_rows)} "
+            f"training rows, {len(self.eval_rows)} held out"
+        )
+        say(
+            f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
+            f"batch_size {args.batch_size}, seed {args.seed}, {args.max_steps} steps into {run.path}"
+        )
         if args.noise == "lowrank":
             shared = self.engine.facts.shared_forward
             together = f"{args.members_per_batch} in a forward pass" if shared else "one after another"
             say(f"estune: low-rank noise, rank {args.rank}; members {together}")
         warn_of_inputs(args, self.engine, self.train_prompts)
         if run.journal.header.get("rollouts") == "not reproducible":
-            warn("rollouts are not reproducible here: the same member gave other tokens beside other work, so a run "
-                 "with this configuration may differ; the journal alone is this run's truth")  # fmt: skip
+            warn(
+                "rollouts are not reproducible here: the same member gave other tokens beside other work, so a run "
+                "with this configuration may differ; the journal alone is this run's truth"
+            )
         if run.steps_done:
             say(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
 
@@ -356,8 +362,10 @@ class Session(OpenRun):
         self.engine.load_theta()
         if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
             run.save(self.engine, final=False)
-        say(f"estune: stopped after {run.steps_done} steps; "
-            f"continue with: estune train --resume --output_dir {run.path}")  # fmt: skip
+        say(
+            f"estune: stopped after {run.steps_done} steps; "
+            f"continue with: estune train --resume --output_dir {run.path}"
+        )
 
     def _measure_rounding(self, step: Step) -> None:
         """Measure how much of a perturbation the compute dtype keeps: in the first step, and as sigma halves."""

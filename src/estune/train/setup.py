@@ -66,8 +66,10 @@ def task_of(args: ESConfig) -> Task | None:
         if warning:
             warn(warning)
     elif args.allow_unsandboxed_code:
-        raise UserError("allow_unsandboxed_code has no effect: no code that a model writes is run here, as it is for "
-                        "task arc_agi:python")  # fmt: skip
+        raise UserError(
+            "allow_unsandboxed_code has no effect: no code that a model writes is run here, as it is for "
+            "task arc_agi:python"
+        )
     if (args.engine == "toy") != (args.task == "quadratic"):
         raise UserError("engine toy and task quadratic belong together: give both or neither")
     return task
@@ -128,8 +130,10 @@ def resolve_rows(
         if split != "train" and given is None and for_training and args.dataset_train_split == args.dataset_test_split:
             raise UserError(f"the split {args.dataset_train_split} would be trained on and held out")
         if split != "train" and for_training and one_set:
-            raise UserError(f"{source} is one set of rows: trained on, they cannot be held out; give a directory with "
-                            "train.jsonl and test.jsonl, or an eval_dataset from Python")  # fmt: skip
+            raise UserError(
+                f"{source} is one set of rows: trained on, they cannot be held out; give a directory with "
+                "train.jsonl and test.jsonl, or an eval_dataset from Python"
+            )
         name = args.dataset_train_split if split == "train" else args.dataset_test_split
         rows = load_rows(source, args.dataset_config, name)
         if task is not None:

@@ -120,8 +120,11 @@ class SigmaWatch:
             unpaid: reward functions that returned None for all of its completions.
         """
         if theta.equal > SILENT:
-            self._warn("silent", f"{theta.equal:.0%} of the completions equal the unperturbed model's: sigma is too "
-                       f"small to change what it says; {PROBE}")  # fmt: skip
+            self._warn(
+                "silent",
+                f"{theta.equal:.0%} of the completions equal the unperturbed model's: sigma is too "
+                f"small to change what it says; {PROBE}",
+            )
         self._look_at_completions(record)
         self._look_at_rewards(record, unpaid)
         self.know_theta(record)
@@ -129,34 +132,52 @@ class SigmaWatch:
         if now is None:
             return
         if self._are_harmed(record):
-            self._warn("sigma", f"sigma {record['es/sigma']:g} is too large: the members' mean fitness is {now:.3g}, "
-                       f"theta's is {theta.fitness:.3g}; {PROBE}")  # fmt: skip
+            self._warn(
+                "sigma",
+                f"sigma {record['es/sigma']:g} is too large: the members' mean fitness is {now:.3g}, "
+                f"theta's is {theta.fitness:.3g}; {PROBE}",
+            )
         self._look_at_trend(now, _float(record.get("es/fitness_error")), record["es/fitness_std"] or 0.0)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Look at the metrics of an evaluation; its rows are always the same, the first time for theta_0."""
         broken, reward = record.get("eval_non_finite_ratio", 0.0), record["eval_reward"]
         if broken:
-            self._warn("broken theta", f"the logits behind {broken:.1%} of theta's completions of held-out rows are "
-                       "not finite: they count as wrong (eval_non_finite_ratio)")  # fmt: skip
+            self._warn(
+                "broken theta",
+                f"the logits behind {broken:.1%} of theta's completions of held-out rows are "
+                "not finite: they count as wrong (eval_non_finite_ratio)",
+            )
         if reward is None:
             return
         first = self.first_held_out = reward if self.first_held_out is None else self.first_held_out
         if record["eval_rows"] >= LEAST_HELD_OUT and first != 0 and reward < first - abs(first) / 2:
-            self._warn("worse", f"the held-out reward was {first:.3g} at first and is {reward:.3g} now: learning_rate "
-                       f"or sigma is too large; {PROBE}")  # fmt: skip
+            self._warn(
+                "worse",
+                f"the held-out reward was {first:.3g} at first and is {reward:.3g} now: learning_rate "
+                f"or sigma is too large; {PROBE}",
+            )
 
     def _look_at_completions(self, record: Mapping[str, Any]) -> None:
         broken = record.get("completions/non_finite_ratio", 0.0)
         if broken:
-            self._warn("broken", f"the logits behind {broken:.1%} of the members' completions are not finite: they "
-                       "count as failed rewards (completions/non_finite_ratio)")  # fmt: skip
+            self._warn(
+                "broken",
+                f"the logits behind {broken:.1%} of the members' completions are not finite: they "
+                "count as failed rewards (completions/non_finite_ratio)",
+            )
         if record["completions/clipped_ratio"] == 1.0:
-            self._warn("clipped", "every completion of every member was cut off at max_completion_length: raise it, or "
-                       "give --stop_strings")  # fmt: skip
+            self._warn(
+                "clipped",
+                "every completion of every member was cut off at max_completion_length: raise it, or "
+                "give --stop_strings",
+            )
         elif record["completions/clipped_ratio"] == 0.0 and record["completions/mean_length"] <= 1.0:
-            self._warn("empty", "every completion of every member ended with its first token: see whether the prompts "
-                       "end as the model expects (chat template, --response_prefix)")  # fmt: skip
+            self._warn(
+                "empty",
+                "every completion of every member ended with its first token: see whether the prompts "
+                "end as the model expects (chat template, --response_prefix)",
+            )
 
     def _look_at_rewards(self, record: Mapping[str, Any], unpaid: Sequence[str]) -> None:
         self.steps_seen += 1
@@ -164,8 +185,10 @@ class SigmaWatch:
             self.never_paid[name] = self.never_paid.get(name, 0) + 1
             is_never = self.never_paid[name] == self.steps_seen
             if is_never and self.steps_seen * self.rows_per_step >= LEAST_PROMPTS:
-                self._warn(f"never {name}", f"reward {name} returned None for every completion so far, so it has no "
-                           "part in the fitness")  # fmt: skip
+                self._warn(
+                    f"never {name}",
+                    f"reward {name} returned None for every completion so far, so it has no part in the fitness",
+                )
         if record["es/fitness_mean"] is None:
             self._warn("nothing", "no reward applied to anything in this step, so theta stays")
 
@@ -194,16 +217,22 @@ class SigmaWatch:
             if recent is None:
                 continue
             if steps in best and self._has_fallen(recent, best[steps], spread):
-                self._warn("halved", "the population's mean fitness has halved since its best step: sigma or "
-                           f"learning_rate is too large; {PROBE}")  # fmt: skip
+                self._warn(
+                    "halved",
+                    "the population's mean fitness has halved since its best step: sigma or "
+                    f"learning_rate is too large; {PROBE}",
+                )
                 continue
             if steps > 1 or len(self.means) == 1 or self.warned & {"sigma", "halved"}:
                 continue
             first, theta = (self.means[0], recent[1]), (self.theta_fitness, recent[1])
             # where the first members, whose sigma was not too large, were as far below theta, nothing has fallen since
             if self._has_fallen(recent, theta, spread) and not self._has_fallen(first, theta, spread):
-                self._warn("fell", f"the population's mean fitness is {now:.3g}, theta's was {self.theta_fitness:.3g} "
-                           f"before the first step: learning_rate or sigma is too large; {PROBE}")  # fmt: skip
+                self._warn(
+                    "fell",
+                    f"the population's mean fitness is {now:.3g}, theta's was {self.theta_fitness:.3g} "
+                    f"before the first step: learning_rate or sigma is too large; {PROBE}",
+                )
 
     def _has_fallen(self, now: tuple[float, float], before: tuple[float, float], spread: float) -> bool:
         """Return whether half of a mean is lost, and more than chance explains: both are (mean, standard error).

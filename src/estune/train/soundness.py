@@ -61,8 +61,10 @@ def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
         return
     if steps_done:
         dtype = engine.facts.dtype
-        raise UserError(f"theta diverged in step {steps_done}, its logits are not finite in {dtype}: lower "
-                        f"learning_rate{_or_wider(dtype)}; earlier checkpoints are whole")  # fmt: skip
+        raise UserError(
+            f"theta diverged in step {steps_done}, its logits are not finite in {dtype}: lower "
+            f"learning_rate{_or_wider(dtype)}; earlier checkpoints are whole"
+        )
     raise UserError(broken_model(args.model, engine.facts.dtype))
 
 
@@ -76,8 +78,10 @@ def broken_population(engine: Engine, step: int, sigma: float, theta_is_broken: 
     """Return the sentence that stops a run in which no member of a step (1-based) gave finite logits."""
     dtype = engine.facts.dtype
     cause = "theta itself is broken, lower learning_rate" if theta_is_broken else f"lower sigma ({sigma:g})"
-    return (f"step {step}: the logits behind every completion of every member are not finite in {dtype}: "
-            f"{cause}{_or_wider(dtype)}; the {step - 1} steps before are in the journal")  # fmt: skip
+    return (
+        f"step {step}: the logits behind every completion of every member are not finite in {dtype}: "
+        f"{cause}{_or_wider(dtype)}; the {step - 1} steps before are in the journal"
+    )
 
 
 def _or_wider(dtype: str) -> str:

@@ -115,11 +115,15 @@ def before_and_after(directory: Path) -> dict[str, Any]:
         before, after = mark(one["completions"][0][:MOST_CHARACTERS], other["completions"][0][:MOST_CHARACTERS])
         shown.append(
             {
-                "prompt": one["question"] or one["prompt"], "before": before, "after": after,
-                "before_reward": one["rewards"][0], "after_reward": other["rewards"][0],
-                "before_right": _right(one), "after_right": _right(other),
+                "prompt": one["question"] or one["prompt"],
+                "before": before,
+                "after": after,
+                "before_reward": one["rewards"][0],
+                "after_reward": other["rewards"][0],
+                "before_right": _right(one),
+                "after_right": _right(other),
             }
-        )  # fmt: skip
+        )
     return {"first_step": _number_of(files[0]), "last_step": _number_of(files[-1]), "rows": shown}
 
 

@@ -82,8 +82,15 @@ def _band_over_runs(
     common = sorted(set.intersection(*({x for x, _ in run} for run in runs)))
     values = [[dict(run)[x] for run in runs] for x in common]
     if common:
-        axes.fill_between(common, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15,
-                          linewidth=0, label="range over runs")  # fmt: skip
+        axes.fill_between(
+            common,
+            [min(v) for v in values],
+            [max(v) for v in values],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+            label="range over runs",
+        )
         axes.plot(common, [sum(v) / len(v) for v in values], color=colour, linewidth=2, label=f"mean of {len(runs)}")
     _finish(axes, any(runs), bool(common))
 
@@ -104,13 +111,24 @@ def _reward_curve(axes: Any, steps: list[dict[str, Any]]) -> None:
     x = [record["step"] for record in steps]
     mean, spread = ([record[name] for record in steps] for name in names)
     axes.fill_between(
-        x, [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)],
-        color=SPREAD, alpha=0.6, linewidth=0, label="± 1 standard deviation",
-    )  # fmt: skip
+        x,
+        [m - s for m, s in zip(mean, spread, strict=True)],
+        [m + s for m, s in zip(mean, spread, strict=True)],
+        color=SPREAD,
+        alpha=0.6,
+        linewidth=0,
+        label="± 1 standard deviation",
+    )
     axes.plot(x, mean, color=REWARD, label="population mean" if is_es else "mean")
     if is_es:
-        axes.plot(x, [record["es/fitness_best"] for record in steps], color=REWARD, linewidth=0.8, linestyle=":",
-                  label="best member")  # fmt: skip
+        axes.plot(
+            x,
+            [record["es/fitness_best"] for record in steps],
+            color=REWARD,
+            linewidth=0.8,
+            linestyle=":",
+            label="best member",
+        )
     axes.set(title="Training reward", xlabel="step", ylabel="fitness" if is_es else "reward")
     _finish(axes, bool(x))
 
@@ -128,8 +146,15 @@ def _held_out_accuracy(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     x = [record["step"] for record in evaluations]
     y = [100 * record["eval_accuracy"] for record in evaluations]
     bounds = [record["eval_accuracy_ci95"] for record in evaluations]
-    axes.fill_between(x, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=HELD_OUT,
-                      alpha=0.2, linewidth=0, label="95 % interval")  # fmt: skip
+    axes.fill_between(
+        x,
+        [100 * low for low, _ in bounds],
+        [100 * high for _, high in bounds],
+        color=HELD_OUT,
+        alpha=0.2,
+        linewidth=0,
+        label="95 % interval",
+    )
     axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
     axes.set(title=f"Held-out accuracy ({evaluations[-1]['eval_rows']} rows)", xlabel="step", ylabel="%")
     axes.set_ylim(bottom=0)
