@@ -67,30 +67,68 @@ class Target:
 
 CONCISENESS, COUNTDOWN = ("conciseness", "ratios"), ("countdown", "ratios")
 TARGETS = (
-    Target("kernels/loop_speedup", ("loop_speedup",), "perturb + update against the paper's loop of torch.randn",
-           {"EPYC": 10.0, "Xeon": 10.0}),
+    Target(
+        "kernels/loop_speedup",
+        ("loop_speedup",),
+        "perturb + update against the paper's loop of torch.randn",
+        {"EPYC": 10.0, "Xeon": 10.0},
+    ),
     Target("kernels/update_speedup", ("update_speedup",), "update against torch.randn", {"EPYC": 20.0}),
     Target("kernels/perturb_of_roof", ("perturb_of_roof",), "slower of copy and noise alone / perturb", 0.70),
     Target("kernels/member_s", ("member_s",), "perturb + update of a member of SmolLM2, seconds", {"EPYC": 0.15}),
-    Target("step/pure_of_lowrank", (*CONCISENESS, "pure / lowrank"),
-           "pure generation / low-rank step (N 30, 2 prompts, 32 tokens)", 0.90),
-    Target("step/pure_of_lowrank_countdown", (*COUNTDOWN, "pure / lowrank"),
-           "pure generation / low-rank step (N 30, 24 prompts, 64 tokens)", 0.90, quick=False),
-    Target("step/paper_of_lowrank", (*CONCISENESS, "paper / lowrank"),
-           "the paper's loop / low-rank step (N 30, 2 prompts, 32 tokens)", {"EPYC": 14.0, "Xeon": 8.0}),
-    Target("step/paper_of_full", (*CONCISENESS, "paper / full"),
-           "the paper's loop / full-rank step (N 30, 2 prompts, 32 tokens)", {"EPYC": 2.0, "Xeon": 1.4}),
-    Target("growth/members", ("verdicts", "members"), "cost at most linear in members N (1: yes, 0: no)", 1,
-           quick=False),
-    Target("growth/parameters", ("verdicts", "parameters"), "cost at most linear in parameters (1: yes, 0: no)", 1,
-           quick=False),
-    Target("growth/steps", ("verdicts", "steps"), "nothing but journal and metrics grows with steps (1: yes, 0: no)", 1,
-           quick=False),
-    Target("help/bare_of_help", ("bare_of_help",), "an interpreter that imports numpy / estune --help", 0.4,
-           quick=False),
-    Target("help/slowest_s", ("slowest_s",), "the slower of estune --help and estune train --help, seconds", 1.0,
-           quick=False),
-)  # fmt: skip
+    Target(
+        "step/pure_of_lowrank",
+        (*CONCISENESS, "pure / lowrank"),
+        "pure generation / low-rank step (N 30, 2 prompts, 32 tokens)",
+        0.90,
+    ),
+    Target(
+        "step/pure_of_lowrank_countdown",
+        (*COUNTDOWN, "pure / lowrank"),
+        "pure generation / low-rank step (N 30, 24 prompts, 64 tokens)",
+        0.90,
+        quick=False,
+    ),
+    Target(
+        "step/paper_of_lowrank",
+        (*CONCISENESS, "paper / lowrank"),
+        "the paper's loop / low-rank step (N 30, 2 prompts, 32 tokens)",
+        {"EPYC": 14.0, "Xeon": 8.0},
+    ),
+    Target(
+        "step/paper_of_full",
+        (*CONCISENESS, "paper / full"),
+        "the paper's loop / full-rank step (N 30, 2 prompts, 32 tokens)",
+        {"EPYC": 2.0, "Xeon": 1.4},
+    ),
+    Target(
+        "growth/members", ("verdicts", "members"), "cost at most linear in members N (1: yes, 0: no)", 1, quick=False
+    ),
+    Target(
+        "growth/parameters",
+        ("verdicts", "parameters"),
+        "cost at most linear in parameters (1: yes, 0: no)",
+        1,
+        quick=False,
+    ),
+    Target(
+        "growth/steps",
+        ("verdicts", "steps"),
+        "nothing but journal and metrics grows with steps (1: yes, 0: no)",
+        1,
+        quick=False,
+    ),
+    Target(
+        "help/bare_of_help", ("bare_of_help",), "an interpreter that imports numpy / estune --help", 0.4, quick=False
+    ),
+    Target(
+        "help/slowest_s",
+        ("slowest_s",),
+        "the slower of estune --help and estune train --help, seconds",
+        1.0,
+        quick=False,
+    ),
+)
 # Shown without a limit: what different weights cost, as those who have one model for all rows would put it.
 SHARED = (*CONCISENESS, "pure_shared / lowrank")
 
@@ -188,8 +226,13 @@ def measure_peers(model: Path, cache_dir: Path, quick: bool) -> dict[str, Any]:
     """Section (c), first case."""
     import peers
 
-    options = argparse.Namespace(cache_dir=cache_dir.expanduser().resolve(), most_members=2 if quick else 6,
-                                 measurements=1 if quick else 3, population_size=30, num_threads=None)  # fmt: skip
+    options = argparse.Namespace(
+        cache_dir=cache_dir.expanduser().resolve(),
+        most_members=2 if quick else 6,
+        measurements=1 if quick else 3,
+        population_size=30,
+        num_threads=None,
+    )
     result = {}
     for peer in peers.PEERS:
         row = result[peer.name] = peers.time_peer(peer, peers.CASES[0], model, options)

@@ -28,14 +28,16 @@ CASES: dict[str, list[str]] = {
     "low-rank noise": [f"{TINY} --max_steps 3 --sigma 0.01 --noise lowrank --rank 2 --members_per_batch 3"],
     "Rademacher, antithetic": [f"{TINY} --max_steps 2 --noise_distribution rademacher --antithetic true"],
     "sampled, two completions": [f"{TINY} --max_steps 2 --temperature 0.8 --num_generations 2 --top_p 0.9"],
-    "anchored decay, schedules": [f"{TINY} --max_steps 3 --weight_decay 0.1 --weight_decay_anchor base "
-                                  "--lr_scheduler_type cosine --warmup_steps 1 --sigma_scheduler_type linear"],
+    "anchored decay, schedules": [
+        f"{TINY} --max_steps 3 --weight_decay 0.1 --weight_decay_anchor base "
+        "--lr_scheduler_type cosine --warmup_steps 1 --sigma_scheduler_type linear"
+    ],
     "shaping by prompt": [f"{TINY} --max_steps 2 --fitness_shaping per_prompt_z"],
     "checkpoints, resumed": [f"{TOY} --max_steps 2 --save_steps 1", f"{TOY} --max_steps 5 --save_steps 1 --resume"],
     "toy, low rank": [f"{TOY} --max_steps 4 --noise lowrank --rank 2"],
     "patch": [f"{TOY} --max_steps 3", "export run --patch toy.estp"],
     "random search": [f"{TINY} --method random_search --max_steps 2 --sigma 0.01"],
-}  # fmt: skip
+}
 
 
 def run_case(commands: list[str], source: Path, place: Path) -> None:
