@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from estune.train.sigma_watch import BesideMembers, SigmaWatch
+from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
 
-NOBODY = BesideMembers()
+NOBODY = ThetaAnswers()
 
 
 def record(fitness: float | None = 1.0, **others: Any) -> dict[str, Any]:
@@ -23,12 +23,12 @@ def record(fitness: float | None = 1.0, **others: Any) -> dict[str, Any]:
 def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
     watch = SigmaWatch()
     assert watch.wants_theta(0.95) and not watch.wants_theta(0.9)
-    watch.step(record(), BesideMembers(equal=0.2))  # the members agree on something that theta does not say
+    watch.step(record(), ThetaAnswers(equal=0.2))  # the members agree on something that theta does not say
     watch.step(record(), NOBODY)
     assert capsys.readouterr().err == ""
-    watch.step(record(), BesideMembers(equal=0.93))
+    watch.step(record(), ThetaAnswers(equal=0.93))
     assert not watch.wants_theta(1.0)
-    watch.step(record(), BesideMembers(equal=1.0))
+    watch.step(record(), ThetaAnswers(equal=1.0))
     told = capsys.readouterr().err
     assert told.count("warning") == 1
     assert "93% of the completions equal the unperturbed model's" in told and "estune probe" in told
@@ -112,7 +112,7 @@ def test_members_are_compared_with_theta_on_the_same_rows(
     theta: float, mean: float, std: float, best: float, size: tuple[int, int], warned: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    watch, own = SigmaWatch(*size), BesideMembers(fitness=theta, is_scored=True)
+    watch, own = SigmaWatch(*size), ThetaAnswers(fitness=theta, is_scored=True)
     step = record(mean, **{"step": 1, "es/fitness_std": std, "es/fitness_best": best, **own.record()})
     watch.step(step, own)
     watch.step(step, own)
@@ -123,7 +123,7 @@ def test_members_are_compared_with_theta_on_the_same_rows(
 
 def test_later_steps_are_compared_with_theta_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     """No step lost half of the best one, and most of what theta had is gone."""
-    watch, own = SigmaWatch(), BesideMembers(fitness=0.56, is_scored=True)
+    watch, own = SigmaWatch(), ThetaAnswers(fitness=0.56, is_scored=True)
     watch.step(record(0.33, **{"step": 1, **own.record()}), own)
     watch.step(record(0.3), NOBODY)
     assert capsys.readouterr().err == ""

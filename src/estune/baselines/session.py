@@ -194,8 +194,8 @@ class BaselineSession(OpenRun):
         result = scored(future, self.should_stop)
         for error in result.errors:
             name = error.partition(":")[0]
-            if name not in self.evaluator.complained:
-                self.evaluator.complained.add(name)
+            if name not in self.evaluator.warned:
+                self.evaluator.warned.add(name)
                 error = " ".join(error.split())
                 warn(f"reward {error} (shown once; all are counted)")
         shape = (len(rows), -1, result.rewards.shape[1])

@@ -92,8 +92,8 @@ class BaselineTrainer(BaseTrainer):
     def train(self) -> Path:
         """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
         request, self.stopped = self.request, False
-        run_dir = request.place()
-        if self.args.resume and is_finished(run_dir, self.args, request.given):
+        run_dir = request.make_run_directory()
+        if self.args.resume and is_finished(run_dir, self.args, request.unresolved):
             return finish_again(run_dir, self.args)
         self._refuse_to_restart(run_dir)
         repository = hub_repository(self.args) if self.args.push_to_hub else None
@@ -125,7 +125,7 @@ class BaselineTrainer(BaseTrainer):
             return
         stored = read_config(run_dir)
         then = {name: stored[name] for name in ("max_steps", "max_time_s")}
-        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.request.given):
+        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.request.unresolved):
             raise UserError(
                 f"{run_dir} is finished, and a run of method {self.args.method} cannot go on from its end: "
                 "train in another --output_dir"
@@ -272,12 +272,12 @@ def check_run(path: Path, fingerprint: str, facts: Facts) -> None:
 def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
     """Open the directory, start the reward workers, load engine and module; everything the user gave is tried first."""
     with ExitStack() as stack:
-        run = open_run(request.args, request.given)
+        run = open_run(request.args, request.unresolved)
         stack.callback(run.close)
         args = run.args
         resumes = args.resume and (run.path / CONFIG_FILE).exists()
         if resumes:
-            args = adopt(args, kept_by_a_resume(run.path), request.given)
+            args = adopt(args, kept_by_a_resume(run.path), request.unresolved)
         restarts = resumes and args.method in RESTARTED
         if restarts:
             say(f"estune: {args.method} keeps nothing to go on from: starting again from step 0")

@@ -1,1 +1,1 @@
-"""What a user sees of a run: metrics, trackers, terminal panel, HTML page."""
+"""Monitors of a run: metrics file, trackers, terminal panel, HTML page."""

@@ -1,6 +1,6 @@
-"""What a run tells while it runs: one line a step on a terminal, `metrics.jsonl`, and PNG curves.
+"""Monitors of a run: lines on a terminal, `metrics.jsonl`, PNG curves and the HTML page.
 
-A monitor that cannot start is an error; one that breaks later is warned about once and never ends the run.
+A monitor that cannot start is an error. A monitor that fails later causes one warning and never ends the run.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ REPORT_FILE = "report.html"
 
 
 class Monitor(Protocol):
-    """Takes metric records as they come: training steps, and evaluations (their names begin with ``eval_``)."""
+    """Receives the metric records of training steps and of evaluations (names that begin with ``eval_``)."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take one record; ``record["step"]`` counts steps done."""
+        """Receive one record; ``record["step"]`` is the number of steps done."""
 
     def close(self, failed: bool = False) -> None:
-        """Finish; ``failed`` says that the run ended by an error."""
+        """Finish; ``failed`` is True if an error ended the run."""
 
 
 class JsonlMonitor:
-    """Appends every record to `metrics.jsonl`; unlike the others it is part of the run and may fail it."""
+    """Appends every record to `metrics.jsonl`. This file is part of the run, so an error here ends the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class JsonlMonitor:
 
 
 class ConsoleMonitor:
-    """One line a step, plain text: it works on a terminal, in a log file and over a pipe."""
+    """Prints one line of plain text a step, on a terminal, into a log file or over a pipe."""
 
     def __init__(self, max_steps: int, first_step: int) -> None:
         self.max_steps = max_steps
@@ -95,12 +95,12 @@ class PlotMonitor:
         self.run_dir = run_dir
 
     def log(self, record: dict[str, Any]) -> None:
-        """Redraw where an evaluation has come in."""
+        """Redraw after an evaluation."""
         if "eval_reward" in record:
             self._draw(self.run_dir)
 
     def close(self, failed: bool = False) -> None:
-        """Draw the last state."""
+        """Draw the final curves."""
         if (self.run_dir / METRICS_FILE).exists():
             self._draw(self.run_dir)
 
@@ -115,25 +115,25 @@ class ReportMonitor:
         self.run_dir = run_dir
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write where an evaluation has come in."""
+        """Write the page after an evaluation."""
         if "eval_reward" in record:
             self.close()
 
     def close(self, failed: bool = False) -> None:
-        """Write the last state."""
+        """Write the final page."""
         if (self.run_dir / METRICS_FILE).exists():
             self._write([self.run_dir], self.run_dir / REPORT_FILE)
 
 
 class Monitors:
-    """All monitors of a run; those beside `metrics.jsonl` may break without harm."""
+    """All monitors of a run: an error of a required monitor propagates, a broken optional monitor is switched off."""
 
     def __init__(self, required: Iterable[Monitor], optional: Iterable[Monitor]) -> None:
         self.required = list(required)
         self.optional = list(optional)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Hand a record to every monitor."""
+        """Pass a record to every monitor."""
         for monitor in self.required:
             monitor.log(record)
         for monitor in list(self.optional):
@@ -152,13 +152,13 @@ class Monitors:
         except Exception as error:  # a broken monitor must never end a run
             self.optional.remove(monitor)
             name = getattr(monitor, "name", type(monitor).__name__)
-            warn(f"{name} broke and is off for the rest of the run: {error}")
+            warn(f"{name} failed and is off for the rest of the run: {error}")
 
 
 def failures(record: dict[str, Any]) -> tuple[int, str] | None:
-    """Return how many rewards of a step failed, and of which functions: ``(3, " (accuracy 2, format 1)")``.
+    """Return the number of failed rewards of a step and the functions: ``(3, " (accuracy 2, format 1)")``.
 
-    The functions are named where there are several. None where nothing failed.
+    The text is empty if there is only one reward function. The result is None if no reward failed.
     """
     total = record.get("es/reward_errors", record.get("reward_errors"))
     if not total:
@@ -168,8 +168,8 @@ def failures(record: dict[str, Any]) -> tuple[int, str] | None:
         for name in record
         if name.startswith("rewards/") and name.endswith("/errors")
     }
-    told = [f"{function} {record[name]:.0f}" for name, function in names.items() if record[name]]
-    return round(total), f" ({', '.join(told)})" if len(names) > 1 else ""
+    counts = [f"{function} {record[name]:.0f}" for name, function in names.items() if record[name]]
+    return round(total), f" ({', '.join(counts)})" if len(names) > 1 else ""
 
 
 def duration(seconds: float) -> str:

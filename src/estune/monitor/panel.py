@@ -1,8 +1,8 @@
-"""A run on a terminal: one panel, redrawn in place, instead of a line a step.
+"""The terminal panel of a run, redrawn in place.
 
-It shows the reward's course, how the members of the last step are spread, how far the present step is, speed and time
-left, and what the best, the median and the worst member of the last step said. Whatever else is printed goes above it.
-Where standard output is no terminal, `estune.monitor.monitors.ConsoleMonitor` prints lines.
+The panel shows the reward over the steps, a histogram of the members' fitness, the progress of the current step, speed,
+time left, and completions of the best, the median and the worst member of the last step. Other output is printed above
+the panel. If standard output is not a terminal, `estune.monitor.monitors.ConsoleMonitor` prints lines instead.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from estune.console import is_terminal, warn
 from estune.monitor.monitors import duration, failures
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-REDRAW_S = 0.25  # least time between two redraws while a step runs
-SPARK_WIDTH, SPREAD_BINS = 32, 24
-MOST_CHARACTERS = 300  # of a completion
+REDRAW_S = 0.25  # seconds between two redraws within a step, at least
+SPARK_WIDTH, SPREAD_BINS = 32, 24  # characters
+MOST_CHARACTERS = 300  # characters of a completion that are shown
 
 
 def sparkline(values: Sequence[float | None], width: int = SPARK_WIDTH) -> str:
-    """Return the last ``width`` values as blocks between the lowest and the highest of them; a gap is a space."""
+    """Return the last ``width`` values as blocks, scaled from lowest to highest; None becomes a space."""
     shown = list(values)[-width:]
     known = [value for value in shown if value is not None]
     if not known:
@@ -44,7 +44,7 @@ def sparkline(values: Sequence[float | None], width: int = SPARK_WIDTH) -> str:
 
 
 def spread(values: Sequence[float], bins: int = SPREAD_BINS) -> str:
-    """Return a histogram of values as blocks, from the lowest to the highest; an empty bin is a space."""
+    """Return a histogram of values as blocks, from lowest to highest value; an empty bin is a space."""
     low, high = min(values), max(values)
     if low == high:
         return BLOCKS[-1]
@@ -56,21 +56,21 @@ def spread(values: Sequence[float], bins: int = SPREAD_BINS) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a text without control characters, by which it could write anywhere on a terminal."""
+    """Return a text without control characters, which could move the terminal's cursor."""
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text)
 
 
 class _Console(Console):
-    """Raises where the reader of stdout has left; rich would end the process."""
+    """A console that raises if the reader of stdout closed the pipe; rich would end the process."""
 
     def on_broken_pipe(self) -> None:
-        """Raise an error, as a terminal that was closed does."""
-        raise BrokenPipeError(errno.EPIPE, "the reader has left")
+        """Raise BrokenPipeError."""
+        raise BrokenPipeError(errno.EPIPE, "the reader of stdout closed the pipe")
 
 
 @dataclass
-class Said:
-    """What a member answered in the last step: its place ("best", ...), fitness, question and completion."""
+class Excerpt:
+    """One member's completion in the last step, with the member's place ("best", ...) and fitness, and the question."""
 
     place: str
     fitness: float
@@ -80,7 +80,7 @@ class Said:
 
 @dataclass
 class PanelMonitor:
-    """The panel as a monitor; ``tick`` and ``members_done`` keep it moving within a step."""
+    """The panel as a monitor; ``tick`` and ``members_done`` update it within a step."""
 
     title: str
     max_steps: int
@@ -92,16 +92,16 @@ class PanelMonitor:
         self.rewards: list[float | None] = []
         self.held_out: list[dict[str, Any]] = []
         self.fitness: list[float] = []
-        self.said: list[Said] = []
+        self.excerpts: list[Excerpt] = []
         self.last: dict[str, Any] = {}
         self.steps_done = self.first_step
-        self.done = 0  # members of the present step
-        self.tokens = 0  # positions generated in the present forward pass
+        self.done = 0  # members of the current step that have answered
+        self.tokens = 0  # tokens per completion generated in the current batch
         self._times: list[float] = []
         self._drawn_at = 0.0
         self._broken = False
         self._closed = False
-        # A stream that is no terminal keeps its lines to itself, such as a stderr that goes into a file.
+        # Only terminals are redirected: a stderr that goes into a file keeps its lines.
         self._live = Live(
             console=self.console,
             auto_refresh=False,
@@ -112,7 +112,7 @@ class PanelMonitor:
         self._try(self._live.start)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Take a step's or an evaluation's metrics."""
+        """Show the metrics of a step or of an evaluation."""
         if "eval_reward" in record:
             self.held_out.append(record)
         else:
@@ -123,44 +123,44 @@ class PanelMonitor:
             self.done = self.tokens = 0
         self.draw()
 
-    def members(self, fitness: Sequence[float], said: Sequence[Said]) -> None:
-        """Take the members' fitness (N,) of a step, and what some of them said."""
+    def members(self, fitness: Sequence[float], excerpts: Sequence[Excerpt]) -> None:
+        """Store the members' fitness (N,) of a step, and completions of some of them, for the next redraw."""
         self.fitness = [value for value in fitness if value == value]
-        self.said = list(said)
+        self.excerpts = list(excerpts)
 
     def members_done(self, done: int) -> None:
-        """Take how many members of the present step have answered."""
+        """Show how many members of the current step have answered."""
         self.done, self.tokens = done, 0
         self._draw_soon()
 
     def tick(self) -> None:
-        """A token of every row was generated."""
+        """Count one token that every sequence of the batch has generated."""
         self.tokens += 1
         self._draw_soon()
 
     def close(self, failed: bool = False) -> None:
-        """Leave the last state on the terminal; closing again does nothing."""
+        """Stop redrawing and leave the panel on the terminal; a second call does nothing."""
         if not self._closed and not self._broken:
             self._closed = True
             self.draw()
             self._try(self._live.stop)
 
     def draw(self) -> None:
-        """Redraw now. A terminal that cannot take it costs the panel, never the run."""
+        """Redraw now; a terminal error switches the panel off and never ends the run."""
         if self._broken:
             return
         self._drawn_at = time.monotonic()
         self._try(lambda: self._live.update(self.render(), refresh=True))
 
     def _try(self, action: Callable[[], None]) -> None:
-        """Do something to the terminal; where that fails, the panel is off for the rest of the run."""
+        """Call ``action``; if it raises, switch the panel off for the rest of the run."""
         try:
             action()
         except Exception as error:  # a broken monitor must never end a run
             self._broken = True
             with contextlib.suppress(Exception):
                 self._live.stop()
-            warn(f"the panel broke and is off for the rest of the run: {error}")
+            warn(f"the panel failed and is off for the rest of the run: {error}")
 
     def _draw_soon(self) -> None:
         if time.monotonic() - self._drawn_at >= REDRAW_S:
@@ -201,12 +201,13 @@ class PanelMonitor:
             if failed := failures(last):
                 pace += f", {failed[0]} rewards failed{failed[1]}"
             rows.append(("pace", Text(pace)))
-        if self.said:
-            asked = plain(" ".join(self.said[0].question.split()))
-            rows.append(("asked", Text(asked[:MOST_CHARACTERS], style="dim")))
-        for one in self.said:
-            text = plain(" ".join(one.completion.split()))[:MOST_CHARACTERS] or "(empty)"
-            rows.append((one.place, Text.assemble((f"{_number(one.fitness)}  ", "bold"), text, overflow="fold")))
+        if self.excerpts:
+            question = plain(" ".join(self.excerpts[0].question.split()))
+            rows.append(("asked", Text(question[:MOST_CHARACTERS], style="dim")))
+        for excerpt in self.excerpts:
+            text = plain(" ".join(excerpt.completion.split()))[:MOST_CHARACTERS] or "(empty)"
+            fitness = (f"{_number(excerpt.fitness)}  ", "bold")
+            rows.append((excerpt.place, Text.assemble(fitness, text, overflow="fold")))
         return rows
 
     def _step_state(self) -> RenderableType:

@@ -1,11 +1,11 @@
-"""Experiment trackers as monitors: tensorboard, trackio, wandb and mlflow, each by its own package.
+"""Experiment trackers as monitors: tensorboard, trackio, wandb and mlflow, each through its own package.
 
-One that is configured and cannot start is an error before the run begins; one that breaks later, or stops answering, is
-warned about and switched off (`Monitors`). Each lives on a thread of its own, so that a run never waits
-for a server. A resumed run goes on in the tracker's run that it began: `trackers.json` in the run directory names it.
+A tracker that cannot start is an error before the run begins. A tracker that fails or stops answering later causes a
+warning and is switched off (`Monitors`). Each tracker has its own thread, so a run never waits for a server. A resumed
+run continues the tracker's run: `trackers.json` in the run directory holds its name.
 
-Projects are named by the variables that transformers reads, too: ``WANDB_PROJECT``, ``TRACKIO_PROJECT``,
-``MLFLOW_EXPERIMENT_NAME``; without them the project is ``estune``.
+The environment variables that transformers reads name the project: ``WANDB_PROJECT``, ``TRACKIO_PROJECT``,
+``MLFLOW_EXPERIMENT_NAME``. The default project is ``estune``.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from estune.monitor.monitors import Monitor
 
 PROJECT = "estune"
 TRACKERS_FILE = "trackers.json"
-START_S, BEHIND_S, CLOSE_S = 120.0, 60.0, 60.0  # that a tracker may take to start, to take a record, to finish
+START_S, BEHIND_S, CLOSE_S = 120.0, 60.0, 60.0  # seconds that a tracker may take to start, to take a record, to finish
 
 
 class Tracker(Monitor, Protocol):
-    """A monitor whose run has a name that it can be found by again."""
+    """A monitor of an external package."""
 
-    identity: str | None
+    identity: str | None  # the tracker's name for the run, by which a resume continues it
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """Return what of a record a tracker can draw: its numbers, without the step."""
+    """Return the numbers of a record, without the step; trackers draw only numbers."""
     return {
         name: float(value)
         for name, value in record.items()
@@ -50,7 +50,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 class TensorboardMonitor:
     """Event files in ``<run>/tensorboard``."""
 
-    identity: str | None = None  # the run directory is enough
+    identity: str | None = None  # a resume finds the files in the run directory
 
     def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -70,13 +70,13 @@ class TensorboardMonitor:
 
 
 class TrackioMonitor:
-    """A trackio run; its data lie where trackio keeps them."""
+    """A trackio run, stored in trackio's own directory."""
 
     def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         import trackio
 
         self._trackio: Any = trackio
-        # A resume finds a run by its name, of which the latest is taken: so every run has a name of its own.
+        # trackio resumes the latest run of a name, so every run needs a unique name.
         self.identity: str | None = known or f"{name}-{secrets.token_hex(3)}"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         trackio.init(project=project, name=self.identity, config=config, resume="allow" if known else "never")
@@ -100,7 +100,7 @@ class WandbMonitor:
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self._run: Any = wandb.init(project=project, name=name, dir=str(run_dir), config=config, **again)
         self.identity: str | None = self._run.id
-        # Evaluations come after their step's own line; wandb's counter takes no step twice, so ours is a metric.
+        # wandb's step counter accepts no step twice, but an evaluation repeats its step: so the step is a metric.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -114,9 +114,9 @@ class WandbMonitor:
 
 
 class MlflowMonitor:
-    """An mlflow run, where ``MLFLOW_TRACKING_URI`` says."""
+    """An mlflow run, stored at ``MLFLOW_TRACKING_URI``."""
 
-    LONGEST = 500  # characters of a parameter that mlflow takes
+    LONGEST = 500  # characters of a parameter's value that mlflow accepts
 
     def __init__(self, run_dir: Path, name: str, config: dict[str, Any], known: str | None) -> None:
         import mlflow
@@ -125,7 +125,7 @@ class MlflowMonitor:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
         started = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=name)
         self.identity: str | None = started.info.run_id
-        if not known:  # mlflow lets no parameter change
+        if not known:  # mlflow rejects a changed parameter
             mlflow.log_params({name: str(value)[: self.LONGEST] for name, value in config.items()})
 
     def log(self, record: dict[str, Any]) -> None:
@@ -138,43 +138,47 @@ class MlflowMonitor:
 
 
 class Apart:
-    """A tracker on a thread of its own: whatever it does, it keeps nobody waiting for longer than the limits above.
+    """A tracker on its own thread; the caller waits at most for the time limits above.
 
-    Its calls run one after another on that thread, some trackers keep state by thread. What a call raises, a later call
-    of `log` or `close` raises; an exit is an error like any other.
+    All calls run in order on that one thread, because some trackers keep state by thread. If a call raises, a later
+    call of `log` or `close` raises the error. SystemExit counts as an error too.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name = name
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        self._running: deque[Future[Any]] = deque()  # records handed over, oldest first
-        self._moved = 0.0  # when the tracker last took one, or had none to take
+        self._running: deque[Future[Any]] = deque()  # submitted records, oldest first
+        self._moved = 0.0  # seconds, clock reading when the tracker last finished a record or had none
         Thread(target=self._serve, name=f"estune-{name}", daemon=True).start()
         self._tracker: Tracker = self._wait(self._call(make), START_S)
 
     @property
     def identity(self) -> str | None:
-        """What the tracker calls its run."""
+        """The tracker's name for the run."""
         return self._tracker.identity
 
     def log(self, record: dict[str, Any]) -> None:
-        """Hand a record over."""
+        """Submit a record.
+
+        Raises:
+            Exception: an earlier record failed, or the tracker has stopped answering.
+        """
         try:
-            self._look()
+            self._check()
         except Exception:
-            self._call(lambda: self._tracker.close(True))  # it is not asked again; perhaps it can still finish
+            self._call(lambda: self._tracker.close(True))  # the last call: the tracker may still finish its run
             raise
         self._running.append(self._call(lambda: self._tracker.log(record)))
 
     def close(self, failed: bool = False) -> None:
-        """Finish the run, after all its records; a slow tracker is waited for as long as it takes them."""
+        """Finish the run after all its records; wait for a slow tracker as long as it still finishes records."""
         closed = self._call(lambda: self._tracker.close(failed))
         while self._running:
             self._wait(self._running.popleft(), BEHIND_S)
         self._wait(closed, CLOSE_S)
 
-    def _look(self) -> None:
-        """Raise what a record raised, or that the tracker takes none any more."""
+    def _check(self) -> None:
+        """Raise the error of an earlier record, or TimeoutError if the tracker has stopped taking records."""
         now = time.monotonic()
         while self._running and self._running[0].done():
             self._running.popleft().result()
@@ -182,7 +186,7 @@ class Apart:
         if not self._running:
             self._moved = now
         if now - self._moved > BEHIND_S:
-            raise TimeoutError(f"it has taken no record for {BEHIND_S:g} s")
+            raise TimeoutError(f"the tracker has taken no record for {BEHIND_S:g} s")
 
     def _call(self, action: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -193,7 +197,7 @@ class Apart:
         try:
             return future.result(limit_s)
         except TimeoutError:
-            if future.done():  # its own
+            if future.done():  # the tracker raised this TimeoutError
                 raise
             raise TimeoutError(f"no answer for {limit_s:g} s") from None
 
@@ -204,11 +208,11 @@ class Apart:
                 future.set_result(action())
             except Exception as error:
                 future.set_exception(error)
-            except BaseException as error:  # the program is not the tracker's to end
+            except BaseException as error:  # a tracker must not end the program
                 future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-LOGGERS: dict[str, tuple[str, Callable[[Path, str, dict[str, Any], str | None], Tracker]]] = {  # package, tracker
+LOGGERS: dict[str, tuple[str, Callable[[Path, str, dict[str, Any], str | None], Tracker]]] = {  # package, class
     "tensorboard": ("tensorboard", TensorboardMonitor),
     "trackio": ("trackio", TrackioMonitor),
     "wandb": ("wandb", WandbMonitor),
@@ -217,10 +221,10 @@ LOGGERS: dict[str, tuple[str, Callable[[Path, str, dict[str, Any], str | None], 
 
 
 def start_logger(tracker: str, run_dir: Path, name: str, config: dict[str, Any], known: str | None = None) -> Apart:
-    """Start a tracker for a run of that name, or go on with the run that it is ``known`` by.
+    """Start a tracker for a run named ``name``, or continue the tracker's run named ``known``.
 
     Raises:
-        UserError: its package is missing, or it cannot start.
+        UserError: the tracker's package is missing, or the tracker cannot start.
     """
     package, make = LOGGERS[tracker]
     if importlib.util.find_spec(package) is None:
@@ -229,29 +233,29 @@ def start_logger(tracker: str, run_dir: Path, name: str, config: dict[str, Any],
         return Apart(tracker, lambda: make(run_dir, name, config, known))
     except Exception as error:  # third-party code, at the border of a run that has not begun
         reason = " ".join(str(error).split())[:300]
-        again = f"; it was to go on with {known}, without {run_dir / TRACKERS_FILE} it begins anew" if known else ""
+        again = f"; it should continue {known}: delete {run_dir / TRACKERS_FILE} to begin a new run" if known else ""
         raise UserError(f"report_to {tracker} cannot start: {type(error).__name__}: {reason}{again}") from error
 
 
 def known_trackers(run_dir: Path) -> dict[str, str]:
-    """Return what trackers call a run, by tracker.
+    """Return the trackers' names for a run, by tracker.
 
     Raises:
-        UserError: the file that says so is damaged.
+        UserError: `trackers.json` is damaged.
     """
     path = run_dir / TRACKERS_FILE
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{path} is damaged; without it trackers begin new runs")
-    return found
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{path} is damaged: delete it, and the trackers begin new runs")
+    return names
 
 
 def keep_trackers(run_dir: Path, names: dict[str, str]) -> None:
-    """Write what trackers call a run, for a resume."""
+    """Write the trackers' names for a run, for a resume."""
     if names and names != known_trackers(run_dir):
         write_json(run_dir / TRACKERS_FILE, names)

@@ -1,1 +1,1 @@
-"""Training with evolution strategies: the loop, one step, evaluation."""
+"""Training with evolution strategies: the loop, one step, and evaluation."""

@@ -1,7 +1,7 @@
 """Held-out evaluation: accuracy with a 95 % interval, reward, length, pass@k and KL to a reference.
 
-The same function serves the evaluations inside a run and `estune evaluate`, so the two agree row by row. Sampled
-evaluations draw their uniforms from (seed, row, completion, position) alone, whatever the step.
+Training runs and `estune evaluate` call the same function, so their results agree row by row. Sampled evaluations
+derive their random numbers from (seed, row, completion, position) and not from the step.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from estune.rewards.pool import RewardPool, RewardResult
 from estune.run.records import is_right
 from estune.train.rollouts import Completions, Evaluator, Group, scored
 
-Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
-RESAMPLES = 2000
-LARGEST_EXPONENT = 700.0  # of a float64's exponential
+Z_95 = 1.959963984540054  # standard deviations: the normal distribution's 97.5 % quantile
+RESAMPLES = 2000  # resamples of the bootstrap
+LARGEST_EXPONENT = 700.0  # nats: exp of a larger float64 overflows
 
 
 @dataclass
 class EvaluatedRow:
-    """One held-out row: its completions, their rewards and whether they were right."""
+    """One held-out row: its G completions of T tokens, their rewards and their accuracy."""
 
     row_id: int
     prompt: str
     completions: list[str]  # (G,)
-    rewards: list[float | None]  # (G,), weighed; None: failed or not applicable
+    rewards: list[float | None]  # (G,), weighted; None: failed or not applicable
     accuracy: list[float] | None  # (G,)
     lengths: list[int]  # (G,), tokens
     finished: list[bool]  # (G,)
     token_ids: list[list[int]]  # (G, T)
     failures: int = 0  # completions whose reward failed
-    non_finite: int = 0  # completions whose logits were not finite: their rewards failed, and they are wrong
-    question: str = ""  # what the row asks, without template and system message
+    non_finite: int = 0  # completions whose logits were not finite: their rewards fail, their accuracy is 0
+    question: str = ""  # the row's question, without chat template and system message
 
 
 @dataclass
@@ -52,12 +52,12 @@ class Evaluation:
     rows: list[EvaluatedRow]
 
     def summary(self) -> dict[str, Any]:
-        """Return n, accuracy with its interval, reward, mean length and the share of clipped completions.
+        """Return n, accuracy with its 95 % interval, reward, mean length and the share of clipped completions.
 
-        A failed reward counts as the lowest of the evaluation, and is counted. ``non_finite_ratio``, the share of
-        completions whose logits were not finite, is there where it is not 0.
+        A failed reward counts as the lowest reward of the evaluation. ``non_finite_ratio``, the share of completions
+        whose logits were not finite, is present unless it is 0.
         """
-        given = [reward for row in self.rows for reward in row.rewards if reward is not None]
+        known = [reward for row in self.rows for reward in row.rewards if reward is not None]
         lengths = [length for row in self.rows for length in row.lengths]
         finished = [done for row in self.rows for done in row.finished]
         result: dict[str, Any] = {"n": len(self.rows)}
@@ -65,9 +65,9 @@ class Evaluation:
             means = [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
             result["accuracy"] = math.fsum(means) / len(means)
             result["accuracy_ci95"] = list(interval(means))
-        worst = min(given, default=0.0)
-        rewards = given + [worst] * sum(row.failures for row in self.rows)  # so that failing does not pay here either
-        result["reward"] = mean(np.array(rewards)) if given else None
+        worst = min(known, default=0.0)
+        rewards = known + [worst] * sum(row.failures for row in self.rows)  # a failure must not raise the mean
+        result["reward"] = mean(np.array(rewards)) if known else None
         result["reward_failures"] = sum(row.failures for row in self.rows)
         result["mean_length_tokens"] = sum(lengths) / len(lengths)
         result["clipped_ratio"] = 1 - sum(finished) / len(finished)
@@ -76,53 +76,53 @@ class Evaluation:
         return result
 
     def warning(self, dtype: str) -> str | None:
-        """Return what a user has to know before believing the summary, in one sentence; None where it is sound.
+        """Return a warning about the summary in one sentence, or None.
 
         Args:
-            dtype: in which the model computed.
+            dtype: the model's compute dtype.
         """
         summary = self.summary()
         broken = summary.get("non_finite_ratio", 0.0)
         if broken:
             return (
-                f"the logits behind {broken:.1%} of the completions are not finite in {dtype}: they count as "
+                f"the logits of {broken:.1%} of the completions are not finite in {dtype}: these completions count as "
                 "wrong, and their rewards as failed"
             )
         if summary["clipped_ratio"] == 1.0:
-            return "every completion was cut off at max_completion_length: raise it, or give --stop_strings"
+            return "every completion was cut off at max_completion_length: raise it, or set --stop_strings"
         return None
 
     def pass_at_k(self) -> dict[str, float]:
         """Return the unbiased pass@k for k = 1, 2, 4, ... up to the samples per row (Chen et al. 2021)."""
-        found = pass_at_ks(self.right(), len(self.rows[0].lengths))
-        return {str(k): math.fsum(values) / len(values) for k, values in found.items()}
+        per_row = pass_at_ks(self.right(), len(self.rows[0].lengths))
+        return {str(k): math.fsum(values) / len(values) for k, values in per_row.items()}
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the rows as JSON lines hold them: without token ids."""
+        """Return the rows as dictionaries for JSON lines, without token ids."""
         rows = map(dataclasses.asdict, self.rows)
         return [{name: value for name, value in row.items() if name != "token_ids"} for row in rows]
 
     def right(self) -> list[int]:
-        """Return how many of each row's completions are right, (rows,)."""
+        """Return the number of right completions of each row, (rows,)."""
         return [sum(map(is_right, row.accuracy or [])) for row in self.rows]
 
 
 def pass_at_ks(right: Sequence[int], n: int) -> dict[int, list[float]]:
-    """Return each row's pass@k, (rows,), for k = 1, 2, 4, ... up to n; ``right`` (rows,) of n samples each are."""
+    """Return each row's pass@k, (rows,), for k = 1, 2, 4, ... up to n; ``right`` (rows,) counts right samples of n."""
     ks = [1 << power for power in range(n.bit_length())]
     return {k: [pass_at_k(n, c, k) for c in right] for k in ks}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k)."""
+    """Return the chance that k of n samples include one of the c right samples: 1 - C(n-c, k) / C(n, k)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of the mean of per-row accuracies in [0, 1].
 
-    Wilson's score interval where every value is 0 or 1; otherwise (several samples a row) a percentile bootstrap over
-    rows with a fixed seed.
+    This is Wilson's score interval if every value is 0 or 1. Otherwise (several samples a row) it is a percentile
+    bootstrap over rows with a fixed seed.
     """
     n = len(values)
     center = math.fsum(values) / n
@@ -150,7 +150,18 @@ def evaluate(
     trainer_state: dict[str, Any],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Evaluate theta on ``rows``; scores are computed while the next ``batch`` of prompts is generated.
+    """Evaluate theta on held-out rows; rewards are computed while the engine answers the next batch of prompts.
+
+    Args:
+        evaluator: holds the engine and the reward pool.
+        rows: (rows,).
+        prompts: (rows,).
+        sampling: how completions are decoded.
+        weights: (F,), of the reward functions.
+        accuracy_pool: computes accuracy; None: no accuracy.
+        batch: prompts per batch.
+        trainer_state: for reward functions.
+        progress: called with the number of rows answered.
 
     Raises:
         Interrupted: the run was asked to stop.
@@ -188,27 +199,27 @@ def evaluate(
 
 
 def of_evaluations(sampling: Sampling) -> Sampling:
-    """Return how evaluations decode: with uniforms of their own, the same whatever the step."""
+    """Return the settings with the random numbers of evaluations, which are the same at every step."""
     return dataclasses.replace(sampling, step=0, person=EVAL_PERSON)
 
 
 def check_batches(
     engine: LocalEngine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
 ) -> dict[str, Any] | None:
-    """Answer evaluated rows once more, in batches of another size, and count the rows with other tokens.
+    """Answer evaluated rows again in batches of another size, and count the rows whose tokens change.
 
-    Float rounding depends on the shapes of matrix products, and so on how many rows share a forward pass; in a dtype of
-    16 bits that can change a token, and all that follow it.
+    Float rounding depends on the shapes of matrix products, and thus on how many rows share a forward pass. In a 16-bit
+    dtype that can change a token, and every later token of the completion.
 
     Args:
-        engine: the one that answered; its ``prompts_per_batch`` is as before afterwards.
+        engine: the engine of the evaluation; its ``prompts_per_batch`` is restored.
         prompts: (rows,).
-        sampling: how the evaluation decoded.
-        evaluation: what is compared; not changed.
+        sampling: the settings of the evaluation.
+        evaluation: the first answers.
 
     Returns:
-        ``rows``, ``changed`` and ``prompts_per_batch`` (of the evaluation, of the second answers): about half of a
-        batch, 2 where that is 1; None for a single row, which shares its batch with nobody.
+        ``rows``, ``changed`` and ``prompts_per_batch`` (first, second). The second batch size is half of the first, or
+        2 if the first is 1. None for a single row, which has no other batch size.
     """
     size = min(engine.prompts_per_batch, len(prompts))
     other = size // 2 if size > 1 else 2
@@ -237,6 +248,7 @@ def _rows(
     weights: Sequence[float],
     accuracy: np.ndarray | None,
 ) -> list[EvaluatedRow]:
+    """Return the evaluated rows of one batch of b prompts; ``accuracy`` (b, G)."""
     weighed = weigh(np.array(group.rewards, dtype=np.float64), weights)  # (b, G)
     for b, g, _ in group.failed:
         weighed[b, g] = np.nan
@@ -260,14 +272,20 @@ def _rows(
 
 
 def kl_k3(tuned: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> float:
-    """Return the mean per token of KL(tuned || reference) by the k3 estimator r - log r - 1, r = p_ref / p_tuned.
+    """Return the mean per token of KL(tuned || reference) in nats.
 
-    Both are log-probabilities (natural) of the tuned model's own tokens, completion by completion. The result is NaN or
-    infinite where one of them is not finite.
+    The estimator is k3 of J. Schulman, "Approximating KL divergence" (2020): r - log r - 1 with r = p_ref / p_tuned.
+
+    Args:
+        tuned: log-probabilities in nats, under the tuned model, of completions that it sampled, one list a completion.
+        reference: log-probabilities of the same tokens under the reference.
+
+    Returns:
+        A number; NaN or infinite if a log-probability is not finite.
     """
     terms = [
-        math.expm1(ref - own) - (ref - own) if ref - own < LARGEST_EXPONENT else math.inf
-        for own_row, ref_row in zip(tuned, reference, strict=True)
-        for own, ref in zip(own_row, ref_row, strict=True)
+        math.expm1(ref - new) - (ref - new) if ref - new < LARGEST_EXPONENT else math.inf
+        for new_row, ref_row in zip(tuned, reference, strict=True)
+        for new, ref in zip(new_row, ref_row, strict=True)
     ]
     return math.fsum(terms) / len(terms) if terms else 0.0

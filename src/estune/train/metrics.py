@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` says of a step and of an evaluation: TRL's metric names where TRL has one, else `es/`."""
+"""The metrics of steps and evaluations in `metrics.jsonl`: TRL's name if TRL has the metric, otherwise `es/...`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from estune.train.rollouts import Rollouts
 if TYPE_CHECKING:
     from estune.train.setup import Rewards
 
-COARSE_COSINE = 0.9
+COARSE_COSINE = 0.9  # cosine below which rounding has destroyed too much of a perturbation
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,14 @@ class Timing:
 
 
 def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollouts: Rollouts) -> dict[str, Any]:
-    """Return a training step's metrics before its update, from filled rewards (N, B, G, F) and fitness (N,)."""
+    """Return a training step's metrics before its update.
+
+    Args:
+        rewards: (N, B, G, F), failures filled.
+        spec: names and weights of the reward functions.
+        fitness: (N,).
+        rollouts: of the members.
+    """
     weighed = weigh(rewards, spec.weights)  # (N, B, G)
     lengths = rollouts.lengths  # (N, B, G)
     generate_s = sum(group.generate_s for group in rollouts.groups)
@@ -63,13 +70,16 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
 
 
 def _free_name(name: str, record: dict[str, Any]) -> str:
-    """Return a reward's own metric name, put under ``user/`` where it would pass for one of ours."""
+    """Return the name of a metric that a reward function logged, under ``user/`` if estune uses that name."""
     taken = name in record or name in ("step", "num_tokens", "learning_rate", "step_time")
     return f"user/{name}" if taken or name.startswith(("eval_", "es/")) else name
 
 
 def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None) -> dict[str, Any]:
-    """Return what is known once theta has moved; without ``timing`` (a killed run) the time of its parts."""
+    """Return the metrics of an update; ``timing`` is None for a step whose process was killed.
+
+    Without ``timing``, ``step_time`` is the sum of the times in ``measured``, in seconds.
+    """
     parts_s = measured["es/perturb_s"] + measured["es/generate_s"] + measured["es/score_s"]
     return {
         "es/update_norm": moved.norm,
@@ -87,17 +97,17 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
-    """Warn where the compute dtype rounds the perturbation away."""
+    """Warn about kinds of parameters whose perturbation the compute dtype rounds away."""
     for kind, cosine in sorted(cosines.items()):
         if cosine < COARSE_COSINE:
             warn(
-                f"the perturbation of {kind} parameters has cosine {cosine:.2f} with the exact one: "
+                f"the rounded perturbation of {kind} parameters has cosine {cosine:.2f} with the exact perturbation: "
                 "the compute dtype is too coarse for this sigma; raise sigma or use --dtype float32"
             )
 
 
 def _error_over_prompts(weighed: np.ndarray) -> float:
-    """Return the standard error of the mean of weighed rewards (N, B, G) over prompts; NaN where it is unknown."""
+    """Return the standard error over prompts of the mean of weighted rewards (N, B, G); NaN if it is unknown."""
     of_prompts = np.array([mean(weighed[:, b]) for b in range(weighed.shape[1])])  # (B,)
     of_prompts = of_prompts[~np.isnan(of_prompts)]
     if of_prompts.size < 2:

@@ -1,7 +1,7 @@
-"""Opening a training run: everything that the user gave is tried before anything is written.
+"""Open a training run: check everything that the user supplied before writing anything.
 
-The directory is locked, trackers and reward workers start, the engine loads, and theta is brought to the journal's last
-step. What comes out is an open `estune.train.session.Session`.
+`open_session` locks the directory, starts trackers and reward workers, loads the engine, and brings theta to the
+journal's last step. It yields an `estune.train.session.Session`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from estune.config import ESConfig, ResolvedConfig
 from estune.console import is_terminal, note, say, warn
 from estune.data.batches import Batches
 from estune.data.columns import shared_prompts
-from estune.engines.base import Engine
+from estune.engines.base import Engine, LocalEngine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.models.hub import open_repository, repository_of
@@ -34,74 +35,56 @@ from estune.train.soundness import refuse_broken_theta
 from estune.train.step import plan_step
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The loaded engine, the configuration that it completed, and the tokenised rows."""
+
+    args: ResolvedConfig
+    engine: LocalEngine
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+
+
 @contextmanager
 def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> Iterator[Session]:
     """Open the directory, start the reward workers, load the engine, and bring theta to the journal's last step.
 
-    The reward workers come before the engine, so that they load while it does.
+    The reward workers start first, so that they load their modules while the engine loads.
 
     Args:
-        request: what the run is asked to do; its ``args`` are the resolved configuration afterwards.
-        asks_theta_first: let theta answer the first step's rows, too: a baseline for warnings.
+        request: the run's inputs; ``request.args`` becomes the resolved configuration.
+        asks_theta_first: whether theta also answers the first step's rows, for warnings.
 
     Raises:
-        UserError: something that the user gave cannot work; a run that is to be overwritten is still there then.
+        UserError: an input is invalid; a run that was to be overwritten is still intact.
     """
     with ExitStack() as stack:
-        run = open_run(request.args, request.given)
+        run = open_run(request.args, request.unresolved)
         stack.callback(run.close)
         request.args = run.args
         repository = hub_repository(run.args) if run.args.push_to_hub else None
         stop = stack.enter_context(StopRequest())
         pool, accuracy_pool = start_workers(stack, request, grades=bool(request.eval_rows))
-        say(f"estune: loading {run.args.model if request.module is None else 'the model'}")
-        engine = request.engine
-        train_prompts = request.prompts(request.train_rows)
-        args = setup.resolve_with_engine(run.args, engine, train_prompts)
-        request.args = run.args = args
-        eval_prompts = request.prompts(request.eval_rows)
-        if run.is_new:
-            engine.assets.check()
-            refuse_broken_theta(args, engine, train_prompts, 0)
-        facts = setup.facts_of(
-            request.rewards, engine.assets, request.train_rows, train_prompts, request.eval_rows, eval_prompts
-        )
-        found = run.files() if run.is_new else {}
-        trackers = {} if run.is_new else known_trackers(run.path)
-        monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
-        stack.push(lambda kind, *_: monitors.close(failed=kind is not None))
-        if run.is_new:
-            run.clear(found)  # only now, when all that the user gave has been found to work
-        _keep_base(request, run)
+        loaded = _load(request, run)
+        args, engine = loaded.args, loaded.engine
         batches = setup.batches_of(args, len(request.train_rows))
-        reproducible = check_reproducible(args, engine, batches, train_prompts) if run.is_new else None
-        run.begin(engine, engine.facts.header, reproducible, facts)
-        keep_trackers(run.path, {**trackers, **started})
+        monitors, panel = _begin(stack, request, run, loaded, batches)
         replayed, last_move = run.recover(engine)
         if run.steps_done:
-            refuse_broken_theta(args, engine, train_prompts, run.steps_done)
-
-        def between_tokens() -> bool:
-            if panel is not None:
-                panel.tick()
-            return stop.requested()
-
-        evaluator = Evaluator(
-            engine, pool, args.response_prefix, between_tokens, panel.members_done if panel else lambda done: None
-        )
+            refuse_broken_theta(args, engine, loaded.train_prompts, run.steps_done)
         session = Session(
             args=args,
             run=run,
             engine=engine,
-            evaluator=evaluator,
+            evaluator=_evaluator(loaded, pool, panel, stop),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,
             rewards=request.rewards,
             train_rows=request.train_rows,
-            train_prompts=train_prompts,
+            train_prompts=loaded.train_prompts,
             eval_rows=request.eval_rows,
-            eval_prompts=eval_prompts,
+            eval_prompts=loaded.eval_prompts,
             batches=batches,
             monitors=monitors,
             checksum=engine.checksum(),
@@ -117,8 +100,55 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         yield session
 
 
+def _load(request: TrainingRequest, run: Run) -> Loaded:
+    """Load the engine, tokenise the rows, and resolve the configuration; check the model of a new run."""
+    say(f"estune: loading {run.args.model if request.module is None else 'the model'}")
+    engine = request.engine
+    train_prompts = request.prompts(request.train_rows)
+    args = setup.resolve_with_engine(run.args, engine, train_prompts)
+    request.args = run.args = args
+    eval_prompts = request.prompts(request.eval_rows)
+    if run.is_new:
+        engine.assets.check()
+        refuse_broken_theta(args, engine, train_prompts, 0)
+    return Loaded(args, engine, train_prompts, eval_prompts)
+
+
+def _begin(
+    stack: ExitStack, request: TrainingRequest, run: Run, loaded: Loaded, batches: Batches
+) -> tuple[Monitors, PanelMonitor | None]:
+    """Start the monitors, then write a new run's first files or compare an old run's files with the inputs."""
+    args, engine, train_prompts = loaded.args, loaded.engine, loaded.train_prompts
+    facts = setup.facts_of(
+        request.rewards, engine.assets, request.train_rows, train_prompts, request.eval_rows, loaded.eval_prompts
+    )
+    old_files = run.files() if run.is_new else {}
+    trackers = {} if run.is_new else known_trackers(run.path)
+    monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
+    stack.push(lambda kind, *_: monitors.close(failed=kind is not None))
+    if run.is_new:
+        run.clear(old_files)  # all inputs have been checked by now
+    _keep_base(request, run)
+    reproducible = check_reproducible(args, engine, batches, train_prompts) if run.is_new else None
+    run.begin(engine, engine.facts.header, reproducible, facts)
+    keep_trackers(run.path, {**trackers, **started})
+    return monitors, panel
+
+
+def _evaluator(loaded: Loaded, pool: RewardPool, panel: PanelMonitor | None, stop: StopRequest) -> Evaluator:
+    """Return an `Evaluator` that updates the panel and asks ``stop`` after every token."""
+
+    def should_stop() -> bool:
+        if panel is not None:
+            panel.tick()
+        return stop.requested()
+
+    members_done = panel.members_done if panel else lambda done: None
+    return Evaluator(loaded.engine, pool, loaded.args.response_prefix, should_stop, members_done)
+
+
 def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, prompts: Sequence[Prompt]) -> bool:
-    """Return whether members of the first step give the same answers twice."""
+    """Return whether members of the first step generate the same tokens twice."""
     first = plan_step(args, batches, 0)
     say("estune: checking that the same prompts give the same answers twice")
     members = first.perturbations[: args.members_per_batch]
@@ -126,7 +156,7 @@ def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, p
 
 
 def hub_repository(args: ESConfig) -> str:
-    """Make or find the hub repository of a run; return its full name.
+    """Create the hub repository of a run unless it exists; return its full name.
 
     Raises:
         UserError: the hub does not answer, or refuses.
@@ -135,12 +165,14 @@ def hub_repository(args: ESConfig) -> str:
 
 
 def start_workers(stack: ExitStack, request: TrainingRequest, *, grades: bool) -> tuple[RewardPool, RewardPool | None]:
-    """Start the workers of rewards, and with ``grades`` those of accuracy; warn of what a run should not have.
+    """Start the reward workers, and with ``grades`` the accuracy workers.
+
+    Warn if held-out prompts are also trained on. Tell the user if rewards run inside this process.
 
     Args:
-        stack: closes them.
-        request: whose rewards and rows they are.
-        grades: whether accuracy will be asked for.
+        stack: closes the workers.
+        request: the run's rewards and rows.
+        grades: whether accuracy will be measured.
     """
     args, rewards = request.args, request.rewards
     pool = stack.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
@@ -150,35 +182,44 @@ def start_workers(stack: ExitStack, request: TrainingRequest, *, grades: bool) -
     if args.reward_isolation == "inline":
         note(INLINE_WARNING)
     if request.eval_rows and (shared := shared_prompts(request.train_rows, request.eval_rows)):
-        warn(f"{shared} of {len(request.eval_rows)} held-out rows have a prompt that is trained on")
+        warn(f"{shared} of {len(request.eval_rows)} held-out rows have a prompt that is also a training prompt")
     return pool, accuracy_pool
 
 
 def _keep_base(request: TrainingRequest, run: Run) -> None:
-    """Keep theta_0 in the run where it has no files of its own, and open it for anchored decay.
+    """Save theta_0 of a model in memory, and open theta_0 for anchored weight decay.
 
-    A module that was given may have moved since the run began, so a resume reads theta_0 from the run.
+    The weights of a model in memory may have changed since the run began, so a resume loads theta_0 from the run.
     """
-    engine, own = request.engine, run.path / BASE_DIRECTORY
+    engine, base = request.engine, run.path / BASE_DIRECTORY
     if request.module is not None and not run.is_new:
-        engine.load_weights(own)
+        engine.load_weights(base)
     anchored = run.args.weight_decay_anchor == "base"
     source = None if request.module is not None else local_directory(run.args.model)
     is_open = anchored and source is not None and engine.open_anchor([source])
     if request.module is not None or (anchored and not is_open):
         if run.is_new:
-            engine.save(own, float32=True)
+            engine.save(base, float32=True)
         if anchored:
-            engine.open_anchor([own])
+            engine.open_anchor([base])
 
 
 def start_monitors(
     args: ESConfig, run: Run, known: Mapping[str, str], steps_done: int
 ) -> tuple[Monitors, PanelMonitor | None, dict[str, str]]:
-    """Start what shows and records the run; return it, its panel, and what trackers call the run.
+    """Start all monitors of a run.
+
+    Args:
+        args: the run's configuration.
+        run: the open run.
+        known: the trackers' names of a run that is resumed, by tracker.
+        steps_done: from which the progress display begins.
+
+    Returns:
+        The monitors, the terminal panel if there is one, and the trackers' names of the run, by tracker.
 
     Raises:
-        UserError: a tracker cannot start, or cannot go on with the run that it is known by.
+        UserError: a tracker cannot start, or cannot continue the run that ``known`` names.
     """
     started: list[Monitor] = []
     trackers: list[Monitor] = []
@@ -198,7 +239,7 @@ def start_monitors(
                 if tracker.identity is not None:
                     names[name] = tracker.identity
     except UserError:
-        Monitors([], trackers).close(failed=True)  # a tracker left open would take the next run's numbers, too
+        Monitors([], trackers).close(failed=True)  # a tracker left open would also record the next run
         raise
     if args.console == "panel" or (args.console == "auto" and args.method == "es" and is_terminal(sys.stdout)):
         title = f"estune: {args.task or args.dataset_name or 'your dataset'} on {public_name(args.model)}"

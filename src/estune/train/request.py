@@ -1,4 +1,4 @@
-"""What a run is asked to do, by evolution strategies or by a baseline, checked before a model is loaded."""
+"""The checked inputs of a run, of evolution strategies or of a baseline; no model is loaded yet."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class TrainingRequest:
-    """A configuration, its rewards and its rows, and the engine that is loaded on first use."""
+    """A configuration, its rewards and its rows, and the engine, which is loaded on first use."""
 
-    given: ESConfig  # before `auto` values were resolved: a resume keeps the run's own values for those
-    args: ESConfig  # with what depends on the rows filled in; once the run is open, its resolved configuration
+    unresolved: ESConfig  # with its `auto` values: for those a resume takes the stored run's values
+    args: ESConfig  # `auto` values that depend on the rows are resolved; a ResolvedConfig once the run is open
     task: Task | None
     rewards: Rewards
     train_rows: Rows
     eval_rows: Rows
-    module: Any = None  # a model in memory; None where the model is given by name
-    tokenizer: Any = None  # given beside a module, or instead of the model's own
+    module: Any = None  # a model in memory; None if ``args.model`` names the model
+    tokenizer: Any = None  # replaces the model's own tokenizer
     _engine: LocalEngine | None = field(default=None, repr=False)
 
     @classmethod
@@ -48,15 +48,15 @@ class TrainingRequest:
         eval_dataset: Any = None,
         processing_class: Any = None,
     ) -> TrainingRequest:
-        """Return the request of a trainer's arguments; see `estune.train.trainer.ESTrainer`.
+        """Check a trainer's arguments (`estune.train.trainer.ESTrainer`) and return them as a request.
 
         Raises:
-            UserError: the input cannot work; one sentence says why.
+            UserError: the input is invalid; the message gives the reason in one sentence.
         """
         args = args if args is not None else ESConfig()
         if not isinstance(args, ESConfig):
             raise UserError(
-                f"args must be an ESConfig, not {type(args).__name__}; most options have the same names there"
+                f"args must be an ESConfig, not {type(args).__name__}; most options have the same names in ESConfig"
             )
         module = None if model is None or isinstance(model, (str, Path)) else model
         if isinstance(model, (str, Path)):
@@ -70,30 +70,34 @@ class TrainingRequest:
         train_rows = setup.resolve_rows(args, train_dataset, task, "train", rewards)
         eval_rows: Rows = []
         if eval_dataset is not None and not args.eval_steps:
-            warn("eval_dataset is given, but eval_steps is 0: no evaluation is made of it")
+            warn("eval_dataset has no effect, because eval_steps is 0: set eval_steps to evaluate")
         if args.eval_steps:
             if train_dataset is not None and eval_dataset is None:
                 raise UserError("eval_steps needs an eval_dataset beside train_dataset")
             held_out = setup.resolve_rows(args, eval_dataset, task, "validation", rewards)
             eval_rows = held_out[: args.eval_rows or None]
-        given = args if module is None else dataclasses.replace(args, model="auto")  # a module is named by its run
+        # `make_run_directory` names the model of a module
+        unresolved = args if module is None else dataclasses.replace(args, model="auto")
         args = setup.resolve_config(args, len(train_rows), module)
-        setup.batches_of(args, len(train_rows))  # refuses a batch above the rows
-        return cls(given, args, task, rewards, train_rows, eval_rows, module, processing_class)
+        setup.batches_of(args, len(train_rows))  # raises UserError if the batch is larger than the number of rows
+        return cls(unresolved, args, task, rewards, train_rows, eval_rows, module, processing_class)
 
     @property
     def engine(self) -> LocalEngine:
-        """The engine, loaded on first use."""
+        """The engine; it is loaded on first use."""
         if self._engine is None:
             self._engine = setup.load_engine(self.args, self.module, self.tokenizer)
         return self._engine
 
     def prompts(self, rows: Rows) -> list[Prompt]:
-        """Tokenise rows; loads the engine."""
+        """Return the prompts of rows, (rows,); this loads the engine."""
         return setup.build_prompts(self.args, self.engine, rows, self.task is not None)
 
-    def place(self) -> Path:
-        """Give the run a directory where it has none, and return it. A module's weights at the start are kept there."""
+    def make_run_directory(self) -> Path:
+        """Return the run directory; choose and create one if ``output_dir`` is None.
+
+        For a model in memory, ``args.model`` becomes the directory in the run that will hold theta_0.
+        """
         if self.args.output_dir is None:
             path = Path("runs") / self.args.run_name if self.args.run_name is not None else self._new_directory()
             self.args = dataclasses.replace(self.args, output_dir=str(path), run_name=path.name)
@@ -102,7 +106,7 @@ class TrainingRequest:
         return Path(str(self.args.output_dir))
 
     def _new_directory(self) -> Path:
-        """Make a directory named task-model-date-time that no other run has, with the method's name if it is not es."""
+        """Create a new directory named task-model-method-date-time; the method `es` is left out of the name."""
         args = self.args
         source = args.task or Path(args.dataset_name or "data").stem
         model = Path(args.model).name if self.module is None else type(self.module).__name__
@@ -110,14 +114,14 @@ class TrainingRequest:
         name = f"{source}-{model}{method}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
             path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            with contextlib.suppress(FileExistsError):  # another run started in the same second
+            with contextlib.suppress(FileExistsError):  # a run that started in the same second has this name
                 path.mkdir(parents=True)
                 return path
         raise AssertionError("counting does not end")
 
 
 class BaseTrainer:
-    """The arguments and results that trainers of all methods have in common; see `estune.train.trainer.ESTrainer`."""
+    """The constructor and properties that the trainers of all methods share; see `estune.train.trainer.ESTrainer`."""
 
     def __init__(
         self,
@@ -130,20 +134,20 @@ class BaseTrainer:
         processing_class: Any = None,
     ) -> None:
         self.request = TrainingRequest.of(args, model, reward_funcs, train_dataset, eval_dataset, processing_class)
-        self.stopped = False  # whether the last `train` was asked to stop before its end
+        self.stopped = False  # whether a signal stopped the last `train` early
 
     def train(self) -> Path:
-        """Run (or resume) to ``max_steps``; return the run directory, which then holds the model."""
+        """Train (or resume) until ``max_steps``, write the model, and return the run directory."""
         raise NotImplementedError
 
     @property
     def args(self) -> ESConfig:
-        """The configuration; once a run was opened, its resolved one."""
+        """The configuration; a `ResolvedConfig` once a run has been opened."""
         return self.request.args
 
     @property
     def engine(self) -> LocalEngine:
-        """The engine, loaded on first use."""
+        """The engine; it is loaded on first use."""
         return self.request.engine
 
     @property
@@ -157,9 +161,13 @@ class BaseTrainer:
         return self.request.eval_rows
 
     def save_model(self, output_dir: str | Path) -> None:
-        """Write theta as a Hugging Face model, cast once to the compute dtype."""
+        """Write theta to a directory as a Hugging Face model in the compute dtype."""
         self.engine.save(Path(output_dir), float32=False)
 
     def prepare(self) -> list[Prompt]:
-        """Load the engine and tokenise the training rows: everything that can fail before a run is written."""
+        """Load the engine and return the training rows' prompts, without writing a run.
+
+        Raises:
+            UserError: the model does not load, or a prompt does not fit its context.
+        """
         return self.request.prompts(self.request.train_rows)

@@ -1,16 +1,16 @@
-"""One step's rollouts: every member answers the step's prompts, and the answers are scored meanwhile.
+"""One step's rollouts: every member answers the step's prompts, and the reward pool scores the completions.
 
-A few members (`members_per_batch`; one with full-rank noise) answer all B prompts of the step together; the engine may
-cut the prompts into several forward passes. Scoring runs in the reward pool, one call for each member, while the engine
-generates for the next ones. What each member's rollouts came to (a `Group`) goes to `pending.jsonl` at once; members
-found there are not evaluated again, unless others of their batch are missing: a batch is run as a whole or not at all.
+`members_per_batch` members (1 with full-rank noise) answer all B prompts of the step together. The engine may split the
+prompts into several forward passes. The reward pool scores one member per call, while the engine generates for the next
+members. Each member's result (a `Group`) is appended to `pending.jsonl` at once. A resume reuses these results, but
+only for batches of members that are complete: a batch is always generated as a whole.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -29,25 +29,25 @@ from estune.run.journal import Pending
 
 Completions = list[list[Completion]]  # (B, G)
 
-STOP_GRACE_S = 2.0  # how long a run that was asked to stop still waits for a score
+STOP_GRACE_S = 2.0  # seconds that a run waits for a score after it was asked to stop
 
 
 @dataclass
 class Group:
-    """What one member's rollouts came to; JSON in and out without loss."""
+    """The result of one member's rollouts; JSON stores it without loss."""
 
     rewards: list[list[list[float | None]]]  # (B, G, F); None: not applicable, or failed
     failed: list[list[int]]  # (b, g, f) of every failure
     lengths: list[list[int]]  # (B, G), generated tokens
     finished: list[list[bool]]  # (B, G); False: clipped
-    finite: list[list[bool]]  # (B, G); False: the member's logits were not finite, and every reward of it failed
-    digests: list[list[str]]  # (B, G), of token ids: equal completions have equal ones
+    finite: list[list[bool]]  # (B, G); False: the logits were not finite, so every reward of the completion failed
+    digests: list[list[str]]  # (B, G), hashes of token ids
     prompt_tokens: int
     generate_s: float  # without perturb_s
     perturb_s: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
-    completions: list[list[str]] | None = None  # (B, G), kept only where completions are logged
+    completions: list[list[str]] | None = None  # (B, G); None unless the text is needed
     extra: dict[str, list[Any]] | None = None  # log_extra columns, (B * G,) each
 
 
@@ -60,10 +60,10 @@ class Rollouts:
     failed: np.ndarray  # (N, B, G, F), bool
     score_wait_s: float  # seconds that the engine waited for scores
     earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
-    started: float = 0.0  # clock reading at which the step began, in seconds, were it done in one go
+    started: float = 0.0  # seconds, clock reading at the step's start, moved back by ``earlier_s``
 
     def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-        """Yield what a file of completions holds: member, row, prompt, completion, rewards, log_extra columns."""
+        """Yield one record a completion: member, row, prompt, completion, rewards, and the log_extra columns."""
         for member, group in enumerate(self.groups):
             if group.completions is None:
                 continue
@@ -90,9 +90,9 @@ class Rollouts:
 
     @property
     def modal_ratio(self) -> float:
-        """Share of completions that equal the most frequent one of all members, prompt by prompt.
+        """Share of completions that equal the most frequent completion of their prompt among all members.
 
-        Where nearly all do, that one is theta's: no perturbation was felt.
+        A share near 1 means that the perturbations did not change the completions.
         """
         digests = np.array([group.digests for group in self.groups])  # (N, B, G)
         most = [np.unique(digests[:, b, g], return_counts=True)[1].max() for b, g in np.ndindex(digests.shape[1:])]
@@ -105,20 +105,20 @@ class Rollouts:
 
     @property
     def non_finite_ratio(self) -> float:
-        """Share of completions whose logits were not finite: a broken member's."""
+        """Share of completions whose logits were not finite."""
         return 1.0 - float(np.mean([group.finite for group in self.groups]))
 
 
 @dataclass
 class Evaluator:
-    """Evaluates members (or theta) on prompts; shared by training steps and held-out evaluations."""
+    """Generates and scores completions of members or theta, for training steps and held-out evaluations."""
 
     engine: Engine
     pool: RewardPool
     response_prefix: str
-    should_stop: Callable[[], bool] = lambda: False
-    members_done: Callable[[int], None] = lambda done: None  # told how many of a step's members have answered
-    complained: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
+    should_stop: Callable[[], bool] = lambda: False  # called after every token
+    members_done: Callable[[int], None] = lambda done: None  # called with the number of members that have answered
+    warned: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
 
     def submit(
         self,
@@ -127,17 +127,17 @@ class Evaluator:
         trainer_state: dict[str, Any],
         keep_text: bool,
     ) -> Iterator[tuple[int, Group, Completions, Future[RewardResult]]]:
-        """Let the engine answer groups, and hand the completions of each member to the reward pool.
+        """Generate the completions of jobs, and submit the completions of each member to the reward pool.
 
         Args:
-            jobs: whose first indices differ.
-            rows_of: returns the rows (B,) that a job's prompts were made of.
+            jobs: jobs with distinct first indices.
+            rows_of: returns the dataset rows (B,) of a job's prompts.
             trainer_state: for reward functions.
-            keep_text: keep completions as text.
+            keep_text: whether to keep completions as text.
 
         Yields:
-            The member's index, its `Group` without rewards, its completions (B, G), and the rewards to come; `complete`
-            puts the rewards into the group. Times are shared out evenly over the members of a job.
+            The member's index, its `Group` without rewards, its completions (B, G), and the future of its rewards.
+            `complete` puts the rewards into the group. A job's times are divided evenly among its members.
         """
         for job, answer in self._answers(jobs):
             rows, n_members = rows_of(job), len(answer.indices)
@@ -162,18 +162,18 @@ class Evaluator:
 
     def _answers(self, jobs: Iterable[GroupJob]) -> Iterator[tuple[GroupJob, GroupAnswer]]:
         """Yield each answer with its job."""
-        asked: dict[tuple[int, ...], GroupJob] = {}
+        submitted: dict[tuple[int, ...], GroupJob] = {}
 
-        def remembered() -> Iterator[GroupJob]:
+        def recorded_jobs() -> Iterator[GroupJob]:
             for job in jobs:
-                asked[job.indices] = job
+                submitted[job.indices] = job
                 yield job
 
-        for answer in self.engine.answers(remembered(), self.should_stop):
-            yield asked[answer.indices], answer
+        for answer in self.engine.answers(recorded_jobs(), self.should_stop):
+            yield submitted[answer.indices], answer
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
-        """Put a group's scores into it; a completion that is not finite failed for every reward function."""
+        """Put the rewards into a group and return it; all rewards fail for a completion with non-finite logits."""
         shape = (-1, num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
         failed = failed | ~np.array(group.finite, dtype=bool)[..., None]
@@ -184,19 +184,19 @@ class Evaluator:
         group.metrics, group.errors = result.metrics, result.errors
         for error in result.errors:
             name = error.partition(":")[0]
-            if name not in self.complained:
-                self.complained.add(name)
+            if name not in self.warned:
+                self.warned.add(name)
                 error = " ".join(error.split())
-                warn(f"reward {error} (shown once; all are counted)")
+                warn(f"reward {error} (only the first failure is shown; all are counted)")
         if group.completions is not None:
             group.extra = result.extra or None
         return group
 
     def text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
-        """Return a completion's text; the response prefix is not part of it.
+        """Return a completion's text without the response prefix.
 
-        Behind a response prefix it is decoded together with the prompt's last token, since a tokenizer may drop the
-        space in front of the first word of what it decodes.
+        After a response prefix, the text is decoded together with the prompt's last token, because a tokenizer may drop
+        the space before the first word that it decodes.
         """
         if self.response_prefix:
             last = self.engine.assets.decode(prompt.token_ids[-1:])
@@ -212,12 +212,12 @@ class Evaluator:
         completions: Completions,
         trainer_state: dict[str, Any],
     ) -> Future[RewardResult]:
-        """Hand completions (B, G) to the reward pool, row by row in order."""
+        """Submit completions (B, G) to the reward pool, in row order; return the future of their rewards."""
         flat_rows = [row for row, answers in zip(rows, completions, strict=True) for _ in answers]  # (B * G,)
         token_ids = [list(c.token_ids) for answers in completions for c in answers]  # (B * G,)
         texts = [self.text(p, c.token_ids) for p, answers in zip(prompts, completions, strict=True) for c in answers]
-        given, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
-        return self.pool.submit(RewardBatch(given, answers, token_ids, columns, trainer_state))
+        reward_prompts, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
+        return self.pool.submit(RewardBatch(reward_prompts, answers, token_ids, columns, trainer_state))
 
     def evaluate_theta(
         self,
@@ -226,7 +226,11 @@ class Evaluator:
         sampling: Sampling,
         trainer_state: dict[str, Any],
     ) -> Rollouts:
-        """Evaluate theta itself on a step's prompts: (1, B, G) rollouts."""
+        """Generate and score theta's completions of a step's prompts: (1, B, G) rollouts.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
         job = GroupJob((0,), (None,), self.engine.checksum(), tuple(prompts), sampling)
         [(_, group, _, future)] = self.submit([job], lambda _: rows, trainer_state, False)
         return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
@@ -245,7 +249,7 @@ class Evaluator:
         head: str,
         keep_text: bool = False,
     ) -> Rollouts:
-        """Evaluate all members of a step: (N, B, G) rollouts.
+        """Generate and score the completions of all members of a step: (N, B, G) rollouts.
 
         Args:
             perturbations: (N,), the members.
@@ -253,14 +257,14 @@ class Evaluator:
             prompts: (B,).
             sampling: how completions are decoded.
             trainer_state: for reward functions.
-            theta_checksum: of the theta that the members are perturbations of.
-            members_per_batch: members that answer together.
-            pending: where finished members are put.
-            head: the journal's head, which ties them to this step.
-            keep_text: keep completions as text.
+            theta_checksum: checksum of the theta that the members perturb.
+            members_per_batch: number of members that answer together.
+            pending: stores the finished members.
+            head: the journal's head; it identifies the step in ``pending``.
+            keep_text: whether to keep completions as text.
 
         Raises:
-            Interrupted: the run was asked to stop; groups that were finished are in ``pending``.
+            Interrupted: the run was asked to stop; ``pending`` holds the finished members.
         """
         n_members = len(perturbations)
         shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
@@ -268,16 +272,10 @@ class Evaluator:
         groups: dict[int, Group] = dict(known)
         answered = set(known)
         scoring: list[tuple[int, Group, Future[RewardResult]]] = []
-
-        starts = range(0, n_members, members_per_batch)
-        batches = [tuple(range(first, min(first + members_per_batch, n_members))) for first in starts]
-        jobs = (
-            GroupJob(batch, tuple(perturbations[m] for m in batch), theta_checksum, tuple(prompts), sampling)
-            for batch in batches
-            if not known.keys() >= set(batch)
-        )
+        jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch)
 
         def collect(wait: bool) -> None:
+            """Take finished scores in the order of submission; with ``wait``, wait for all of them."""
             while scoring and (wait or scoring[0][2].done()):
                 index, group, future = scoring[0]
                 groups[index] = self.complete(group, scored(future, self.should_stop), sampling.num_generations)
@@ -301,13 +299,30 @@ class Evaluator:
         return rollouts
 
 
+def missing_jobs(
+    known: Collection[int],
+    perturbations: Sequence[Perturbation],
+    theta_checksum: str,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    members_per_batch: int,
+) -> Iterator[GroupJob]:
+    """Yield one job for each batch of members that are not all in ``known``, a set of member indices."""
+    n_members = len(perturbations)
+    for first in range(0, n_members, members_per_batch):
+        batch = tuple(range(first, min(first + members_per_batch, n_members)))
+        if not set(known) >= set(batch):
+            members = tuple(perturbations[m] for m in batch)
+            yield GroupJob(batch, members, theta_checksum, tuple(prompts), sampling)
+
+
 def answers_of_theta(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, should_stop: Callable[[], bool] = lambda: False
 ) -> Completions:
-    """Return theta's own completions (B, G) of some prompts.
+    """Return theta's completions (B, G) of prompts (B,), without scoring them.
 
     Raises:
-        Interrupted: ``should_stop`` turned true between two tokens.
+        Interrupted: ``should_stop`` returned true after a token.
     """
     job = GroupJob((0,), (None,), engine.checksum(), tuple(prompts), sampling)
     [answer] = engine.answers([job], should_stop)
@@ -320,19 +335,19 @@ def digest(token_ids: Sequence[int]) -> str:
 
 
 def known_groups(
-    found: Mapping[int, dict[str, Any]], n_members: int, shape: tuple[int, int, int], keep_text: bool
+    results: Mapping[int, dict[str, Any]], n_members: int, shape: tuple[int, int, int], keep_text: bool
 ) -> dict[int, Group]:
-    """Return the groups that need no second evaluation; those that lack a field, are damaged, or lack wanted text, do.
+    """Return the stored groups that can be reused: whole ones, with text if text is needed.
 
     Args:
-        found: results by member, as they were read.
+        results: values read from JSON, by member.
         n_members: of the step.
         shape: (B, G, F) of the step.
-        keep_text: completions are wanted as text.
+        keep_text: whether the completions are needed as text.
     """
     return {
         index: Group(**result)
-        for index, result in found.items()
+        for index, result in results.items()
         if index < n_members and _is_group(result, shape) and not (keep_text and result["completions"] is None)
     }
 
@@ -367,7 +382,7 @@ _PER_COMPLETION: dict[str, Callable[[Any], bool]] = {
 
 
 def _is_array(value: Any, shape: Sequence[int], is_item: Callable[[Any], bool]) -> bool:
-    """Return whether nested lists have a shape and items of a kind."""
+    """Return whether ``value`` is nested lists of this shape whose items satisfy ``is_item``."""
     if not shape:
         return is_item(value)
     return isinstance(value, list) and len(value) == shape[0] and all(_is_array(v, shape[1:], is_item) for v in value)
@@ -382,10 +397,10 @@ def _is_column(value: Any, shape: tuple[int, int, int]) -> bool:
 
 
 def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:
-    """Wait for a score.
+    """Wait for a member's rewards and return them.
 
     Raises:
-        Interrupted: the run was asked to stop, and the score took too long even so.
+        Interrupted: the run was asked to stop, and the rewards did not arrive within `STOP_GRACE_S`.
     """
     stop_at = math.inf
     while not future.done() and time.monotonic() < stop_at:

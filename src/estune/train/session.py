@@ -1,7 +1,7 @@
-"""A training run while it is open: its directory, engine, reward workers, prompts and monitors.
+"""An open training run: its directory, engine, reward workers, prompts and monitors.
 
-`ESTrainer.train` is the loop, and `Session` has a method for each of its lines. The order of writes within a step is
-that of `estune.run.directory`.
+`ESTrainer.train` is the loop. `Session` has one method for each line of the loop. `estune.run.directory` documents the
+order in which a step writes its files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
 from estune.models.hub import push
 from estune.monitor.monitors import Monitors
-from estune.monitor.panel import PanelMonitor, Said
+from estune.monitor.panel import Excerpt, PanelMonitor
 from estune.rewards.pool import RewardPool
 from estune.run import records
 from estune.run.card import write_card
@@ -36,7 +36,7 @@ from estune.train import metrics, setup
 from estune.train.evaluation import Evaluation, evaluate
 from estune.train.rollouts import Evaluator, Rollouts, answers_of_theta, digest
 from estune.train.setup import Rewards
-from estune.train.sigma_watch import BesideMembers, SigmaWatch
+from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
 from estune.train.step import Step, plan_step
 
@@ -45,7 +45,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class OpenRun:
-    """The parts of a run while it is open; how many steps are done its method knows (``steps_done``)."""
+    """The parts of an open run that all methods share. The caller passes the number of steps done (``steps_done``)."""
 
     args: ResolvedConfig
     run: Run
@@ -58,21 +58,21 @@ class OpenRun:
     eval_rows: Rows
     eval_prompts: list[Prompt]
     monitors: Monitors
-    train_time_s: float  # of the steps done, evaluations and saving not counted
+    train_time_s: float  # spent in the steps done; evaluations and saving are not counted
 
     def has_ended(self, steps_done: int) -> bool:
-        """Say whether a run of so many steps has all of them, or has used up its time."""
+        """Return whether the run has reached ``max_steps`` or ``max_time_s`` after ``steps_done`` steps."""
         args = self.args
         return steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
 
     def is_evaluation_due(self, steps_done: int) -> bool:
-        """Say whether the held-out rows are to be answered after so many steps, and were not yet."""
+        """Return whether an evaluation is due after ``steps_done`` steps and its file does not exist yet."""
         every = self.args.eval_steps
         due = bool(every) and (steps_done % every == 0 or self.has_ended(steps_done))
         return due and not records.evaluation_path(self.run.path, steps_done).exists()
 
     def answer_held_out(self, steps_done: int) -> Evaluation:
-        """Answer the held-out rows with the model that the engine holds, and score the answers."""
+        """Answer the held-out rows with theta, and score the completions."""
         return evaluate(
             self.evaluator,
             self.eval_rows,
@@ -85,14 +85,14 @@ class OpenRun:
         )
 
     def trainer_state(self, steps_done: int) -> dict[str, Any]:
-        """Return what reward functions are told after so many steps."""
+        """Return the ``trainer_state`` that reward functions receive after ``steps_done`` steps."""
         epoch = steps_done * self.args.batch_size / len(self.train_rows)
         return {"global_step": steps_done, "max_steps": self.args.max_steps, "epoch": epoch}
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What an update did, and clock readings around it, in seconds."""
+    """How far an update moved theta, and the clock readings before and after it, in seconds."""
 
     moved: Moved
     started: float
@@ -101,14 +101,14 @@ class Applied:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step's rollouts came to, before theta moves."""
+    """The metrics of a step before theta moves."""
 
     metrics: dict[str, Any]
     started: float  # clock reading at which the step began, in seconds
 
 
 def run_so_far(args: ResolvedConfig, run: Run) -> dict[str, Any]:
-    """Return what a `Session` has to know of the steps that are done: ``watch`` and ``theta_answered_first``."""
+    """Return the fields of a `Session` that depend on the steps done: ``watch`` and ``theta_answered_first``."""
     logged = records.read_metrics(run.path)
     fitness = (record["fitness"] for record in run.journal.steps)
     return {
@@ -119,22 +119,22 @@ def run_so_far(args: ResolvedConfig, run: Run) -> dict[str, Any]:
 
 @dataclass
 class Session(OpenRun):
-    """The parts of an open run of evolution strategies; made by `estune.train.opening.open_session`."""
+    """The parts of an open run of evolution strategies; `estune.train.opening.open_session` makes one."""
 
     batches: Batches
     checksum: str  # of theta
     tokens: int  # processed by the journalled steps
-    perturb_cos: dict[str, float] = field(default_factory=dict)  # per kind of parameter, at the smallest noise so far
-    perturb_cos_scale: float = math.inf
+    perturb_cos: dict[str, float] = field(default_factory=dict)  # cosine per kind of parameter, latest measurement
+    perturb_cos_scale: float = math.inf  # noise scale of that measurement
     watch: SigmaWatch = field(default_factory=SigmaWatch)
-    asks_theta_first: bool = True  # whether theta answers the first step's rows beside the members
+    asks_theta_first: bool = True  # whether theta also answers the first step's rows
     panel: PanelMonitor | None = None
-    repository: str | None = None  # on the hub, where the finished model goes
-    theta_answered_first: bool = False  # whether theta's answers to the first step's rows were scored
+    repository: str | None = None  # hub repository to which the finished model is uploaded
+    theta_answered_first: bool = False  # whether theta's completions of the first step's rows were scored
 
     @property
     def ended(self) -> bool:
-        """Return whether the run has all its steps, or has used up its time."""
+        """Return whether the run has reached ``max_steps`` or ``max_time_s``."""
         return self.has_ended(self.run.steps_done)
 
     def plan(self) -> Step:
@@ -142,7 +142,7 @@ class Session(OpenRun):
         return plan_step(self.args, self.batches, self.run.steps_done)
 
     def announce(self, replayed: int) -> None:
-        """Say in a few lines what is about to run; ``replayed`` journalled steps were applied again."""
+        """Print the run's model, data and options; ``replayed`` is the number of steps replayed from the journal."""
         args, run, size = self.args, self.run, num_parameters(self.engine.specs)
         moving = num_parameters(spec for spec in self.engine.specs if spec.perturbed)
         share = "all" if moving == size else f"{moving / size:.1%} of"
@@ -162,18 +162,18 @@ class Session(OpenRun):
         warn_of_inputs(args, self.engine, self.train_prompts)
         if run.journal.header.get("rollouts") == "not reproducible":
             warn(
-                "rollouts are not reproducible here: the same member gave other tokens beside other work, so a run "
-                "with this configuration may differ; the journal alone is this run's truth"
+                "rollouts are not reproducible here: the same member generated different tokens under load. Another "
+                "run with this configuration may differ; only the journal reproduces this run"
             )
         if run.steps_done:
             say(f"estune: resuming after step {run.steps_done} ({replayed} replayed from the journal)")
 
     def evaluate_population(self, step: Step) -> Rollouts:
-        """Let every member answer the step's rows and score the answers: (N, B, G) rollouts.
+        """Generate and score the completions of every member on the step's rows: (N, B, G) rollouts.
 
         Raises:
-            Interrupted: the run was asked to stop; finished groups are on disk.
-            UserError: no completion of any member comes from finite logits.
+            Interrupted: the run was asked to stop; `pending.jsonl` holds the finished members.
+            UserError: the logits of all members are NaN or infinite.
         """
         started = time.perf_counter()
         self._measure_rounding(step)
@@ -190,16 +190,16 @@ class Session(OpenRun):
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,
         )
-        rollouts.started = started - rollouts.earlier_s  # a step takes what all its members took, whenever they did
+        rollouts.started = started - rollouts.earlier_s  # step time includes members that an earlier process evaluated
         if rollouts.non_finite_ratio == 1.0:
             is_broken = not theta_is_finite(self.args, self.engine, self.train_prompts)
             raise UserError(broken_population(self.engine, step.index + 1, step.sigma, is_broken))
         return rollouts
 
-    def evaluate_theta(self, step: Step, rollouts: Rollouts) -> BesideMembers:
-        """Let theta answer the step's rows where that is due: in the first step, at evaluations, where members agree.
+    def evaluate_theta(self, step: Step, rollouts: Rollouts) -> ThetaAnswers:
+        """Answer the step's rows with theta if that is due: in step 1, at evaluations, or when members agree.
 
-        Theta's failures are filled from the population's rewards, as a member's are. No update depends on the answers.
+        Failed rewards of theta are filled like a member's. The update does not depend on theta's completions.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -210,16 +210,16 @@ class Session(OpenRun):
         is_ranked = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
         if not is_ranked and not (step.index == 0 and self.asks_theta_first):
             if not self.watch.wants_theta(rollouts.modal_ratio):
-                return BesideMembers()
+                return ThetaAnswers()
             answers = answers_of_theta(self.engine, prompts, sampling, self.evaluator.should_stop)
-            own = np.array([[digest(completion.token_ids) for completion in row] for row in answers])  # (B, G)
-            return BesideMembers(equal=float(np.mean(digests == own)))
+            of_theta = np.array([[digest(completion.token_ids) for completion in row] for row in answers])  # (B, G)
+            return ThetaAnswers(equal=float(np.mean(digests == of_theta)))
         theta = self.evaluator.evaluate_theta(rows, prompts, sampling, self.trainer_state(step.index))
         rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, theta.failed])
         weights = self.rewards.weights
         fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
-        return BesideMembers(
+        return ThetaAnswers(
             equal=float(np.mean(digests == np.array(theta.groups[0].digests))),
             fitness=float(fitness[-1]),
             rank=1 + int((fitness[:-1] > fitness[-1]).sum()) if is_ranked else None,
@@ -227,40 +227,40 @@ class Session(OpenRun):
         )
 
     def measure(
-        self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, theta: BesideMembers
+        self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, theta: ThetaAnswers
     ) -> Measured:
-        """Return the step's metrics so far, and warn of what they show.
+        """Compute the step's metrics before the update, and print the warnings that follow from them.
 
         Args:
             step: the step.
             rewards: (N, B, G, F), failures filled.
             fitness: (N,).
-            rollouts: what was evaluated.
-            theta: how theta answered the step's rows.
+            rollouts: of the members.
+            theta: the result of `evaluate_theta`.
         """
         self.tokens += rollouts.tokens
         if step.index == 0:
             self.theta_answered_first = theta.is_scored
-        found = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
-        found |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        found |= theta.record()
-        found["num_evaluations"] = self._evaluations(step)
-        self.watch.step({"step": step.index + 1, **found}, theta, self._unpaid(rollouts))
+        record = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+        record |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
+        record |= theta.record()
+        record["num_evaluations"] = self._evaluations(step)
+        self.watch.step({"step": step.index + 1, **record}, theta, self._unpaid(rollouts))
         if step.index == 0:
-            found |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
+            record |= {f"es/perturb_cos/{kind}": value for kind, value in self.perturb_cos.items()}
         if self.panel is not None:
             self.panel.members(fitness.tolist(), excerpts(self._inputs(step)[1], rollouts, fitness))
-        return Measured(found, rollouts.started)
+        return Measured(record, rollouts.started)
 
     def journal(self, step: Step, fitness: np.ndarray, rollouts: Rollouts, update: Update, measured: Measured) -> None:
-        """Write the step to disk, its line last; when this returns theta may move.
+        """Write the step to disk and call fsync; theta may move when this method returns.
 
         Args:
             step: the step.
             fitness: (N,).
-            rollouts: what was evaluated.
+            rollouts: of the members.
             update: how theta will move.
-            measured: noted beside the pending groups, for a run that is killed before it logs them.
+            measured: written to `pending.jsonl`, so that a resume can log the step after a kill.
         """
         record = step_record(
             step.index,
@@ -283,7 +283,7 @@ class Session(OpenRun):
         """Move theta by the journalled update.
 
         Raises:
-            UserError: theta is not finite any more.
+            UserError: theta contains NaN or infinity after the update.
         """
         started = time.perf_counter()
         moved = self.engine.apply(update)
@@ -292,7 +292,7 @@ class Session(OpenRun):
         return Applied(moved, started, time.perf_counter())
 
     def log(self, measured: Measured, applied: Applied) -> None:
-        """Hand the step's metrics to the monitors, then evaluate and save where it is due."""
+        """Pass the step's metrics to the monitors, then evaluate and save a checkpoint if they are due."""
         timing = metrics.Timing(measured.started, applied.started, applied.ended)
         self.train_time_s += timing.ended - timing.started
         moves = metrics.update_metrics(measured.metrics, applied.moved, timing)
@@ -301,11 +301,11 @@ class Session(OpenRun):
         self.catch_up()
 
     def log_again(self, measured: dict[str, Any], moved: Moved) -> None:
-        """Log a step whose process was killed before it could: its time is that of the parts which are known.
+        """Log a journalled step whose process was killed before it logged the step.
 
         Args:
-            measured: the step's metrics, as `journal` noted them.
-            moved: how theta moved.
+            measured: the metrics that `journal` wrote; the step's time is the sum of the times in them.
+            moved: how far the step's update moved theta.
         """
         moves = metrics.update_metrics(measured, moved, None)
         self.train_time_s += moves["step_time"]
@@ -315,13 +315,13 @@ class Session(OpenRun):
         self._log_step(measured | moves | {"train_time_s": self.train_time_s})
 
     def _log_step(self, record: dict[str, Any]) -> None:
-        """Hand the last step's metrics to the monitors, where it is one to log; theta_0's fitness always is."""
+        """Pass the last step's metrics to the monitors every ``logging_steps``, and if they hold theta_0's fitness."""
         done = self.run.steps_done
         if done % self.args.logging_steps == 0 or self.ended or (done == 1 and self.theta_answered_first):
             self.monitors.log({"step": done} | record)
 
     def catch_up(self) -> None:
-        """Make the held-out evaluation and the checkpoint that are due after the steps done, unless they exist."""
+        """Write the held-out evaluation and the checkpoint that are due after the steps done, unless they exist."""
         args, done = self.args, self.run.steps_done
         if self.is_evaluation_due(done):
             evaluation = self.answer_held_out(done)
@@ -336,28 +336,28 @@ class Session(OpenRun):
             prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
 
     def finish(self) -> None:
-        """Write the finished model to the run directory's root, and leave theta in the working model.
+        """Write the finished model to the run directory's root. The working model then holds theta.
 
         Raises:
-            UserError: theta's logits are not finite any more; nothing is written.
+            UserError: theta's logits are NaN or infinite; nothing is written.
         """
         refuse_broken_theta(self.args, self.engine, self.train_prompts, self.run.steps_done)
         self.engine.load_theta()
         self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)
-        write_card(self.run.path)  # a kill just before is mended where a finished run is found again
+        write_card(self.run.path)  # `finish_again` writes the card if the process is killed before this line
         self.run.pending.clear()
         prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
             warn("theta never moved: in every step all members tied, or every reward failed")
         if self.panel is not None:
-            self.panel.close()  # before the last words
+            self.panel.close()  # the lines below then stand under the panel
         say(f"estune: done; the model is in {self.run.path}")
         if self.repository is not None:
             say(f"estune: {push(self.run.path, self.repository)}")
 
     def save_interrupted(self) -> None:
-        """Save theta where the run was asked to stop."""
+        """Save a checkpoint of a run that was asked to stop, and print how to continue it."""
         run = self.run
         self.engine.load_theta()
         if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
@@ -368,7 +368,7 @@ class Session(OpenRun):
         )
 
     def _measure_rounding(self, step: Step) -> None:
-        """Measure how much of a perturbation the compute dtype keeps: in the first step, and as sigma halves."""
+        """Measure how much of a perturbation survives the compute dtype: in step 1, and whenever sigma has halved."""
         if step.noise.scale < self.perturb_cos_scale / 2:
             self.perturb_cos_scale = step.noise.scale
             self.perturb_cos = self.engine.perturb_cosine(step.perturbations[0])
@@ -379,7 +379,7 @@ class Session(OpenRun):
         return [self.train_rows[row] for row in step.rows], [self.train_prompts[row] for row in step.rows]
 
     def _evaluations(self, step: Step) -> int:
-        """Return how many completions training has had scored so far, theta's own included."""
+        """Return how many training completions have been scored up to this step, including theta's."""
         done, args = step.index + 1, self.args
         of_theta = done // args.eval_steps if args.eval_steps else 0
         of_theta += self.theta_answered_first and args.eval_steps != 1
@@ -394,14 +394,20 @@ class Session(OpenRun):
         return self.args.log_completions and (step.index + 1) % self.args.logging_steps == 0
 
 
-def excerpts(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Said]:
-    """Return the answers of the best, the median and the worst member to the step's first prompt."""
+def excerpts(prompts: Sequence[Prompt], rollouts: Rollouts, fitness: np.ndarray) -> list[Excerpt]:
+    """Return the completions of the best, the median and the worst member for the step's first prompt.
+
+    Args:
+        prompts: of the step, (B,).
+        rollouts: of the step.
+        fitness: (N,); members without fitness (NaN) are left out.
+    """
     order = [int(m) for m in np.argsort(-fitness, kind="stable") if not np.isnan(fitness[m])]  # NaN comes last
     chosen = [("best", 0), ("median", len(order) // 2), ("worst", len(order) - 1)] if order else []
-    found = []
+    shown = []
     for place, index in chosen:
         member = order[index]
         texts = rollouts.groups[member].completions
         if texts is not None:
-            found.append(Said(place, float(fitness[member]), prompts[0].question, texts[0][0]))
-    return found
+            shown.append(Excerpt(place, float(fitness[member]), prompts[0].question, texts[0][0]))
+    return shown

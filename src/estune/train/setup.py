@@ -1,6 +1,6 @@
-"""From a configuration to what a run works on: resolved values, rows, reward functions, and the engine.
+"""From a configuration to a run's parts: resolved values, rows, reward functions and the engine.
 
-Everything torch-free comes first (rows, rewards, the reward pool's processes); the engine is loaded last.
+The caller sets up the parts that need no torch first (rows, rewards, reward processes) and loads the engine last.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from estune.tasks import Task, get_task
 
 RewardFunc = Callable[..., Any]
 Rows = Sequence[dict[str, Any]]
-DATA_VERSION = 2  # of the data's fingerprint; version 1 noted none, and compared only the types of what is no JSON
-LARGE_BYTES = 64 << 20  # from here on a model's matrix products are worth several threads
-DEFAULT_BATCH = 32
-PROBLEM_COLUMNS = ("question", "problem", "instruction", "input", "text", "query", "messages")  # where prompts hide
-DEFAULT_GROUPS = 8  # prompts a step of methods that sample several completions of each
-DEFAULT_PROMPTS_PER_BATCH = 64
+DATA_VERSION = 2  # version of the data's fingerprint; version 1 compares only the types of values that JSON lacks
+LARGE_BYTES = 64 << 20  # bytes of weights above which several threads are faster than one
+DEFAULT_BATCH = 32  # prompts a step
+PROBLEM_COLUMNS = ("question", "problem", "instruction", "input", "text", "query", "messages")  # likely prompt columns
+DEFAULT_GROUPS = 8  # prompts a step, for methods that sample several completions of each prompt
+DEFAULT_PROMPTS_PER_BATCH = 64  # prompts a forward pass
 
 
 @dataclass
 class Rewards:
-    """The reward functions of a run, their names and weights, and the accuracy that evaluations report."""
+    """The F reward functions of a run, their names and weights, and the accuracy function of evaluations."""
 
     funcs: list[RewardFunc]
     names: list[str]
@@ -55,10 +55,10 @@ class Rewards:
 
 
 def task_of(args: ESConfig) -> Task | None:
-    """Return the configured built-in task, if any, after a look whether code that it has to run can be run safely.
+    """Return the configured built-in task, or None; check the sandbox if the task runs code.
 
     Raises:
-        UserError: an unknown task, an impossible pairing, or no sandbox and no leave to do without.
+        UserError: the task is unknown or does not fit the engine, or the sandbox is missing and not waived.
     """
     task = get_task(args.task, args.allow_unsandboxed_code) if args.task else None
     if task is not None and task.runs_code:
@@ -67,7 +67,7 @@ def task_of(args: ESConfig) -> Task | None:
             warn(warning)
     elif args.allow_unsandboxed_code:
         raise UserError(
-            "allow_unsandboxed_code has no effect: no code that a model writes is run here, as it is for "
+            "allow_unsandboxed_code has no effect: this task does not run code that a model wrote, unlike "
             "task arc_agi:python"
         )
     if (args.engine == "toy") != (args.task == "quadratic"):
@@ -75,21 +75,21 @@ def task_of(args: ESConfig) -> Task | None:
     return task
 
 
-def resolve_rewards(args: ESConfig, given: Any, task: Task | None) -> Rewards:
-    """Return the run's rewards: those ``given`` from Python, else the configuration's, else the task's.
+def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rewards:
+    """Return the run's rewards: ``reward_funcs`` from Python, else the configuration's, else the task's.
 
     Raises:
-        UserError: there is none, one does not import, or the weights do not fit.
+        UserError: there is no reward, a reward does not import, or the number of weights differs.
     """
-    if given is None:
-        given = args.reward_funcs
-    if given is None:
+    if reward_funcs is None:
+        reward_funcs = args.reward_funcs
+    if reward_funcs is None:
         if task is None:
             raise UserError(
                 "give --task, or --reward_funcs (package.module:function or file.py:function) for data of your own"
             )
-        given = task.reward
-    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+        reward_funcs = task.reward
+    listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     funcs = [load_reward(item) if isinstance(item, str) else item for item in listed]
     if not funcs:
         raise UserError("reward_funcs is empty: at least one reward function is needed")
@@ -107,31 +107,34 @@ def resolve_rewards(args: ESConfig, given: Any, task: Task | None) -> Rewards:
 
 
 def reward_pool(args: ESConfig, funcs: list[RewardFunc], names: list[str], workers: int | None = None) -> RewardPool:
-    """Start the pool for some reward functions; ``workers`` defaults to the configuration's."""
+    """Start a pool for reward functions; ``workers`` defaults to the configuration's number."""
     if workers is None:
         workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
     return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers, isolation=args.reward_isolation)
 
 
 def resolve_rows(
-    args: ESConfig, given: Any, task: Task | None, split: str, rewards: Rewards, *, for_training: bool = True
+    args: ESConfig, dataset: Any, task: Task | None, split: str, rewards: Rewards, *, for_training: bool = True
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``split`` (``train``, ``validation`` or ``test``), ready for prompts and rewards.
+    """Return the rows of ``split`` (``train``, ``validation`` or ``test``), checked for prompts and rewards.
+
+    The rows come from ``dataset`` (from Python), else from ``args.dataset_name``, else from the task.
 
     Raises:
-        UserError: no rows, no prompt column, or a column that a reward needs is missing.
+        UserError: there are no rows, or a row lacks a prompt or a column that a reward needs.
     """
-    if given is not None or args.dataset_name is not None:
-        source = given if given is not None else args.dataset_name
-        one_set = given is None and not has_splits(source)
+    if dataset is not None or args.dataset_name is not None:
+        source = dataset if dataset is not None else args.dataset_name
+        one_set = dataset is None and not has_splits(source)
         named = (args.dataset_config, args.dataset_train_split, args.dataset_test_split)
         if one_set and named != (None, "train", "test"):
             raise UserError(f"dataset {source} is one set of rows: it has no configurations and no splits")
-        if split != "train" and given is None and for_training and args.dataset_train_split == args.dataset_test_split:
-            raise UserError(f"the split {args.dataset_train_split} would be trained on and held out")
+        same_split = dataset is None and args.dataset_train_split == args.dataset_test_split
+        if split != "train" and for_training and same_split:
+            raise UserError(f"the split {args.dataset_train_split} would be both trained on and held out")
         if split != "train" and for_training and one_set:
             raise UserError(
-                f"{source} is one set of rows: trained on, they cannot be held out; give a directory with "
+                f"{source} is one set of rows, which cannot be both trained on and held out: give a directory with "
                 "train.jsonl and test.jsonl, or an eval_dataset from Python"
             )
         name = args.dataset_train_split if split == "train" else args.dataset_test_split
@@ -152,7 +155,7 @@ def resolve_rows(
 
 
 def _no_prompt(row: Mapping[str, Any], index: int, split: str, task: Task | None) -> str:
-    """Return what is missing in a row without a prompt, and where a prompt could come from."""
+    """Return the error message for a row without a prompt, with a suggestion where its prompt could be."""
     if "prompt" in row:
         return f"row {index} of the {split} split: its prompt is null"
     makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else ()))
@@ -169,14 +172,14 @@ def _no_prompt(row: Mapping[str, Any], index: int, split: str, task: Task | None
 
 
 def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
-    """Return the configuration with every ``auto`` and every default that depends on others filled in, once."""
+    """Return the configuration with ``auto`` resolved wherever the options and the number of rows suffice."""
     auto: dict[str, Any] = {}
     if args.method in OF_METHODS["learning_rate"]:
         auto["learning_rate"] = args.effective_learning_rate
     if args.batch_size == "auto":
         wanted = {"es": DEFAULT_BATCH, "random_search": DEFAULT_BATCH, "ppo": 64}.get(args.method, DEFAULT_GROUPS)
         auto["batch_size"] = min(wanted, n_rows)
-    if args.method in SAMPLING_METHODS and args.dtype == "auto":  # they train in it, and so they sample
+    if args.method in SAMPLING_METHODS and args.dtype == "auto":  # they train in float32, so they sample in float32
         auto["dtype"] = "float32"
     if args.prompts_per_batch == "auto":
         auto["prompts_per_batch"] = DEFAULT_PROMPTS_PER_BATCH
@@ -190,20 +193,20 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
 
 
 def batches_of(args: ESConfig, n_rows: int) -> Batches:
-    """Return the rows of each step, for a configuration whose batch size is resolved.
+    """Return the rows of every step; ``args.batch_size`` must be resolved.
 
     Raises:
-        UserError: the batch is larger than the rows.
+        UserError: the batch size is larger than the number of rows.
     """
     assert isinstance(args.batch_size, int)
     return Batches(n_rows, args.batch_size, args.seed)
 
 
 def default_threads(args: ESConfig, module: Any = None) -> int:
-    """Return 1 for a small model, else the cores this process may use.
+    """Return 1 for a small model, otherwise the number of cores that this process may use.
 
-    A model of a few megabytes gains little from a second thread (15 % measured on an idle machine) and loses a factor
-    of four to spinning threads as soon as anything else runs.
+    On an idle machine, a second thread makes a model of a few megabytes 15 % faster. When other processes run, spinning
+    threads make it four times slower.
     """
     if args.engine == "toy":
         return environment.cores()
@@ -216,15 +219,15 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
 
 
 def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ResolvedConfig:
-    """Return the configuration with what only the loaded engine can tell: dtype, device, ``members_per_batch``.
+    """Return the configuration with the values that need the loaded engine: dtype, device, ``members_per_batch``.
 
-    The last one comes from the memory that is free now. Full-rank members always answer one at a time. Of low-rank ones
-    as many share a forward pass as fit and are worth it; the population is cut into batches of nearly equal size.
+    ``members_per_batch`` depends on the memory that is free now. It is 1 for full-rank noise. With low-rank noise, as
+    many members share a forward pass as fit into memory and still save time. All batches have nearly equal sizes.
     """
     most = 1
     if args.noise == "lowrank" and args.members_per_batch == "auto":
         assert isinstance(args.batch_size, int) and isinstance(args.prompts_per_batch, int)
-        wanted = min(args.batch_size, args.prompts_per_batch) * args.num_generations  # rows of a member
+        wanted = min(args.batch_size, args.prompts_per_batch) * args.num_generations  # sequences per member
         longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
         sampled = args.temperature > 0
         most = engine.members_that_fit(args.population_size, wanted, longest, args.rank, sampled)
@@ -238,10 +241,10 @@ def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
 
 
 def check_model(model: str, revision: str | None = None) -> None:
-    """Check that a model exists and that its files can be read, without loading it.
+    """Check that a model exists and that its files are readable, without loading the model.
 
     Raises:
-        UserError: it is no directory and not on the hub, or its directory holds no whole model.
+        UserError: the model is neither a directory nor on the hub, or the directory holds no complete model.
     """
     from estune.engines.hf import loading
 
@@ -250,10 +253,10 @@ def check_model(model: str, revision: str | None = None) -> None:
 
 
 def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> LocalEngine:
-    """Load the engine of a configuration whose threads and batches are resolved; ``module`` is a model in memory.
+    """Load the engine; threads and batches of ``args`` must be resolved. ``module`` is a model in memory.
 
     Raises:
-        UserError: the engine does not exist, or the model is missing, damaged, or not a model.
+        UserError: the engine does not exist, or the model is missing or damaged.
     """
     assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
     options = EngineOptions(
@@ -273,7 +276,7 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
     if is_toy:
         for name, harmless in (("temperature", 0.0), ("stop_strings", [])):
             if getattr(args, name) != harmless:
-                raise UserError(f"the toy engine has no use for {name}")
+                raise UserError(f"the toy engine does not support {name}")
     elif module is None:
         refuse_unfinished(args.model)
     engine: LocalEngine = engine_class("toy" if is_toy else args.engine).open(options)
@@ -284,14 +287,14 @@ def engine_class(name: str) -> Any:
     """Return the class of an engine: one of `ENGINES`, or ``package.module:Class``.
 
     Raises:
-        UserError: there is no such class.
+        UserError: the class cannot be imported.
     """
     where = ENGINES.get(name, name)
     module, _, attribute = where.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"engine {name!r} does not import: {error}") from error
+        raise UserError(f"engine {name!r} cannot be imported: {error}") from error
 
 
 def _is_toy(model: str) -> bool:
@@ -312,10 +315,10 @@ def facts_of(
     held_out: Rows,
     held_out_prompts: Sequence[Prompt],
 ) -> Facts:
-    """Return what a run is made of beside its options, for the comparison at a resume.
+    """Return the facts about data, rewards and model that a resume compares with the stored run.
 
     Raises:
-        UserError: a value of a column cannot be compared; the sentence names row, column and type.
+        UserError: a value of a column cannot be hashed; the message names row, column and type.
     """
     identity = {
         **assets.identity(),
@@ -332,15 +335,15 @@ def facts_of(
 
 
 def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return how many rows there are, and a hash of every value in them and of their prompts' tokens."""
+    """Return the number of rows, and a hash of all their values and of their prompts' tokens."""
     fingerprint = rows_digest(rows, (prompt.token_ids for prompt in prompts))
     return {"rows": len(rows), "fingerprint": fingerprint, "version": DATA_VERSION}
 
 
 def unversioned_data(rows: Rows, prompts: Sequence[Prompt]) -> tuple[str, list[str]]:
-    """Return the data's fingerprint of version 1, and the columns whose values that version does not compare.
+    """Return the data's fingerprint of version 1, and the columns whose values version 1 does not compare.
 
-    Version 1 stands in runs of an older estune. Of a value that JSON lacks it holds the name of the type alone.
+    Runs of older versions of estune store version 1. It hashes only the type's name of a value that JSON lacks.
     """
     digest = blake2b(digest_size=16)
     unseen: dict[str, None] = {}
@@ -352,7 +355,7 @@ def unversioned_data(rows: Rows, prompts: Sequence[Prompt]) -> tuple[str, list[s
 
 
 def rows_fingerprint(rows: Rows) -> str:
-    """Return a hash of rows, whatever model is asked them: of their JSON, or where JSON lacks a value of all bytes."""
+    """Return a hash of rows that does not depend on the model; rows that JSON cannot represent go through `encode`."""
     lines = [json.dumps(row, sort_keys=True) if _is_json(row) else encode(row).hex() for row in rows]
     return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
@@ -380,7 +383,7 @@ def sampling(args: ESConfig, step: int) -> Sampling:
 
 
 def evaluation_sampling(args: ESConfig) -> Sampling:
-    """Return how held-out rows are answered within a run: as in training, or greedily."""
+    """Return the decoding settings of evaluations within a run: those of training, or greedy decoding."""
     if args.method == "es" and not args.eval_greedy:
         return sampling(args, 0)
     return dataclasses.replace(sampling(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
@@ -389,7 +392,7 @@ def evaluation_sampling(args: ESConfig) -> Sampling:
 def build_prompts(
     args: ESConfig, engine: LocalEngine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
 ) -> list[Prompt]:
-    """Tokenise rows once: (rows,) prompts with ``row_id`` the index.
+    """Return the tokenised prompts of rows, (rows,); ``row_id`` is the row's index.
 
     Raises:
         UserError: a prompt with its completion does not fit the model's context.

@@ -1,6 +1,6 @@
-"""Warnings while a run trains: members that nobody hears, that break, or that get worse; each is given once.
+"""Warnings during training: perturbations without effect, broken members, falling fitness. Each is printed once.
 
-What a step is compared with is told in `SigmaWatch`. A resumed run sees its earlier steps again and repeats no warning.
+A resumed run reads its earlier steps again and does not repeat their warnings.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 from estune.console import warn
 from estune.es.fitness import mean
 
-SILENT = 0.9  # share of completions that equal theta's
-LEAST_PROMPTS = 16  # whose mean says something of a trend
+SILENT = 0.9  # share of completions equal to theta's, above which sigma is too small
+LEAST_PROMPTS = 16  # prompts whose mean fitness shows a trend
 LEAST_ANSWERS = 16  # answers (N * B) that a comparison of the members with theta needs
-LEAST_HELD_OUT = 50  # rows of an evaluation that is compared with the first
-ENOUGH = 8  # members, prompts, or steps: fewer say little by themselves
+LEAST_HELD_OUT = 50  # rows of an evaluation that is compared with the first evaluation
+ENOUGH = 8  # members, prompts or steps that are enough for a conclusion
 PROBE = "`estune probe` tries several sizes"
 
 
 @dataclass(frozen=True)
-class BesideMembers:
-    """How theta itself answered a step's rows, beside the members; NaN where that was not measured."""
+class ThetaAnswers:
+    """Theta's answers to a step's rows, compared with the members'; NaN: not measured."""
 
     equal: float = math.nan  # share of the members' completions that equal theta's
     fitness: float = math.nan
-    rank: int | None = None  # among N + 1, 1 for the best
-    is_scored: bool = False  # its completions were scored, and count as evaluations
+    rank: int | None = None  # among theta and the N members; 1 is the best
+    is_scored: bool = False  # whether theta's completions were scored; they then count as evaluations
 
     def record(self) -> dict[str, Any]:
-        """Return theta's metrics; empty where its completions were not scored."""
+        """Return theta's metrics; empty if its completions were not scored."""
         if not self.is_scored:
             return {}
         ranked = {} if self.rank is None else {"es/theta_rank": self.rank}
@@ -42,25 +42,25 @@ class BesideMembers:
 
 @dataclass
 class SigmaWatch:
-    """Warns, once each, of what keeps a run from learning: members that nobody hears, that break, or that get worse.
+    """Warns once about each problem that prevents learning: a wrong sigma, broken members, falling fitness.
 
-    The members are compared with theta where theta answered the same rows, as in the first step; otherwise with the
-    best mean fitness so far. A step of few prompts says little of a trend, so that means are taken over as many steps
-    as have `LEAST_PROMPTS` together.
+    The members are compared with theta if theta answered the same rows, as in step 1. Otherwise they are compared with
+    the best mean fitness so far. One step of few prompts shows no trend, so means are taken over as many steps as have
+    `LEAST_PROMPTS` prompts together.
     """
 
     population_size: int = LEAST_ANSWERS
     rows_per_step: int = LEAST_PROMPTS
-    theta_fitness: float = math.nan  # theta_0's, on the first step's rows
-    means: list[float] = field(default_factory=list)  # the population's mean fitness, step by step
-    jumps: list[float] = field(default_factory=list)  # sum of the squared differences between them, so far
-    errors: tuple[int, float] = (0, 0.0)  # steps whose standard error over prompts is known, and the sum of its squares
-    best: dict[int, tuple[float, float]] = field(default_factory=dict)  # best mean over so many steps, and its error
+    theta_fitness: float = math.nan  # fitness of theta_0 on the first step's rows
+    means: list[float] = field(default_factory=list)  # (steps,), the population's mean fitness
+    jumps: list[float] = field(default_factory=list)  # (steps,), running sum of squared differences of ``means``
+    errors: tuple[int, float] = (0, 0.0)  # number of known standard errors over prompts, and the sum of their squares
+    best: dict[int, tuple[float, float]] = field(default_factory=dict)  # window in steps -> best mean, standard error
     first_held_out: float | None = None  # reward of the first evaluation
     steps_seen: int = 0
-    never_paid: dict[str, int] = field(default_factory=dict)  # steps in which a reward was None for everything
-    warned: set[str] = field(default_factory=set)
-    is_silent: bool = False  # while it sees what a run had told before
+    never_paid: dict[str, int] = field(default_factory=dict)  # reward -> steps in which every value of it was None
+    warned: set[str] = field(default_factory=set)  # names of the warnings printed
+    is_silent: bool = False  # True while a resumed run reads its earlier steps
 
     @classmethod
     def of_run(
@@ -70,13 +70,13 @@ class SigmaWatch:
         fitness: Iterable[Sequence[float | None]],
         records: Iterable[Mapping[str, Any]] = (),
     ) -> SigmaWatch:
-        """Return one that has seen a run's steps already; what they showed was told.
+        """Return a watch that has read a run's earlier steps and does not repeat their warnings.
 
         Args:
             population_size: N.
             rows_per_step: B.
-            fitness: (N,) of each journalled step; None stands for NaN.
-            records: of `metrics.jsonl`.
+            fitness: (steps, N), from the journal; None stands for NaN.
+            records: the lines of `metrics.jsonl`.
         """
         watch, steps = cls(population_size, rows_per_step, is_silent=True), dict[int, Mapping[str, Any]]()
         for record in records:
@@ -100,30 +100,30 @@ class SigmaWatch:
         return watch
 
     def know_theta(self, record: Mapping[str, Any]) -> None:
-        """Take theta_0's fitness from the first step's metrics."""
+        """Store theta_0's fitness if ``record`` holds the first step's metrics."""
         if record["step"] == 1 and record.get("es/theta_fitness") is not None:
             self.theta_fitness = record["es/theta_fitness"]
 
     def wants_theta(self, modal_ratio: float) -> bool:
-        """Return whether theta should answer a step's prompts, because the members agree so much with one another.
+        """Return whether theta should answer a step's prompts, given the share of identical completions of members.
 
-        Unless they do, the share of their completions that equal theta's cannot be large either.
+        If members disagree with one another, most of them also differ from theta.
         """
         return "silent" not in self.warned and modal_ratio > SILENT
 
-    def step(self, record: Mapping[str, Any], theta: BesideMembers, unpaid: Sequence[str] = ()) -> None:
-        """Look at a training step.
+    def step(self, record: Mapping[str, Any], theta: ThetaAnswers, unpaid: Sequence[str] = ()) -> None:
+        """Check a training step and print the warnings that it gives rise to.
 
         Args:
-            record: its metrics, theta's among them, and its number (1-based).
-            theta: how theta answered its rows.
-            unpaid: reward functions that returned None for all of its completions.
+            record: the step's metrics with theta's, and its number (1-based).
+            theta: theta's answers to the step's rows.
+            unpaid: names of the rewards that were None for all completions.
         """
         if theta.equal > SILENT:
             self._warn(
                 "silent",
-                f"{theta.equal:.0%} of the completions equal the unperturbed model's: sigma is too "
-                f"small to change what it says; {PROBE}",
+                f"{theta.equal:.0%} of the completions equal those of the unperturbed model: sigma is too "
+                f"small to change the completions; {PROBE}",
             )
         self._look_at_completions(record)
         self._look_at_rewards(record, unpaid)
@@ -140,13 +140,13 @@ class SigmaWatch:
         self._look_at_trend(now, _float(record.get("es/fitness_error")), record["es/fitness_std"] or 0.0)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Look at the metrics of an evaluation; its rows are always the same, the first time for theta_0."""
+        """Check an evaluation's metrics; the first evaluation is that of theta_0."""
         broken, reward = record.get("eval_non_finite_ratio", 0.0), record["eval_reward"]
         if broken:
             self._warn(
                 "broken theta",
-                f"the logits behind {broken:.1%} of theta's completions of held-out rows are "
-                "not finite: they count as wrong (eval_non_finite_ratio)",
+                f"the logits of {broken:.1%} of theta's completions of held-out rows are "
+                "not finite: these completions count as wrong (eval_non_finite_ratio)",
             )
         if reward is None:
             return
@@ -163,19 +163,19 @@ class SigmaWatch:
         if broken:
             self._warn(
                 "broken",
-                f"the logits behind {broken:.1%} of the members' completions are not finite: they "
-                "count as failed rewards (completions/non_finite_ratio)",
+                f"the logits of {broken:.1%} of the members' completions are not finite: their rewards "
+                "count as failed (completions/non_finite_ratio)",
             )
         if record["completions/clipped_ratio"] == 1.0:
             self._warn(
                 "clipped",
                 "every completion of every member was cut off at max_completion_length: raise it, or "
-                "give --stop_strings",
+                "set --stop_strings",
             )
         elif record["completions/clipped_ratio"] == 0.0 and record["completions/mean_length"] <= 1.0:
             self._warn(
                 "empty",
-                "every completion of every member ended with its first token: see whether the prompts "
+                "every completion of every member ended with its first token: check that the prompts "
                 "end as the model expects (chat template, --response_prefix)",
             )
 
@@ -187,17 +187,18 @@ class SigmaWatch:
             if is_never and self.steps_seen * self.rows_per_step >= LEAST_PROMPTS:
                 self._warn(
                     f"never {name}",
-                    f"reward {name} returned None for every completion so far, so it has no part in the fitness",
+                    f"reward {name} has returned None for every completion so far, so it does not affect the fitness",
                 )
         if record["es/fitness_mean"] is None:
-            self._warn("nothing", "no reward applied to anything in this step, so theta stays")
+            self._warn("nothing", "every reward was None in this step, so theta does not move")
 
     def _are_harmed(self, record: Mapping[str, Any]) -> bool:
-        """Return whether the members are far worse than theta on the same rows: their mean, and also their best.
+        """Return whether the members' mean and best fitness are far below theta's on the same rows.
 
-        Where most of the fitness is lost over several prompts, the best one may be lucky. On Countdown with the
-        embedded model and the demo's sigma the rule holds in fewer than 1 of 100 first steps of 4 to 30 members and 1
-        to 32 prompts; at 0.1, which breaks that model, in nearly all of those with several prompts.
+        If the mean has lost most of theta's fitness over several prompts, a lucky best member is ignored. Measured on
+        Countdown with the embedded model, for first steps of 4 to 30 members and 1 to 32 prompts: the rule holds in
+        fewer than 1 of 100 steps at the demo's sigma, and in nearly all steps with several prompts at sigma 0.1, which
+        breaks that model.
         """
         theta, now, n_members = record.get("es/theta_fitness"), record["es/fitness_mean"], self.population_size
         if theta is None or now is None or n_members * self.rows_per_step < LEAST_ANSWERS:
@@ -209,7 +210,7 @@ class SigmaWatch:
         return is_sure and lost > max(abs(theta) / 2, record["es/fitness_std"] or 0.0)
 
     def _look_at_trend(self, now: float, error: float, spread: float) -> None:
-        """Compare with the best so far, over a few steps and over many; with theta_0, too, where one step will do."""
+        """Compare the recent mean fitness with the best mean so far, and with theta_0's if one step is enough."""
         best = dict(self.best)
         self._take(now, error)
         for steps in self._windows:
@@ -226,7 +227,7 @@ class SigmaWatch:
             if steps > 1 or len(self.means) == 1 or self.warned & {"sigma", "halved"}:
                 continue
             first, theta = (self.means[0], recent[1]), (self.theta_fitness, recent[1])
-            # where the first members, whose sigma was not too large, were as far below theta, nothing has fallen since
+            # if the first step's members were equally far below theta, the fitness has not fallen since
             if self._has_fallen(recent, theta, spread) and not self._has_fallen(first, theta, spread):
                 self._warn(
                     "fell",
@@ -235,10 +236,10 @@ class SigmaWatch:
                 )
 
     def _has_fallen(self, now: tuple[float, float], before: tuple[float, float], spread: float) -> bool:
-        """Return whether half of a mean is lost, and more than chance explains: both are (mean, standard error).
+        """Return whether a mean has halved by more than chance explains; both arguments are (mean, standard error).
 
-        The best of n means lies about sqrt(2 ln n) errors too high, the worst as far too low, which is 2 sqrt(ln n)
-        errors of the difference.
+        The best of n means is about sqrt(2 ln n) standard errors too high, and the worst equally far too low. Together
+        that is 2 sqrt(ln n) standard errors of the difference.
         """
         if not math.isfinite(before[0]):
             return False
@@ -247,12 +248,12 @@ class SigmaWatch:
 
     @property
     def _windows(self) -> tuple[int, int]:
-        """Steps whose means are taken together: as many as have prompts enough, and several times as many."""
+        """Two window lengths in steps: one with `LEAST_PROMPTS` prompts, and one `ENOUGH` times as long."""
         least = -(-LEAST_PROMPTS // self.rows_per_step)
         return least, least * ENOUGH
 
     def _take(self, now: float, error: float) -> None:
-        """Take a step's mean fitness and its standard error over prompts, NaN where unknown."""
+        """Add a step's mean fitness and its standard error over prompts (NaN: unknown)."""
         jump = now - self.means[-1] if self.means else 0.0
         self.jumps.append(jump * jump + (self.jumps[-1] if self.jumps else 0.0))  # infinite where rewards are huge
         self.means.append(now)
@@ -264,10 +265,11 @@ class SigmaWatch:
                 self.best[steps] = max(self.best.get(steps, recent), recent)
 
     def _recent(self, steps: int) -> tuple[float, float] | None:
-        """Return the mean of the latest steps and its standard error; None where that is unknown yet.
+        """Return the mean fitness of the latest steps and its standard error, or None if the error is unknown.
 
-        The error is that of all steps so far, since a few prompts may agree by chance. Steps of one prompt have none;
-        there it comes from the differences between a step and the next, which a steady rise hardly changes.
+        The error is pooled over all steps so far, because a few prompts may agree by chance. Steps of one prompt have
+        no error over prompts; their error comes from the differences between consecutive steps, which a steady rise
+        hardly changes.
         """
         recent, before = self.means[-steps:], len(self.means) - steps
         if before < 0:

@@ -1,8 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP ask a run to stop at the next safe point; a second SIGINT or SIGTERM ends it at once.
 
-A second SIGHUP does nothing, for one closed terminal sends several: its shell passes its own on, and the system sends
-another one as the shell ends. A signal that the process was started to ignore stays ignored: `nohup` ignores SIGHUP,
-and a shell without job control ignores SIGINT in what it starts in the background.
+A second SIGHUP has no effect, because closing a terminal sends several: the shell forwards its own, and the system
+sends another when the shell exits. Signals that were ignored when the process started stay ignored: `nohup` ignores
+SIGHUP, and a shell without job control ignores SIGINT in background processes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SIGNALS = (*QUITTING, *(getattr(signal, name) for name in ("SIGHUP",) if hasattr
 
 
 class StopRequest:
-    """While entered, the first of `SIGNALS` makes ``requested()`` true; after it, one of `QUITTING` ends the process.
+    """A context manager in which the first of `SIGNALS` sets ``requested()``, and a later `QUITTING` ends the process.
 
-    What handled the signals before does so again afterwards. Outside the main thread nothing is changed, as Python
-    handles signals there alone; nor is a handler that was not installed from Python, which could not be restored.
+    On exit it restores the previous handlers. It changes nothing outside the main thread, because Python handles
+    signals only there. It leaves handlers that were not installed from Python, because it could not restore them.
     """
 
     def __init__(self) -> None:
@@ -52,4 +52,4 @@ class StopRequest:
         self._requested = True
         for each in self._previous.keys() & QUITTING:
             signal.signal(each, signal.SIG_DFL)
-        note("stopping and saving; once more to quit without saving")
+        note("stopping and saving; send the signal again to quit without saving")

@@ -1,7 +1,7 @@
-"""Does theta still compute with finite numbers? Asked before a run writes anything, and before it writes its model.
+"""Check that theta's logits are finite, before a run writes anything and before it writes its model.
 
-A weight that float32 holds may overflow in the compute dtype: its logits are then NaN or infinite, every answer is
-noise, and no reward says so.
+A weight that fits float32 may overflow in the compute dtype. The logits are then NaN or infinite and the completions
+are noise, which no reward reports.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from collections.abc import Sequence
 
 from estune.config import ESConfig
 from estune.console import warn
-from estune.data.batches import Batches
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Completion, Prompt
 from estune.train import setup
 from estune.train.rollouts import answers_of_theta
 
-FEW_TOKENS = 4  # of an answer that only shows whether the logits are finite
+FEW_TOKENS = 4  # tokens of a completion that tests whether the logits are finite
 WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
 
 
 def are_finite(answers: Sequence[Sequence[Completion]]) -> bool:
-    """Return whether all completions (B, G) come from finite logits."""
+    """Return whether the logits of all completions (B, G) were finite."""
     return all(completion.finite for row in answers for completion in row)
 
 
@@ -35,7 +34,7 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
         engine: holds theta.
         prompts: all training prompts.
     """
-    rows = Batches(len(prompts), int(args.batch_size), args.seed).rows_for_step(0)
+    rows = setup.batches_of(args, len(prompts)).rows_for_step(0)
     greedy = dataclasses.replace(
         setup.sampling(args, 0),
         temperature=0.0,
@@ -46,41 +45,41 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
 
 
 def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
-    """Let theta answer the first step's prompts with a few tokens.
+    """Generate a few tokens with theta on the first step's prompts, and check the logits.
 
     Args:
         args: the run's resolved configuration.
-        engine: holds theta as it is after ``steps_done`` steps.
+        engine: holds theta after ``steps_done`` steps.
         prompts: all training prompts.
-        steps_done: 0 for the model that was given.
+        steps_done: 0 for the base model.
 
     Raises:
-        UserError: a logit is not finite; the sentence names the dtype and what to try.
+        UserError: a logit is not finite; the message names the dtype and a remedy.
     """
     if theta_is_finite(args, engine, prompts):
         return
     if steps_done:
         dtype = engine.facts.dtype
         raise UserError(
-            f"theta diverged in step {steps_done}, its logits are not finite in {dtype}: lower "
-            f"learning_rate{_or_wider(dtype)}; earlier checkpoints are whole"
+            f"theta diverged in step {steps_done}: its logits are not finite in {dtype}; lower "
+            f"learning_rate{_or_wider(dtype)}; earlier checkpoints are intact"
         )
     raise UserError(broken_model(args.model, engine.facts.dtype))
 
 
 def broken_model(model: str, dtype: str) -> str:
-    """Return the sentence that refuses a model whose logits are not finite in its compute dtype."""
+    """Return the error message for a model whose logits are not finite in its compute dtype."""
     advice = f"try {WIDER[dtype]}" if dtype in WIDER else "a weight is too large or the files are damaged"
     return f"model {model} gives logits that are not finite in {dtype}: {advice}"
 
 
 def broken_population(engine: Engine, step: int, sigma: float, theta_is_broken: bool) -> str:
-    """Return the sentence that stops a run in which no member of a step (1-based) gave finite logits."""
+    """Return the error message for a step (1-based) in which no member had finite logits."""
     dtype = engine.facts.dtype
     cause = "theta itself is broken, lower learning_rate" if theta_is_broken else f"lower sigma ({sigma:g})"
     return (
-        f"step {step}: the logits behind every completion of every member are not finite in {dtype}: "
-        f"{cause}{_or_wider(dtype)}; the {step - 1} steps before are in the journal"
+        f"step {step}: the logits of all members are not finite in {dtype}: "
+        f"{cause}{_or_wider(dtype)}; the journal holds the {step - 1} earlier steps"
     )
 
 
@@ -89,20 +88,20 @@ def _or_wider(dtype: str) -> str:
 
 
 def warn_of_inputs(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> None:
-    """Warn of a model whose completions nothing ends, and of rows that all ask the same.
+    """Warn if nothing can end a completion, or if all prompts are equal.
 
     Args:
-        args: how completions are decoded.
-        engine: whose end tokens count; the toy engine's answers end by themselves.
-        prompts: all rows that will be asked.
+        args: the decoding options.
+        engine: its end tokens are checked; the toy engine needs none.
+        prompts: all prompts that will be used.
     """
     if engine.assets.tokenizer is not None and not engine.assets.end_tokens and not args.stop_strings:
         warn(
-            "no token ends a completion (neither the model's generation_config nor its tokenizer names one), so every "
-            "completion has max_completion_length tokens; give --stop_strings"
+            "no token ends a completion (neither the model's generation_config nor its tokenizer names one): every "
+            "completion will have max_completion_length tokens; set --stop_strings"
         )
     if len(prompts) > 1 and len({prompt.token_ids for prompt in prompts}) == 1:
         warn(
-            f"all {len(prompts)} prompts are the same tokens: see whether the column `prompt` and the chat template "
-            "say what each row asks"
+            f"all {len(prompts)} prompts have the same tokens: check that the column `prompt` and the chat template "
+            "include each row's question"
         )

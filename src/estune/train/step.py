@@ -1,4 +1,4 @@
-"""One training step: which rows, which members, which noise; a pure function of the configuration and the index."""
+"""The plan of one training step: rows, members and noise, as a pure function of the configuration and the index."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from estune.es.update import Update, make_update, scheduled
 
 @dataclass(frozen=True)
 class Step:
-    """What a step evaluates, and how its update will be scaled."""
+    """The rows and members that a step evaluates, and the scale of its update."""
 
     index: int  # from 0
-    rows: list[int]  # (B,)
+    rows: list[int]  # (B,), indices of training rows
     members: list[Member]  # (N,)
     sigma: float
     noise: Noise
     learning_rate: float
     weight_decay: float = 0.0
-    anchored: bool = False  # weight decay pulls towards theta_0, otherwise towards 0
+    anchored: bool = False  # True: weight decay pulls towards theta_0; False: towards 0
 
     @property
     def perturbations(self) -> list[Perturbation]:
-        """The members as an engine needs them, (N,)."""
+        """The members with their noise, in the form that an engine takes, (N,)."""
         return [Perturbation(member, self.noise) for member in self.members]
 
     def update(self, utilities: Sequence[float]) -> Update:
@@ -44,7 +44,7 @@ class Step:
 
 
 def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
-    """Return the step of an index, after the schedules of sigma and learning rate."""
+    """Return the step with this index; the schedules set its sigma and learning rate."""
     sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
     factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
     return Step(

@@ -1,9 +1,9 @@
-"""ESTrainer: the loop. `train` reads as the pseudo-code of the method (arXiv 2509.24372):
+"""ESTrainer: the training loop. `ESTrainer.train` implements evolution strategies (arXiv 2509.24372):
 
     theta += learning_rate / N * sum_m utilities_m * sign_m * eps(seed_m)
 
-`estune.train.session` is what is open during a run, `estune.run` what the run leaves on disk. `estune.engines` answer
-prompts, and `estune.rewards` score the answers.
+`estune.train.session` holds the parts of an open run. `estune.run` writes the run's files. `estune.engines` generate
+completions, and `estune.rewards` score them.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from estune.train.request import BaseTrainer
 class ESTrainer(BaseTrainer):
     """Fine-tunes all parameters of a language model with evolution strategies.
 
-    All arguments are keywords, as in TRL; what is not given comes from ``args``.
+    All arguments are keywords, as in TRL. ``args`` supplies the value of every argument that is omitted.
 
     Args:
         model: a directory, a hub id, ``tiny``, or an ``AutoModelForCausalLM`` in memory.
-        reward_funcs: one TRL reward function or a list; strings name ``package.module:function``.
+        reward_funcs: one TRL reward function or a list of them; a string names ``package.module:function``.
         args: the configuration.
         train_dataset: rows with a ``prompt`` column: a list of dicts or a ``datasets.Dataset``.
         eval_dataset: held-out rows for ``eval_steps``.
-        processing_class: the tokenizer, where ``model`` is a module.
+        processing_class: the tokenizer of a ``model`` in memory.
 
     Raises:
-        UserError: the input cannot work; one sentence says why.
+        UserError: the input is invalid; the message gives the reason in one sentence.
     """
 
-    asks_theta_first = True  # let theta answer the first step's rows, too: a baseline for warnings
+    asks_theta_first = True  # theta also answers the first step's rows; warnings compare the members with theta
 
     def train(self) -> Path:
-        """Run (or resume) to ``max_steps``; return the run directory, which then holds the model.
+        """Train (or resume) until ``max_steps``, write the model, and return the run directory.
 
-        A run that is asked to stop (SIGINT, SIGTERM, SIGHUP) saves a checkpoint and returns too.
+        SIGINT, SIGTERM or SIGHUP stops the run early: it saves a checkpoint and returns the run directory.
         """
         request, self.stopped = self.request, False
-        run_dir = request.place()
-        if self.args.resume and is_finished(run_dir, self.args, request.given):
+        run_dir = request.make_run_directory()
+        if self.args.resume and is_finished(run_dir, self.args, request.unresolved):
             return finish_again(run_dir, self.args)
         with open_session(request, asks_theta_first=self.asks_theta_first) as session:
             args, weights = session.args, request.rewards.weights
@@ -56,14 +56,14 @@ class ESTrainer(BaseTrainer):
                 while not session.ended:
                     step = session.plan()  # rows (B,), members (N,), noise, learning rate
                     rollouts = session.evaluate_population(step)  # rewards (N, B, G, F)
-                    theta = session.evaluate_theta(step, rollouts)  # where due; the update does not depend on it
+                    theta = session.evaluate_theta(step, rollouts)  # if due; the update does not depend on it
                     rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)  # (N, B, G, F)
                     fitness, utilities = shape_fitness(weigh(rewards, weights), args.fitness_shaping)  # (N,), (N,)
                     update = step.update(utilities)
                     measured = session.measure(step, rewards, fitness, rollouts, theta)  # metrics, warnings
                     session.journal(step, fitness, rollouts, update, measured)  # on disk before theta moves
                     moved = session.apply(update)
-                    session.log(measured, moved)  # metrics; evaluation and checkpoint where due
+                    session.log(measured, moved)  # metrics; evaluation and checkpoint if due
                 session.finish()
             except Interrupted:
                 self.stopped = True
@@ -72,9 +72,9 @@ class ESTrainer(BaseTrainer):
 
 
 def finish_again(run_dir: Path, args: ESConfig) -> Path:
-    """Do what a finished run may still lack, its card or its upload; return the run directory."""
+    """Write the model card of a finished run if it is missing, upload the model if asked to; return the directory."""
     say(f"estune: {run_dir} is finished ({args.max_steps} steps); nothing to do")
-    if not (run_dir / CARD_FILE).exists():  # killed between the last checkpoint and the card
+    if not (run_dir / CARD_FILE).exists():  # the run was killed between the last checkpoint and the card
         write_card(run_dir)
     if args.push_to_hub:
         say(f"estune: {push(run_dir, hub_repository(args))}")

@@ -1,1 +1,1 @@
-"""Pictures of runs."""
+"""The HTML page and the PNG curves of runs."""

@@ -1,7 +1,7 @@
-"""What a report shows of runs, read from their directories alone: plain values, ready for JSON.
+"""The data of a report, read from run directories: plain values, ready for JSON.
 
-Nothing is computed that the run did not write, apart from the marks of what differs between two completions. A run that
-is still going is read as far as it has come.
+The report computes nothing that the run did not write, except the differences between two completions. A running run is
+read up to its last step.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from estune.run.directory import CONFIG_FILE, JOURNAL_FILE, METHOD_FILE
 from estune.run.journal import Journal
 from estune.run.records import is_right, read_metrics
 
-MOST_ROWS = 24  # of completions shown side by side
-MOST_CHARACTERS = 2000  # of one completion
+MOST_ROWS = 24  # rows whose completions are shown side by side
+MOST_CHARACTERS = 2000  # characters of a completion that are shown
 TIME_PARTS = ("es/generate_s", "es/perturb_s", "es/score_s", "es/update_s")
 WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
-Part = tuple[str, bool]  # a piece of a text, and whether the other text lacks it
+Part = tuple[str, bool]  # a part of a text, and whether the other text lacks the part
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Return what a report shows of one run.
+    """Return the data of one run.
 
     Raises:
         UserError: the directory holds no run.
     """
     if (directory / "comparison.json").is_file():
-        raise UserError(f"{directory} holds a comparison: its page is report.html there, its runs are below runs")
+        raise UserError(f"{directory} holds a comparison: see its report.html; its runs are in {directory / 'runs'}")
     if not (directory / CONFIG_FILE).is_file():
         raise UserError(f"{directory} holds no run: there is no {CONFIG_FILE}")
     config = _json(directory / CONFIG_FILE)
@@ -44,7 +44,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     records = read_metrics(directory)
     header = dict(journal.header) if journal else {}
     checkpoints = journal.checkpoints if journal else {}
-    if journal is None and (directory / METHOD_FILE).is_file():  # a rival of ES
+    if journal is None and (directory / METHOD_FILE).is_file():  # a baseline's run
         header = _json(directory / METHOD_FILE)
         state = read_state(directory)
         checkpoints = {state["step"]: state["fingerprint"]} if state else {}
@@ -68,7 +68,7 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 def options_of_use(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's options without those that its method has no use for."""
+    """Return the options of a run that its method uses."""
     method = config.get("method", "es")
     return {name: value for name, value in config.items() if method in OF_METHODS.get(name, (method,))}
 
@@ -83,7 +83,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _step(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a training step's numbers; the time that no part accounts for is ``other``."""
+    """Return a training step's numbers; ``other`` is the step's time that no part accounts for, in seconds."""
     parts = {name.removeprefix("es/").removesuffix("_s"): record.get(name) or 0.0 for name in TIME_PARTS}
     parts["other"] = max(0.0, (record.get("step_time") or 0.0) - math.fsum(parts.values()))
     numbers = {name: _finite(value) for name, value in record.items() if not isinstance(value, (str, list, dict))}
@@ -102,7 +102,7 @@ def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def before_and_after(directory: Path) -> dict[str, Any]:
-    """Return the held-out completions of the first and the last evaluation side by side, differences marked."""
+    """Return the held-out completions of the first and the last evaluation, with their differences marked."""
     files = sorted((directory / "eval").glob("step_*.jsonl"))
     if len(files) < 2:
         return {"first_step": None, "last_step": None, "rows": []}
@@ -141,7 +141,7 @@ def _number_of(file: Path) -> int:
 
 
 def mark(before: str, after: str) -> tuple[list[Part], list[Part]]:
-    """Cut two texts into parts, and mark those that the other one lacks."""
+    """Split two texts into parts, and mark the parts that the other text lacks."""
     ours, theirs = WORDS.findall(before), WORDS.findall(after)
     left: list[Part] = []
     right: list[Part] = []
@@ -155,7 +155,7 @@ def mark(before: str, after: str) -> tuple[list[Part], list[Part]]:
 
 
 def read_runs(directories: Sequence[Path]) -> dict[str, Any]:
-    """Return what a report shows of several runs."""
+    """Return the data of several runs; runs that share a name are named by their directories."""
     runs = [read_run(directory) for directory in directories]
     names = [run["name"] for run in runs]
     for run, directory in zip(runs, directories, strict=True):

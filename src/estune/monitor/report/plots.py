@@ -1,4 +1,4 @@
-"""PNG curves of one run or several, from their `metrics.jsonl` alone."""
+"""PNG curves of one or several runs, drawn from `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
 
 
 def plot_run(run_dir: Path, output_dir: Path | None = None) -> Path:
-    """Draw the population's reward and the held-out curve of a run; return the PNG's path.
+    """Draw the training and held-out curves of a run; return the PNG's path.
 
-    Mean fitness over the population with a band of one standard deviation, and the best member; held-out reward of
-    theta; its held-out accuracy with a 95 % interval, where the task has one.
+    The panels show the population's mean fitness with one standard deviation and the best member, theta's held-out
+    reward, and, if the task has accuracy, theta's held-out accuracy with a 95 % interval.
     """
     records = read_metrics(run_dir)
     steps = [record for record in records if record.get("reward") is not None]
@@ -38,9 +38,10 @@ def plot_run(run_dir: Path, output_dir: Path | None = None) -> Path:
 
 
 def plot_runs(run_dirs: Sequence[Path], output_dir: Path) -> Path:
-    """Draw several runs' reward and held-out curves: each run, their mean, and the range over runs; return the path.
+    """Draw the training and held-out curves of several runs; return the PNG's path.
 
-    The mean is drawn where every run has a value. Runs of several methods have names instead, and no mean.
+    Runs of one method are drawn with their mean and range, at the steps for which every run has a value. Runs of
+    several methods are drawn with their names and without a mean.
     """
     methods = [read_config(run_dir).get("method", "es") for run_dir in run_dirs]
     names = [f"{run_dir.name} ({method})" for run_dir, method in zip(run_dirs, methods, strict=True)]

@@ -1,4 +1,4 @@
-"""`estune watch`: the report's page of a run that is going on, served to browsers on this machine."""
+"""`estune watch`: serves the live page of a running run to browsers on this machine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from estune.monitor.report.page import page
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers ``/`` with the page and ``/data.json`` with what is in it, read from disk at every request."""
+    """Answers ``/`` with the page and ``/data.json`` with its data, which are read from disk at every request."""
 
     directories: Sequence[Path] = ()
-    hosts: Collection[str] = ()  # names that this server goes by; another one may be a foreign page's, led here
+    hosts: Collection[str] = ()  # accepted Host headers; any other name may come from a DNS rebinding attack
 
     def do_GET(self) -> None:
-        """Answer one request."""
+        """Answer a request."""
         if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in self.hosts:
             self.send_error(403)
             return
@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             data = read_runs(self.directories)
-        except (UserError, OSError, ValueError):  # a run that is being replaced
+        except (UserError, OSError, ValueError):  # the run's files are being replaced
             self.send_error(503)
             return
         if name == "/":
@@ -49,11 +49,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing of requests."""
+        """Print nothing."""
 
 
 def serve(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
-    """Return a server that is bound; ``serve_forever`` runs it. Port 0 takes any free one.
+    """Return a bound server, which ``serve_forever`` runs; port 0 selects any free port.
 
     Raises:
         UserError: a directory holds no run, or the port is taken.
@@ -66,13 +66,13 @@ def serve(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPSer
     try:
         return ThreadingHTTPServer((host, port), handler)
     except OSError as error:
-        raise UserError(f"cannot serve on {host}:{port}: {error.strerror}; give another --port") from None
+        raise UserError(f"cannot serve on {host}:{port}: {error.strerror}; choose another --port") from None
 
 
 def watch_command(directories: Sequence[Path], host: str, port: int) -> int:
     """Serve until interrupted."""
     with serve(directories, host, port) as server:
-        say(f"estune: http://{host}:{server.server_port}/ (Ctrl-C ends it)")
+        say(f"estune: http://{host}:{server.server_port}/ (press Ctrl-C to stop)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
