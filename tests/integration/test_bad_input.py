@@ -212,7 +212,7 @@ DATASETS = {
         "row 1",
         "its prompt is null",
     ),
-    "half a surrogate pair": ('{"prompt": "x[0] \\ud83d.", "wanted": 1}\n', "row 0", "is no text", "ud83d"),
+    "half a surrogate pair": ('{"prompt": "x[0] \\ud83d.", "wanted": 1}\n', "row 0", "not Unicode text", "ud83d"),
     "a name given twice": ('{"prompt": "x[0]", "wanted": 1, "wanted": 2}\n', "line 1", "'wanted' twice"),
     "a prompt that is a number": ('{"prompt": 3, "wanted": 1}\n', "row 0", "prompt"),
     "an empty prompt": ('{"prompt": "", "wanted": 1}\n', "row 0", "empty"),

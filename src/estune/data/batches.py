@@ -7,17 +7,20 @@ from estune.es.population import ROW_PERSON, derive_seed
 
 
 class Batches:
-    """Which rows each step uses: a pure function of (run seed, step), without replacement within an epoch.
+    """The rows of each step: a pure function of (run seed, step), without replacement within an epoch.
 
-    An epoch is all rows, sorted by a hash of (run seed, epoch, row). Step k takes positions k*B to (k+1)*B of the
-    epochs laid end to end.
+    An epoch is all rows, sorted by a hash of (run seed, epoch, row). Step k takes positions k*B to (k+1)*B - 1 of the
+    concatenated epochs.
+
+    Raises:
+        UserError: the batch is larger than the dataset.
     """
 
     def __init__(self, n_rows: int, batch_size: int, seed: int) -> None:
         if not 1 <= batch_size <= n_rows:
             raise UserError(f"batch_size {batch_size} does not fit {n_rows} rows: use --batch_size {n_rows} or fewer")
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self._orders: dict[int, list[int]] = {}  # the last two epochs used; a batch spans at most two
+        self._orders: dict[int, list[int]] = {}  # row orders of the last two epochs; a batch spans at most two
 
     def rows_for_step(self, step: int) -> list[int]:
         """Return the row ids of a step, (B,)."""

@@ -1,4 +1,4 @@
-"""The columns of a dataset: what reward functions are given, and whether all that they need is there."""
+"""The columns of a dataset: the arguments of reward functions, and the check that no required column is missing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from estune.errors import UserError
 from estune.identity import NoIdentityError, encode
 from estune.rewards.worker import TRL_KEYWORDS, required_keywords
 
-NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL's rule: every other column goes to the rewards
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL, reward functions receive every other column
 
 
 def reward_inputs(
     rows: Sequence[Row], completions_text: Sequence[str], response_prefix: str
 ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
-    """Return (prompts, completions, columns) for reward functions, one entry per completion; row i has completion i.
+    """Return (prompts, completions, columns) for reward functions, one entry per completion.
 
-    Prompts are as in the row. Completions start with the response prefix; they are strings for string prompts and
-    lists with one assistant message for conversational ones. A column that a row lacks is None there.
+    ``rows[i]`` is the row of completion i. Prompts are the rows' own. Completions start with the response prefix. A
+    completion is a string if its prompt is one, and a list of one assistant message if its prompt is conversational.
+    A column that a row lacks is None for this row.
     """
     prompts = [row["prompt"] for row in rows]
     completions: list[Any] = []
@@ -31,28 +32,28 @@ def reward_inputs(
 
 
 def shared_prompts(trained: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """Return how many held-out rows have a prompt that is trained on, word for word."""
+    """Return how many held-out rows have exactly the same prompt as a training row."""
 
     def key(row: Row) -> bytes:
         try:
             return encode(row["prompt"])
-        except NoIdentityError:  # no prompt that any row can have in common with another
+        except NoIdentityError:  # such a prompt equals no other prompt
             return b""
 
-    known = {key(row) for row in trained} - {b""}
-    return sum(key(row) in known for row in held_out)
+    trained_keys = {key(row) for row in trained} - {b""}
+    return sum(key(row) in trained_keys for row in held_out)
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:
-    """Return the columns that reward functions are given, in order of first appearance."""
+    """Return the columns that reward functions receive, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS))
 
 
 def check_columns(rows: Sequence[Row], reward_funcs: Sequence[Callable[..., Any]], names: Sequence[str]) -> None:
-    """Refuse a dataset without the columns that a reward function has to be given (parameters with no default).
+    """Check that the dataset has every column that a reward function requires (a parameter without a default).
 
     Raises:
-        UserError: names the missing columns and the function.
+        UserError: columns are missing; the message names the columns and the function.
     """
     columns = column_names(rows)
     for function, name in zip(reward_funcs, names, strict=True):

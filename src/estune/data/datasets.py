@@ -17,13 +17,21 @@ Row = dict[str, Any]
 def load_rows(source: Any, config: str | None = None, split: str = "train") -> list[Row]:
     """Return the rows of a dataset as a list of dicts.
 
-    ``source`` is a JSONL, JSON or parquet file, a directory (saved by ``datasets``, or with files named after their
-    splits, or any other that ``load_dataset`` reads), a dataset id on the hub, or rows in memory: a list of dicts, a
-    ``datasets.Dataset``, or another sequence with a length. Every row gets every column, None where it had none. What
-    has no splits (`has_splits`) gives its rows whatever ``split`` says: refusing names there is the caller's.
+    Args:
+        source: one of
+
+            * a JSONL, JSON or parquet file;
+            * a directory: saved by ``datasets``, with files named after splits, or readable by ``load_dataset``;
+            * a dataset id on the hub;
+            * rows in memory: a list of dicts, a ``datasets.Dataset``, or another sequence of dicts with a length.
+        config: the dataset's configuration.
+        split: the split; ignored if the source has no splits (`has_splits`), so the caller checks the name.
+
+    Returns:
+        Rows that all have the same columns; a row's missing columns are None.
 
     Raises:
-        UserError: it does not exist, cannot be read, has no rows, or cannot have the configuration ``config``.
+        UserError: the source does not exist, cannot be read, has no rows, or has no configurations.
     """
     if not isinstance(source, (str, Path)):
         rows = _rows_in_memory(source)
@@ -49,24 +57,24 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
 
 
 def _rows_in_memory(source: Any) -> list[Row]:
-    """Return rows that were given from Python.
+    """Return rows from a Python object.
 
     Raises:
-        UserError: they are a stream, whose end nobody knows, or no dicts.
+        UserError: the object is a mapping or a stream, or its elements are not dicts.
     """
     if isinstance(source, Mapping):
         raise UserError(
-            f"a {type(source).__name__} holds several datasets ({', '.join(map(str, source.keys()))}): give one of them"
+            f"a {type(source).__name__} holds several datasets ({', '.join(map(str, source.keys()))}): pass one of them"
         )
     try:
         count = len(source)
     except TypeError:
         raise UserError(
-            f"a dataset of type {type(source).__name__} has no length: the order of a run's rows is drawn from all of "
-            "them, so a stream is not read; give its rows as a list, such as list(itertools.islice(stream, 10_000))"
+            f"a dataset of type {type(source).__name__} has no length: a run shuffles all rows, so it cannot read a "
+            "stream; pass a list of rows, such as list(itertools.islice(stream, 10_000))"
         ) from None
-    # A sequence such as torch's map-style dataset may answer any index and so never end by itself.
-    with _told("the dataset cannot be read"):
+    # A sequence such as torch's map-style dataset may accept any index, so iterating over it may never end.
+    with _one_sentence("the dataset cannot be read"):
         rows = source.to_list() if hasattr(source, "to_list") else list(itertools.islice(source, count))
     if not all(isinstance(row, dict) for row in rows):
         raise UserError("a dataset must be a sequence of dicts, one per row")
@@ -74,7 +82,7 @@ def _rows_in_memory(source: Any) -> list[Row]:
 
 
 def has_splits(source: Any) -> bool:
-    """Whether ``source`` can hold splits: not rows in memory, one file, or one plain ``Dataset.save_to_disk``."""
+    """Return whether ``source`` can hold splits; rows in memory, a file and a ``Dataset.save_to_disk`` cannot."""
     if not isinstance(source, (str, Path)):
         return False
     path = Path(source).expanduser()
@@ -87,7 +95,7 @@ def _is_one_saved(path: Path) -> bool:
 
 def _read_file(path: Path) -> list[Row]:
     if path.suffix not in READERS:
-        raise UserError(f"{path} is no dataset: its name should end in {', '.join(READERS)}")
+        raise UserError(f"{path} is not a dataset file: its name should end in {', '.join(READERS)}")
     try:
         return READERS[path.suffix](path)
     except (OSError, UnicodeDecodeError) as error:
@@ -113,7 +121,7 @@ def _read_lines(path: Path) -> list[Row]:
 
 
 class _RepeatedName(ValueError):
-    """An object of a JSON text has one name twice, of which JSON's reader would forget the first value."""
+    """A JSON object has the same name twice; `json.loads` would drop the first value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("{"):  # JSON lines by another name
+    if text.lstrip().startswith("{"):  # JSON lines in a file named .json
         return _read_lines(path)
     try:
         rows = json.loads(text, object_pairs_hook=_object)
@@ -170,7 +178,7 @@ def _read_directory(path: Path, config: str | None, split: str) -> list[Row]:
     _refuse_config(path, config, "was saved by save_to_disk")
     import datasets
 
-    with _told(f"dataset {path} cannot be loaded"):
+    with _one_sentence(f"dataset {path} cannot be loaded"):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
@@ -188,17 +196,17 @@ def _refuse_config(path: Path, config: str | None, why: str) -> None:
 def _from_hub(name: str, config: str | None, split: str) -> list[Row]:
     import datasets
 
-    with _told(f"dataset {name} (split {split}) cannot be loaded"):
+    with _one_sentence(f"dataset {name} (split {split}) cannot be loaded"):
         rows: list[Row] = datasets.load_dataset(name, config, split=split).to_list()
     return rows
 
 
 @contextlib.contextmanager
-def _told(sentence: str) -> Iterator[None]:
-    """Tell an error of `datasets` in one sentence.
+def _one_sentence(sentence: str) -> Iterator[None]:
+    """Turn any error of the package `datasets` into a UserError of one sentence.
 
-    They have no common class: a bad card ends in TypeError or AttributeError, a damaged state in KeyError, others in
-    OSError, ValueError, RuntimeError, YAMLError, ArrowException, or DatasetsError.
+    These errors have no common class: a bad card raises TypeError or AttributeError, a damaged state KeyError, and
+    other causes OSError, ValueError, RuntimeError, YAMLError, ArrowException, or DatasetsError.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""From rows to prompts: chat template, system prompt, response prefix, tokens. Engines see token ids only."""
+"""Rows to prompts: chat template, system prompt, response prefix, tokens. Engines receive token ids only."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from estune.data.datasets import Row
 from estune.errors import UserError
 from estune.es.types import Prompt
 
-UNSUPPORTED = ("tools", "image", "images")  # columns that TRL gives to the model; empty ones do no harm
+UNSUPPORTED = ("tools", "image", "images")  # columns that TRL passes to the model; they must be empty
 
 
 class PromptBuilder:
-    """Makes `Prompt`s of rows, once per row: chat template, system prompt, response prefix, tokens.
+    """Builds the `Prompt` of a row: chat template, system prompt, response prefix, tokens.
 
-    ``apply_chat_template``: ``auto`` templates message lists, and plain strings of built-in tasks where the tokenizer
-    has a template (your own strings stay as they are, as in TRL); ``true`` templates strings as one user message too;
-    ``false`` never templates. ``tokenizer`` None (the toy engine) makes one token of each UTF-8 byte. Every token must
-    be one of the model's, which has ``vocab_size`` of them (None: any).
+    ``apply_chat_template`` selects the prompts that are templated:
+
+    * ``auto``: message lists, and the strings of built-in tasks if the tokenizer has a template. Other strings are not
+      templated, as in TRL.
+    * ``true``: message lists and strings; a string becomes one user message.
+    * ``false``: none.
+
+    Without a tokenizer (toy engine) each UTF-8 byte is one token. Token ids must be below ``vocab_size`` (None: any
+    id).
+
+    Raises:
+        UserError: ``apply_chat_template`` is ``true``, and the tokenizer has no chat template.
     """
 
     def __init__(
@@ -51,7 +59,7 @@ class PromptBuilder:
         """Return the prompt of a row.
 
         Raises:
-            UserError: the row cannot be made into a prompt, or leaves no room for a completion.
+            UserError: the row has no valid prompt, or its prompt leaves no room for a completion.
         """
         prompt: Any = row.get("prompt")
         for column in UNSUPPORTED:
@@ -92,7 +100,7 @@ class PromptBuilder:
             messages = [{**messages[0], "content": merged}, *messages[1:]]
         elif self._system_prompt:
             messages = [{"role": "system", "content": self._system_prompt}, *messages]
-        unfinished = messages[-1]["role"] == "assistant"  # as in TRL, the model goes on with it
+        unfinished = messages[-1]["role"] == "assistant"  # as in TRL, the model continues this message
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages,
@@ -101,7 +109,7 @@ class PromptBuilder:
                 continue_final_message=unfinished,
                 **self._chat_template_kwargs,
             )
-        except Exception as error:  # a template is the model's own program: it raises, divides, and calls what it likes
+        except Exception as error:  # a template is a program that comes with the model and may raise anything
             raise UserError(f"row {row_id}: the chat template refuses the prompt: {error}") from error
         return text
 
@@ -110,35 +118,35 @@ class PromptBuilder:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
-                f"row {row_id}: the prompt is no text: it holds {text[error.start]!r}, half of a surrogate pair"
+                f"row {row_id}: the prompt is not Unicode text: it holds {text[error.start]!r}, half a surrogate pair"
             ) from None
         if self._tokenizer is None:
             return tuple(text.encode())
         bos = getattr(self._tokenizer, "bos_token", None)
         try:
-            if templated or (bos and text.startswith(bos)):  # its special tokens are in the text: no second BOS
+            if templated or (bos and text.startswith(bos)):  # the text holds its special tokens: add no second BOS
                 return tuple(self._tokenizer.encode(text, add_special_tokens=False))
             return tuple(self._tokenizer.encode(text))
-        except Exception as error:  # a tokenizer is the model's own program, as a template is
+        except Exception as error:  # a tokenizer may be a program that comes with the model
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"row {row_id}: the tokenizer refuses the prompt: {type(error).__name__}: {reason}"
             ) from error
 
     def _refuse_unknown_tokens(self, token_ids: Sequence[int], row_id: int) -> None:
-        """Refuse tokens that the model has no embedding of, as those that a user added to the tokenizer alone."""
+        """Raise UserError for tokens without an embedding, such as tokens that were added to the tokenizer only."""
         size = self._vocab_size
         unknown = [token for token in token_ids if token < 0 or (size is not None and token >= size)]
         if unknown:
             text = self._tokenizer.convert_ids_to_tokens(unknown[0]) if self._tokenizer is not None else unknown[0]
             raise UserError(
                 f"row {row_id}: the prompt holds token {unknown[0]} ({text!r}), and the model's embedding has {size} "
-                "rows: resize the embedding to the tokenizer, or take the token out of it"
+                "rows: resize the embedding to the tokenizer, or remove the token from the tokenizer"
             )
 
 
 def _is_there(value: Any) -> bool:
-    """Return whether a column says anything: not None, not empty; an array or an image has no truth of its own."""
+    """Return whether a column's value is neither None nor empty; `bool` would raise for an array."""
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 

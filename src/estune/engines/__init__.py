@@ -1,6 +1,6 @@
-"""Generation backends: `ENGINES` names them, `base` says what one must do."""
+"""Generation backends: `ENGINES` names them, and `base` defines their protocol."""
 
-# What ``--engine`` can be, and the class that answers; ``package.module:Class`` names a class of your own.
+# Choices of ``--engine`` and their classes; ``package.module:Class`` names a class of your own.
 ENGINES = {
     "hf": "estune.engines.hf.engine:HFEngine",
     "toy": "estune.engines.toy:ToyEngine",

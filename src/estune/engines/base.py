@@ -1,8 +1,8 @@
-"""The seam between training and a generation backend: what an engine answers, and what it is asked.
+"""The protocols between training and a generation backend.
 
 A `Generator` answers groups of members, in any order. A `Replica` (`estune.es.replica`) owns theta. An `Engine` is
-both. A `LocalEngine` also gives access to theta and to single prompts in this process. What crosses the seam is small
-(seeds, scalars, token ids), so that a remote engine differs from a local one in transport only.
+both. A `LocalEngine` also gives access to theta and to single prompts in this process. Training and engine exchange
+seeds, scalars and token ids only, so a remote engine differs from a local one in transport alone.
 """
 
 from __future__ import annotations
@@ -21,105 +21,105 @@ from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Pro
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What training needs to know of an engine."""
+    """Properties of an engine that training reads."""
 
     name: str  # as in ``--engine``
     device: str  # cpu, cuda or mps
-    dtype: str  # that the engine computes in: float32, bfloat16 or float16
+    dtype: str  # compute dtype: float32, bfloat16 or float16
     max_context: int | None  # tokens; None: unlimited
-    vocab_size: int | None  # rows of the input embedding: token ids lie below it; None: unlimited
-    shared_forward: bool  # whether low-rank members answer together in one forward pass
-    header: Mapping[str, Any]  # what a journal's header says of the engine
+    vocab_size: int | None  # rows of the input embedding, an upper bound of token ids; None: unlimited
+    shared_forward: bool  # whether low-rank members share one forward pass
+    header: Mapping[str, Any]  # the engine's fields in the journal's header
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine is opened with."""
+    """The options of `LocalEngine.open`."""
 
     model: str  # a directory, a hub id, or a name that the engine knows
     module: Any = None  # a model in memory, used instead of ``model``
-    tokenizer: Any = None  # used instead of the model's own
+    tokenizer: Any = None  # replaces the model's own
     dtype: str = "auto"  # compute dtype
     device: str = "auto"
-    revision: str | None = None  # on the hub
+    revision: str | None = None  # revision on the hub
     trust_remote_code: bool = False
     num_threads: int = 1
     prompts_per_batch: int = 64  # prompts in one forward pass, each with all its completions
-    trainable_parameters: Sequence[str] | None = None  # regexes searched in stored names; None: all are trained
-    noise: str = "full"  # or lowrank
+    trainable_parameters: Sequence[str] | None = None  # regexes searched in stored names; None: train all parameters
+    noise: str = "full"  # full or lowrank
 
 
 class ModelAssets(Protocol):
-    """What belongs to a model beside its weights; local to the trainer, whichever engine answers."""
+    """The parts of a model that are not weights: tokenizer, configuration, code. They are local to the trainer."""
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer; None where prompts are bytes."""
+        """The tokenizer; None if prompts are bytes."""
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Token ids that end a completion, the last of its tokens; empty where none does."""
+        """Token ids that end a completion and are its last token; may be empty."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion's tokens, special tokens left out."""
+        """Return the text of a completion's tokens, without special tokens."""
 
     def save(self, directory: Path, dtype: str) -> None:
-        """Write what a checkpoint of ``dtype`` holds beside its weights; no times, no paths."""
+        """Write the files of a checkpoint of ``dtype``, except for the weights; the files hold no times or paths."""
 
     def check(self) -> None:
-        """Write what `save` writes into a directory that is removed, and compare it with the weights.
+        """Call `save` with a temporary directory and compare the files with the model in memory.
 
         Raises:
-            UserError: it cannot be written, or describes another model than the one in memory.
+            UserError: the files cannot be written, or they describe another model than the one in memory.
         """
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides answers beside the weights, so that a resumed run can compare it.
+        """Return values that determine the answers beside the weights; a resume compares them.
 
-        ``end_tokens`` is a sorted list; ``config``, ``tokenizer`` and ``code`` are digests, the last of the Python
-        files that come with the model (empty where none is run). Chat templates are no part of it. Empty where nothing
-        but the weights decides (the toy engine).
+        ``end_tokens`` is a sorted list. ``config``, ``tokenizer`` and ``code`` are digests; ``code`` covers the Python
+        files that come with the model, and is empty if they are not run. Chat templates are not included. The toy
+        engine's identity is empty.
         """
 
 
 class Generator(Protocol):
-    """Answers prompts with theta or with perturbed members of it."""
+    """Answers prompts with theta or with members of theta."""
 
     @property
     def facts(self) -> EngineFacts:
-        """What training needs to know of the engine."""
+        """Properties of the engine that training reads."""
 
     def answers(
         self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[GroupAnswer]:
-        """Yield the answers of groups as they are completed, in any order.
+        """Yield each group's answers when they are complete, in any order.
 
         Raises:
-            Interrupted: ``should_stop`` turned true between two tokens.
-            ValueError: a job names another theta than the one held.
+            Interrupted: ``should_stop`` returned true between two tokens.
+            ValueError: a job is meant for another theta.
         """
 
     def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
-        """Return how many of ``members`` low-rank members should answer together: what fits in memory and is worth it.
+        """Return how many low-rank members should share a forward pass: as many as fit in memory and are efficient.
 
         Args:
-            members: all there are; the answer lies in 1 .. ``members``.
-            rows: completions that each of them makes at a time.
-            length: tokens of the longest row, prompt and completion.
-            rank: of their noise.
-            sampled: whether tokens are sampled, which takes memory of its own.
+            members: number of members; the result lies in 1 .. ``members``.
+            rows: completions per member in one forward pass.
+            length: tokens of the longest row, prompt and completion together.
+            rank: rank of the low-rank noise.
+            sampled: whether tokens are sampled, which needs additional memory.
         """
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
-        """Return, per kind of parameter, the cosine of the cast perturbation with the exact one."""
+        """Return the cosine of the cast perturbation with the exact perturbation, by kind of parameter."""
 
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Return whether members (M) give equal tokens for prompts (B) twice, the second time under load."""
+        """Return whether members (M) answer prompts (B) with the same tokens twice, the second time under load."""
 
     def stop(self) -> None:
-        """Free what the engine holds beside memory: threads, processes, connections."""
+        """Release threads, processes and connections."""
 
 
 class Engine(Generator, Replica, Protocol):
@@ -127,20 +127,20 @@ class Engine(Generator, Replica, Protocol):
 
     @property
     def assets(self) -> ModelAssets:
-        """What belongs to the model beside its weights."""
+        """The parts of the model that are not weights."""
 
     def load_theta(self) -> None:
-        """Put theta itself, cast to the compute dtype, where the user of the model finds it: into a local module."""
+        """Write theta, cast to the compute dtype, into the model in this process, if there is one."""
 
 
 class LocalEngine(Engine, Protocol):
-    """An engine in this process, which baselines, evaluations and comparisons need more of.
+    """An engine in this process, with the methods that baselines, evaluations and comparisons need.
 
-    Its class also has ``open(options: EngineOptions)``, which returns one.
+    Its class method ``open(options: EngineOptions)`` returns an engine.
     """
 
     theta: Theta
-    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may be changed between calls
+    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may change between calls
 
     def generate(
         self,
@@ -149,17 +149,17 @@ class LocalEngine(Engine, Protocol):
         sampling: Sampling,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Completion]]:
-        """Answer ``prompts`` (B) with one member, or with theta itself (``None``): (B, G) completions.
+        """Return the completions (B, G) of one member, or of theta (``None``), for prompts (B).
 
         Raises:
-            Interrupted: ``should_stop`` turned true between two tokens.
+            Interrupted: ``should_stop`` returned true between two tokens.
         """
 
     def assign(self, read: Callable[[str], Any]) -> None:
-        """Overwrite theta: ``read(name)`` is each parameter's new value, a tensor of any floating dtype and device."""
+        """Overwrite theta: ``read(name)`` returns a parameter's new value, of any floating dtype and device."""
 
     def assign_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Overwrite theta by float32 arrays, by stored name."""
+        """Overwrite theta with float32 arrays, by stored name."""
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return the natural log-probability under theta of every token of one completion per prompt."""
+        """Return theta's natural log-probability of every token; ``completions`` holds one completion per prompt."""

@@ -1,4 +1,4 @@
-"""What engines in this process share: theta with its files, and answers to one group after another."""
+"""The base class of engines in this process: theta, its files, and a loop over groups."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from estune.models.tensor_files import WEIGHTS_FILE, TensorFile, open_model_file
 class LocalBase:
     """The base class of engines in this process; see `estune.engines.base.LocalEngine`.
 
-    A subclass sets ``theta`` and ``assets`` and answers prompts in `generate`. It overrides `forget` where something is
-    derived from theta, and the other methods where the engine can do better.
+    A subclass sets ``theta`` and ``assets`` and implements `generate`. It overrides `forget` if it caches anything
+    derived from theta, and other methods for speed.
     """
 
     name = "local"
@@ -31,13 +31,13 @@ class LocalBase:
     assets: ModelAssets
     compute_dtype = "float32"  # or bfloat16, float16
     prompts_per_batch = 1  # prompts in one forward pass
-    perturb_s = 0.0  # seconds spent so far in writing members' weights, where they are measured apart
+    perturb_s = 0.0  # seconds spent on writing members' weights so far; 0 if the engine does not measure them
     _anchor: AnchorReader | None = None
     _checksum: tuple[int, str] | None = None  # theta's version and checksum
 
     @classmethod
     def open(cls, options: EngineOptions) -> Self:
-        """Return an engine with these options; the base class takes none.
+        """Return an engine with these options; the base class ignores them.
 
         Raises:
             UserError: the model cannot be used.
@@ -46,13 +46,13 @@ class LocalBase:
 
     @property
     def facts(self) -> EngineFacts:
-        """What training needs to know of the engine."""
+        """Properties of the engine that training reads."""
         header = {"engine": self.name, "model_type": self.name, "device": "cpu", "dtype": self.compute_dtype}
         return EngineFacts(self.name, "cpu", self.compute_dtype, None, None, shared_forward=False, header=header)
 
     @property
     def stored_dtypes(self) -> dict[str, str]:
-        """The dtype of each stored tensor: some models keep a few in float32 whatever the rest is."""
+        """The dtype of each stored tensor; some models keep a few tensors in float32."""
         return dict.fromkeys(self.theta.arrays, self.compute_dtype)
 
     def generate(
@@ -62,11 +62,11 @@ class LocalBase:
         sampling: Sampling,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Completion]]:
-        """Answer prompts (B) with one member, or with theta itself (None): (B, G) completions."""
+        """Return the completions (B, G) of one member, or of theta (None), for prompts (B)."""
         raise NotImplementedError
 
     def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
-        """Answer one group, member by member."""
+        """Answer one group, one member after another."""
         started, perturbed = time.perf_counter(), self.perturb_s
         completions = [self.generate(each, job.prompts, job.sampling, should_stop) for each in job.perturbations]
         perturb_s = self.perturb_s - perturbed
@@ -80,24 +80,24 @@ class LocalBase:
             yield self.answer(job, should_stop)
 
     def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
-        """Return 1: members share no work; see `Generator.members_that_fit`."""
+        """Return 1, because members do not share a forward pass; see `Generator.members_that_fit`."""
         return 1
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
-        """Return 1 for all kinds together: float32 holds the perturbation to rounding."""
+        """Return a cosine of 1, because float32 holds the perturbation to rounding."""
         return {"matrix": 1.0}
 
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Return true: one thread repeats what it computes."""
+        """Return true, because one thread computes the same values every time."""
         return True
 
     def load_theta(self) -> None:
-        """Do nothing: there is no working model beside theta."""
+        """Do nothing, because there is no working model."""
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Raise UserError: the engine has no token probabilities."""
+        """Raise UserError, because the engine has no token probabilities."""
         raise UserError(f"the {self.name} engine has no token probabilities, so no KL")
 
     @property
@@ -106,10 +106,10 @@ class LocalBase:
         return self.theta.specs
 
     def forget(self) -> None:
-        """Drop what was derived from theta, which has changed."""
+        """Drop everything cached that was derived from theta; called when theta has changed."""
 
     def open_anchor(self, directories: Sequence[Path]) -> bool:
-        """Use the first directory that holds theta as it is now as theta_0; see `Replica.open_anchor`."""
+        """Take theta_0 from the first directory that holds the current theta; see `Replica.open_anchor`."""
         for directory in directories:
             self._anchor = anchor_reader(directory, self.theta)
             if self._anchor is not None:
@@ -124,14 +124,14 @@ class LocalBase:
         return moved
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum's sum of every parameter."""
+        """Return the checksum sum of every parameter."""
         return self.theta.sums()
 
     def checksum(self) -> str:
-        """Return the checksum of theta, computed from theta as it lies in memory."""
-        found = digest(self.theta.specs, self.theta.sums())
-        self._checksum = self.theta.version, found
-        return found
+        """Return the checksum of theta, recomputed from theta's memory."""
+        checksum = digest(self.theta.specs, self.theta.sums())
+        self._checksum = self.theta.version, checksum
+        return checksum
 
     def fingerprint(self) -> str:
         """Return the fingerprint of theta."""
@@ -170,24 +170,24 @@ class LocalBase:
         write_tensors(directory / WEIGHTS_FILE, arrays, self.theta.buffers, dtypes)
 
     def checked(self, jobs: Iterable[GroupJob]) -> Iterator[GroupJob]:
-        """Yield jobs that are meant for theta as it is.
+        """Yield the jobs, each after a check that it is meant for the current theta.
 
         Raises:
-            ValueError: a job names another theta.
+            ValueError: a job is meant for another theta.
         """
         for job in jobs:
-            known = self._checksum
-            held = known[1] if known is not None and known[0] == self.theta.version else self.checksum()
-            if job.theta_checksum != held:
-                raise ValueError(f"a job for theta {job.theta_checksum} reached a replica that holds {held}")
+            cached = self._checksum
+            checksum = cached[1] if cached is not None and cached[0] == self.theta.version else self.checksum()
+            if job.theta_checksum != checksum:
+                raise ValueError(f"a job for theta {job.theta_checksum} reached a replica that holds {checksum}")
             yield job
 
     def stop(self) -> None:
-        """Do nothing: a local engine holds memory alone."""
+        """Do nothing, because a local engine holds only memory."""
 
 
 class ByteAssets:
-    """Prompts and completions are bytes, and a config.json names the model; see `estune.engines.base.ModelAssets`."""
+    """Assets of a model whose tokens are bytes; see `estune.engines.base.ModelAssets`."""
 
     tokenizer = None
 
@@ -195,7 +195,7 @@ class ByteAssets:
         self.model_type, self.end_tokens = model_type, frozenset(end_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of bytes."""
+        """Return the text of UTF-8 bytes."""
         return bytes(token_ids).decode("utf-8", errors="replace")
 
     def save(self, directory: Path, dtype: str) -> None:
@@ -204,17 +204,18 @@ class ByteAssets:
         (directory / "config.json").write_text(text, encoding="utf-8")
 
     def check(self) -> None:
-        """Do nothing: a config.json of two words can always be written."""
+        """Do nothing, because a config.json of two fields can always be written."""
 
     def identity(self) -> dict[str, Any]:
-        """Return nothing: the weights alone decide."""
+        """Return an empty identity, because the weights alone determine the answers."""
         return {}
 
 
 def anchor_reader(directory: Path, theta: Theta) -> AnchorReader | None:
     """Return a memory-mapped reader of theta_0 from a model directory's files.
 
-    ``None`` where the files do not hold, under the stored names, the very values that ``theta`` holds now.
+    Returns:
+        The reader, or ``None`` if the files do not hold exactly the current values of ``theta`` under the stored names.
     """
     files = open_model_files(directory) if directory.is_dir() else {}
 

@@ -1,7 +1,7 @@
-"""Do rollouts repeat? A batch of a step is answered twice, the second time under load, before a run begins.
+"""A trial before a run begins: members answer a batch twice, the second time under load, and the tokens are compared.
 
-Libraries choose their code by shape, so the batch keeps its rows, cut only where more would choose the same; what is
-cut first is their length, because under load two threads are many times slower.
+Libraries choose their kernels by shape, so the trial keeps the number of rows of a real batch, up to a limit above
+which the kernels are the same. It shortens prompts and completions instead, because decoding under load is slow.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from estune.es.types import Completion, Perturbation, Prompt, Sampling
 
-MORE_ROWS = 16  # rows beyond the engine's limit for small batches: with more, layers take the same code
-PROMPT_TOKENS, NEW_TOKENS = 1024, 3  # of all rows together, and of a completion
+MORE_ROWS = 16  # rows above the engine's limit for small batches; larger batches use the same kernels
+PROMPT_TOKENS, NEW_TOKENS = 1024, 3  # tokens of all prompts together, and of one completion
 
 
 class _Engine(Protocol):
@@ -39,25 +39,25 @@ def answers_repeat(
     """Return whether members give the same tokens alone and beside a busy thread.
 
     Args:
-        engine: that answers.
-        perturbations: (M,).
+        engine: the engine under trial.
+        perturbations: members, (M,).
         prompts: (B,).
-        sampling: how completions are decoded.
-        small_rows: rows of a batch up to which the engine's layers take code of their own.
+        sampling: the run's decoding options.
+        small_rows: largest number of rows for which the engine's layers use their own kernel.
     """
     short = replace(sampling, max_completion_length=min(NEW_TOKENS, sampling.max_completion_length))
-    few = list(prompts[: engine.prompts_per_batch])
-    enough = -(-(small_rows + MORE_ROWS) // (len(few) * (sampling.num_generations if sampling.temperature else 1)))
-    tried = list(perturbations[:enough])
-    longest = max(2, PROMPT_TOKENS // (len(few) * len(tried)))
-    few = [replace(prompt, token_ids=prompt.token_ids[-longest:]) for prompt in few]
-    alone = engine.generate_population(tried, few, short)
+    batch = list(prompts[: engine.prompts_per_batch])
+    n_members = -(-(small_rows + MORE_ROWS) // (len(batch) * (sampling.num_generations if sampling.temperature else 1)))
+    members = list(perturbations[:n_members])
+    longest = max(2, PROMPT_TOKENS // (len(batch) * len(members)))
+    batch = [replace(prompt, token_ids=prompt.token_ids[-longest:]) for prompt in batch]
+    alone = engine.generate_population(members, batch, short)
     stop = threading.Event()
     load = threading.Thread(target=_keep_busy, args=(stop,), daemon=True)
     load.start()
     try:
-        engine.forget()  # write the weights again, too
-        loaded = engine.generate_population(tried, few, short)
+        engine.forget()  # the second answers also need the weights written again
+        loaded = engine.generate_population(members, batch, short)
     finally:
         stop.set()
         load.join()

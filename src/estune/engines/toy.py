@@ -1,8 +1,8 @@
-"""The toy engine: a function of a vector instead of a language model, for the whole loop without torch.
+"""The toy engine: theta is a vector instead of a language model, so the whole training loop runs without torch.
 
-theta is a vector split over a few named parameters. A row asks for a coordinate, or for a sum of several; the answer
-is its decimal text, as bytes. `estune.tasks.quadratic` rewards answers close to the row's wanted value, so the run
-descends a quadratic, and every number of the trainer, the journal and the update can be checked by hand.
+The vector is split over a few named parameters. A prompt asks for one coordinate, or for a sum of several. The answer
+is the number's decimal text, as bytes. `estune.tasks.quadratic` rewards answers close to a target value, so a run
+descends a quadratic, and all numbers of trainer, journal and update can be checked by hand.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "froz
 MODEL_TYPE = "estune-toy"
 
 
-# Options that the toy engine would ignore, with the values that ask nothing of it.
+# Options that have no effect on the toy engine, and the values that it accepts for them.
 NO_USE: dict[str, tuple[Any, ...]] = {
-    "dtype": ("auto", "float32"), "device": ("auto", "cpu"), "trainable_parameters": (None,), "revision": (None,),
+    "dtype": ("auto", "float32"),
+    "device": ("auto", "cpu"),
+    "trainable_parameters": (None,),
+    "revision": (None,),
     "trust_remote_code": (False,),
-}  # fmt: skip
+}
 
 
 class ToyEngine(LocalBase):
-    """Answers prompt ``x[i]``, or ``x[i]+x[j]``, with the text of that coordinate, or sum, of theta or of a member."""
+    """Answers the prompt ``x[i]``, or ``x[i]+x[j]``, with the text of this coordinate, or sum, of theta or a member."""
 
     name = "toy"
 
     def __init__(self, num_threads: int = 1, noise: str = "full") -> None:
-        self.assets = ByteAssets(MODEL_TYPE)  # an answer ends where its text does
+        self.assets = ByteAssets(MODEL_TYPE)  # without end tokens: an answer ends with its text
         self._num_threads = num_threads
         specs = []
         for name, shape in SHAPES.items():
@@ -59,13 +62,13 @@ class ToyEngine(LocalBase):
 
     @classmethod
     def open(cls, options: EngineOptions) -> ToyEngine:
-        """Return an engine at the origin, or at the weights of a toy's own run.
+        """Return an engine whose theta is 0, or the weights of an earlier toy run.
 
         Raises:
-            UserError: an option would have no effect.
+            UserError: an option would have no effect, or the weights cannot be read.
         """
-        for name, harmless in NO_USE.items():
-            if getattr(options, name) not in harmless:
+        for name, accepted in NO_USE.items():
+            if getattr(options, name) not in accepted:
                 raise UserError(f"the toy engine has no use for {name}")
         engine = cls(options.num_threads, noise=options.noise)
         if options.model != "toy":
@@ -74,13 +77,13 @@ class ToyEngine(LocalBase):
 
     @property
     def facts(self) -> EngineFacts:
-        """What training needs to know of the engine."""
+        """Properties of the engine that training reads."""
         header = {"engine": "toy", "model_type": MODEL_TYPE, "device": "cpu", "dtype": self.compute_dtype}
         return EngineFacts("toy", "cpu", self.compute_dtype, None, None, shared_forward=False, header=header)
 
     @property
     def coordinates(self) -> int:
-        """Number of coordinates that can be asked for."""
+        """Number of coordinates: the scalars of the perturbed parameters."""
         return sum(int(np.prod(spec.shape)) for spec in self.theta.specs if spec.perturbed)
 
     def vector(self, perturbation: Perturbation | None) -> np.ndarray:
@@ -111,7 +114,7 @@ class ToyEngine(LocalBase):
     def answers(
         self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[GroupAnswer]:
-        """Answer groups on ``num_threads`` threads, each as it is completed; see `Generator.answers`."""
+        """Answer groups on ``num_threads`` threads and yield each when it is complete; see `Generator.answers`."""
         if self._num_threads == 1:
             yield from super().answers(jobs, should_stop)
             return

@@ -1,1 +1,1 @@
-"""The method: members, noise, fitness, update, and theta on the host; NumPy and numba only."""
+"""The method: members, noise, fitness, update, and theta in host memory; NumPy and numba only."""

@@ -1,13 +1,13 @@
-"""Rewards to fitness to utilities: plain functions of NumPy arrays, no model, no state.
+"""Rewards to fitness to utilities: pure functions of NumPy arrays.
 
-    rewards (N, B, G, F)  one number per completion and reward function; NaN = "not applicable"
-    rows    (N, B, G)     failures filled, functions weighed together
-    fitness (N,)          mean over prompts and completions, in row order, by `math.fsum`
-    utilities (N,)        shaped fitness of zero mean: what the update multiplies the noise with
+    rewards   (N, B, G, F)  one number per completion and reward function; NaN: the function does not apply
+    rows      (N, B, G)     failures filled, weighted sum over functions
+    fitness   (N,)          mean over prompts and completions, in row order, by `math.fsum`
+    utilities (N,)          shaped fitness of zero mean; the update multiplies the noise with them
 
-A failure (a reward that raised, hung, or was not a finite number) never pays: it gets the lowest finite reward (the
-highest, if the function's weight is negative) that the same function gave any member for the same row; where nobody
-got one the row is left out for all (DESIGN section 1).
+A reward fails when its function raises, hangs, or returns a number that is not finite. A failed reward becomes the
+worst finite reward that the same function gave any member for the same row: the lowest one, or the highest one for a
+negative weight. A row without any finite reward of a failed function is dropped for all members (DESIGN section 1).
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-TIE_TOLERANCE = 1e-9
-LARGEST_REWARD = 1e300
+TIE_TOLERANCE = 1e-9  # relative to the largest absolute value, absolute below 1
+LARGEST_REWARD = 1e300  # absolute value of a weighted sum
 
 
 def fill_failures(rewards: np.ndarray, failed: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
-    """Return rewards (N, B, G, F) with failures replaced by the row's lowest finite reward of that function.
+    """Return rewards (N, B, G, F) in which a failure holds the worst finite reward of its row and function.
 
-    Where a function's weight is negative its highest finite reward is the worst one, and taken instead.
-    A row for which a function failed and gave nobody a finite reward becomes NaN for all members and functions; a
-    function of weight 0 only watches, and its failures drop nothing.
+    The worst reward is the lowest one, or the highest one for a function of negative weight. If a failed function gave
+    no member a finite reward for a row, the row becomes NaN for all members and functions. Failures of a function of
+    weight 0 are ignored.
     """
     filled = np.where(failed, np.nan, rewards)  # (N, B, G, F)
     for b, f in zip(*np.nonzero(failed.any(axis=(0, 2))), strict=True):
         if weights is not None and weights[f] == 0:
             continue
-        given = filled[:, b, :, f][np.isfinite(filled[:, b, :, f])]
-        if given.size:
-            column = filled[:, b, :, f]
-            column[failed[:, b, :, f]] = given.max() if weights is not None and weights[f] < 0 else given.min()
+        column = filled[:, b, :, f]  # (N, G), a view
+        finite = column[np.isfinite(column)]
+        if finite.size:
+            column[failed[:, b, :, f]] = finite.max() if weights is not None and weights[f] < 0 else finite.min()
         else:
             filled[:, b] = np.nan
     return filled
 
 
 def weigh(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Return the weighted sum over functions, (..., F) -> (...), as in TRL where every function applies.
+    """Return the weighted sum over functions, (..., F) -> (...); the same as in TRL where every function applies.
 
-    Functions that do not apply (NaN) are left out and the other weights grow to the same total of absolute weights;
-    where none applies the result is NaN. Sums beyond ±1e300 count as that, so that no reward can overflow a step.
+    Functions that do not apply (NaN) are left out. The other weights are scaled up to the same sum of absolute weights.
+    The result is NaN where no function applies. Sums are clipped to ±1e300, so no reward can overflow a step.
     """
     w = np.asarray(weights, dtype=np.float64)  # (F,)
     applies = ~np.isnan(rewards)  # (..., F)
@@ -58,33 +58,33 @@ def weigh(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def mean(values: np.ndarray) -> float:
-    """Return the mean of the values that are not NaN, exactly rounded before the division; NaN where none is left."""
-    kept = [float(value) for value in values.reshape(-1) if not math.isnan(value)]
-    if not kept:
+    """Return the mean of the values that are not NaN, or NaN if all are; the sum is exactly rounded."""
+    numbers = [float(value) for value in values.reshape(-1) if not math.isnan(value)]
+    if not numbers:
         return math.nan
-    scaled, exponent = _scaled(kept)
-    return math.ldexp(math.fsum(scaled) / len(kept), exponent)
+    scaled, exponent = _scaled(numbers)
+    return math.ldexp(math.fsum(scaled) / len(numbers), exponent)
 
 
 def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
-    """Return values / 2^exponent within [-1, 1], exactly, so that sums and squares of huge rewards do not overflow."""
+    """Return (values / 2^exponent, exponent): exact values in [-1, 1], whose sums and squares cannot overflow."""
     exponent = math.frexp(max(map(abs, values)))[1]
     return [math.ldexp(value, -exponent) for value in values], exponent
 
 
 def population_fitness(rows: np.ndarray) -> np.ndarray:
-    """Return each member's fitness: (N, B, G) -> (N,); NaN for a member to whom no reward applied."""
+    """Return each member's fitness: (N, B, G) -> (N,); NaN for a member without rewards."""
     return np.array([mean(rows[m]) for m in range(rows.shape[0])])
 
 
 def is_tie(values: Sequence[float]) -> bool:
-    """Say whether values differ by no more than rounding, as thirty times 0.1 do."""
+    """Return whether the values are equal to rounding (`TIE_TOLERANCE`)."""
     lowest, highest = min(values), max(values)
     return highest - lowest <= TIE_TOLERANCE * max(1.0, abs(highest), abs(lowest))
 
 
 def z_score(values: Sequence[float]) -> list[float]:
-    """Return (f - mean) / population standard deviation, or zeros for a tie: the paper's shaping."""
+    """Return (f - mean) / population standard deviation, or zeros for a tie (arXiv 2509.24372)."""
     if is_tie(values):
         return [0.0] * len(values)
     scaled, _ = _scaled(values)
@@ -111,7 +111,7 @@ def centered(values: Sequence[float]) -> list[float]:
     return [value - center for value in values]
 
 
-# Shapings of one number per member; `per_prompt_z` needs the rows and is told apart in `shape_fitness`.
+# Functions of one number per member. `shape_fitness` computes the scores per prompt that `per_prompt_z` starts from.
 SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {
     "z_score": z_score,
     "centered_rank": centered_rank,
@@ -121,17 +121,18 @@ SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {
 
 
 def shape_fitness(rows: np.ndarray, shaping: str) -> tuple[np.ndarray, list[float]]:
-    """Return ``(fitness, utilities)``, both (N,), of weighed rewards (N, B, G).
+    """Return ``(fitness, utilities)``, both (N,), of weighted rewards (N, B, G).
 
-    ``per_prompt_z`` takes the z-score over members per prompt (0 where tied), averages it over prompts and z-scores
-    again. A member to whom no reward applied has fitness NaN and utility 0; all utilities are 0 where the others tie.
+    ``per_prompt_z`` computes the z-score over members for each prompt (0 for a tie), averages it over prompts, and
+    z-scores the averages. A member without rewards has fitness NaN and utility 0. If the others tie, all utilities
+    are 0.
     """
     fitness = population_fitness(rows)  # (N,)
     signal = _per_prompt_z(rows) if shaping == "per_prompt_z" else fitness
-    alive = np.flatnonzero(~np.isnan(signal))
+    rewarded = np.flatnonzero(~np.isnan(signal))  # members with a reward
     utilities = [0.0] * len(fitness)
-    if alive.size >= 2:
-        for m, value in zip(alive, SHAPINGS[shaping](signal[alive].tolist()), strict=True):
+    if rewarded.size >= 2:
+        for m, value in zip(rewarded, SHAPINGS[shaping](signal[rewarded].tolist()), strict=True):
             utilities[m] = value
     return fitness, utilities
 
@@ -142,13 +143,13 @@ def _per_prompt_z(rows: np.ndarray) -> np.ndarray:
     scores = np.full((n_members, n_prompts), np.nan)  # (N, B)
     for b in range(n_prompts):
         column = np.array([mean(rows[m, b]) for m in range(n_members)])  # (N,)
-        alive = ~np.isnan(column)
-        if alive.any():
-            scores[alive, b] = z_score(column[alive].tolist())
+        rewarded = ~np.isnan(column)
+        if rewarded.any():
+            scores[rewarded, b] = z_score(column[rewarded].tolist())
     return np.array([mean(scores[m]) for m in range(n_members)])
 
 
 def share_of_tied_prompts(rows: np.ndarray) -> float:
-    """Return the share of prompts on which all members got the same reward (TRL's ``frac_reward_zero_std``)."""
-    tied = [is_tie(kept) for kept in (r[~np.isnan(r)].tolist() for r in rows.swapaxes(0, 1)) if kept]
+    """Return the share of prompts for which all members got the same reward (TRL's ``frac_reward_zero_std``)."""
+    tied = [is_tie(values) for values in (r[~np.isnan(r)].tolist() for r in rows.swapaxes(0, 1)) if values]
     return sum(tied) / len(tied) if tied else 1.0

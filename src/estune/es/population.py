@@ -1,7 +1,7 @@
-"""Who is in a step's population: members are (seed, sign), derived from (run seed, step, index) alone.
+"""The members of a step's population: pairs (seed, sign), each a pure function of (run seed, step, index).
 
-No generator state anywhere: every number that looks random in estune is a hash of the integers that name it
-(DESIGN section 2), so any worker can compute any member of any step without having seen the ones before.
+estune keeps no generator state. Every random number is a hash of the integers that name it (DESIGN section 2), so any
+worker can compute any member of any step on its own.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from hashlib import blake2b
 from estune.es.noise import lowrank_scale, perturbation_scale
 from estune.es.types import Member, Noise
 
-MEMBER_PERSON = b"estune-seed-v1"  # the member seeds of a step
-ROW_PERSON = b"estune-rows-v1"  # the order of the training rows
-EVAL_PERSON = b"estune-eval-v1"  # the uniforms of sampled decoding in an evaluation
+# Personalisation strings of blake2b, one for each use of `derive_seed`.
+MEMBER_PERSON = b"estune-seed-v1"  # member seeds of a step
+ROW_PERSON = b"estune-rows-v1"  # order of the training rows
+EVAL_PERSON = b"estune-eval-v1"  # uniforms of sampled decoding in an evaluation
 
 
 def derive_seed(*integers: int, person: bytes) -> int:
     """Hash integers in [0, 2^64) into one unsigned 64-bit integer.
 
-    blake2b over the integers as little-endian uint64, digest of 8 bytes read little-endian; ``person`` (at most 16
-    bytes) keeps the uses apart.
+    The message is the integers as little-endian uint64; the digest is 8 bytes of blake2b, read as little-endian.
+    ``person`` is blake2b's personalisation (at most 16 bytes), one for each use.
     """
     message = b"".join(value.to_bytes(8, "little") for value in integers)
     return int.from_bytes(blake2b(message, digest_size=8, person=person).digest(), "little")
@@ -32,7 +33,7 @@ def noise_of(sigma: float, distribution: str = "normal", rank: int = 0) -> Noise
     Args:
         sigma: standard deviation of the perturbations.
         distribution: ``normal`` or ``rademacher``.
-        rank: of low-rank noise; 0 for full noise.
+        rank: rank of the low-rank noise; 0: full noise.
     """
     low = lowrank_scale(sigma, rank, distribution) if rank else 0.0
     return Noise(perturbation_scale(sigma, distribution), distribution, rank, low)
@@ -41,7 +42,7 @@ def noise_of(sigma: float, distribution: str = "normal", rank: int = 0) -> Noise
 def members_for_step(run_seed: int, step: int, population_size: int, antithetic: bool) -> list[Member]:
     """Return the ``population_size`` members of a step, in order.
 
-    Antithetic populations come in pairs of one seed, in the order +, -; then the index in the seed is the pair's.
+    An antithetic population consists of pairs that share a seed, in the order +, -. Its seeds hash the pair's index.
     """
     if not antithetic:
         return [

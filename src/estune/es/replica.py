@@ -1,4 +1,4 @@
-"""A replica of theta, wherever it lives: in this process, on a GPU, or in a worker process."""
+"""The protocol of a replica of theta: in this process, on a GPU, or in a worker process."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ class Replica(Protocol):
         """Theta's parameters, in name order."""
 
     def open_anchor(self, directories: Sequence[Path]) -> bool:
-        """Use the first directory whose files hold theta as it is now as theta_0 of anchored weight decay.
+        """Take theta_0 of anchored weight decay from the first directory whose weights equal the current theta.
+
+        Later updates read theta_0 from these files.
 
         Returns:
-            Whether one of them does. Theta_0 is read from the files whenever an update needs it.
+            Whether a directory holds the current theta.
         """
 
     def apply(self, update: Update) -> Moved:
         """Move theta by one step.
 
         Raises:
-            ValueError: the update decays towards theta_0 and no anchor is open; theta has not moved then.
+            ValueError: the update decays towards theta_0, but no anchor is open. Theta is unchanged.
         """
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum's sum of every parameter; `estune.es.theta.digest` makes the checksum of them."""
+        """Return the sum of every parameter; `estune.es.theta.digest` hashes the sums into the checksum."""
 
     def checksum(self) -> str:
         """Return the checksum of theta."""
@@ -45,12 +47,12 @@ class Replica(Protocol):
         """Read theta from a directory that holds float32 weights.
 
         Raises:
-            UserError: the file is missing or truncated, or it holds other tensors.
+            UserError: the file is missing or truncated, or lacks a parameter of the right shape.
         """
 
     def save(self, directory: Path, *, float32: bool) -> None:
-        """Write the model as Hugging Face files: theta itself, or cast once to the compute dtype.
+        """Write the model as Hugging Face files: theta in float32, or cast once to the compute dtype.
 
         Raises:
-            UserError: no space left.
+            UserError: the disk is full.
         """

@@ -1,8 +1,8 @@
-"""theta, the float32 master: every member's weights are built from it, and only an update writes it.
+"""theta, the float32 weights: members are perturbations of theta, and updates move theta.
 
-The arrays are plain NumPy in the layout in which ``save_pretrained`` writes them, so the same code serves a language
-model, the toy engine and a replay that loads no model at all. Tensors are cut into pieces of `PIECE` elements that a
-few threads work through; results do not depend on how many (the update is exact in integers, section 2 of DESIGN).
+The arrays are NumPy arrays in the layout of ``save_pretrained``. So the same code serves language models, the toy
+engine, and a replay without a model. Threads work on pieces of `PIECE` elements. The number of threads changes no
+bit, because the update sums in integers (DESIGN section 2).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from estune.es.types import ParameterSpec, Perturbation
 from estune.es.update import Update
 
 if TYPE_CHECKING:
-    import torch  # nothing here needs it, but for tensors that a caller has
+    import torch
 
-STREAMED_BYTES = 128 << 20  # of weights; from here on they are written past the caches
-PIECE = 1 << 18  # elements per unit of work: 1 MiB of float32
-LEAST_ROWS = 64  # of a matrix of low-rank noise: B is drawn again for every piece
-MASK_64 = (1 << 64) - 1
+STREAMED_BYTES = 128 << 20  # bytes of weights; larger outputs bypass the CPU caches
+PIECE = 1 << 18  # elements of one unit of work: 1 MiB of float32
+LEAST_ROWS = 64  # rows of one unit of work in a low-rank matrix; each unit draws B again
+MASK_64 = (1 << 64) - 1  # modulo 2^64
 _NO_ANCHOR = np.empty(0, dtype=np.float32)
 
 AnchorReader = Callable[[str, int, int], np.ndarray]  # (name, start, count) -> float32 (count,) of theta_0
-Part = tuple[str, int, float, float]  # of an update: name, checksum, sum of squares of the change, and of theta
+Part = tuple[str, int, float, float]  # one piece's update: name, checksum, squares of the change, squares of theta
 Job = Callable[[], Part]
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What an update did to theta, or to the part of theta that one shard or worker holds; parts add up with ``+``.
+    """The result of an update of theta, or of one shard of theta; the results of shards add up with ``+``.
 
-    ``sums`` holds the checksum's sum of every parameter afterwards, modulo 2^64. ``moved`` and ``size`` hold squares of
-    the change and of theta over the perturbed parameters, one pair for each piece of theta; their order has no meaning.
+    ``sums`` holds the checksum sum of every parameter after the update, modulo 2^64. ``moved`` and ``size`` hold one
+    sum of squares per piece: of the change, and of theta after the update. The pieces have no particular order.
     """
 
     specs: tuple[ParameterSpec, ...]
@@ -61,29 +61,29 @@ class Moved:
 
     @property
     def norm(self) -> float:
-        """L2 norm of the change."""
+        """L2 norm of theta's change."""
         return math.sqrt(math.fsum(self.moved))
 
     @property
     def ratio(self) -> float:
-        """Norm of the change over theta's norm; 0 where theta is 0."""
+        """Norm of theta's change divided by theta's norm; 0 if theta is 0."""
         size = math.sqrt(math.fsum(self.size))
         return self.norm / size if size else 0.0
 
 
 class Theta(Protocol):
-    """The float32 master in this process, on the host (`HostTheta`) or on a GPU (`estune.gpu.theta.DeviceTheta`)."""
+    """Theta in this process: on the host (`HostTheta`) or on a GPU (`estune.gpu.theta.DeviceTheta`)."""
 
     specs: list[ParameterSpec]
     buffers: dict[str, np.ndarray]
 
     @property
     def version(self) -> int:
-        """Count of the writes of theta."""
+        """Number of times that theta was written."""
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The parameters on the host, by stored name."""
+        """The parameters in host memory, by stored name."""
 
     @property
     def num_parameters(self) -> int:
@@ -99,7 +99,7 @@ class Theta(Protocol):
         """Move theta by one step; see `HostTheta.apply`."""
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum's sum of every parameter; `digest` makes the checksum of them."""
+        """Return the checksum sum of every parameter; `digest` hashes the sums into the checksum."""
 
     def checksum(self) -> str:
         """Return the checksum of theta."""
@@ -114,14 +114,14 @@ class Theta(Protocol):
         """Overwrite theta from tensors; see `HostTheta.assign`."""
 
     def head(self, name: str, count: int) -> np.ndarray:
-        """Return the first ``count`` elements of a parameter; flat."""
+        """Return the first elements of a parameter, (count,) or all of them if there are fewer."""
 
     def unshare(self) -> None:
-        """Move theta into memory of its own."""
+        """Copy theta into new memory; see `HostTheta.unshare`."""
 
 
 def pieces(size: int) -> Iterator[tuple[int, int, int]]:
-    """Cut ``size`` elements into (start, count, block); no piece crosses a block of 2^32 elements."""
+    """Yield pieces (start, count, block) of ``size`` elements; each piece lies within one block of 2^32 elements."""
     for block_start in range(0, size, BLOCK_SIZE):
         block_end = min(size, block_start + BLOCK_SIZE)
         for start in range(block_start, block_end, PIECE):
@@ -129,10 +129,10 @@ def pieces(size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def row_pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """Cut a matrix (d0, d1), or a stack (E, d0, d1), into (row, rows, column): whole rows of one matrix each.
+    """Yield pieces (row, rows, column) of a matrix (d0, d1) or a stack (E, d0, d1): whole rows of one matrix.
 
-    ``row`` counts the rows of the whole stack, and ``column`` says how many columns the matrices before have.
-    A piece has `PIECE` elements, and `LEAST_ROWS` rows where rows are so long that drawing B would count.
+    ``row`` is the first row's index in the whole stack. ``column`` is the index in B of the matrix's first column. A
+    piece has about `PIECE` elements, but at least `LEAST_ROWS` rows.
     """
     *experts, d0, d1 = shape
     if not d1:
@@ -144,22 +144,22 @@ def row_pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 def _rows_of(spec: ParameterSpec, flat: np.ndarray) -> np.ndarray:
-    """Return the rows of a matrix, or of a whole stack, as a view (rows, d1) of its flat array."""
+    """Return a matrix or a stack as a view (rows, d1) of its flat array."""
     return flat.reshape(math.prod(spec.shape[:-1]), spec.shape[-1])
 
 
 def _factor_keys(seeds: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the members' key words for the factors A and B of a matrix: uint32 (M, 2) each."""
+    """Return the members' key words for a matrix's factors A and B: two arrays uint32 (M, 2)."""
     a, b = (noise_keys(seeds, factor) for factor in factor_names(name))
     return a, b
 
 
 @dataclass
 class HostTheta:
-    """Float32 parameters under their stored names, in name order.
+    """Float32 parameters in host memory, under their stored names and in name order.
 
-    ``arrays[name]`` is C-contiguous float32 of the spec's shape. ``buffers`` are the stored tensors that are not
-    parameters: saved with the model, never perturbed, never updated.
+    ``arrays[name]`` is C-contiguous float32 of the spec's shape. ``buffers`` holds the stored tensors that are no
+    parameters: they are saved with the model, and never perturbed or updated.
     """
 
     specs: list[ParameterSpec]
@@ -172,13 +172,13 @@ class HostTheta:
         for spec in self.specs:
             array = self.arrays[spec.name]
             if array.dtype != np.float32 or not array.flags.c_contiguous or array.shape != tuple(spec.shape):
-                raise ValueError(f"master array {spec.name!r} is not C-contiguous float32 of shape {spec.shape}")
+                raise ValueError(f"theta's array {spec.name!r} is not C-contiguous float32 of shape {spec.shape}")
             if spec.lowrank:
-                factor_shapes(spec.shape, 1)  # refuses what is no matrix and no stack of them
+                factor_shapes(spec.shape, 1)  # raises for shapes that are neither a matrix nor a stack
         self.flat = {spec.name: self.arrays[spec.name].reshape(-1) for spec in self.specs}
         self._pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
         self._spec = {spec.name: spec for spec in self.specs}
-        self.version = 0  # counts the writes of theta
+        self.version = 0  # number of times that theta was written
 
     @property
     def num_parameters(self) -> int:
@@ -190,11 +190,11 @@ class HostTheta:
 
         Args:
             name: the parameter.
-            perturbation: the member; ``None`` or a parameter that is not perturbed gives a copy of theta.
-            out: where to write, C-contiguous float32 of the same size; a new array without it.
+            perturbation: the member; ``None`` gives a copy of theta, as does a parameter that is not perturbed.
+            out: C-contiguous float32 output of the same size; ``None`` allocates a new array.
 
         Raises:
-            ValueError: ``out`` does not fit, or the member has no rank for parameters of low-rank noise.
+            ValueError: ``out`` has the wrong dtype, layout or size, or the member lacks the rank of low-rank noise.
         """
         if out is None:
             out = np.empty(self.arrays[name].shape, dtype=np.float32)
@@ -202,9 +202,9 @@ class HostTheta:
         return out
 
     def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
-        """Write a member's weights for several parameters, as `perturb` does for one.
+        """Write a member's weights for several parameters; `perturb` writes one.
 
-        All pieces go to the threads at once, so that none waits at the end of a small parameter.
+        The threads take the pieces of all parameters from one queue, so no thread idles at the end of a parameter.
         """
         streamed = sum(out.nbytes for out in outs.values()) >= STREAMED_BYTES
         self._run(
@@ -214,9 +214,9 @@ class HostTheta:
     def _perturb_jobs(
         self, name: str, perturbation: Perturbation | None, out: np.ndarray, streamed: bool
     ) -> Iterator[Callable[[], None]]:
-        """Cut the writing of a member's weights into calls that may run in any order.
+        """Yield calls that write a member's weights piece by piece; they may run in any order.
 
-        ``streamed``: what is written passes the caches, because all of it together would not fit them.
+        ``streamed``: the writes bypass the CPU caches, because the whole output would not fit.
         """
         spec, theta = self._spec[name], self.flat[name]
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != theta.size:
@@ -230,32 +230,30 @@ class HostTheta:
             return
         member, rademacher = perturbation.member, perturbation.noise.distribution == "rademacher"
         if spec.lowrank:
-            factor_shapes(spec.shape, perturbation.noise.rank)  # refuses factors that are too large
-            keys_a, keys_b = _factor_keys([member.seed], name)
-            factor = perturbation.noise.lowrank_scale * member.sign
+            rank, factor = perturbation.noise.rank, perturbation.noise.lowrank_scale * member.sign
+            factor_shapes(spec.shape, rank)  # raises for factors that are too large
+            keys = _factor_keys([member.seed], name)
+            perturb = cpu_lowrank.perturb_lowrank_into
             rows_out, rows_theta = _rows_of(spec, flat_out), _rows_of(spec, theta)
             for row, count, column in row_pieces(spec.shape):
                 rows = slice(row, row + count)
-                yield partial(
-                    cpu_lowrank.perturb_lowrank_into, rows_out[rows], rows_theta[rows], row, column, keys_a, keys_b,
-                    perturbation.noise.rank, factor, rademacher,
-                )  # fmt: skip
+                yield partial(perturb, rows_out[rows], rows_theta[rows], row, column, *keys, rank, factor, rademacher)
             return
         scale = np.float32(perturbation.noise.scale * member.sign)
         blocks = range(-(-theta.size // BLOCK_SIZE))
-        keys = [noise_keys([member.seed], block_name(name, block))[0] for block in blocks]  # uint32 (2,) each
+        block_keys = [noise_keys([member.seed], block_name(name, block))[0] for block in blocks]  # uint32 (2,) each
         for start, count, block in pieces(theta.size):
             part = slice(start, start + count)
-            k0, k1 = keys[block]
+            k0, k1 = block_keys[block]
             offset = start % BLOCK_SIZE
             yield partial(cpu.perturb_into, flat_out[part], theta[part], offset, k0, k1, scale, rademacher, streamed)
 
     def apply(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
-        """Move theta by one step, in place, in one pass that also sums its checksum and norms.
+        """Move theta by one step, in place; the same pass computes theta's checksum and norms.
 
         Raises:
-            ValueError: the update decays towards theta_0 but no ``anchor`` is given, or it has no rank, or too large a
-                one, for parameters of low-rank noise; theta has not moved then.
+            ValueError: the update decays towards theta_0 but ``anchor`` is None, or its rank is 0 or too large for the
+                parameters of low-rank noise. Theta is unchanged.
         """
         self.check_update(update, anchor)
         if update.is_zero:
@@ -269,7 +267,7 @@ class HostTheta:
         return Moved(tuple(self.specs), total_sums(self.specs, zip(names, sums, strict=True)), moved, sizes)
 
     def _update_jobs(self, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Iterator[Job]:
-        """Cut one parameter's update into calls that return (name, checksum, moved, size)."""
+        """Yield calls that update one parameter piece by piece and return (name, checksum, moved, size)."""
         name, flat = spec.name, self.flat[spec.name]
         seeds = [member.seed for member, q in zip(update.members, update.q, strict=True) if q]
         weights = [member.sign * q for member, q in zip(update.members, update.q, strict=True) if q]
@@ -311,21 +309,21 @@ class HostTheta:
             yield partial(full, start, count, keys[block])
 
     def check_rank(self, rank: int) -> None:
-        """Raise ValueError where parameters of low-rank noise meet a member or an update without a rank."""
+        """Raise ValueError if theta has parameters of low-rank noise and ``rank`` is less than 1."""
         if rank < 1 and any(spec.lowrank for spec in self.specs):
             raise ValueError("parameters of low-rank noise need a rank of at least 1")
 
     def check_update(self, update: Update, anchor: AnchorReader | None) -> None:
-        """Raise ValueError for what cannot be done, before any piece of theta moves; see `apply`."""
+        """Raise ValueError if `apply` cannot apply the update; nothing is written."""
         self.check_rank(update.rank)
         for spec in self.specs:
             if spec.lowrank:
-                factor_shapes(spec.shape, update.rank)  # refuses factors that are too large
+                factor_shapes(spec.shape, update.rank)  # raises for factors that are too large
         if update.decay and update.anchored and anchor is None and not update.is_zero:
             raise ValueError("an anchored update needs a reader of theta_0")
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum's sum of every parameter, modulo 2^64: shards and workers can add theirs up."""
+        """Return the checksum sum of every parameter, modulo 2^64; the sums of shards add up."""
 
         def work(job: tuple[str, int, int]) -> tuple[str, int]:
             name, start, count = job
@@ -344,12 +342,12 @@ class HostTheta:
 
     def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
         """Overwrite theta in place: ``read_into(name, flat)`` fills each parameter's flat float32 array (d,)."""
-        self.version += 1  # also where it raises half way: what is there is not what was
+        self.version += 1  # before the reads: a read that raises leaves theta half written
         for spec in self.specs:
             read_into(spec.name, self.flat[spec.name])
 
     def assign(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Overwrite theta: ``read(name)`` is each parameter's new value, of any floating dtype and device."""
+        """Overwrite theta: ``read(name)`` returns a parameter's new value, of any floating dtype and device."""
         import torch
 
         def read_into(name: str, flat: np.ndarray) -> None:
@@ -358,19 +356,19 @@ class HostTheta:
         self.load(read_into)
 
     def head(self, name: str, count: int) -> np.ndarray:
-        """Return the first ``count`` elements of a parameter, or all if it has fewer; flat."""
+        """Return the first elements of a parameter, (count,) or all of them if there are fewer."""
         return self.flat[name][:count]
 
     def unshare(self) -> None:
-        """Move theta into memory of its own, where the arrays given were another's (a model's own parameters)."""
+        """Copy theta into new memory; until then its arrays may be a model's own parameters."""
         for spec in self.specs:
             self.arrays[spec.name] = self.arrays[spec.name].copy()
             self.flat[spec.name] = self.arrays[spec.name].reshape(-1)
 
     def _run(self, work: Callable, jobs: Iterable) -> list:  # type: ignore[type-arg]
-        """Run ``work`` over ``jobs`` on the pool, results in order; a single job stays on this thread.
+        """Return the results of ``work`` for all jobs, in order; a single job runs on this thread.
 
-        The pool works on the first ones while an iterator still makes the others.
+        The pool starts on the first jobs while the iterator still makes the others.
         """
         if self._pool is None or (isinstance(jobs, list) and len(jobs) < 2):
             return [work(job) for job in jobs]
@@ -382,7 +380,7 @@ def _call(job: Callable[[], None]) -> None:
 
 
 def total_sums(specs: Sequence[ParameterSpec], parts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Return the checksum's sum of every parameter from the sums of its pieces, (name, sum) each."""
+    """Return the checksum sum of every parameter from the pieces' (name, sum)."""
     totals = {spec.name: 0 for spec in specs}
     for name, part in parts:
         totals[name] = (totals[name] + part) & MASK_64
@@ -390,7 +388,7 @@ def total_sums(specs: Sequence[ParameterSpec], parts: Iterable[tuple[str, int]])
 
 
 def digest(specs: Sequence[ParameterSpec], sums: Mapping[str, int]) -> str:
-    """Return the checksum of theta from the sums of its parameters: blake2b-128 in hex, in the specs' order."""
+    """Return theta's checksum: blake2b-128, in hex, of the parameters' labels and sums in the specs' order."""
     hashed = blake2b(digest_size=16)
     for spec in specs:
         hashed.update(_label(spec))
@@ -399,13 +397,13 @@ def digest(specs: Sequence[ParameterSpec], sums: Mapping[str, int]) -> str:
 
 
 def _label(spec: ParameterSpec) -> bytes:
-    """Return a parameter's name and shape as unambiguous bytes."""
+    """Return a parameter's name and shape as unambiguous bytes: each has its length in front."""
     name = spec.name.encode("utf-8")
     return struct.pack("<QQ", len(name), len(spec.shape)) + name + struct.pack(f"<{len(spec.shape)}Q", *spec.shape)
 
 
 def fingerprint(specs: Sequence[ParameterSpec], arrays: Mapping[str, np.ndarray]) -> str:
-    """Return blake2b-128 over, in name order, each parameter's name, shape and raw float32 bytes."""
+    """Return theta's fingerprint: blake2b-128, in hex, of each parameter's label and float32 bytes, in name order."""
     hashed = blake2b(digest_size=16)
     for spec in sorted(specs, key=lambda spec: spec.name):
         hashed.update(_label(spec))

@@ -1,4 +1,4 @@
-"""The plain values that cross the line to an engine: seeds, scalars and token ids, never weights."""
+"""The values that training and engines exchange: seeds, scalars and token ids, never weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-SAMPLE_PERSON = b"estune-samp-v1"  # blake2b person of the uniforms of sampled decoding in training
+SAMPLE_PERSON = b"estune-samp-v1"  # blake2b's personalisation for the uniforms of sampled decoding in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +18,15 @@ class Member:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop: the member being evaluated was dropped."""
+    """The run was asked to stop; the current member's answers are discarded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
     """One parameter as ``save_pretrained`` writes it; ``perturbed`` parameters are perturbed and updated.
 
-    The noise of a ``lowrank`` one is a product ``A B^T`` instead of a number for every element: it is a matrix
-    (d0, d1), or a stack (E, d0, d1) of one matrix per expert.
+    A ``lowrank`` parameter is a matrix (d0, d1), or a stack (E, d0, d1) of one matrix per expert. Its noise is a
+    product ``A B^T``; full noise is one number per element.
     """
 
     name: str
@@ -36,20 +36,20 @@ class ParameterSpec:
 
     @property
     def kind(self) -> str | bool:
-        """What the journal's header says of the parameter: ``full`` or ``lowrank`` noise, or False for none."""
+        """The parameter's entry in the journal's header: ``full`` or ``lowrank`` noise, or False for no noise."""
         return ("lowrank" if self.lowrank else "full") if self.perturbed else False
 
 
 def num_parameters(specs: Iterable[ParameterSpec]) -> int:
-    """Return the number of scalars in some parameters."""
+    """Return the number of scalars in the parameters."""
     return sum(math.prod(spec.shape) for spec in specs)
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """The noise of a step's members: its size, its distribution, and the rank of low-rank noise.
+    """The noise of a step's members: scales, distribution, and rank of low-rank noise.
 
-    Scales are sigma over the deviation of the noise's integers, rounded as in DESIGN section 2.
+    A scale is sigma divided by the standard deviation of the noise's integers, rounded as in DESIGN section 2.
     """
 
     scale: float  # of parameters with full noise
@@ -68,12 +68,12 @@ class Perturbation:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row, tokenised; the response prefix is part of ``token_ids``."""
+    """One row, tokenised."""
 
     row_id: int  # the row's index in its split
-    text: str  # all that the model reads: templates, system message, response prefix
-    token_ids: tuple[int, ...]  # (P,)
-    question: str = ""  # what the row itself asks: its prompt, or the last user message's content
+    text: str  # the model's whole input: template, system message, prompt, response prefix
+    token_ids: tuple[int, ...]  # (P,), the tokens of ``text``
+    question: str = ""  # the row's own prompt, or the content of its last user message
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GroupJob:
-    """Members that answer the same prompts together: the unit of dispatch, of journaling and of resume.
+    """Members that answer the same prompts together: the unit of dispatch, journaling and resume.
 
-    ``indices`` are the members' places in the population. A perturbation of None stands for theta itself.
-    ``theta_checksum`` names the theta that the members are perturbations of; a replica that holds another one refuses.
+    ``indices`` are the members' indices in the population. A perturbation of None means theta itself.
+    ``theta_checksum`` names the theta that the members perturb; a replica that holds another theta raises ValueError.
     """
 
     indices: tuple[int, ...]  # (M,)
@@ -111,20 +111,19 @@ class GroupJob:
 
 @dataclass(frozen=True, slots=True)
 class GroupAnswer:
-    """The completions of a `GroupJob` and the seconds that they took."""
+    """The completions of a `GroupJob` and the time that they took."""
 
     indices: tuple[int, ...]  # (M,)
     completions: list[list[list[Completion]]]  # (M, B, G)
-    generate_s: float  # without perturb_s
-    perturb_s: float  # writing the members' weights
+    generate_s: float  # seconds, without perturb_s
+    perturb_s: float  # seconds spent on writing the members' weights
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Generated tokens, the end-of-sequence token included; ``finished`` is false where the limit cut them off.
+    """Generated tokens, with the end-of-sequence token; ``finished`` is false if the length limit cut them off.
 
-    ``finite`` is false where the logits behind a token held NaN, or the chosen one was infinite: the model computes
-    with numbers that its dtype cannot hold.
+    ``finite`` is false if a token's logits held NaN or its own logit was infinite: its computation overflowed.
     """
 
     token_ids: tuple[int, ...]  # (T,)

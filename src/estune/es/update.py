@@ -2,9 +2,9 @@
 
     theta += learning_rate / N * sum_m utilities_m * sign_m * eps(seed_m)          (arXiv 2509.24372; 1/sigma folded in)
 
-made exact: utilities become integers ``q`` of a common exponent ``e``, the sum runs in int32, and one scale ``a`` of
-22 significant bits turns it into weights (DESIGN section 2); matrices of low-rank noise have a scale of their own. What
-is computed here is a handful of scalars, which the journal records; `estune.es.theta` applies them.
+The update is exact (DESIGN section 2). Utilities become integers ``q`` with a common exponent ``e``. The sum over
+members is int32. One scale ``a`` of 22 significant bits converts the sum into weights; low-rank matrices have their own
+scale. This module computes these scalars, the journal records them, and `estune.es.theta` applies them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from estune.es.noise.reference import lowrank_deviation, noise_deviation, round_to_bits
 from estune.es.types import Member
 
-MAX_Q = 32767
-MAX_NOISE = 16  # |n| of the normal distribution; the Rademacher variant keeps the same bound
-SCALE_BITS = 22  # significant bits of `a`: with a 31-bit sum the product is exact in float64
+MAX_Q = 32767  # |q|
+MAX_NOISE = 16  # |n| of the normal distribution; the same bound is used for Rademacher noise
+SCALE_BITS = 22  # significant bits of `a`; the product with a 31-bit sum is exact in float64
 
 SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
 SIGMA_SCHEDULES = ("constant", "linear", "cosine")
@@ -28,32 +28,32 @@ SIGMA_SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Everything a replica needs to move theta by one step: seeds and scalars."""
+    """The seeds and scalars that move theta by one step."""
 
     members: tuple[Member, ...]  # (N,)
     q: tuple[int, ...]  # (N,), integer utilities
     e: int  # utilities ~ q / 2^e
     a: float  # theta += a * sum_m q_m * sign_m * n(seed_m)
-    decay: float = 0.0  # theta -= decay * (theta - anchor), a float32 value; before the ES term
-    anchored: bool = False  # anchor: theta_0, otherwise 0
+    decay: float = 0.0  # theta -= decay * (theta - anchor), a float32 value; applied before the ES term
+    anchored: bool = False  # the anchor is theta_0; otherwise 0
     distribution: str = "normal"
-    rank: int = 0  # of the low-rank noise; 0: every parameter has full noise
-    a_lowrank: float = (
-        0.0  # the same for matrices of low-rank noise: theta += a_lowrank * sum_m q_m * sign_m * A_m B_m^T
-    )
+    rank: int = 0  # rank of the low-rank noise; 0: every parameter has full noise
+    a_lowrank: float = 0.0  # low-rank matrices: theta += a_lowrank * sum_m q_m * sign_m * A_m B_m^T
 
     @property
     def is_zero(self) -> bool:
-        """True where all members tied: theta is not written, not even by the decay."""
+        """Whether all members tied; then theta is unchanged, and does not decay either."""
         return not any(self.q)
 
 
 def integer_utilities(utilities: Sequence[float], rank: int = 0) -> tuple[list[int], int]:
-    """Return ``(q, e)`` with ``q = rint(utilities * 2^e)``, half to even, at the largest exponent that fits.
+    """Return ``(q, e)`` with ``q = rint(utilities * 2^e)``, half to even, for the largest exponent that fits.
 
-    It fits while max|q| <= 32767 and max|q| * 16 * N < 2^31, with low-rank noise max|q| * 256 * N * rank < 2^31, so
-    that no order of summation can overflow int32.
-    All-zero utilities give ``e = 0``.
+    An exponent fits if max|q| <= 32767 and max|q| * 16 * N < 2^31 (with low-rank noise max|q| * 256 * N * rank < 2^31).
+    Then no order of summation overflows int32. Utilities that are all zero give ``e = 0``.
+
+    Raises:
+        ValueError: a utility is not finite.
     """
     largest = max((abs(value) for value in utilities), default=0.0)
     if largest == 0.0:
@@ -88,11 +88,11 @@ def make_update(
     Args:
         members: (N,) in population order.
         utilities: (N,), shaped fitness.
-        learning_rate: of this step, after its schedule.
+        learning_rate: this step's learning rate, after the schedule.
         weight_decay: lambda of ``theta -= learning_rate * lambda * (theta - anchor)``, decoupled as in AdamW.
-        anchored: decay towards theta_0 (arXiv 2605.30148) rather than towards 0.
-        distribution: of the noise.
-        rank: of the low-rank noise, 0 in a run of full noise.
+        anchored: whether the decay goes towards theta_0 (arXiv 2605.30148) instead of 0.
+        distribution: the noise's distribution.
+        rank: rank of the low-rank noise; 0: full noise.
     """
     q, e = integer_utilities(utilities, rank)
 
@@ -108,9 +108,12 @@ def make_update(
 def scheduled(schedule: str, step: int, max_steps: int, warmup_steps: int = 0) -> float:
     """Return the factor in [0, 1] on the base value at ``step`` (0-based) of ``max_steps``.
 
-    Warm-up counts up ``(step + 1) / warmup_steps``, so no step is wasted at 0; then ``constant`` (or
-    ``constant_with_warmup``) stays at 1, ``linear`` falls to 0 and ``cosine`` follows half a cosine to 0, both
-    reaching 0 one step after the last.
+    During warm-up the factor is ``(step + 1) / warmup_steps``, so the first step is not 0. After warm-up ``constant``
+    and ``constant_with_warmup`` stay at 1. ``linear`` and ``cosine`` fall to 0, which they would reach one step after
+    the last.
+
+    Raises:
+        ValueError: the schedule is unknown.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,1 +1,1 @@
-"""The same bits on a GPU: theta in device memory and its Triton kernels."""
+"""Theta and the noise on a GPU, by Triton kernels that compute the same bits as the CPU kernels."""

@@ -1,7 +1,7 @@
-"""Does a device compute what the CPU kernels compute, to the bit? Asked once, before anything relies on it.
+"""The comparison of a device's kernels with the CPU kernels, bit for bit; it runs once, before the device is used.
 
-An H100 with Triton 3.6 does. On hardware, drivers and versions that nobody tried, this comparison is what stands
-between a wrong bit and a journal. It takes milliseconds beside the compiler.
+An H100 with Triton 3.6 passes. On untested hardware, drivers and versions the comparison keeps wrong bits out of the
+journal. It takes milliseconds, apart from the compilation of the kernels.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from estune.es.noise.reference import round_to_bits
 from estune.gpu import launch
 
 SEED, NAME = 0x9E3779B97F4A7C15, "check.weight"
-COUNT = 3 * launch.BLOCK + 17  # ends in the middle of a program
-START = (1 << 32) - COUNT  # the last elements of a key block
+COUNT = 3 * launch.BLOCK + 17  # elements; the last program is only partly filled
+START = (1 << 32) - COUNT  # element index; the elements are the last ones of a key block
 SCALE = -round_to_bits(1e-3 / 8**0.5, 16)
 A = round_to_bits(3.1e-9, 22)
 DECAY = float(np.float32(0.013))
 DISTRIBUTIONS = ("normal", "rademacher")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Q = np.array([32767, -3, 1, -20000, 7], dtype=np.int32)
-STACK = (2, 37, 71)  # of the low-rank kernels: two matrices, tiles that end outside
-ROWS = launch.Rows(37, 71, matrix0=0, matrices=2, row0=0, rows=37)  # all of them
+STACK = (2, 37, 71)  # shape for the low-rank kernels: two matrices, whose last tiles are only partly filled
+ROWS = launch.Rows(37, 71, matrix0=0, matrices=2, row0=0, rows=37)  # all rows of the stack
 RANK = 2
 Q_LOWRANK = np.array([9, -3, 1], dtype=np.int32)
 NO_ANCHOR = np.empty(0, dtype=np.float32)
 
 
 def theta_values(count: int) -> np.ndarray:
-    """Return weights of every kind, float32 (count,): normal, zeros of both signs, subnormal, at float16's end."""
+    """Return float32 weights (count,) of every kind: normal, zeros of both signs, subnormal, beyond float16's range."""
     rng = np.random.default_rng(0)
     theta: np.ndarray = (rng.standard_normal(count) * 10.0 ** rng.integers(-8, 3, count)).astype(np.float32)
     theta[::17] = -0.0
     theta[5::19] = 0.0
     theta[7::101] = 1e-40
-    theta[11::103] = 65520.0  # to nearest even, float16's infinity
+    theta[11::103] = 65520.0  # rounds to infinity in float16
     return theta
 
 
 def keys_of(name: str, members: int) -> np.ndarray:
-    """Return members' key words, uint32 (M, 2)."""
+    """Return the members' key words, uint32 (M, 2)."""
     return np.array([noise_key(SEED + m, name) for m in range(members)], dtype=np.uint32)
 
 
 def decays(count: int) -> list[tuple[str, float, np.ndarray | None]]:
-    """Return the ways of decay: in words, how much of it, and the anchor (count,) where there is one."""
+    """Return every kind of decay: its description, its value, and its anchor (count,) or None."""
     anchor = theta_values(count)[::-1].copy()
     return [("without decay", 0.0, None), ("with decay to 0", DECAY, None), ("with decay to an anchor", DECAY, anchor)]
 
 
 def check(device: torch.device, distributions: Sequence[str] = DISTRIBUTIONS) -> list[str]:
-    """Return what differs from the CPU kernels, in words; nothing where a device can be trusted.
+    """Return descriptions of the results that differ from the CPU kernels; an empty list if all are equal.
 
-    Distributions, weight dtypes and ways of decay are kernels of their own once compiled, so each is compared.
+    Every distribution, weight dtype and kind of decay compiles to a separate kernel, so each one is compared.
     """
     wrong = _checksum(device)
     for distribution in distributions:
@@ -67,14 +67,14 @@ def check(device: torch.device, distributions: Sequence[str] = DISTRIBUTIONS) ->
 
 
 def _checksum(device: torch.device) -> list[str]:
-    """Compare a checksum."""
+    """Return the checksum's description if it differs."""
     theta = theta_values(COUNT)
     total = int(launch.checksum_of(torch.from_numpy(theta).to(device), START))
     return [] if total % 2**64 == int(cpu.checksum_of(theta, START)) else ["a checksum"]
 
 
 def _members(device: torch.device, rademacher: bool) -> list[str]:
-    """Compare members of full noise, in every dtype of weights."""
+    """Return the weight dtypes for which a member of full noise differs."""
     theta = theta_values(COUNT)
     (k0, k1), expected = noise_key(SEED, NAME), np.empty_like(theta)
     cpu.perturb_into(expected, theta, START, np.uint32(k0), np.uint32(k1), np.float32(SCALE), rademacher)
@@ -88,7 +88,7 @@ def _members(device: torch.device, rademacher: bool) -> list[str]:
 
 
 def _updates(device: torch.device, rademacher: bool) -> list[str]:
-    """Compare updates of full noise, with every way of decay."""
+    """Return the kinds of decay for which an update of full noise differs."""
     wrong, keys = [], keys_of(NAME, len(Q))
     words, q = launch.words(keys, device), torch.from_numpy(Q).to(device)
     for how, decay, anchor in decays(COUNT):
@@ -103,7 +103,7 @@ def _updates(device: torch.device, rademacher: bool) -> list[str]:
 
 
 def _lowrank_members(device: torch.device, rademacher: bool) -> list[str]:
-    """Compare members of low-rank noise, in every dtype of weights."""
+    """Return the weight dtypes for which a member of low-rank noise differs."""
     _, d0, d1 = STACK
     theta = theta_values(ROWS.count)
     expected = np.empty(STACK, dtype=np.float32)
@@ -121,7 +121,7 @@ def _lowrank_members(device: torch.device, rademacher: bool) -> list[str]:
 
 
 def _lowrank_updates(device: torch.device, rademacher: bool) -> list[str]:
-    """Compare updates of low-rank noise, with every way of decay."""
+    """Return the kinds of decay for which an update of low-rank noise differs."""
     keys_a, keys_b = (keys_of(name, len(Q_LOWRANK)) for name in factor_names(NAME))
     words = launch.words(np.concatenate([keys_a, keys_b], axis=1), device)
     wrong, q = [], torch.from_numpy(Q_LOWRANK).to(device)
@@ -138,7 +138,7 @@ def _lowrank_updates(device: torch.device, rademacher: bool) -> list[str]:
 def _update_stack(
     theta: np.ndarray, keys_a: np.ndarray, keys_b: np.ndarray, rademacher: bool, decay: float, anchor: np.ndarray | None
 ) -> tuple[int, float, float]:
-    """Move a stack (E, d0, d1) in place on the CPU, matrix by matrix; return its checksum and squares."""
+    """Move a stack (E, d0, d1) in place on the CPU, matrix by matrix; return (checksum, moved, size)."""
     n_matrices, d0, d1 = theta.shape
     bases = [NO_ANCHOR] * n_matrices if anchor is None else anchor.reshape(n_matrices, d0 * d1)
     total, moved, size = 0, 0.0, 0.0
@@ -155,11 +155,11 @@ def _to(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
 
 
 def _same(out: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bits, which tells -0.0 from 0.0."""
+    """Return whether all bits are equal; -0.0 differs from 0.0."""
     return torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
 def _near(sums: launch.Sums, wanted: tuple[int, float, float]) -> bool:
-    """Equal checksums, and sums of squares that differ by their rounding alone."""
+    """Return whether the checksums are equal and the sums of squares are equal to rounding."""
     same = int(sums.checksum) % 2**64 == int(wanted[0]) % 2**64
     return same and bool(np.allclose([float(sums.moved), float(sums.size)], wanted[1:], rtol=1e-12, atol=0.0))

@@ -1,9 +1,8 @@
-"""The noise at memory speed on GPUs: launches of `triton_kernels` with the meaning of `cpu`'s functions.
+"""Launches of the Triton kernels (`estune.gpu.kernels`); each function mirrors one of `estune.es.noise.cpu`.
 
-`gpu_check.check` compares a device with the CPU kernels before anything relies on it. Tensors are flat float32
-(outputs: float32, bfloat16 or float16), contiguous, on one device, and lie within one key block. Nothing here
-waits for the device: sums come back as tensors on it. Under ``TRITON_INTERPRET=1``, set before Triton is imported, the
-same functions take tensors on the CPU.
+Tensors are flat, contiguous, on one device, and within one key block. They are float32; outputs may also be bfloat16 or
+float16. The functions do not wait for the device, and return sums as tensors on the device. With
+``TRITON_INTERPRET=1``, set before Triton is imported, they take tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from estune.gpu import kernels as kernels
 
 BLOCK = 1024  # elements per program
 TILE = (32, 64)  # rows and columns per program of the low-rank kernels
-# No contraction: a fused multiply-add rounds once where the decay is defined to round twice.
+# No fused multiply-add: it rounds once where the definition of the decay rounds twice.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 Key = tuple[int, int]
@@ -29,26 +28,23 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What an update kernel returns, as 0-d tensors on the device: checksum (int64, modulo 2^64) and squares."""
+    """The sums of an update, as 0-d tensors on the device."""
 
-    checksum: torch.Tensor
+    checksum: torch.Tensor  # int64, checksum sum of the new theta, modulo 2^64
     moved: torch.Tensor  # float64, sum of squares of the change
-    size: torch.Tensor  # float64, sum of squares of theta afterwards
+    size: torch.Tensor  # float64, sum of squares of the new theta
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Part of a stack of matrices (E, d0, d1): ``rows`` rows from ``row0`` on of ``matrices`` matrices.
-
-    Either whole matrices (row0 = 0, rows = d0) or rows of one matrix, so that the part is contiguous.
-    """
+    """A contiguous part of a stack of matrices (E, d0, d1): whole matrices, or rows of one matrix."""
 
     d0: int
     d1: int
-    matrix0: int
-    matrices: int
-    row0: int
-    rows: int
+    matrix0: int  # first matrix
+    matrices: int  # number of matrices
+    row0: int  # first row; 0 for several matrices
+    rows: int  # number of rows of each matrix; d0 for several matrices
 
     @property
     def start(self) -> int:
@@ -62,12 +58,12 @@ class Rows:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Programs: tiles of rows, tiles of columns, matrices."""
+        """Numbers of programs: tiles of rows, tiles of columns, matrices."""
         return -(-self.rows // TILE[0]), -(-self.d1 // TILE[1]), self.matrices
 
 
 def perturb_into(out: torch.Tensor, theta: torch.Tensor, start: int, key: Key, scale: float, rademacher: bool) -> None:
-    """Write ``theta + scale * n``, cast once, to ``out``; ``scale`` carries the sign. See `cpu.perturb_into`."""
+    """Write ``theta + scale * n``, cast once, to ``out``; ``scale`` includes the sign. See `cpu.perturb_into`."""
     if theta.numel():
         with _on(theta):
             kernels.perturb_kernel[(-(-theta.numel() // BLOCK),)](
@@ -87,8 +83,8 @@ def update_into(
 ) -> Sums:
     """Move theta in place by one step; see `cpu.update_into`.
 
-    ``keys`` is uint32 (M, 2), ``q`` int32 (M,) with signs multiplied in, both on the device; ``decay`` is a float32
-    value, towards ``anchor`` (like theta) or towards 0.
+    ``keys`` is uint32 (M, 2) and ``q`` is int32 (M,), times the members' signs; both are on the device. ``decay`` is a
+    float32 value. Theta decays towards ``anchor`` (of theta's shape and dtype), or towards 0 if it is None.
     """
     programs = -(-theta.numel() // BLOCK)
     parts = _parts(theta, programs)
@@ -102,7 +98,7 @@ def update_into(
 
 
 def checksum_of(theta: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the checksum's sum over theta: a 0-d int64 tensor, modulo 2^64; see `cpu.checksum_of`."""
+    """Return the checksum sum of theta: a 0-d int64 tensor, modulo 2^64; see `cpu.checksum_of`."""
     programs = -(-theta.numel() // BLOCK)
     sums = torch.empty(programs, dtype=torch.int64, device=theta.device)  # (programs,)
     if programs:
@@ -123,7 +119,7 @@ def perturb_lowrank_into(
 ) -> None:
     """Write ``float32(theta + scale * (sign * (A B^T)))``, cast once, to ``out``; product and sum are float64.
 
-    ``keys`` are the two words of A's key, then B's; theta and out hold the elements of ``rows``.
+    ``keys`` holds the two words of A's key, then of B's. ``theta`` and ``out`` hold the elements of ``rows``.
     """
     if rows.count:
         with _on(theta):
@@ -157,12 +153,12 @@ def update_lowrank_into(
 
 
 def words(keys: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return uint32 words on a device; they travel as int32, which every copy supports."""
+    """Return uint32 words on a device; the copy uses int32, which every device supports."""
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int32)).to(device).view(torch.uint32)
 
 
 def _parts(theta: torch.Tensor, programs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return room for every program's checksum and squares."""
+    """Return uninitialised tensors for every program's checksum sum (int64) and two sums of squares (float64)."""
     if not theta.numel():
         programs = 0
     return (
@@ -177,10 +173,10 @@ def _decay_kind(decay: float, anchor: torch.Tensor | None) -> int:
 
 
 def _pointer(anchor: torch.Tensor | None, theta: torch.Tensor) -> torch.Tensor:
-    """Return the anchor, or any pointer where the kernel will not follow it."""
+    """Return the anchor; without an anchor return theta, because the kernel needs a pointer but does not read it."""
     return theta if anchor is None else anchor
 
 
 def _on(tensor: torch.Tensor) -> Any:
-    """Return the context that makes a tensor's GPU the current one, where Triton launches."""
+    """Return the context that makes a tensor's GPU the current device, on which Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

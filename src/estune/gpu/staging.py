@@ -1,7 +1,7 @@
-"""Parts of host memory on their way through a device: a ring of buffers, copies beside the work.
+"""A ring of device buffers that streams parts of host memory through a device; copies overlap with kernels.
 
-What orders the streams are the events that `Lane.run` takes and returns; the tests run the ring on simulated streams
-that delay their work at random.
+The events that `Lane.run` takes and returns order the streams. The tests run the ring on simulated streams with random
+delays.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-SLOTS = 3  # staging buffers: one filled, one worked on, one written back
-PINNED_BYTES = 1 << 20
+SLOTS = 3  # staging buffers: one is filled, one is worked on, one is written back
+PINNED_BYTES = 1 << 20  # bytes; smaller tensors are not pinned
 
 
 class Lane:
-    """A queue of work on a device: a CUDA stream; on the CPU, where the tests run it, work is done at once."""
+    """A queue of work on a device: a CUDA stream. On the CPU (in tests) the work runs at once."""
 
     def __init__(self, device: torch.device, *, side: bool) -> None:
-        """``side``: a stream of its own, instead of whichever is current."""
+        """``side``: open a new stream instead of using the current one."""
         self._device = device
         self._stream = None
         if side and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, work: Callable[[], object], after: Any = None) -> Any:
-        """Queue ``work`` behind the lane's own and the event ``after``; return the event of its end."""
+        """Queue ``work`` after the lane's earlier work and the event ``after``; return the event of its completion."""
         if self._device.type != "cuda":
             work()
             return None
@@ -41,25 +41,25 @@ class Lane:
         return stream.record_event()
 
     def wait(self) -> None:
-        """Return when the lane is empty."""
+        """Wait until the lane is empty."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 class Staging:
-    """A ring of device buffers through which parts of host arrays pass: up, worked on, and back down."""
+    """A ring of device buffers: copy a part of a host array up, work on it, copy it down."""
 
     def __init__(self, device: torch.device, elements: int, lanes: Sequence[Any] | None = None) -> None:
-        """``lanes``: of copies up, of work and of copies down."""
+        """Allocate `SLOTS` buffers of ``elements``; ``lanes`` are those of copies up, of work, and of copies down."""
         if lanes is None:
             lanes = [Lane(device, side=True), Lane(device, side=False), Lane(device, side=True)]
         self._up, self._work, self._down = lanes
         self._slots = [torch.empty(elements, dtype=torch.float32, device=device) for _ in range(SLOTS)]
-        self._free = [self._work.run(lambda: None)] * SLOTS  # events; the memory may have had another use before
+        self._free = [self._work.run(lambda: None)] * SLOTS  # events; earlier work may still use the buffers' memory
         self._next = 0
 
     def run(self, host: torch.Tensor, work: Callable[[torch.Tensor], object], *, write_back: bool) -> None:
-        """Queue ``work`` on a copy of ``host`` (float32, flat), and with ``write_back`` the copy's way home."""
+        """Queue ``work`` on a device copy of ``host`` (float32, flat); ``write_back`` copies the result to ``host``."""
         slot = self._next
         self._next = (slot + 1) % SLOTS
         stage = self._slots[slot][: host.numel()]
@@ -70,16 +70,16 @@ class Staging:
         self._free[slot] = done
 
     def wait(self) -> None:
-        """Return when nothing reads or writes host memory any more."""
+        """Wait until no copy reads or writes host memory."""
         self._up.wait()
         self._down.wait()
 
 
 def pin(tensors: Sequence[torch.Tensor], owner: object) -> None:
-    """Lock host memory where it lies, until ``owner`` is gone, so that copies to a GPU need no detour.
+    """Pin host memory in place until ``owner`` is garbage-collected, so that copies to a GPU are direct.
 
-    Small tensors are left out: they share pages with others, and their copies cost nothing. Where the system does not
-    allow it a warning says so: copies are slower then, and right.
+    Small tensors are not pinned: they share memory pages with others, and their copies are cheap. If pinning fails, a
+    warning is given; copies are then slower and still correct.
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     pinned = []
@@ -87,8 +87,8 @@ def pin(tensors: Sequence[torch.Tensor], owner: object) -> None:
         if tensor.nbytes < PINNED_BYTES:
             continue
         if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
-            warnings.warn("the master's memory could not be pinned: copies to the GPU are slower", stacklevel=3)
-            with suppress(RuntimeError):  # the failed call's error must not be taken for that of the next kernel
+            warnings.warn("theta's host memory could not be pinned: copies to the GPU are slower", stacklevel=3)
+            with suppress(RuntimeError):  # clears the call's error, which the next kernel would report as its own
                 torch.zeros(1, device="cuda")
             break
         pinned.append(tensor)

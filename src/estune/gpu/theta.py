@@ -1,9 +1,9 @@
-"""theta for a working model on a GPU: float32 on the device, or pinned on the host and streamed through it.
+"""Theta for a working model on a GPU: in float32 on the device, or in pinned host memory and streamed to the device.
 
-A `DeviceTheta` computes members and updates on the device by the kernels of `estune.gpu.launch`, to the same bits as
-`estune.es.theta.HostTheta`. `on_device` compares a device with the CPU kernels first and hands the host's
-master back where a bit differs. Where theta does not fit beside the working model it stays in (pinned) host memory, and
-parts of it pass through the ring of `estune.gpu.staging`. Needs triton.
+`DeviceTheta` computes members and updates with the kernels of `estune.gpu.launch`, to the same bits as
+`estune.es.theta.HostTheta`. `on_device` first compares the device with the CPU kernels, and returns the `HostTheta` if
+a bit differs. If theta does not fit beside the working model, it stays in pinned host memory and passes through the
+ring of `estune.gpu.staging` part by part. This module needs triton.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from estune.gpu import check, launch
 from estune.gpu.staging import Staging, pin
 
 STAGE = 1 << 24  # elements of a staging buffer: 64 MiB
-RESIDENT_SHARE = 0.5  # of the device's free memory that theta may take; the rest is for caches and activations
+RESIDENT_SHARE = 0.5  # share of the device's free memory that theta may take; caches and activations take the rest
 
 
-def on_device(master: HostTheta, device: torch.device, *, resident: bool | None = None) -> Theta:
-    """Return theta on ``device``, or ``master`` itself where the device cannot keep it, or not to the bit.
+def on_device(host: HostTheta, device: torch.device, *, resident: bool | None = None) -> Theta:
+    """Return theta on ``device``, or ``host`` itself if the device cannot compute the same bits.
 
     Args:
-        master: theta; its arrays stay in use.
-        device: of the working model, which is loaded already: what it left free decides.
-        resident: whether theta goes to the device; None: where it takes at most half of the free memory.
+        host: theta; the result uses its arrays.
+        device: the working model's device; the model is already loaded there.
+        resident: whether theta is stored on the device; None: if it takes at most half of the free device memory.
     """
     if device.type != "cuda":
-        return master
+        return host
     try:
         wrong = check.check(device)
-        trouble = f"does not compute {wrong[0]} to the bits of the definition" if wrong else ""
-    except Exception as error:  # no C compiler for Triton's launcher, a GPU it does not know, ...
-        trouble = f"cannot run the noise kernels ({type(error).__name__}: {error})"
-    if trouble:
+        fault = f"computes other bits than the CPU for {wrong[0]}" if wrong else ""
+    except Exception as error:  # for example no C compiler for Triton's launcher, or a GPU unknown to Triton
+        fault = f"cannot run the noise kernels ({type(error).__name__}: {error})"
+    if fault:
         warnings.warn(
-            f"{torch.cuda.get_device_name(device)} {trouble}: members and updates are computed on the CPU, which is "
+            f"{torch.cuda.get_device_name(device)} {fault}: the CPU computes members and updates instead, which is "
             "slower and exact",
             stacklevel=2,
         )
-        return master
+        return host
     if resident is None:
-        resident = 4 * master.num_parameters <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return DeviceTheta(master, device, resident=resident)
+        resident = 4 * host.num_parameters <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return DeviceTheta(host, device, resident=resident)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of one parameter's elements that one launch works on; ``rows`` for a matrix of low-rank noise."""
+    """A contiguous part of one parameter that one launch works on; ``rows`` is set for a low-rank matrix."""
 
     spec: ParameterSpec
     start: int
@@ -68,17 +68,17 @@ class Part:
 
     @property
     def span(self) -> slice:
-        """Where the elements lie in the flat parameter."""
+        """The slice of the flat parameter."""
         return slice(self.start, self.start + self.count)
 
     @property
     def key_name(self) -> str:
-        """The name that stands for the part's keys: its block's, or the matrix's."""
+        """The name under which the part's keys are stored: the key block's name, or the low-rank matrix's name."""
         return self.spec.name if self.rows is not None else block_name(self.spec.name, self.start // BLOCK_SIZE)
 
 
 def parts(spec: ParameterSpec, most: int | None = None) -> Iterator[Part]:
-    """Cut a parameter into parts of at most ``most`` elements (a power of 2), at least a row of a low-rank matrix."""
+    """Yield parts of a parameter: at most ``most`` elements (a power of 2), or one row of a low-rank matrix."""
     size = math.prod(spec.shape)
     if size == 0:
         return
@@ -90,8 +90,8 @@ def parts(spec: ParameterSpec, most: int | None = None) -> Iterator[Part]:
             matrices, rows = max(1, most // (d0 * d1)), min(d0, max(1, most // d1))
         for matrix in range(0, n_matrices, matrices):
             for row in range(0, d0, rows):
-                here = launch.Rows(d0, d1, matrix, min(matrices, n_matrices - matrix), row, min(rows, d0 - row))
-                yield Part(spec, here.start, here.count, here)
+                part = launch.Rows(d0, d1, matrix, min(matrices, n_matrices - matrix), row, min(rows, d0 - row))
+                yield Part(spec, part.start, part.count, part)
         return
     step = BLOCK_SIZE if most is None else min(most, BLOCK_SIZE)
     for start in range(0, size, step):
@@ -99,19 +99,19 @@ def parts(spec: ParameterSpec, most: int | None = None) -> Iterator[Part]:
 
 
 class DeviceTheta:
-    """Theta whose members and updates are computed on a device, to the bits of `estune.es.theta.HostTheta`.
+    """Theta whose members and updates are computed on a device, to the same bits as `estune.es.theta.HostTheta`.
 
-    ``host`` holds the copy in host memory. It is behind the device after an update where theta lives on the device;
-    ``arrays`` downloads what is behind, and what needs some parameters alone downloads those alone.
+    ``host`` holds the copy in host memory. If theta is stored on the device, an update makes this copy stale.
+    ``arrays`` downloads all stale parameters; other methods download only the parameters that they read.
     """
 
     def __init__(self, host: HostTheta, device: torch.device, *, resident: bool, stage: int = STAGE) -> None:
-        """Take over ``host``; ``stage`` is the number of elements of a staging buffer, a power of 2."""
+        """Take ownership of ``host``; ``stage`` is the number of elements of a staging buffer, a power of 2."""
         self.host = host
         self.specs, self.buffers = host.specs, host.buffers
-        self.device = device = torch.empty(0, device=device).device  # with its index
+        self.device = device = torch.empty(0, device=device).device  # adds the device's index
         self.resident = resident
-        self._stale: set[str] = set()  # parameters whose host copies are behind the device
+        self._stale: set[str] = set()  # names of parameters that changed on the device since their last download
         self._by_name = {spec.name: spec for spec in self.specs}
         self._host = {name: torch.from_numpy(flat) for name, flat in host.flat.items()}
         self._stage = stage
@@ -126,7 +126,7 @@ class DeviceTheta:
 
     @property
     def version(self) -> int:
-        """Count of the writes of theta."""
+        """Number of times that theta was written."""
         return self.host.version
 
     @property
@@ -136,34 +136,35 @@ class DeviceTheta:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The host's copy of theta, by name, after a download where it was behind."""
+        """The host's copy of theta, by name; stale parameters are downloaded first."""
         self._download(self._stale)
         return self.host.arrays
 
     def head(self, name: str, count: int) -> np.ndarray:
-        """Return the first ``count`` elements of a parameter, float32, without downloading the rest."""
+        """Return a parameter's first elements, float32 (count,) or fewer; only these are downloaded."""
         return (self._theta if self.resident else self._host)[name][:count].cpu().numpy()
 
     def perturb(self, name: str, perturbation: Perturbation | None, out: np.ndarray | None = None) -> np.ndarray:
-        """Return a member's weights on the host; see `HostTheta.perturb`. No other parameter is downloaded."""
+        """Return a member's weights in host memory; see `HostTheta.perturb`."""
         self._download([name])
         return self.host.perturb(name, perturbation, out)
 
     def perturb_all(self, perturbation: Perturbation | None, outs: Mapping[str, np.ndarray]) -> None:
-        """Write a member's weights for several parameters on the host; see `HostTheta.perturb_all`."""
+        """Write a member's weights for several parameters to host memory; see `HostTheta.perturb_all`."""
         self._download(outs)
         self.host.perturb_all(perturbation, outs)
 
     def perturb_into(self, name: str, perturbation: Perturbation | None, out: torch.Tensor) -> None:
-        """Write a member's weights for one parameter, cast once, into memory of the device.
+        """Write a member's weights for one parameter, cast once, to device memory.
 
         Args:
             name: the parameter.
-            perturbation: the member; ``None`` or a parameter that is not perturbed gives theta.
-            out: contiguous float32, bfloat16 or float16 of the parameter's size, on the master's device.
+            perturbation: the member; ``None`` writes theta, as does a parameter that is not perturbed.
+            out: contiguous float32, bfloat16 or float16 tensor of the parameter's size, on theta's device.
 
         Raises:
-            ValueError: ``out`` does not fit, or the member has no rank for parameters of low-rank noise.
+            ValueError: ``out`` has the wrong dtype, layout, size or device, or the member lacks the rank of low-rank
+                noise.
         """
         spec = self._by_name[name]
         if out.device != self.device or not out.is_contiguous() or out.numel() != self._host[name].numel():
@@ -179,7 +180,7 @@ class DeviceTheta:
             self._apply(part, _member_writer(part, perturbation, flat[part.span]), write_back=False)
 
     def apply(self, update: Update, anchor: AnchorReader | None = None) -> Moved:
-        """Move theta by one step; see `HostTheta.apply`. An anchor is read through the host, part by part."""
+        """Move theta by one step; see `HostTheta.apply`. The anchor is copied to the device part by part."""
         self.host.check_update(update, anchor)
         if update.is_zero:
             return Moved(tuple(self.specs), self.sums())
@@ -199,7 +200,7 @@ class DeviceTheta:
                 done.append((part, launch.Sums(launch.checksum_of(theta, part.start % BLOCK_SIZE), nothing, nothing)))
                 return
             base, words = None, keys[part.key_name]
-            if anchor is not None:  # a blocking copy: the map's pages are not pinned, and perhaps not writable
+            if anchor is not None:  # the copy blocks: a memory map is not pinned, and may be read-only
                 values = np.require(anchor(part.spec.name, part.start, part.count), requirements="W")
                 base = torch.from_numpy(values).to(self.device)
             if part.rows is not None:
@@ -233,7 +234,7 @@ class DeviceTheta:
         return fingerprint(self.specs, self.arrays)
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum's sum of every parameter, computed on the device."""
+        """Return the checksum sum of every parameter, computed on the device."""
         done: list[tuple[str, torch.Tensor]] = []
 
         def add(part: Part, theta: torch.Tensor) -> None:
@@ -255,7 +256,7 @@ class DeviceTheta:
                 self._theta[name].copy_(flat)
 
     def assign(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Overwrite theta; see `HostTheta.assign`. What is on the device already does not pass through the host."""
+        """Overwrite theta; see `HostTheta.assign`. Tensors on the device are copied without the host."""
         if not self.resident:
             self.host.assign(read)
             return
@@ -265,22 +266,22 @@ class DeviceTheta:
             self._theta[spec.name].copy_(read(spec.name).detach().reshape(-1))
 
     def unshare(self) -> None:
-        """Move the host's copy into memory of its own; see `HostTheta.unshare`."""
+        """Copy the host's arrays into new memory; see `HostTheta.unshare`."""
         self.host.unshare()
         self._host = {name: torch.from_numpy(flat) for name, flat in self.host.flat.items()}
 
     def _download(self, names: Iterable[str]) -> None:
-        """Bring the host's copy of some parameters up to date; it is free where it was."""
+        """Download the stale parameters among ``names``."""
         for name in self._stale.intersection(names):
             self._host[name].copy_(self._theta[name])
             self._stale.discard(name)
 
     def _parts(self, spec: ParameterSpec, whole: bool = True) -> Iterator[Part]:
-        """Cut a parameter as the master's place asks: into staging buffers, or not at all."""
+        """Return a parameter's parts: of a staging buffer's size, or as large as possible if theta is on the device."""
         return parts(spec, None if self.resident and whole else self._stage)
 
     def _apply(self, part: Part, work: Callable[[torch.Tensor], object], *, write_back: bool) -> None:
-        """Queue ``work`` on a part's theta, which it may write where ``write_back`` is true."""
+        """Queue ``work`` on a part of theta; ``write_back``: the work writes this part."""
         if self._staging is None:
             work(self._theta[part.spec.name][part.span])
         else:
@@ -291,7 +292,7 @@ class DeviceTheta:
             self._staging.wait()
 
     def _keys(self, jobs: Sequence[Part], seeds: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return, per key name of the perturbed parts, the members' key words in one upload: uint32 (M, 2 or 4)."""
+        """Return the members' key words by key name, each a flattened uint32 (M, 2 or 4); one upload for all parts."""
         words: dict[str, np.ndarray] = {}
         for part in jobs:
             if part.spec.perturbed and part.key_name not in words:
@@ -309,12 +310,12 @@ class DeviceTheta:
 def _member_writer(
     part: Part, perturbation: Perturbation | None, out: torch.Tensor
 ) -> Callable[[torch.Tensor], object]:
-    """Return the work that writes a member's part, or theta's, from theta to ``out``."""
+    """Return the function that writes a member's weights for one part of theta to ``out``."""
     if perturbation is None or not part.spec.perturbed:
         return out.copy_
     member, rademacher = perturbation.member, perturbation.noise.distribution == "rademacher"
     if part.rows is not None:
-        factor_shapes(part.spec.shape, perturbation.noise.rank)  # refuses factors that are too large
+        factor_shapes(part.spec.shape, perturbation.noise.rank)  # raises for factors that are too large
         words = [word for name in factor_names(part.spec.name) for word in noise_key(member.seed, name)]
         rows, rank, scale = part.rows, perturbation.noise.rank, perturbation.noise.lowrank_scale
         return lambda theta: launch.perturb_lowrank_into(out, theta, rows, rank, words, member.sign, scale, rademacher)
@@ -324,5 +325,5 @@ def _member_writer(
 
 
 def _to_list(values: list[torch.Tensor]) -> list[Any]:
-    """Download 0-d tensors at once."""
+    """Return the values of 0-d tensors, downloaded together."""
     return torch.stack(values).tolist() if values else []

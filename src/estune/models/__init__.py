@@ -1,1 +1,1 @@
-"""Models by name: local directories, the embedded one, the package registry, the hub."""
+"""Models by name: local directories, the embedded model, the package registry, the hub."""

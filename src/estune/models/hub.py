@@ -1,7 +1,8 @@
-"""The finished model on the hub: the repository is made before the run begins, the files go there when it is done.
+"""Uploads a finished model to the hub; the repository is created before the run begins.
 
-What goes: the model with its tokenizer, configuration and code, the card, and the journal that rebuilds it, which names
-model, data and rewards as the run was given them. What stays: checkpoints, completions, evaluated rows, metrics.
+The upload holds the model with tokenizer, configuration and code, the model card, and the journal that rebuilds the
+weights. The journal names the run's model, data and rewards. Checkpoints, completions, evaluated rows and metrics are
+not uploaded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from estune.errors import UserError
 
+# Patterns of the uploaded files, and of the folders and files that are left out.
 FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm",
          "configuration_*.py", "modeling_*.py", "tokenization_*.py", "README.md", "journal.jsonl"]  # fmt: skip
@@ -17,25 +19,29 @@ FOLDERS = ["checkpoint-*", "completions/*", "eval/*", "plots/*", "base/*", "tens
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """Return what the hub's client raises where the hub refuses, or does not answer.
+    """Return the exceptions that the hub's client raises if the hub refuses a request or does not answer.
 
-    Its HTTP library changes with its version, so that library's own base class is taken from the client's.
+    Versions of the client use different HTTP libraries. The base classes of the client's own error include the
+    library's base class.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    return (*HfHubHTTPError.__bases__, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError)  # the last: names
+    # ValueError: the name of the repository is not valid
+    return (*HfHubHTTPError.__bases__, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError)
 
 
 def repository_of(hub_model_id: str | None, run_dir: str | Path | None) -> str:
-    """Return the repository that a run is uploaded to: ``hub_model_id``, or by default the run directory's name."""
+    """Return the name of a run's repository: ``hub_model_id``, or else the run directory's name."""
     return hub_model_id or Path(str(run_dir)).name
 
 
 def open_repository(repo_id: str, private: bool) -> str:
-    """Make the repository, or find it; return its full name. The token is the hub client's own (``HF_TOKEN``).
+    """Create the repository if it does not exist; return its full name.
+
+    The hub's client finds the token itself (``HF_TOKEN``).
 
     Raises:
-        UserError: the hub does not answer, or does not let us.
+        UserError: the hub does not answer, or refuses the request.
     """
     import huggingface_hub
 
@@ -46,20 +52,25 @@ def open_repository(repo_id: str, private: bool) -> str:
 
 
 def push(run_dir: Path, repo_id: str) -> str:
-    """Upload a finished run's model in one commit; return the commit's address.
+    """Upload a finished run's model in one commit; return the commit's URL.
 
     Raises:
-        UserError: the upload failed; the model is in the run directory all the same.
+        UserError: the upload failed; the run directory still holds the model.
     """
     import huggingface_hub
 
     try:
-        done = huggingface_hub.HfApi().upload_folder(
-            repo_id=repo_id, folder_path=run_dir, allow_patterns=FILES, ignore_patterns=FOLDERS,
+        commit = huggingface_hub.HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=run_dir,
+            allow_patterns=FILES,
+            ignore_patterns=FOLDERS,
             commit_message="Model tuned by estune",
-        )  # fmt: skip
+        )
     except client_errors() as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the model is in {run_dir}, but its upload to {repo_id} failed ({reason}); the same command "
-                        "with --resume tries again") from error  # fmt: skip
-    return str(done)
+        raise UserError(
+            f"the model is in {run_dir}, but its upload to {repo_id} failed ({reason}); the same command with --resume "
+            "tries again"
+        ) from error
+    return str(commit)

@@ -1,4 +1,4 @@
-"""Where a model's name leads on this machine, decided in one place and without torch."""
+"""The directory behind a model's name, and the model's public name and origin; imports no torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ FETCHED_FILE = "fetched.json"  # what `estune fetch` writes beside a model
 
 
 def local_directory(model: str) -> Path | None:
-    """Return the directory of an embedded model (``tiny``) or a local one; ``None`` for a hub id.
+    """Return the directory of an embedded model (``tiny``) or of a local model; ``None`` for a hub id.
 
-    The name of an embedded model always means that model; a directory of the same name is written ``./tiny``.
+    The name of an embedded model always means that model; write ``./tiny`` for a local directory of the same name.
     """
     embedded = EMBEDDED_MODELS / model
     if model and "/" not in model and (embedded / "config.json").is_file():
         return embedded
-    path = Path(os.path.expanduser(model))  # which leaves the home of an unknown user as it is
-    return path if os.path.isdir(path) else None  # unlike is_dir, false where a parent cannot be read
+    path = Path(os.path.expanduser(model))  # unlike Path.expanduser, does not raise for an unknown user
+    return path if os.path.isdir(path) else None  # unlike Path.is_dir, false if a parent cannot be read
 
 
 def public_name(model: str) -> str:
-    """Return how others know a model: the hub's id where it is one or was fetched, else without the way to it."""
+    """Return a model's public name: its hub id, the hub id that it was fetched from, or the directory's own name."""
     directory = local_directory(model)
     if directory is None or directory.parent == EMBEDDED_MODELS:
         return model
@@ -33,14 +33,14 @@ def public_name(model: str) -> str:
 
 
 def fetched_name(model: str) -> str | None:
-    """Return the name under which `estune fetch` brings a model from the registry, if it came that way."""
+    """Return the name for `estune fetch` if the model was fetched from the registry; else None."""
     directory = local_directory(model)
     fetched = _fetched(directory) if directory else {}
     return fetched["name"] if fetched.get("source") == "registry" else None
 
 
 def origin(model: str) -> str:
-    """Return, in brackets, what others must know of weights that are not the hub's own; mostly nothing."""
+    """Return how weights were fetched, in brackets, if they differ from the hub's; else an empty string."""
     directory = local_directory(model)
     fetched = _fetched(directory) if directory else {}
     if fetched.get("source") != "registry":
@@ -50,13 +50,13 @@ def origin(model: str) -> str:
 
 
 def _fetched(directory: Path) -> dict[str, Any]:
-    """Return what `estune fetch` wrote beside a model; nothing where it did not, or where the file is damaged."""
+    """Return the content of `fetched.json` beside a model; an empty dict if the file is missing or damaged."""
     try:
-        found = json.loads((directory / FETCHED_FILE).read_text(encoding="utf-8"))
+        record = json.loads((directory / FETCHED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    wanted: dict[str, type] = {"model": str}
-    if isinstance(found, dict) and found.get("source") == "registry":
-        wanted |= {"name": str, "packages": list}
-    is_whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in wanted.items())
-    return found if is_whole else {}
+    fields: dict[str, type] = {"model": str}
+    if isinstance(record, dict) and record.get("source") == "registry":
+        fields |= {"name": str, "packages": list}
+    is_whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in fields.items())
+    return record if is_whole else {}

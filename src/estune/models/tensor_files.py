@@ -1,7 +1,7 @@
-"""safetensors files, written tensor by tensor and read by memory map, so that saving a model needs no second copy.
+"""Writes safetensors files tensor by tensor, and reads them by memory map.
 
-The library's own writer turns every tensor into bytes before the first is written, which would double the memory of a
-save; the format itself is a length, a JSON header and raw little-endian data.
+The library's own writer converts all tensors to bytes before it writes the first, which doubles the memory of a save.
+The format is a length, a JSON header and raw little-endian data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TARGET = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to bfloat16, half to even; returns the bit patterns as uint16. NaN stays NaN."""
+    """Return float32 values rounded to bfloat16, half to even, as uint16 bit patterns; NaN stays NaN."""
     bits = values.view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
@@ -45,12 +45,12 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 def write_tensors(
     path: Path, parameters: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file: float32 ``parameters`` cast once to their ``dtypes``, ``buffers`` as they are.
+    """Write a safetensors file: float32 ``parameters``, cast once to their ``dtypes``, and ``buffers`` unchanged.
 
-    The file appears whole or not at all, and holds no times: equal tensors give equal bytes.
+    The file appears whole or not at all. It holds no times, so equal tensors give equal bytes.
 
     Raises:
-        UserError: no space left.
+        UserError: the disk is full.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     tensors = {**parameters, **buffers}
@@ -72,7 +72,7 @@ def write_tensors(
                 chunk = flat[start : start + CHUNK]
                 dtype = dtypes[name] if name in parameters else "float32"
                 if dtype != "float32":
-                    with np.errstate(over="ignore"):  # beyond float16's range is inf, as torch casts it
+                    with np.errstate(over="ignore"):  # values beyond float16's range become inf, as in torch
                         chunk = to_bfloat16(chunk) if dtype == "bfloat16" else chunk.astype(np.float16)
                 file.write(chunk.data)
 
@@ -80,10 +80,10 @@ def write_tensors(
 
 
 class TensorFile:
-    """A safetensors file, memory-mapped: any run of elements of any tensor, as float32, without loading the rest.
+    """A memory-mapped safetensors file; reads any range of elements of a tensor as float32.
 
     Raises:
-        UserError: the file is missing, truncated or not safetensors; later, a tensor has a type that is not read here.
+        UserError: the file is missing, truncated or not safetensors. The read methods raise it for an unknown dtype.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,17 +108,17 @@ class TensorFile:
         return tuple(self.entries[name]["shape"])
 
     def is_readable(self, name: str) -> bool:
-        """Return whether a tensor has a type that `read` knows."""
+        """Return whether `read` knows a tensor's dtype."""
         return self.entries[name]["dtype"] in _NUMPY
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         stored = self.entries[name]["dtype"]
         if stored not in _NUMPY:
-            raise UserError(f"{self.path} stores tensor {name!r} as {stored!r}, a type that estune does not read")
+            raise UserError(f"{self.path} stores tensor {name!r} as {stored!r}, a dtype that estune does not read")
         return np.dtype(_NUMPY[stored])
 
     def raw(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray:
-        """Return ``count`` stored elements from ``start`` (flat), a view of the map; bfloat16 as uint16."""
+        """Return ``count`` stored elements from ``start`` (flat) on: a view of the map; bfloat16 as uint16."""
         entry, dtype = self.entries[name], self._dtype(name)
         low, high = entry["data_offsets"]
         first = low + start * dtype.itemsize
@@ -126,14 +126,14 @@ class TensorFile:
         return self._bytes[self._start + first : self._start + last].view(dtype)
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray:
-        """Return ``count`` elements from ``start`` (flat) as float32; a view where they are stored so."""
+        """Return ``count`` elements from ``start`` (flat) on as float32: a view if they are stored as float32."""
         values = self.raw(name, start, count)
         if self.entries[name]["dtype"] == "BF16":
             return from_bfloat16(np.asarray(values))
         return np.asarray(values, dtype=np.float32)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Fill a flat float32 array with a tensor by plain reads, so that no page of the file stays in memory."""
+        """Fill a flat float32 array with a tensor; plain reads leave no page of the map in this process's memory."""
         entry, dtype = self.entries[name], self._dtype(name)
         with self.path.open("rb") as file:
             file.seek(self._start + entry["data_offsets"][0])
@@ -144,11 +144,11 @@ class TensorFile:
 
 
 def _end_of(entry: dict[str, Any]) -> int:
-    """Return where a tensor's data ends, in bytes; ValueError where dtype, shape and offsets do not fit each other."""
+    """Return the end of a tensor's data in bytes; ValueError if dtype, shape and offsets contradict each other."""
     first, last = entry["data_offsets"]
     if not all(isinstance(number, int) for number in (first, last, *entry["shape"])):
         raise ValueError("sizes and offsets are whole numbers")
-    code = _NUMPY.get(entry["dtype"])  # None: a type that is not read here
+    code = _NUMPY.get(entry["dtype"])  # None: an unknown dtype
     size = last - first if code is None else math.prod(entry["shape"]) * np.dtype(code).itemsize
     if not 0 <= first <= last or last - first != size or any(dimension < 0 for dimension in entry["shape"]):
         raise ValueError("dtype, shape and offsets contradict each other")
@@ -156,7 +156,7 @@ def _end_of(entry: dict[str, Any]) -> int:
 
 
 def open_model_files(directory: Path) -> dict[str, TensorFile]:
-    """Map every stored tensor of a model directory, sharded or not, to the file that holds it; empty if none."""
+    """Return the file of every stored tensor of a model directory, sharded or not; empty without weight files."""
     if (directory / INDEX_FILE).exists():
         index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         files = {shard: TensorFile(directory / shard) for shard in set(index.values())}

@@ -1,1 +1,1 @@
-"""Low-rank members: many of them in one forward pass of a transformers model."""
+"""Low-rank members: many members share one forward pass of a transformers model."""

@@ -1,8 +1,8 @@
-"""Which stored tensors take low-rank noise: those that the model multiplies with, or looks rows up in.
+"""The stored tensors that take low-rank noise: the model uses them in matrix products or row lookups.
 
-DESIGN section 2: linear layers, Conv1D, embeddings, output heads, and stacked experts (one matrix each). What a
-parameter is follows from the module that owns it; where that says nothing (a router or an expert that is a bare
-parameter) one short forward pass is watched.
+These are linear layers, Conv1D, embeddings, output heads, and stacked experts with one matrix each (DESIGN section 2).
+The module that owns a parameter usually tells its use. For a bare parameter (a router, an expert) the operations of one
+short forward pass are recorded instead.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def lowrank_names(model: Any, bound: Sequence[Binding]) -> frozenset[str]:
         for attribute, value in module._parameters.items()
         if value is not None and attribute == "weight" and isinstance(module, MATRIX_MODULES)
     }
-    found: set[str] = set()
+    names: set[str] = set()
     unclear: list[Binding] = []
     for binding in bound:
         if len(binding.shape) not in (2, 3):
             continue
         if len(binding.shape) == 2 and all(id(piece.parameter) in owners for piece in binding.pieces):
-            found.add(binding.name)
+            names.add(binding.name)
         else:
             unclear.append(binding)
     if unclear:
-        watched = _Products()
-        with torch.inference_mode(), watched:
+        products = _Products()
+        with torch.inference_mode(), products:
             model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False)
-        found.update(b.name for b in unclear if all(watched.saw(piece.parameter) for piece in b.pieces))
-    return frozenset(found)
+        names.update(b.name for b in unclear if all(products.include(piece.parameter) for piece in b.pieces))
+    return frozenset(names)
 
 
 class _Products(TorchFunctionMode):
-    """Notes the addresses of all tensors that take part in a product or a lookup."""
+    """Records the addresses of all tensors that are operands of a product or a lookup."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class _Products(TorchFunctionMode):
                         self.addresses.add(tensor.data_ptr())
         return func(*args, **(kwargs or {}))
 
-    def saw(self, parameter: torch.Tensor) -> bool:
-        """Say whether the parameter, or a slice of it, took part."""
+    def include(self, parameter: torch.Tensor) -> bool:
+        """Return whether the parameter, or a slice of it, was an operand."""
         first = parameter.data_ptr()
         last = first + parameter.numel() * parameter.element_size()
         return any(first <= address < last for address in self.addresses)

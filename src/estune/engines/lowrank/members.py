@@ -1,9 +1,8 @@
-"""Whole populations in one forward pass: members that share the weights and differ by low-rank factors.
+"""Members that share one forward pass: they share the weights and differ by their low-rank factors.
 
-`SharedForward` knows which parameters a model has and how to put stand-ins (`stand_ins`) in their
-places. `Members` holds the factors of some members and lays the batch's rows out in groups; no copy of a weight is
-made for a member, only factors of (d0 + d1) * r numbers a matrix. `plan_rows` says which rows stay beside each other
-when others have finished.
+`SharedForward` replaces a model's parameters by stand-ins (`stand_ins`). `Members` holds the factors of a group of
+members, (d0 + d1) * r numbers per matrix and member, and lays the batch's rows out in groups. Weights are never copied
+for a member. `plan_rows` computes a new layout when rows have finished.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ from estune.es.noise import cpu_lowrank, factor_names, noise_keys
 from estune.es.theta import Theta
 from estune.es.types import Perturbation
 
-MEMORY_SHARE = 0.5  # of the free memory, for the rows of one forward pass
-MOST_ROWS = 1024  # beyond this a forward pass is no more efficient, and scoring would wait longer
-SAMPLING_BYTES = 64  # per row and word of the vocabulary: `decoding.choose` works in float64
-GROUP_COST = 0.5  # what a group's factors cost in a forward pass, in rows
-SHRINK_BELOW = 0.75  # a batch is laid out anew when that makes it this much cheaper
+MEMORY_SHARE = 0.5  # share of the free memory for the rows of one forward pass
+MOST_ROWS = 1024  # rows of one forward pass; more are not more efficient and delay scoring
+SAMPLING_BYTES = 64  # bytes per row and token of the vocabulary; `decoding.choose` computes in float64
+GROUP_COST = 0.5  # rows; a group's factors cost as much in a forward pass
+SHRINK_BELOW = 0.75  # ratio of costs; a new layout is used if it costs at most this share of the present one
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the model's code finds a parameter: an attribute of a module."""
+    """A parameter's place in the model: an attribute of a module."""
 
     module: torch.nn.Module
     attribute: str
 
 
 class SharedForward:
-    """A model whose trained parameters can be replaced by stand-ins for the time of a batch."""
+    """A model whose trained parameters can be replaced by stand-ins during a batch."""
 
     def __init__(self, model: Any, bound: Sequence[Binding], theta: Theta) -> None:
-        """``uncovered`` then names parameters that cannot have a stand-in, with the reason."""
+        """Find the places of all trained parameters; ``uncovered`` maps those without a stand-in to the reason."""
         self.model = model
         self.theta = theta
         self.lowrank = {spec.name for spec in theta.specs if spec.perturbed and spec.lowrank}
@@ -55,7 +54,7 @@ class SharedForward:
                 continue
             parameter = binding.pieces[0].parameter
             if binding.direct is None or parameter.shape != binding.shape:
-                self.uncovered[binding.name] = "the model holds it in another layout than it is stored"
+                self.uncovered[binding.name] = "the model's layout of it differs from the stored layout"
             self.parameters[binding.name] = parameter
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.places: dict[str, list[Place]] = {name: [] for name in self.parameters}
@@ -65,17 +64,17 @@ class SharedForward:
                     self.places[names[id(value)]].append(Place(module, attribute))
 
     def bytes_per_member(self, rank: int) -> int:
-        """Return how much memory a member's factors and vectors take, twice: rows may be laid out anew."""
+        """Return the bytes of a member's factors and vectors, counted twice because `regroup` copies them."""
         shapes = {spec.name: spec.shape for spec in self.theta.specs}
         numbers = sum(rank * sum(shapes[n]) if n in self.lowrank else math.prod(shapes[n]) for n in self.parameters)
         return 2 * 4 * numbers
 
     @contextmanager
     def installed(self, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
-        """Put stand-ins in the places of parameters; the parameters themselves stay where they are."""
+        """Replace parameters by stand-ins; the modules keep the parameters themselves."""
         places = [(place, stand_in) for name, stand_in in stand_ins.items() for place in self.places[name]]
         try:
-            for place, stand_in in places:  # an instance attribute is found before the module's parameters are
+            for place, stand_in in places:  # Python looks up instance attributes before `Module.__getattr__`
                 place.module.__dict__[place.attribute] = stand_in
             yield
         finally:
@@ -84,10 +83,10 @@ class SharedForward:
 
 
 class Members:
-    """The factors of some members (M) and how the rows of a batch belong to them.
+    """The factors of M members, and the layout of a batch's rows.
 
-    At first each member has one group of one row. `regroup` lays the rows out anew: a member may have several groups,
-    or none.
+    The first layout has one group of one row per member. `regroup` changes the layout; a member may then have several
+    groups, or none.
     """
 
     def __init__(self, shared: SharedForward, perturbations: Sequence[Perturbation]) -> None:
@@ -110,38 +109,38 @@ class Members:
                 self.stand_ins[name] = VectorStandIn(name, parameter.detach(), self.layout, vector)
 
     def spoil(self, member: int) -> None:
-        """Make all noise of one member NaN, for a trial; `regroup` puts it in place."""
+        """Set all noise of one member to NaN, for a trial; the change takes effect at the next `regroup`."""
         for tensors in self._tensors.values():
             for tensor in tensors:
                 tensor[member] = torch.nan
 
     def regroup(self, groups: Sequence[int], width: int) -> None:
-        """Let the rows form these groups: the member of each (V,), and rows in each."""
+        """Set a new layout: ``groups`` (V,) is the member of each group, ``width`` the rows of each group."""
         self.groups = list(groups)
         self.layout.groups, self.layout.width = len(groups), width
-        everyone = self.groups == list(range(self.count))
+        is_first_layout = self.groups == list(range(self.count))
         for name, stand_in in self.stand_ins.items():
-            picked = self._tensors[name]
-            if not everyone:
-                index = torch.tensor(self.groups, device=picked[0].device)
-                picked = tuple(tensor.index_select(0, index) for tensor in picked)
+            tensors = self._tensors[name]
+            if not is_first_layout:
+                index = torch.tensor(self.groups, device=tensors[0].device)
+                tensors = tuple(tensor.index_select(0, index) for tensor in tensors)
             if isinstance(stand_in, MatrixStandIn):
-                stand_in.left, stand_in.right = picked
+                stand_in.left, stand_in.right = tensors
             elif isinstance(stand_in, VectorStandIn):
-                stand_in.values = picked[0]
+                stand_in.values = tensors[0]
                 stand_in.relaid()
 
 
 def bytes_per_row(model: Any, length: int, sampled: bool) -> int:
-    """Estimate the memory of one row of ``length`` tokens: its cache, logits, and the activations of its prefill."""
+    """Return an estimate of one row's bytes: cache and prefill activations of ``length`` tokens, and logits."""
     config = model.config.get_text_config(decoder=True)
     layers, hidden = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
-    cache = 2 * 2 * layers * heads * head * length  # laid out anew it exists twice for a moment
-    choosing = SAMPLING_BYTES * config.vocab_size if sampled else 0
-    return choosing + int(model.dtype.itemsize * (cache + 3 * config.vocab_size + length * (8 * hidden + 4 * inner)))
+    cache = 2 * 2 * layers * heads * head * length  # keys and values, twice because a new layout copies them
+    sampling = SAMPLING_BYTES * config.vocab_size if sampled else 0
+    return sampling + int(model.dtype.itemsize * (cache + 3 * config.vocab_size + length * (8 * hidden + 4 * inner)))
 
 
 def _factors(
@@ -152,9 +151,8 @@ def _factors(
     rademacher = perturbations[0].noise.distribution == "rademacher"
     seeds = [p.member.seed for p in perturbations]
     ones = np.ones(len(perturbations), dtype=np.float32)
-    scales = np.array(
-        [p.noise.lowrank_scale * p.member.sign for p in perturbations], dtype=np.float32
-    )  # exact: 16 bits
+    # Scales have 16 significant bits, so float32 holds them exactly.
+    scales = np.array([p.noise.lowrank_scale * p.member.sign for p in perturbations], dtype=np.float32)
     factors = []
     for factor, size, scale in zip(factor_names(name), parameter.shape, (scales, ones), strict=True):
         values = np.empty((len(perturbations), rank, size), dtype=np.float32)
@@ -165,24 +163,24 @@ def _factors(
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """A new layout: which line of the old batch each new line continues, and whether it is more than filling."""
+    """A new layout of a batch."""
 
-    lines: list[int]  # (V * K,)
-    live: list[bool]  # (V * K,)
-    groups: list[int]  # (V,), the member of each
-    width: int  # K
+    lines: list[int]  # (V * K,), the line of the old batch that each new line continues
+    live: list[bool]  # (V * K,), false for padding lines, which repeat another line
+    groups: list[int]  # (V,), the member of each group
+    width: int  # K, rows of each group
 
 
 def plan_rows(alive: Sequence[int], groups: Sequence[int], width: int) -> RowPlan | None:
-    """Return a layout for the lines that go on, if one is much cheaper than the present layout.
+    """Return a layout of the unfinished lines if it is much cheaper than the present layout; else None.
 
-    Rows of a member stay side by side in groups of one width for the whole batch; where a member's rows do not fill
-    its last group, one of them is repeated. Wide groups share factors, narrow ones need less filling.
+    All groups have the same width, and a group holds rows of one member. If a member's rows do not fill its last group,
+    one row is repeated as padding. Wide groups share factors; narrow groups need less padding.
 
     Args:
-        alive: lines of the batch that go on, ascending.
+        alive: unfinished lines of the batch, ascending.
         groups: the member of each present group, (V,).
-        width: rows in each present group.
+        width: rows of each present group.
     """
     of_member: dict[int, list[int]] = {}
     for line in alive:
@@ -199,20 +197,20 @@ def plan_rows(alive: Sequence[int], groups: Sequence[int], width: int) -> RowPla
     for member, lines in of_member.items():
         for start in range(0, len(lines), best):
             part = lines[start : start + best]
-            filling = best - len(part)
-            plan.lines.extend(part + [part[-1]] * filling)
-            plan.live.extend([True] * len(part) + [False] * filling)
+            padding = best - len(part)
+            plan.lines.extend(part + [part[-1]] * padding)
+            plan.live.extend([True] * len(part) + [False] * padding)
             plan.groups.append(member)
     return plan
 
 
 class MembersCaller:
-    """A caller (see `hf_callers.Caller`) whose rows belong to members."""
+    """A caller (see `estune.engines.hf.callers.Caller`) whose rows belong to members."""
 
     def __init__(self, caller: Caller, members: Members) -> None:
         self.caller = caller
         self.members = members
-        self.alive = -1  # rows that went on at the last look
+        self.alive = -1  # number of unfinished rows at the last call of `drop_finished`
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, max_new: int) -> torch.Tensor:
         """See `Caller`."""
@@ -223,12 +221,12 @@ class MembersCaller:
         return self.caller.step(tokens)
 
     def select_rows(self, rows: torch.Tensor) -> bool:
-        """Rows leave by `drop_finished` alone, which knows whose they are."""
+        """Return false: only `drop_finished` removes rows, because it knows their members."""
         return False
 
     def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         """See `Caller`."""
-        if len(alive) == self.alive:  # nothing has finished since the last look
+        if len(alive) == self.alive:  # no row has finished since the last call
             return None
         self.alive = len(alive)
         plan = plan_rows(alive, self.members.groups, self.members.layout.width)

@@ -1,15 +1,15 @@
-"""What stands in a parameter's place while many members share one forward pass.
+"""Stand-ins: objects that replace a model's parameters while many members share one forward pass.
 
-A low-rank member's weights ``W + s * A B^T`` never exist: `MatrixStandIn` answers a product ``x W^T`` with
-``x W^T + (x B) (s A)^T``, where every row of the batch uses its own member's factors (arXiv 2511.16652). A vector
-(norm scale, bias) has full noise, and `VectorStandIn` gives every row its own member's values.
+The weights ``W + s * A B^T`` of a low-rank member are never computed. `MatrixStandIn` computes a product ``x W^T`` as
+``x W^T + (x B) (s A)^T``, and every row of the batch uses its own member's factors (arXiv 2511.16652). A vector (norm
+scale, bias) has full noise; `VectorStandIn` gives every row its own member's values.
 
-The model's code does not change: it finds a stand-in where it looks for ``module.weight``, and torch hands every
-operation on one to ``__torch_function__``. An operation without a rule here raises `Uncovered` with the parameter's
-name; nothing is ever computed with the unperturbed weight by accident.
+The model's code does not change. It reads ``module.weight`` and gets a stand-in, and torch passes every operation on a
+stand-in to ``__torch_function__``. An operation without a rule in `RULES` raises `Uncovered` with the parameter's name,
+so no operation uses the unperturbed weight by accident.
 
-Rows are laid out in groups: R = V * K rows, K rows of one member side by side, in every tensor's first dimension
-(also where a model flattens (R, T, d) to (R * T, d)).
+The first dimension of every tensor is the batch's rows: R = V * K, that is V groups of K rows, and all rows of a group
+belong to one member. A model may flatten (R, T, d) to (R * T, d).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ SAME_VALUES = frozenset("contiguous detach".split())
 
 
 class Uncovered(RuntimeError):
-    """The model does something with a parameter for which there is no rule."""
+    """The model applies an operation to a parameter for which there is no rule."""
 
     def __init__(self, name: str, what: str) -> None:
         super().__init__(f"{name} ({what})")
-        self.name = name  # of the parameter, as stored
-        self.what = what
+        self.name = name  # the parameter's stored name
+        self.what = what  # the operation
 
 
 @dataclass(slots=True)
 class Layout:
-    """How the batch's rows belong to members: ``groups`` (V) of ``width`` (K) rows; shared by all stand-ins."""
+    """The layout of the batch's rows, shared by all stand-ins: ``groups`` (V) of ``width`` (K) rows."""
 
     groups: int
     width: int
@@ -52,13 +52,13 @@ class Layout:
 
 
 class StandIn(ABC):
-    """Common to both kinds: metadata of the parameter, and the way torch's functions find their rule."""
+    """The base class of stand-ins: the parameter's metadata, and the dispatch of torch functions to `RULES`."""
 
     def __init__(self, name: str, base: torch.Tensor, layout: Layout) -> None:
         self.name = name
         self.base = base
         self.layout_of_rows = layout
-        self.used = False  # whether any operation came past
+        self.used = False  # whether any operation used the stand-in
 
     @classmethod
     def __torch_function__(
@@ -66,9 +66,9 @@ class StandIn(ABC):
     ) -> Any:
         rule = RULES.get(func.__name__)
         if rule is None:
-            given = [*args, *(kwargs or {}).values()]
-            given += [item for value in given if isinstance(value, (list, tuple)) for item in value]
-            names = [value.name for value in given if isinstance(value, StandIn)]
+            values = [*args, *(kwargs or {}).values()]
+            values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
+            names = [value.name for value in values if isinstance(value, StandIn)]
             raise Uncovered(names[0] if names else "a parameter", func.__name__)
         return rule(*args, **(kwargs or {}))
 
@@ -92,7 +92,7 @@ class StandIn(ABC):
         return self.cast(torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> StandIn:
-        """Return the stand-in in the dtype asked for; it stays where it is."""
+        """Return the stand-in in the requested dtype; a requested device is ignored."""
         for wanted in [*args, *kwargs.values()]:
             if isinstance(wanted, torch.dtype):
                 return self.cast(wanted)
@@ -108,8 +108,8 @@ class StandIn(ABC):
 class MatrixStandIn(StandIn):
     """A matrix (d0, d1) with low-rank noise: ``base + left^T right`` for each group.
 
-    ``left`` is (V, r, d0), with ``scale * sign`` multiplied in; ``right`` is (V, r, d1). In this layout the products
-    below run along contiguous memory, four times faster than with (V, d, r).
+    ``left`` is (V, r, d0), times ``scale * sign``; ``right`` is (V, r, d1). With this layout the products run along
+    contiguous memory, which is four times faster than with (V, d, r).
     """
 
     def __init__(self, name: str, base: torch.Tensor, layout: Layout, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -131,7 +131,7 @@ class MatrixStandIn(StandIn):
     mT = property(t)  # noqa: N815 (torch's name)
 
     def transpose(self, first: int, second: int) -> MatrixStandIn:
-        """Return the transpose, or the matrix itself where both dimensions are one."""
+        """Return the transpose, or the matrix itself if both arguments name the same dimension."""
         return self.t() if first % 2 != second % 2 else self
 
     def _like(self, base: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> MatrixStandIn:
@@ -139,7 +139,7 @@ class MatrixStandIn(StandIn):
         return MatrixStandIn(self.name, base, self.layout_of_rows, left, right)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return ``x W^T + bias`` with every row's own W: x (R, ..., d1); (R, ..., d0)."""
+        """Return ``x W^T + bias`` with every row's own W: x (R, ..., d1) -> (R, ..., d0)."""
         self.used = True
         layout = self.layout_of_rows
         groups = layout.groups
@@ -149,7 +149,7 @@ class MatrixStandIn(StandIn):
             return small_linear.linear_of_members(x, self.base, self.left, self.right, bias)
         product = F.linear(x, self.base, bias)
         grouped = x.reshape(groups, -1, x.shape[-1])  # (V, K * T, d1)
-        if self.right.shape[1] == 1:  # several times faster than products with a dimension of one
+        if self.right.shape[1] == 1:  # several times faster than a matrix product with a dimension of 1
             inner = (grouped * self.right).sum(-1, keepdim=True)  # (V, K * T, 1)
         else:
             inner = torch.bmm(grouped, self.right.transpose(1, 2))  # (V, K * T, r)
@@ -157,17 +157,17 @@ class MatrixStandIn(StandIn):
         return product
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return rows of the matrix: ids (R, T) or (1, T) for all rows; (R, T, d1)."""
+        """Return rows of every row's own matrix: ids (R, T), or (1, T) for all rows -> (R, T, d1)."""
         self.used = True
         layout = self.layout_of_rows
         if ids.dim() != 2 or ids.shape[0] not in (1, layout.rows):
             raise Uncovered(self.name, f"a lookup of {tuple(ids.shape)} for {layout.rows} rows")
         ids = ids.expand(layout.rows, -1)
-        found = F.embedding(ids, self.base)  # (R, T, d1)
-        at = ids.reshape(layout.groups, 1, -1).expand(-1, self.left.shape[1], -1)  # (V, r, K * T)
-        inner = self.left.gather(2, at).transpose(1, 2)  # (V, K * T, r)
-        self._add(inner, self.right, found.view(layout.groups, -1, found.shape[-1]))
-        return found
+        embedded = F.embedding(ids, self.base)  # (R, T, d1)
+        index = ids.reshape(layout.groups, 1, -1).expand(-1, self.left.shape[1], -1)  # (V, r, K * T)
+        inner = self.left.gather(2, index).transpose(1, 2)  # (V, K * T, r)
+        self._add(inner, self.right, embedded.view(layout.groups, -1, embedded.shape[-1]))
+        return embedded
 
     @staticmethod
     def _add(inner: torch.Tensor, outer: torch.Tensor, to: torch.Tensor) -> None:
@@ -179,7 +179,7 @@ class MatrixStandIn(StandIn):
 
 
 class VectorStandIn(StandIn):
-    """A parameter that keeps full noise: its values in every group, (V, *shape)."""
+    """A parameter with full noise: ``values`` (V, *shape) holds every group's values."""
 
     def __init__(self, name: str, base: torch.Tensor, layout: Layout, values: torch.Tensor) -> None:
         super().__init__(name, base, layout)
@@ -191,7 +191,7 @@ class VectorStandIn(StandIn):
         return self if dtype == self.base.dtype else self.map(lambda values: values.to(dtype))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VectorStandIn:
-        """Return the stand-in of a function, elementwise, of the parameter."""
+        """Return the stand-in of an elementwise function of the parameter."""
         self.used = True
         return VectorStandIn(self.name, function(self.base), self.layout_of_rows, function(self.values))
 
@@ -209,7 +209,7 @@ class VectorStandIn(StandIn):
         return rows.view(x.shape[0], *[1] * (x.dim() - 1 - len(shape)), *shape)
 
     def relaid(self) -> None:
-        """Forget what was derived from the layout."""
+        """Drop the cached rows, because the layout has changed."""
         self._rows = None
 
     def __mul__(self, other: Any) -> Any:
@@ -241,7 +241,7 @@ def _refusal(operator_name: str) -> Callable[..., Any]:
     return refuse
 
 
-# Python looks operators up on the class, past `__getattr__`: those without a rule are refused by name, too.
+# Python looks up operators on the class and skips `__getattr__`, so operators without a rule need a method that raises.
 for _name in (
     "getitem mul rmul add radd sub rsub neg matmul rmatmul truediv rtruediv pow rpow len iter bool float array".split()
 ):
@@ -250,10 +250,10 @@ for _name in (
 
 
 def _elementwise(a: Any, b: Any, function: Callable[[Any, Any], Any]) -> Any:
-    """Combine stand-ins of vectors with numbers, each other, or activations of any shape (R, ..., d)."""
-    for one in (a, b):
-        if isinstance(one, MatrixStandIn):
-            raise Uncovered(one.name, function.__name__)
+    """Return ``function(a, b)`` of vector stand-ins, numbers, and activations of any shape (R, ..., d)."""
+    for operand in (a, b):
+        if isinstance(operand, MatrixStandIn):
+            raise Uncovered(operand.name, function.__name__)
     if isinstance(a, VectorStandIn) and isinstance(b, VectorStandIn):
         if a.base.shape != b.base.shape:
             raise Uncovered(a.name, f"{function.__name__} with {b.name}")
@@ -272,20 +272,20 @@ def _is_activation(value: Any) -> bool:
 
 
 def _plain(value: Any, *names: Any) -> None:
-    """Refuse a stand-in where a rule does not expect one."""
+    """Raise `Uncovered` for a stand-in that a rule does not expect."""
     if isinstance(value, StandIn):
         raise Uncovered(value.name, *names)
 
 
 def _linear(x: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
     _plain(x, "linear")
-    own_bias = isinstance(bias, StandIn)
+    is_perturbed_bias = isinstance(bias, StandIn)
     if isinstance(weight, MatrixStandIn):
-        product = weight.multiply(x, None if own_bias else bias)
+        product = weight.multiply(x, None if is_perturbed_bias else bias)
     else:
         _plain(weight, "linear")
-        product = small_linear.linear(x, weight, None if own_bias else bias)
-    return product.add_(_vector(bias, "linear").beside(product)) if own_bias else product
+        product = small_linear.linear(x, weight, None if is_perturbed_bias else bias)
+    return product.add_(_vector(bias, "linear").beside(product)) if is_perturbed_bias else product
 
 
 def _vector(value: Any, what: str) -> VectorStandIn:
@@ -297,8 +297,8 @@ def _vector(value: Any, what: str) -> VectorStandIn:
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     _plain(x, "addmm")
     if (beta, alpha) != (1, 1):
-        found = bias if isinstance(bias, StandIn) else weight
-        raise Uncovered(found.name, "addmm with factors")
+        stand_in = bias if isinstance(bias, StandIn) else weight
+        raise Uncovered(stand_in.name, "addmm with factors")
     return _linear(x, weight.t(), bias)
 
 

@@ -1,13 +1,13 @@
-"""At load: can this model's low-rank members share a forward pass? A trial says so, and names what stands against it.
+"""A trial when a model is loaded: it finds out whether low-rank members can share a forward pass, and if not, why.
 
-Two members with two prompts of different length each go through the model in one batch. It must find a rule for every
-operation on a parameter, ask for every parameter, and then
+Two members with two prompts of different lengths run through the model in one batch. The trial passes if
 
-* give each member the logits that it gets alone, to rounding;
-* keep members apart: with one member's noise NaN, every logit of the other is still a number (this finds a mixture of
-  rows however small, in any dtype);
-* use parameters through their stand-ins alone: with the parameters' own memory NaN, a part of the model at a time,
-  every logit is still a number (a second use under another name, or a view kept elsewhere, is found).
+* there is a rule for every operation on a parameter, and the forward pass uses every stand-in;
+* each member gets the same logits as alone, to rounding;
+* members do not influence each other: if one member's noise is NaN, the other's logits are still finite (this finds the
+  smallest mixture of rows, in any dtype);
+* the model uses parameters only through stand-ins: if the parameters' own memory is NaN, one part of the model at a
+  time, all logits are still finite (this finds a second use under another name, or a cached view).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from estune.es.types import Member, Noise, Perturbation
 
 TRIAL_SIGMA = 1e-2
 TRIAL_RANK = 2
-TRIAL_LENGTHS = (3, 40)  # tokens; a model that drops padding has 43 a member, which no number of rows divides
-PART = 8  # the share of the model, one in so many, that is spoiled at a time: it exists twice meanwhile
+TRIAL_LENGTHS = (3, 40)  # tokens; their sum 43 is prime, so a model that drops padding breaks the division into rows
+PART = 8  # parts of the model; the parameters of one part at a time are copied and set to NaN
 
 
 @torch.inference_mode()
 def shared_forward(
     model: Any, bound: Sequence[Binding], theta: Theta, caller: Callable[[], Caller], max_context: int | None
 ) -> tuple[SharedForward | None, str]:
-    """Return the shared forward pass, or ``None`` and why members have to run one after another.
+    """Return ``(shared forward pass, "")``, or ``(None, reason)`` if members must run one after another.
 
-    The working model must hold theta, and holds it again afterwards.
+    The working model must hold theta, and holds theta again afterwards.
     """
     shared = SharedForward(model, bound, theta)
     if shared.uncovered:
@@ -47,13 +47,13 @@ def shared_forward(
         fault = _Trial(shared, caller, max_context).find_fault()
     except Uncovered as error:
         fault = str(error)
-    except Exception as error:  # a model's own code meets tensors that it was not written for
+    except Exception as error:  # a model's own code may fail in any way on stand-ins
         fault = f"its own code ({type(error).__name__}: {' '.join(str(error).split())})"
     return (None, fault) if fault else (shared, "")
 
 
 class _Trial:
-    """Runs two members through a model and looks at the logits."""
+    """Runs two members through a model and compares logits."""
 
     def __init__(self, shared: SharedForward, caller: Callable[[], Caller], max_context: int | None) -> None:
         self.shared = shared
@@ -69,35 +69,35 @@ class _Trial:
         ]
 
     def find_fault(self) -> str:
-        """Return what stands against sharing, or nothing."""
+        """Return the reason why members cannot share a forward pass, or an empty string."""
         both = Members(self.shared, self.perturbations)
         together = self.logits(both)  # (2, M * K, V)
         unused = [name for name, stand_in in both.stand_ins.items() if not stand_in.used]
         if unused:
-            return _and_others([f"{unused[0]} (the forward pass did not ask for it)", *unused[1:]])
-        alone = torch.cat([self.logits(Members(self.shared, [one])) for one in self.perturbations], dim=1)
+            return _and_others([f"{unused[0]} (the forward pass does not use it)", *unused[1:]])
+        alone = torch.cat([self.logits(Members(self.shared, [member])) for member in self.perturbations], dim=1)
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-        apart = bool((together - alone).abs().max() <= tolerance * (alone.abs().max() + 1e-6))  # False where NaN
+        is_equal = bool((together - alone).abs().max() <= tolerance * (alone.abs().max() + 1e-6))  # false for NaN
         both.spoil(1)
         finite = self.logits(both).isfinite()
-        own, spoiled = finite[:, : len(self.prompts)], finite[:, len(self.prompts) :]
-        if not apart or not own.all() or spoiled.any():
+        unspoiled, spoiled = finite[:, : len(self.prompts)], finite[:, len(self.prompts) :]
+        if not is_equal or not unspoiled.all() or spoiled.any():
             return "the rows of a batch (they influence each other)"
-        hidden = self._used_otherwise()
-        return (
-            _and_others([f"{hidden[0]} (the forward pass also uses it in another way)", *hidden[1:]]) if hidden else ""
-        )
+        names = self._used_otherwise()
+        if not names:
+            return ""
+        return _and_others([f"{names[0]} (the forward pass also uses it in another way)", *names[1:]])
 
     def logits(self, members: Members) -> torch.Tensor:
-        """Return the logits of prefill and one step, float32 (2, M * K, V)."""
+        """Return the logits of the prefill and of one step, float32 (2, M * K, vocabulary)."""
         members.regroup(range(members.count), len(self.prompts))
         ids, mask = left_pad(self.prompts * members.count, 0, self.model.device)
         with self.shared.installed(members.stand_ins):
-            one = self.caller()
-            return torch.stack([one.prefill(ids, mask, 2), one.step(ids[:, -1])]).float()
+            caller = self.caller()
+            return torch.stack([caller.prefill(ids, mask, 2), caller.step(ids[:, -1])]).float()
 
     def _used_otherwise(self) -> list[str]:
-        """Return parameters whose own memory matters although stand-ins are in their places."""
+        """Return the names of parameters that the model also uses without their stand-ins."""
         members = Members(self.shared, self.perturbations[:1])
         parameters = self.shared.parameters
         total = sum(parameter.numel() for parameter in parameters.values())
@@ -109,11 +109,11 @@ class _Trial:
                 size = 0
             parts[-1].append(name)
             size += parameter.numel()
-        found = [part for part in parts if not self._bears_spoiling(members, part)]
-        return [name for part in found for name in part if not self._bears_spoiling(members, [name])]
+        suspects = [part for part in parts if not self._is_finite_without(members, part)]
+        return [name for part in suspects for name in part if not self._is_finite_without(members, [name])]
 
-    def _bears_spoiling(self, members: Members, names: Sequence[str]) -> bool:
-        """Say whether all logits are numbers while the memory of some parameters is NaN."""
+    def _is_finite_without(self, members: Members, names: Sequence[str]) -> bool:
+        """Return whether all logits are finite while the memory of the named parameters is NaN."""
         parameters = self.shared.parameters
         copies = {name: parameters[name].detach().clone() for name in names}
         try:

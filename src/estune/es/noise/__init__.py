@@ -1,7 +1,7 @@
 """Noise version 1: integers that are a pure function of (member seed, parameter name, element index).
 
-`reference` says what the noise is, in a page of NumPy; `cpu` produces the same bits at memory speed, and `cpu_lowrank`
-those of low-rank members.
+`reference` defines the noise in NumPy. `cpu` computes the same bits at memory speed. `cpu_lowrank` does so for
+low-rank members.
 """
 
 from estune.es.noise.reference import (

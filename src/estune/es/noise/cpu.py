@@ -1,8 +1,8 @@
 """The noise at memory speed on CPUs: numba kernels, equal bit for bit to `reference`.
 
-Every kernel works on a contiguous piece of one parameter's flat tensor that lies within one key block and releases
-the GIL; the callers (`estune.es.theta`) cut tensors into pieces and spread them over threads. Nothing here allocates
-anything of a tensor's size. The hash itself is in `lanes`.
+Every kernel works on a contiguous piece of one parameter's flat tensor, within one key block, and releases the GIL.
+`estune.es.theta` cuts tensors into pieces and spreads them over threads. No kernel allocates memory of a tensor's size.
+The hash itself is in `lanes`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from estune.es.noise.lanes import (
 
 __all__ = ["_bits_of", "_mix", "_noise", "_popcount", "checksum_of", "noise_into", "perturb_into", "update_into"]
 
-TILE = 4 * LANES  # elements of an update in flight: their sums (5 KiB) stay in the first-level cache
+TILE = 4 * LANES  # elements that an update works on at once; their sums (5 KiB) fit the first-level cache
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def noise_into(out, start, k0, k1, rademacher):  # type: ignore[no-untyped-def]
-    """Write the noise integers of elements ``start + j`` (within one block) to ``out``, int32 (count,)."""
+    """Write the noise integers of elements ``start + j`` (within one key block) to ``out``, int32 (count,)."""
     base = np.uint32(start)
     for j in range(out.size):
         out[j] = _noise(_plus(base, j), k0, k1, rademacher)
@@ -42,15 +42,15 @@ def noise_into(out, start, k0, k1, rademacher):  # type: ignore[no-untyped-def]
 def _perturb_singly(out, theta, first, last, base, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
     for j in range(first, last):
         n = _noise(_plus(base, j), k0, k1, rademacher)
-        # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
+        # + 0.0 turns scale * 0 = -0.0 into 0.0: the sign of scale must not decide whether a theta of -0.0 stays -0.0.
         out[j] = theta[j] + (scale * np.float32(n) + np.float32(0.0))
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def perturb_into(out, theta, start, k0, k1, scale, rademacher, streamed=False):  # type: ignore[no-untyped-def]
-    """Write ``theta + scale * n`` (float32, scale carries the sign) to ``out``; both (count,).
+    """Write ``theta + scale * n`` to ``out``; both float32 (count,). ``scale`` includes the member's sign.
 
-    ``streamed`` writes past the caches: faster where the whole model does not fit them, slower where it does.
+    ``streamed`` bypasses the caches on writes, which is faster if the whole model does not fit the caches.
     """
     base = np.uint32(start)
     first = 0
@@ -70,7 +70,7 @@ def perturb_into(out, theta, start, k0, k1, scale, rademacher, streamed=False): 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def checksum_of(theta, start):  # type: ignore[no-untyped-def]
-    """Return ``sum_j mix(mix(start + j) + bits(theta_j))`` modulo 2^64 over a float32 (count,)."""
+    """Return ``sum_j mix(mix(start + j) + bits(theta_j))`` modulo 2^64; theta is float32 (count,)."""
     base = np.uint32(start)
     total = np.uint64(0)
     for j in range(theta.size):
@@ -80,10 +80,11 @@ def checksum_of(theta, start):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _move(theta, acc, start, a, decay, anchor, moved, size):  # type: ignore[no-untyped-def]
-    """Apply the decay and ``a * acc`` to one tile of theta and return its checksum.
+    """Apply the decay and ``a * acc`` to one tile of theta and return the tile's checksum sum.
 
-    What was added is squared and summed in ``moved``, theta afterwards in ``size``: float64 (TILE,), a sum for every
-    place in the tile, because one running sum would wait for itself (and its bits would depend on the vector width).
+    Add the squares of the change to ``moved``, and the squares of the new theta to ``size``; both float64 (TILE,).
+    There is one sum per position in the tile: one running sum would be slow, and its bits would depend on the vector
+    width.
     """
     total = np.uint64(0)
     for j in range(theta.size):
@@ -105,14 +106,14 @@ def _move(theta, acc, start, a, decay, anchor, moved, size):  # type: ignore[no-
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: ignore[no-untyped-def]
-    """Move ``theta`` (float32, (count,)) in place by one step.
+    """Move ``theta`` (float32 (count,)) in place by one step.
 
-    Returns ``(checksum, moved, size)``: the checksum of theta afterwards, the sum of squares of what was added, and
-    of theta afterwards.
+    Returns ``(checksum, moved, size)``: the checksum sum of the new theta, the sum of squares of the change, and the
+    sum of squares of the new theta.
 
-    ``keys`` is uint32 (M, 2) and ``q`` int32 (M,), the utilities as integers with the members' signs multiplied in;
-    members of utility 0 may be left out. ``acc = sum_m q_m * n_m`` is exact in int32, so the order of members does
-    not matter. ``decay`` is float32, 0 for none; ``anchor`` is float32, (count,) or (0,) for decay towards 0.
+    ``keys`` is uint32 (M, 2). ``q`` is int32 (M,): the integer utilities times the members' signs; members of utility 0
+    may be omitted. ``acc = sum_m q_m * n_m`` is exact in int32, so the order of members does not matter. ``decay`` is
+    float32, 0 for no decay. ``anchor`` is float32 (count,), or (0,) for decay towards 0.
     """
     table = np.empty((q.size, 3), dtype=np.uint32)  # (M, 3), see `_sum_lanes`
     for m in range(q.size):
@@ -126,7 +127,7 @@ def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: i
     for lo in range(0, theta.size, TILE):
         hi = min(theta.size, lo + TILE)
         base = _plus(np.uint32(start), lo)
-        for j in range(0, hi - lo, LANES):  # past the end of theta the last sums go unread
+        for j in range(0, hi - lo, LANES):  # sums beyond the end of theta are not read
             _sum_lanes(acc, j, _plus(base, j), table, rademacher)
         total += _move(theta[lo:hi], acc, base, a, decay, anchor[lo:hi], moved, size)
     return total, moved.sum(), size.sum()

@@ -1,13 +1,12 @@
 """Low-rank noise at memory speed on CPUs: numba kernels, equal bit for bit to `reference`.
 
-A product `A B^T` is never written out for a whole matrix. Both kernels work on a contiguous range of rows of one
-matrix, tile by tile: the integers of B for the tile's columns and of A for its rows come from the keys, a few factors
-at a time, and are multiplied into int32 accumulators. An update takes all members in one pass, as one sum over the
-`M * rank` columns ("factors") of their A and B; it writes theta once. The scratch (`ROWS` x `COLS` accumulators and
-the factors) fits the second-level cache whatever the population.
+The product `A B^T` of a whole matrix is never stored. A kernel works on a contiguous range of rows of one matrix, tile
+by tile. It draws a few columns ("factors") of A and B at a time and multiplies them into int32 accumulators. An update
+sums over the `M * rank` factors of all members in one pass and writes theta once. The scratch memory (`ROWS` x `COLS`
+accumulators and the factors) fits the second-level cache for any population.
 
-Rows are counted over the stored tensor: those of expert e of a stack (E, d0, d1) begin at e * d0, in A as in the
-checksum's element index, and its columns at e * d1 in B.
+Row indices count the rows of the whole stored tensor. In a stack (E, d0, d1) the rows of expert e begin at e * d0, both
+in A and in the checksum's element index. Its columns begin at e * d1 in B.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from numba import njit
 
 from estune.es.noise.cpu import _bits_of, _mix, _noise
 
-ROWS = 192  # of a tile, even; B is drawn again for every tile of rows, A for every tile of columns
-COLS = 768  # of a tile at most
-FACTORS = 32  # whose integers are in scratch at a time, a multiple of 4
+ROWS = 192  # rows of a tile, even; every tile of rows draws B again, every tile of columns draws A again
+COLS = 768  # columns of a tile at most
+FACTORS = 32  # factors in scratch memory at a time, a multiple of 4
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _draw(out, count, start, first, last, keys, weights, rank, rademacher):  # type: ignore[no-untyped-def]
-    """Write the integers of factors ``first .. last`` times their weights, for rows ``start + j`` of A (or B).
+    """Write the integers of factors ``first .. last`` times the members' weights, for rows ``start + j`` of A (or B).
 
-    ``out`` is int32 (FACTORS, >= count); row ``f - first`` holds factor ``f = member * rank + k``. Factors up to the
-    next multiple of 4 are 0.
+    ``out`` is int32 (FACTORS, >= count); row ``f - first`` holds factor ``f = member * rank + k``. Zeros fill the rows
+    up to the next multiple of 4.
     """
     step = np.uint32(rank)
     for f in range(first, last):
@@ -45,7 +44,7 @@ def _draw(out, count, start, first, last, keys, weights, rank, rademacher):  # t
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def factors_into(out, keys, scales, rademacher):  # type: ignore[no-untyped-def]
-    """Write one factor of some members to ``out``, float32 (M, r, d): ``scale * n`` with n of element ``j * r + k``.
+    """Write A or B of M members to ``out``, float32 (M, r, d): element (m, k, j) is ``scale_m * n[j * r + k]``.
 
     ``keys`` is uint32 (M, 2), ``scales`` float32 (M,).
     """
@@ -61,10 +60,10 @@ def factors_into(out, keys, scales, rademacher):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _accumulate(acc, a, b, n_factors, n_rows, n_cols):  # type: ignore[no-untyped-def]
-    """Add ``sum_f a_fi * b_fj`` to ``acc`` (ROWS, COLS), int32, for rows i < n_rows and columns j < n_cols.
+    """Add ``sum_f a_fi * b_fj`` to ``acc``, int32 (ROWS, COLS), for rows i < n_rows and columns j < n_cols.
 
-    Two rows and four factors at a time: what the sixteen vector registers of AVX2 hold. Beside an odd last row goes
-    one whose sums nobody reads.
+    The loop takes two rows and four factors at a time, which fit the sixteen vector registers of AVX2. If n_rows is
+    odd, the last row is paired with a row whose sums are not read.
     """
     for i in range(0, n_rows, 2):
         upper = acc[i, :n_cols]
@@ -97,14 +96,14 @@ def _sum_tile(acc, a, b, row, n_rows, col, n_cols, keys_a, keys_b, q, ones, rank
 
 @njit(nogil=True, cache=True, boundscheck=False)
 def _tile_width(cols):  # type: ignore[no-untyped-def]
-    """Return the width of equal tiles of at most COLS columns, whole vectors but for the last."""
+    """Return the width of equal tiles of at most COLS columns: a multiple of 16."""
     n_tiles = max(1, (cols + COLS - 1) // COLS)
     return ((cols + n_tiles - 1) // n_tiles + 15) // 16 * 16
 
 
 @njit(inline="always")
 def _stepped(value, a_scale, noise):  # type: ignore[no-untyped-def]
-    # Chosen without a branch, so that loops vectorise: where the sum is 0 theta keeps its bits.
+    # A select instead of a branch lets the loop vectorise. If the sum is 0, theta keeps its bits.
     moved = np.float32(np.float64(value) + a_scale * np.float64(noise))
     return moved if noise != 0 else value
 
@@ -113,8 +112,8 @@ def _stepped(value, a_scale, noise):  # type: ignore[no-untyped-def]
 def perturb_lowrank_into(out, theta, row, col, keys_a, keys_b, rank, scale, rademacher):  # type: ignore[no-untyped-def]
     """Write ``float32(float64(theta) + scale * (A B^T))`` to ``out``; both float32 (n, cols), rows of one matrix.
 
-    ``row`` is the first row's index in A, ``col`` that of column 0 in B; ``keys_a`` and ``keys_b`` are uint32 (1, 2).
-    ``scale`` is float64 and carries the sign.
+    ``row`` is the first row's index in A, ``col`` the first column's index in B. ``keys_a`` and ``keys_b`` are uint32
+    (1, 2). ``scale`` is float64 and includes the member's sign.
     """
     n, cols = theta.shape
     acc = np.empty((ROWS, COLS), dtype=np.int32)
@@ -132,7 +131,7 @@ def perturb_lowrank_into(out, theta, row, col, keys_a, keys_b, rank, scale, rade
                 target = out[top + i, left : left + n_cols]
                 noise = acc[i, :n_cols]
                 for j in range(n_cols):
-                    # + 0.0: where the noise is 0 the sign of scale must not turn up as -0.0, see `cpu.perturb_into`.
+                    # + 0.0 turns a product of -0.0 into 0.0; see `cpu._perturb_singly`.
                     target[j] = np.float32(np.float64(source[j]) + (scale * np.float64(noise[j]) + 0.0))
 
 
@@ -140,11 +139,12 @@ def perturb_lowrank_into(out, theta, row, col, keys_a, keys_b, rank, scale, rade
 def update_lowrank_into(theta, row, col, keys_a, keys_b, q, rank, a_scale, rademacher, decay, anchor):  # type: ignore[no-untyped-def]
     """Move ``theta`` (float32 (n, cols), rows of one matrix) in place by one step; see `cpu.update_into`.
 
-    Returns ``(checksum, moved, size)`` as it does. ``acc = sum_m q_m * A_m B_m^T`` is exact in int32, so neither the
-    order of members nor the cut into rows and tiles changes a bit.
+    Returns ``(checksum, moved, size)`` like `cpu.update_into`. ``acc = sum_m q_m * A_m B_m^T`` is exact in int32, so
+    neither the order of members nor the cut into rows and tiles changes a bit.
 
-    ``row`` is the first row's index in A (and in the stored tensor), ``col`` that of column 0 in B. ``keys_a`` and
-    ``keys_b`` are uint32 (M, 2), ``q`` int32 (M,) with the members' signs; ``anchor`` is float32 (n * cols,) or (0,).
+    ``row`` is the first row's index in A and in the stored tensor, ``col`` the first column's index in B. ``keys_a``
+    and ``keys_b`` are uint32 (M, 2). ``q`` is int32 (M,), times the members' signs. ``anchor`` is float32 (n * cols,),
+    or (0,) for decay towards 0.
     """
     n, cols = theta.shape
     acc = np.empty((ROWS, COLS), dtype=np.int32)
@@ -152,7 +152,7 @@ def update_lowrank_into(theta, row, col, keys_a, keys_b, q, rank, a_scale, radem
     b = np.empty((FACTORS, COLS), dtype=np.int32)
     ones = np.ones(q.size, dtype=np.int32)
     before = np.empty(COLS, dtype=np.float32)
-    # Norms are summed per column of a tile: a fixed order that vectorises.
+    # The squares are summed per column of a tile: this order is fixed and vectorises.
     moved = np.zeros(COLS, dtype=np.float64)
     size = np.zeros(COLS, dtype=np.float64)
     total = np.uint64(0)
@@ -181,7 +181,7 @@ def update_lowrank_into(theta, row, col, keys_a, keys_b, q, rank, a_scale, radem
                         line[j] = value
                         moved[j] += (np.float64(value) - np.float64(before[j])) ** 2
                         size[j] += np.float64(value) ** 2
-                else:  # the same without a copy of the row: memory is what limits this loop
+                else:  # the same without a copy of the row, because memory bandwidth limits this loop
                     for j in range(n_cols):
                         old = line[j]
                         value = _stepped(old, a_scale, noise[j])

@@ -1,12 +1,12 @@
-"""What numba cannot say: the noise hash on lanes of 32 bits, written in LLVM's own terms for the kernels of `cpu`.
+"""The noise hash on vectors of 32-bit lanes, in LLVM instructions, for the kernels of `cpu`.
 
-numba widens uint32 arithmetic to 64 bits and LLVM narrows only part of it again; and a loop that LLVM vectorises by
-itself computes one register after another, each waiting for its own multiplications. So the hash is built here once,
-for a single word or for a vector of `LANES` words, which LLVM splits into registers of the processor's width (AVX2,
-AVX-512, NEON) whose instructions alternate.
+numba cannot express this hash efficiently. It widens uint32 arithmetic to 64 bits, and LLVM narrows only part of it
+again. A loop that LLVM vectorises by itself computes one register after another, and each waits for its own
+multiplications. This module builds the hash for one word, or for a vector of `LANES` words. LLVM splits the vector
+into registers of the processor's width (AVX2, AVX-512, NEON) and interleaves their instructions.
 
-Functions with a ``builder`` take and return LLVM values, words or vectors; the intrinsics below them are what kernels
-call. numba's cache on disk watches a kernel's own file alone, so `_drop_stale_kernels` looks at the others.
+Functions with a ``builder`` take and return LLVM values, words or vectors. Kernels call the intrinsics. numba's cache
+on disk compares only the time of a kernel's own file; `_drop_stale_kernels` compares the other files of this folder.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from numba import extending, types
 from numba.core import cgutils as _cgutils
 from numba.np import arrayobj as _arrayobj
 
-# numba is typed in part, and `intrinsic` as if one called what it decorates.
+# numba has types for a part of its functions only, and the type of `intrinsic` is wrong for the functions it returns.
 intrinsic: Any = extending.intrinsic
 cgutils: Any = _cgutils
 arrayobj: Any = _arrayobj
 
 
 def _drop_stale_kernels(directory: Path) -> None:
-    """Remove numba's cached kernels that are older than a source file beside them, whose code they may hold.
+    """Remove cached kernels that are older than any source file of the directory, because they may hold its old code.
 
-    A cache elsewhere (``NUMBA_CACHE_DIR``, or a home directory where this one cannot be written) is not looked at:
-    there sources change with an installation, which has a directory of its own.
+    Caches in other places (``NUMBA_CACHE_DIR``, or the home directory if this directory is read-only) are left alone:
+    there the sources only change with a new installation, which has a new path.
     """
     changed = max(path.stat().st_mtime for path in directory.glob("*.py"))
     for index in (directory / "__pycache__").glob("*.nbi"):
-        with suppress(OSError):  # another process was faster, or the files are another user's
+        with suppress(OSError):  # another process removed the file, or another user owns it
             if index.stat().st_mtime < changed:
                 index.unlink()
 
 
 _drop_stale_kernels(Path(__file__).parent)
 
-LANES = 64  # words per vector: four registers of AVX-512, eight of AVX2; 32 and 16 lanes are slower on both
+LANES = 64  # words per vector: four AVX-512 registers or eight AVX2 registers; 32 and 16 words are slower on both
 CACHE_LINE = 64  # bytes
 _I32, _F32 = ir.IntType(32), ir.FloatType()
 _INTS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
@@ -65,29 +65,30 @@ def _xor_shift(builder: Any, x: Any, n: int) -> Any:
 
 
 def _mix_rest(builder: Any, x: Any) -> Any:
-    """Return what is left of ``mix`` after its first step, ``x ^= x >> 16``."""
+    """Return ``mix`` without its first step, ``x ^= x >> 16``, which the caller has done."""
     x = _xor_shift(builder, builder.mul(x, _word(x, 0x21F0AAAD)), 15)
     return _xor_shift(builder, builder.mul(x, _word(x, 0xD35A2D97)), 15)
 
 
 def _ctpop(builder: Any, x: Any) -> Any:
-    """Count set bits by LLVM's ctpop (VPOPCNTD, or a shuffle on AVX2)."""
+    """Return the number of set bits by LLVM's ctpop (VPOPCNTD, or a shuffle on AVX2)."""
     suffix = f"v{LANES}i32" if isinstance(x.type, ir.VectorType) else "i32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type]), f"llvm.ctpop.{suffix}")
     return builder.call(function, [x])
 
 
 def _counts_by_bytes(context: Any) -> bool:
-    """Say whether to count bits by tables of half-bytes: on x86 with AVX2 that has no instruction for it."""
+    """Return whether bits are counted by a table of half-bytes: on x86 with AVX2 and without VPOPCNTD."""
     features = str(getattr(context.codegen(), "_tm_features", ""))
     return "+avx2" in features and "+avx512vpopcntdq" not in features
 
 
 def _weighted_bits(builder: Any, words: Any, weight: Any) -> Any:
-    """Return the number of set bits of each word times ``weight`` (int16), in instructions of AVX2.
+    """Return the number of set bits of each word times ``weight`` (int16), in AVX2 instructions.
 
-    A shuffle looks up two half-bytes; multiplying and adding neighbours twice sums a word's four bytes, and the second
-    multiplication is the weight's. LLVM's own way takes twice as many instructions. Exact: 32 * 32767 fits 32 bits.
+    A shuffle looks up the counts of half-bytes. Two multiply-add instructions sum a word's four bytes; the second one
+    also multiplies by the weight. LLVM's own code has twice as many instructions. The result is exact: 32 * 32767 fits
+    32 bits.
     """
     byte, short = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(16), 16)
     word = ir.VectorType(_I32, 8)
@@ -119,26 +120,27 @@ def _weighted_bits(builder: Any, words: Any, weight: Any) -> Any:
 
 
 def _joined(builder: Any, a: Any, b: Any) -> Any:
-    """Return two vectors of equal length as one."""
+    """Return the concatenation of two vectors of equal length."""
     places = ir.Constant(ir.VectorType(_I32, 2 * a.type.count), list(range(2 * a.type.count)))
     return builder.shuffle_vector(a, b, places)
 
 
 def _word_from(builder: Any, index: Any, k0: Any, k1: Any) -> Any:
-    """Return the words that the noise is made of; ``index`` and ``k0`` have been through mix's first step.
+    """Return the mixed words of elements; the caller has applied mix's first step to ``index`` and ``k0``.
 
-    That step is linear in xor, so ``mix(i ^ k0)`` begins with the two halves' xor, and members share the index's half.
+    The first step is linear in xor, so the first step of ``i ^ k0`` is the xor of both results. All members share the
+    result for the index.
     """
     word = _mix_rest(builder, builder.xor(index, k0))
     return _mix_rest(builder, _xor_shift(builder, builder.add(word, k1), 16))
 
 
 def _noise_from(builder: Any, index: Any, k0: Any, k1: Any, rademacher: Any, by_bytes: bool = False) -> Any:
-    """Return the noise integers; see `_word_from`."""
+    """Return the noise integers of elements; see `_word_from` for the arguments."""
     word = _word_from(builder, index, k0, k1)
     bits = _weighted_bits(builder, word, ir.IntType(16)(1)) if by_bytes else _ctpop(builder, word)
     count = builder.sub(bits, _word(word, 16))
-    # The top bit, 0 or 1, doubled, less 1.
+    # 2 * (top bit) - 1
     sign = builder.sub(builder.shl(builder.lshr(word, _word(word, 31)), _word(word, 1)), _word(word, 1))
     return builder.select(rademacher, sign, count)
 
@@ -150,14 +152,14 @@ def _indices(builder: Any, start: Any) -> Any:
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, vector: Any) -> Any:
-    """Return the address of ``array[offset:]`` as that of a vector."""
+    """Return a pointer to ``array[offset:]`` of type ``vector``."""
     data = arrayobj.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
 
 
 @intrinsic
 def _mix(typingctx, x):  # type: ignore[no-untyped-def]
-    """Mix a uint32; see `reference.mix`."""
+    """Return the mixed uint32; see `reference.mix`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return _mix_rest(builder, _xor_shift(builder, args[0], 16))
@@ -167,7 +169,7 @@ def _mix(typingctx, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
-    """Count the set bits of a uint32."""
+    """Return the number of set bits of a uint32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return _ctpop(builder, args[0])
@@ -177,7 +179,7 @@ def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]
-    """Reinterpret a float32 as its uint32 bit pattern."""
+    """Return the bit pattern of a float32 as uint32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], _I32)
@@ -207,7 +209,7 @@ def _noise(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
 
 
 def _perturbing(streamed: bool) -> Any:
-    """Return the intrinsic behind `_perturb_lanes`, or `_stream_lanes`."""
+    """Return the intrinsic `_perturb_lanes`, or `_stream_lanes` if ``streamed``."""
 
     @intrinsic
     def lanes(typingctx, out, theta, j, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
@@ -217,7 +219,7 @@ def _perturbing(streamed: bool) -> Any:
             by_bytes = _counts_by_bytes(context)
             n = _noise_from(builder, _indices(builder, start), half, _splat(builder, k1), rademacher, by_bytes)
             moved = builder.fmul(builder.sitofp(n, _FLOATS), _splat(builder, scale))
-            # + 0.0: where n = 0 the sign of scale must not turn up as -0.0 and keep a theta of -0.0 as it is.
+            # + 0.0 turns scale * 0 = -0.0 into 0.0; see `cpu._perturb_singly`.
             moved = builder.fadd(moved, ir.Constant(_FLOATS, [0.0] * LANES))
             source = _pointer(context, builder, signature.args[1], theta, j, _FLOATS)
             value = builder.fadd(builder.load(source, align=4), moved)
@@ -233,8 +235,8 @@ def _perturbing(streamed: bool) -> Any:
     return lanes
 
 
-_perturb_lanes = _perturbing(streamed=False)  # out[j : j + LANES] = theta[..] + scale * n, the elements from start on
-_stream_lanes = _perturbing(streamed=True)  # the same past the caches; out[j] lies at the start of a cache line
+_perturb_lanes = _perturbing(streamed=False)  # out[j + l] = theta[j + l] + scale * n[start + l] for l < LANES
+_stream_lanes = _perturbing(streamed=True)  # the same, bypassing the caches; out[j] must start a cache line
 
 
 @intrinsic
@@ -250,7 +252,7 @@ def _address(typingctx, array, j):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _fence(typingctx):  # type: ignore[no-untyped-def]
-    """Wait until what `_stream_lanes` wrote is in memory: other threads read it next."""
+    """Wait until the writes of `_stream_lanes` are in memory, because other threads read them next."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         builder.fence("seq_cst")
@@ -261,7 +263,7 @@ def _fence(typingctx):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-untyped-def]
-    """Write ``acc[j : j + LANES] = sum_m q_m * n_m`` (int32), the elements from ``start`` on, of all members.
+    """Write ``acc[j + l] = sum_m q_m * n_m[start + l]`` (int32) for l < LANES, summed over all members.
 
     ``table`` is uint32 (M, 3): k0 after mix's first step, k1, and q in two's complement.
     """
@@ -294,7 +296,7 @@ def _sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-
                 with then:
                     add_members(weighted_noise)
                 with otherwise:
-                    add_members(weighted_bits)  # q * (bits - 16), whose second part is the same for all elements
+                    add_members(weighted_bits)  # q * bits; the -16 * sum of q is the same for all elements
                     sixteenfold = _splat(builder, builder.shl(builder.load(weights), _I32(4)))
                     builder.store(builder.sub(builder.load(total), sixteenfold), total)
         else:

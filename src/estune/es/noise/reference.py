@@ -1,15 +1,15 @@
-"""What the noise is: the readable definition that every fast implementation must equal bit for bit.
+"""The definition of the noise; every fast implementation must equal it bit for bit.
 
-`key(seed, name)` hashes a member's seed and a parameter's stored name into two words; `mix` is a 32-bit integer hash
-(the finaliser constants are those of DESIGN section 2). Element `i` of the full, unsharded tensor is the popcount of
-a mixed word minus 16: a sum of 32 fair bits, so an integer in [-16, 16] of variance 8 (kurtosis 2.94).
-The Rademacher variant takes the top bit of the same word: -1 or +1, variance 1.
+`noise_key(seed, name)` hashes a member's seed and a parameter's stored name into two words. `mix` is a 32-bit integer
+hash with the constants of DESIGN section 2. The noise of element `i` of the full, unsharded tensor is the popcount of a
+mixed word minus 16: a sum of 32 fair bits, that is an integer in [-16, 16] of variance 8 (kurtosis 2.94). Rademacher
+noise is the top bit of the same word: -1 or +1, variance 1.
 
-Where an element's index passes 2^32 the key is drawn again under the name `name#<block>`, block = index >> 32.
+A key covers 2^32 elements. Later blocks draw their keys under the name `name#<block>`, block = index >> 32.
 
-A low-rank member (EGGROLL, arXiv 2511.16652) perturbs a matrix (d0, d1) by `E = A B^T` instead, with integers A
-(d0, r) and B (d1, r) drawn as above under the names `name#A` and `name#B`; of stacked experts (E, d0, d1) each has a
-matrix of its own, A is (E, d0, r) and B is (E, d1, r). E stays an integer matrix, of variance `lowrank_deviation`^2.
+A low-rank member (EGGROLL, arXiv 2511.16652) perturbs a matrix (d0, d1) by `E = A B^T`. The integers A (d0, r) and B
+(d1, r) are drawn as above under the names `name#A` and `name#B`. Stacked experts (E, d0, d1) have one matrix each: A is
+(E, d0, r) and B is (E, d1, r). The elements of `A B^T` are integers of variance `lowrank_deviation`^2.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DISTRIBUTIONS = ("normal", "rademacher")
 _VARIANCE = {"normal": 8.0, "rademacher": 1.0}
 
 
-@lru_cache(maxsize=1 << 16)  # a step's members and its update ask for the same ones
+@lru_cache(maxsize=1 << 16)  # a step's members and its update use the same keys
 def noise_key(seed: int, name: str) -> tuple[int, int]:
-    """Return the two 32-bit key words of one member's noise for one parameter (or block of one)."""
+    """Return the two 32-bit key words of one member's noise for one parameter, or for one block of a parameter."""
     message = seed.to_bytes(8, "little") + name.encode("utf-8")
     digest = blake2b(message, digest_size=8, person=NOISE_PERSON).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
@@ -51,9 +51,9 @@ Words = npt.NDArray[np.uint32]
 
 
 def mix(x: Words) -> Words:
-    """Mix uint32 words; a bijection. Shape and dtype are kept."""
+    """Return the mixed uint32 words, in the same shape; the mapping is a bijection."""
     x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x21F0AAAD)  # wraps modulo 2^32, as intended
+    x = x * np.uint32(0x21F0AAAD)  # wraps modulo 2^32 on purpose
     x = x ^ (x >> np.uint32(15))
     x = x * np.uint32(0xD35A2D97)
     x ^= x >> np.uint32(15)
@@ -85,6 +85,9 @@ def noise_ints(seed: int, name: str, start: int, count: int, distribution: str =
         start: flat row-major index of the first element in the full stored tensor.
         count: number of elements.
         distribution: ``normal`` (popcount, [-16, 16]) or ``rademacher`` (-1 or +1).
+
+    Raises:
+        ValueError: the distribution is unknown.
     """
     words = noise_words(seed, name, start, count)
     if distribution == "rademacher":
@@ -96,12 +99,12 @@ def noise_ints(seed: int, name: str, start: int, count: int, distribution: str =
 
 
 def noise_deviation(distribution: str = "normal") -> float:
-    """Return ``n_i / eps_i``: the standard deviation of the noise integers."""
+    """Return the standard deviation of the noise integers, ``n_i / eps_i``."""
     return math.sqrt(_VARIANCE[distribution])
 
 
 def round_to_bits(value: float, bits: int) -> float:
-    """Round to ``bits`` significant binary digits, half to even; 0 and non-finite values are returned as they are."""
+    """Return the value rounded to ``bits`` significant bits, half to even; 0 and non-finite values are unchanged."""
     if value == 0.0 or not math.isfinite(value):
         return value
     mantissa, exponent = math.frexp(value)  # value = mantissa * 2^exponent, 0.5 <= |mantissa| < 1
@@ -117,7 +120,8 @@ def factor_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], t
     """Return the shapes of A and B for a matrix (d0, d1) or stacked experts (E, d0, d1).
 
     Raises:
-        ValueError: another number of dimensions, or a factor of 2^32 elements or more (it has a single key).
+        ValueError: the shape has another number of dimensions, or a factor has 2^32 elements or more, which one key
+            cannot cover.
     """
     if len(shape) not in (2, 3):
         raise ValueError(f"low-rank noise is for matrices (d0, d1) and stacks (E, d0, d1), not for shape {shape}")
@@ -131,7 +135,7 @@ def factor_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], t
 def lowrank_factors(
     seed: int, name: str, shape: tuple[int, ...], rank: int, distribution: str = "normal"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a member's factors ``(A, B)``, int32 of `factor_shapes`, element index row-major in each."""
+    """Return a member's factors ``(A, B)``: int32 of `factor_shapes`; noise indices are row-major in each factor."""
     a, b = (
         noise_ints(seed, factor, 0, math.prod(extents), distribution).reshape(extents)
         for factor, extents in zip(factor_names(name), factor_shapes(shape, rank), strict=True)
@@ -140,7 +144,7 @@ def lowrank_factors(
 
 
 def lowrank_ints(seed: int, name: str, shape: tuple[int, ...], rank: int, distribution: str = "normal") -> np.ndarray:
-    """Return the noise integers ``A B^T`` of a matrix or a stack of them: int32 of ``shape``.
+    """Return the noise integers ``A B^T`` of a matrix or a stack: int32 of ``shape``.
 
     ``E = lowrank_ints / lowrank_deviation`` has mean 0 and variance 1 in every element; |A B^T| <= 256 * rank.
     """
@@ -150,23 +154,23 @@ def lowrank_ints(seed: int, name: str, shape: tuple[int, ...], rank: int, distri
 
 
 def lowrank_deviation(rank: int, distribution: str = "normal") -> float:
-    """Return the standard deviation of the elements of ``A B^T``: a sum of ``rank`` products of two noise integers."""
+    """Return the standard deviation of an element of ``A B^T``: a sum of ``rank`` products of two noise integers."""
     return _VARIANCE[distribution] * math.sqrt(rank)
 
 
 def lowrank_scale(sigma: float, rank: int, distribution: str = "normal") -> float:
-    """Return the low-rank ``s``: sigma over `lowrank_deviation`, rounded to 16 significant bits.
+    """Return the low-rank scale ``s``: sigma over `lowrank_deviation`, rounded to 16 significant bits.
 
-    ``float32(float64(theta) + s * (A B^T))``: the product is exact in float64, so fusing it with the addition cannot
-    change a bit of a member's weights.
+    A member's weights are ``float32(float64(theta) + s * (A B^T))``. The product is exact in float64, so a fused
+    multiply-add gives the same bits.
     """
     return round_to_bits(sigma / lowrank_deviation(rank, distribution), 16)
 
 
 def perturbation_scale(sigma: float, distribution: str = "normal") -> float:
-    """Return ``s``: sigma over the noise's standard deviation, rounded to 16 significant bits.
+    """Return the scale ``s``: sigma over `noise_deviation`, rounded to 16 significant bits.
 
-    With 16 bits ``s * n`` (|n| <= 16) is exact in float32, so neither the order of a multiplication and an addition
-    nor their fusion can change a bit of a member's weights.
+    With 16 bits ``s * n`` (|n| <= 16) is exact in float32, so a fused multiply-add gives the same bits of a member's
+    weights.
     """
     return round_to_bits(sigma / noise_deviation(distribution), 16)
