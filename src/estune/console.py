@@ -1,12 +1,12 @@
-"""What estune tells its user on stdout and stderr, without ever ending a run.
+"""Output on stdout and stderr. A stream that fails never ends a run.
 
 A stream can be missing (``>&-``, ``sys.stdout = None``), its reader can leave (``| head``), its terminal can close
-(SIGHUP), its disk can fill up, and its encoding can lack a character. In each case the text is lost, or written with
-escapes, and the run continues. Only `print_result` and `print_json`, which print what a command was asked for, raise.
+(SIGHUP), its disk can fill up, and its encoding can lack a character. In each case the text is dropped or escaped, and
+the run continues. Only `print_result` and `print_json` raise: they print the result that a command was asked for.
 
-Notes and warnings are records of the logger ``estune``, which a Python program can silence or redirect. From Python
-the streams are the user's, and `say`, `note` and `warn` catch what they raise. The command line owns its process:
-`take_over_process` replaces the streams by such that never raise, whoever writes to them.
+Notes and warnings are records of the logger ``estune``, which a Python program can silence or redirect. In a Python
+program the streams are the user's; `say`, `note` and `warn` catch every error of theirs. The command line owns its
+process: `take_over_process` replaces the streams by ones that never raise, whichever code writes to them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from estune.errors import UserError
 
 
 class _Handler(logging.Handler):
-    """Writes records to stderr as it is when they come, and never raises."""
+    """Writes records to the current ``sys.stderr``; never raises."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "warning: " if record.levelno >= logging.WARNING else ""
@@ -33,12 +33,12 @@ class _Handler(logging.Handler):
 
 LOGGER = logging.getLogger("estune")
 LOGGER.setLevel(logging.INFO)
-LOGGER.propagate = False  # as the libraries of this field do, else a root handler would print everything twice
+LOGGER.propagate = False  # as in transformers: with a root handler every record would be printed twice
 if not LOGGER.handlers:
     LOGGER.addHandler(_Handler())
 
-_json_descriptor: int | None = None  # where `print_json` writes; None: to sys.stdout
-_reader_left = False  # of descriptor 1, which leads to the null device since
+_json_descriptor: int | None = None  # descriptor that `print_json` writes to; None: sys.stdout
+_reader_left = False  # whether the reader of descriptor 1 has left; the descriptor then leads to the null device
 
 
 def say(text: str) -> None:
@@ -57,21 +57,21 @@ def warn(text: str) -> None:
 
 
 def show_progress(text: str) -> None:
-    """Replace the last line on stderr by ``text``; does nothing where stderr is no terminal."""
+    """Replace the last line on stderr by ``text``; do nothing if stderr is not a terminal."""
     if is_terminal(_stream("stderr")):
         _write(_stream("stderr"), f"\r{text}")
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a stream is there and is a terminal."""
+    """Return whether a stream exists and is a terminal."""
     try:
         return bool(stream is not None and stream.isatty())
-    except Exception:  # the stream may be any object of the user's
+    except Exception:  # the user may have installed any object as a stream
         return False
 
 
 def print_result(text: str) -> None:
-    """Print lines that a command was asked for on stdout.
+    """Print the result of a command on stdout.
 
     Raises:
         BrokenPipeError: the reader has left.
@@ -81,7 +81,7 @@ def print_result(text: str) -> None:
         raise BrokenPipeError
     try:
         print(text, flush=True)
-        error = getattr(getattr(sys.stdout, "buffer", None), "error", None)  # of `_Descriptor`, which never raises
+        error = getattr(getattr(sys.stdout, "buffer", None), "error", None)  # `_Descriptor` never raises
     except OSError as raised:
         _silence(sys.stdout)
         error = raised
@@ -103,7 +103,7 @@ def print_json(value: Any) -> None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """Return a value with every float that JSON lacks (NaN, infinite) replaced by None, also in lists and dicts."""
+    """Return a value with each NaN or infinite float replaced by None, in nested lists and dicts too."""
     if isinstance(value, dict):
         return {name: finite_or_none(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,47 +113,47 @@ def finite_or_none(value: Any) -> Any:
 
 
 class Unfailing:
-    """A text stream around another one, or around None: what cannot be written is lost, and nothing is raised."""
+    """Wraps a text stream, or None. Text that cannot be written is dropped; no method raises."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or lose the text."""
+        """Write the text, or drop it."""
         _write(self._stream, text)
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: every write is flushed."""
+        """Do nothing: each write flushes."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def release_abandoned_descriptors() -> None:
-    """Let descriptors 1 and 2 lead to the null device where their readers have left.
+    """Redirect descriptors 1 and 2 to the null device if their readers have left.
 
-    For code that writes to them directly, and the programs that it starts: an error or SIGPIPE would end them.
+    Code that writes to a descriptor directly, and programs that it starts, would otherwise end by an error or SIGPIPE.
     """
     global _reader_left
     for descriptor in (1, 2):
         ready = select.poll()
-        ready.register(descriptor, 0)  # errors are reported without being asked for
+        ready.register(descriptor, 0)  # poll reports errors in any case
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in ready.poll(0)):
             _lead_nowhere(descriptor)
             _reader_left = _reader_left or descriptor == 1
 
 
 def pass_on(data: bytes) -> None:
-    """Write bytes to descriptor 2, or lose them."""
+    """Write bytes to descriptor 2, or drop them."""
     _write_all(2, data)
 
 
 def open_missing_descriptors() -> None:
-    """Let every closed descriptor among 0, 1 and 2 lead to the null device.
+    """Open the null device on each closed descriptor among 0, 1 and 2.
 
-    Otherwise the next file that is opened, such as the journal, would get its number, and whatever a library prints
-    would be written into that file.
+    Otherwise the next opened file, such as the journal, would get that number, and the output of a library would be
+    written into the file.
     """
     for descriptor in range(3):
         try:
@@ -167,7 +167,7 @@ def open_missing_descriptors() -> None:
 
 
 def take_over_process() -> None:
-    """Give this process standard streams that never raise; for processes of the command line's own."""
+    """Replace this process's standard streams by ones that never raise; for processes that the command line owns."""
     open_missing_descriptors()
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (for the process's life)
@@ -186,9 +186,9 @@ def take_over_process() -> None:
 
 
 def keep_stdout_for_json() -> None:
-    """Keep stdout for `print_json` from here on: what else is written to descriptor 1, by whomever, goes to stderr.
+    """Reserve stdout for `print_json`. All other output on descriptor 1 goes to stderr from now on.
 
-    The descriptor never leads back: C libraries write their buffers out as the process ends.
+    The redirection is permanent, because C libraries flush their buffers when the process ends.
     """
     global _json_descriptor
     sys.stdout.flush()
@@ -197,18 +197,18 @@ def keep_stdout_for_json() -> None:
 
 
 class _Descriptor(io.FileIO):
-    """A descriptor, open for writing: what cannot be written is lost, and ``error`` says why the last write was."""
+    """A descriptor, open for writing. Data that cannot be written is dropped; ``error`` is the last write's error."""
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of ``data``, or lose what is left of it."""
+        """Write all of ``data``, or drop the rest of it."""
         self.error = _write_all(self.fileno(), data)
         return memoryview(data).nbytes
 
 
 def _write_all(descriptor: int, data: Any) -> OSError | None:
-    """Write bytes to a descriptor; return what kept some of them from being written."""
+    """Write bytes to a descriptor; return the error that stopped the write, or None."""
     view = memoryview(data).cast("B")
     try:
         while view:
@@ -216,7 +216,7 @@ def _write_all(descriptor: int, data: Any) -> OSError | None:
                 view = view[os.write(descriptor, view) :]
             except BlockingIOError:  # another program made the terminal or pipe non-blocking
                 select.select([], [descriptor], [])
-    except (OSError, ValueError) as error:  # ValueError: `select` knows no descriptors above 1023
+    except (OSError, ValueError) as error:  # ValueError: `select` takes no descriptor above 1023
         return error if isinstance(error, OSError) else OSError(str(error))
     return None
 
@@ -226,7 +226,7 @@ def _stream(name: str) -> Any:
 
 
 def _write(stream: Any, text: str) -> None:
-    """Write to a text stream, whatever object that is, or lose the text."""
+    """Write to a text stream, which may be any object, or drop the text."""
     if stream is None:
         return
     try:
@@ -240,13 +240,13 @@ def _write(stream: Any, text: str) -> None:
     except OSError as error:
         if not isinstance(error, BlockingIOError):
             _silence(stream)
-    except Exception:  # the stream may be any object of the user's
+    except Exception:  # the user may have installed any object as a stream
         pass
 
 
 def _silence(stream: Any) -> None:
-    """Let a standard stream that cannot be written lead nowhere: Python fails where it cannot flush one at its end."""
-    with suppress(Exception):  # as above
+    """Redirect a broken standard stream to the null device: Python exits with an error if its last flush fails."""
+    with suppress(Exception):  # the user may have installed any object as a stream
         if stream.fileno() in (1, 2):
             _lead_nowhere(stream.fileno())
 

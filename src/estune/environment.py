@@ -1,4 +1,4 @@
-"""What machine and versions this is: `estune env`, a run's `env.json`, and the versions in a journal's header."""
+"""Machine and versions, for `estune env`, a run's `env.json`, and the versions in a journal's header."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PACKAGES = ("estune", "torch", "transformers", "numba", "numpy", "tokenizers", "
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the versions that can change a bit of a run, and of ``more`` packages; what is absent is left out."""
-    found = {"python": platform.python_version()}
+    """Return the versions that can change a bit of a run, and those of ``more`` packages; only installed ones."""
+    installed = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def code_digest() -> str:
-    """Return a short hash of this package's own code: results of other code can be told apart, whatever its version."""
+    """Return a short hash of this package's source, which distinguishes results of edited code with equal versions."""
     root = Path(__file__).parent
     digest = blake2b(digest_size=8)
     for file in sorted(root.rglob("*.py")):
@@ -43,16 +43,16 @@ def cores() -> int:
 
 
 def machine() -> str:
-    """Return what decides how fast a run is, in words: processor, cores, and NVIDIA GPUs where there are any."""
+    """Return the parts that decide a run's speed as text: processor, cores, NVIDIA GPUs."""
     return ", ".join([processor(), f"{cores()} cores", *gpus()])
 
 
 @cache
 def gpus() -> tuple[str, ...]:
-    """Return the names of the NVIDIA GPUs, by `nvidia-smi`: asking torch would open the driver in this process."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    """Return the names of the NVIDIA GPUs, from `nvidia-smi`: torch would open the driver in this process."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
@@ -82,14 +82,14 @@ def processor() -> str:
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that this process could still take: what the system has free, within its control group.
+    """Return the bytes that this process can still allocate: the system's free memory, within the control group.
 
-    A group's use counts the files it has read, most of which give way when memory is asked for.
+    A group's usage counts its page cache. Inactive cached files are subtracted, because the kernel reclaims them.
     """
     free = _memory_bytes()
     with suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
         free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
-    with suppress(OSError, ValueError):  # a limit of "max" is none
+    with suppress(OSError, ValueError):  # "max" means no limit and raises ValueError
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
             limit = int(file.read())
         with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:

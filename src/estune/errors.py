@@ -1,57 +1,58 @@
-"""Errors that the user can act on, and the suggestion that an unknown name's error ends with."""
+"""Errors that the user can act on, and the suggestion at the end of an error about an unknown name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-LEAST_PREFIX = 5  # letters, of an option: shorter ones begin foreign words (`save`, `over`)
-LEAST_PART = 3  # letters, of an abbreviated part of a word
+LEAST_PREFIX = 5  # letters: shortest prefix of an option that gets a suggestion; `save` and `over` are other words
+LEAST_PART = 3  # letters: shortest abbreviation of one part of a word
 
 
 class UserError(Exception):
-    """Bad input or an unusable environment, told in one clear sentence.
+    """Bad input or an unusable environment, described in one sentence.
 
     The command line prints it as ``estune: error: <sentence>`` and exits with status 2; from Python it propagates.
     """
 
 
 class ExternalError(UserError):
-    """What keeps a run from going on and is none of its doing.
+    """A run is blocked by something outside it.
 
-    Another process that holds it, a full disk, options or data that a resume cannot change. A comparison stops at it,
-    where an error of the run itself is one of its rows.
+    Another process holds its lock, the disk is full, or a resume was given options or data that it cannot change. A
+    comparison stops at this error; an error of the run itself becomes one of the comparison's rows.
     """
 
 
 def nearest(word: object, known: Iterable[str], least_prefix: int = LEAST_PREFIX) -> str:
-    """Return ``; did you mean ...?``, or an empty string where no known word is near.
+    """Return ``; did you mean ...?``, or an empty string if no known word is near.
 
-    A wrong suggestion is worse than none, so a known word is near in four cases only. Where two known words are equally
-    near in the first case that applies, there is no suggestion:
+    A wrong suggestion is worse than none, so only these four rules count, in this order. If the first rule that matches
+    matches two known words, there is no suggestion:
 
-    * They differ in case, dashes and underscores alone (``batchSize``, ``learning-rate``).
-    * They differ by one slip of the keyboard, or by two in words of seven letters or more: a letter missing, added,
-      replaced, or two swapped. The first letter is equal, or it is the only slip in a word of five letters or more.
+    * The words differ only in case, dashes and underscores (``batchSize``, ``learning-rate``).
+    * The words differ by one typing error, or by two if they have seven letters or more: a letter missing, added,
+      replaced, or two swapped. The first letters are equal, unless the first letter is the only error and the word has
+      five letters or more.
     * The known word continues the unknown one (``max_time``, ``temp`` for a command), see `_continues`.
-    * Each part of the unknown word begins its counterpart, or the reverse (``num_gen``, ``output_directory``).
+    * Each part of the unknown word is a prefix of its counterpart, or the reverse (``num_gen``, ``output_directory``).
 
     Args:
         word: the unknown word.
-        known: the words that there are, with their dashes where they are flags.
-        least_prefix: letters that a beginning of a known word has at least.
+        known: the known words; flags with their dashes.
+        least_prefix: letters, the shortest prefix of a known word that counts.
     """
-    names = {_plain(name): name for name in known}  # the dashes that all flags share say nothing
-    asked = _plain(str(word))
+    names = {_plain(name): name for name in known}
+    unknown = _plain(str(word))
     rules: tuple[Callable[[str], bool], ...] = (
-        lambda name: name.replace("_", "") == asked.replace("_", ""),
-        lambda name: _slips(asked, name) == 1 and _is_typo(asked, name),
-        lambda name: _slips(asked, name) == 2 and _is_typo(asked, name),
-        lambda name: len(asked) >= least_prefix and _continues(asked, name),
-        lambda name: _abbreviates(asked, name),
+        lambda name: name.replace("_", "") == unknown.replace("_", ""),
+        lambda name: _slips(unknown, name) == 1 and _is_typo(unknown, name),
+        lambda name: _slips(unknown, name) == 2 and _is_typo(unknown, name),
+        lambda name: len(unknown) >= least_prefix and _continues(unknown, name),
+        lambda name: _abbreviates(unknown, name),
     )
     for rule in rules:
-        if found := [name for name in names if rule(name)]:
-            return f"; did you mean {names[found[0]]!r}?" if len(found) == 1 else ""
+        if matches := [name for name in names if rule(name)]:
+            return f"; did you mean {names[matches[0]]!r}?" if len(matches) == 1 else ""
     return ""
 
 
@@ -60,7 +61,7 @@ def _plain(name: str) -> str:
 
 
 def _is_typo(word: str, name: str) -> bool:
-    """Return whether the slips between two words, one or two, are few enough for their length."""
+    """Return whether two words differ by few enough typing errors (one or two) for their length."""
     length, slips = min(len(word), len(name)), _slips(word, name)
     if length < 3 or slips > (1 if length <= 6 else 2):
         return False
@@ -68,11 +69,11 @@ def _is_typo(word: str, name: str) -> bool:
 
 
 def _slips(word: str, name: str) -> int:
-    """Return the least number of letters to add, leave out, replace or swap with their neighbour; 3 stands for more."""
+    """Return the edit distance of two words (add, delete, replace, swap neighbours); 3 means three or more."""
     if abs(len(word) - len(name)) > 2:
         return 3
     before: list[int] = []
-    row = list(range(len(name) + 1))  # distances of the empty beginning of the word to those of the name
+    row = list(range(len(name) + 1))  # distances of the empty prefix to the name's prefixes
     for i, letter in enumerate(word, start=1):
         before, last, row = row, before, [i]
         for j, wanted in enumerate(name, start=1):
@@ -84,9 +85,9 @@ def _slips(word: str, name: str) -> int:
 
 
 def _continues(word: str, name: str) -> bool:
-    """Return whether a name goes on where a word ends: after a part of several, by one part, or within its last one.
+    """Return whether a name continues a word: by at most one part, or by any number after a word of several parts.
 
-    ``..._kwargs`` are given to what they continue, so they are something else.
+    Names in ``_kwargs`` never count: they hold the arguments of the thing that the word names.
     """
     if not name.startswith(word) or name.endswith("_kwargs"):
         return False
@@ -95,13 +96,17 @@ def _continues(word: str, name: str) -> bool:
 
 
 def _abbreviates(word: str, name: str) -> bool:
-    """Return whether two words have as many parts, more than one, and each part begins its counterpart."""
+    """Return whether two words have equally many parts (two or more), each a prefix of its counterpart or the reverse.
+
+    The parts of a word stand between underscores.
+    """
     parts = list(zip(word.split("_"), name.split("_"), strict=False))
     return (
         word.count("_") == name.count("_") > 0
-        and any(len(own) >= LEAST_PART for own, _ in parts)
+        and any(len(part) >= LEAST_PART for part, _ in parts)
         and all(
-            own == its or (min(len(own), len(its)) >= LEAST_PART and (its.startswith(own) or own.startswith(its)))
-            for own, its in parts
+            part == other
+            or (min(len(part), len(other)) >= LEAST_PART and (other.startswith(part) or part.startswith(other)))
+            for part, other in parts
         )
     )

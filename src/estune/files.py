@@ -1,4 +1,4 @@
-"""Files that survive a crash: appends that are on disk when they return, and replacements that are whole or absent."""
+"""Crash-safe files: an append is on disk when it returns, and a replacement is either complete or absent."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_full_disk(error: OSError) -> bool:
-    """Say whether a write found no room."""
+    """Return whether a write failed because the disk is full."""
     return error.errno in _NO_SPACE
 
 
 def full_disk_message(error: OSError, path: Path | str) -> str:
-    """Return the sentence for a write that found no room."""
-    return f"no space left to write {path} ({error.strerror}); what was there is intact: make room, then --resume"
+    """Return the error message for a write that found the disk full."""
+    return f"no space left to write {path} ({error.strerror}); existing files are intact: free space, then --resume"
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an `OSError` for want of space into an error that says what to do."""
+    """Turn the `OSError` of a full disk into an `ExternalError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and fsync; where the disk is full the file is cut back to what it was.
+    """Append one line and fsync. If the disk is full, truncate the file to its former size.
 
     Raises:
         ExternalError: no space left.
@@ -69,7 +69,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside ``path``, fsync it and rename it over ``path``: readers see the old or the new one, whole."""
+    """Write a file beside ``path``, fsync it and rename it over ``path``: readers see the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
@@ -84,13 +84,13 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by the JSON of ``value``, indented."""
+    """Replace ``path`` by ``value`` as indented JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; ValueError where the text is none, or nests deeper than can be read."""
+    """Return the value of a JSON text; raise ValueError if it is not JSON or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -111,7 +111,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value read from JSON is a whole number that is not negative."""
+    """Return whether a value read from JSON is an integer >= 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -121,7 +121,7 @@ def is_number(value: Any) -> bool:
 
 
 def remove_path(path: Path) -> None:
-    """Delete a file, or a directory with all that is in it, where there is one; of a link only the link."""
+    """Delete a file, a link (not its target), or a directory with its contents; do nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -135,7 +135,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """Put a directory's entries (a rename, a new file) on disk."""
+    """Fsync a directory, so that its entries (a rename, a new file) are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -144,7 +144,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Put every file below a directory, and its entries, on disk."""
+    """Fsync every file below a directory, and the directory."""
     for child in sorted(path.rglob("*")):
         descriptor = os.open(child, os.O_RDONLY)
         try:
@@ -155,7 +155,7 @@ def sync_tree(path: Path) -> None:
 
 
 def try_lock(directory: Path) -> int | None:
-    """Take a directory's lock, held until the returned descriptor closes or the process dies; None: it is held."""
+    """Lock a directory until the returned descriptor closes or the process dies; None if another process holds it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,10 @@
-"""The identity of data: one byte string for every value, whatever its type, equal if and only if the values are equal.
+"""The identity of data: one byte string per value, of any type, equal if and only if the values are equal.
 
-A resume must train on the rows that the run was begun with, so every value of every column is hashed. `encode` writes a
-value's type and content, each part with its length, so that no two values share a text: 1 is not True, a tuple is not
-a list, the key 1 is not the key "1". Types without a rule of their own are taken apart as `pickle` would take them
-apart. A value that cannot be (a function, a generator, an open file) is refused: a hash that ignored it would accept
-any other in its place.
+A resume must train on the rows that the run began with, so every value of every column is hashed. `encode` writes a
+value's type and content, each part with its length, so that no two values share an encoding: 1 is not True, a tuple is
+not a list, the key 1 is not the key "1". Types without a rule of their own are reduced as `pickle` reduces them. A
+value that cannot be reduced (a function, a generator, an open file) is refused: a hash that ignored the value would
+accept any other in its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from estune.errors import UserError
 
-MOST_LEVELS = 100  # of containers within a value
+MOST_LEVELS = 100  # nested containers within a value
 DIGEST_BYTES = 16
 
 _FUNCTIONS = (
@@ -36,18 +36,18 @@ _FUNCTIONS = (
 
 
 class NoIdentityError(Exception):
-    """A value has no identity; the message says what it is."""
+    """A value has no identity; the message describes the value."""
 
 
 def encode(value: Any) -> bytes:
     """Return the bytes that stand for a value: equal values give equal bytes, in every process and on every machine.
 
-    A container is a hash of what it holds, so that a value which is held in many places is looked at once. Dictionaries
-    and sets are equal whatever their order. All NaN floats are equal; 0.0 and -0.0 are not.
+    A container is encoded as a hash of its parts, so a value that occurs in many places is read once. The order of
+    dictionaries and sets does not count. All NaN floats are equal; 0.0 and -0.0 differ.
 
     Raises:
-        NoIdentityError: the value, or something in it, is a function or another object that cannot be taken apart,
-            refers to itself, or is nested more than 100 levels deep.
+        NoIdentityError: the value, or a part of it, is a function or another object that cannot be reduced, refers to
+            itself, or is nested more than 100 levels deep.
     """
     return _Encoder().encode(value, 0)
 
@@ -58,10 +58,10 @@ def digest(value: Any) -> str:
 
 
 def rows_digest(rows: Sequence[Mapping[str, Any]], token_ids: Iterable[Sequence[int]] | None = None) -> str:
-    """Return a hash of rows, in order, and of the tokens of their prompts where ``token_ids`` (rows, P) are given.
+    """Return a hash of rows, in order, and of their prompts' tokens if ``token_ids`` (rows, P) are given.
 
     Raises:
-        UserError: a value has no identity; the sentence names row, column and type.
+        UserError: a value has no identity; the message names row, column and type.
     """
     running = blake2b(digest_size=DIGEST_BYTES)
     tokens = iter(token_ids) if token_ids is not None else None
@@ -80,8 +80,8 @@ def _encoded_row(row: Mapping[str, Any], index: int) -> bytes:
             out += encode(row[name])
         except NoIdentityError as error:
             raise UserError(
-                f"row {index}: column {name!r} holds {error}, by which a resume could not know the data again; convert "
-                "the column to plain values"
+                f"row {index}: column {name!r} holds {error}, which a resume cannot compare; convert the column to "
+                "plain values"
             ) from None
     return _part(b"r", bytes(out))
 
@@ -91,13 +91,13 @@ def _part(tag: bytes, content: bytes) -> bytes:
 
 
 class _Encoder:
-    """Encodes one value; remembers the containers in it, and holds them so that their ids stay theirs."""
+    """Encodes one value. It keeps references to the containers seen, so that their ids stay unique."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, bytes]] = {}
 
     def encode(self, value: Any, level: int) -> bytes:
-        """Return a value's bytes; of a container, a hash of its parts."""
+        """Return a value's bytes; for a container, a hash of its parts."""
         kind = type(value)
         if value is None or value is True or value is False:
             return {None: b"N", True: b"T", False: b"F"}[value]
@@ -118,7 +118,7 @@ class _Encoder:
         return known[1]
 
     def _parts(self, value: Any, level: int) -> list[bytes]:
-        """Return the bytes of what makes a value that is more than a number or a text."""
+        """Return the bytes of each part of a value that is neither a number nor text."""
         kind = type(value)
         name = _qualified(kind).encode()
         if kind in (list, tuple):
@@ -138,14 +138,14 @@ class _Encoder:
         return [name, *self._parts_of_object(value, level)]
 
     def _parts_of_object(self, value: Any, level: int) -> list[bytes]:
-        """Return what `pickle` sees of any other object: what makes it, with which arguments, and its state."""
+        """Return the parts that `pickle` stores of any other object: its constructor, the arguments, and its state."""
         kind = type(value)
         if isinstance(value, _FUNCTIONS):
             raise NoIdentityError(f"a {kind.__name__}")
         try:
             reduce = copyreg.dispatch_table.get(kind)
             reduced: Any = reduce(value) if reduce is not None else value.__reduce_ex__(4)
-        except Exception as error:  # an object of the user's: whatever its methods raise
+        except Exception as error:  # the user's own class: its methods can raise anything
             raise NoIdentityError(f"a {kind.__name__} ({error})") from None
         if isinstance(reduced, str):
             return [b"global", reduced.encode()]
@@ -158,11 +158,11 @@ class _Encoder:
         return parts
 
     def _maker(self, maker: Any, level: int) -> bytes:
-        """Return the bytes of what an object is made by: a class or a function by its name, a partial by all of it."""
+        """Return the bytes of an object's constructor: a class or function by name, a partial with its arguments."""
         if isinstance(maker, functools.partial):
             return self._maker(maker.func, level) + self.encode([list(maker.args), maker.keywords], level)
-        if not hasattr(maker, "__qualname__"):  # neither a class nor a function, of whatever compiler
-            raise NoIdentityError(f"an object that is made by a {type(maker).__name__}")
+        if not hasattr(maker, "__qualname__"):  # neither a class nor a function, compiled ones included
+            raise NoIdentityError(f"an object whose constructor is a {type(maker).__name__}")
         return _part(b"m", _qualified(maker).encode())
 
 
