@@ -24,6 +24,7 @@ HELPERS = Path(__file__).parent / "helpers"
 
 from command_line import Done, Zygote, write_rewards  # noqa: E402
 from shells import Shell  # noqa: E402
+from tiers import group_of  # noqa: E402
 
 if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
     from hypothesis import HealthCheck, settings
@@ -42,6 +43,18 @@ def pytest_ignore_collect(collection_path, config):
     if names is None or not collection_path.is_file():
         return None
     return True if not names.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a file that names an `xdist_group` in one worker: pytest-xdist 3.8 cannot under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(config.rootpath / nodeid.partition("::")[0]) or nodeid
+
+    return Grouped(config, log)
 
 
 def pytest_unconfigure():

@@ -1,8 +1,11 @@
-"""Which of a test's parameters belong to `make test`, and which to `make test-e2e`."""
+"""Which of a test's parameters belong to `make test`, which to `make test-e2e`; which files share a worker."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,3 +21,10 @@ def few(values: Iterable[Any], kept: Collection[Any]) -> list[Any]:
 def full(*values: Any) -> Any:
     """Return one set of parameters that runs in `make test-e2e` alone."""
     return pytest.param(*values, marks=pytest.mark.e2e)
+
+
+@cache
+def group_of(file: Path) -> str | None:
+    """Return the `xdist_group` that a file of tests names; None where it names none."""
+    found = re.search(r'mark\.xdist_group\("(\w+)"\)', file.read_text(encoding="utf-8"))
+    return found[1] if found else None

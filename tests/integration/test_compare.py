@@ -21,7 +21,7 @@ from estune.compare.runner import Runner
 from estune.environment import code_digest
 from estune.errors import UserError
 
-pytestmark = pytest.mark.miniature
+pytestmark = [pytest.mark.miniature, pytest.mark.xdist_group("compared")]  # one comparison, which most tests look at
 
 MINIATURE = {
     "output_dir": "out",
@@ -65,7 +65,6 @@ def result(directory: Path, name: str) -> dict:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_every_row_is_there(compared: Path) -> None:
     summary = json.loads((compared / "out" / "summary.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["evaluations"]}
@@ -84,7 +83,6 @@ def test_every_row_is_there(compared: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> None:
     for method, seed in (("es", 0), ("grpo", 1)):
         found = result(compared, f"{method}/seed-{seed}-evaluations.json")
@@ -109,7 +107,6 @@ def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> N
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
     for method in ("es", "grpo", "random_search"):
         tuned = result(compared, f"{method}/tuning.json")
@@ -123,7 +120,6 @@ def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_the_report_needs_nothing_else(compared: Path) -> None:
     page = (compared / "out" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
@@ -137,7 +133,6 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, tmp_path: Path) -> None:
     """All but links to the runs' own pages, which are not there; and nothing that was measured is measured again."""
     shutil.copy(compared / "out" / "comparison_results.json", tmp_path / "kept.json")
@@ -160,7 +155,6 @@ def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, t
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"
@@ -200,7 +194,6 @@ def held(**given):
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path, tmp_path: Path) -> None:
     """The time is up first, long before the evaluations; the run goes on to them as if nothing had happened."""
     methods = {"grpo": MINIATURE["methods"]["grpo"]}
@@ -232,7 +225,6 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_at_equal_time_alone(tmp_path: Path) -> None:
     """One run a seed, one table, curves over both, and nothing done again."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
@@ -268,7 +260,6 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
     """Where answers repeat; it is told beside everybody, and brought where results are older than it."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"}}}
@@ -343,7 +334,6 @@ def test_a_dry_run_says_what_it_would_take(call, tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_a_comparisons_directory_is_no_model_and_no_run(call, compared: Path) -> None:
     done = call("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
     assert_refused(done, "holds a comparison", "below its models")
@@ -351,7 +341,6 @@ def test_a_comparisons_directory_is_no_model_and_no_run(call, compared: Path) ->
 
 
 @pytest.mark.e2e
-@pytest.mark.xdist_group("compared")
 def test_a_dry_run_sees_what_is_there_already(call, compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared / "out", tmp_path / "out")
     file = write(tmp_path, measuring={**MINIATURE["measuring"], "samples": 3})

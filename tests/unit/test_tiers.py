@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiers import few, full, group_of
 
 ROOT = Path(__file__).parents[2]
 TIERS = ("miniature", "e2e", "real")
@@ -28,3 +29,16 @@ def test_the_default_selection_is_what_make_test_runs() -> None:
 def test_ci_runs_every_tier() -> None:
     commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert {"make test", "make test-e2e", "make test-real"} <= set(commands)
+
+
+def test_files_share_a_worker_where_they_name_a_group() -> None:
+    assert group_of(ROOT / "tests" / "unit" / "test_sandbox.py") == "processes"
+    assert group_of(ROOT / "tests" / "integration" / "test_compare.py") == "compared"
+    assert group_of(ROOT / "tests" / "unit" / "test_noise.py") is None
+
+
+def test_what_is_not_kept_belongs_to_the_other_tier() -> None:
+    kept, left = few(["a", "b"], ("a",))
+    assert kept == "a" and left == full("b") and [mark.name for mark in left.marks] == ["e2e"]
+    with pytest.raises(AssertionError):
+        few(["a"], ("c",))
