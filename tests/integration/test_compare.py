@@ -336,7 +336,7 @@ def test_a_dry_run_says_what_it_would_take(call, tmp_path: Path) -> None:
 @pytest.mark.e2e
 def test_a_comparisons_directory_is_no_model_and_no_run(call, compared: Path) -> None:
     done = call("evaluate", "--model", "out", "--task", "countdown", cwd=compared)
-    assert_refused(done, "holds a comparison", "below its models")
+    assert_refused(done, "holds a comparison", "in its folder models")
     assert_refused(call("report", "out", cwd=compared), "holds a comparison", "report.html")
 
 

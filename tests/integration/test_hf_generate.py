@@ -475,7 +475,7 @@ def test_unusable_models_are_refused_in_one_sentence(tmp_path: Path, monkeypatch
     refused(tmp_path, "config.json")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="'nobody/nothing' is no directory, and the hub cannot be reached"):
+    with pytest.raises(UserError, match="'nobody/nothing' is not a directory, and the hub cannot be reached"):
         HFEngine.load("nobody/nothing")
     save_tiny("llama", tmp_path)
     with pytest.raises(UserError, match="unknown dtype 'int3'"):

@@ -312,7 +312,7 @@ def test_a_model_that_is_called_in_a_way_of_its_own_is_named(capsys: pytest.Capt
     engine = engine_of("mamba")
     assert not engine.facts.header["shared_forward"]
     message = capsys.readouterr().err
-    assert "one after another" in message and "how the model is called" in message
+    assert "one after another" in message and "the model's inputs" in message
 
 
 def test_rows_are_planned_by_member() -> None:

@@ -1,1 +1,1 @@
-"""The engine of transformers models in this process."""
+"""The engine for transformers models in this process."""

@@ -1,4 +1,4 @@
-"""What belongs to a transformers model beside its weights: configuration, tokenizer, end tokens, code."""
+"""The parts of a transformers model that are not weights: configuration, tokenizer, end tokens, code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class HFAssets:
     def __init__(
         self, model: Model, tokenizer: Any, dtype: str, *, digests: dict[str, str] | None = None, is_mixed: bool = False
     ) -> None:
-        """Read end tokens and padding of a model.
+        """Read the end tokens and the padding token of a model.
 
         Args:
-            model: with its configuration.
-            tokenizer: that makes its prompts.
-            dtype: that the model computes in.
-            digests: those of `identity` that come from a model's files.
-            is_mixed: whether a module was cast in part, so that only float32 describes all its weights.
+            model: the model in memory.
+            tokenizer: the tokenizer of its prompts.
+            dtype: the compute dtype.
+            digests: digests of the model's files for `identity`; None: they are computed from the module.
+            is_mixed: whether the weights have several dtypes, so that only float32 describes them all.
 
         Raises:
-            UserError: an end or padding token is none of the model's.
+            UserError: an end token or padding token is not an integer.
         """
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = end_ids.vocabulary_rows(model)
@@ -35,11 +35,11 @@ class HFAssets:
         self._dtype, self._digests, self._is_mixed = dtype, digests, is_mixed
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion's tokens, special tokens left out."""
+        """Return the text of a completion's tokens, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def save(self, directory: Path, dtype: str) -> None:
-        """Write configuration, generation configuration and tokenizer; see `ModelAssets.save`."""
+        """Write configuration, generation configuration, tokenizer and code; see `ModelAssets.save`."""
         save_assets(
             self.model,
             self.tokenizer,
@@ -51,13 +51,13 @@ class HFAssets:
         )
 
     def check(self) -> None:
-        """Try `save`, and compare what it writes with the weights; see `ModelAssets.check`."""
+        """Save into a temporary directory, and compare the files with the model; see `ModelAssets.check`."""
         check_assets(self.model, lambda directory: self.save(directory, self._dtype))
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides answers beside the weights; see `ModelAssets.identity`."""
+        """Return values that determine the answers beside the weights; see `ModelAssets.identity`."""
         digests = identity.module_identity(self.model) if self._digests is None else self._digests
-        found = {"end_tokens": sorted(self.end_tokens), **digests}
-        if "tokenizer" not in found:
-            found["tokenizer"] = identity.tokenizer_identity(self.tokenizer)
-        return found
+        values = {"end_tokens": sorted(self.end_tokens), **digests}
+        if "tokenizer" not in values:
+            values["tokenizer"] = identity.tokenizer_identity(self.tokenizer)
+        return values

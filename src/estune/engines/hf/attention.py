@@ -1,8 +1,8 @@
-"""Grouped-query attention under a mask without copies of the keys and values.
+"""Grouped-query attention with a mask, without copies of the keys and values.
 
-Where several query heads share a key/value head and rows are padded, transformers repeats keys and values for every
-query head before it calls torch: at each token of each layer the whole cache is copied, several times its size. Torch's
-CPU kernel takes grouped heads and a mask together; this attention function says so and does nothing else differently.
+If query heads share key/value heads and rows are padded, transformers repeats keys and values for every query head
+before it calls torch. So each layer copies several times its whole cache for every token. Torch's CPU kernel accepts
+grouped heads together with a mask; this attention function passes them directly and changes nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "estune_sdpa"
-_TRIAL = ([1, 2, 3, 4, 5], [1, 1, 1, 6, 7])  # tokens; the second row is padded by three
+_TRIAL = ([1, 2, 3, 4, 5], [1, 1, 1, 6, 7])  # token ids; the first three of the second row are padding
 
 
 def grouped_attention(
@@ -29,9 +29,10 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as ``sdpa`` of transformers does: query (R, H, T, d), key and value (R, H / g, S, d); (R, T, H, d).
+    """Return the same attention as transformers' ``sdpa``: (R, T, H, d).
 
-    Everything but a masked call with grouped heads on the CPU goes to transformers.
+    The query is (R, H, T, d); key and value are (R, H / g, S, d). Only masked calls with grouped heads on a CPU are
+    computed here. Others go to transformers.
     """
     if (
         attention_mask is None
@@ -41,17 +42,17 @@ def grouped_attention(
         or kwargs.get("position_bias") is not None
         or kwargs.get("cache") is not None
     ):
-        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return found, None
-    found = F.scaled_dot_product_attention(
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return output, None
+    output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )  # (R, H, T, d)
-    return found.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 @torch.inference_mode()
 def install(model: Any) -> bool:
-    """Let ``model`` use `grouped_attention` if a trial gives the logits that it gave before, to rounding; say if so."""
+    """Set ``model`` to `grouped_attention` if a trial's logits stay equal to rounding; return whether it is set."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None)
     if (

@@ -1,10 +1,10 @@
-"""Two ways of calling a Hugging Face model token by token.
+"""Callers: two ways to call a Hugging Face model token by token.
 
-`AttentionCaller` is for models that take a mask, positions and a key/value cache (nearly all): masks and positions are
-laid out once, the cache is written in place. `GenericCaller` goes through the hooks that ``generate`` itself uses, for
-models with a state or input code of their own. Which one a model bears is found out in `estune.engines.hf.trials`.
+`AttentionCaller` is for models that take a mask, positions and a key/value cache, which are nearly all models. It
+builds masks and positions once and writes the cache in place. `GenericCaller` uses the hooks of ``generate``, for
+models with other states or their own input code. `estune.engines.hf.trials` finds out which caller fits a model.
 
-A caller serves one batch and holds its cache, so no cache ever meets other weights.
+A caller serves one batch and owns its cache, so a cache is never used with other weights.
 """
 
 from __future__ import annotations
@@ -17,32 +17,37 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-LEAST_SHARED = 8  # first tokens that all prompts share; fewer are not worth a forward pass of their own
-Model = Any  # a causal language model of transformers, whose own annotations are too loose to check against
+LEAST_SHARED = 8  # tokens; a shorter common prefix of the prompts is not worth a separate forward pass
+Model = Any  # a causal language model of transformers, whose annotations are too loose for a type checker
 
 
 class Caller(Protocol):
-    """One batch's way through the model; holds the cache, and is never used for a second batch."""
+    """Calls the model for one batch and holds the batch's cache; a second batch needs a new caller."""
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, max_new: int) -> torch.Tensor:
-        """Read the prompts, ``ids`` and ``mask`` (R, P); return the logits of the next token (R, V)."""
+        """Read the prompts, ``ids`` and ``mask`` (R, P); return the logits of the first new token (R, V)."""
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one token per row (R,); return the logits of the next one (R, V)."""
 
     def select_rows(self, rows: torch.Tensor) -> bool:
-        """Make the batch of these of its rows; false where the model's cache cannot do that (nothing changes)."""
+        """Replace the batch by these of its rows; return false, without a change, if the cache cannot do that."""
 
     def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
-        """Let finished rows leave a batch of ``lines``, if that is worth it.
+        """Remove finished rows from a batch of ``lines`` if that saves enough time.
+
+        Args:
+            alive: the unfinished lines, ascending.
+            lines: number of lines in the batch.
 
         Returns:
-            The old line that each new line goes on with, and whether it is more than filling; or ``None``.
+            The old line that each new line continues, and whether the new line is live (false for padding); or ``None``
+            if the batch is unchanged.
         """
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A key/value layer written in place: concatenating would copy the whole cache at every token."""
+    """A key/value layer that is written in place; concatenation would copy the whole cache for every token."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -52,7 +57,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (R, heads, T, d) states; return all states so far as views."""
+        """Append states (R, heads, T, d); return views of all states so far."""
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self._keys, self._values = (
@@ -80,21 +85,22 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 class AttentionCaller:
     """Calls a model that takes ``attention_mask``, ``position_ids`` and ``past_key_values``.
 
-    What prompts have in common is read once: prompts that are equal (the completions of one prompt), and the first
-    tokens that all prompts share. Rows may form ``groups`` of equal prompts, each with weights of its own (members);
-    then nothing is shared between groups, and ``regroup(K)`` is called before a call with other rows per group.
+    Equal prompts (several completions of one prompt) are read once, and so is the common prefix of all prompts. Rows
+    may form ``groups`` with the same prompts and different weights (members). Then groups share nothing with each
+    other, and ``regroup(K)`` is called before a forward pass with K rows per group, if K has changed.
     """
 
     def __init__(
         self, model: Model, wide_mask: bool, groups: int = 0, regroup: Callable[[int], None] | None = None
     ) -> None:
-        """Take a model and what is known of it and of its rows.
+        """Configure the caller for a model and its rows.
 
         Args:
-            model: the model.
-            wide_mask: it takes a ready (R, 1, 1, S) mask per token, which saves building one in it.
-            groups: of rows, each with the same prompts; 0: any row may have weights of its own, so nothing is shared.
-            regroup: called with the rows per group before a call that has others than the one before.
+            model: the model. wide_mask: whether the model takes a mask (R, 1, 1, S), which saves the time of building
+            one for every token. groups: number of row groups with the same prompts; 0: every row may have different
+            weights, so rows share
+                nothing.
+            regroup: called with the number of rows per group before a forward pass that changes it.
         """
         self.model = model
         self.wide_mask = wide_mask
@@ -112,7 +118,7 @@ class AttentionCaller:
             if type(layer) is DynamicLayer:
                 self.cache.layers[i] = PreallocatedLayer(length + max_new)
         self.padded = not bool(mask.all())
-        lines, back, shared = self._in_common(ids[:width], mask[:width])
+        lines, places, shared = self._in_common(ids[:width], mask[:width])
         if len(lines) < width:
             chosen = self._in_groups(lines, width)
             ids, mask = ids[chosen], mask[chosen]
@@ -123,39 +129,44 @@ class AttentionCaller:
         self.mask[:, :length] = mask
         if self.wide_mask:
             self.mask = self.mask.bool()[:, None, None, :]  # (R, 1, 1, P + T)
-        self.positions = positions[:, -1:].clone()  # (R, 1): of the last token read
+        self.positions = positions[:, -1:].clone()  # (R, 1), the position of the last token
         if len(lines) < width or shared:
             self.regroup(len(lines))
         logits = self._call(ids[:, shared:], mask if self.padded else None, positions[:, shared:])
         if len(lines) < width:
-            repeated = self._in_groups(back, len(lines))
+            repeated = self._in_groups(places, len(lines))
             self.select_rows(repeated)
             self.regroup(width)
             logits = logits[repeated]
         return logits
 
     def _in_common(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[list[int], list[int], int]:
-        """Return which rows (K) differ, the place among those of each row, and how many first tokens all share."""
-        everyone = list(range(len(ids)))
+        """Return what the rows (K) of a group have in common.
+
+        Returns:
+            The rows with distinct prompts, the index of every row's prompt among these, and the number of tokens in the
+            common prefix of all prompts.
+        """
+        all_rows = list(range(len(ids)))
         if not self.shares or not self._can_select():
-            return everyone, everyone, 0
+            return all_rows, all_rows, 0
         prompts = [tuple(row[-n:]) for row, n in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
-        places: dict[tuple[int, ...], int] = {}
-        back = [places.setdefault(prompt, len(places)) for prompt in prompts]
-        lines = [back.index(place) for place in range(len(places))]
+        distinct: dict[tuple[int, ...], int] = {}  # prompt -> index
+        places = [distinct.setdefault(prompt, len(distinct)) for prompt in prompts]
+        lines = [places.index(place) for place in range(len(distinct))]
         shared = 0
-        if self.wide_mask and len(places) > 1:
-            for tokens in zip(*places, strict=False):
+        if self.wide_mask and len(distinct) > 1:
+            for tokens in zip(*distinct, strict=False):
                 if len(set(tokens)) > 1:
                     break
                 shared += 1
-            shared = min(shared, min(map(len, places)) - 1)  # every row has a token left to read
-        return lines, back, shared if shared >= LEAST_SHARED else 0
+            shared = min(shared, min(map(len, distinct)) - 1)  # at least one token of every row remains
+        return lines, places, shared if shared >= LEAST_SHARED else 0
 
     def _read_shared(self, ids: torch.Tensor, mask: torch.Tensor, width: int, shared: int) -> torch.Tensor:
-        """Read the first ``shared`` tokens once a group; return the mask (R, P) with the padding behind them.
+        """Read the first ``shared`` tokens once per group; return the mask (R, P) with the padding after them.
 
-        A row's own tokens stay where they are, at the end of ``ids``: only what stands before them moves.
+        The shared tokens come first, then the padding. A row's remaining tokens stay at the end of ``ids``.
         """
         start = ids.shape[1] - int(mask[0].sum())
         first = ids[:1, start : start + shared].expand(self.groups, -1)  # (V, shared)
@@ -164,13 +175,13 @@ class AttentionCaller:
         self._call(first, None, positions)
         self.cache.batch_select_indices(torch.arange(self.groups, device=ids.device).repeat_interleave(width))
         places = torch.arange(ids.shape[1], device=ids.device)
-        own = places >= ids.shape[1] - mask.sum(-1, keepdim=True) + shared  # (R, P)
-        return (own | (places < shared)).to(mask.dtype)
+        is_remaining = places >= ids.shape[1] - mask.sum(-1, keepdim=True) + shared  # (R, P)
+        return (is_remaining | (places < shared)).to(mask.dtype)
 
     def _in_groups(self, lines: Sequence[int], width: int) -> torch.Tensor:
-        """Return the lines of all groups, given those of one group and its width."""
-        one = torch.tensor(lines, device=self.model.device)
-        return (torch.arange(self.groups, device=one.device)[:, None] * width + one).flatten()
+        """Return the lines of all groups from the lines of one group and the groups' width."""
+        group = torch.tensor(lines, device=self.model.device)
+        return (torch.arange(self.groups, device=group.device)[:, None] * width + group).flatten()
 
     def _can_select(self) -> bool:
         return all(type(layer) in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers)
@@ -190,7 +201,7 @@ class AttentionCaller:
         return True
 
     def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
-        """Keep the unfinished rows alone once they are three quarters of the batch or fewer; see `Caller`."""
+        """Keep only the unfinished rows if they are at most three quarters of the batch; see `Caller`."""
         if 4 * len(alive) > 3 * lines or not self.select_rows(torch.tensor(alive, device=self.mask.device)):
             return None
         return list(alive), [True] * len(alive)
@@ -209,7 +220,7 @@ class AttentionCaller:
 
 
 class GenericCaller:
-    """Calls a model through the hooks of ``generate``: state-space models, and models that prepare their inputs."""
+    """Calls a model by the hooks of ``generate``: for state-space models and models that prepare their own inputs."""
 
     def __init__(self, model: Model) -> None:
         self.model = model

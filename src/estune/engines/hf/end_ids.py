@@ -1,4 +1,4 @@
-"""Which tokens end a completion, and which one fills up a batch: ids that exist in the model's vocabulary."""
+"""The tokens that end a completion, and the padding token: ids that exist in the model's vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from estune.errors import UserError
 
 
 def vocabulary_rows(model: Any) -> int | None:
-    """Return the number of rows of a model's input embedding; ``None`` where the model does not show one."""
+    """Return the number of rows of a model's input embedding; ``None`` if it cannot be determined."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (NotImplementedError, AttributeError):
@@ -23,42 +23,46 @@ def vocabulary_rows(model: Any) -> int | None:
 
 
 def end_ids(model: Any, tokenizer: Any, vocab_size: int | None) -> tuple[frozenset[int], int]:
-    """Return the end-of-sequence ids and the padding id; nothing else of generation_config is ever used.
+    """Return the end-of-sequence ids and the padding id. No other field of generation_config is used.
 
-    The end ids are those of generation_config, else the tokenizer's. Ids that the model cannot generate are left out,
-    and a padding id that it does not have is replaced.
+    The end ids are those of generation_config, or else the tokenizer's. Ids outside the vocabulary are dropped, and a
+    padding id outside the vocabulary is replaced.
 
     Raises:
-        UserError: an id is not a whole number.
+        UserError: an id is not an integer.
     """
     settings = getattr(model, "generation_config", None)
-    given = _ids("generation_config's eos_token_id", getattr(settings, "eos_token_id", None))
-    own = _ids("the tokenizer's eos_token_id", getattr(tokenizer, "eos_token_id", None))
-    ends = [token for token in given or own if _exists(token, vocab_size)]
-    if not ends and (given or own):
-        warn(f"{_named(given or own, tokenizer)} should end a completion and is not in the model's vocabulary of "
-             f"{vocab_size}, so that it never does")  # fmt: skip
-    elif ends and given and set(given) != set(own):
-        instead = f"the tokenizer's own is {_named(own, tokenizer)}" if own else "the tokenizer has none of its own"
-        note(f"completions end with {_named(ends, tokenizer)}, as the model's generation_config says; {instead}")
+    configured = _ids("generation_config's eos_token_id", getattr(settings, "eos_token_id", None))
+    of_tokenizer = _ids("the tokenizer's eos_token_id", getattr(tokenizer, "eos_token_id", None))
+    ends = [token for token in configured or of_tokenizer if _exists(token, vocab_size)]
+    if not ends and (configured or of_tokenizer):
+        warn(
+            f"{_named(configured or of_tokenizer, tokenizer)} should end a completion, but is not in the model's "
+            f"vocabulary of {vocab_size}, so it never does"
+        )
+    elif ends and configured and set(configured) != set(of_tokenizer):
+        other = f"the tokenizer's is {_named(of_tokenizer, tokenizer)}" if of_tokenizer else "the tokenizer has none"
+        note(f"completions end with {_named(ends, tokenizer)}, the eos_token_id of generation_config; {other}")
     pads = _ids("generation_config's pad_token_id", getattr(settings, "pad_token_id", None))
     pads += _ids("the tokenizer's pad_token_id", getattr(tokenizer, "pad_token_id", None))
     pad = next(token for token in (*pads, *ends, 0) if _exists(token, vocab_size))
     if pads and pads[0] != pad:
-        note(f"the padding token {_named(pads[:1], tokenizer)} is not in the model's vocabulary of {vocab_size}; "
-             f"batches are padded with {_named([pad], tokenizer)} instead")  # fmt: skip
+        note(
+            f"the padding token {_named(pads[:1], tokenizer)} is not in the model's vocabulary of {vocab_size}; "
+            f"batches are padded with {_named([pad], tokenizer)} instead"
+        )
     return frozenset(ends), pad
 
 
 def settings_of(model: Any, ends: frozenset[int], pad: int, vocab_size: int | None) -> dict[str, Any]:
-    """Return the ids that a saved generation_config must hold instead of its own, so that it says what was used."""
+    """Return the fields of generation_config that differ from the ids in use, with these ids as values."""
     settings = model.generation_config
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if set(token_ids(settings.eos_token_id)) != ends:
-        found["eos_token_id"] = None if not ends else min(ends) if len(ends) == 1 else sorted(ends)
+        changes["eos_token_id"] = None if not ends else min(ends) if len(ends) == 1 else sorted(ends)
     if not all(_exists(token, vocab_size) for token in token_ids(settings.pad_token_id)):
-        found["pad_token_id"] = pad
-    return found
+        changes["pad_token_id"] = pad
+    return changes
 
 
 def _ids(what: str, value: Any) -> list[int]:
@@ -73,7 +77,7 @@ def _exists(token: int, vocab_size: int | None) -> bool:
 
 
 def _named(tokens: Iterable[int], tokenizer: Any) -> str:
-    """Return tokens as a user knows them: ``<eos> (258)``."""
+    """Return tokens as text and id, for messages: ``<eos> (258)``."""
     return ", ".join(_name(token, tokenizer) for token in tokens)
 
 

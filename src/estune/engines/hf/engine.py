@@ -1,7 +1,7 @@
-"""The Hugging Face engine: any causal language model of transformers, on CPU, CUDA or MPS, through plain torch.
+"""The Hugging Face engine: any causal language model of transformers, on CPU, CUDA or MPS, in plain torch.
 
-One float32 master, one working model in the compute dtype (`working_model`). Members are written into the working model
-one after another, or, with low-rank noise, share its forward passes (`estune.engines.lowrank`).
+The engine holds theta in float32 and one working model in the compute dtype (`working_model`). Members are written into
+the working model one after another. Low-rank members share its forward passes instead (`estune.engines.lowrank`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from estune.console import warn
 from estune.engines.base import EngineFacts, EngineOptions
 from estune.engines.hf import allocator, attention, callers, decoding, identity, small_linear, trials
 from estune.engines.hf.assets import HFAssets
-from estune.engines.hf.loading import files_of, load_model, load_tokenizer, master_of, resolve_device
+from estune.engines.hf.loading import files_of, load_model, load_tokenizer, make_theta, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
 from estune.engines.hf.saved_model import (
     TIED_OTHERWISE,
@@ -53,22 +53,22 @@ class HFEngine(LocalBase):
         model: callers.Model,
         tokenizer: Any,
         bound: Sequence[Binding],
-        master: HostTheta,
+        theta: HostTheta,
         *,
         prompts_per_batch: int,
         digests: dict[str, str] | None = None,
         is_mixed: bool = False,
     ) -> None:
-        """Take parts that belong together; use `load` or `from_model`.
+        """Combine a model, its tokenizer, its bindings and its theta; callers use `load` or `from_model`.
 
-        ``digests`` and ``is_mixed`` are those of `HFAssets`.
+        ``digests`` and ``is_mixed`` are arguments of `HFAssets`.
         """
         self.model = model.eval()
         self.prompts_per_batch = prompts_per_batch
         self.device = model.device
         self.compute_dtype = _name(model.dtype)
         self._stored_dtypes = {binding.name: _name(binding.dtype) for binding in bound}
-        self.working = WorkingModel(model, bound, master)
+        self.working = WorkingModel(model, bound, theta)
         self.theta = self.working.theta
         text_config = model.config.get_text_config(decoder=True)
         limits = [
@@ -83,20 +83,20 @@ class HFEngine(LocalBase):
         self._wide_mask = self._attention and trials.takes_wide_mask(model)
         self._batching = "padded" if self._attention else trials.safe_batching(model, self._caller)
         self._shared: SharedForward | None = None
-        self._is_lowrank = any(spec.lowrank for spec in master.specs)
-        if self._is_lowrank or self.working.is_theta:  # vectors alone share a forward pass, too
+        self._is_lowrank = any(spec.lowrank for spec in theta.specs)
+        if self._is_lowrank or self.working.is_theta:  # members of vectors alone share a forward pass, too
             self._share_forward()
-        if self.device.type == "cpu":  # after loading, whose memory is better given back
+        if self.device.type == "cpu":  # after loading, whose memory should return to the system
             allocator.keep_freed_memory()
 
     @classmethod
     def open(cls, options: EngineOptions) -> HFEngine:
-        """Return an engine of a model by name, or of a module in memory.
+        """Return an engine of a named model, or of a module in memory.
 
         Raises:
             UserError: the model cannot be used, or an option would have no effect.
         """
-        given: dict[str, Any] = dict(
+        common: dict[str, Any] = dict(
             num_threads=options.num_threads,
             prompts_per_batch=options.prompts_per_batch,
             trainable_parameters=options.trainable_parameters,
@@ -104,13 +104,14 @@ class HFEngine(LocalBase):
         )
         module = options.module
         if module is not None:
-            own = (_name(module.dtype), module.device.type)
-            if options.dtype not in ("auto", own[0]) or options.device not in ("auto", own[1]):
-                raise UserError(f"a model given as a module keeps its dtype and device ({own[0]} on {own[1]}): leave "
-                                "both at auto")  # fmt: skip
+            dtype, device = _name(module.dtype), module.device.type
+            if options.dtype not in ("auto", dtype) or options.device not in ("auto", device):
+                raise UserError(
+                    f"a model given as a module keeps its dtype and device ({dtype} on {device}): leave both at auto"
+                )
             if options.tokenizer is None:
                 raise UserError("a model given as a module needs its tokenizer as processing_class")
-            return cls.from_model(module, options.tokenizer, **given)
+            return cls.from_model(module, options.tokenizer, **common)
         if options.revision is not None and local_directory(options.model) is not None:
             raise UserError(f"revision names a version on the hub, and model {options.model} is a directory")
         return cls.load(
@@ -120,7 +121,7 @@ class HFEngine(LocalBase):
             device=options.device,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
-            **given,
+            **common,
         )
 
     @classmethod
@@ -141,26 +142,26 @@ class HFEngine(LocalBase):
         """Load a directory, a hub id or the embedded model ``tiny``.
 
         Args:
-            model: what to load.
-            tokenizer: used instead of the model's own.
-            dtype: compute dtype; ``auto`` is float32, on CUDA bfloat16 for a checkpoint of 16 bits.
+            model: directory, hub id or ``tiny``.
+            tokenizer: replaces the model's own tokenizer.
+            dtype: compute dtype; ``auto`` is bfloat16 for a 16-bit checkpoint on CUDA, and float32 otherwise.
             device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
             revision: the hub revision.
             trust_remote_code: run code that comes with the model.
             num_threads: threads that torch and the noise kernels use.
             prompts_per_batch: prompts in one forward pass, each with all its completions.
             trainable_parameters: regexes searched in stored names; only matching parameters are perturbed.
-            noise: ``full`` or ``lowrank``: the noise of matrices.
+            noise: noise of matrices, ``full`` or ``lowrank``.
 
         Raises:
-            UserError: the model cannot be used as it is; the sentence says why.
+            UserError: the model cannot be used; the message gives the reason.
         """
         torch.set_num_threads(num_threads)
         place = resolve_device(device)
-        has_own = tokenizer is None
-        if has_own:
+        uses_own_tokenizer = tokenizer is None
+        if uses_own_tokenizer:
             tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-        working, bound, master = load_model(
+        working, bound, theta = load_model(
             model,
             dtype=dtype,
             device=place,
@@ -171,12 +172,14 @@ class HFEngine(LocalBase):
             noise=noise,
         )
         commit = getattr(working.config, "_commit_hash", None) or revision
-        digests = identity.directory_identity(files_of(model, commit), tokenizer=has_own, code=trust_remote_code)
+        digests = identity.directory_identity(
+            files_of(model, commit), tokenizer=uses_own_tokenizer, code=trust_remote_code
+        )
         try:
-            return cls(working, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, digests=digests)
+            return cls(working, tokenizer, bound, theta, prompts_per_batch=prompts_per_batch, digests=digests)
         except UserError:
             raise
-        except Exception as error:  # the model's own code, which answers a few tokens here for the first time
+        except Exception as error:  # the model's own code runs here for the first time and may raise anything
             raise UserError(f"model {model!r} cannot be run: {reason_of(error)}") from error
 
     @classmethod
@@ -190,12 +193,12 @@ class HFEngine(LocalBase):
         trainable_parameters: Sequence[str] | None = None,
         noise: str = "full",
     ) -> HFEngine:
-        """Use a model that is already in memory, in its dtype and on its device; its weights become theta.
+        """Return an engine of a model in memory, with its dtype and device; its weights become theta.
 
-        The model is the engine's from here on: its weights are overwritten by every member.
+        The engine takes ownership of the model: every member overwrites its weights.
 
         Raises:
-            UserError: the model cannot be used as it is; `check_assets` says whether it can be saved as it is.
+            UserError: the model cannot be used. `HFAssets.check` finds out whether it can be saved.
         """
         torch.set_num_threads(num_threads)
         name = type(model).__name__
@@ -203,11 +206,13 @@ class HFEngine(LocalBase):
             warn(f"the module {name}: {TIED_OTHERWISE}")
         is_mixed = is_cast_in_part(model)
         if is_mixed:
-            warn(f"the module {name} holds weights of several dtypes; its saved config.json says float32, which "
-                 "rounds none of them")  # fmt: skip
+            warn(
+                f"the module {name} holds weights of several dtypes; its saved config.json says float32, which rounds "
+                "none of them"
+            )
         try:
             bound, buffers = bindings(model)
-            master = master_of(
+            theta = make_theta(
                 bound,
                 buffers,
                 trainable_parameters,
@@ -216,10 +221,10 @@ class HFEngine(LocalBase):
                 lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
                 share=noise == "lowrank" and model.device.type == "cpu",
             )
-            return cls(model, tokenizer, bound, master, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
+            return cls(model, tokenizer, bound, theta, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
         except UserError:
             raise
-        except Exception:  # the module's own code; a configuration that describes another module explains it best
+        except Exception:  # the module's own code; often the configuration describes another module
             check_agreement(model, saved_config(model, "float32"))
             raise
 
@@ -230,7 +235,7 @@ class HFEngine(LocalBase):
 
     @property
     def facts(self) -> EngineFacts:
-        """What training needs to know of the engine."""
+        """Properties of the engine that training reads."""
         header = {
             "engine": "hf",
             "device": self.device.type,
@@ -253,7 +258,7 @@ class HFEngine(LocalBase):
         )
 
     def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
-        """Answer one group; low-rank members share every forward pass where the model allows it."""
+        """Answer one group; low-rank members share every forward pass if the model allows it."""
         members = [each for each in job.perturbations if each is not None]
         if self._shared is None or len(members) < len(job.perturbations):
             return super().answer(job, should_stop)
@@ -269,11 +274,11 @@ class HFEngine(LocalBase):
         sampling: Sampling,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Completion]]:
-        """Answer prompts (B) with one member, or theta itself: completions (B, G). See `Engine.generate`.
+        """Return the completions (B, G) of one member, or of theta, for prompts (B); see `LocalEngine.generate`.
 
         Raises:
-            Interrupted: ``should_stop()`` turned true between two tokens.
-            UserError: a prompt is empty, or does not leave room for a completion in the model's context.
+            Interrupted: ``should_stop()`` returned true between two tokens.
+            UserError: a prompt is empty, or leaves no room for a completion in the model's context.
         """
         if perturbation is not None and self._shared is not None:
             return self.generate_population([perturbation], prompts, sampling, should_stop)[0]
@@ -288,9 +293,13 @@ class HFEngine(LocalBase):
         sampling: Sampling,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[list[list[Completion]]]:
-        """Answer prompts (B) with some members: completions (M, B, G). See `Engine.generate_population`.
+        """Return the completions (M, B, G) of M members for prompts (B).
 
-        Low-rank members share every forward pass where the model allows it; others run one after another.
+        Low-rank members share every forward pass if the model allows it; others run one after another.
+
+        Raises:
+            Interrupted: ``should_stop()`` returned true between two tokens.
+            UserError: a prompt is empty or too long, or the members cannot share a forward pass with these prompts.
         """
         if self._shared is None:
             return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
@@ -302,7 +311,7 @@ class HFEngine(LocalBase):
         try:
             with self._shared.installed(members.stand_ins):
                 return self._answer(members, prompts, sampling, should_stop)
-        except Uncovered as error:  # no silent change of ways in the middle of a run
+        except Uncovered as error:  # fail rather than fall back to sequential members during a run
             raise UserError(
                 f"low-rank members cannot share a forward pass with these prompts, because of {error}; use noise full"
             ) from error
@@ -314,10 +323,10 @@ class HFEngine(LocalBase):
         sampling: Sampling,
         should_stop: Callable[[], bool],
     ) -> list[list[list[Completion]]]:
-        """Answer prompts with what the working model holds (M = 1), or with members that share it: (M, B, G)."""
+        """Return completions (M, B, G) of ``members``, or of the weights in the working model (M = 1)."""
         if self._stop.strings != sampling.stop_strings:
             self._stop = decoding.StopStrings(self.assets.tokenizer, sampling.stop_strings)
-        copies = 1 if sampling.temperature == 0.0 else sampling.num_generations  # greedy completions are all equal
+        copies = 1 if sampling.temperature == 0.0 else sampling.num_generations  # greedy completions are equal
         rows = [decoding.Row(p.token_ids, p.row_id, g) for p in prompts for g in range(copies)]
         n_members = 1 if members is None else members.count
         size = self.prompts_per_batch * copies
@@ -345,7 +354,7 @@ class HFEngine(LocalBase):
         ]
 
     def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
-        """Say how many of ``members`` should answer together; see `Engine.members_that_fit`."""
+        """Return how many of ``members`` should share a forward pass; see `Generator.members_that_fit`."""
         if self._shared is None:
             return 1
         free = environment.free_memory_bytes()
@@ -355,26 +364,26 @@ class HFEngine(LocalBase):
         return max(1, min(members, int(free * MEMORY_SHARE / size), MOST_ROWS // rows))
 
     def load_theta(self) -> None:
-        """Put theta itself into the working model."""
+        """Write theta into the working model."""
         self._load(None)
 
     def forget(self) -> None:
-        """Write the working model anew at the next `generate`: theta has changed."""
+        """Mark the working model's weights as stale, because theta has changed; the next use rewrites them."""
         self.working.forget()
 
     @torch.inference_mode()
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return the log-probability of every completion token under theta, at temperature 1.
+        """Return theta's natural log-probability of every completion token, at temperature 1.
 
         Args:
             prompts: (B,).
             completions: token ids, one completion per prompt.
 
         Returns:
-            For each prompt one value per completion token: float32 log-softmax, as Python floats.
+            One list per prompt, with one value per completion token: float32 log-softmax, as Python floats.
 
         Raises:
-            UserError: a prompt is empty, or a row is longer than the model's context.
+            UserError: a prompt is empty, or a prompt with its completion is longer than the model's context.
         """
         self._check_lengths(prompts, [len(completion) for completion in completions])
         self._load(None)
@@ -386,44 +395,43 @@ class HFEngine(LocalBase):
         return result
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
-        """Return, per kind of parameter, how much of a perturbation survives; see `WorkingModel.perturb_cosine`.
+        """Return how much of a perturbation survives the cast, by kind of parameter; see `WorkingModel.perturb_cosine`.
 
-        Matrices of members that share a forward pass are left out: their factors meet the activations as they are.
+        Matrices with low-rank noise are left out if members share a forward pass, because their weights are never cast.
         """
         return self.working.perturb_cosine(perturbation, self._shared.lowrank if self._shared else ())
 
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Run a batch of a step twice, the second time beside a busy thread; see `estune.engines.reproducibility`."""
+        """Return whether two answers to a batch are equal, the second under load; see `answers_repeat`."""
         return answers_repeat(self, perturbations, prompts, sampling, small_linear.MAX_ROWS)
 
     def _share_forward(self) -> None:
-        """Find out whether low-rank members can share a forward pass; where not, say why and keep theta apart."""
-        reason = "how the model is called (with more, or other, than tokens, an attention mask and positions)"
+        """Find out whether low-rank members can share a forward pass; if not, warn and copy theta out of the model."""
+        reason = "the model's inputs (others than tokens, an attention mask and positions)"
         if self._attention:
-            apart = partial(callers.AttentionCaller, self.model, self._wide_mask)  # shares nothing between rows
+            caller = partial(callers.AttentionCaller, self.model, self._wide_mask)  # rows share nothing
             self._shared, reason = shared_forward(
-                self.model, self.working.bindings, self.theta, apart, self.max_context
+                self.model, self.working.bindings, self.theta, caller, self.max_context
             )
         if self._shared is None:
             warn(f"low-rank members run one after another on this model, because of {reason}")
             self.working.stand_apart()
 
     def _caller(self, members: Members | None = None) -> callers.Caller:
-        """Return a fresh caller: a cache never outlives its batch, so it never sees other weights."""
+        """Return a new caller for one batch; a caller's cache is valid for one set of weights only."""
         if not self._attention:
             return callers.GenericCaller(self.model)
         if members is None:
             return callers.AttentionCaller(self.model, self._wide_mask, groups=1)
-        everyone = range(members.count)
         caller = callers.AttentionCaller(
-            self.model, self._wide_mask, members.count, lambda width: members.regroup(everyone, width)
+            self.model, self._wide_mask, members.count, lambda width: members.regroup(range(members.count), width)
         )
         return MembersCaller(caller, members)
 
     def _batches(self, indices: Sequence[int], rows: Sequence[decoding.Row]) -> list[list[int]]:
-        """Return one batch, or several for a model that cannot take padding or batches; see `safe_batching`."""
+        """Return one batch of rows, or several if the model cannot take padding or batches; see `safe_batching`."""
         if self._batching == "padded":
             return [list(indices)]
         if self._batching == "single":
@@ -439,11 +447,11 @@ class HFEngine(LocalBase):
             if self.max_context is not None and length + new > self.max_context:
                 raise UserError(
                     f"the prompt of row {prompt.row_id} has {length} tokens, which with {new} for the completion "
-                    f"passes the model's context of {self.max_context}"
+                    f"exceeds the model's context of {self.max_context}"
                 )
 
     def _load(self, perturbation: Perturbation | None) -> None:
-        """Let the working model hold a member, or theta."""
+        """Write a member, or theta, into the working model, if the model does not hold it yet."""
         self.perturb_s += self.working.hold(perturbation)
 
     def _batch_logprobs(
@@ -451,10 +459,10 @@ class HFEngine(LocalBase):
     ) -> list[list[float]]:
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         length = max(len(row) for row in rows)
-        # padded on the right: with causal models nothing a row needs comes after its own tokens
+        # Rows are padded on the right: a causal model does not read the padding after a row's tokens.
         ids = torch.tensor([row + [self.assets.pad] * (length - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
-        skipped = min(len(prompt) for prompt in prompts) - 1 if self._attention else 0  # positions without a use
+        skipped = min(len(prompt) for prompt in prompts) - 1 if self._attention else 0  # positions of prompts only
         keep = {"logits_to_keep": length - skipped} if self._attention else {}
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits  # (R, T - skipped, V)
         result = []

@@ -1,7 +1,6 @@
-"""What decides a model's answers beside its weights, as short digests: a resumed run must find them unchanged.
+"""Digests of everything that determines a model's answers beside its weights; a resumed run must find them unchanged.
 
-Of a directory the digests are of its files, so they are the same wherever the directory lies and whatever version of
-transformers reads it.
+The digests of a directory depend on its files alone: not on its path, and not on the version of transformers.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any
 from estune.engines.hf.model_files import CONFIG_FILE
 from estune.engines.hf.saved_model import PRIVATE_KEYS, saved_config
 
-# Fields of a configuration that do not change the function that the weights compute.
+# Fields of a configuration that do not change the model's function.
 NO_FUNCTION = {*PRIVATE_KEYS, "transformers_version", "dtype", "torch_dtype", "architectures"}
-# Files beside tokenizer_config.json that say which text a token is.
+# Files beside tokenizer_config.json that determine the text of a token.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
                 "special_tokens_map.json", "*.model", "*.tiktoken", "*.spm")  # fmt: skip
-# Fields of tokenizer_config.json that do not change the text of a token, or which tokens are left out of it.
+# Fields of tokenizer_config.json that change neither the text of a token nor the set of special tokens.
 NO_TEXT = {*NO_FUNCTION, "chat_template", "model_max_length", "padding_side", "truncation_side", "processor_class",
            "add_bos_token", "add_eos_token", "backend"}  # fmt: skip
 
@@ -31,11 +30,11 @@ def directory_identity(path: Path, *, tokenizer: bool, code: bool) -> dict[str, 
 
     Args:
         path: the directory.
-        tokenizer: whether its tokenizer is used.
-        code: whether its Python files are run.
+        tokenizer: whether the directory's tokenizer is used.
+        code: whether the directory's Python files are run.
     """
     config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    found = {"config": _digest(_without(config, NO_FUNCTION)), "code": ""}
+    digests = {"config": _digest(_without(config, NO_FUNCTION)), "code": ""}
     if tokenizer:
         files: dict[str, Any] = {
             file.name: blake2b(file.read_bytes(), digest_size=16).hexdigest()
@@ -46,38 +45,38 @@ def directory_identity(path: Path, *, tokenizer: bool, code: bool) -> dict[str, 
         settings = path / "tokenizer_config.json"
         if settings.is_file():
             files[settings.name] = _without(json.loads(settings.read_text(encoding="utf-8")), NO_TEXT)
-        found["tokenizer"] = _digest(files)
+        digests["tokenizer"] = _digest(files)
     sources = {file.name: file.read_text(encoding="utf-8", errors="replace") for file in sorted(path.glob("*.py"))}
     if code and sources:
-        found["code"] = _digest(sources)
-    return found
+        digests["code"] = _digest(sources)
+    return digests
 
 
 def module_identity(model: Any) -> dict[str, str]:
-    """Return digests of a module's configuration, as a run saves it, and of the code that came with the module."""
+    """Return digests of a module's configuration, as a run saves it, and of the remote code that defines the module."""
     values = saved_config(model, "float32").to_diff_dict()
-    found = {"config": _digest(_without(values, NO_FUNCTION)), "code": ""}
+    digests = {"config": _digest(_without(values, NO_FUNCTION)), "code": ""}
     if model.is_remote_code():
-        found["code"] = _digest([Path(inspect.getfile(type(part))).read_text(encoding="utf-8", errors="replace")
-                                 for part in (model, model.config)])  # fmt: skip
-    return found
+        files = [Path(inspect.getfile(type(part))) for part in (model, model.config)]
+        digests["code"] = _digest([file.read_text(encoding="utf-8", errors="replace") for file in files])
+    return digests
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Return a digest of what a tokenizer object makes of token ids."""
+    """Return a digest of the mapping from token ids to text that a tokenizer object computes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary: Any = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else type(tokenizer).__name__
     else:
         vocabulary = json.loads(backend.to_str())
-        for name in ("truncation", "padding"):  # set anew by every call that pads
+        for name in ("truncation", "padding"):  # every call that pads overwrites these fields
             vocabulary.pop(name, None)
     special = sorted(int(token) for token in getattr(tokenizer, "all_special_ids", ()))
     return _digest([vocabulary, special, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))])
 
 
 def _without(value: Any, names: set[str]) -> Any:
-    """Return JSON without the fields of these names and without private ones, at any depth."""
+    """Return a JSON value without the named fields and without private fields, at any depth."""
     if isinstance(value, Mapping):
         return {k: _without(v, names) for k, v in value.items() if k not in names and not str(k).startswith("_")}
     if isinstance(value, (list, tuple)):

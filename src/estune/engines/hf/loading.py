@@ -1,4 +1,4 @@
-"""From a model's name to a checked working model with its float32 master."""
+"""Loads a model by name: checks its files, and returns a working model with theta in float32."""
 
 from __future__ import annotations
 
@@ -35,22 +35,21 @@ from estune.es.types import ParameterSpec
 from estune.models.names import EMBEDDED_MODELS, local_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_MORE = (
-    2  # a configuration may describe this many times the elements of its files, for weights that several layers share
-)
-_SLACK = 1 << 20  # elements
+# Ratio of the elements that a configuration describes to those in the files: above 1 for weights that layers share.
+MOST_MORE = 2
+_SLACK = 1 << 20  # elements; allowed in addition to this ratio
 
 
 def resolve_model(model: str) -> str:
-    """Return what transformers loads for ``model``: a local or embedded directory, else ``model`` as a hub id.
+    """Return the name that transformers loads for ``model``: a local or embedded directory, or the hub id.
 
     Raises:
-        UserError: it looks like a path and is not a directory.
+        UserError: ``model`` looks like a path, but is not a directory.
     """
     directory = local_directory(model)
     if directory is not None:
         if os.path.isfile(directory / "comparison.json"):
-            raise UserError(f"{model!r} holds a comparison: the models that were measured are below its models")
+            raise UserError(f"{model!r} holds a comparison; its measured models are in its folder models")
         return str(directory)
     if os.path.exists(os.path.expanduser(model)):
         raise UserError(f"model {model!r} is a file, not a directory")
@@ -60,7 +59,7 @@ def resolve_model(model: str) -> str:
 
 
 def near_models(model: str) -> str:
-    """Return ``; did you mean ...?`` with an embedded model or a directory beside where ``model`` would be."""
+    """Return ``; did you mean ...?`` with a similar name among neighbouring directories or embedded models."""
     place = Path(model).parent
     with suppress(OSError):
         beside = [path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -70,12 +69,13 @@ def near_models(model: str) -> str:
 
 
 def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
-    """Return the options that load ``path``: nothing for a directory, the cache alone where the hub is out of reach.
+    """Return the options of ``from_pretrained``: use only the cache if the hub cannot be reached.
 
-    One quick request says whether the hub answers; transformers would retry for a minute per file.
+    One short request finds out whether the hub answers; transformers would retry for a minute per file.
 
     Raises:
-        UserError: the model is neither a directory nor in the cache, and the hub lacks it or cannot be reached.
+        UserError: the model is no directory, and the hub does not have it, or cannot be reached and the cache does not
+            hold it.
     """
     if os.path.isdir(path):
         return {}
@@ -88,21 +88,22 @@ def hub_options(model: str, path: str, revision: str | None) -> dict[str, Any]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"model {model!r} is no directory, and the hub has no such model{at}" + near_models(model)
+            f"model {model!r} is not a directory, and the hub has no such model{at}" + near_models(model)
         ) from error
-    except Exception as error:  # the hub client has changed its transport, and with it the errors, several times
+    except Exception as error:  # versions of the hub client use different transports with different errors
         if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
             return {"local_files_only": True}
-        raise UserError(f"model {model!r} is no directory, and the hub cannot be reached to look for it"
-                        f"{near_models(model)}") from error  # fmt: skip
+        raise UserError(
+            f"model {model!r} is not a directory, and the hub cannot be reached to look for it{near_models(model)}"
+        ) from error
     return {}
 
 
 def check_model(model: str, revision: str | None = None) -> None:
-    """See that a model is there and its files can be read, without loading it.
+    """Check that a model exists and that its files can be read, without loading it.
 
     Raises:
-        UserError: it is no directory and not on the hub, or its directory holds no whole model.
+        UserError: the model is neither a directory nor on the hub, or its directory holds no complete model.
     """
     path = resolve_model(model)
     hub_options(model, path, revision)
@@ -111,35 +112,35 @@ def check_model(model: str, revision: str | None = None) -> None:
 
 
 def files_of(model: str, revision: str | None) -> Path:
-    """Return the directory that a model was loaded from: its own, or the hub cache's snapshot of that revision.
+    """Return the directory that a model was loaded from: its own, or the hub cache's snapshot of the revision.
 
     Raises:
-        UserError: it looks like a path and is not a directory, or the cache does not hold it.
+        UserError: ``model`` looks like a path but is not a directory, or the cache does not hold it.
     """
     path = resolve_model(model)
     if os.path.isdir(path):
         return Path(path)
-    found = try_to_load_from_cache(path, "config.json", revision=revision)
-    if not isinstance(found, str):
-        raise UserError(f"the files of model {model!r} are not in the hub's cache, where they were loaded from")
-    return Path(found).parent
+    config = try_to_load_from_cache(path, "config.json", revision=revision)
+    if not isinstance(config, str):
+        raise UserError(f"the files of model {model!r} are no longer in the hub's cache")
+    return Path(config).parent
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``mps``; UserError where it is not there."""
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``mps``; UserError if the machine does not have it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in available:
         raise UserError(f"unknown device {device!r}; known: auto, cpu, cuda, mps")
-    if not there[kind]:
-        raise UserError(f"device {device!r} was asked for, but torch {torch.__version__} finds none on this machine")
+    if not available[kind]:
+        raise UserError(f"device {device!r} is not available: torch {torch.__version__} finds none on this machine")
     return torch.device(device)
 
 
 def resolve_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | None) -> torch.dtype:
-    """Return the compute dtype: as asked, or for ``auto`` float32, on CUDA bfloat16 for a checkpoint of 16 bits."""
+    """Return the compute dtype; ``auto`` is bfloat16 for a 16-bit checkpoint on CUDA, and float32 otherwise."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
@@ -150,7 +151,7 @@ def resolve_dtype(dtype: str, device: torch.device, checkpoint: torch.dtype | No
 
 
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load the model's tokenizer; UserError where there is none."""
+    """Return the model's tokenizer; UserError if it is missing or damaged."""
     path = resolve_model(model)
     options = hub_options(model, path, revision)
     if os.path.isdir(path):
@@ -161,12 +162,13 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
                 path, revision=revision, trust_remote_code=trust_remote_code, **options
             )
     except Exception as error:  # transformers, and code that comes with the model
-        load_config(model, path, revision=revision, trust_remote_code=trust_remote_code, **options)  # reads it, too
+        # A damaged configuration also fails here; its own error is clearer.
+        load_config(model, path, revision=revision, trust_remote_code=trust_remote_code, **options)
         raise _cannot_load(model, error, "tokenizer") from error
 
 
 def load_config(model: str, path: str, **options: Any) -> Any:
-    """Load the configuration of ``model``, which lies at ``path``; UserError where it is damaged."""
+    """Return the configuration of ``model``, whose files are at ``path``; UserError if it is damaged."""
     try:
         with quiet():
             return AutoConfig.from_pretrained(path, **options)
@@ -185,13 +187,13 @@ def load_model(
     trainable_parameters: Sequence[str] | None,
     noise: str = "full",
 ) -> tuple[Any, list[Binding], HostTheta]:
-    """Load the working model, bind its parameters, and copy its float32 weights into a master (see `master_of`).
+    """Return the working model, its bindings, and theta (see `make_theta`).
 
-    The master is read in float32 whatever the compute dtype; a working model of another dtype is loaded a second
-    time, so that transformers decides what it keeps in float32 (some parameters, rope frequencies).
+    Theta is always read in float32. If the compute dtype differs, the model is loaded a second time in that dtype, so
+    that transformers decides what stays in float32 (some parameters, rope frequencies).
 
     Raises:
-        UserError: one sentence with the model's path and what is wrong with it.
+        UserError: the model cannot be used; the message names the model and the reason.
     """
     path = resolve_model(model)
     stored = check_model_files(model, Path(path)) if os.path.isdir(path) else {}
@@ -215,15 +217,15 @@ def load_model(
     _check_report(model, report, type(working).__name__)
     bound, buffers = bindings(working)
     _refuse_other_types(model, bound, stored, working.base_model_prefix)
-    is_mended = set_tied(working.config, tied_truth(working))
-    if is_mended:
+    is_corrected = set_tied(working.config, tied_truth(working))
+    if is_corrected:
         warn(f"model {model!r}: {TIED_OTHERWISE}")
     compute = resolve_dtype(dtype, device, _dtype_of(config))
     lowrank = lowrank_names(working, bound) if noise == "lowrank" else frozenset()
     share = noise == "lowrank" and compute == torch.float32 and device.type == "cpu"
-    master = master_of(bound, buffers, trainable_parameters, num_threads, model, lowrank=lowrank, share=share)
+    theta = make_theta(bound, buffers, trainable_parameters, num_threads, model, lowrank=lowrank, share=share)
     if compute != torch.float32:
-        if is_mended:  # weights that differ in float32 may be equal in the compute dtype, and would be tied by it
+        if is_corrected:  # the original configuration would tie weights that are equal after the cast
             options["config"] = working.config
         del bound, buffers, working
         gc.collect()
@@ -232,10 +234,10 @@ def load_model(
     if compute != torch.float32 or device.type != "cpu":
         working = working.to(device)
         bound, _ = bindings(working)
-    return working, bound, master
+    return working, bound, theta
 
 
-def master_of(
+def make_theta(
     bound: Sequence[Binding],
     buffers: Mapping[str, torch.Tensor],
     trainable_parameters: Sequence[str] | None,
@@ -245,20 +247,20 @@ def master_of(
     lowrank: Collection[str] = (),
     share: bool = False,
 ) -> HostTheta:
-    """Copy the stored parameters into a float32 master.
+    """Return theta: the stored parameters in float32.
 
     Args:
         bound: the model's parameters.
         buffers: the model's stored buffers.
         trainable_parameters: regexes; only matching parameters are perturbed.
-        num_threads: of the master's kernels.
-        model: named in errors.
-        lowrank: names of the parameters whose noise is a low-rank product.
-        share: let the master be the working model's own memory, if all of that has the stored layout: for members
-            that are never written into it.
+        num_threads: threads of the noise kernels.
+        model: the model's name, for error messages.
+        lowrank: names of the parameters with low-rank noise.
+        share: let theta's arrays be the working model's memory, if all parameters have the stored layout and are
+            float32. Then no member may be written into the model.
 
     Raises:
-        UserError: a weight is NaN or infinite, or a regex of ``trainable_parameters`` is bad or matches nothing.
+        UserError: a weight is NaN or infinite, or a regex of ``trainable_parameters`` is invalid or matches nothing.
     """
     chosen = _select([binding.name for binding in bound if binding.requires_grad], trainable_parameters)
     arrays: dict[str, np.ndarray] = {}
@@ -269,37 +271,36 @@ def master_of(
         else:
             array = np.empty(binding.shape, dtype=np.float32)
             torch.from_numpy(array).copy_(binding.direct if binding.direct is not None else binding.read())
-        # the smallest and largest value say it without a temporary of the tensor's size
+        # Minimum and maximum show NaN and infinities without a temporary array of the tensor's size.
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
             raise UserError(f"model {model!r} has NaN or infinite values in {binding.name}")
         arrays[binding.name] = array
     specs = [
         ParameterSpec(b.name, b.shape, b.name in chosen, lowrank=b.name in chosen and b.name in lowrank) for b in bound
     ]
-    kept = {name: _as_numpy(buffer) for name, buffer in buffers.items()}
-    return HostTheta(specs, arrays, kept, num_threads)
+    return HostTheta(specs, arrays, {name: _as_numpy(buffer) for name, buffer in buffers.items()}, num_threads)
 
 
 def _select(names: Sequence[str], patterns: Sequence[str] | None) -> set[str]:
-    """Return the names that any regex finds, all without regexes."""
+    """Return the names that match any regex; all names if ``patterns`` is None."""
     if patterns is None:
         return set(names)
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            found = {name for name in names if re.search(pattern, name)}
+            matches = {name for name in names if re.search(pattern, name)}
         except re.error as error:
             raise UserError(f"trainable_parameters: {pattern!r} is not a regular expression: {error}") from error
-        if not found:
+        if not matches:
             raise UserError(f"trainable_parameters: {pattern!r} matches no parameter, for example not {names[0]}")
-        chosen |= found
+        chosen |= matches
     return chosen
 
 
 def _described(config: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that a configuration describes; nothing where it builds no model.
+    """Return the shapes of the tensors that a configuration describes; an empty dict if it builds no model.
 
-    transformers then says why when it loads the model.
+    In this case transformers raises an error with the reason when it loads the model.
     """
     try:
         with quiet():
@@ -311,10 +312,10 @@ def _described(config: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...
 def _refuse_absurd_sizes(
     model: str, path: Path, described: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Refuse a configuration of a far larger model than the files hold, before memory is allocated for it."""
+    """Raise UserError, before any allocation, if a configuration describes a far larger model than the files hold."""
     wanted = sum(math.prod(shape) for shape in described.values())
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
-    if not stored:  # at least two bytes an element
+    if not stored:  # files of pickled weights, at two bytes or more per element
         held = sum(file.stat().st_size for file in path.glob("*.bin") if file.is_file()) // 2
     if wanted > MOST_MORE * held + _SLACK:
         raise _mismatch(model, described, stored) or UserError(
@@ -325,7 +326,7 @@ def _refuse_absurd_sizes(
 def _mismatch(
     model: str, described: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> UserError | None:
-    """Return the error for the first tensor of another shape than the configuration describes; None without one."""
+    """Return the error for the first tensor whose shape contradicts the configuration; None if all shapes agree."""
     for name in sorted(described.keys() & stored.keys()):
         if tuple(described[name]) != stored[name].shape:
             return _other_shape(model, name, stored[name].shape, described[name])
@@ -340,7 +341,7 @@ def _other_shape(model: str, name: str, held: Sequence[int], described: Sequence
 
 
 def _check_report(model: str, report: Mapping[str, Any], architecture: str) -> None:
-    """Refuse a model whose files lack weights or hold others' shapes; warn of tensors that it does not use."""
+    """Raise UserError if the files lack weights or hold other shapes; warn about tensors without a use."""
     for name, held, described in sorted(report["mismatched_keys"]):
         raise _other_shape(model, name, held, described)
     missing = sorted(report["missing_keys"])
@@ -350,12 +351,14 @@ def _check_report(model: str, report: Mapping[str, Any], architecture: str) -> N
     unused = sorted(report["unexpected_keys"])
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        warn(f"model {model!r} is loaded as {architecture}, which does not use {unused[0]}{more} of its files; "
-             "what is saved will not hold them")  # fmt: skip
+        warn(
+            f"model {model!r} is loaded as {architecture}, which does not use {unused[0]}{more} of its files; the "
+            "saved model will not hold them"
+        )
 
 
 def _refuse_other_types(model: str, bound: Sequence[Binding], stored: Mapping[str, StoredTensor], prefix: str) -> None:
-    """Refuse weights stored as integers or in 8 bits: without the scales of a quantized model they mean nothing."""
+    """Raise UserError for weights stored as integers or in 8 bits, which need the scales of a quantized model."""
     names = {binding.name for binding in bound}
     for name, tensor in sorted(stored.items()):
         if tensor.dtype not in FLOATS and (name in names or f"{prefix}.{name}" in names):
@@ -367,8 +370,9 @@ def _refuse_other_types(model: str, bound: Sequence[Binding], stored: Mapping[st
 
 def _cannot_load(model: str, error: Exception, what: str) -> UserError:
     if "trust_remote_code" in str(error):
-        return UserError(f"model {model!r} comes with Python code of its own: read it, then allow it with "
-                         "trust_remote_code")  # fmt: skip
+        return UserError(
+            f"model {model!r} comes with its own Python code: read it, then allow it with trust_remote_code"
+        )
     return UserError(f"cannot load the {what} of {model!r}: {reason_of(error)}")
 
 
@@ -386,7 +390,7 @@ def _as_numpy(buffer: torch.Tensor) -> np.ndarray:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and reports away: what matters in them becomes a UserError."""
+    """Suppress transformers' progress bars and reports; the caller turns problems into UserErrors."""
     logging: Any = _logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""The files of a model directory, read before transformers reads them: its messages name no file, or it ignores them.
+"""Checks of a model directory's files, before transformers reads them.
 
-A damaged generation_config.json, for example, is left out by transformers without a word, and completions would end
-elsewhere. Only headers of weight files are read here.
+transformers ignores some damaged files, and its messages often name no file. For example, it silently ignores a damaged
+generation_config.json, and completions would then end at other tokens. Of weight files only the headers are read.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of a safetensors header that hold whole weights
-MOST_LAYERS = 1000  # more layers than this are believed only where the files hold as many tensors
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes in a safetensors header that estune can train
+MOST_LAYERS = 1000  # layers; a larger number must not exceed the number of tensors in the files
 _COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "n_embd", "n_layer")
 _TYPES = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a header of a weight file says of one tensor; ``dtype`` is the format's own word (``F32``)."""
+    """One tensor's entry in the header of a weight file; ``dtype`` is the format's name (``F32``)."""
 
     file: str
     shape: tuple[int, ...]
@@ -44,12 +44,12 @@ class StoredTensor:
 
 
 def check_model_files(model: str, path: Path) -> dict[str, StoredTensor]:
-    """Check the files of a model directory, apart from its tokenizer's; return the tensors that its headers list.
+    """Check the files of a model directory, except for the tokenizer's; return the tensors in its headers.
 
-    The mapping is empty where the weights are not in safetensors files.
+    The mapping is empty if the weights are not in safetensors files.
 
     Raises:
-        UserError: a file is missing, damaged, or contradicts another; the sentence names the model and the file.
+        UserError: a file is missing or damaged, or contradicts another file; the message names the model and the file.
     """
     _check_readable(model, path)
     if (path / "adapter_config.json").is_file():
@@ -66,10 +66,10 @@ def check_model_files(model: str, path: Path) -> dict[str, StoredTensor]:
 
 
 def check_tokenizer_files(model: str, path: Path) -> None:
-    """Check that the tokenizer's JSON files, where they exist, hold objects.
+    """Check that each of the tokenizer's JSON files is missing or holds an object.
 
     Raises:
-        UserError: one of them is damaged; the sentence names the model and the file.
+        UserError: a file is damaged; the message names the model and the file.
     """
     _check_readable(model, path)
     for name in (CONFIG_FILE, *TOKENIZER_FILES):
@@ -85,10 +85,10 @@ def _check_readable(model: str, path: Path) -> None:
 
 
 def read_object(model: str, path: Path) -> dict[str, Any] | None:
-    """Return the JSON object of one file of a model; ``None`` where there is no such file.
+    """Return the JSON object of one file of a model; ``None`` if the file does not exist.
 
     Raises:
-        UserError: the file cannot be read, or holds no JSON object.
+        UserError: the file cannot be read, or does not hold a JSON object.
     """
     start = f"model directory {model!r}: {path.name}"
     if not path.exists():
@@ -115,21 +115,21 @@ def read_object(model: str, path: Path) -> dict[str, Any] | None:
 
 
 def token_ids(value: Any) -> list[int]:
-    """Return the token ids of a setting: none, one number, or a list of numbers; in order, each once.
+    """Return the distinct token ids of a setting, in order; the setting is None, an integer, or a list of integers.
 
     Raises:
-        ValueError: the value is something else.
+        ValueError: the setting has another type.
     """
     values = [] if value is None else list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    found: dict[int, None] = {}
+    ids: dict[int, None] = {}
     for item in values:
         if isinstance(item, bool):
             raise ValueError(f"{item!r} is not a token id")
         try:
-            found[operator.index(item)] = None
+            ids[operator.index(item)] = None
         except TypeError:
             raise ValueError(f"{item!r} is not a token id") from None
-    return list(found)
+    return list(ids)
 
 
 def _check_generation_config(model: str, values: Mapping[str, Any]) -> None:
@@ -138,13 +138,13 @@ def _check_generation_config(model: str, values: Mapping[str, Any]) -> None:
         try:
             token_ids(value)
         except ValueError as error:
-            raise UserError(f"model directory {model!r}: {name} in {GENERATION_FILE} is bad: {error}") from error
+            raise UserError(f"model directory {model!r}: {name} in {GENERATION_FILE} is invalid: {error}") from error
         if name == "pad_token_id" and isinstance(value, list):
             raise UserError(f"model directory {model!r}: {name} in {GENERATION_FILE} is a list, not one token id")
 
 
 def _check_counts(model: str, values: Mapping[str, Any], tensors: int) -> None:
-    """Refuse sizes that no model has before anything is allocated for them."""
+    """Raise UserError for impossible sizes, before any allocation."""
     for name in _COUNTS:
         value = values.get(name)
         if isinstance(value, (bool, str)) or (isinstance(value, (int, float)) and not value >= 1):
@@ -157,31 +157,31 @@ def _check_counts(model: str, values: Mapping[str, Any], tensors: int) -> None:
 
 
 def _read_headers(model: str, path: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the safetensors files that transformers loads, after opening all that lie there."""
+    """Return every tensor of the safetensors files that transformers loads; all such files are opened and checked."""
     index = read_object(model, path / INDEX_FILE)
     listed = {} if index is None else _listed(model, index, path)
     files = sorted({*path.glob("*.safetensors"), *(path / shard for shard in listed.values())})
     if not files and not any(path.glob("*.bin")):
         raise UserError(f"model directory {model!r} holds no weights (no *.safetensors file)")
     headers = {file.name: _header(model, file) for file in files}
-    if WEIGHTS_FILE in headers:  # transformers looks for it first
+    if WEIGHTS_FILE in headers:  # transformers prefers this file to an index
         return headers[WEIGHTS_FILE]
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(listed.values())):
         for tensor, stored in headers[shard].items():
-            if tensor in found and not _hold_the_same(path, tensor, (found[tensor].file, shard)):
+            if tensor in tensors and not _hold_the_same(path, tensor, (tensors[tensor].file, shard)):
                 raise UserError(
-                    f"model directory {model!r}: {found[tensor].file} and {shard} hold different tensors {tensor}"
+                    f"model directory {model!r}: {tensors[tensor].file} and {shard} hold different tensors {tensor}"
                 )
-            found[tensor] = stored
+            tensors[tensor] = stored
     for tensor, shard in listed.items():
         if tensor not in headers[shard]:
             raise UserError(f"model directory {model!r}: {shard} lacks the tensor {tensor}, which {INDEX_FILE} lists")
-    return found
+    return tensors
 
 
 def _listed(model: str, index: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Return the shard of every tensor, as the index says; every shard is there."""
+    """Return the shard of every tensor in the index; UserError if the index is damaged or a shard is missing."""
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(
@@ -199,16 +199,16 @@ def _header(model: str, file: Path) -> dict[str, StoredTensor]:
     if file.is_dir():
         raise UserError(f"model directory {model!r}: {file.name} is a directory, not a file")
     try:
-        file.open("rb").close()  # the library's own error says of any file that it is not there
+        file.open("rb").close()  # the library's own error claims that an unreadable file does not exist
     except OSError as error:
         raise UserError(f"model directory {model!r}: {file.name} cannot be read ({error.strerror})") from error
     try:
         with safe_open(file, framework="np") as opened:
-            found = {}
-            for name in opened.keys():  # noqa: SIM118  (no mapping)
+            tensors = {}
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 part = opened.get_slice(name)
-                found[name] = StoredTensor(file.name, tuple(part.get_shape()), part.get_dtype())
-            return found
+                tensors[name] = StoredTensor(file.name, tuple(part.get_shape()), part.get_dtype())
+            return tensors
     except (SafetensorError, OSError) as error:
         raise UserError(f"model directory {model!r}: {file.name} is truncated or damaged ({error})") from error
 

@@ -1,11 +1,11 @@
-"""Where every stored tensor of a Hugging Face model lives inside its in-memory parameters.
+"""Bindings: the place of every stored tensor of a Hugging Face model in its in-memory parameters.
 
-estune names and indexes parameters as ``save_pretrained`` writes them (DESIGN section 2). In memory transformers 5 may
-hold them otherwise: experts stacked and fused, projections split or permuted, keys renamed, weights tied. `bindings`
-runs the same reverse conversion that ``save_pretrained`` runs, first on meta tensors (which tells names, shapes and
-everything that is only renamed or sliced, at no cost in memory), then, for what the conversion copied, on integer
-tags: each element carries its own address, so the result says where every stored element came from. Each stored
-tensor is thus one strided view of a parameter, or a few side by side, and is read and written in place.
+estune names and indexes parameters as ``save_pretrained`` writes them (DESIGN section 2). The layout in memory may
+differ in transformers 5: experts are stacked and fused, projections split or permuted, keys renamed, weights tied.
+`bindings` runs the reverse conversion of ``save_pretrained`` twice. On meta tensors it finds names, shapes, and all
+tensors that are only renamed or sliced; this needs no memory. On integer tags it traces the tensors that the conversion
+copies: every element holds its own address, so the result shows the source of every stored element. A stored tensor
+is then one strided view of a parameter, or several views side by side, and is read and written in place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from estune.errors import UserError
 class Piece:
     """One slice of a stored tensor and the view of a parameter that holds it.
 
-    The slice is ``stored.narrow(dim, start, length)``; in row-major order its elements are those of ``view``.
+    The slice is ``stored.narrow(dim, start, length)``. Its elements, in row-major order, are those of ``view``.
     """
 
     parameter: torch.Tensor
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """One tensor of the stored state dict and the memory behind it."""
+    """One tensor of the stored state dict and the memory that holds it."""
 
     name: str  # as ``save_pretrained`` writes it
     shape: tuple[int, ...]
@@ -52,18 +52,18 @@ class Binding:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the model holds this tensor (some models keep a few of them in float32)."""
+        """The tensor's dtype in the model; some models keep a few tensors in float32."""
         return self.pieces[0].view.dtype
 
     @property
     def direct(self) -> torch.Tensor | None:
-        """The live memory itself, where it already has the stored layout without gaps; else ``None``."""
+        """The parameter's memory as a view of the stored shape, if it has the stored layout; else ``None``."""
         if len(self.pieces) == 1 and self.pieces[0].view.is_contiguous():
             return self.pieces[0].view.view(self.shape)
         return None
 
     def read(self) -> torch.Tensor:
-        """Return a copy in the stored layout, in the model's dtype and on its device."""
+        """Return a copy in the stored layout, with the model's dtype and device."""
         stored = torch.empty(self.shape, dtype=self.dtype, device=self.pieces[0].view.device)
         for piece in self.pieces:
             part = stored.narrow(piece.dim, piece.start, piece.length) if self.shape else stored
@@ -71,7 +71,7 @@ class Binding:
         return stored
 
     def write(self, stored: torch.Tensor) -> None:
-        """Copy a tensor in the stored layout into the live parameters: one cast, from any dtype and device."""
+        """Copy a tensor in the stored layout, of any dtype and device, into the parameters, with one cast."""
         for piece in self.pieces:
             part = stored.narrow(piece.dim, piece.start, piece.length) if self.shape else stored
             piece.view.copy_(part.reshape(piece.view.shape))
@@ -80,18 +80,21 @@ class Binding:
 def bindings(model: PreTrainedModel) -> tuple[list[Binding], dict[str, torch.Tensor]]:
     """Bind every tensor that ``save_pretrained`` would write to the memory that holds it.
 
+    Parameters that are not contiguous are made contiguous.
+
     Returns:
-        Parameters in name order, tied ones once, and the persistent buffers by stored name (copies where the stored
-        layout differs). Parameters that are not contiguous are made so.
+        The parameters' bindings in name order, tied parameters once; and the persistent buffers by stored name (copies
+        if the stored layout differs).
 
     Raises:
-        UserError: the model is quantized, or a stored tensor cannot be addressed inside the parameters.
+        UserError: the model is quantized, has parameters that are not floating-point numbers, or a stored tensor cannot
+            be addressed in the parameters.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError(
             "the model is quantized, and estune moves full weights: dequantize it and drop its quantization_config"
         )
-    memory = _kept_in_memory(model)
+    memory = _saved_tensors(model)
     parameters = {name: value for name, value in memory.items() if isinstance(value, nn.Parameter)}
     buffers = {name: value for name, value in memory.items() if name not in parameters}
     for name, parameter in parameters.items():
@@ -105,14 +108,14 @@ def bindings(model: PreTrainedModel) -> tuple[list[Binding], dict[str, torch.Ten
     stored = revert_weight_conversion(model, dict(skeleton))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
-    # what was only renamed or sliced shares the storage of its meta tensor
+    # A tensor that is only renamed or sliced shares the storage of its meta tensor.
     views = {name: source for name, tensor in stored.items() if (source := source_of.get(_storage(tensor)))}
     covered: dict[str, int] = defaultdict(int)  # in-memory name -> elements found in views
     for name, source in views.items():
         covered[source] += stored[name].numel()
     copied = {name: value for name, value in memory.items() if covered[name] != value.numel()}
 
-    found: dict[str, tuple[Piece, ...]] = {}
+    pieces: dict[str, tuple[Piece, ...]] = {}  # by stored name
     stored_buffers: dict[str, torch.Tensor] = {}
     for name, source in views.items():
         if source in copied:
@@ -120,30 +123,30 @@ def bindings(model: PreTrainedModel) -> tuple[list[Binding], dict[str, torch.Ten
         tensor = stored[name]
         view = _strided(memory[source], tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
         if source in parameters:
-            found[name] = (Piece(parameters[source], view, 0, 0, tensor.shape[0] if tensor.dim() else 1),)
+            pieces[name] = (Piece(parameters[source], view, 0, 0, tensor.shape[0] if tensor.dim() else 1),)
         else:
             stored_buffers[name] = view
-    found.update(_bind_by_tags(model, {name: parameters[name] for name in copied if name in parameters}, stored))
+    pieces.update(_bind_by_tags(model, {name: parameters[name] for name in copied if name in parameters}, stored))
     copied_buffers = {name: buffers[name] for name in copied if name in buffers}
     if copied_buffers:
         stored_buffers.update(revert_weight_conversion(model, copied_buffers))
-    lost = stored.keys() ^ (found.keys() | stored_buffers.keys())
-    if lost:
-        raise UserError(f"cannot trace the stored tensor {min(lost)!r} to the parameters of {type(model).__name__}")
-    _check_complete(found, parameters, model)
-    result = [_binding(name, tuple(stored[name].shape), pieces, embeddings) for name, pieces in sorted(found.items())]
-    return result, dict(sorted(stored_buffers.items()))
+    untraced = stored.keys() ^ (pieces.keys() | stored_buffers.keys())
+    if untraced:
+        raise UserError(f"cannot trace the stored tensor {min(untraced)!r} to the parameters of {type(model).__name__}")
+    _check_complete(pieces, parameters, model)
+    bound = [_binding(name, tuple(stored[name].shape), parts, embeddings) for name, parts in sorted(pieces.items())]
+    return bound, dict(sorted(stored_buffers.items()))
 
 
-def _kept_in_memory(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers that ``save_pretrained`` keeps, by in-memory name, tied ones once."""
+def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers that ``save_pretrained`` writes, by in-memory name; tied ones once."""
     state = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
-    kept = remove_tied_weights_from_state_dict(state, model)
-    live: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
-    live.update(model.named_parameters(remove_duplicate=False))
-    return {name: live[name] for name in kept}
+    names = remove_tied_weights_from_state_dict(state, model)
+    tensors: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    tensors.update(model.named_parameters(remove_duplicate=False))
+    return {name: tensors[name] for name in names}
 
 
 def _binding(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...], embeddings: set[int]) -> Binding:
@@ -162,12 +165,12 @@ def _binding(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...], embed
 def _bind_by_tags(
     model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[Piece, ...]]:
-    """Bind what the conversion copies, by converting tensors of addresses; one layer at a time, to bound memory."""
+    """Bind the tensors that the conversion copies: convert tensors of addresses, layer by layer to limit memory."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in parameters:
         match = re.match(r".*?\.\d+\.", name)
         groups[match.group() if match else ""].append(name)
-    found = {}
+    pieces = {}
     for names in groups.values():
         total = sum(parameters[name].numel() for name in names)
         dtype = torch.int32 if total < 2**31 else torch.int64
@@ -184,17 +187,17 @@ def _bind_by_tags(
             addresses = converted.pop(name)
             if name not in stored or addresses.shape != stored[name].shape:
                 raise UserError(f"the parameters behind the stored tensor {name!r} are spread over several layers")
-            found[name] = _pieces_of(name, addresses.numpy(), spans)
-    return found
+            pieces[name] = _pieces_of(name, addresses.numpy(), spans)
+    return pieces
 
 
 def _pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]) -> tuple[Piece, ...]:
-    """Turn the addresses of a stored tensor into pieces, one per run of a parameter along one dimension."""
+    """Return the pieces of a stored tensor with these addresses: one per parameter along one dimension."""
     for first, last, parameter in spans:
         if first <= addresses.flat[0] < last and addresses.min() >= first and addresses.max() < last:
             view = _view_at(name, addresses, first, parameter)
             return (Piece(parameter, view, 0, 0, addresses.shape[0] if addresses.ndim else 1),)
-    # several parameters side by side: find the dimension along which they change
+    # The tensor holds several parameters side by side: find the dimension along which they follow each other.
     starts = np.array([first for first, _, _ in spans])
     by_start = {first: parameter for first, _, parameter in spans}
     for dim in range(addresses.ndim):
@@ -216,8 +219,11 @@ def _pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int,
 def _view_at(name: str, addresses: np.ndarray, first: int, parameter: torch.Tensor) -> torch.Tensor:
     """Return the view of ``parameter`` whose elements, row-major, lie at ``addresses - first``.
 
-    Nested runs of a constant step are peeled off from the innermost outwards, which also expresses permutations
-    that no view of the stored rank could.
+    The function finds runs of a constant step, from the innermost dimension outwards. So the view may have more
+    dimensions than the stored tensor, which also expresses permutations.
+
+    Raises:
+        UserError: no strided view has these addresses.
     """
     line = addresses.reshape(-1)
     offset = int(line[0]) - first
@@ -256,7 +262,7 @@ def _storage(tensor: torch.Tensor) -> int:
 def _check_complete(
     found: Mapping[str, tuple[Piece, ...]], parameters: Mapping[str, torch.Tensor], model: PreTrainedModel
 ) -> None:
-    """Every element of every kept parameter must be bound exactly once."""
+    """Raise UserError unless every element of every parameter is bound exactly once."""
     bound: dict[int, int] = defaultdict(int)
     for pieces in found.values():
         for piece in pieces:

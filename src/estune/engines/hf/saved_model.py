@@ -1,8 +1,8 @@
-"""What lies beside the weights of a saved model: it must describe the very weights that are saved.
+"""Writes the files beside the weights of a saved model, and checks that they describe these weights.
 
-A configuration can say something else than the model in memory: tied weights that the file holds apart, layers that a
-script has dropped, an embedding that it has grown. Where the truth is certain the saved configuration says it, else
-`check_agreement` refuses the model before a run writes anything.
+A configuration may contradict the model in memory: it says that weights are tied and they are not, a script has removed
+layers, or a script has enlarged the embedding. `saved_config` corrects the fields whose value is certain. For other
+contradictions `check_agreement` raises an error before a run writes anything.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from estune.engines.hf.model_files import CONFIG_FILE, GENERATION_FILE
 from estune.errors import UserError
 
 TIED_OTHERWISE = (
-    "tie_word_embeddings of its configuration contradicts its weights; the weights are used as they are, tied or not, "
-    "and a saved config.json says which"
+    "tie_word_embeddings of its configuration contradicts its weights; the weights stay as they are, and a saved "
+    "config.json will describe them"
 )
+# Fields of JSON files that hold paths or depend on how the model was loaded; they are not saved.
 PRIVATE_KEYS = (
     "_name_or_path",
     "name_or_path",
@@ -51,18 +52,18 @@ def save_assets(
     pad: int,
     vocab_size: int | None,
 ) -> None:
-    """Write config.json, generation_config.json, the tokenizer and code that came with the model.
+    """Write config.json, generation_config.json, the tokenizer, and the code that comes with the model.
 
-    The same model gives the same bytes wherever it was loaded from: no path or time is written.
+    No path or time is written, so the same model gives the same bytes wherever it was loaded from.
 
     Args:
-        model: in memory; not changed.
-        tokenizer: saved with it, if there is one.
-        dtype: of the weights that are saved.
-        directory: where the files go.
+        model: the model in memory; it is not changed.
+        tokenizer: the tokenizer, or None.
+        dtype: dtype of the saved weights.
+        directory: the directory of the files; it is created if missing.
         ends: token ids that end a completion.
         pad: the padding id.
-        vocab_size: rows of the input embedding, if known.
+        vocab_size: rows of the input embedding; None: unknown.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = saved_config(model, dtype)
@@ -70,7 +71,7 @@ def save_assets(
         custom_object_save(model, directory, config=config)
     config.save_pretrained(directory)
     if model.can_generate() and model.generation_config is not None:
-        # written as it is: save_pretrained of a GenerationConfig refuses some that the hub serves
+        # GenerationConfig.save_pretrained raises for some configurations of models on the hub.
         settings = copy.deepcopy(model.generation_config)
         for name, value in end_ids.settings_of(model, ends, pad, vocab_size).items():
             setattr(settings, name, value)
@@ -82,14 +83,14 @@ def save_assets(
 
 
 def check_assets(model: Any, save: Callable[[Path], None]) -> None:
-    """Write the files beside the weights into a directory that is removed: what fails at the end must fail now.
+    """Write the files beside the weights into a temporary directory, so that errors appear before a run, not after it.
 
     Args:
-        model: in memory.
-        save: writes the files into a directory.
+        model: the model in memory.
+        save: a function that writes the files into a directory.
 
     Raises:
-        UserError: they cannot be written, or they describe another model than the one in memory.
+        UserError: the files cannot be written, or they describe another model than the one in memory.
     """
     with TemporaryDirectory(prefix="estune-") as directory:
         try:
@@ -106,7 +107,7 @@ def check_assets(model: Any, save: Callable[[Path], None]) -> None:
 
 
 def saved_config(model: Any, dtype: str) -> Any:
-    """Return a copy of a model's configuration that says what is saved: dtype, class, tied weights.
+    """Return a copy of a model's configuration whose dtype, class and tied weights are those of the saved model.
 
     Raises:
         UserError: the configuration cannot be copied.
@@ -124,20 +125,20 @@ def saved_config(model: Any, dtype: str) -> Any:
 
 
 def tied_truth(model: Any) -> bool | None:
-    """Return whether the weights that a model's class can tie are tied; ``None`` where some are, or it ties none."""
+    """Return whether the weights that the model's class can tie are tied; ``None`` if only some are, or none can be."""
     pairs = _tied_pairs(model)
     memory = _memory(model)
-    found = {_key(memory[a]) == _key(memory[b]) for a, b in pairs.items() if a in memory and b in memory}
-    return found.pop() if len(found) == 1 else None
+    is_tied = {_key(memory[a]) == _key(memory[b]) for a, b in pairs.items() if a in memory and b in memory}
+    return is_tied.pop() if len(is_tied) == 1 else None
 
 
 def contradicts(config: Any, tied: bool | None) -> bool:
-    """Return whether a configuration says otherwise than `tied_truth`; it does not where that is ``None``."""
+    """Return whether a configuration contradicts ``tied``, the result of `tied_truth`; false if that is ``None``."""
     return bool(_wrong(config, tied))
 
 
 def set_tied(config: Any, tied: bool | None) -> bool:
-    """Let a configuration, and that of its text model, say what `tied_truth` found; return whether one did not."""
+    """Set ``tie_word_embeddings`` to ``tied``, the result of `tied_truth`; return whether a value has changed."""
     wrong = _wrong(config, tied)
     for part in wrong:
         part.tie_word_embeddings = tied
@@ -154,7 +155,7 @@ def _wrong(config: Any, tied: bool | None) -> list[Any]:
 def is_cast_in_part(model: Any) -> bool:
     """Return whether loading a model in its own dtype would round some of its weights.
 
-    Some classes keep a few parameters in float32 whatever the dtype; those are loaded as they were.
+    Some classes keep a few parameters in float32 for every dtype; loading does not round these.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
     if len(set(dtypes.values())) < 2:
@@ -163,25 +164,25 @@ def is_cast_in_part(model: Any) -> bool:
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype
         built = {name: parameter.dtype for name, parameter in skeleton(config, type(model)).named_parameters()}
-    except Exception:  # the model's own code; `check_agreement` says what is wrong
+    except Exception:  # the model's own code; `check_agreement` raises an error with the reason
         return True
     plan = model._get_dtype_plan(model.dtype)
-    kept = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in plan) or r"(?!)")
+    in_float32 = re.compile("|".join(re.escape(pattern).replace(r"\*", ".*") for pattern in plan) or r"(?!)")
     return any(
-        dtype != built.get(name, model.dtype) and not (dtype == torch.float32 and kept.search(name))
+        dtype != built.get(name, model.dtype) and not (dtype == torch.float32 and in_float32.search(name))
         for name, dtype in dtypes.items()
     )
 
 
 def check_agreement(model: Any, config: Any) -> None:
-    """Check that a configuration describes the tensors that a model holds.
+    """Check that a configuration describes the tensors of a model.
 
     Args:
-        model: in memory.
-        config: what is, or will be, saved with it; not changed.
+        model: the model in memory.
+        config: the configuration that is saved with the model; it is not changed.
 
     Raises:
-        UserError: a model built from the configuration has other tensors; the sentence names one.
+        UserError: a model built from the configuration has other tensors; the message names one.
     """
     name = type(model).__name__
     try:
@@ -208,16 +209,16 @@ def check_agreement(model: Any, config: Any) -> None:
 
 
 def skeleton(config: Any, model_class: Any = None, *, trust_remote_code: bool = False) -> Any:
-    """Build the model that a configuration describes on the meta device: names and shapes without memory.
+    """Return the model that a configuration describes, on the meta device: names and shapes without memory.
 
     Args:
-        config: not changed.
-        model_class: built where transformers knows no causal language model for the configuration.
+        config: the configuration; it is not changed.
+        model_class: the class to build if transformers knows no causal language model for the configuration.
         trust_remote_code: run code that comes with the model.
     """
     config = copy.deepcopy(config)
     auto: Any = AutoModelForCausalLM
-    known = model_class is None or type(config) in auto._model_mapping
+    is_known = model_class is None or type(config) in auto._model_mapping
     with ExitStack() as stack:
         for context in (
             torch.device("meta"),
@@ -225,7 +226,7 @@ def skeleton(config: Any, model_class: Any = None, *, trust_remote_code: bool = 
             initialization.meta_device_safe_creation_ops(),
         ):
             stack.enter_context(context)
-        if known:
+        if is_known:
             built = auto.from_config(config, trust_remote_code=trust_remote_code)
         else:
             built = model_class._from_config(config)
@@ -234,7 +235,7 @@ def skeleton(config: Any, model_class: Any = None, *, trust_remote_code: bool = 
 
 
 def stored_shapes(built: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a `skeleton`'s tensors as files hold them, by their names in files, tied ones once."""
+    """Return the shapes of a `skeleton`'s tensors in the stored layout, by stored name; tied tensors once."""
     memory, seen = {}, set()
     for name, tensor in _memory(built).items():
         if _key(tensor) not in seen:
@@ -255,7 +256,7 @@ def _builds_no_model(name: str, error: Exception) -> UserError:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error of other code says, on one line of at most 300 characters."""
+    """Return the message of a third-party error, on one line of at most 300 characters."""
     reason = " ".join(str(error).split())
     says_enough = isinstance(error, (OSError, ValueError, RuntimeError)) or "Validation" in type(error).__name__
     if not reason or not says_enough:
@@ -268,7 +269,7 @@ def _of_shape(tensor: str, found: tuple[tuple[int, ...], frozenset[str]] | None)
 
 
 def _layout(model: Any) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
-    """Return, for each name that is saved, the tensor's shape and all names of that tensor."""
+    """Return the shape, and all names, of every saved tensor, by in-memory name."""
     memory = _memory(model)
     names: dict[Any, set[str]] = defaultdict(set)
     for name, tensor in memory.items():
@@ -277,11 +278,11 @@ def _layout(model: Any) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
 
 
 def _memory(model: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers that are saved, by in-memory name, tied ones under every name."""
-    live: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
-    live.update(model.named_parameters(remove_duplicate=False))
+    """Return the saved parameters and buffers, by in-memory name; tied ones under every name."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    tensors.update(model.named_parameters(remove_duplicate=False))
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    return {name: live[name] for name in model.state_dict() if name in live and name not in ignored}
+    return {name: tensors[name] for name in model.state_dict() if name in tensors and name not in ignored}
 
 
 def _key(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
@@ -289,25 +290,25 @@ def _key(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _tied_pairs(model: Any) -> dict[str, str]:
-    """Return the pairs of names that the model's class ties where its configuration says so."""
-    twin = copy.copy(model)  # a module's own dictionaries are shared; only its configuration is another
-    twin.config = copy.copy(model.config)
-    twin.config.tie_word_embeddings = True
+    """Return the pairs of names that the model's class ties if ``tie_word_embeddings`` is true."""
+    shallow_copy = copy.copy(model)  # shares the module's dictionaries; only its configuration is another object
+    shallow_copy.config = copy.copy(model.config)
+    shallow_copy.config.tie_word_embeddings = True
     try:
-        pairs: dict[str, str] = twin.get_expanded_tied_weights_keys(all_submodels=False)
-    except (AttributeError, ValueError):  # a class that names its tied weights in a way that transformers cannot read
+        pairs: dict[str, str] = shallow_copy.get_expanded_tied_weights_keys(all_submodels=False)
+    except (AttributeError, ValueError):  # transformers cannot read the class's names of tied weights
         return {}
     return pairs
 
 
 def _parts(config: Any) -> list[Any]:
-    """Return a configuration and those nested in it."""
-    found = [config]
+    """Return a configuration and all configurations nested in it."""
+    parts = [config]
     for name in getattr(config, "sub_configs", None) or ():
         part = getattr(config, name, None)
         if part is not None:
-            found += _parts(part)
-    return found
+            parts += _parts(part)
+    return parts
 
 
 def _strip_private(path: Path) -> None:

@@ -1,17 +1,16 @@
-"""Linear layers of a few rows at memory speed: y = x W^T read straight from W, once, with whatever threads torch has.
+"""Linear layers for few rows at memory speed: y = x W^T reads W once, on torch's threads.
 
-While a model answers token by token its linear layers have as many rows as the batch. Matrix libraries are made for
-many more: for 2 rows MKL reads the weights at a fifth of the memory's speed, because it packs W before it multiplies.
-Here W is read row by row in plain dot products with up to four rows of x, while the next rows are fetched; further rows
-of x meet what is in the cache by then. The order of every sum is fixed by the shapes, so results depend on neither
-threads nor load.
+During decoding a linear layer has as many rows as the batch. Matrix libraries are optimised for many more rows. For 2
+rows MKL reads the weights at a fifth of the memory's speed, because it packs W before it multiplies. This kernel reads
+W row by row, computes dot products with up to four rows of x, and prefetches the next rows of W. Further rows of x use
+the rows of W in the cache. The shapes fix the order of every sum, so results depend neither on threads nor on load.
 
-The rows may belong to members with low-rank noise (see `lowrank.stand_ins`): their part is added to each piece
-of y while that is in the cache.
+The rows may belong to members with low-rank noise (see `lowrank.stand_ins`). The noise's part is added to each piece of
+y while the piece is in the cache.
 
-Threads: the kernel runs in the OpenMP pool that torch itself uses (`GOMP_parallel` of the libgomp that comes with
-torch). A second pool would fight with torch's for the cores. Where that library is not found the kernel is used with
-one thread only, and `torch.nn.functional.linear` otherwise.
+The kernel runs in torch's own OpenMP pool (`GOMP_parallel` of the libgomp in torch's package), because a second pool
+would compete for the cores. Without this library the kernel is used for one thread only; with more threads
+`torch.nn.functional.linear` is used.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
-MAX_ROWS = 64  # of x; from here on packing W pays, and the library is as fast
-MIN_WIDTH = 512  # K; below, adding up what the vector lanes hold costs as much as the products
-MIN_WEIGHTS = 1 << 16  # elements of W; below, the call costs more than the product
-_BLOCK = 16  # rows of W that stay in the first-level cache while all rows of x pass; a multiple of 4
-_AHEAD = 4  # rows of W between the one that is read and the one that is fetched
-_CHUNK = 128  # outputs after which members' noise is added, while they are in the second-level cache
-_PIECES = 4  # pieces per thread, taken in turn: a thread that is held up does not hold up the others for long
+MAX_ROWS = 64  # rows of x; with more rows the library is as fast, because packing W pays
+MIN_WIDTH = 512  # columns of W (K); with fewer columns summing the vector lanes costs as much as the products
+MIN_WEIGHTS = 1 << 16  # elements of W; with fewer elements the call costs more than the product
+_BLOCK = 16  # rows of W that stay in the first-level cache for all rows of x; a multiple of 4
+_AHEAD = 4  # rows of W between the row in use and the row that is prefetched
+_CHUNK = 128  # outputs; then members' noise is added, while the outputs are in the second-level cache
+_PIECES = 4  # pieces of work per thread; threads take the next piece when free, so a delayed thread matters little
 
 
 @intrinsic
 def _fetch_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
-    """Atomically add ``value`` to ``array[index]`` and return what was there."""
+    """Add ``value`` to ``array[index]`` atomically; return the old value."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -50,7 +49,7 @@ def _fetch_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _floats(typingctx, address):  # type: ignore[no-untyped-def]
-    """Turn an address into a pointer to float32."""
+    """Return an address as a pointer to float32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -60,7 +59,7 @@ def _floats(typingctx, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]
-    """Fetch the cache line at ``address`` into the second-level cache; no address is a wrong one."""
+    """Prefetch the cache line at ``address`` into the second-level cache; invalid addresses are ignored."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         line, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
@@ -72,7 +71,8 @@ def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(types.int64), codegen
 
 
-# Sums may be reordered for the vector lanes, but NaN and infinities come through: trials at load rest on NaN.
+# Sums may be reordered for the vector lanes. NaN and infinities must stay, because the trials when a model is loaded
+# use NaN.
 _options: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
     "nogil": True,
@@ -145,7 +145,7 @@ def _outputs(w, x, y, start, end, address):  # type: ignore[no-untyped-def]
     """Compute the outputs ``start`` to ``end`` of all rows of x."""
     rows, width = x.shape
     row_bytes = 4 * width
-    # The first pass takes these rows of W from memory: one after another, as the hardware likes to read.
+    # The first pass reads these rows of W from memory, one after another, which is the fastest order.
     for o in range(start, end):
         ahead = address + (o + _AHEAD) * row_bytes
         for line in range(ahead, ahead + row_bytes, 64):
@@ -156,7 +156,7 @@ def _outputs(w, x, y, start, end, address):  # type: ignore[no-untyped-def]
             _dots_1_2(w, x, y, o, 0)
         else:
             _dots_1_1(w, x, y, o, 0)
-    # The others find them in the cache, and what counts is how often a number is used once it is in a register.
+    # The other passes read the rows of W from the cache. Their speed depends on how often a loaded number is used.
     done = 4 if rows >= 4 else 2 if rows >= 2 else 1
     fours = start + (end - start) // 4 * 4
     while done + 4 <= rows:
@@ -176,14 +176,14 @@ def _outputs(w, x, y, start, end, address):  # type: ignore[no-untyped-def]
 
 @njit(**_options)
 def _fetch_left(address, n, columns, start):  # type: ignore[no-untyped-def]
-    """Fetch what `_add_noise` reads of left (V, r, N) for a block of outputs; ``columns`` is V * r."""
+    """Prefetch the elements of left (V, r, N) that `_add_noise` reads for a block of outputs; ``columns`` is V * r."""
     for column in range(columns):
         _prefetch(address + 4 * (column * n + start))  # type: ignore[call-arg]
 
 
 @njit(**_options)
 def _inner_products(x, right, inner):  # type: ignore[no-untyped-def]
-    """Compute every row's products with its group's columns of B: x (R, K), right (V, r, K), inner (R, r)."""
+    """Write every row's products with its group's factor to ``inner``: x (R, K), right (V, r, K), inner (R, r)."""
     width = x.shape[0] // right.shape[0]
     for group in range(right.shape[0]):
         for j in range(right.shape[1]):
@@ -198,7 +198,7 @@ def _inner_products(x, right, inner):  # type: ignore[no-untyped-def]
 
 @njit(**_options)
 def _add_noise(y, left, inner, start, end):  # type: ignore[no-untyped-def]
-    """Add every row's own noise to its outputs ``start`` to ``end``: y (R, N), left (V, r, N), inner (R, r)."""
+    """Add every row's noise to its outputs ``start`` to ``end``: y (R, N), left (V, r, N), inner (R, r)."""
     width = y.shape[0] // left.shape[0]
     for group in range(left.shape[0]):
         for row in range(group * width, (group + 1) * width):
@@ -211,11 +211,11 @@ def _add_noise(y, left, inner, start, end):  # type: ignore[no-untyped-def]
 
 
 def _work(job):  # type: ignore[no-untyped-def]
-    """Do pieces of a job until none is left.
+    """Work on pieces of a job until none is left.
 
-    The job's fields: addresses of W (N, K), x (R, K) and y (R, N); N, K, R; outputs in a piece; the next output; then,
-    for members, r (else 0), V, the addresses of right (V, r, K), left (V, r, N) and scratch (threads, R, r), and the
-    next thread.
+    The job's fields are: the addresses of W (N, K), x (R, K) and y (R, N); N; K; R; outputs of a piece; the next
+    output; r, or 0 without members; V; the addresses of right (V, r, K), left (V, r, N) and scratch memory (threads, R,
+    r); the index of the next thread.
     """
     fields = carray(job, (14,))
     n, k, rows, size, rank, groups = fields[3], fields[4], fields[5], fields[6], fields[8], fields[9]
@@ -227,7 +227,7 @@ def _work(job):  # type: ignore[no-untyped-def]
     thread = _fetch_add(fields, 13, 1)
     inner = carray(_floats(fields[12] + 4 * thread * rows * rank), (rows, rank))
     columns = groups * rank
-    ready = False  # inner
+    ready = False  # whether inner is computed
     while True:
         first = _fetch_add(fields, 7, size)
         if first >= n:
@@ -236,9 +236,9 @@ def _work(job):  # type: ignore[no-untyped-def]
         for top in range(first, last, _CHUNK):
             bottom = min(top + _CHUNK, last)
             fetched = fields[10]
-            share = (4 * columns * k * _BLOCK // (bottom - top) + 63) // 64 * 64  # of right, for each block
+            share = (4 * columns * k * _BLOCK // (bottom - top) + 63) // 64 * 64  # bytes of right to prefetch per block
             for start in range(top, bottom, _BLOCK):
-                if rank:  # the factors come from memory while the processor multiplies
+                if rank:  # prefetch the factors while the processor multiplies
                     _fetch_left(fields[11], n, columns, start)
                     if not ready:
                         for line in range(fetched, fetched + share, 64):
@@ -246,7 +246,7 @@ def _work(job):  # type: ignore[no-untyped-def]
                         fetched += share
                 _outputs(w, x, y, start, min(start + _BLOCK, bottom), fields[0])
             if rank:
-                if not ready:  # by every thread for itself: cheaper than waiting for each other
+                if not ready:  # every thread computes its own copy, which is cheaper than waiting for another thread
                     _inner_products(x, right, inner)
                     ready = True
                 _add_noise(y, left, inner, top, bottom)
@@ -257,7 +257,7 @@ _Job = ctypes.c_int64 * 14
 
 @cache
 def _kernel() -> tuple[int, Callable[[int], None]]:
-    """Compile `_work` (once per machine: the result is kept on disk); return its address, and it as a function."""
+    """Compile `_work`, cached on disk; return its address, and a Python function that calls it."""
     signature = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
     address: Any = cfunc(signature, cache=True, nogil=True)(_work).address
     return address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
@@ -265,7 +265,7 @@ def _kernel() -> tuple[int, Callable[[int], None]]:
 
 @cache
 def _find_pool() -> Callable[[int, int, int, int], None] | None:
-    """Return ``GOMP_parallel(function, data, threads, flags)`` of torch's own OpenMP library, or None."""
+    """Return ``GOMP_parallel(function, data, threads, flags)`` of torch's OpenMP library; None if there is none."""
     library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     if not library.exists():
         return None
@@ -276,7 +276,7 @@ def _find_pool() -> Callable[[int, int, int, int], None] | None:
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Say whether the kernel computes ``x weight^T``: a function of shapes, types and the number of threads alone."""
+    """Return whether the kernel computes ``x weight^T``; this depends on shapes, types and the number of threads."""
     width = x.shape[-1]
     return (
         width >= MIN_WIDTH
@@ -295,9 +295,9 @@ def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x weight^T + bias``: x (..., K), weight (N, K), bias (N,); as `torch.nn.functional.linear` to rounding.
+    """Return ``x weight^T + bias``: x (..., K), weight (N, K), bias (N,); equal to torch's ``linear`` to rounding.
 
-    The kernel takes dense float32 on the CPU, 1 to 64 rows, without gradients; all else goes to torch.
+    The kernel computes dense float32 on the CPU with 1 to 64 rows and without gradients. Other calls go to torch.
     """
     if not takes(x, weight):
         return torch.nn.functional.linear(x, weight, bias)
@@ -308,10 +308,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def linear_of_members(
     x: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``x (weight + left^T right)^T + bias``, every group of rows with its own factors; for what `takes` allows.
+    """Return ``x (weight + left^T right)^T + bias``, where every group of rows has its own factors.
+
+    The caller has checked `takes`.
 
     Args:
-        x: (R, ..., K), V groups of equal size in order.
+        x: (R, ..., K), V groups of equal size, in order.
         weight: (N, K).
         left: (V, r, N).
         right: (V, r, K).
@@ -346,21 +348,21 @@ def _multiply(
 
 
 class SmallLinear(torch.nn.Linear):
-    """A linear layer that takes few rows quickly; made of a `torch.nn.Linear` by `install`."""
+    """A linear layer that is fast for few rows; `install` makes it of a `torch.nn.Linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """See `linear`; a stand-in in the weight's place is asked at once, without torch's detour."""
+        """See `linear`; a stand-in for the weight is called directly, without torch's dispatch."""
         weight: Any = self.weight
         if isinstance(weight, torch.Tensor) and (self.bias is None or isinstance(self.bias, torch.Tensor)):
             return linear(input, weight, self.bias)
         if isinstance(weight, torch.Tensor):  # a trained bias beside a frozen weight
             return torch.nn.functional.linear(input, weight, self.bias)
-        found: torch.Tensor = weight.linear(input, self.bias)
-        return found
+        output: torch.Tensor = weight.linear(input, self.bias)
+        return output
 
 
 def install(model: torch.nn.Module) -> None:
-    """Let every plain linear layer of ``model`` take few rows quickly; parameters and names stay as they are."""
+    """Make every plain linear layer of ``model`` a `SmallLinear`; parameters and names do not change."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = SmallLinear

@@ -1,4 +1,4 @@
-"""Trials at load: what cannot be read off a model's signature is tried out on a few tokens."""
+"""Trials when a model is loaded: they run a few tokens to find out what the model's signature does not tell."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from estune.engines.hf.callers import LEAST_SHARED, AttentionCaller, Caller, Mod
 
 
 def uses_attention_caller(model: Model) -> bool:
-    """Say whether the model's inputs during generation are the plain ones (mask, positions, key/value cache)."""
+    """Return whether `AttentionCaller` fits: generation needs only tokens, mask, positions and a key/value cache."""
     accepted = set(inspect.signature(model.forward).parameters)
     plain = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-    own_inputs = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    return plain <= accepted and not own_inputs and not model._is_stateful and model._supports_default_dynamic_cache()
+    is_custom = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    return plain <= accepted and not is_custom and not model._is_stateful and model._supports_default_dynamic_cache()
 
 
 @torch.inference_mode()
 def takes_wide_mask(model: Model) -> bool:
-    """Try whether a ready 4-D mask gives the very logits that the 2-D mask gives, over a padded batch.
+    """Return whether a 4-D mask gives exactly the logits of the 2-D mask, in a trial with a padded batch.
 
-    Such a model may also read tokens that all rows share once, with padding behind them: its layers see positions and
-    masks alone, not places. That is tried too, and must agree to rounding.
+    `AttentionCaller` reads a common prefix of all rows once and puts the padding after it. So the trial also requires
+    that the logits then agree to rounding.
     """
     config = model.config.get_text_config(decoder=True)
     one_kind = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -33,32 +33,31 @@ def takes_wide_mask(model: Model) -> bool:
     if not known or getattr(config, "sliding_window", None) or not one_kind:
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    same = list(range(1, 1 + LEAST_SHARED))
-    for prompts, exact in (([[1, 2, 3, 4], [5, 6]], True), ([[*same, 9, 3], [*same, 4]], False)):
+    prefix = list(range(1, 1 + LEAST_SHARED))
+    for prompts, is_exact in (([[1, 2, 3, 4], [5, 6]], True), ([[*prefix, 9, 3], [*prefix, 4]], False)):
         ids, mask = left_pad([[t % config.vocab_size for t in prompt] for prompt in prompts], 0, model.device)
-        found = []
+        logits = []
         for wide in (False, True):
             caller = AttentionCaller(model, wide, groups=1)
             try:
-                found.append(torch.stack([caller.prefill(ids, mask, 1), caller.step(ids[:, 0])]).float())
+                logits.append(torch.stack([caller.prefill(ids, mask, 1), caller.step(ids[:, 0])]).float())
             except (RuntimeError, ValueError, TypeError, IndexError):
-                return False  # the model wants its mask in another form
-        if not (
-            torch.equal(*found)
-            if exact
-            else bool((found[0] - found[1]).abs().max() <= tolerance * (found[0].abs().max() + 1e-6))
-        ):
+                return False  # the model takes another form of mask
+        of_2d, of_4d = logits
+        bound = tolerance * (of_2d.abs().max() + 1e-6)
+        agrees = torch.equal(of_2d, of_4d) if is_exact else bool((of_2d - of_4d).abs().max() <= bound)
+        if not agrees:
             return False
     return True
 
 
 @torch.inference_mode()
 def safe_batching(model: Model, caller: Callable[[], Caller]) -> str:
-    """Try how rows may share a batch and still get the logits that each gets alone.
+    """Return which rows may share a batch and get the same logits as alone, by a trial.
 
     Returns:
-        ``padded``: rows of any length; ``equal``: rows of one length (some models ignore the mask);
-        ``single``: one row (a few models mix up the states of a batch).
+        ``padded``: rows of any length. ``equal``: rows of equal length, because some models ignore the mask.
+        ``single``: one row, because a few models mix the states of a batch.
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     short, other, long = ([t % vocabulary for t in row] for row in ([8, 9, 10], [5, 3, 7], [1, 2, 3, 4, 5, 6, 7]))
@@ -66,9 +65,9 @@ def safe_batching(model: Model, caller: Callable[[], Caller]) -> str:
 
     def last_row(batch: list[list[int]]) -> torch.Tensor:
         ids, mask = left_pad(batch, 0, model.device)
-        one = caller()
-        first = one.prefill(ids, mask, 2)[-1]
-        return torch.stack([first, one.step(ids[:, -1])[-1]]).float()  # (2, V)
+        batch_caller = caller()
+        first = batch_caller.prefill(ids, mask, 2)[-1]
+        return torch.stack([first, batch_caller.step(ids[:, -1])[-1]]).float()  # (2, V)
 
     alone = last_row([short])
     bound = tolerance * (alone.abs().max() + 1e-6)

@@ -1,8 +1,8 @@
-"""The working model: what answers prompts, and how theta or a member gets into its memory.
+"""The working model answers prompts; this module writes theta, or a member, into its memory.
 
-A member is written into the working model's own memory from the master, never added to or subtracted from what was
-there, so theta cannot drift. Where members share a forward pass (`lowrank.members`) nothing is written for a
-member, and the working model's memory may be theta itself.
+A member's weights are computed from theta and overwrite the working model's memory. They are never added to or
+subtracted from the weights in it, so theta cannot drift. If members share a forward pass (`lowrank.members`), no member
+is written, and the working model's memory may be theta itself.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from estune.es.types import Perturbation
 if TYPE_CHECKING:
     from estune.gpu.theta import DeviceTheta
 
-COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` looks at
+COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` reads
 
 
 class WorkingModel:
-    """A model, the master it belongs to, and what its memory holds.
+    """A model, its theta, and a record of the weights in the model's memory.
 
-    ``is_theta``: the master's arrays are the model's own memory, so that no member must ever be written into it.
+    ``is_theta``: theta's arrays are the model's memory, so no member may be written into it.
     """
 
-    def __init__(self, model: Any, bound: Sequence[Binding], master: HostTheta) -> None:
-        """Write theta into ``model``. On CUDA ``master`` may move to the device: use the attribute from here on."""
+    def __init__(self, model: Any, bound: Sequence[Binding], host: HostTheta) -> None:
+        """Write theta into ``model``. On CUDA theta may move to the device: use the attribute ``theta`` afterwards."""
         self.model = model
         self.bindings = list(bound)
-        self._trained = {spec.name for spec in master.specs if spec.perturbed}
+        self._trained = {spec.name for spec in host.specs if spec.perturbed}
         self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
-        self.is_theta = any(np.shares_memory(master.arrays[name], live) for name, live in self._live.items())
-        self._on_device = _on_device(master, model.device)
-        self.theta = master if self._on_device is None else self._on_device
+        self.is_theta = any(np.shares_memory(host.arrays[name], live) for name, live in self._live.items())
+        self._on_device = _on_device(host, model.device)
+        self.theta = host if self._on_device is None else self._on_device
         staged = [] if self._on_device is not None else [b for b in bound if b.name not in self._live]
         largest = max((max(b.pieces[0].parameter.numel(), math.prod(b.shape)) for b in staged), default=0)
         self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=model.device.type == "cuda")
-        self._held: tuple[Perturbation | None, int] | None = None  # and the master's version
-        self._fixed_version = -1  # master version at which the parameters that are not trained were written
+        self._held: tuple[Perturbation | None, int] | None = None  # the member in memory, and theta's version
+        self._fixed_version = -1  # theta's version when the untrained parameters were written
         self.hold(None)
 
     @torch.inference_mode()
     def hold(self, perturbation: Perturbation | None) -> float:
-        """Hold a member, or theta (``None``); return the seconds that writing it took."""
+        """Write a member, or theta (``None``), if the model does not hold it; return the seconds that this took."""
         wanted = (perturbation, self.theta.version)
         if self._held == wanted:
             return 0.0
@@ -67,21 +67,22 @@ class WorkingModel:
         return time.perf_counter() - started
 
     def forget(self) -> None:
-        """Write everything anew at the next `hold`: theta has changed."""
+        """Mark all weights as stale, because theta has changed; the next `hold` writes them again."""
         self._held = None
         self._fixed_version = -1
 
     def stand_apart(self) -> None:
-        """Give the master memory of its own, so that members can be written into the model."""
+        """Copy theta into new memory, so that members can be written into the model."""
         if self.is_theta:
             self.theta.unshare()
             self.is_theta = False
 
     def perturb_cosine(self, perturbation: Perturbation, but: Collection[str] = ()) -> dict[str, float]:
-        """Return, per kind of parameter, the cosine of ``cast(W) - cast(theta)`` with the exact perturbation.
+        """Return the cosine of ``cast(W) - cast(theta)`` with the exact perturbation, by kind of parameter.
 
-        It says how much of the perturbation survives the compute dtype; computed in float64 from the first 65,536
-        elements of every perturbed parameter ``but`` those named.
+        The cosine measures how much of the perturbation survives the cast to the compute dtype. It is computed in
+        float64 from the first `COSINE_ELEMENTS` elements of every perturbed parameter, except for those named in
+        ``but``.
         """
         sums: dict[str, np.ndarray] = {}
         lowrank = {spec.name for spec in self.theta.specs if spec.lowrank}
@@ -90,12 +91,12 @@ class WorkingModel:
                 continue
             theta = self.theta.head(binding.name, COSINE_ELEMENTS)  # (d,)
             part = _lowrank_part if binding.name in lowrank else _full_part
-            exact = part(binding, perturbation, theta.size)
-            moved, still = (
-                torch.from_numpy(values).to(binding.dtype).double().numpy() for values in (theta + exact, theta)
+            perturbed = part(binding, perturbation, theta.size)
+            cast_member, cast_theta = (
+                torch.from_numpy(values).to(binding.dtype).double().numpy() for values in (theta + perturbed, theta)
             )
-            change, wanted = moved - still, exact.astype(np.float64)
-            parts = np.array([change @ wanted, change @ change, wanted @ wanted])
+            change, exact = cast_member - cast_theta, perturbed.astype(np.float64)
+            parts = np.array([change @ exact, change @ change, exact @ exact])
             sums[binding.kind] = sums.get(binding.kind, 0.0) + parts
         return {
             kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0 for kind, (dot, a, b) in sorted(sums.items())
@@ -123,27 +124,27 @@ class WorkingModel:
                 binding.write(self._staging[:size].view(binding.shape))
         self.theta.perturb_all(perturbation, live)
         if self._on_device is not None:
-            torch.cuda.current_stream(self.model.device).synchronize()  # kernels are launched, not waited for
+            torch.cuda.current_stream(self.model.device).synchronize()  # kernels run asynchronously
 
 
 def _live_memory(binding: Binding) -> np.ndarray | None:
-    """Return the parameter's own memory where a member can be written straight into it: float32, dense, on the CPU."""
+    """Return the parameter's memory if a member can be written directly into it: float32, dense, on the CPU."""
     live = binding.direct
     return live.numpy() if live is not None and live.device.type == "cpu" and live.dtype == torch.float32 else None
 
 
-def _on_device(master: HostTheta, device: torch.device) -> DeviceTheta | None:
-    """On CUDA, let Triton's kernels keep theta; None where the host keeps it."""
+def _on_device(host: HostTheta, device: torch.device) -> DeviceTheta | None:
+    """Return theta on a CUDA device, or None if the host computes members and updates."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     from estune.gpu.theta import DeviceTheta, on_device
 
-    moved = on_device(master, device)
-    return moved if isinstance(moved, DeviceTheta) else None
+    theta = on_device(host, device)
+    return theta if isinstance(theta, DeviceTheta) else None
 
 
 def _full_part(binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
-    """Return the first ``count`` elements of a parameter's exact perturbation: float32 (count,)."""
+    """Return the first elements of a parameter's exact perturbation: float32 (count,)."""
     member = perturbation.member
     n = noise_ints(member.seed, binding.name, 0, count, perturbation.noise.distribution)
     exact: np.ndarray = np.float32(perturbation.noise.scale * member.sign) * n.astype(np.float32)
@@ -151,12 +152,12 @@ def _full_part(binding: Binding, perturbation: Perturbation, count: int) -> np.n
 
 
 def _lowrank_part(binding: Binding, perturbation: Perturbation, count: int) -> np.ndarray:
-    """Return the first ``count`` elements of a matrix's exact low-rank perturbation: float64 (count,)."""
+    """Return the first elements of a matrix's exact low-rank perturbation: float64 (count,)."""
     member = perturbation.member
     left, right = lowrank_factors(
         member.seed, binding.name, binding.shape, perturbation.noise.rank, perturbation.noise.distribution
     )
-    if left.ndim == 3:  # stacked experts: the first
+    if left.ndim == 3:  # stacked experts: use the first expert
         left, right = left[0], right[0]
     rows = -(-count // len(right))
     product: np.ndarray = (left[:rows].astype(np.float64) @ right.T.astype(np.float64)).reshape(-1)[:count]
