@@ -46,8 +46,8 @@ def test_damage_is_named(run, place):
     assert run("export", "run", "--patch", "run.estp").code == 0
     good = (place / "run.estp").read_bytes()
     for data, said in (
-        (good[:-1], "damaged"), (good[:40] + bytes([good[40] ^ 1]) + good[41:], "damaged"), (b"{}", "no estune patch"),
-        (b"estune patch 9\n" + good[15:], "another format"), (b"", "no estune patch"),
+        (good[:-1], "damaged"), (good[:40] + bytes([good[40] ^ 1]) + good[41:], "damaged"), (b"{}", "not an estune patch"),
+        (b"estune patch 9\n" + good[15:], "another format"), (b"", "not an estune patch"),
     ):  # fmt: skip
         (place / "bad.estp").write_bytes(data)
         assert_refused(run("apply", "bad.estp", "--model", "toy", "--output_dir", "rebuilt"), said)
@@ -98,4 +98,4 @@ def test_decay_towards_the_base(run_model, place):
 def test_what_somebody_made_up_is_refused(run, place, content):
     packed = zlib.compress(content)
     (place / "bad.estp").write_bytes(MAGIC + blake2b(packed, digest_size=DIGEST_BYTES).digest() + packed)
-    assert_refused(run("apply", "bad.estp", "--model", "toy", "--output_dir", "rebuilt"), "no estune patch")
+    assert_refused(run("apply", "bad.estp", "--model", "toy", "--output_dir", "rebuilt"), "not an estune patch")

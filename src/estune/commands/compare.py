@@ -1,4 +1,4 @@
-"""What `estune compare` does, behind the parser."""
+"""`estune compare`: run a comparison of methods, or draw its report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from estune.errors import UserError
 
 
 def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_only: bool) -> int:
-    """Carry a comparison out, or continue it, and write its report and its packed results."""
+    """Run or continue a comparison, then write its report and its packed results.
+
+    Raises:
+        UserError: the options exclude each other, the file is not a comparison, or there are no results to report.
+    """
     if dry_run and report_only:
         raise UserError("dry_run and report_only exclude each other")
     if report_only and file.suffix == ".json":
@@ -31,23 +35,25 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
     if dry_run:
         runner.check()
         runner.keep_plan(write=False)
-        runs, found = len(list(cells(comparison))), entries(comparison)
-        trials = sum(len(entry.trials) for entry in found.values()) * len(comparison.models)
+        runs, methods = len(list(cells(comparison))), entries(comparison)
+        trials = sum(len(entry.trials) for entry in methods.values()) * len(comparison.models)
         budget, tuning = comparison.budget, comparison.tuning
-        say(f"estune: {len(found)} methods ({', '.join(found)}) on {len(comparison.models)} models with "
-            f"{len(comparison.seeds)} seeds: {runs} runs of {_told(budget)}, after {trials} trials of "
-            f"{_told(tuning)}; nothing was run")  # fmt: skip
+        say(
+            f"estune: {len(methods)} methods ({', '.join(methods)}) on {len(comparison.models)} models with "
+            f"{len(comparison.seeds)} seeds: {runs} runs of {_limits(budget)}, after {trials} trials of "
+            f"{_limits(tuning)}; nothing was run"
+        )
         return 0
     try:
         runner.run()
     except KeyboardInterrupt:
-        say("estune: stopped; the same command goes on from there")
+        say("estune: stopped; the same command continues the comparison")
         raise
     return _report(comparison.directory)
 
 
 def _report(directory: Path) -> int:
-    """Write the page of a comparison's directory, and everything that the page is made of as one file beside it."""
+    """Write a comparison's page, and the results that the page shows as one file beside it."""
     from estune.compare.archive import ARCHIVE_FILE, pack, write_archive
     from estune.compare.report import write_report
 
@@ -58,14 +64,14 @@ def _report(directory: Path) -> int:
 
 
 def _is_packed(file: Path) -> bool:
-    """Return whether a file is a packed comparison, whole or not."""
+    """Return whether a file is a packed comparison, even a damaged one."""
     from estune.compare.archive import FORMAT
 
     return file.is_file() and FORMAT.encode() in file.read_bytes()[:1000]
 
 
 def _redraw(file: Path, directory: Path) -> int:
-    """Write the page of a packed comparison, and the results that it links to."""
+    """Write the page of a packed comparison, and the result files that the page links to."""
     from estune.compare.archive import read_archive, unpack
     from estune.compare.report import write_report
 
@@ -74,6 +80,7 @@ def _redraw(file: Path, directory: Path) -> int:
     return 0
 
 
-def _told(limits: Budget | Tuning) -> str:
+def _limits(limits: Budget | Tuning) -> str:
+    """Return the limits of a run or a trial as text, such as ``3,000 evaluations and 60 s``."""
     evaluations = f"{limits.evaluations:,} evaluations" if limits.evaluations else ""
     return " and ".join(filter(None, [evaluations, f"{limits.time_s:g} s" if limits.time_s else ""]))

@@ -16,12 +16,13 @@ from estune.engines.base import LocalEngine
 from estune.errors import UserError, nearest
 from estune.es.types import Prompt
 from estune.run.records import write_lines
+from estune.tasks import Task
 from estune.train import setup
 from estune.train.evaluation import Evaluation, check_batches, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
 from estune.train.soundness import warn_of_inputs
 
-NARROW = ("bfloat16", "float16")  # whose rounding can change a token with the size of a batch
+NARROW = ("bfloat16", "float16")  # dtypes: a token can change with the size of the batch, by rounding
 
 
 def evaluate_command(
@@ -38,43 +39,26 @@ def evaluate_command(
     """Evaluate a model on held-out rows and print the result.
 
     Args:
-        args: the model, the rows and how completions are decoded.
-        split: of a built-in task; None for ``test``.
-        n_samples: samples of each row for pass@k; 0 for none.
-        limit: of the rows; 0 for all.
-        reference: a model to measure the KL divergence to.
-        rows: a file to write the rows to.
-        json: print one JSON object instead of lines.
-        batch_check: ``always``, ``never``, or ``auto``: answer the rows again in batches of another size where the
-            compute dtype has 16 bits.
+        args: model, rows and decoding.
+        split: split of a built-in task; None: ``test``.
+        n_samples: samples of each row for pass@k; 0: none.
+        limit: number of rows; 0: all.
+        reference: reference model of the KL divergence.
+        rows: file to write the evaluated rows to.
+        json: whether to print one JSON object instead of lines.
+        batch_check: ``always``, ``never``, or ``auto``: answer the rows again in batches of another size if the compute
+            dtype has 16 bits.
 
     Raises:
         UserError: the options or the model cannot be used.
     """
-    if limit < 0 or n_samples < 0:
-        raise UserError(f"limit and n_samples must not be negative, not {min(limit, n_samples)}")
-    if n_samples:
-        if args.num_generations > 1:
-            raise UserError("give n_samples (for pass@k) or num_generations (for the mean), not both")
-        if n_samples > 1 and args.temperature == 0:
-            raise UserError("n_samples needs temperature above 0: greedy completions would all be equal")
-        args = dataclasses.replace(args, num_generations=n_samples)
-    if rows:  # before the work, not after it
-        if Path(rows).is_dir():
-            raise UserError(f"rows {rows} is a directory, not a file to write")
-        Path(rows).parent.mkdir(parents=True, exist_ok=True)
-    if args.engine == "hf":  # before rows and rewards are read
-        for model in (args.model, reference):
-            if model is not None:
-                setup.check_model(model, args.revision)
+    args = _with_samples(args, n_samples)
+    if limit < 0:
+        raise UserError(f"limit must not be negative, not {limit}")
+    _check_before_loading(args, reference, rows)
     task = setup.task_of(args)
     rewards = setup.resolve_rewards(args, None, task)
-    if split is not None and args.dataset_name is not None:
-        raise UserError("split names a part of a built-in task; of a dataset, dataset_test_split does")
-    split = split or "test"
-    if task is not None and args.dataset_name is None and split not in task.splits:
-        raise UserError(f"task {task.name} has no split {split!r}{nearest(split, task.splits)}; it has "
-                        f"{', '.join(task.splits)}")  # fmt: skip
+    split = _split_of(args, task, split)
     if n_samples and rewards.accuracy is None:
         raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
     data = setup.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
@@ -87,32 +71,22 @@ def evaluate_command(
         engine = setup.load_engine(args)
         prompts = setup.build_prompts(args, engine, data, task is not None)
         warn_of_inputs(args, engine, prompts)
-        evaluator = Evaluator(engine, pool, args.response_prefix)
 
         def progress(done: int) -> None:
             if not json:
                 show_progress(f"estune: {done}/{len(data)} rows")
 
         evaluation = evaluate(
-            evaluator, data, prompts, setup.sampling(args, 0), rewards.weights, grader,
-            batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0}, progress=progress,
+            Evaluator(engine, pool, args.response_prefix), data, prompts, setup.sampling(args, 0), rewards.weights,
+            grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
+            progress=progress,
         )  # fmt: skip
-        result: dict[str, Any] = {"task": args.task or args.dataset_name, "model": args.model}
-        if args.dataset_name is None:
-            result["split"] = split
-        elif has_splits(args.dataset_name):
-            result["split"] = args.dataset_test_split
-        result |= evaluation.summary()
+        result = _heading(args, split) | evaluation.summary()
         if warning := evaluation.warning(engine.facts.dtype):
             warn(warning)
         if n_samples:
             result["pass_at_k"] = evaluation.pass_at_k()
-        if batch_check == "always" or (batch_check == "auto" and engine.facts.dtype in NARROW):
-            checked = check_batches(engine, prompts, setup.sampling(args, 0), evaluation)
-            if checked is not None:
-                result["batch_check"] = checked
-            elif batch_check == "always":
-                warn("batch_check needs two rows or more: a single one shares its batch with nobody")
+        result |= _batch_check(batch_check, engine, args, prompts, evaluation)
         if reference is not None:
             result["kl"] = _divergence(engine, args, reference, prompts, evaluation)
         if rows:
@@ -121,29 +95,96 @@ def evaluate_command(
     return 0
 
 
+def _with_samples(args: ESConfig, n_samples: int) -> ESConfig:
+    """Return the configuration with ``n_samples`` completions per prompt, if any; raise UserError if it cannot work."""
+    if n_samples < 0:
+        raise UserError(f"n_samples must not be negative, not {n_samples}")
+    if not n_samples:
+        return args
+    if args.num_generations > 1:
+        raise UserError("give n_samples (for pass@k) or num_generations (for the mean), not both")
+    if n_samples > 1 and args.temperature == 0:
+        raise UserError("n_samples needs temperature above 0: greedy completions would all be equal")
+    return dataclasses.replace(args, num_generations=n_samples)
+
+
+def _check_before_loading(args: ESConfig, reference: str | None, rows: str | None) -> None:
+    """Raise UserError if the file of rows cannot be written or a model cannot be loaded, before any work is done."""
+    if rows:
+        if Path(rows).is_dir():
+            raise UserError(f"rows {rows} is a directory, not a file to write")
+        Path(rows).parent.mkdir(parents=True, exist_ok=True)
+    if args.engine == "hf":
+        for model in (args.model, reference):
+            if model is not None:
+                setup.check_model(model, args.revision)
+
+
+def _split_of(args: ESConfig, task: Task | None, split: str | None) -> str:
+    """Return the split to evaluate, ``test`` by default; raise UserError if the task does not have it."""
+    if split is not None and args.dataset_name is not None:
+        raise UserError("split is for built-in tasks; for a dataset give dataset_test_split")
+    split = split or "test"
+    if task is not None and args.dataset_name is None and split not in task.splits:
+        raise UserError(
+            f"task {task.name} has no split {split!r}{nearest(split, task.splits)}; it has {', '.join(task.splits)}"
+        )
+    return split
+
+
+def _heading(args: ESConfig, split: str) -> dict[str, Any]:
+    """Return the first lines of the result: task or dataset, model, and split if there are splits."""
+    heading: dict[str, Any] = {"task": args.task or args.dataset_name, "model": args.model}
+    if args.dataset_name is None:
+        heading["split"] = split
+    elif has_splits(args.dataset_name):
+        heading["split"] = args.dataset_test_split
+    return heading
+
+
+def _batch_check(
+    when: str, engine: LocalEngine, args: ESConfig, prompts: list[Prompt], evaluation: Evaluation
+) -> dict[str, Any]:
+    """Return ``{"batch_check": ...}`` if the rows are answered again in batches of another size, else ``{}``."""
+    if when == "never" or (when == "auto" and engine.facts.dtype not in NARROW):
+        return {}
+    checked = check_batches(engine, prompts, setup.sampling(args, 0), evaluation)
+    if checked is not None:
+        return {"batch_check": checked}
+    if when == "always":
+        warn("batch_check needs two rows or more: a single row has no batch to share")
+    return {}
+
+
 def _divergence(
     engine: LocalEngine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
 ) -> float | None:
     """Return KL(model || reference) per token, by the k3 estimator on the model's own completions.
 
-    None, with a warning, where a log-probability of the model or of the reference is not finite.
+    If a log-probability of either model is not finite, warn and return None.
+
+    Raises:
+        UserError: the model's tokens are outside the reference's vocabulary.
     """
     repeated = [prompt for prompt, row in zip(prompts, evaluation.rows, strict=True) for _ in row.token_ids]
     token_ids = [ids for row in evaluation.rows for ids in row.token_ids]
-    own = engine.token_logprobs(repeated, token_ids)
-    other_engine = setup.load_engine(dataclasses.replace(args, model=reference))
+    logprobs = engine.token_logprobs(repeated, token_ids)
+    reference_engine = setup.load_engine(dataclasses.replace(args, model=reference))
     largest = max((token for ids in token_ids for token in ids), default=0)
-    vocab_size = other_engine.facts.vocab_size
+    vocab_size = reference_engine.facts.vocab_size
     if vocab_size is not None and largest >= vocab_size:
         raise UserError(
             f"reference {reference} has an embedding of {vocab_size} rows, and the model answered with "
-            f"token {largest}: a KL divergence needs two models of one vocabulary"
+            f"token {largest}: a KL divergence needs two models with one vocabulary"
         )
-    other = other_engine.token_logprobs(repeated, token_ids)
-    for name, its_engine, found in ((args.model, engine, own), (reference, other_engine, other)):
-        broken = sum(not math.isfinite(value) for row in found for value in row)
+    reference_logprobs = reference_engine.token_logprobs(repeated, token_ids)
+    models = ((args.model, engine.facts, logprobs), (reference, reference_engine.facts, reference_logprobs))
+    for name, facts, values in models:
+        broken = sum(not math.isfinite(value) for row in values for value in row)
         if broken:
-            warn(f"{broken} of {sum(map(len, found))} log-probabilities of {name} are not finite in "
-                 f"{its_engine.facts.dtype}, so kl is unknown")  # fmt: skip
+            warn(
+                f"{broken} of {sum(map(len, values))} log-probabilities of {name} are not finite in {facts.dtype}, so "
+                "kl is unknown"
+            )
             return None
-    return kl_k3(own, other)
+    return kl_k3(logprobs, reference_logprobs)

@@ -1,8 +1,9 @@
-"""A seed patch: all that a run did to its base model, in kilobytes.
+"""A seed patch: a run's whole change to its base model, in kilobytes.
 
-A step is its members' seeds and integer utilities; noise regenerates from them. So a tuned model is its base and this
-file, whatever its size: `estune export` takes the file out of a run's journal, `estune apply` rebuilds the weights on
-any machine, and both ends are held against fingerprints. Seeds that follow from the run's seed are left out.
+A step is stored as its members' seeds and integer utilities; the noise is regenerated from the seeds. So base model and
+patch determine the tuned model, whatever its size. `estune export` makes the patch from a run's journal. `estune apply`
+rebuilds the weights on any machine. Fingerprints verify the base and the result. Seeds that follow from the run's seed
+are omitted.
 
 Layout: a line that names the format, 16 bytes of blake2b over the rest, and one JSON object compressed by zlib.
 """
@@ -31,8 +32,8 @@ from estune.train import setup
 
 MAGIC = b"estune patch 1\n"
 DIGEST_BYTES = 16
-MOST_BYTES = 1 << 30  # of a patch when unpacked: thousands of members for a hundred thousand steps
-# What of the configuration an update, or loading the base, depends on; nothing else is taken from a patch.
+MOST_BYTES = 1 << 30  # bytes of an unpacked patch: thousands of members for a hundred thousand steps
+# Options that an update, or loading the base, depends on. A patch holds only these.
 KEPT = (
     "antithetic", "noise", "rank", "noise_distribution", "weight_decay", "weight_decay_anchor", "seed",
     "population_size", "trainable_parameters", "dtype", "engine",
@@ -45,15 +46,17 @@ def make_patch(run: Path) -> bytes:
     """Return the patch of a finished run.
 
     Raises:
-        UserError: there is no journal, or nothing in it proves what the last step's weights are.
+        UserError: there is no journal, or it holds no fingerprint of the last step's weights.
     """
     journal = Journal.open(run / JOURNAL_FILE, repair=False)
     if journal is None:
         raise UserError(f"{run} holds no journal to make a patch of")
     done = len(journal.steps)
     if done not in journal.checkpoints:
-        raise UserError(f"{run} was interrupted after {done} step{'s' * (done != 1)}: continue it with --resume to its "
-                        "end, then export it")  # fmt: skip
+        raise UserError(
+            f"{run} was interrupted after {done} step{'s' * (done != 1)}: continue it with --resume to its end, then "
+            "export it"
+        )
     header = journal.header
     config = {name: header["config"][name] for name in KEPT}
     content = {
@@ -89,14 +92,15 @@ def parameters_digest(parameters: Sequence[Sequence[Any]]) -> str:
 
 
 def read_patch(path: Path) -> dict[str, Any]:
-    """Return what a patch holds.
+    """Return the content of a patch.
 
     Raises:
-        UserError: the file is missing, no patch, damaged, or of a later format.
+        OSError: the file cannot be read.
+        UserError: the file is not a patch, is damaged, or has another format.
     """
     raw = path.read_bytes()
     if not raw.startswith(MAGIC):
-        kind = "a patch of another format" if raw.startswith(b"estune patch ") else "no estune patch"
+        kind = "a patch of another format" if raw.startswith(b"estune patch ") else "not an estune patch"
         raise UserError(f"{path} is {kind}")
     digest, packed = raw[len(MAGIC) :][:DIGEST_BYTES], raw[len(MAGIC) + DIGEST_BYTES :]
     if blake2b(packed, digest_size=DIGEST_BYTES).digest() != digest:
@@ -108,7 +112,7 @@ def read_patch(path: Path) -> dict[str, Any]:
 
 
 def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
-    """Return a patch's content; whoever made it may mean harm, so its size and its types are looked at first."""
+    """Return a patch's content. The file is untrusted, so its size and its types are checked first."""
     unpack = zlib.decompressobj()
     try:
         text = unpack.decompress(packed, MOST_BYTES)
@@ -117,62 +121,69 @@ def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
         content = None
     good = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in CONTENT.items())
     if not isinstance(content, dict) or not good:
-        raise UserError(f"{path} is no estune patch: its content is not what a patch holds")
+        raise UserError(f"{path} is not an estune patch: its content has other fields or types")
     whole = set(content["config"]) == set(KEPT) and {"model", "fingerprint"} <= set(content["base"])
     if not whole or not all(isinstance(step, dict) and set(STEP_FIELDS[:4]) <= set(step) for step in content["steps"]):
-        raise UserError(f"{path} is no estune patch: something is missing in it")
+        raise UserError(f"{path} is not an estune patch: a field is missing")
     return content
 
 
 def export_command(run: Path, patch: Path) -> int:
-    """Write a run's patch and say how large it is."""
+    """Write a run's patch and print its size."""
     if patch.is_dir():
         raise UserError(f"patch {patch} is a directory, not a file to write")
     data = make_patch(run)
     patch.parent.mkdir(parents=True, exist_ok=True)
     replace_file(patch, lambda file: file.write(data))
     content = read_patch(patch)
-    say(f"estune: {patch}: {len(data):,} bytes for {_steps(content)} on {content['base']['model']}; "
-        f"fingerprint of the result {content['fingerprint']}")  # fmt: skip
+    say(
+        f"estune: {patch}: {len(data):,} bytes for {_steps(content)} on {content['base']['model']}; "
+        f"fingerprint of the result {content['fingerprint']}"
+    )
     return 0
 
 
 def apply_command(
     patch: Path, model: str, output_dir: Path | None, revision: str | None, trust_remote_code: bool
 ) -> int:
-    """Rebuild a tuned model from its base and a patch, verify it, save it (default: beside the patch, by its name).
+    """Rebuild a tuned model from its base and a patch, verify it, and save it.
 
-    Which revision of the base is loaded, and whether its own code may run, is for the user to say, never for the patch.
+    The default ``output_dir`` is the patch's path without its suffix. The base's revision, and whether its own code may
+    run, come from the user, never from the patch.
 
     Raises:
-        UserError: the base is another one, or the result is not what the patch says; nothing is saved then.
+        UserError: the base or the result does not have the patch's fingerprint; nothing is saved.
     """
     content = read_patch(patch)
     output_dir = output_dir or patch.with_suffix("")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
-    config = {**content["config"], "model": model, "revision": revision,
-              "trust_remote_code": trust_remote_code}  # fmt: skip
+    config = {**content["config"], "model": model, "revision": revision, "trust_remote_code": trust_remote_code}
     args = setup.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
     say(f"estune: loading {model}, then {_steps(content)} of {args.population_size} members")
     engine = setup.load_engine(args)
     base, found = content["base"], engine.fingerprint()
     if found != base["fingerprint"]:
-        raise UserError(f"{patch} belongs to another base: it was made on {base['model']} with fingerprint "
-                        f"{base['fingerprint']}, and {model} has {found}; nothing was written")  # fmt: skip
+        raise UserError(
+            f"{patch} belongs to another base: it was made on {base['model']} with fingerprint {base['fingerprint']}, "
+            f"and {model} has {found}; nothing was written"
+        )
     if parameters_digest(_listed(engine.specs)) != content["parameters"]:
-        raise UserError(f"{patch} gives other parameters noise than this estune would; nothing was written")
+        raise UserError(f"{patch} perturbs other parameters than this estune would; nothing was written")
     if args.weight_decay_anchor == "base":
         directory = local_directory(model)
         if directory is None or not engine.open_anchor([directory]):
-            raise UserError(f"{patch} decays towards its base, and {model} is no directory that holds it as it is")
+            raise UserError(
+                f"{patch} decays towards its base: --model must be a directory with the unchanged base, not {model}"
+            )
     for index, step in enumerate(content["steps"]):
         seeds = step.get("seeds") or _seeds(content["config"], index, len(step["q"]))
         engine.apply(recorded_update({**step, "seeds": seeds}, content["config"]))
     found = engine.fingerprint()
     if found != content["fingerprint"]:
-        raise UserError(f"{patch} applied to {model} gives fingerprint {found}, not {content['fingerprint']}: nothing "
-                        "was written")  # fmt: skip
+        raise UserError(
+            f"{patch} applied to {model} gives fingerprint {found}, not {content['fingerprint']}: nothing was written"
+        )
     engine.save(output_dir, float32=False)
     say(f"estune: {_steps(content)} applied and verified, fingerprint {found}, in {output_dir}")
     return 0

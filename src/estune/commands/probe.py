@@ -1,10 +1,10 @@
-"""`estune probe`: what perturbations of several sizes do to a model on a task, before a run is paid for.
+"""`estune probe`: measure the effect of several sigmas on a model and a task, before a run.
 
-Eight members at each of six sigmas answer the rows that a run's first step would use, and so does theta. Too small a
-sigma changes no answer: all members tie, and there is nothing to learn from. Too large a one breaks the model: answers
-are empty, never end, or the fitness of the whole population falls. In between members differ by what they say, and the
-sigma proposed is the one where they differ most without harm (`propose` says how). The rule is of thumb: eight members
-are few, and a short run decides.
+Theta and eight members at each of six sigmas answer the rows of a run's first step. If sigma is too small, no answer
+changes: all members tie, and there is nothing to learn from. If sigma is too large, the model breaks: answers are empty
+or never end, or the fitness of the whole population falls. Between the two, members differ in their answers. `propose`
+chooses the sigma at which members differ most without harm. This is a rule of thumb: eight members are few, so check
+the proposal in a short run.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from estune.train.step import plan_step
 
 MEMBERS = 8
 SIGMAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MOST_HARM = 1.0  # of the members' mean fitness, in their own spreads below theta's
-MORE_BROKEN = 0.05  # share of completions beyond theta's own
-LEAST_CHANGED = 0.1  # share of completions that differ from theta's
-FEW_DISTINCT = 0.5  # share of members of one fitness from which more members are proposed
+MOST_HARM = 1.0  # standard deviations of the members' fitness: how far their mean may lie below theta's fitness
+MORE_BROKEN = 0.05  # share of completions: how many more than theta's may be broken
+LEAST_CHANGED = 0.1  # share of completions: how many must differ from theta's
+FEW_DISTINCT = 0.5  # share of members: if more of them have equal fitness, a larger population is proposed
 USUAL_N, LARGER_N = 30, 60
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What theta (M = 1) or some members made of the rows."""
+    """Statistics of the answers of theta (M = 1) or of M members."""
 
     fitness: list[float]  # (M,)
-    tied_prompts: float  # share of prompts on which all members got the same reward
+    tied_prompts: float  # share of prompts on which all members tie
     changed: float  # share of completions that differ from theta's
     broken: dict[str, float]  # shares of completions: empty, clipped, non-finite
     failures: int  # rewards that failed
 
     @property
     def broken_share(self) -> float:
-        """Share of completions with any of the faults (they exclude each other)."""
+        """Share of completions with any fault (a completion has at most one)."""
         return math.fsum(self.broken.values())
 
     @property
     def mean(self) -> float:
-        """Mean fitness of the members to whom a reward applied."""
+        """Mean fitness of the members that a reward applied to."""
         known = [value for value in self.fitness if value == value]
         return math.fsum(known) / len(known) if known else math.nan
 
@@ -81,7 +81,7 @@ def _plain(value: float) -> float | None:
 
 
 def fault(completion: Completion, text: str) -> str | None:
-    """Name what is wrong with a completion, if anything is."""
+    """Return the fault of a completion (`non_finite`, `empty`, `clipped`), or None."""
     if not completion.finite:
         return "non_finite"
     if not text.strip():
@@ -93,14 +93,14 @@ def summarise(
     evaluator: Evaluator, groups: Sequence[Group], answers: Sequence[Completions], theta: Completions,
     prompts: Sequence[Any], weights: Sequence[float],
 ) -> Answers:  # fmt: skip
-    """Return what some members' scored groups and completions, (M,) each of (B, G), come to beside theta's."""
+    """Return the statistics of M members' scored groups and completions (M, B, G), compared with theta's (B, G)."""
     rollouts = stack(list(groups))
     rewards = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (M, B, G)
     per_prompt = [column[~np.isnan(column)].tolist() for column in rewards.swapaxes(0, 1)]  # B of (M * G,)
     tied = [is_tie(values) for values in per_prompt if values]
-    own = [completion.token_ids for row in theta for completion in row]
+    theta_ids = [completion.token_ids for row in theta for completion in row]  # (B * G,)
     flat = [[completion for row in member for completion in row] for member in answers]  # (M, B * G)
-    changed = [done.token_ids != before for member in flat for done, before in zip(member, own, strict=True)]
+    changed = [done.token_ids != before for member in flat for done, before in zip(member, theta_ids, strict=True)]
     repeated = [prompt for prompt, row in zip(prompts, theta, strict=True) for _ in row]
     faults = [
         fault(done, evaluator.text(prompt, done.token_ids))
@@ -119,10 +119,10 @@ def summarise(
 def probe(
     args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int = MEMBERS
 ) -> tuple[ESConfig, Answers, dict[float, Answers]]:
-    """Return the resolved configuration, and what theta and ``members`` members of every sigma make of the rows.
+    """Return the resolved configuration, theta's answers, and the answers of ``members`` members by sigma.
 
     Raises:
-        UserError: what was configured cannot work; or it was asked to stop.
+        UserError: the configuration cannot work, or the probe was stopped.
     """
     task = setup.task_of(args)
     rewards = setup.resolve_rewards(args, None, task)
@@ -177,9 +177,10 @@ def probe(
 def propose(theta: Answers, found: dict[float, Answers]) -> dict[str, Any]:
     """Return a sigma, a learning rate (sigma / 2, the paper's rule) and N, with the reason in a sentence.
 
-    A sigma is harmless where at most 5 points more completions are broken than theta's, and the members' mean fitness
-    lies at most one standard deviation of theirs below theta's; it is felt where at least a tenth of the completions
-    changed and the members do not all tie. Of the sigmas that are both, the one with the largest spread of fitness.
+    A sigma is harmless if at most 5 percentage points more completions are broken than theta's, and the members' mean
+    fitness lies at most one of their standard deviations below theta's. It has an effect if at least a tenth of the
+    completions changed and not all members tie. Of the sigmas with both properties, the one with the largest spread of
+    fitness is proposed.
     """
     harmless = [
         sigma
@@ -187,13 +188,13 @@ def propose(theta: Answers, found: dict[float, Answers]) -> dict[str, Any]:
         if members.broken_share <= theta.broken_share + MORE_BROKEN
         and members.mean >= theta.mean - MOST_HARM * members.spread - 1e-9 * abs(theta.mean)
     ]
-    felt = [s for s, members in found.items() if members.changed >= LEAST_CHANGED and not _all_tie(members)]
-    both = [sigma for sigma in harmless if sigma in felt]
+    effective = [s for s, members in found.items() if members.changed >= LEAST_CHANGED and not _all_tie(members)]
+    both = [sigma for sigma in harmless if sigma in effective]
     if both:
         sigma = max(both, key=lambda s: found[s].spread)
         reason = "members differ most there without harm"
-    elif felt:
-        sigma = min(felt)
+    elif effective:
+        sigma = min(effective)
         reason = "the smallest that changes answers; it harms most members, so watch the first steps"
     else:
         sigma = max(harmless, default=min(found))
@@ -212,15 +213,17 @@ def _all_tie(members: Answers) -> bool:
 
 
 def table(theta: Answers, found: dict[float, Answers], proposal: dict[str, Any]) -> str:
-    """Return the result as text."""
-    head = (f"{'sigma':>8} {'fitness':>10} {'± spread':>9} {'best':>10} {'ties':>6} {'changed':>8} {'empty':>6} "
-            f"{'clipped':>8} {'not finite':>10}")  # fmt: skip
+    """Return the result as text, one line a sigma."""
+    head = (
+        f"{'sigma':>8} {'fitness':>10} {'± spread':>9} {'best':>10} {'ties':>6} {'changed':>8} {'empty':>6} "
+        f"{'clipped':>8} {'not finite':>10}"
+    )
     lines = [head]
     for name, answers in [("theta", theta), *((f"{sigma:g}", answers) for sigma, answers in found.items())]:
         most = max(answers.fitness, default=math.nan)
         broken = answers.broken
-        among = [f"{answers.spread:.3g}", f"{most:.4g}", f"{answers.tied_prompts:.0%}", f"{answers.changed:.0%}"]
-        spread, best, ties, changed = among if answers is not theta else ["-"] * 4  # said of several members
+        of_members = [f"{answers.spread:.3g}", f"{most:.4g}", f"{answers.tied_prompts:.0%}", f"{answers.changed:.0%}"]
+        spread, best, ties, changed = of_members if answers is not theta else ["-"] * 4  # theta is no population
         lines.append(
             f"{name:>8} {answers.mean:>10.4g} {spread:>9} {best:>10} {ties:>6} {changed:>8} {broken['empty']:>6.0%} "
             f"{broken['clipped']:>8.0%} {broken['non_finite']:>10.0%}"
@@ -233,7 +236,7 @@ def table(theta: Answers, found: dict[float, Answers], proposal: dict[str, Any])
 
 
 def probe_command(args: ESConfig, sigmas: Sequence[float], as_json: bool) -> int:
-    """Probe and print."""
+    """Probe, and print the answers' statistics and the proposal."""
     if not sigmas or not all(math.isfinite(sigma) and sigma > 0 for sigma in sigmas):
         raise UserError("sigmas must be positive numbers")
     args, theta, found = probe(args, sorted(set(sigmas)))

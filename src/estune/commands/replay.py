@@ -1,4 +1,4 @@
-"""`estune replay`: the weights of any step, rebuilt from base model and journal and verified."""
+"""`estune replay`: rebuild the weights of any step from base model and journal, and verify them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from estune.train import setup
 
 
 def replay_command(run: Path, step: int | None, output_dir: Path, model: str | None) -> int:
-    """Rebuild the weights after ``step`` steps from base model and journal, verify them, save them."""
+    """Rebuild the weights after ``step`` steps (None: all) from base model and journal, verify them, save them.
+
+    Raises:
+        UserError: there is no journal, the base is another one, or the weights differ from the journal's.
+    """
     journal = Journal.open(run / JOURNAL_FILE, repair=False)
     if journal is None:
         raise UserError(f"{run} holds no journal to replay")
@@ -34,8 +38,8 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     check_base(journal, engine.fingerprint(), args.model)
     check_parameters(journal, engine.specs)
     if args.weight_decay_anchor == "base":
-        own = run / BASE_DIRECTORY
-        source = own if own.exists() else local_directory(args.model)
+        kept = run / BASE_DIRECTORY
+        source = kept if kept.exists() else local_directory(args.model)
         if source is not None:
             engine.open_anchor([source])
     replay_steps(journal, engine, 0, step)

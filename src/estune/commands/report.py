@@ -12,7 +12,7 @@ from estune.monitor.report.plots import plot_run, plot_runs
 
 
 def report_command(runs: Sequence[Path], output_dir: Path | None) -> int:
-    """Write `report.html` and the curves, and say where they are.
+    """Write `report.html` and the curves, and print where they are.
 
     Raises:
         UserError: a directory holds no run.

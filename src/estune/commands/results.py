@@ -1,4 +1,4 @@
-"""How a command prints a result: lines for people, or one JSON object."""
+"""A command's result on stdout: lines for people, or one JSON object."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from estune.console import print_json, print_result
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result's values, one line each, or the result as JSON."""
     if as_json:
         print_json(result)
         return
@@ -17,11 +18,14 @@ def print_values(result: dict[str, Any], as_json: bool) -> None:
             print_result(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
         elif name == "batch_check":
             size, other = value["prompts_per_batch"]
-            print_result(f"{name:20} in batches of {other} instead of {size} prompts, {value['changed']} of "
-                         f"{value['rows']} rows have other tokens")  # fmt: skip
+            print_result(
+                f"{name:20} in batches of {other} instead of {size} prompts, {value['changed']} of {value['rows']} "
+                "rows have other tokens"
+            )
         elif name != "accuracy_ci95":
             print_result(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
 
 
 def or_none(value: float) -> float | None:
+    """Return the value, or None for NaN."""
     return None if value != value else value

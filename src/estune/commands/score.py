@@ -1,4 +1,4 @@
-"""`estune score`: rewards and accuracy of completions that are in a file."""
+"""`estune score`: rewards and accuracy of the completions in a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from estune.train.setup import Rewards
 
 
 def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
-    """Score given completions with a task's reward and accuracy (or with rewards of one's own)."""
+    """Score the completions of a file with a task's reward and accuracy, or with the user's own rewards.
+
+    Raises:
+        UserError: a row lacks its completion or a column that the rewards need.
+    """
     task = setup.task_of(args)
     rewards = setup.resolve_rewards(args, None, task)
     rows = load_rows(str(completions))
@@ -52,7 +56,7 @@ def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
 
 
 def _scored(args: ESConfig, rewards: Rewards, columns: list[dict[str, Any]], texts: list[str]) -> Any:
-    """Return the reward result and the accuracy (rows,) or None, both from killable workers."""
+    """Return the reward result, and the accuracy (rows,) or None. Workers that can be killed compute both."""
     prompts, answers, named = reward_inputs(columns, texts, "")
     batch = RewardBatch(prompts, answers, [[] for _ in texts], named, {"global_step": 0, "max_steps": 0})
     with setup.reward_pool(args, rewards.funcs, rewards.names) as pool:
