@@ -52,9 +52,9 @@ from estune.engines.hf import decoding
 from estune.engines.hf.callers import AttentionCaller, left_pad
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.update import Update, make_update
-from estune.train import setup
 from estune.train.opening import open_session
 from estune.train.session import Session, Step, plan_step
+from estune.train.step import sampling_of
 
 NEXT_TO_NOTHING = 1e-12  # learning rate
 NO_STEPS_END = 1_000_000  # max_steps
@@ -225,7 +225,7 @@ class Bench:
         engine: Any = session.engine
         engine.load_theta()
         rows = [decoding.Row(prompt.token_ids, prompt.row_id, 0) for prompt in self.prompts]
-        groups, sampling = self.members_per_batch, setup.sampling(session.args, 0)
+        groups, sampling = self.members_per_batch, sampling_of(session.args, 0)
         lengths = []
         started = now()
         for cut in decoding.cut(rows, engine.prompts_per_batch):
@@ -253,7 +253,7 @@ class Bench:
         engine.load_theta()
         kept, engine.prompts_per_batch = engine.prompts_per_batch, len(self.batch_prompts)
         started = now()
-        answers = engine.generate(None, self.batch_prompts, setup.sampling(session.args, 0))
+        answers = engine.generate(None, self.batch_prompts, sampling_of(session.args, 0))
         seconds = now() - started
         engine.prompts_per_batch = kept
         self._check([len(completion.token_ids) for row in answers for completion in row])

@@ -1,4 +1,4 @@
-"""Which of estune's files does one step enter? `python scripts/step_files.py` lists them, for low-rank members on a CPU.
+"""Which of estune's files does one step of low-rank members enter? `python scripts/step_files.py` lists them.
 
 A run of three steps on the embedded model is traced from the start of its second step to its end, in all threads. The
 first step would count what happens once, as loading a file of noise kernels does.
@@ -45,9 +45,13 @@ def main() -> None:
         return plan(self)
 
     Session.plan = traced  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            ESTrainer(args=ESConfig(output_dir=f"{place}/run", **OPTIONS)).train()  # type: ignore[arg-type]
+    with (
+        tempfile.TemporaryDirectory() as place,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        ESTrainer(args=ESConfig(output_dir=f"{place}/run", **OPTIONS)).train()  # type: ignore[arg-type]
     for path in sorted(entered):
         print(path)
     print(f"{len(entered)} files")

@@ -19,8 +19,8 @@ from estune.es.types import Interrupted
 from estune.models.names import local_directory
 from estune.run.records import read_metrics
 from estune.tasks import get_task
-from estune.train import setup
 from estune.train.session import plan_step
+from estune.train.step import sampling_of
 
 pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
@@ -196,7 +196,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
 
     def fitness(perturbation, first, index):  # two prompts from a place of the run's order
         rows = [prompts[row] for row in order[first : first + 2]]
-        answers = trainer.engine.generate(perturbation, rows, setup.sampling(trainer.args, index))
+        answers = trainer.engine.generate(perturbation, rows, sampling_of(trainer.args, index))
         return np.mean(letters([trainer.engine.assets.decode(a.token_ids) for [a] in answers]))
 
     place_of, holder, fitnesses = (-1, -1), None, []

@@ -15,7 +15,7 @@ from estune import ESConfig
 from estune.baselines import BaselineTrainer
 from estune.models.names import local_directory
 from estune.tasks import get_task
-from estune.train import setup
+from estune.train.step import sampling_of
 
 pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
@@ -39,7 +39,7 @@ def test_samples_are_what_es_engine_gives_for_theta(method, batches, place):
         args = ESConfig(**{**SMALL, "method": method, **changes, "model": str(model), "save_steps": 0})
         trainer = BaselineTrainer(args=args)
         prompts = [trainer.prepare()[row] for row in rows]
-        sampling = setup.sampling(trainer.args, index)
+        sampling = sampling_of(trainer.args, index)
         if method == "sft_rejection":
             sampling = dataclasses.replace(sampling, num_generations=1)
             rounds = [(drawn + place) // 6 for place in range(len(rows))]

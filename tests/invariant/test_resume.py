@@ -239,7 +239,7 @@ def test_a_second_signal_quits_at_once(zygote, run, place):
     while not (place / "run" / "pending.jsonl").exists():
         time.sleep(0.002)
     os.kill(pid, signal.SIGINT)
-    while "once more" not in (place / ".err").read_text():
+    while "send the signal again" not in (place / ".err").read_text():
         time.sleep(0.002)
     os.kill(pid, signal.SIGINT)
     assert zygote.wait().code == -signal.SIGINT

@@ -129,7 +129,7 @@ def test_stopped_anywhere_it_ends_in_the_same_results(
 ) -> None:
     whole = job(tmp_path / "whole", steps, time_s, keeps_models=keeps_models)
     played = Played()
-    whole.bring(played)
+    whole.run(played)
     for cut in range(len(played.calls)):
         made = job(tmp_path / str(cut), steps, time_s, keeps_models=keeps_models)
         with pytest.raises(Stopped):
@@ -183,7 +183,7 @@ def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
 def test_every_code_that_carried_a_run_on_is_told(tmp_path: Path) -> None:
     """A run that was stopped goes on with whatever code is there then; what begins anew was made by that alone."""
     with pytest.raises(Stopped):
-        job(tmp_path).bring(Played(0))
+        job(tmp_path).run(Played(0))
     for code in ("d", "c", "d"):
         made = job(tmp_path, code=code)
         with pytest.raises(Stopped):

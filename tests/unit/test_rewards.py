@@ -652,7 +652,7 @@ def test_extras_bring_what_is_said_of_them():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     brings = {
         re.match(r"[\w-]+", package)[0].replace("-", "_"): extra
-        for extra in ("baselines", "bench", "gpu", "trackers", "tasks")
+        for extra in ("baselines", "bench", "compare", "gpu", "trackers", "tasks")
         for package in extras[extra]
     }
     assert brings | {"latex2sympy2_extended": "tasks"} == EXTRA_OF  # that one comes with math-verify

@@ -35,7 +35,7 @@ def test_the_first_signal_asks_to_stop(number, capsys):
         assert not stop.requested()
         os.kill(os.getpid(), number)
         assert stop.requested()
-    assert "once more to quit without saving" in capsys.readouterr().err
+    assert "send the signal again to quit without saving" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", ALL)
@@ -44,7 +44,7 @@ def test_a_closed_terminal_sends_more_than_one_hangup(first, capsys):
         for number in (first, signal.SIGHUP, signal.SIGHUP):
             os.kill(os.getpid(), number)
         assert stop.requested()
-    assert capsys.readouterr().err.count("once more") == 1
+    assert capsys.readouterr().err.count("send the signal again") == 1
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])

@@ -22,9 +22,8 @@ from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.types import GroupJob, Interrupted, Perturbation
 from estune.files import is_number, read_json_object, write_json
-from estune.train import setup
 from estune.train.rollouts import Group, scored, stack
-from estune.train.step import plan_step
+from estune.train.step import plan_step, sampling_of
 
 STATE_FILE = "best.json"
 
@@ -133,7 +132,7 @@ def _fitness(
     """
     rows = [session.train_rows[row] for row in row_ids]
     prompts = [session.train_prompts[row] for row in row_ids]
-    sampling, evaluator = setup.sampling(session.args, index), session.evaluator
+    sampling, evaluator = sampling_of(session.args, index), session.evaluator
     size, checksum = int(session.args.members_per_batch), session.engine.checksum()
     jobs = (
         GroupJob(tuple(places), tuple(contestants[place] for place in places), checksum, tuple(prompts), sampling)

@@ -30,9 +30,10 @@ from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
 from estune.run.directory import METHOD_FILE
-from estune.train import metrics, setup
+from estune.train import metrics
 from estune.train.rollouts import scored
 from estune.train.session import OpenRun
+from estune.train.step import evaluation_sampling, sampling_of
 
 PROGRESS_FILE = "progress.json"  # in a directory a run can go on from; written last, so it says that all is there
 
@@ -174,7 +175,7 @@ class BaselineSession(OpenRun):
             Diverged: the model gives no finite logits.
         """
         self.copy_weights()
-        sampling = dataclasses.replace(setup.sampling(self.args, index), num_generations=count)
+        sampling = dataclasses.replace(sampling_of(self.args, index), num_generations=count)
         return self._finite(self.engine.generate(None, prompts, sampling, self.should_stop))
 
     def _finite(self, answers: list[list[Completion]]) -> list[list[Completion]]:
@@ -298,7 +299,7 @@ class BaselineSession(OpenRun):
         """
         self.copy_weights()
         if final and self.steps_done:
-            one = dataclasses.replace(setup.evaluation_sampling(self.args), max_completion_length=1)
+            one = dataclasses.replace(evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
         engine = self.engine
         state = {"step": self.steps_done, "fingerprint": engine.fingerprint(), "checksum": engine.checksum()}

@@ -21,6 +21,7 @@ from estune.train import setup
 from estune.train.evaluation import Evaluation, check_batches, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
 from estune.train.soundness import warn_of_inputs
+from estune.train.step import sampling_of
 
 NARROW = ("bfloat16", "float16")  # dtypes: a token can change with the size of the batch, by rounding
 
@@ -77,7 +78,7 @@ def evaluate_command(
                 show_progress(f"estune: {done}/{len(data)} rows")
 
         evaluation = evaluate(
-            Evaluator(engine, pool, args.response_prefix), data, prompts, setup.sampling(args, 0), rewards.weights,
+            Evaluator(engine, pool, args.response_prefix), data, prompts, sampling_of(args, 0), rewards.weights,
             grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
             progress=progress,
         )  # fmt: skip
@@ -148,7 +149,7 @@ def _batch_check(
     """Return ``{"batch_check": ...}`` if the rows are answered again in batches of another size, else ``{}``."""
     if when == "never" or (when == "auto" and engine.facts.dtype not in NARROW):
         return {}
-    checked = check_batches(engine, prompts, setup.sampling(args, 0), evaluation)
+    checked = check_batches(engine, prompts, sampling_of(args, 0), evaluation)
     if checked is not None:
         return {"batch_check": checked}
     if when == "always":

@@ -28,7 +28,7 @@ from estune.train import setup
 from estune.train.rollouts import Completions, Evaluator, Group, scored, stack
 from estune.train.signals import StopRequest
 from estune.train.soundness import are_finite, broken_model, warn_of_inputs
-from estune.train.step import plan_step
+from estune.train.step import plan_step, sampling_of
 
 MEMBERS = 8
 SIGMAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -139,7 +139,7 @@ def probe(
         args = setup.resolve_with_engine(args, engine, prompts)
         warn_of_inputs(args, engine, prompts)
         evaluator = Evaluator(engine, pool, args.response_prefix, stop.requested)
-        sampling = setup.sampling(args, 0)
+        sampling = sampling_of(args, 0)
         state = {"global_step": 0, "max_steps": 0}
 
         def answer(perturbations: Sequence[Perturbation | None]) -> tuple[list[Group], list[Completions]]:

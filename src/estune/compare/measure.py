@@ -37,6 +37,7 @@ from estune.train.evaluation import Evaluation, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
 from estune.train.setup import Rewards
 from estune.train.soundness import broken_model
+from estune.train.step import sampling_of
 
 Rows = list[dict[str, Any]]
 SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
@@ -219,7 +220,7 @@ class Judges:
             Evaluator(engine, pool, args.response_prefix),
             rows,
             prompts,
-            setup.sampling(args, 0),
+            sampling_of(args, 0),
             rewards.weights,
             grader,
             batch=int(args.prompts_per_batch),

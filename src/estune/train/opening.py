@@ -32,7 +32,7 @@ from estune.train.rollouts import Evaluator
 from estune.train.session import Session, run_so_far
 from estune.train.signals import StopRequest
 from estune.train.soundness import refuse_broken_theta
-from estune.train.step import plan_step
+from estune.train.step import plan_step, sampling_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, p
     first = plan_step(args, batches, 0)
     say("estune: checking that the same prompts give the same answers twice")
     members = first.perturbations[: args.members_per_batch]
-    return engine.check_reproducible(members, [prompts[row] for row in first.rows], setup.sampling(args, 0))
+    return engine.check_reproducible(members, [prompts[row] for row in first.rows], sampling_of(args, 0))
 
 
 def hub_repository(args: ESConfig) -> str:

@@ -155,7 +155,7 @@ class Evaluator:
                 )
                 if keep_text:
                     group.completions = [
-                        [self.text(prompt, c.token_ids) for c in row]
+                        [self.response_prefix + self.text(prompt, c.token_ids) for c in row]
                         for prompt, row in zip(job.prompts, completions, strict=True)
                     ]
                 yield index, group, completions, self.score(rows, job.prompts, completions, trainer_state)

@@ -32,13 +32,13 @@ from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
 from estune.run.directory import Run, refuse_diverged
 from estune.run.journal import step_record
-from estune.train import metrics, setup
+from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
 from estune.train.rollouts import Evaluator, Rollouts, answers_of_theta, digest
 from estune.train.setup import Rewards
 from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
-from estune.train.step import Step, plan_step
+from estune.train.step import Step, evaluation_sampling, plan_step, sampling_of
 
 Rows = list[dict[str, Any]]
 
@@ -77,7 +77,7 @@ class OpenRun:
             self.evaluator,
             self.eval_rows,
             self.eval_prompts,
-            setup.evaluation_sampling(self.args),
+            evaluation_sampling(self.args),
             self.rewards.weights,
             self.accuracy_pool,
             batch=self.args.prompts_per_batch,
@@ -182,7 +182,7 @@ class Session(OpenRun):
             step.perturbations,
             rows,
             prompts,
-            setup.sampling(self.args, step.index),
+            sampling_of(self.args, step.index),
             self.trainer_state(step.index),
             theta_checksum=self.checksum,
             members_per_batch=self.args.members_per_batch,
@@ -205,7 +205,7 @@ class Session(OpenRun):
             Interrupted: the run was asked to stop.
         """
         rows, prompts = self._inputs(step)
-        sampling = setup.sampling(self.args, step.index)
+        sampling = sampling_of(self.args, step.index)
         digests = np.array([group.digests for group in rollouts.groups])  # (N, B, G)
         is_ranked = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
         if not is_ranked and not (step.index == 0 and self.asks_theta_first):

@@ -24,7 +24,7 @@ from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
 from estune.engines.base import Engine, EngineOptions, LocalEngine, ModelAssets
 from estune.errors import UserError
-from estune.es.types import Prompt, Sampling
+from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
 from estune.models.names import local_directory
 from estune.rewards.pool import RewardPool, load_reward
@@ -366,27 +366,6 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return True
-
-
-def sampling(args: ESConfig, step: int) -> Sampling:
-    """Return the decoding settings of a training step."""
-    return Sampling(
-        seed=args.seed,
-        step=step,
-        max_completion_length=args.max_completion_length,
-        num_generations=args.num_generations,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        stop_strings=tuple(args.stop_strings),
-    )
-
-
-def evaluation_sampling(args: ESConfig) -> Sampling:
-    """Return the decoding settings of evaluations within a run: those of training, or greedy decoding."""
-    if args.method == "es" and not args.eval_greedy:
-        return sampling(args, 0)
-    return dataclasses.replace(sampling(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
 
 
 def build_prompts(

@@ -16,6 +16,7 @@ from estune.errors import UserError
 from estune.es.types import Completion, Prompt
 from estune.train import setup
 from estune.train.rollouts import answers_of_theta
+from estune.train.step import sampling_of
 
 FEW_TOKENS = 4  # tokens of a completion that tests whether the logits are finite
 WIDER = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
@@ -36,7 +37,7 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
     """
     rows = setup.batches_of(args, len(prompts)).rows_for_step(0)
     greedy = dataclasses.replace(
-        setup.sampling(args, 0),
+        sampling_of(args, 0),
         temperature=0.0,
         num_generations=1,
         max_completion_length=min(FEW_TOKENS, args.max_completion_length),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from estune.config import ESConfig
 from estune.data.batches import Batches
 from estune.es.population import members_for_step, noise_of
-from estune.es.types import Member, Noise, Perturbation
+from estune.es.types import Member, Noise, Perturbation, Sampling
 from estune.es.update import Update, make_update, scheduled
 
 
@@ -57,3 +58,24 @@ def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
         weight_decay=args.weight_decay,
         anchored=args.weight_decay_anchor == "base",
     )
+
+
+def sampling_of(args: ESConfig, step: int) -> Sampling:
+    """Return the decoding settings of a training step."""
+    return Sampling(
+        seed=args.seed,
+        step=step,
+        max_completion_length=args.max_completion_length,
+        num_generations=args.num_generations,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        stop_strings=tuple(args.stop_strings),
+    )
+
+
+def evaluation_sampling(args: ESConfig) -> Sampling:
+    """Return the decoding settings of evaluations within a run: those of training, or greedy decoding."""
+    if args.method == "es" and not args.eval_greedy:
+        return sampling_of(args, 0)
+    return dataclasses.replace(sampling_of(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
