@@ -195,8 +195,8 @@ def check_agreement(model: Any, config: Any) -> None:
         if in_model is None or in_config is None or in_model[0] != in_config[0]:
             raise UserError(
                 f"{name} and its configuration contradict each other, so the saved run would be another model: the "
-                f"module holds {_of_shape(tensor, in_model)}, and its configuration describes {_of_shape(tensor, in_config)}; "
-                "change model.config to match the module"
+                f"module holds {_of_shape(tensor, in_model)}, and its configuration describes "
+                f"{_of_shape(tensor, in_config)}; change model.config to match the module"
             )
     for tensor in sorted(held):
         if held[tensor][1] != described[tensor][1]:
