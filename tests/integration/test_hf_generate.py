@@ -135,7 +135,7 @@ def test_rows_may_be_repeated_and_reordered(family: str) -> None:
     with torch.inference_mode():
         plain, moved = callers.AttentionCaller(model, wide), callers.AttentionCaller(model, wide)
         assert torch.equal(plain.prefill(ids, mask, 4), moved.prefill(ids, mask, 4))
-        assert moved.keep(lines)
+        assert moved.select_rows(lines)
         for token in (5, 6):
             tokens = torch.tensor([token, token + 1, token + 2])
             assert torch.allclose(plain.step(tokens)[lines], moved.step(tokens[lines]), atol=1e-5)
@@ -191,7 +191,7 @@ def test_other_weights_give_other_answers_and_caches_do_not_linger() -> None:
     engine = engine_of()
     rows = prompts(8)
     theta = engine.generate(None, rows, GREEDY)
-    member = engine.generate(replace(MEMBER, scale=perturbation_scale(0.1)), rows, GREEDY)
+    member = engine.generate(replace(MEMBER, noise=Noise(perturbation_scale(0.1))), rows, GREEDY)
     assert member != theta
     assert engine.generate(None, rows, GREEDY) == theta
 
@@ -312,7 +312,7 @@ class ScriptedCaller:
     def drop_finished(self, alive: Sequence[int], lines: int) -> tuple[list[int], list[bool]] | None:
         if 2 * len(alive) > lines:
             return None
-        self.keep(torch.tensor(alive))
+        self.select_rows(torch.tensor(alive))
         return list(alive), [True] * len(alive)
 
     def _logits(self) -> torch.Tensor:
