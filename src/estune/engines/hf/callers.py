@@ -96,9 +96,9 @@ class AttentionCaller:
         """Configure the caller for a model and its rows.
 
         Args:
-            model: the model. wide_mask: whether the model takes a mask (R, 1, 1, S), which saves the time of building
-            one for every token. groups: number of row groups with the same prompts; 0: every row may have different
-            weights, so rows share
+            model: the model.
+            wide_mask: whether the model takes a mask (R, 1, 1, S), which saves building one for every token.
+            groups: number of row groups with the same prompts; 0: every row may have different weights, so rows share
                 nothing.
             regroup: called with the number of rows per group before a forward pass that changes it.
         """

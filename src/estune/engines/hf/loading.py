@@ -63,8 +63,8 @@ def near_models(model: str) -> str:
     place = Path(model).parent
     with suppress(OSError):
         beside = [path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        if found := nearest(Path(model).name, beside):
-            return found
+        if suggestion := nearest(Path(model).name, beside):
+            return suggestion
     return nearest(model, [path.name for path in EMBEDDED_MODELS.iterdir() if (path / CONFIG_FILE).is_file()])
 
 

@@ -260,13 +260,13 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _check_complete(
-    found: Mapping[str, tuple[Piece, ...]], parameters: Mapping[str, torch.Tensor], model: PreTrainedModel
+    bound: Mapping[str, tuple[Piece, ...]], parameters: Mapping[str, torch.Tensor], model: PreTrainedModel
 ) -> None:
     """Raise UserError unless every element of every parameter is bound exactly once."""
-    bound: dict[int, int] = defaultdict(int)
-    for pieces in found.values():
+    elements: dict[int, int] = defaultdict(int)  # bound elements by id of the parameter
+    for pieces in bound.values():
         for piece in pieces:
-            bound[id(piece.parameter)] += piece.view.numel()
+            elements[id(piece.parameter)] += piece.view.numel()
     for name, parameter in parameters.items():
-        if bound[id(parameter)] != parameter.numel():
+        if elements[id(parameter)] != parameter.numel():
             raise UserError(f"parameter {name!r} of {type(model).__name__} is not stored in full by save_pretrained")

@@ -191,12 +191,12 @@ def check_agreement(model: Any, config: Any) -> None:
         raise _builds_no_model(name, error) from error
     held, described = _layout(model), _layout(built)
     for tensor in sorted(held.keys() | described.keys()):
-        here, there = held.get(tensor), described.get(tensor)
-        if here is None or there is None or here[0] != there[0]:
+        in_model, in_config = held.get(tensor), described.get(tensor)
+        if in_model is None or in_config is None or in_model[0] != in_config[0]:
             raise UserError(
                 f"{name} and its configuration contradict each other, so the saved run would be another model: the "
-                f"module holds {_of_shape(tensor, here)}, and its configuration describes {_of_shape(tensor, there)}; "
-                "change model.config to what the module is"
+                f"module holds {_of_shape(tensor, in_model)}, and its configuration describes "
+                f"{_of_shape(tensor, in_config)}; change model.config to match the module"
             )
     for tensor in sorted(held):
         if held[tensor][1] != described[tensor][1]:
@@ -264,8 +264,8 @@ def reason_of(error: Exception) -> str:
     return reason if len(reason) <= 300 else f"{reason[:300]}..."
 
 
-def _of_shape(tensor: str, found: tuple[tuple[int, ...], frozenset[str]] | None) -> str:
-    return f"no {tensor}" if found is None else f"{tensor} of shape {found[0]}"
+def _of_shape(tensor: str, layout: tuple[tuple[int, ...], frozenset[str]] | None) -> str:
+    return f"no {tensor}" if layout is None else f"{tensor} of shape {layout[0]}"
 
 
 def _layout(model: Any) -> dict[str, tuple[tuple[int, ...], frozenset[str]]]:
