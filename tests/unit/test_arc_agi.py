@@ -101,7 +101,7 @@ def test_short_prompts() -> None:
     with pytest.raises(UserError, match="no prompt so short"):
         get_task("arc_agi:10").load("train")
     for wrong in ("arc_agi:pyhton", "arc_agi:", "arc_agi:python:", "arc_agi:4000:python", "arc_agi:-1", "arc_agi:\xb2"):
-        with pytest.raises(UserError, match="is no arc_agi"):
+        with pytest.raises(UserError, match="does not exist: write arc_agi"):
             get_task(wrong)
 
 

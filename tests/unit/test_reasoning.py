@@ -92,7 +92,7 @@ def test_scorers_that_run_what_a_model_wrote_are_refused() -> None:
 
 def test_scorers_that_pay_anybody_are_refused() -> None:
     """coin_flip's counts the "0" that every probability begins with."""
-    with pytest.raises(UserError, match="scorer of coin_flip pays in full for '0', whatever the problem"):
+    with pytest.raises(UserError, match="scorer of coin_flip gives '0' the full score"):
         get_task("rg:coin_flip").load("train")
 
 
