@@ -212,7 +212,7 @@ DATASETS = {
         "row 1",
         "its prompt is null",
     ),
-    "half a surrogate pair": ('{"prompt": "x[0] \\ud83d.", "wanted": 1}\n', "row 0", "is no text", "ud83d"),
+    "half a surrogate pair": ('{"prompt": "x[0] \\ud83d.", "wanted": 1}\n', "row 0", "cannot be encoded", "ud83d"),
     "a name given twice": ('{"prompt": "x[0]", "wanted": 1, "wanted": 2}\n', "line 1", "'wanted' twice"),
     "a prompt that is a number": ('{"prompt": 3, "wanted": 1}\n', "row 0", "prompt"),
     "an empty prompt": ('{"prompt": "", "wanted": 1}\n', "row 0", "empty"),
@@ -262,7 +262,7 @@ def test_a_pointer_to_where_the_prompt_may_be(refused, place, name):
 def test_bytes_that_are_no_text_on_the_command_line(call, place, option):
     """The command line reads undecodable bytes as halves of surrogate pairs, which no file of a run could hold."""
     done = call(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"))
-    assert_refused(done, option.removeprefix("--"), "is no text")
+    assert_refused(done, option.removeprefix("--"), "cannot be encoded")
     assert not (place / "run").exists()
 
 

@@ -67,7 +67,7 @@ def test_the_answer_of_a_completion(text: str, answer: str) -> None:
 def test_an_unknown_generator_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
         get_task("rg:chain_summ")
-    with pytest.raises(UserError, match=r"no task 'gcd:hard'.*can stand :easy and :exact"):
+    with pytest.raises(UserError, match=r"no task 'gcd:hard'.*suffixes :easy and :exact"):
         get_task("rg:gcd:hard")
 
 

@@ -162,7 +162,7 @@ class ESConfig:
     )
     batch_size: int | Literal["auto"] = _option(
         "auto",
-        "Prompts per step, B. auto: 32; 8 with grpo, dr_grpo, rloo and sft_rejection; 64 with ppo; at most all rows.",
+        "Prompts per step, B. auto: 32, with grpo, dr_grpo, rloo and sft_rejection 8, with ppo 64; at most all rows.",
     )
     antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
     noise: str = _option(
