@@ -106,7 +106,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     value = parse_json(path.read_bytes())
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return value
 
 

@@ -262,7 +262,7 @@ def test_a_pointer_to_where_the_prompt_may_be(refused, place, name):
 def test_bytes_that_are_no_text_on_the_command_line(call, place, option):
     """The command line reads undecodable bytes as halves of surrogate pairs, which no file of a run could hold."""
     done = call(*RUN, option, b"caf\xe9".decode("utf-8", "surrogateescape"))
-    assert_refused(done, option.removeprefix("--"), "is no text")
+    assert_refused(done, option.removeprefix("--"), "cannot be encoded")
     assert not (place / "run").exists()
 
 

@@ -64,7 +64,7 @@ def test_an_old_run_of_a_language_model_resumes(run_model, place, old, name):
     assert done.code == 0, done
     kinds = [line["kind"] for line in journal(place / name)]
     assert kinds.count("step") == end["steps"] + 1
-    told = "compares no values of bonus" in done.err
+    told = "recorded no values of bonus" in done.err
     assert told == (name == "decimals"), done.err
 
 

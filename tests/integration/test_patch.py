@@ -46,8 +46,8 @@ def test_damage_is_named(run, place):
     assert run("export", "run", "--patch", "run.estp").code == 0
     good = (place / "run.estp").read_bytes()
     for data, said in (
-        (good[:-1], "damaged"), (good[:40] + bytes([good[40] ^ 1]) + good[41:], "damaged"),
-        (b"{}", "not an estune patch"), (b"estune patch 9\n" + good[15:], "another format"), (b"", "not an estune patch"),
+        (good[:-1], "damaged"), (good[:40] + bytes([good[40] ^ 1]) + good[41:], "damaged"), (b"{}", "not an estune"),
+        (b"estune patch 9\n" + good[15:], "another format"), (b"", "not an estune"),
     ):  # fmt: skip
         (place / "bad.estp").write_bytes(data)
         assert_refused(run("apply", "bad.estp", "--model", "toy", "--output_dir", "rebuilt"), said)

@@ -345,7 +345,7 @@ def test_a_stopped_run_starts_again_and_a_finished_one_stays(tmp_path: Path, cap
         ({"num_generations": 4}, "num_generations must be 1"),
         ({"top_k": 5}, "leave top_p at 1"),
         ({"top_p": 0.9}, "leave top_p at 1"),
-        ({"stop_strings": ["."]}, "knows no stop_strings"),
+        ({"stop_strings": ["."]}, "has no stop_strings"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"batch_size": 9}, "does not fit 8 rows"),
         ({"batch_size": 1}, "batch_size of 2 or more"),

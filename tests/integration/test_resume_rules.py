@@ -320,7 +320,7 @@ def test_a_run_on_rows_that_are_all_trained_on_says_so_when_it_is_evaluated(run_
     done = run_model("train", *options, "--max_steps", 1, "--output_dir", "run", cwd=tmp_path)
     assert done.code == 0, done
     done = run_model("evaluate", "--model", "run", "--json", cwd=tmp_path)
-    assert done.code == 0 and "trained on all of them" in done.err and json.loads(done.out)["n"] == 4, done
+    assert done.code == 0 and "trained on all its rows" in done.err and json.loads(done.out)["n"] == 4, done
     done = run_model(
         "evaluate", "--model", "run", "--dataset_name", Path("data") / "test.jsonl", "--json", cwd=tmp_path
     )

@@ -518,8 +518,8 @@ CONFIGS = {
     "out of range": (edited(sigma=-1), "sigma"),
     "no method": (edited(method=GONE), "method"),
     "empty": (content("{}"), "lacks the option"),
-    "a list": (content("[]"), "no JSON object"),
-    "deep": (content(DEEP), "no JSON object"),
+    "a list": (content("[]"), "not a JSON object"),
+    "deep": (content(DEEP), "not a JSON object"),
 }
 
 

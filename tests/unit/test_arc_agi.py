@@ -98,10 +98,10 @@ def test_short_prompts() -> None:
         rows, all_rows = get_task(name).load("test"), get_task(name.rpartition(":")[0]).load("test")
         assert rows == [row for row in all_rows if len(row["prompt"]) <= most] and 0 < len(rows) < len(all_rows)
     assert get_task("arc_agi:python:4000").runs_code and not get_task("arc_agi:4000").runs_code
-    with pytest.raises(UserError, match="no prompt so short"):
+    with pytest.raises(UserError, match="no prompt of at most 10 characters"):
         get_task("arc_agi:10").load("train")
     for wrong in ("arc_agi:pyhton", "arc_agi:", "arc_agi:python:", "arc_agi:4000:python", "arc_agi:-1", "arc_agi:\xb2"):
-        with pytest.raises(UserError, match="is no arc_agi"):
+        with pytest.raises(UserError, match="does not exist: write arc_agi"):
             get_task(wrong)
 
 

@@ -51,7 +51,7 @@ def test_every_completion_is_judged_by_its_own_task() -> None:
 
 
 def test_what_does_not_mix() -> None:
-    with pytest.raises(UserError, match="mixes with no other"):
+    with pytest.raises(UserError, match="cannot be part of a mixture"):
         get_task("quadratic=1,countdown=1")
     with pytest.raises(UserError, match="did you mean 'countdown'"):
         get_task("countdwn=1,conciseness=1")

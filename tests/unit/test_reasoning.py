@@ -67,7 +67,7 @@ def test_the_answer_of_a_completion(text: str, answer: str) -> None:
 def test_an_unknown_generator_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
         get_task("rg:chain_summ")
-    with pytest.raises(UserError, match=r"no task 'gcd:hard'.*can stand :easy and :exact"):
+    with pytest.raises(UserError, match=r"no task 'gcd:hard'.*suffixes :easy and :exact"):
         get_task("rg:gcd:hard")
 
 
@@ -92,7 +92,7 @@ def test_scorers_that_run_what_a_model_wrote_are_refused() -> None:
 
 def test_scorers_that_pay_anybody_are_refused() -> None:
     """coin_flip's counts the "0" that every probability begins with."""
-    with pytest.raises(UserError, match="scorer of coin_flip pays in full for '0', whatever the problem"):
+    with pytest.raises(UserError, match="scorer of coin_flip gives '0' the full score"):
         get_task("rg:coin_flip").load("train")
 
 

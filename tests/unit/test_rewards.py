@@ -413,7 +413,7 @@ def test_answers_that_a_reward_forges_fail(reply):
     result = score(reward, length)
     assert result.failed[:, 0].tolist() == [False, True, False]
     assert result.rewards[:, 1].tolist() == [1, 2, 3]
-    assert "sent what is no answer" in result.errors[0]
+    assert "sent an invalid reply" in result.errors[0]
 
 
 def test_an_answer_too_large_for_the_trainer_fails():

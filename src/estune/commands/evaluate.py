@@ -56,7 +56,7 @@ def evaluate_command(
     args = _with_samples(args, n_samples)
     if limit < 0:
         raise UserError(f"limit must not be negative, not {limit}")
-    _check_before_loading(args, reference, rows)
+    _check_before_work(args, reference, rows)
     task = setup.task_of(args)
     rewards = setup.resolve_rewards(args, None, task)
     split = _split_of(args, task, split)
@@ -109,7 +109,7 @@ def _with_samples(args: ESConfig, n_samples: int) -> ESConfig:
     return dataclasses.replace(args, num_generations=n_samples)
 
 
-def _check_before_loading(args: ESConfig, reference: str | None, rows: str | None) -> None:
+def _check_before_work(args: ESConfig, reference: str | None, rows: str | None) -> None:
     """Raise UserError if the file of rows cannot be written or a model cannot be loaded, before any work is done."""
     if rows:
         if Path(rows).is_dir():

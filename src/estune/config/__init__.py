@@ -1,4 +1,4 @@
-"""The options of a run: what they mean, what they may be, and where they are read from."""
+"""The options of a run: meaning, allowed values, and reading them from files."""
 
 from estune.config.options import (
     EVALUATE_FIELDS,

@@ -1,4 +1,4 @@
-"""Values from YAML, JSON and the command line in the type of an option: YAML reads `1e-3` as a string."""
+"""Convert values from YAML, JSON and the command line to an option's type: YAML reads `1e-3` as a string."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from estune.errors import UserError
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """Return a value in the type of an option.
+    """Convert a value to an option's type.
 
     Args:
-        name: of the option.
-        value: as it was given.
+        name: the option's name.
+        value: the value, as given.
         hint: the option's type.
 
     Raises:
-        UserError: the value does not fit; the sentence names option, value and type.
+        UserError: the value does not fit the type; the message names option, value and type.
     """
     options = _alternatives(hint)
     if type(None) in options and value in (["none"], ["null"]):  # `--reward_funcs none` on the command line
@@ -37,7 +37,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def is_text(value: Any) -> bool:
-    """Return whether all strings in a value, at any depth, can be encoded."""
+    """Return whether all strings in a value, at any depth, can be encoded as UTF-8."""
     if isinstance(value, dict):
         return all(is_text(key) and is_text(item) for key, item in value.items())
     if isinstance(value, list):
@@ -46,7 +46,7 @@ def is_text(value: Any) -> bool:
 
 
 def _quoting_hint(value: Any, options: list[Any]) -> str:
-    """Return advice where text is wanted and YAML read `no` as a boolean, `0123` as 83, or `2026-01-01` as a date."""
+    """Return advice for text that YAML read as another type: `no` as a boolean, `0123` as 83, 2026-01-01 as a date."""
     items = value if isinstance(value, list) else [value]
     if options[0] in (str, list[str]) and any(isinstance(item, (bool, int, float, datetime.date)) for item in items):
         return "; if it is meant as text, write it in quotes"
@@ -62,7 +62,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Convert a YAML, JSON or command-line value to one type, or return the misfit mark."""
+    """Convert a value to one type; return _MISFIT if it does not fit."""
     origin = typing.get_origin(kind)
     if kind is type(None):
         return None if value is None or value in ("none", "null", "None") else _MISFIT
@@ -80,7 +80,7 @@ def _convert(value: Any, kind: Any) -> Any:
                 value = json.loads(value)
             except ValueError:
                 return _MISFIT
-        try:  # what JSON cannot hold (dates, NaN) does not fit; keys become strings, as the journal reads them back
+        try:  # values without a JSON type (dates, NaN) do not fit; keys become strings, as in the journal
             return json.loads(json.dumps(value, allow_nan=False)) if isinstance(value, Mapping) else _MISFIT
         except (TypeError, ValueError):
             return _MISFIT

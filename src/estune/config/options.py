@@ -1,7 +1,7 @@
-"""ESConfig: one dataclass that says what a run is. YAML in, JSON out; the command line's flags are its field names.
+"""ESConfig: one dataclass with all options of a run. The command line's flags are its field names.
 
-Three checks stand between a typo and a wasted night: every value is coerced to its field's type (YAML reads `1e-3` as
-a string), an unknown name is an error that tells the nearest known one, and `validate` refuses what cannot work.
+Three checks catch mistakes before a run starts: every value is converted to its field's type (YAML reads `1e-3` as a
+string), an unknown name is an error that names the nearest known one, and `validate` refuses values that cannot work.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from estune.es.update import SCHEDULES, SIGMA_SCHEDULES
 
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 
-# How a model is trained. `es` is what estune is for; the others are its rivals, on the same ground (estune.baselines).
+# Training methods: `es`, and the baselines of `estune.baselines`, which share its tasks, rewards and evaluation.
 METHODS = ("es", "grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search")
 SAMPLING_METHODS = ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection")  # train on sampled completions
-# Options that mean something to some methods only.
+# Option -> the methods that use it, for options that not every method uses.
 OF_METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution",
                      "members_per_batch", "sigma_scheduler_type"), ("es", "random_search")),
@@ -35,22 +35,22 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
 }  # fmt: skip
 
-# What a resumed run may change; everything else defines the trajectory and is written into the journal's header.
+# Options that a resume may change. All others define the trajectory and are written into the journal's header.
 RESUMABLE = frozenset(
     "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows eval_greedy logging_steps report_to "
     "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
     "hub_private_repo".split()
 )
 
-# The fields of `ESConfig` that each command takes beside `train`, which takes them all.
-# `estune evaluate`: what decides the result.
+# The fields of `ESConfig` that each command takes; `train` takes all of them.
+# `estune evaluate`: the options that decide its result.
 EVALUATE_FIELDS = (
     "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
     "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
     "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
 ).split()
-# `estune probe`: what decides the members' completions and their rewards.
+# `estune probe`: the options that decide the members' completions and their rewards.
 PROBE_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
     "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
@@ -58,7 +58,7 @@ PROBE_FIELDS = (
     "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
     "prompts_per_batch members_per_batch num_threads"
 ).split()
-# `estune score`: what decides the rewards of given completions.
+# `estune score`: the options that decide the rewards of given completions.
 SCORE_FIELDS = (
     "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
 ).split()
@@ -104,7 +104,7 @@ class ESConfig:
         "hf", "Generation backend: hf (transformers), toy (a function of a vector), or package.module:Class."
     )
     trainable_parameters: list[str] | None = _option(
-        None, "Regular expressions; only parameters whose stored name holds a match of one are trained. Default: all."
+        None, "Regular expressions; only parameters whose stored name matches one of them are trained. Default: all."
     )
 
     # Task, data, reward
@@ -124,48 +124,50 @@ class ESConfig:
     )
     allow_unsandboxed_code: bool = _option(
         False,
-        "Run code that the model writes without a sandbox: arc_agi:python where this system has none, and rg: tasks "
-        "whose scorer evaluates answers.",
+        "Run code that the model writes without a sandbox: for arc_agi:python if this system has no sandbox, and for "
+        "rg: tasks whose scorer evaluates answers.",
     )
 
     # Prompt
     apply_chat_template: str = _option(
         "auto",
-        "auto: conversational rows and built-in tasks, where the tokenizer has a template; true: always.",
+        "auto: for conversational rows and built-in tasks, if the tokenizer has a template; true: always.",
         ("auto", "true", "false"),
     )
     chat_template_kwargs: dict[str, Any] = _option({}, "JSON object of extra arguments for the chat template.")
     system_prompt: str | None = _option(None, "System message, or text before a plain prompt.")
-    response_prefix: str = _option("", "Text the response starts with; rewards see it as part of the completion.")
-    stop_strings: list[str] = _option([], "Generation ends after any of these strings.")
+    response_prefix: str = _option("", "First text of every response; rewards see it as part of the completion.")
+    stop_strings: list[str] = _option([], "Strings that end a completion.")
 
     # Method
     method: str = _option(
         "es",
-        "es, or one of its rivals on the same task, prompts, rewards and evaluation: grpo, dr_grpo, rloo (TRL's), ppo, "
+        "es, or a baseline with the same task, prompts, rewards and evaluation: grpo, dr_grpo, rloo (TRL's), ppo, "
         "sft_rejection (on correct samples of the base), random_search (the best member, no update).",
         METHODS,
     )
-    method_kwargs: dict[str, Any] = _option({}, "JSON object of arguments for the rival's trainer, such as TRL's beta.")
+    method_kwargs: dict[str, Any] = _option(
+        {}, "JSON object of arguments for a baseline's trainer, such as TRL's beta."
+    )
 
     # Evolution strategy
     max_steps: int = _option(500, "Number of steps (updates).")
     max_time_s: float = _option(
-        0.0, "Seconds of training (evaluations and saving not counted) after which the run ends; 0: no limit."
+        0.0, "Seconds of training, without evaluations and saving, after which the run ends; 0: no limit."
     )
-    population_size: int = _option(30, "Members per step, N; mirrored ones counted.")
+    population_size: int = _option(30, "Members per step, N, mirrored members included.")
     sigma: float = _option(1e-3, "Standard deviation of the perturbations.")
     learning_rate: float | None = _option(
-        None, "Step size alpha; 1/sigma is folded in. Default: sigma / 2; of other methods what TRL has."
+        None, "Step size alpha, which includes the factor 1/sigma. Default: sigma / 2; for other methods TRL's."
     )
     batch_size: int | Literal["auto"] = _option(
         "auto",
-        "Prompts per step, B. auto: 32, with grpo, dr_grpo, rloo and sft_rejection 8, with ppo 64; all rows if fewer.",
+        "Prompts per step, B. auto: 32, with grpo, dr_grpo, rloo and sft_rejection 8, with ppo 64; at most all rows.",
     )
     antithetic: bool = _option(False, "Mirrored pairs: each seed is used with both signs.")
     noise: str = _option(
         "full",
-        "full: every element has noise of its own; lowrank: the noise of a matrix is a product of two thin ones, "
+        "full: every element has independent noise; lowrank: the noise of a matrix is a product of two thin ones, "
         "so that several members share a forward pass.",
         ("full", "lowrank"),
     )
@@ -185,10 +187,10 @@ class ESConfig:
     weight_decay_anchor: str = _option(
         "zero", "What weight decay pulls towards: zero, or base (theta_0).", ("zero", "base")
     )
-    seed: int = _option(0, "Run seed of noise, row order and sampling; 0 is a seed like any other.")
+    seed: int = _option(0, "Seed of noise, row order and sampling.")
 
     # Generation
-    max_completion_length: int = _option(256, "Most tokens a completion may have.")
+    max_completion_length: int = _option(256, "Maximum number of tokens of a completion.")
     num_generations: int = _option(
         1,
         "Completions per prompt and member, G; more than 1 needs temperature > 0. Default with grpo, dr_grpo, rloo and "
@@ -197,18 +199,18 @@ class ESConfig:
     )
     temperature: float = _option(
         0.0,
-        "Sampling temperature; 0 decodes greedily. Default with methods that learn from samples: 1. Methods "
-        "other than es sample in training alone, their evaluations are greedy.",
+        "Sampling temperature; 0 decodes greedily. Default with methods that learn from samples: 1. Methods other "
+        "than es sample only in training; their evaluations are greedy.",
         by_method={**dict.fromkeys(SAMPLING_METHODS, 1.0), "random_search": 0.0},
     )
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
     top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")
     prompts_per_batch: int | Literal["auto"] = _option("auto", "Prompts in one forward pass, at most. auto: 64.")
     members_per_batch: int | Literal["auto"] = _option(
-        "auto", "Members in one forward pass, with noise lowrank. auto: as many as fit into memory and are worth it."
+        "auto", "Members in one forward pass, with noise lowrank. auto: chosen by memory and speed."
     )
     num_threads: int | Literal["auto"] = _option(
-        "auto", "CPU threads. auto: 1 for a model under 64 MB, else the cores."
+        "auto", "CPU threads. auto: 1 for a model under 64 MB, else the number of cores."
     )
 
     # Run
@@ -220,26 +222,26 @@ class ESConfig:
     overwrite: bool = _option(False, "Delete the run in --output_dir first.")
     dry_run: bool = _option(False, "Resolve everything, print it, write nothing.")
     logging_steps: int = _option(
-        1, "Steps between lines on the terminal and in metrics.jsonl; es logs its first step, too."
+        1, "Steps between lines on the terminal and in metrics.jsonl; es also logs its first step."
     )
-    log_completions: bool = _option(False, "Keep the population's completions every logging_steps.")
-    eval_steps: int = _option(0, "Steps between held-out evaluations, theta before the first step included; 0: none.")
-    eval_rows: int = _option(0, "Rows of the held-out split in evaluations within a run; 0: all.")
+    log_completions: bool = _option(False, "Write the population's completions every logging_steps.")
+    eval_steps: int = _option(0, "Steps between held-out evaluations; the first is before step 1; 0: none.")
+    eval_rows: int = _option(0, "Held-out rows in evaluations within a run; 0: all.")
     eval_greedy: bool = _option(
-        False, "Decode those evaluations greedily where training samples; methods other than es always do."
+        False, "Evaluate greedily within a run whose training samples; methods other than es always do."
     )
     save_steps: int = _option(0, "Steps between checkpoints; 0: only the final model.")
     save_total_limit: int = _option(0, "Checkpoints to keep, newest first; 0: all.")
-    push_to_hub: bool = _option(False, "Upload the finished model; the token is the hub client's (HF_TOKEN).")
+    push_to_hub: bool = _option(False, "Upload the finished model, with the hub client's token (HF_TOKEN).")
     hub_model_id: str | None = _option(None, "Repository to upload to. Default: the run directory's name.")
-    hub_private_repo: bool = _option(False, "Make that repository private.")
+    hub_private_repo: bool = _option(False, "Make the repository of hub_model_id private.")
     report_to: list[str] = _option(
         ["plot", "report"],
         "Beside metrics.jsonl: plot (PNG curves), report (report.html), tensorboard, trackio, wandb, mlflow; or none.",
     )
     console: str = _option(
         "auto",
-        "What a run shows: a panel, or a line a step; auto: a panel with es on a terminal.",
+        "Display of a run: a panel, or one line a step; auto: a panel with es on a terminal.",
         ("auto", "panel", "lines"),
     )
 
@@ -255,7 +257,7 @@ class ESConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Raise UserError for values that cannot work together or at all."""
+        """Raise UserError for values that cannot work, alone or together."""
         for spec in dataclasses.fields(self):
             value, choices = getattr(self, spec.name), spec.metadata["choices"]
             if choices and value not in choices:
@@ -264,8 +266,10 @@ class ESConfig:
                 if isinstance(item, float) and not math.isfinite(item):
                     raise UserError(f"{spec.name} must be a finite number, not {item}")
                 if not is_text(item):
-                    raise UserError(f"{spec.name} is no text that can be written down: {item!r} holds half of a "
-                                    "surrogate pair, as undecodable bytes on a command line do")  # fmt: skip
+                    raise UserError(
+                        f"{spec.name} cannot be encoded as UTF-8: {item!r} holds half of a surrogate pair, as "
+                        "undecodable bytes on a command line do"
+                    )
         self._validate_numbers()
         self._validate_method()
         self._validate_population()
@@ -380,10 +384,10 @@ class ESConfig:
             raise UserError("report_to none stands alone")
 
     def _validate_method(self) -> None:
-        """Refuse what the method would ignore or cannot do."""
+        """Refuse options that the method would ignore, and values that it cannot use."""
         for name, methods in OF_METHODS.items():
             if self.method not in methods and getattr(self, name) != default_of(name, self.method):
-                raise UserError(f"method {self.method} has no use for {name}")
+                raise UserError(f"method {self.method} does not use {name}")
         if self.max_time_s and (self.lr_scheduler_type in ("linear", "cosine") or
                                 self.sigma_scheduler_type != "constant"):  # fmt: skip
             raise UserError("max_time_s needs constant schedules: others depend on the number of steps")
@@ -392,7 +396,7 @@ class ESConfig:
         if self.engine == "toy":
             raise UserError(f"method {self.method} trains a language model: it needs engine hf")
         if self.console == "panel":
-            raise UserError(f"console panel shows a population: method {self.method} has lines")
+            raise UserError(f"console panel shows a population: with method {self.method} use console lines")
         if self.log_completions:
             raise UserError(f"method {self.method} keeps no completions of training: log_completions is for es")
         if self.method in SAMPLING_METHODS:
@@ -407,25 +411,23 @@ class ESConfig:
                 if self.top_p < 1 or self.top_k > 0:
                     raise UserError("method ppo samples from the whole distribution: leave top_p at 1 and top_k at 0")
                 if self.stop_strings:
-                    raise UserError(
-                        "method ppo knows no stop_strings: its completions end at the model's own end tokens"
-                    )
+                    raise UserError("method ppo has no stop_strings: its completions end at the model's own end tokens")
             if self.dtype not in ("auto", "float32"):
                 raise UserError(f"method {self.method} trains in float32: leave dtype at auto")
             if self.seed >= 1 << 32:
                 raise UserError(f"method {self.method} takes seeds below 2^32, as NumPy's generator does")
 
     def validate_training(self) -> None:
-        """Raise UserError for what an evaluation could use and a training run would ignore.
+        """Raise UserError for an option that only an evaluation uses.
 
-        A resumed run keeps what it was begun with, and may turn its evaluations off.
+        A resume is exempt: it keeps the run's options, and may turn evaluations off.
         """
         if self.dataset_test_split != FIELDS["dataset_test_split"].default and not self.eval_steps and not self.resume:
             raise UserError("dataset_test_split has no effect in training without eval_steps")
 
     @property
     def effective_learning_rate(self) -> float:
-        """The learning rate where none is given: sigma / 2 (the paper's rule), for other methods TRL's default."""
+        """The learning rate; by default sigma / 2 (the paper's rule), and for other methods TRL's default."""
         rates = {"grpo": 1e-6, "dr_grpo": 1e-6, "rloo": 1e-6, "ppo": 3e-6, "sft_rejection": 2e-5}
         return rates.get(self.method, self.sigma / 2) if self.learning_rate is None else self.learning_rate
 
@@ -439,14 +441,14 @@ class ESConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> ESConfig:
-        """Build from names and values; UserError names the nearest field for an unknown name."""
+        """Build a configuration from names and values; an unknown name raises UserError with the nearest field."""
         return cls(**canonical(values, source))
 
 
 class ResolvedConfig(ESConfig):
-    """The configuration of an open run: every ``auto`` that its method uses is a number.
+    """The configuration of an open run: each ``auto`` that its method uses is replaced by a number.
 
-    `estune.train.setup.resolve_with_engine` makes one, once, when the engine is loaded. Nothing changes it afterwards.
+    `estune.train.setup.resolve_with_engine` makes it once, when the engine is loaded. It is immutable.
     """
 
     learning_rate: float
@@ -474,7 +476,7 @@ FIELD_TYPES = typing.get_type_hints(ESConfig)
 
 
 def default_of(name: str, method: str = "es") -> Any:
-    """Return what a field holds where nothing is given for it."""
+    """Return the default of a field for a method."""
     spec = FIELDS[name]
     if "by_method" in spec.metadata:
         return spec.metadata["by_method"].get(method)
@@ -482,7 +484,7 @@ def default_of(name: str, method: str = "es") -> Any:
 
 
 def canonical_name(name: str, source: str) -> str:
-    """Return the field that ``name`` stands for (`-` reads as `_`, aliases resolved); UserError if none does."""
+    """Return the field of a name (`-` reads as `_`, aliases resolved); raise UserError if there is none."""
     wanted = name.replace("-", "_")
     for spec in FIELDS.values():
         if wanted == spec.name or wanted in spec.metadata["aliases"]:
@@ -492,7 +494,7 @@ def canonical_name(name: str, source: str) -> str:
 
 
 def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return values by field name; UserError for an unknown name, or a field given under two names."""
+    """Return values by field name; raise UserError for an unknown name, or a field given twice."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         key = canonical_name(str(name), source)
@@ -503,7 +505,7 @@ def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def coerce(name: str, value: Any) -> Any:
-    """Return ``value`` in the type of field ``name``; UserError where it does not fit."""
+    """Convert ``value`` to the type of field ``name``; raise UserError if it does not fit."""
     if isinstance(value, bool) and "true" in FIELDS[name].metadata["choices"]:  # YAML's `true` for the word
         value = "true" if value else "false"
     return convert(name, value, FIELD_TYPES[name])

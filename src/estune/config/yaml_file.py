@@ -1,4 +1,4 @@
-"""A YAML file, or a preset, as the values of options."""
+"""Read the values of options from a YAML file or a preset."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def read_config_file(name: str) -> dict[str, Any]:
     """Read a YAML file, or a preset by its name (``demo``), into field names and raw values.
 
     Raises:
-        UserError: it is missing, not YAML, not a mapping, or has an unknown name or one name twice.
+        UserError: the file is missing, not YAML, not a mapping, or has an unknown name or one name twice.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that a mapping has already, where YAML's own would forget the first value."""
+        """Refuses a repeated key; YAML's own loader would drop the first value."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
@@ -40,7 +40,7 @@ def read_config_file(name: str) -> dict[str, Any]:
     except OSError as error:
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise UserError(f"config {name!r} cannot be read ({error.strerror}); presets: {presets}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or a date such as 2026-99-99
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-99-99
         raise UserError(f"config {name!r} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

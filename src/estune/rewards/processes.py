@@ -1,4 +1,4 @@
-"""The trainer's side of the reward workers: one `Worker` per thread of a pool, and the fork server they come from."""
+"""The trainer's side of the reward workers: one `Worker` per thread of a pool, and the `ForkServer` that forks them."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from estune.errors import UserError
 from estune.rewards import worker as reward_worker
 from estune.rewards.loading import INLINE_HINT
 
-LOAD_LIMIT_S = 120.0  # for a worker to import what the reward functions need, and to receive a batch
-SERVER_LIMIT_S = 30.0  # the fork server answers in milliseconds; past this it counts as dead
+LOAD_LIMIT_S = 120.0  # seconds for a worker to load the reward functions, and to receive a batch
+SERVER_LIMIT_S = 30.0  # seconds; the fork server answers in milliseconds, and after this limit it counts as dead
 
-MAX_METRIC = 1e300  # a metric that is larger is dropped, as inf is: sums of metrics must not overflow
-MAX_NAME_LENGTH = 200  # of metrics and columns
-MAX_ERROR_LENGTH = 1000
-MAX_LEVELS = 20  # of lists and dicts within a value given to log_extra
+MAX_METRIC = 1e300  # a larger metric is dropped, so that sums of metrics do not overflow
+MAX_NAME_LENGTH = 200  # characters in the name of a metric or column
+MAX_ERROR_LENGTH = 1000  # characters
+MAX_LEVELS = 20  # nested lists and dicts within a value given to log_extra
 
 
 class CallError(Exception):
-    """The worker gave no answer: too late, dead, or not an answer."""
+    """A worker gave no valid reply: it timed out, died, or sent other bytes."""
 
 
 def read_reply(message: str | bytes | bytearray, call: int | None = None, n_rows: int | None = None) -> dict[str, Any]:
-    """Return a worker's reply, checked, since code that a model wrote may have sent it.
+    """Parse and check a worker's reply. Code that a model wrote may have sent it.
 
-    That is ``error`` (a str), or with ``n_rows``: ``rewards`` (a float or None per row), ``metrics`` (name -> finite
-    floats) and ``extra`` (column -> values; every value a JSON value that can be written again), or else nothing.
+    Returns:
+        ``error`` (a str); or, with ``n_rows``, ``rewards`` (a float or None per row), ``metrics`` (name -> finite
+        floats) and ``extra`` (column -> JSON values); otherwise nothing.
 
     Raises:
-        ValueError: it is no reply, or the one to another call.
+        ValueError: the message is not a reply, or the reply to another call.
     """
     try:
         reply = json.loads(message)
@@ -75,7 +76,7 @@ def _checked(value: Any, kind: type) -> Any:
 
 
 def _writable(value: Any, levels: int = MAX_LEVELS) -> Any:
-    """Return a parsed JSON value as one that every writer takes: lone surrogates, NaN and endless nesting replaced."""
+    """Return a parsed JSON value with lone surrogates, NaN, huge integers and deep nesting replaced."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, float):
@@ -92,7 +93,7 @@ def _writable(value: Any, levels: int = MAX_LEVELS) -> Any:
 
 
 class Worker:
-    """One worker process at a time, for one thread; started again when it was killed or died."""
+    """One worker process for one thread. A worker that was killed or died is replaced at the next call."""
 
     def __init__(self, server: ForkServer, setup: bytes, timeout_s: float) -> None:
         self.batch = b""  # the pickled batch being scored
@@ -104,17 +105,17 @@ class Worker:
         self._n_calls = 0
 
     def ensure_loaded(self) -> None:
-        """Start a worker where there is none.
+        """Start a worker if none is running.
 
         Raises:
-            UserError: the functions do not load, and never did.
-            CallError: they did load once.
+            UserError: the functions do not load, and never loaded before.
+            CallError: the functions do not load, but loaded before.
         """
         if self._channel is not None:
             return
         try:
             self._pid, self._channel = self._server.start_worker()
-        except (OSError, EOFError) as failure:  # a reward may have used up what this user may have of processes
+        except (OSError, EOFError) as failure:  # a reward may have used up the user's limit of processes
             if self._server.closed or not self._was_loaded:
                 raise
             raise CallError(f"could not be restarted: {failure}") from None
@@ -134,7 +135,7 @@ class Worker:
         raise UserError(f"the reward functions do not load in a worker process ({error}); {INLINE_HINT}")
 
     def call(self, function: int, rows: list[int]) -> dict[str, Any]:
-        """Call one function on some rows of `batch`; the reply has ``error`` where that failed."""
+        """Call one function on some rows of `batch`; return the reply, which has ``error`` if the call failed."""
         try:
             self.ensure_loaded()
             if self._has_batch is not self.batch:
@@ -167,20 +168,22 @@ class Worker:
             raise CallError(f"worker process died{_cause(self._drop(b'd'))}") from None
         try:
             return read_reply(reply, call, n_rows)
-        except ValueError as error:  # also what is no JSON, or no UTF-8
+        except ValueError as error:  # includes bytes that are not JSON or not UTF-8
             self._drop(b"k")
-            raise CallError(f"worker process sent what is no answer ({error}) and was killed") from None
+            raise CallError(f"worker process sent an invalid reply ({error}) and was killed") from None
 
     def close(self) -> None:
-        """Hang up; an idle worker then ends."""
+        """Close the connection; an idle worker then ends."""
         self.interrupt()
         if self._channel is not None:
             self._channel.close()
         self._channel = None
 
     def interrupt(self) -> None:
-        """Wake the thread that waits for an answer; for other threads. Death wakes it too, but not where a process
-        that the trainer forked meanwhile still holds the worker's end."""
+        """Wake the thread that waits for a reply; other threads call this.
+
+        The worker's death would wake it too, but not if a process that the trainer forked holds the worker's end.
+        """
         if (channel := self._channel) is not None:
             with suppress(OSError):
                 channel.shutdown(socket.SHUT_RDWR)
@@ -201,7 +204,7 @@ def _cause(status: int) -> str:
 
 
 class ForkServer:
-    """The trainer's side of the fork server: one at a time, started again should it ever die."""
+    """The trainer's connection to its fork server, which is started again if it dies."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -223,12 +226,16 @@ class ForkServer:
                 stderr=output,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                # Rewards that walk over a set of strings then give the same bits in every run and every worker.
+                # With one hash seed, rewards that iterate over a set of strings give the same bits in every process.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
 
     def start_worker(self) -> tuple[int, socket.socket]:
-        """Fork a worker; its pid and our end of its line. CancelledError once closed."""
+        """Fork a worker; return its pid and the trainer's end of its connection.
+
+        Raises:
+            CancelledError: the pool is closed.
+        """
         server = self._process
         ours, theirs = socket.socketpair()
         with theirs:
@@ -240,13 +247,13 @@ class ForkServer:
                 if self.closed:
                     ours.close()
                     raise CancelledError("the reward pool was closed")
-                if self._process is server:  # else another thread was here before us
+                if self._process is server:  # else another thread has restarted it
                     self._stop()
                     self._launch()
             return self._ask(b"f", 0, theirs)[0], ours
 
     def stop_worker(self, pid: int, how: bytes) -> int:
-        """Kill a worker and all it started; its wait status where it had died by itself, else -1."""
+        """Kill a worker and all processes that it started; return its wait status if it died by itself, else -1."""
         with suppress(OSError, EOFError):
             return self._ask(how, pid, None)[1]
         return -1
@@ -264,28 +271,27 @@ class ForkServer:
         return first, second
 
     def close(self) -> None:
-        """Hang up: the server kills every worker with all it started, and exits."""
+        """Close the connection: the server kills all workers with the processes that they started, and exits."""
         with self._lock:
             self.closed = True
             self._stop()
 
     def _stop(self) -> None:
         with suppress(OSError):
-            self._line.shutdown(socket.SHUT_RDWR)  # also where a forked copy of the trainer still holds the line
+            self._line.shutdown(socket.SHUT_RDWR)  # works even if a forked process holds the socket
         self._line.close()
         try:
             self._process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._relay.join(timeout=1.0)  # the last words; a process that got away may hold the pipe
+        self._relay.join(timeout=1.0)  # the last output; an escaped process may hold the pipe
 
 
 def _relay(pipe: int) -> None:
-    """Pass on to stderr what rewards print, or lose it.
+    """Copy the output of rewards to stderr, or drop it.
 
-    Rewards write into a pipe that is always read, so that neither a reader of stderr that has left nor a full disk can
-    make one of them fail.
+    Rewards write into a pipe that is always read. So a closed stderr or a full disk cannot make a reward fail.
     """
     with open(pipe, "rb", buffering=0) as file:
         while data := file.read(1 << 16):

@@ -1,15 +1,15 @@
-"""The identity of reward functions: hashes of their source, by which a resume knows that they are the same.
+"""The identity of reward functions: hashes of their source, which a resume compares.
 
-A function stands for the file that holds it and for every other file of the user's that this file imports, at the top
-or inside a function. A function of a script or a notebook stands for its own text and for what it uses of that script:
-functions, classes, objects of those classes, plain values. Whatever a function carries with it counts everywhere: its
-closure, its defaults, what it wraps, the attributes of a callable object. Comments and blank lines do not count.
+The hashes of a function cover its file and every file of the user's that this file imports, at the top or inside a
+function. For a function of a script or a notebook they cover its own text and the parts of the script that it uses:
+functions, classes, objects of those classes, plain values. They always cover the values that a function holds: closure,
+defaults, wrapped function, attributes of a callable object. Comments and blank lines do not count.
 
-Values that the user's code itself changes while it runs (a counter, a cache) do not count, nor does the directory in
-which a path lies. Of Python's own modules nothing counts, of installed packages the version and the file that holds the
-reward, of estune its name alone: versions are in the journal's header.
+Values that the user's code changes while it runs (a counter, a cache) do not count, nor does the directory of a path.
+Python's own modules do not count. An installed package counts by its version and the reward's file, and estune by its
+name only: its version is in the journal's header.
 
-What is not seen: files that a reward reads, and objects that are no plain values (a loaded model, a client).
+Not covered: files that a reward reads, and objects that are not plain values (a loaded model, a client).
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from estune.identity import NoIdentityError, digest
 from estune.rewards.loading import loaded_source
 
 PACKAGE = Path(__file__).parents[1]
-MOST_FILES = 300  # of the user's that are followed from one reward
+MOST_FILES = 300  # files of the user's that are followed from one reward
 PLAIN_MODULES = frozenset(
     "argparse builtins collections datetime decimal enum fractions numpy re string types uuid".split()
 )
-STARTING = ("__init__", "__new__", "__post_init__", "__setstate__")  # methods that make an object, rather than use it
+STARTING = ("__init__", "__new__", "__post_init__", "__setstate__")  # methods that initialise an object
 
-# Values as they were when they were first seen, by identity: a list that a reward appends to keeps its hash.
+# Hashes of mutable values when first seen, by id: a list that a reward appends to keeps its first hash.
 _first_hashes: dict[int, tuple[Any, str]] = {}
 
 
 def source_parts(function: Callable[..., Any]) -> dict[str, str]:
-    """Return a short hash of each part that a reward function is made of, by the part's name."""
+    """Return a short hash of each part of a reward function, by the part's name."""
     sources = _Sources()
     sources.add(function, "reward")
     return dict(sorted(sources.parts.items()))
 
 
 class _Sources:
-    """Collects the parts of one reward; their names do not depend on where files lie."""
+    """Collects the parts of one reward. The names of parts do not depend on directories."""
 
     def __init__(self) -> None:
         self.parts: dict[str, str] = {}
-        self._seen: dict[int, Any] = {}  # by id; holding the objects keeps their ids
+        self._seen: dict[int, Any] = {}  # by id; the references keep the ids unique
 
     def add(self, thing: Any, name: str) -> None:
         """Add a function, a class, a module, or a callable object, once."""
@@ -94,11 +94,11 @@ class _Sources:
             self._add_class(thing, name)
         elif isinstance(thing, types.BuiltinFunctionType):
             self._keep(name, f"{thing.__module__}.{thing.__qualname__}")
-        else:  # functools.lru_cache and its like
+        else:  # a wrapper such as functools.lru_cache
             self.add(thing.__wrapped__, name)
 
     def add_value(self, value: Any, name: str) -> None:
-        """Add a value that a function carries or uses."""
+        """Add a value that a function holds or uses."""
         if isinstance(value, (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)):
             self.add(value, name)
         elif isinstance(value, PurePath) or (isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)):
@@ -118,7 +118,7 @@ class _Sources:
             self._keep(name, f"a {type(value).__module__}.{type(value).__qualname__}")
 
     def _add_function(self, function: types.FunctionType, name: str) -> None:
-        """Add a function's file or text, and what it carries with it."""
+        """Add a function's file or text, and the values that it holds."""
         self._add_definition(function, function.__code__, name)
         code, changing = function.__code__, _stored(function.__code__)
         if _owner(function.__module__ or "") == "estune":
@@ -126,19 +126,19 @@ class _Sources:
         self.add_value([function.__defaults__, function.__kwdefaults__], f"{name} defaults")
         for free, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if free not in changing:
-                with suppress(ValueError):  # a cell that is still empty
+                with suppress(ValueError):  # an empty cell
                     self.add_value(cell.cell_contents, f"{name} closure {free}")
         if hasattr(function, "__wrapped__"):
             self.add(function.__wrapped__, f"{name} wrapped")
 
     def _add_class(self, kind: type, name: str) -> None:
-        """Add the file or text of a class and of those that it is derived from."""
+        """Add the file or text of a class and of its base classes."""
         for base in kind.__mro__:
             if base is kind or self._is_the_users_class(base):
                 self._add_definition(base, base, name if base is kind else f"{name} base {base.__qualname__}")
 
     def _add_object(self, value: Any, name: str) -> None:
-        """Add an object of the user's: its class, and the attributes that its methods do not change."""
+        """Add an object of a user's class: the class, and the attributes that no method changes."""
         if id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -151,7 +151,7 @@ class _Sources:
             self.add_value(state[attribute], f"{name}.{attribute}")
 
     def _add_definition(self, thing: Any, code: Any, name: str) -> None:
-        """Add where a function or a class is written: its whole file, or its own text where that is a script."""
+        """Add the file of a function or a class; only its own text if the file is a script."""
         module = thing.__module__ or ""
         path, text = loaded_source(module)
         owner = _owner(module)
@@ -176,20 +176,20 @@ class _Sources:
                 self._add_used(function)
 
     def _add_used(self, function: types.FunctionType) -> None:
-        """Add what a function of a script uses of the script, by its global names."""
+        """Add the global names of a script that one of its functions uses."""
         names, script = _globals_of(function.__code__), function.__globals__
         for used in sorted(names - {"__file__", "__builtins__"}):
             if used not in script or used in _stored_globals(script):
                 continue
             value = script[used]
             self.add_value(value, f"{function.__module__}.{used}")
-            if isinstance(value, types.ModuleType):  # `pkg.sub.f()` uses pkg.sub, too
+            if isinstance(value, types.ModuleType):  # `pkg.sub.f()` also uses pkg.sub
                 for attribute in _all_names(function.__code__):
                     if isinstance(vars(value).get(attribute), types.ModuleType):
                         self.add(vars(value)[attribute], attribute)
 
     def _add_module(self, name: str) -> None:
-        """Add the user's module of that name with the files that it imports; of an installed one its version."""
+        """Add a user's module with the files that it imports, or the version of an installed module."""
         owner = _owner(name)
         if owner and owner != "estune":
             self._keep(owner, _version(owner))
@@ -205,7 +205,7 @@ class _Sources:
             self._add_text(module, file.read_text("utf-8"), package, follows)
 
     def _add_text(self, module: str, text: str, package: str, follows: bool = True) -> None:
-        """Add a file's text, and where wanted the user's files that it imports."""
+        """Add a file's text and, with ``follows``, the user's files that it imports."""
         if f"file {module}" in self.parts or len(self.parts) > MOST_FILES:
             return
         self._keep(f"file {module}", without_comments(text))
@@ -250,9 +250,9 @@ def without_comments(text: str) -> str:
 
 
 def source_of(thing: types.CodeType | type) -> str:
-    """Return the text of a function's code or of a class; of a lambda the lambda alone; without a text its bytecode.
+    """Return the text of a function's code or of a class: for a lambda only the lambda, without source the bytecode.
 
-    A class of a notebook has no file that `inspect` could find: it is the text of its methods.
+    `inspect` finds no file for a class of a notebook; its text is that of its methods.
     """
     if isinstance(thing, types.CodeType) and thing.co_name == "<lambda>":
         text = "".join(linecache.getlines(thing.co_filename))
@@ -269,13 +269,13 @@ def source_of(thing: types.CodeType | type) -> str:
 
 
 def _bytecode(code: types.CodeType) -> list[Any]:
-    """Return what a code object computes, as plain values."""
+    """Return the instructions, names and constants of a code object as plain values."""
     constants = [_bytecode(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
     return [code.co_code, list(code.co_names), list(code.co_varnames), list(code.co_freevars), constants]
 
 
 def _imports(text: str, package: str) -> Iterator[str]:
-    """Yield the names of all modules that a text may import, wherever the statement stands."""
+    """Yield the names of all modules that a text may import, at any place in it."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
@@ -304,11 +304,11 @@ def _with_parents(name: str) -> Iterator[str]:
     yield from (".".join(parts[: count + 1]) for count in range(len(parts)))
 
 
-# --- whose a module is ------------------------------------------------------------------------------------------------
+# --- the owner of a module --------------------------------------------------------------------------------------------
 
 
 def _file_of(module: str) -> Path | None:
-    """Return a module's source file, without importing anything; None where there is none."""
+    """Return a module's source file, without importing the module; None if there is none."""
     loaded = getattr(sys.modules.get(module), "__file__", None)
     if loaded is not None:
         return Path(str(loaded)) if str(loaded).endswith(".py") else None
@@ -328,9 +328,9 @@ def _file_of(module: str) -> Path | None:
 
 
 def _owner(module: str) -> str:
-    """Return the distribution that a module belongs to, ``python`` or ``estune``; an empty text for the user's own.
+    """Return a module's distribution, ``python`` or ``estune``; an empty string for the user's own modules.
 
-    A package that is installed from the user's working copy (``pip install -e``) is the user's.
+    A package installed from a working copy (``pip install -e``) is the user's.
     """
     top = module.partition(".")[0]
     if top in ("", "__main__"):
@@ -355,7 +355,7 @@ def _is_editable(top: str) -> bool:
 
 @cache
 def _version(distribution: str) -> str:
-    """Return the version of an installed distribution; an empty text where none has that name."""
+    """Return the version of an installed distribution; an empty string if there is none."""
     with suppress(metadata.PackageNotFoundError, ValueError):
         return metadata.version(distribution)
     return ""
@@ -363,7 +363,7 @@ def _version(distribution: str) -> str:
 
 @cache
 def _is_python(module: str) -> bool:
-    """Return whether a module comes with Python."""
+    """Return whether a module is part of Python's standard library."""
     if module.partition(".")[0] in sys.stdlib_module_names:
         return True
     file = _file_of(module)
@@ -384,7 +384,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _named(code: types.CodeType, *operations: str) -> frozenset[str]:
-    """Return the names that instructions of some kinds have, in a code object and those inside it."""
+    """Return the names in the instructions of some kinds, in a code object and those inside it."""
     return frozenset(
         str(instruction.argval)
         for inner in _codes(code)
@@ -402,29 +402,29 @@ def _all_names(code: types.CodeType) -> frozenset[str]:
 
 
 def _stored(code: types.CodeType) -> frozenset[str]:
-    """Return the attributes and variables of enclosing functions that code assigns while it runs."""
+    """Return the attributes, and the variables of enclosing functions, that code assigns."""
     return _named(code, "STORE_ATTR", "DELETE_ATTR") | (_named(code, "STORE_DEREF") & set(code.co_freevars))
 
 
 def _stored_globals(script: dict[str, Any]) -> frozenset[str]:
-    """Return the global names of a script that any function of it assigns."""
+    """Return the global names of a script that any of its functions assigns."""
     functions = [value for value in script.values() if isinstance(value, types.FunctionType)]
     own = [function for function in functions if function.__globals__ is script]
     return frozenset[str]().union(*(_named(f.__code__, "STORE_GLOBAL", "DELETE_GLOBAL") for f in own))
 
 
 def _own_functions(kind: type) -> list[types.FunctionType]:
-    """Return the functions that a class defines itself, whatever they are wrapped in."""
-    found = []
+    """Return the functions that a class itself defines, static, class and property functions included."""
+    functions = []
     for member in vars(kind).values():
         function = getattr(member, "__func__", getattr(member, "fget", member))
         if isinstance(function, types.FunctionType):
-            found.append(function)
-    return found
+            functions.append(function)
+    return functions
 
 
 def _methods(kind: type) -> list[types.FunctionType]:
-    """Return the methods of a class and its bases that use an object, those that make it left out."""
+    """Return the methods of a class and its bases, without the methods that initialise an object."""
     return [f for base in kind.__mro__ for f in _own_functions(base) if f.__name__ not in STARTING]
 
 
@@ -434,7 +434,7 @@ def _slots_of(kind: type) -> list[str]:
 
 
 def _is_plain(value: Any, level: int = 0) -> bool:
-    """Return whether a value is made of plain types all through."""
+    """Return whether a value and all its parts are of plain types."""
     if type(value).__module__.partition(".")[0] not in PLAIN_MODULES or level > 20:
         return False
     if isinstance(value, dict):

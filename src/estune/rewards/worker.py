@@ -1,15 +1,16 @@
-"""The far side of `estune.rewards.pool`: a fork server, and the worker processes in which reward functions run.
+"""The fork server, and the worker processes that it forks to run reward functions for `estune.rewards.pool`.
 
-The fork server is a fresh interpreter that runs this file as a script (``python -P reward_worker.py FD``). It has one
-thread, never runs a line of the user's, and so always answers: it forks workers, kills them with everything they
-started, and kills them all when the trainer goes away, however it goes. Why not multiprocessing's: its workers hold
-its own life line open, so one that hangs in C outlives a killed trainer, and it imports the user's ``__main__``.
+The fork server is a fresh interpreter that runs this file as a script (``python -P worker.py FD``). It has one thread
+and runs no user code, so it always answers. It forks workers and kills a worker with all processes that the worker
+started. When the trainer ends, by whatever cause, the server kills all workers. The fork server of `multiprocessing`
+does not fit: its workers hold the server's pipe open, so a worker that hangs in C survives a killed trainer, and it
+imports the user's ``__main__``.
 
-Simplification made on purpose: only the standard library is imported here (a worker forks in a millisecond and owns no
-threads); the functions themselves bring in what they need.
+Simplification on purpose: this file imports only the standard library, so a worker forks in a millisecond and owns no
+threads. Loading the reward functions imports the packages that they need.
 
-Requests are pickles made by the trainer. Replies are JSON: a worker may have run text that a model wrote, and
-unpickling its answer would let that text run in the trainer.
+Requests are pickles from the trainer. Replies are JSON: a worker may have run code that a model wrote, and unpickling
+a reply would run that code in the trainer.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from typing import Any
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 LENGTH = struct.Struct("<Q")
-COMMAND = struct.Struct("<cq")  # "f" fork, "k" kill or "d" it died; pid
+COMMAND = struct.Struct("<cq")  # "f" fork, "k" kill, or "d" the worker died; pid
 REPLY = struct.Struct("<qq")  # pid, wait status or -1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-MAX_REPLY_BYTES = 1 << 26  # as Python objects in the trainer it can be thirty times that
+MAX_REPLY_BYTES = 1 << 26  # bytes of JSON; as Python objects in the trainer they can take thirty times that
 
-# A terminal's ctrl-C, its closing, and a scheduler's SIGTERM reach every process of a job, but a member that is being
-# finished still needs its rewards: the trainer decides when its workers end.
+# Ctrl-C, a closing terminal and a scheduler's SIGTERM signal every process of a job. A member in progress still needs
+# its rewards, so workers ignore these signals and the trainer decides when they end.
 IGNORED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class AnswerError(Exception):
-    """A reward function returned something that is not one number or None per completion."""
+    """A reward function did not return one number or None per completion."""
 
 
-# --- calling one reward function; also used inside the trainer where isolation is off -------------------------------
+# --- calling one reward function; also used inside the trainer if isolation is off ----------------------------------
 
 
 def accepted_keywords(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the keywords a function can be called with; None means any (it has ``**kwargs``, or no signature)."""
+    """Return the keywords that a function accepts; None means any (``**kwargs``, or no signature)."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -64,7 +65,7 @@ def accepted_keywords(function: Callable[..., Any]) -> frozenset[str] | None:
 
 
 def required_keywords(function: Callable[..., Any]) -> list[str]:
-    """Return the parameters that a function must be given: those without a default."""
+    """Return the parameters of a function that have no default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -82,10 +83,19 @@ def call_function(
 ) -> dict[str, Any]:
     """Call a reward function as TRL does, on some rows of a batch.
 
-    ``columns`` holds ``prompts``, ``completions``, ``completion_ids`` and every dataset column, one value per row;
-    ``run`` finishes the coroutine of an ``async def``, always on one event loop, as clients cached by it expect.
-    Returns ``rewards`` (a float or None per row), ``metrics`` (name -> values logged) and ``extra`` (column -> values).
-    Raises whatever the function raises, and `AnswerError`.
+    Args:
+        function: the reward function.
+        columns: ``prompts``, ``completions``, ``completion_ids`` and every dataset column, one value per row.
+        trainer_state: attributes of the ``trainer_state`` object.
+        rows: indices of the rows.
+        run: runs the coroutine of an ``async def``; always on one event loop, as clients that it caches expect.
+
+    Returns:
+        ``rewards`` (a float or None per row), ``metrics`` (name -> values logged) and ``extra`` (column -> values).
+
+    Raises:
+        AnswerError: the function did not return one number or None per row.
+        BaseException: whatever the function raises.
     """
     metrics: dict[str, list[float]] = {}
     extra: dict[str, list[Any]] = {}
@@ -96,9 +106,8 @@ def call_function(
 
     def log_extra(column: str, values: list[Any]) -> None:
         logged = extra.setdefault(str(column), [])
-        logged.extend(
-            itertools.islice(values, max(0, len(rows) + 1 - len(logged)))
-        )  # one too many shows that it is wrong
+        # One value more than there are rows is kept: the trainer then sees that the number is wrong.
+        logged.extend(itertools.islice(values, max(0, len(rows) + 1 - len(logged))))
 
     keywords: dict[str, Any] = {name: [values[row] for row in rows] for name, values in columns.items()}
     keywords |= {
@@ -139,7 +148,7 @@ def _number(value: Any) -> float:
 
 
 def to_json(reply: dict[str, Any]) -> str:
-    """Return a reply as JSON: numbers of other libraries become numbers, what JSON does not know becomes text."""
+    """Return a reply as JSON: scalars of other libraries become numbers, other objects become text."""
 
     def plain(value: Any) -> Any:
         try:
@@ -151,10 +160,10 @@ def to_json(reply: dict[str, Any]) -> str:
 
 
 def describe(error: BaseException, function: Callable[..., Any]) -> str:
-    """Return ``Type: message (file.py:line)`` of an error, the line being the last one in the function's own file."""
+    """Return ``Type: message (file.py:line)`` of an error, with the last line in the function's own file."""
     try:
         message = " ".join(str(error).split())[:300]
-    except Exception:  # an exception class of the user's whose __str__ raises
+    except Exception:  # the __str__ of a user's exception class can raise
         message = ""
     if isinstance(error, AnswerError):
         return message
@@ -169,7 +178,7 @@ def describe(error: BaseException, function: Callable[..., Any]) -> str:
 
 
 def module_from_source(name: str, path: str, source: str) -> types.ModuleType:
-    """Make a module of a file's text and register it; the same text then gives the same functions in every process."""
+    """Make a module of a file's text and register it, so that every process gets the same functions from one text."""
     module = types.ModuleType(name)
     module.__file__ = path
     sys.modules[name] = module
@@ -194,17 +203,17 @@ def send(channel: socket.socket, payload: bytes) -> None:
 
 
 def receive(channel: socket.socket, deadline: float | None = None) -> bytearray:
-    """Receive one message; ``deadline`` is a `time.monotonic` instant.
+    """Receive one message until ``deadline``, a `time.monotonic` instant.
 
-    What has already arrived is read even past the deadline: a trainer that was suspended (ctrl-Z) finds its answers.
+    Bytes that have arrived are read even after the deadline, so a suspended trainer (ctrl-Z) still gets its replies.
 
     Raises:
-        TimeoutError: the message was not there in time.
-        EOFError: the other side is gone.
+        TimeoutError: the message did not arrive in time.
+        EOFError: the other side closed the connection, or sent more than `MAX_REPLY_BYTES`.
     """
     (length,) = LENGTH.unpack(_receive_exactly(channel, LENGTH.size, deadline))
     if deadline is not None and length > MAX_REPLY_BYTES:
-        raise EOFError("no reply of ours")
+        raise EOFError("not a reply")
     return _receive_exactly(channel, length, deadline)
 
 
@@ -230,7 +239,7 @@ def _receive_exactly(channel: socket.socket, length: int, deadline: float | None
 
 
 def run_worker(channel: socket.socket) -> None:
-    """Load the reward functions, then answer calls until the trainer hangs up."""
+    """Load the reward functions, then answer calls until the trainer closes the connection."""
     functions: list[Callable[..., Any]] = []
     columns: dict[str, list[Any]] = {}
     state: dict[str, Any] = {}
@@ -242,7 +251,7 @@ def run_worker(channel: socket.socket) -> None:
             return
         reply: dict[str, Any] = {}
         function: Any = None
-        number: int | None = None  # of a call; its answer carries it
+        number: int | None = None  # the call's number, which the reply repeats
         try:
             kind, *values = pickle.loads(request)
             if kind == "load":
@@ -256,13 +265,13 @@ def run_worker(channel: socket.socket) -> None:
             message = to_json({**reply, "call": number})  # ASCII
             if len(message) > MAX_REPLY_BYTES:
                 raise AnswerError(f"logged {len(message)} bytes, over the limit of {MAX_REPLY_BYTES}")
-        except BaseException as error:  # also SystemExit: a reward that calls sys.exit has failed, no more
+        except BaseException as error:  # SystemExit too: a reward that calls sys.exit has only failed
             message = json.dumps({"error": describe(error, function), "call": number})
         send(channel, message.encode())
 
 
 def _load(path: list[str], files: dict[str, tuple[str, str]], functions: bytes) -> list[Callable[..., Any]]:
-    """Unpickle the functions in a process that can import what the trainer can import."""
+    """Unpickle the functions, with the trainer's ``sys.path`` and its reward files."""
     sys.path[:] = path
     for name, (file, source) in files.items():
         module_from_source(name, file, source)
@@ -274,17 +283,17 @@ def _load(path: list[str], files: dict[str, tuple[str, str]], functions: bytes) 
 
 
 def serve(control: socket.socket) -> None:
-    """Fork and kill workers as told; when the trainer is gone, kill them all and return.
+    """Fork and kill workers on command; when the trainer is gone, kill them all and return.
 
-    The trainer is gone when it hangs up or is no longer the parent (a process it forked may hold the line open).
-    Where a worker ended, what it had started ends before the trainer gets its reply.
+    The trainer is gone if it closed the connection or is no longer the parent process (a process that it forked may
+    hold the connection open). If a worker ended, the processes that it started are killed before the reply is sent.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux":
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # whatever a dead worker leaves behind becomes a child of this process
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a dead worker become children of this process
     trainer = os.getppid()
     alive: set[int] = set()
-    ended: dict[int, int] = {}  # wait status of workers nobody asked about yet
+    ended: dict[int, int] = {}  # pid -> wait status that the trainer has not asked for yet
     while os.getppid() == trainer:
         readable, _, _ = select.select([control], [], [], 1.0)
         n_alive = len(alive)
@@ -302,7 +311,7 @@ def serve(control: socket.socket) -> None:
             pid = _fork_worker(descriptors[0], control, libc)
             alive.add(pid)
         else:
-            for _ in range(50 if kind == b"d" else 0):  # "d": it hung up, and its wait status is about to come
+            for _ in range(50 if kind == b"d" else 0):  # "d": its wait status is about to arrive
                 if not _reap(alive, ended) or pid not in alive:
                     break
                 time.sleep(0.001)
@@ -316,7 +325,7 @@ def serve(control: socket.socket) -> None:
 
 
 def _fork_worker(descriptor: int, control: socket.socket, libc: ctypes.CDLL) -> int:
-    """Fork a worker in a session of its own and return its pid once it leads its process group."""
+    """Fork a worker in its own session; return its pid once it leads its process group."""
     server = os.getpid()
     started, write_end = os.pipe()
     pid = os.fork()
@@ -333,7 +342,7 @@ def _fork_worker(descriptor: int, control: socket.socket, libc: ctypes.CDLL) -> 
         if sys.platform == "linux":
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-                file.write("500")  # short of memory, the kernel should take a reward before it takes the trainer
+                file.write("500")  # out of memory, the kernel should kill a worker before the trainer
         if os.getppid() == server:
             os.write(write_end, b"1")
             os.close(write_end)
@@ -353,7 +362,7 @@ def _fork_worker(descriptor: int, control: socket.socket, libc: ctypes.CDLL) -> 
 
 
 def _become_ordinary(channel: socket.socket) -> None:
-    """In a process that a reward forks: let go of the trainer's line, and let signals end it, one on its way too."""
+    """In a process that a reward forks: close the trainer's connection and restore signals, pending ones included."""
     channel.close()
     for number in IGNORED:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -362,7 +371,7 @@ def _become_ordinary(channel: socket.socket) -> None:
 
 
 def _reap(alive: set[int], ended: dict[int, int]) -> bool:
-    """Collect the children that ended; False once there are none left. A dead worker's group is killed with it."""
+    """Collect ended children, and kill the process group of each dead worker; return whether children are left."""
     with suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -381,48 +390,48 @@ def _kill_group(pid: int) -> None:
 
 
 def _kill_orphans(alive: set[int], ended: dict[int, int], dying: int = 0, patience_s: float = 1.0) -> None:
-    """Kill what dead workers left behind, first waiting for the worker ``dying`` that was just killed.
+    """Kill the orphans of dead workers, and wait until the worker ``dying``, which was just killed, has ended.
 
-    On Linux that is every child of ours that is no worker: a process whose parent died becomes one. Whose it was can no
-    longer be told, so a daemon (a child whose parent ended on purpose) of a living worker goes too.
+    On Linux every child that is not a worker is an orphan, because a process becomes our child when its parent dies.
+    The worker that started it is unknown, so a daemon of a living worker is killed too.
     """
     deadline = time.monotonic() + patience_s
     while _reap(alive, ended) and time.monotonic() < deadline:
         orphans = _children() - alive
         if not orphans and dying not in alive:
             return
-        for pid in orphans:  # none of these pids can be another process by now: only `_reap` frees them
+        for pid in orphans:  # these pids cannot have been reused: only `_reap` frees them
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.001)
 
 
 def _kill_everything(alive: set[int], ended: dict[int, int]) -> None:
-    """Kill every worker, its group, and on Linux also what left its group."""
+    """Kill every worker and its process group, and on Linux also processes that left the group."""
     for pid in alive:
         _kill_group(pid)
     deadline = time.monotonic() + 2.0
     while alive and time.monotonic() < deadline and _reap(alive, ended):
         time.sleep(0.001)
-    alive.clear()  # by now there are none that a signal could end
+    alive.clear()  # the remaining ones cannot be ended by a signal
     _kill_orphans(alive, ended)
 
 
 def _children() -> set[int]:
-    """Return the pids of our children, zombies included; empty where there is no Linux /proc."""
+    """Return the pids of this process's children, zombies included; empty without a Linux /proc."""
     with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
         return {int(pid) for pid in file.read().split()}
     return set()
 
 
 def main() -> None:
-    """Run the fork server on the socket whose descriptor is the argument."""
+    """Run the fork server on the socket whose descriptor is the first argument."""
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
-    for number in IGNORED:  # by a handler, not SIG_IGN: programs that a reward starts get the default back
-        if signal.getsignal(number) != signal.SIG_IGN:  # else the trainer was started to ignore it, and so are they
+    for number in IGNORED:  # a handler, not SIG_IGN: programs that a reward starts then get the default action
+        if signal.getsignal(number) != signal.SIG_IGN:  # if the trainer ignores a signal, its workers do too
             signal.signal(number, lambda *_: None)
     with suppress(ImportError):
-        import cloudpickle  # noqa: F401  (so that workers find it loaded)
+        import cloudpickle  # noqa: F401  (loaded once, for all workers)
     serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)
 

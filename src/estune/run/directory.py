@@ -1,8 +1,8 @@
-"""One run on disk: its directory, journal, checkpoints and metrics, opened fresh or where a killed run left off.
+"""One run on disk: its directory, journal, checkpoints and metrics, opened for a new run or for a resume.
 
-The order of writes is what makes a kill at any instant harmless. A step: step line (fsync), theta in memory, metrics,
-pending removed. Afterwards, each only if it is not there yet: evaluation, checkpoint, checkpoint line. `Run.recover`
-rebuilds theta from the newest checkpoint and the journal, then takes the same path.
+The order of writes makes a kill at any instant harmless. A step writes: its step line (fsync), theta in memory, its
+metrics; then it deletes `pending.jsonl`. Evaluation, checkpoint and checkpoint line follow, each only if it is missing.
+`Run.recover` rebuilds theta from the newest checkpoint and the journal; the training loop then writes what is missing.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ from estune.run.resume import (
 CONFIG_FILE = "es_config.json"
 JOURNAL_FILE = "journal.jsonl"
 PENDING_FILE = "pending.jsonl"
-CLEARING_FILE = ".clearing"  # an old run is being deleted
+CLEARING_FILE = ".clearing"  # exists while an old run is being deleted
 ENVIRONMENT_FILE = "env.json"
-METHOD_FILE = "method.json"  # of a run that is not ES's: it has no journal
-# What a run directory can hold of ours, and of the model's own files; `--overwrite` deletes nothing else.
+METHOD_FILE = "method.json"  # of a baseline's run, which has no journal
+# File names that estune writes into a run directory (OF_RUN), and the model's files (WRITTEN). `--overwrite` deletes
+# nothing else.
 OF_RUN = (
     ".*", CONFIG_FILE, JOURNAL_FILE, PENDING_FILE, METRICS_FILE, ENVIRONMENT_FILE, ORIGIN_FILE, "eval",
     "completions", "plots", "base",
@@ -79,12 +80,12 @@ class Run:
 
     @property
     def is_new(self) -> bool:
-        """Say whether no journal was begun yet."""
+        """Whether the run has no journal yet."""
         return self.found is None
 
     @property
     def journal(self) -> Journal:
-        """The journal; `begin` must have run."""
+        """The journal; call `begin` first."""
         assert self.found is not None, "the journal is not begun"
         return self.found
 
@@ -94,39 +95,39 @@ class Run:
         return len(self.found.steps) if self.found else 0
 
     def files(self) -> dict[Path, int]:
-        """Return what lies in the directory, at any depth, by inode; links are not followed."""
+        """Return the inode of each path in the directory, at any depth; links are not followed."""
         return {path: path.lstat().st_ino for path in self.path.rglob("*")}
 
     def clear(self, old: Mapping[Path, int]) -> None:
-        """Remove what a new run found in its directory: a run to overwrite, or what a killed start left.
+        """Delete the ``old`` files of the directory: a run to overwrite, or the files of a killed start.
 
-        What came since (trackers start first) stays. The journal goes first and the configuration last, and a mark says
-        so meanwhile: a kill in between leaves a directory to start in.
+        Newer files stay, because trackers have already started. The journal is deleted first and the configuration
+        last. A marker file exists meanwhile, so that a new run can start after a kill in between.
         """
         mark = self.path / CLEARING_FILE
         mark.touch()
         old = {path: inode for path, inode in old.items() if path != mark}
         order = {self.path / JOURNAL_FILE: 0, self.path / CONFIG_FILE: 2}
-        for path in sorted(old, key=lambda path: (order.get(path, 1), -len(path.parts))):  # what is inside comes first
+        for path in sorted(old, key=lambda path: (order.get(path, 1), -len(path.parts))):  # contents first
             if path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(OSError):  # something new is in it
+                with contextlib.suppress(OSError):  # it holds newer files
                     path.rmdir()
             elif (path.is_symlink() or path.exists()) and path.lstat().st_ino == old[path]:
                 path.unlink()
         mark.unlink()
 
     def begin(self, replica: Replica, engine: Mapping[str, Any], reproducible: bool | None, facts: Facts) -> None:
-        """Write a new run's configuration, environment and journal header; compare an old one's with what is now.
+        """Write a new run's configuration, environment and journal header; on a resume, compare them with the old ones.
 
         Args:
             replica: holds the base model's weights.
-            engine: what the header says of the engine.
-            reproducible: whether a member gave the same tokens twice; None for a run that began before.
-            facts: what the run is made of beside its options.
+            engine: the engine's facts, for the header.
+            reproducible: whether a member gave the same tokens twice; None on a resume.
+            facts: the facts of the run beside its options.
 
         Raises:
-            UserError: the base model is not the one of the journal.
-            ExternalError: something else differs that a resume cannot change (`estune.run.resume`).
+            UserError: the base model is not the journal's.
+            ExternalError: another fact differs that a resume cannot change (`estune.run.resume`).
         """
         fingerprint = replica.fingerprint()
         values = dataclasses.asdict(stored_config(self.args))
@@ -158,10 +159,10 @@ class Run:
             write_json(self.path / CONFIG_FILE, values)
 
     def recover(self, replica: Replica) -> tuple[int, Moved | None]:
-        """Bring theta to the journal's last step; return how many journalled steps were replayed, and the last move.
+        """Bring theta to the journal's last step; return the number of steps replayed, and the last update's `Moved`.
 
-        The newest checkpoint that holds what its fingerprint says is the start, else the base model that the engine
-        holds. Newer checkpoints that are damaged are written again from the journal, with one warning.
+        The replay starts from the newest checkpoint with the right fingerprint, else from the base model in the engine.
+        Newer damaged checkpoints are written again from the journal, with one warning.
         """
         checkpoint.remove_partial(self.path)
         cut_back(self.path, self.steps_done)
@@ -183,16 +184,18 @@ class Run:
         return self.steps_done - start, moved
 
     def _newest_whole(self, replica: Replica) -> tuple[int, list[tuple[int, str]]]:
-        """Load the newest checkpoint that is whole, if there is one; theta is not touched by one that is not.
+        """Load the newest undamaged checkpoint, if there is one. Damaged checkpoints leave theta untouched.
 
         Returns:
-            The steps that it has done (0: none was loaded), and newer ones that are damaged as (steps, reason).
+            The loaded checkpoint's steps (0: none was loaded), and newer damaged checkpoints as (steps, reason).
         """
         damaged: list[tuple[int, str]] = []
         for steps_done, directory in reversed(checkpoint.directories(self.path)):
             if steps_done > self.steps_done:
-                warn(f"{directory.name} is of a later step than the {self.steps_done} of the journal, which lost "
-                     "lines: their steps are done again")  # fmt: skip
+                warn(
+                    f"{directory.name} is later than step {self.steps_done}, the journal's last: the journal lost "
+                    "lines, and their steps are done again"
+                )
                 continue
             state = checkpoint.read_state(directory)
             if state is None:
@@ -211,19 +214,19 @@ class Run:
         return 0, damaged
 
     def unlogged_step(self) -> dict[str, Any] | None:
-        """Return the last step's metrics where the run was killed between its step line and their line."""
+        """Return the last step's metrics if the run was killed after its step line and before its metrics line."""
         note = self.pending.read_note(self.journal.head_before_step) if self.steps_done else None
         logged = {record["step"] for record in read_metrics(self.path) if "eval_reward" not in record}
         return None if self.steps_done in logged else note
 
     def _belongs(self, state: Mapping[str, Any], steps_done: int) -> bool:
-        """Say whether a checkpoint's weights are those before the journal's next step."""
+        """Return whether a checkpoint's checksum is the one that the journal's next step records."""
         if steps_done == len(self.journal.steps):
             return True
         return bool(self.journal.steps[steps_done]["checksum"] == state.get("checksum"))
 
     def save(self, replica: Replica, final: bool, steps_done: int | None = None) -> None:
-        """Write the checkpoint of ``steps_done`` (default: all of the run), or the finished model to the root."""
+        """Write the checkpoint after ``steps_done`` steps (default: all steps), or the finished model to the root."""
         steps_done = self.steps_done if steps_done is None else steps_done
         state = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
         trainer_state = {"global_step": steps_done, "max_steps": self.args.max_steps, "log_history": []}
@@ -238,7 +241,7 @@ class Run:
             self.journal.append_checkpoint(self.steps_done, replica.fingerprint())
 
     def has_checkpoint(self) -> bool:
-        """Say whether the checkpoint of ``steps_done`` is written and journalled."""
+        """Return whether the checkpoint of ``steps_done`` is written and journalled."""
         return (
             self.steps_done in self.journal.checkpoints
             and checkpoint.checkpoint_path(self.path, self.steps_done).is_dir()
@@ -249,31 +252,31 @@ class Run:
         return sum(record["tokens"] for record in self.journal.steps)
 
     def train_time_s(self) -> float:
-        """Seconds of training that the metrics tell of."""
+        """Return the seconds of training in the metrics."""
         return train_time_s(self.path)
 
     def close(self) -> None:
-        """Give up the directory's lock; a directory in which nothing was written goes."""
+        """Release the directory's lock; delete the directory if it is empty."""
         if not any(self.path.iterdir()):
             self.path.rmdir()
         os.close(self.lock)
 
 
 def train_time_s(path: Path) -> float:
-    """Return the seconds of training that a run's metrics tell of: steps, without evaluations and saving."""
+    """Return the seconds of training in a run's metrics: steps, without evaluations and saving."""
     return max((record.get("train_time_s") or 0.0 for record in read_metrics(path)), default=0.0)
 
 
 def open_run(args: ESConfig, given: ESConfig) -> Run:
-    """Open ``args.output_dir`` for a new run, or for the one that it holds with ``resume``.
+    """Open ``args.output_dir`` for a new run, or with ``resume`` for the run in it.
 
-    ``given`` is the configuration before its `auto` values were resolved: a resume keeps the run's.
+    ``given`` is the configuration before its `auto` values were resolved; a resume keeps the run's resolved values.
 
     Raises:
-        UserError: it holds another run and neither resume nor overwrite was given, another process runs it, the
-            journal is damaged, or the configuration differs in what a resume must not change.
+        UserError: the directory holds another run and neither resume nor overwrite was given, another process holds its
+            lock, the journal is damaged, or the configuration differs in an option that a resume must not change.
     """
-    open_missing_descriptors()  # else the journal could become stdout
+    open_missing_descriptors()  # else the journal could get the number of stdout
     assert args.output_dir is not None
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
@@ -306,7 +309,7 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
 
 
 def _refuse_other_method(path: Path, args: ESConfig) -> None:
-    """Raise UserError where a run of another method would be gone on with; only ES has a journal to tell."""
+    """Raise ExternalError if the run in the directory is of another method; a baseline's run has no journal."""
     if args.resume and (path / CONFIG_FILE).exists():
         method = read_config(path).get("method", "es")
         if method != args.method:
@@ -314,18 +317,20 @@ def _refuse_other_method(path: Path, args: ESConfig) -> None:
 
 
 def _refuse_lost_journal(path: Path) -> None:
-    """Raise UserError where steps were done and no journal tells of them: starting again would delete what is left."""
+    """Raise UserError if the run did steps but its journal is gone: a new run would delete the remaining files."""
     if (path / CLEARING_FILE).exists():
         return
     kept = [directory.name for _, directory in checkpoint.directories(path)]
     if kept or (path / checkpoint.ES_STATE).exists() or read_metrics(path):
         source = path / kept[-1] if kept else path
-        raise UserError(f"{path} holds a run whose {JOURNAL_FILE} is missing or empty: start another run "
-                        f"from its weights with --model {source}, or begin again with --overwrite")  # fmt: skip
+        raise UserError(
+            f"{path} holds a run whose {JOURNAL_FILE} is missing or empty: start another run from its weights with "
+            f"--model {source}, or begin again with --overwrite"
+        )
 
 
 def refuse_overwrite(path: Path, args: ESConfig) -> None:
-    """Raise UserError where overwriting a run would delete what the new one reads, or what estune did not write."""
+    """Raise UserError if --overwrite would delete an input of the new run, or files that estune did not write."""
     if any(path.iterdir()) and not is_ours(path):
         raise UserError(f"output_dir {path} holds other files: give another --output_dir")
     given = [("model", args.model), ("dataset_name", args.dataset_name)]
@@ -339,17 +344,17 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Say whether a directory holds a run, or nothing but what a start leaves that was killed early."""
+    """Return whether a directory holds a run, or only the files of a start that was killed early."""
     names = {child.name for child in path.iterdir() if not child.name.startswith(".")}
-    early = {BASE_DIRECTORY, "tensorboard", "wandb", ORIGIN_FILE}  # what is written before the configuration
+    early = {BASE_DIRECTORY, "tensorboard", "wandb", ORIGIN_FILE}  # written before the configuration
     return names <= early or bool(names & {CONFIG_FILE, JOURNAL_FILE})
 
 
 def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
-    """Say whether a run directory holds a finished run of ``args.max_steps`` steps; reads only.
+    """Return whether a run directory holds a finished run of ``args.max_steps`` steps. Nothing is written.
 
     Raises:
-        UserError: it does, and ``args`` would have made another.
+        UserError: the run is finished, but its configuration is not ``args``.
     """
     max_steps = args.max_steps
     state = checkpoint.read_state(path)
@@ -367,9 +372,9 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
         return False
     adopt(args, journal.header["config"], given, has_sources(journal.header))
     if not has_sound_config(path, journal.header) or not same_names(located(journal.header["config"], path), args):
-        return False  # it is written again; whether other names lead to the same is seen once the run is open
+        return False  # opening the run rewrites the file and compares the content behind changed names
     if not checkpoint.is_whole_model(path, state, journal.header["parameters"]):
-        warn(f"the finished model in {path} is damaged or lacks a file: it is written again")
+        warn(f"the finished model in {path} is damaged or lacks a file; the model is written again")
         return False
     return True
 
@@ -383,17 +388,19 @@ def lock_directory(path: Path) -> int:
 
 
 def refuse_rows_from_python(args: ESConfig) -> None:
-    """Refuse to resume a run whose rows were given from Python where none are given now.
+    """Refuse to resume a run whose rows came from Python, if no rows are given now.
 
     Raises:
-        ExternalError: says how such a run is continued.
+        ExternalError: the message says how to continue such a run.
     """
     path = Path(args.output_dir or "")
     if args.resume and (path / CONFIG_FILE).exists():
         stored = read_config(path)
         if stored.get("task") is None and stored.get("dataset_name") is None:
-            raise ExternalError(f"the rows of {path} were given from Python: run that script again, with "
-                           f"ESConfig(resume=True, output_dir={str(path)!r})")  # fmt: skip
+            raise ExternalError(
+                f"the rows of {path} were given from Python: run that script again, with "
+                f"ESConfig(resume=True, output_dir={str(path)!r})"
+            )
 
 
 def has_sources(header: Mapping[str, Any]) -> bool:
@@ -402,19 +409,19 @@ def has_sources(header: Mapping[str, Any]) -> bool:
 
 
 def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> ESConfig:
-    """Return ``args`` with what a resume must keep taken from the journal's header.
+    """Return ``args`` with the options that a resume must keep taken from the journal's header.
 
-    A model, a dataset or a reward may have another name: what it leads to is compared when it is loaded.
+    A model, a dataset or a reward may have another name: its content is compared after loading.
 
     Raises:
-        UserError: a value was given that differs from the run's.
+        ExternalError: a given value differs from the run's.
     """
     taken: dict[str, Any] = {}
     for name, value in stored.items():
         now = getattr(args, name)
         if now == value:
             continue
-        if name == "model" and given.model == "auto":  # a module: its base lies in the run, wherever that is now
+        if name == "model" and given.model == "auto":  # a module from Python: the run directory holds its base
             continue
         if getattr(given, name) not in (None, "auto"):
             if may_lead_to_the_same(name, value, now, has_sources):
@@ -426,18 +433,18 @@ def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_source
 
 
 def stored_config(args: ESConfig) -> ESConfig:
-    """Return the configuration as `es_config.json` keeps it: the run, not how it was started."""
+    """Return the configuration for `es_config.json`, without the options resume, overwrite and dry_run."""
     return dataclasses.replace(args, resume=False, overwrite=False, dry_run=False)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's `es_config.json`, mended by its journal's header where options are lost, unknown or wrong there.
+    """Return a run's `es_config.json`, with missing, unknown and wrong options repaired from its journal's header.
 
-    The header decides what defines the trajectory; a model, a dataset and rewards may have another name in the file.
-    Warns of what was replaced or dropped.
+    The header decides the options that define the trajectory; a model, a dataset and rewards may have another name in
+    the file. A warning names the repaired options.
 
     Raises:
-        UserError: neither can be read; or the run has no journal, and an option is lost, unknown or wrong.
+        UserError: neither file can be read; or there is no journal, and an option is missing, unknown or wrong.
     """
     file = path / CONFIG_FILE
     values = _stored(file)
@@ -446,22 +453,26 @@ def read_config(path: Path) -> dict[str, Any]:
     except UserError:
         if values is None:
             raise
-        journal = None  # who needs it will say what is wrong with it
+        journal = None  # opening the run will report the damage
     if journal is None:
         if values is None:
             if not file.exists():
                 raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE})")
-            raise UserError(f"{file} is no JSON object, and no journal says what the run's options were")
+            raise UserError(f"{file} is not a JSON object, and there is no journal with the run's options")
         _refuse_garbled(file, values)
         return values
     if values is None:
-        warn(f"{file} is missing or damaged: the options are the journal's, and those that a resume may "
-             "change have their defaults")  # fmt: skip
+        warn(
+            f"{file} is missing or damaged: the options are the journal's, and those that a resume may change have "
+            "their defaults"
+        )
         return dict(journal.header["config"])
     mended, wrong = _mended(values, journal.header)
     if wrong:
-        warn(f"{file} is damaged ({', '.join(wrong)}): options of the journal are as it says, others that are lost or "
-             "wrong have their defaults")  # fmt: skip
+        warn(
+            f"{file} is damaged ({', '.join(wrong)}): options in the journal have the journal's values, other damaged "
+            "options have their defaults"
+        )
     return mended
 
 
@@ -473,7 +484,7 @@ def _stored(file: Path) -> dict[str, Any] | None:
 
 
 def _refuse_garbled(file: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError where no journal could mend a configuration, and an option of it is lost, unknown or wrong."""
+    """Raise UserError if an option of a configuration is missing, unknown or wrong; for runs without a journal."""
     unknown = [name for name in values if name not in FIELDS]
     lost = [name for name in FIELDS if name not in values]
     if unknown or lost:
@@ -486,7 +497,7 @@ def _refuse_garbled(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a run's options, and which of `es_config.json` were lost, unknown or wrong."""
+    """Return a run's repaired options, and the options missing, unknown or wrong in `es_config.json`."""
     truth = header["config"]
     kept: dict[str, Any] = dict(truth)
     wrong = [name for name in values if name not in FIELDS]
@@ -502,7 +513,7 @@ def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[
             wrong.append(name)
     try:
         ESConfig(**kept)
-    except UserError:  # options that a resume may change: out of range, or at odds with each other
+    except UserError:  # options that a resume may change are out of range, or contradict each other
         free = [name for name in kept if name in RESUMABLE and kept[name] != default_of(name)]
         kept = {name: value for name, value in kept.items() if name not in free}
         wrong += free
@@ -510,37 +521,37 @@ def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Return whether an option's value is of its type, and of its choices."""
+    """Return whether an option's value has the option's type and is one of its choices."""
     try:
-        found = coerce(name, value)
+        converted = coerce(name, value)
     except UserError:
         return False
     choices = FIELDS[name].metadata["choices"]
-    return not choices or found in choices
+    return not choices or converted in choices
 
 
 def has_sound_config(path: Path, header: Mapping[str, Any]) -> bool:
-    """Return whether a run's `es_config.json` is one that `read_config` has nothing to mend in."""
+    """Return whether a run's `es_config.json` needs no repair by `read_config`."""
     values = _stored(path / CONFIG_FILE)
     return values is not None and not _mended(values, header)[1]
 
 
 def refuse_diverged(moved: Moved, steps_done: int) -> None:
-    """Raise UserError where an update made theta infinite or not a number."""
+    """Raise UserError if an update made theta infinite or NaN."""
     if not math.isfinite(moved.norm):
         raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")
 
 
 def _processor_of(path: Path) -> str | None:
-    """Return the processor that a run began on; None where it is not known."""
+    """Return the processor that a run began on; None if it is unknown."""
     try:
-        found = json.loads((path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["processor"]
+        name = json.loads((path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["processor"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return str(found)
+    return str(name)
 
 
-# What `estune evaluate` takes from the run whose model it gets: all that decides a completion, and who scores it.
+# Options that `estune evaluate` inherits from the run of its model: those that decide completions and their scores.
 _INHERITED = (
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length "
 )
@@ -549,14 +560,15 @@ _SAMPLING = "temperature top_p top_k num_generations seed"
 
 
 def run_of(model: str) -> Path | None:
-    """Return the run directory that a model or a checkpoint belongs to; None where it belongs to no run."""
+    """Return the run directory that a model or a checkpoint belongs to; None if it belongs to no run."""
     return next((path for path in (Path(model), Path(model).parent) if (path / CONFIG_FILE).is_file()), None)
 
 
 def inherited_settings(directory: Path, given: Collection[str]) -> dict[str, Any]:
-    """Return how a run made completions, for an evaluation of its model; what is ``given`` is left out.
+    """Return the options that an evaluation inherits from the run of its model, without the options in ``given``.
 
-    Task, data and rewards belong together: the run's rewards score other rows, too, but another task brings its own.
+    Task, data and rewards are inherited together: the run's rewards score other rows too, but another task has its own
+    rewards.
     """
     stored = located(read_config(directory), directory)
     names = _INHERITED.split()
@@ -573,10 +585,10 @@ def inherited_settings(directory: Path, given: Collection[str]) -> dict[str, Any
 
 
 def refuse_unfinished(model: str) -> None:
-    """Refuse to load a run that stopped before it wrote a finished model.
+    """Refuse to load a run that stopped before it wrote its finished model.
 
     Raises:
-        UserError: ``model`` is such a run's directory; the sentence names its newest checkpoint.
+        UserError: ``model`` is such a run's directory; the message names its newest checkpoint.
     """
     directory = local_directory(model)
     if directory is None or (directory / "config.json").exists() or not (directory / JOURNAL_FILE).exists():
@@ -590,46 +602,51 @@ def refuse_unfinished(model: str) -> None:
         f"evaluate {Path(model) / kept[-1][1].name}" if kept
         else f"rebuild its weights with estune replay --run {model} --output_dir OUT"
     )  # fmt: skip
-    raise UserError(f"{model} is a run that stopped after {len(journal.steps)} of {max_steps} steps and has no "
-                    f"finished model: finish it with --resume, or {instead}")  # fmt: skip
+    raise UserError(
+        f"{model} is a run that stopped after {len(journal.steps)} of {max_steps} steps and has no finished model: "
+        f"finish it with --resume, or {instead}"
+    )
 
 
 def check_base(journal: Journal, fingerprint: str, model: str) -> None:
-    """Raise UserError where the base model is not the one the journal was written on."""
+    """Raise UserError if the base model is not the journal's."""
     wanted = journal.header["base"]["fingerprint"]
     if fingerprint != wanted:
         raise UserError(f"model {model} has fingerprint {fingerprint}, the journal was written on {wanted}")
 
 
 def check_parameters(journal: Journal, specs: Sequence[ParameterSpec]) -> None:
-    """Raise UserError where the engine would perturb other parameters than the journal's, or with another noise."""
-    told = {False: "none", "full": "full", "lowrank": "lowrank"}
-    # A journal from before there was low-rank noise says `true` for full noise.
-    written = {name: "full" if kind is True else kind for name, _, kind in journal.header["parameters"]}
-    found = {spec.name: spec.kind for spec in specs}
-    for name in sorted(written.keys() | found.keys()):
-        then, now = written.get(name, False), found.get(name, False)
+    """Raise UserError if the engine would perturb other parameters than the journal's, or with another noise."""
+    words = {False: "none", "full": "full", "lowrank": "lowrank"}
+    # Journals of older versions store `true` for full noise.
+    stored = {name: "full" if kind is True else kind for name, _, kind in journal.header["parameters"]}
+    present = {spec.name: spec.kind for spec in specs}
+    for name in sorted(stored.keys() | present.keys()):
+        then, now = stored.get(name, False), present.get(name, False)
         if then != now:
             raise UserError(
-                f"the noise of {name} was {told[then]} when the journal was written, and is {told[now]} now"
+                f"the noise of {name} was {words[then]} when the journal was written, and is {words[now]} now"
             )
 
 
 def warn_of_other_engine(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say where a resumed run's rollouts come from something else than those before; steps replay exactly anyway."""
+    """Warn if device, dtype, architecture or shared forward passes changed. Journalled steps still replay exactly."""
     for name in ("device", "dtype", "architecture", "shared_forward"):
         if name in then and then[name] != now.get(name):
             warn(
-                f"the run began with {name} {then[name]} and continues with {now.get(name)}: from here on its "
-                "rollouts may round differently than they would have"
+                f"the run began with {name} {then[name]} and continues with {now.get(name)}: new rollouts may round "
+                "differently"
             )
 
 
 def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> Moved | None:
-    """Apply the journal's steps ``start .. stop`` to theta, verifying its checksum before each; return the last move.
+    """Apply the journal's steps ``start`` to ``stop`` - 1 to theta; verify theta's checksum before each step.
+
+    Returns:
+        The last update's `Moved`, or None if there is no step.
 
     Raises:
-        UserError: theta is not what the journal says; the step is named.
+        UserError: theta does not have the journal's checksum or fingerprint; the message names the step.
     """
     checksum = replica.checksum()
     moved = None

@@ -1,12 +1,12 @@
 """The write-ahead journal: base model + journal = any step's weights, bit for bit.
 
 `journal.jsonl` holds a header, then step and checkpoint lines only, in order, without times or worker ids. Each line
-carries a hash chained to the line before, so damage is found and named. A step line is on disk (fsync) before theta
-moves; a crash leaves at most a torn last line, which opening repairs. Finished groups of the running step wait in
-`pending.jsonl`, tied to the journal's last hash, until their step line is written.
+has a hash chained to the line before, so a damaged line is found and named. A step line is on disk (fsync) before theta
+moves. A crash leaves at most a torn last line, which `Journal.open` removes. Finished groups of the running step are
+kept in `pending.jsonl`, tied to the journal's last hash, until the step line is written.
 
-Floats that decide bits (`s`, `a`, `decay`, and with low-rank noise `s_lowrank`, `a_lowrank`) are written as
-hexadecimal; fitness as decimal that reads back exactly.
+Floats that decide bits (`s`, `a`, `decay`, and with low-rank noise `s_lowrank`, `a_lowrank`) are hexadecimal. Fitness
+is decimal, with enough digits to be read back exactly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GENESIS = "0" * 32
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces, no NaN; parsing and dumping gives it again."""
+    """Return the canonical JSON of a value: sorted keys, no spaces, no NaN. Parsing and dumping reproduces it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
@@ -56,7 +56,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
-        """Write a new journal that holds ``header`` alone."""
+        """Write a new journal that holds only ``header``."""
         journal = cls(path, {})
         record = {"kind": "header", "format": FORMAT_VERSION, **header}
         journal._append(record)
@@ -65,12 +65,12 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path, repair: bool = True) -> Journal | None:
-        """Read and verify a journal; ``None`` if nothing (or only a torn header) was written.
+        """Read and verify a journal; return None if there is none, or only a torn header.
 
-        A torn last line is cut off (``repair=False`` leaves the file as it is and only ignores it).
+        A torn last line is removed from the file; with ``repair=False`` the line is only ignored.
 
         Raises:
-            UserError: a line before the last is damaged, or any line was changed; the step is named.
+            UserError: a line before the last is damaged, or any line was changed; the message names the step.
         """
         if not path.exists():
             return None
@@ -82,7 +82,7 @@ class Journal:
             is_last = good + len(line) + 1 >= len(raw)
             if not line and index == len(lines) - 1:
                 break
-            torn = index == len(lines) - 1  # no newline behind it
+            torn = index == len(lines) - 1  # no newline at its end
             record = None if torn else _parse(line)
             if record is None:
                 if is_last:
@@ -95,7 +95,7 @@ class Journal:
         return journal if journal.header else None
 
     def append_step(self, record: Mapping[str, Any]) -> None:
-        """Write a step line; when this returns it is on disk."""
+        """Write a step line; it is on disk when this returns."""
         line = {"kind": "step", **record}
         self._append(line)
         self.steps.append(line)
@@ -114,7 +114,7 @@ class Journal:
         self.head = head
 
     def _accept(self, line: bytes, record: dict[str, Any], index: int) -> None:
-        """Verify one line against the chain, to the byte, and take in what it says."""
+        """Verify every byte of one line against the chain, and store the line's record."""
         body = line[: -len(_sealed(b"}", _GENESIS))] + b"}"
         expected = _chained(self.head, body)
         if line != _sealed(body, expected):
@@ -155,18 +155,18 @@ def step_record(
     tokens: int,
     lowrank_scale: float = 0.0,
 ) -> dict[str, Any]:
-    """Return the step line: what was evaluated, what came out, and the exact update about to be applied.
+    """Return the step line: the rows and members evaluated, their fitness, and the exact update to be applied.
 
     Args:
         step: 0-based.
         rows: (B,) row ids.
-        fitness: (N,), NaN where no reward applied.
+        fitness: (N,), NaN if no reward applied.
         scale: the rounded perturbation scale ``s``.
         update: seeds (N,), integer utilities (N,), e, a, decay.
         checksum: of theta before the update.
         failures: failed rewards of the step.
         tokens: prompt and completion tokens of the step.
-        lowrank_scale: the rounded scale of low-rank noise, where the update has a rank.
+        lowrank_scale: the rounded scale of low-rank noise, if the update has a rank.
     """
     lowrank = {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()} if update.rank else {}
     return {
@@ -205,7 +205,7 @@ def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Upd
 
 
 def _is_note(metrics: Any) -> bool:
-    """Return whether a value is a step's metrics by name, with the times that the step's line needs."""
+    """Return whether a value is a step's metrics, with the times that a resume needs."""
     needed = ("es/perturb_s", "es/generate_s", "es/score_s")
     return (
         isinstance(metrics, dict)
@@ -215,7 +215,7 @@ def _is_note(metrics: Any) -> bool:
 
 
 def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
-    """Return whether a line of `pending.jsonl` has the hash that it was written with, or is of the form without one."""
+    """Return whether a line of `pending.jsonl` matches its hash; an older estune's line without a hash also counts."""
     if "hash" not in record:
         return record.keys() in ({"after", "group", "result"}, {"after", "metrics"})
     body = line[: -len(_sealed(b"}", _GENESIS))] + b"}"
@@ -223,10 +223,10 @@ def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
 
 
 class Pending:
-    """Finished groups of the running step, so that a killed run does not evaluate them again.
+    """Finished groups of the running step, so that a resume does not evaluate them again.
 
-    Each line names the head of the journal at that time, and holds a hash of itself. Lines of another step, damaged
-    lines, and a torn last line are ignored. Lines of an older estune hold no hash.
+    Each line holds the journal's head and a hash of itself. Lines of another step, damaged lines and a torn last line
+    are ignored. Lines of an older estune have no hash.
     """
 
     def __init__(self, path: Path) -> None:
@@ -241,7 +241,7 @@ class Pending:
         }
 
     def read_note(self, head: str) -> dict[str, Any] | None:
-        """Return the metrics of the step that follows ``head``, if it got as far as its update."""
+        """Return the metrics of the step that follows ``head``; None if the step did not reach its update."""
         notes = [record["metrics"] for record in self._records(head) if _is_note(record.get("metrics"))]
         return notes[-1] if notes else None
 
@@ -257,17 +257,17 @@ class Pending:
             try:
                 record = parse_json(line)
             except ValueError:
-                continue  # a damaged line costs one group's evaluation, nothing else
+                continue  # the group of a damaged line is evaluated again
             if isinstance(record, dict) and record.get("after") == head and _is_as_written(line, record, head):
                 records.append(record)
         return records
 
     def append(self, head: str, group: int, result: Mapping[str, Any]) -> None:
-        """Put a finished group on disk."""
+        """Write a finished group to disk."""
         self._append(head, {"group": group, "result": result})
 
     def note(self, head: str, metrics: Mapping[str, Any]) -> None:
-        """Put the step's metrics on disk: its update may be all that is left to do."""
+        """Write the step's metrics to disk, for a resume after a crash during the update."""
         self._append(head, {"metrics": metrics})
 
     def _append(self, head: str, content: Mapping[str, Any]) -> None:
@@ -275,5 +275,5 @@ class Pending:
         append_line(self.path, _sealed(body, _chained(head, body)).decode("ascii"))
 
     def clear(self) -> None:
-        """Forget the groups: their step line is on disk."""
+        """Delete the groups, once their step line is on disk."""
         self.path.unlink(missing_ok=True)

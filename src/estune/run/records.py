@@ -1,4 +1,4 @@
-"""The files of JSON lines in a run: metrics, evaluated rows, completions; written, read, and cut back on a resume."""
+"""A run's files of JSON lines (metrics, evaluated rows, completions): write, read, and truncate them on a resume."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def evaluation_path(run_dir: Path, step: int) -> Path:
-    """Return where the held-out rows are kept that were answered after ``step`` steps."""
+    """Return the file of the held-out rows evaluated after ``step`` steps."""
     return run_dir / "eval" / f"step_{step:05d}.jsonl"
 
 
 def completions_path(run_dir: Path, step: int) -> Path:
-    """Return the file of the completions that the members of step ``step`` (1-based) gave."""
+    """Return the file of the members' completions in step ``step`` (1-based)."""
     return run_dir / "completions" / f"step_{step:05d}.jsonl"
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records as JSON lines; the file appears whole. A value that JSON lacks is written as its text."""
+    """Write records as JSON lines; the file is complete or absent. A value without a JSON type is written as text."""
     path.parent.mkdir(exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
     data = text.encode("utf-8", errors="backslashreplace")
@@ -31,12 +31,12 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def is_right(accuracy: float) -> bool:
-    """Return whether a completion's accuracy, 1.0 or 0.0 by its contract, means that it is right."""
+    """Return whether a completion's accuracy, 1.0 or 0.0, says that the completion is right."""
     return accuracy == 1.0
 
 
 def cut_back(run_dir: Path, steps_done: int) -> None:
-    """Drop metrics and completions of steps after ``steps_done``, and evaluations whose rows were not written."""
+    """Delete metrics and completions of steps after ``steps_done``, and metrics of evaluations without their rows."""
     path = run_dir / METRICS_FILE
     if path.exists():
         kept = [line for line in path.read_bytes().splitlines() if _keep(line, run_dir, steps_done)]
@@ -60,7 +60,7 @@ def _keep(line: bytes, run_dir: Path, steps_done: int) -> bool:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line of metrics; None where the line is torn or damaged."""
+    """Return the record of a line of metrics; None if the line is torn or damaged."""
     try:
         record = parse_json(line)
     except ValueError:
@@ -71,7 +71,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's `metrics.jsonl`, torn and damaged lines left out."""
+    """Return the records of a run's `metrics.jsonl`, without torn and damaged lines."""
     if not (run_dir / METRICS_FILE).exists():
         return []
     records = map(_record, (run_dir / METRICS_FILE).read_bytes().splitlines())

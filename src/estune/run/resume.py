@@ -1,10 +1,10 @@
-"""What a resume may change and what it may not: one table, `RULES`, and the comparison that follows it.
+"""What a resume may change: the table `RULES`, and the comparison that follows it.
 
-A run is compared by what things are, never by what they are called: weights by fingerprint, rows by their values,
-rewards by their source. So a model, a dataset or a reward may have another name, or lie elsewhere, when the run is
-resumed. `origin.json` remembers where each name led to when the run began, so that they are found from any directory.
+A run is compared by content, never by name: weights by fingerprint, rows by their values, rewards by their source. So a
+model, a dataset or a reward may have another name or path when the run is resumed. `origin.json` records the path that
+each name led to, so that a resume finds the files from any directory.
 
-Runs of an estune that wrote fewer facts down are compared by those that they have.
+A run of an older estune, which recorded fewer facts, is compared by the facts that it recorded.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from estune.files import is_count, write_json
 from estune.models.names import EMBEDDED_MODELS, local_directory
 
 ORIGIN_FILE = "origin.json"
-TOY = "toy"  # the toy engine's own vector, never a directory of that name
-LOCATED = ("model", "dataset_name", "reward_funcs")  # options that name a file, a directory, or something on the hub
+TOY = "toy"  # the model name of the toy engine, never a directory
+LOCATED = ("model", "dataset_name", "reward_funcs")  # options that name a file, a directory, or a hub repository
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to a resume where one fact of the run has changed."""
+    """The outcome of a resume if one fact of the run has changed."""
 
     name: str
-    what: str  # in words, for messages and the table of the docs
-    compared: str  # how, for the docs
+    what: str  # the fact in words, for messages and the docs
+    compared: str  # how the fact is compared, for the docs
     outcome: Literal["refused", "warned"]
 
 
@@ -65,28 +65,29 @@ RULES = {
 
 
 HELD_OUT = (
-    f"{RULES['held_out'].what} are not those that the run began with: do not compare evaluations before and after"
+    f"{RULES['held_out'].what} are not those that the run began with: do not compare evaluations before and after the "
+    "resume"
 )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run is made of beside its options, as it is now."""
+    """The present facts of a run beside its options."""
 
-    data: dict[str, Any]  # rows, fingerprint, version of the fingerprint
+    data: dict[str, Any]  # number of rows, fingerprint, version of the fingerprint
     reward_funcs: list[str]  # (F,)
     reward_weights: list[float]  # (F,)
     identity: dict[str, Any]  # by the names of `RULES`: config, code, tokenizer, end_tokens, reward_sources, held_out
-    unversioned_data: Callable[[], tuple[str, list[str]]]  # the fingerprint of older runs, and the columns it lacks
+    unversioned_data: Callable[[], tuple[str, list[str]]]  # an older run's fingerprint, and the columns not in it
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a journal's header, or a baseline's `method.json`, keeps."""
+        """Return the facts that a journal's header, or a baseline's `method.json`, stores."""
         names = ("data", "reward_funcs", "reward_weights", "identity")
         return {name: getattr(self, name) for name in names}
 
 
 def are_facts(then: Any) -> bool:
-    """Return whether a value read from a `method.json` holds what `check_facts` compares."""
+    """Return whether a value read from a `method.json` holds the facts that `check_facts` compares."""
     if not isinstance(then, dict) or not isinstance(then.get("data"), dict):
         return False
     data, identity = then["data"], then.get("identity", {})
@@ -97,10 +98,10 @@ def are_facts(then: Any) -> bool:
 
 
 def check_facts(then: Mapping[str, Any], now: Facts) -> None:
-    """Compare what a run was begun with, as its header or `method.json` keeps it, with what it is resumed with.
+    """Compare a run's stored facts, from its header or `method.json`, with the present facts.
 
     Raises:
-        ExternalError: something differs that a resume cannot change; the sentence names it.
+        ExternalError: a fact differs that a resume cannot change; the message names it.
     """
     _check_data(then["data"], now)
     for name in ("reward_funcs", "reward_weights"):
@@ -118,17 +119,19 @@ def _check_data(then: Mapping[str, Any], now: Facts) -> None:
         fingerprint, unseen = now.unversioned_data()
         found = {"rows": now.data["rows"], "fingerprint": fingerprint}
         if unseen and found == then:
-            warn(f"the run was begun by an older estune, which compares no values of {', '.join(unseen)}: whether they "
-                 "are still the same is for you to know")  # fmt: skip
+            warn(
+                f"the run was begun by an older estune, which recorded no values of {', '.join(unseen)}: make sure "
+                "that they have not changed"
+            )
     if found["rows"] != then["rows"]:
         raise ExternalError(
-            f"a resume cannot change the training data: the run began with {then['rows']} rows, now there are "
+            f"a resume cannot change the training data: the run began with {then['rows']} rows, the data now has "
             f"{found['rows']}"
         )
     if found != then:
         raise ExternalError(
-            "a resume cannot change the training data: a value of a column, or a prompt's tokens, is not what the run "
-            f"began with (its fingerprint was {then['fingerprint']}, now it is {found['fingerprint']})"
+            "a resume cannot change the training data: since the run began, a value of a column or a prompt's tokens "
+            f"changed (the fingerprint was {then['fingerprint']}, now it is {found['fingerprint']})"
         )
 
 
@@ -141,45 +144,54 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
         raise ExternalError(f"a resume cannot change {rule.what} from {then} to {now}")
     if rule.name == "reward_sources":
         changed = [_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name]]
-        raise ExternalError(f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; take the "
-                       "change back, or start a new run from the run's weights with --model")  # fmt: skip
-    raise ExternalError(f"a resume cannot change {rule.what}: it is not as it was when the run began")
+        raise ExternalError(
+            f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; undo the change, or start "
+            "a new run from the run's weights with --model"
+        )
+    raise ExternalError(f"a resume cannot change {rule.what}: it has changed since the run began")
 
 
 def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Return which parts of a reward's source are others, in words."""
+    """Return the parts of a reward's source that changed, as text."""
     changed = [part for part in {**then, **now} if then.get(part) != now.get(part)]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"{', '.join(changed[:3])}{more} of {name} changed"
 
 
 def warn_of_held_out(run_dir: Path, now: Facts) -> None:
-    """Warn where a run that began without evaluations now has other held-out rows than at its first evaluation."""
-    origin, found = read_origin(run_dir), now.identity.get("held_out")
-    if origin and origin["held_out"] and found and origin["held_out"] != found:
+    """Warn if the held-out rows differ from the run's first evaluation; for runs that began without one."""
+    origin, held_out = read_origin(run_dir), now.identity.get("held_out")
+    if origin and origin["held_out"] and held_out and origin["held_out"] != held_out:
         warn(HELD_OUT)
 
 
 def warn_of_versions(then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Warn where packages that can change a rollout's rounding have other versions than when the run began."""
+    """Warn if the version of a package that can change a rollout's rounding has changed since the run began."""
     changed = [f"{name} {then[name]} is {now.get(name, 'absent')}" for name in then if then[name] != now.get(name)]
     if changed:
-        warn(f"since the run began, {', '.join(changed)} now: the journalled steps stay exact, but new rollouts may "
-             "round differently")  # fmt: skip
+        warn(
+            f"since the run began, {', '.join(changed)} now: the journalled steps stay exact, but new rollouts may "
+            "round differently"
+        )
 
 
 def warn_of_processor(then: str | None, now: str) -> None:
-    """Warn where another processor computes the rollouts from here on."""
+    """Warn if the processor is not the one that the run began on."""
     if then is not None and then != now:
-        warn(f"the run began on {then} and continues on {now}: the journalled steps stay exact, but new rollouts may "
-             "round differently")  # fmt: skip
+        warn(
+            f"the run began on {then} and continues on {now}: the journalled steps stay exact, but new rollouts may "
+            "round differently"
+        )
 
 
-# --- where names lead -------------------------------------------------------------------------------------------------
+# --- the paths of names -----------------------------------------------------------------------------------------------
 
 
 class Origin(TypedDict):
-    """Where a run lies, was started and resumed, and what the names in its options led to; all paths are absolute."""
+    """The directory of a run, the working directories of its commands, and the paths of the names in its options.
+
+    All paths are absolute.
+    """
 
     run_directory: str
     working_directories: list[str]
@@ -193,12 +205,12 @@ def keep_origin(
     began: Mapping[str, Any] | None = None,
     held_out: dict[str, Any] | None = None,
 ) -> None:
-    """Write where the run's model, dataset and reward files lie; what was known of other names is kept.
+    """Write the paths of the run's model, dataset and reward files; recorded paths of other names are kept.
 
     Args:
-        run_dir: the run.
-        values: its options, as they are named now.
-        began: its options as they were named when it began; these names lead where the present ones lead.
+        run_dir: the run's directory.
+        values: the run's options, as named now.
+        began: the run's options, as named when the run began; these names get the paths of the present names.
         held_out: identity of the held-out rows.
     """
     known = read_origin(run_dir)
@@ -208,7 +220,7 @@ def keep_origin(
         if now in paths:
             paths[then] = paths[now]
     places = [str(_moved(place, run_dir, known) or place) for place in known["working_directories"]] if known else []
-    with suppress(FileNotFoundError):  # the directory was deleted under the command
+    with suppress(FileNotFoundError):  # the working directory was deleted
         places = list(dict.fromkeys([*places, os.getcwd()]))
     origin = Origin(
         run_directory=os.path.abspath(run_dir),
@@ -221,7 +233,7 @@ def keep_origin(
 
 
 def read_origin(run_dir: Path) -> Origin | None:
-    """Return what `origin.json` holds; None where there is none that can be read: names are then taken as they are."""
+    """Return the content of `origin.json`; None if it is missing or damaged, and then names are used as they are."""
     try:
         found = json.loads((run_dir / ORIGIN_FILE).read_text(encoding="utf-8"))
         paths = {str(name): str(path) for name, path in found["paths"].items() if name and path}
@@ -235,28 +247,28 @@ def read_origin(run_dir: Path) -> Origin | None:
 
 
 def located(values: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return a run's stored options with model, dataset and reward files where they lie as seen from here.
+    """Return a run's stored options with names of models, datasets and reward files that work in this directory.
 
-    A name that still leads to the same path stays as it is. Otherwise the path that it led to is taken, or, where the
-    run was moved together with its files, the path that lies as it lay relative to the run.
+    A name that still leads to the recorded path is kept. Otherwise it is replaced by the recorded path, or, if the run
+    was moved together with its files, by the path at the same place relative to the run.
     """
-    found, origin = dict(values), read_origin(run_dir)
+    options, origin = dict(values), read_origin(run_dir)
     if origin is None:
-        return found
+        return options
     for option in LOCATED:
-        value = found.get(option)
+        value = options.get(option)
         if isinstance(value, str):
-            found[option] = _located(value, run_dir, origin)
+            options[option] = _located(value, run_dir, origin)
         elif isinstance(value, list):
-            found[option] = [_located(item, run_dir, origin) for item in value]
-    return found
+            options[option] = [_located(item, run_dir, origin) for item in value]
+    return options
 
 
 def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] = ()) -> None:
-    """Refuse to look elsewhere for a file or directory of the run that is gone; ``given`` options are left out.
+    """Raise an error if a file or directory of the run is gone. Options in ``given`` are not checked.
 
     Raises:
-        ExternalError: names what is gone, where it was, and the option that says where it is now.
+        ExternalError: the message names the missing path and the option for its new place.
     """
     origin = read_origin(run_dir)
     if origin is None:
@@ -273,7 +285,7 @@ def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] 
 
 
 def module_directories(run_dir: Path) -> list[Path]:
-    """Return the directories in which the run's reward modules were looked for, as far as they are still there."""
+    """Return the working directories of the run's commands that still exist; reward modules are searched there."""
     origin = read_origin(run_dir)
     places = [_moved(place, run_dir, origin) for place in origin["working_directories"]] if origin else []
     return [place for place in places if place is not None]
@@ -289,13 +301,13 @@ def _located(name: str, run_dir: Path, origin: Origin) -> str:
 
 
 def _moved(recorded: str, run_dir: Path, origin: Origin) -> Path | None:
-    """Return a recorded path, or where it lies if it moved together with the run; None where neither exists."""
+    """Return a recorded path, or its new place if it moved together with the run; None if neither exists."""
     beside = Path(os.path.abspath(run_dir / os.path.relpath(recorded, origin["run_directory"])))
     return next((place for place in (Path(recorded), beside) if place.exists()), None)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return ``path/file.py:function`` as path and ``:function``; any other name whole."""
+    """Split ``path/file.py:function`` into path and ``:function``; any other name stays whole."""
     path, colon, function = name.rpartition(":")
     return (path, f":{function}") if colon and path.endswith(".py") else (name, "")
 
@@ -306,7 +318,7 @@ def _names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _path_of(name: str) -> str | None:
-    """Return the absolute path that a name leads to from here; None for what is no file or directory."""
+    """Return the absolute path of a name; None if it is not an existing file or directory of the user's."""
     if name == TOY:
         return None
     directory = local_directory(name)
@@ -317,9 +329,9 @@ def _path_of(name: str) -> str | None:
 
 
 def may_lead_to_the_same(option: str, then: Any, now: Any, then_has_sources: bool) -> bool:
-    """Return whether an option that names things may have changed: what it leads to is compared once it is loaded.
+    """Return whether an option may hold another name, because the content behind the name is compared after loading.
 
-    Reward functions must have the names that they had; without a hash of their source also their file's name.
+    Reward functions must keep their names. Without a stored hash of their source, their file must keep its name too.
     """
     if option not in LOCATED or then is None or now is None:
         return False
@@ -339,23 +351,23 @@ def _comparable(spec: str, has_sources: bool) -> str:
 
 
 def table() -> str:
-    """Return the table of what a resume may change, as Markdown: facts from `RULES`, options from `ESConfig`."""
-    lines = ["| what a run is made of | compared by | another one is |", "|---|---|---|"]
+    """Return the tables of what a resume may change, as Markdown: facts from `RULES`, options from `ESConfig`."""
+    lines = ["| fact of the run | compared by | a change is |", "|---|---|---|"]
     lines += [f"| {rule.what} | {rule.compared} | {rule.outcome} |" for rule in RULES.values()]
     lines += ["", "## Options", "", "| option | a resume |", "|---|---|"]
     for name in FIELDS:
         if name in RESUMABLE:
             outcome = "may change it"
         elif name in LOCATED:
-            outcome = "may name it otherwise: what it leads to is compared"
+            outcome = "may change the name: the content is compared"
         else:
-            outcome = "refuses another value"
+            outcome = "refuses to change it"
         lines.append(f"| `{name}` | {outcome} |")
     return "\n".join(lines) + "\n"
 
 
 def same_names(stored: Mapping[str, Any], args: Any, names: Sequence[str] = LOCATED) -> bool:
-    """Return whether the options that name things lead to the very paths that the stored ones lead to."""
+    """Return whether the options in ``names`` have the stored values, or lead to the same paths."""
     now = dataclasses.asdict(args)
     return all(stored.get(name) == now.get(name) or _paths(stored, name) == _paths(now, name) for name in names)
 

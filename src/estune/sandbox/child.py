@@ -1,14 +1,14 @@
-"""The far side of `estune.sandbox.host`: locks itself in, then runs a function that a model wrote.
+"""The child process of `estune.sandbox.host`: it restricts itself, then runs a function that a model wrote.
 
-Run as a script, by a fresh interpreter with nothing but the standard library:
-``python -s -S -P child.py STATUS RESULT DIRECTORY``, the request (JSON) on standard input. STATUS and RESULT
-are descriptors of pipes: the first tells what this system cannot give and is closed before a line of the model's
-runs; the second carries what the function returned. DIRECTORY is empty.
+A fresh interpreter with only the standard library runs this file as a script:
+``python -s -S -P child.py STATUS RESULT DIRECTORY``, with the request (JSON) on standard input. STATUS and RESULT are
+descriptors of pipes. STATUS gets the list of missing restrictions and is closed before the model's code runs. RESULT
+gets the function's results. DIRECTORY is empty.
 
-Two processes: a guard that only waits, and its child, in which the function runs. What holds the child, in order:
-namespaces where the kernel grants them (a network without interfaces, pids of its own, a small file system in memory
-over DIRECTORY), limits, Landlock (files), seccomp (everything else). The last two are what the guarantees rest on: a
-system call that is not listed below fails, among them all that make processes, threads, sockets and signals.
+There are two processes: a guard that only waits, and its child, which runs the function. The child is restricted by, in
+order: namespaces if the kernel allows them (a network without interfaces, its own pids, a small file system in memory
+over DIRECTORY), limits, Landlock (files), seccomp (everything else). The guarantees rest on the last two: a system call
+that is not listed below fails, which includes all calls for processes, threads, sockets and signals.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-# Name: (x86_64, aarch64); None where the architecture has no such call. Reading and writing files is Landlock's to
-# judge. Absent on purpose: clone, fork, execve, socket, kill, ptrace, prctl, mount, memfd_create, nanosleep, all else.
+# Name: (x86_64, aarch64); None if the architecture has no such call. Landlock decides which files can be read or
+# written. Absent on purpose: clone, fork, execve, socket, kill, ptrace, prctl, mount, memfd_create, nanosleep, etc.
 SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215),
@@ -55,22 +55,22 @@ EPERM = 1
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 14, 1 << 18
-SCRATCH = b"size=8m,nr_inodes=256"  # of the file system over DIRECTORY
+SCRATCH = b"size=8m,nr_inodes=256"  # mount options of the file system over DIRECTORY
 
-# Landlock's rights of ABI 1; later ones (moving between directories, truncating, devices) are added by version.
-LEAST_ABI = 3  # before, a file that may be read can be emptied: opened for reading, and truncated
+# Landlock's rights by the ABI version that added them (moving between directories, truncating, devices).
+LEAST_ABI = 3  # older versions do not control truncation: a readable file could be emptied
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # system calls, the same everywhere
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 SCRATCH_RIGHTS = (1 << 1) | READ_FILE | READ_DIR | (1 << 4) | (1 << 5) | (1 << 7) | (1 << 8) | (1 << 14)
 
-AWAITED = [signal.SIGCHLD, signal.SIGTERM]  # by the guard
+AWAITED = [signal.SIGCHLD, signal.SIGTERM]  # signals that the guard waits for
 
-PACKAGES = ("site-packages", "dist-packages")  # beside the standard library; a package there may hold the answers
+PACKAGES = ("site-packages", "dist-packages")  # not readable: an installed package may hold the answers
 
 
 def libc_call(name: str, *values: Any) -> int:
-    """Call a function of the C library, its numbers as long as a register; OSError where it returns -1."""
+    """Call a function of the C library with integers as C longs; raise OSError if it returns -1."""
     result = int(getattr(LIBC, name)(*(ctypes.c_long(value) if isinstance(value, int) else value for value in values)))
     if result == -1:
         number = ctypes.get_errno()
@@ -78,14 +78,14 @@ def libc_call(name: str, *values: Any) -> int:
     return result
 
 
-# --- what holds the function -----------------------------------------------------------------------------------------
+# --- restrictions ----------------------------------------------------------------------------------------------------
 
 
 def enter_namespaces(directory: str) -> bool:
-    """Leave network and processes behind, and mount scratch space in memory on a directory; False where refused.
+    """Enter new namespaces, and mount a file system in memory on a directory; return whether the kernel allows it.
 
-    A second wall behind Landlock and seccomp, which many containers refuse. The caller's next child has pid 1: when it
-    ends, everything in there ends.
+    The namespaces are a second barrier beside Landlock and seccomp; many containers refuse them. The caller's next
+    child has pid 1 in them: when it ends, all processes in the namespace end.
     """
     user, group = os.getuid(), os.getgid()
     try:
@@ -103,7 +103,7 @@ def enter_namespaces(directory: str) -> bool:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Limit CPU, memory, processes, file size and descriptors; hard limits, so that nothing can raise them again."""
+    """Set hard limits of CPU, memory, processes, file size and descriptors, which the function cannot raise."""
     for kind, value in (
         (resource.RLIMIT_CPU, limits["cpu_s"]),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
@@ -120,7 +120,7 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def restrict_files(directory: str, writable: bool) -> None:
-    """Let this process read the standard library and its directory, and open nothing else; OSError where impossible."""
+    """Let this process open only the standard library and its directory; raise OSError if that is impossible."""
     version = libc_call("syscall", LANDLOCK_CREATE, None, 0, 1)
     if version < LEAST_ABI:
         raise OSError(f"its ABI is {version}")
@@ -137,10 +137,10 @@ def restrict_files(directory: str, writable: bool) -> None:
 
     for root in sys.path:
         if not os.path.isdir(root):
-            if os.path.exists(root):  # the library as a zip
+            if os.path.exists(root):  # the standard library as a zip file
                 allow(root, READ_FILE)
             continue
-        allow(root, READ_DIR)  # names only; importing lists it
+        allow(root, READ_DIR)  # names only: importing lists the directory
         for name in os.listdir(root):
             if name not in PACKAGES:
                 allow(os.path.join(root, name), READ_FILE | READ_DIR)
@@ -150,9 +150,9 @@ def restrict_files(directory: str, writable: bool) -> None:
 
 
 def seccomp_program(architecture: str) -> bytes:
-    """Return the filter: another architecture's calls kill, listed ones pass, the rest fails with EPERM.
+    """Return the filter: listed calls pass, other calls fail with EPERM, another architecture's calls kill.
 
-    Of `fcntl` only the commands of FCNTL pass: others name a process that gets a signal when a descriptor is ready.
+    `fcntl` passes only with the commands in FCNTL; other commands can send a signal to another process.
     """
     column = list(AUDIT_ARCHITECTURES).index(architecture)
     numbers = sorted(
@@ -171,7 +171,7 @@ def seccomp_program(architecture: str) -> bytes:
         instruction(answer, 0, 0, SECCOMP_KILL),
         instruction(load, 0, 0, 0),
         instruction(equal, 0, len(FCNTL) + 2, fcntl),
-        instruction(load, 0, 0, 24),  # the low word of the second argument: what is asked of the descriptor
+        instruction(load, 0, 0, 24),  # the low word of the second argument: fcntl's command
         *(instruction(equal, len(FCNTL) - i + len(numbers) + 1, 0, command) for i, command in enumerate(FCNTL)),
         instruction(answer, 0, 0, SECCOMP_ERRNO | EPERM),
         *(instruction(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)),
@@ -182,7 +182,7 @@ def seccomp_program(architecture: str) -> bytes:
 
 
 def restrict_calls() -> None:
-    """Let this process make the listed system calls and no others; OSError where impossible."""
+    """Let this process make only the listed system calls; raise OSError if that is impossible."""
     architecture = os.uname().machine
     if architecture not in AUDIT_ARCHITECTURES or sys.maxsize < 1 << 32:
         raise OSError(f"no filter for {architecture}")
@@ -193,20 +193,20 @@ def restrict_calls() -> None:
 
 
 def lock_in(request: dict[str, Any], directory: str, writable: bool) -> list[str]:
-    """Put on all limits; return what this system cannot give, in words."""
+    """Apply all restrictions; return those that this system lacks, as text."""
     set_limits(request["limits"])
     missing = []
     if sys.platform != "linux":
-        return ["Linux, whose Landlock and seccomp hold the code"]
+        return ["Linux, whose Landlock and seccomp restrict the code"]
     libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     try:
         restrict_files(directory, writable)
     except OSError as error:
-        missing.append(f"Landlock, which keeps files unread and whole (Linux 6.2 or later; {error.strerror or error})")
+        missing.append(f"Landlock, which protects files (Linux 6.2 or later; {error.strerror or error})")
     try:
         restrict_calls()
     except OSError as error:
-        missing.append(f"seccomp, which keeps network and processes away ({error.strerror or error})")
+        missing.append(f"seccomp, which blocks network and processes ({error.strerror or error})")
     return missing
 
 
@@ -214,7 +214,7 @@ def lock_in(request: dict[str, Any], directory: str, writable: bool) -> list[str
 
 
 def call_all(source: str, name: str, arguments: list[str]) -> str:
-    """Run a source and call its function on each argument (JSON); return the results as JSON, null where one failed."""
+    """Run a source and call its function on each argument (JSON); return a JSON list, with null for a failed call."""
     random.seed(0)
     space: dict[str, Any] = {"__name__": "answer", "__builtins__": __builtins__}
     exec(compile(source, "<answer>", "exec", dont_inherit=True), space)
@@ -229,7 +229,7 @@ def call_all(source: str, name: str, arguments: list[str]) -> str:
 
 
 def run_inner(request: dict[str, Any], status: int, result: int, directory: str, writable: bool) -> None:
-    """Lock in, tell STATUS, run the function, write its results into RESULT."""
+    """Apply the restrictions, write the missing ones to STATUS, run the function, write its results to RESULT."""
     os.environ.clear()
     os.environ.update(HOME=directory, TMPDIR=directory)
     missing = lock_in(request, directory, writable)
@@ -243,7 +243,7 @@ def run_inner(request: dict[str, Any], status: int, result: int, directory: str,
 
 
 def guard(child: int, wall_s: float) -> None:
-    """Wait for the child, at most ``wall_s`` seconds or until SIGTERM; then kill it and whatever else it left."""
+    """Wait for the child, at most ``wall_s`` seconds or until SIGTERM; then kill it and its processes."""
     deadline = time.monotonic() + wall_s
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         left = deadline - time.monotonic()
@@ -251,7 +251,7 @@ def guard(child: int, wall_s: float) -> None:
             os.kill(child, signal.SIGKILL)
         if was_told_to_stop(0.05 if left <= 0 else left):
             deadline = 0.0
-    while orphans := children():  # only where seccomp is missing
+    while orphans := children():  # there are some only if seccomp is missing
         for pid in orphans:
             os.kill(pid, signal.SIGKILL)
         for pid in orphans:
@@ -259,16 +259,16 @@ def guard(child: int, wall_s: float) -> None:
 
 
 def was_told_to_stop(seconds: float) -> bool:
-    """Wait for a child to end or for SIGTERM, at most some time; say whether it was SIGTERM."""
+    """Wait for a child's end or SIGTERM, at most ``seconds``; return whether SIGTERM came."""
     if hasattr(signal, "sigtimedwait"):
-        found = signal.sigtimedwait(AWAITED, seconds)
-        return found is not None and found.si_signo == signal.SIGTERM
+        received = signal.sigtimedwait(AWAITED, seconds)
+        return received is not None and received.si_signo == signal.SIGTERM
     time.sleep(min(seconds, 0.01))
     return signal.SIGTERM in signal.sigpending()
 
 
 def children() -> list[int]:
-    """Return the pids of our children, adopted ones too; none where there is no Linux /proc."""
+    """Return the pids of this process's children, adopted ones included; empty without a Linux /proc."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             return [int(pid) for pid in file.read().split()]
@@ -277,10 +277,10 @@ def children() -> list[int]:
 
 
 def main() -> None:
-    """Guard and child."""
+    """Fork the child that runs the function, and guard it."""
     status, result, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     request = json.loads(sys.stdin.buffer.read())
-    os.dup2(1, 0)  # /dev/null: the request is nobody's any more
+    os.dup2(1, 0)  # /dev/null: the function must not read the request
     if sys.platform == "linux":
         libc_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -289,7 +289,7 @@ def main() -> None:
     parent = os.getpid()
     child = os.fork()
     if child:
-        os.close(status)  # not RESULT: it ends when everything has
+        os.close(status)  # RESULT stays open until the guard ends
         guard(child, request["limits"]["wall_s"])
         os._exit(0)
     try:

@@ -1,17 +1,17 @@
-"""Runs a Python function that a model wrote, where it can do no harm and learn nothing but its arguments.
+"""Run a Python function that a model wrote in a sandbox, where it sees only its arguments.
 
-`run_function` starts a fresh interpreter (`child.py`), which locks itself in and calls the function on every
-argument. What holds it, on Linux (x86_64, aarch64), all of it put on before a line of the model's runs:
+`run_function` starts a fresh interpreter (`child.py`), which restricts itself and then calls the function on every
+argument. On Linux (x86_64, aarch64) these restrictions apply before the model's code runs:
 
-* files: the standard library can be read, an empty directory (its home) written where the kernel grants a file system
-  in memory; nothing else can be opened, no installed package either (Landlock);
-* no sockets, processes, threads, signals; no descriptor is inherited (seccomp, and namespaces where granted);
-* CPU, memory, file size, wall time are limited, and so is what is read of its answer.
+* Files: the function can read the standard library. It can write to an empty directory (its home) if the kernel allows
+  a file system in memory. It cannot open anything else, not even an installed package (Landlock).
+* It has no sockets, processes, threads or signals, and inherits no descriptor (seccomp; namespaces if allowed).
+* CPU time, memory, file size, wall time and the size of the result are limited.
 
-Only the arguments go in and only JSON comes out. Whatever the function does to its own process, all it can forge is its
-own answer: who knows the right one, and grades, is the caller. Strings hash alike in every run and `random` is seeded;
-a program that asks the system for randomness or the time may answer otherwise each time. Names, sizes and times of
-files can be seen anywhere, their contents cannot.
+Only the arguments go in and only JSON comes out. The function can forge nothing but its own answer; the caller knows
+the right answer and grades. Hashes of strings are the same in every run, and `random` is seeded. A program that asks
+the system for randomness or the time can answer differently each time. The function can see names, sizes and times of
+all files, but not their contents.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from estune.console import open_missing_descriptors
 from estune.errors import UserError
 
 CHILD = Path(__file__).with_name("child.py")
-GRACE_S = 5.0  # beyond the function's own wall time: an interpreter's start on a busy machine
+GRACE_S = 5.0  # seconds beyond the function's wall time, for the interpreter's start on a busy machine
 MAX_STATUS_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a call of `run_function` may use in all. It may start no process and no thread."""
+    """Limits of one call of `run_function`, for all arguments together."""
 
     cpu_s: int = 2
     wall_s: float = 10.0
-    memory_bytes: int = 512 << 20  # of address space
-    file_bytes: int = 1 << 20  # of one file
-    result_bytes: int = 256 << 10  # of all results as JSON
+    memory_bytes: int = 512 << 20  # address space
+    file_bytes: int = 1 << 20  # per file
+    result_bytes: int = 256 << 10  # all results as JSON
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a function: its results, one per argument, or None for all where there are none to be had."""
+    """The results of a function, one per argument, or None and the problem if there are none."""
 
-    results: list[Any] | None  # None within: that call raised, or returned what is not JSON (or None)
-    problem: str = ""  # why there are no results
+    results: list[Any] | None  # an item is None if that call raised, or returned None or a value that is not JSON
+    problem: str = ""  # the reason why there are no results
 
 
 def run_function(
@@ -66,12 +66,12 @@ def run_function(
     *,
     allow_unsandboxed: bool = False,
 ) -> Outcome:
-    """Call the function ``name`` of a source on each argument (anything JSON can hold), all in one child process.
+    """Call the function ``name`` of a source on each argument (a JSON value), all in one child process.
 
-    With ``allow_unsandboxed``, what the system cannot give is done without; limits and time-outs stay.
+    With ``allow_unsandboxed`` the code also runs if the system lacks a restriction; limits and timeouts stay.
 
     Raises:
-        UserError: this system cannot hold the code, and ``allow_unsandboxed`` is off.
+        UserError: the system lacks a restriction, and ``allow_unsandboxed`` is off.
     """
     missing, outcome = _run(source, name, arguments, limits, allow_unsandboxed)
     if missing and not allow_unsandboxed:
@@ -81,7 +81,7 @@ def run_function(
 
 @functools.cache
 def missing_guarantees() -> tuple[str, ...]:
-    """Return what this system cannot give, in words, by trying it once; empty where code can be run safely."""
+    """Return the restrictions that this system lacks, as text, after one trial; empty if code can run safely."""
     missing, outcome = _run("def probe(x):\n    return x", "probe", [1], Limits(), False)
     if not missing and outcome.results != [1]:
         return (f"a Python that starts in the sandbox ({outcome.problem or 'no result'})",)
@@ -89,10 +89,10 @@ def missing_guarantees() -> tuple[str, ...]:
 
 
 def require(allow_unsandboxed: bool) -> str:
-    """Return a warning, or nothing, before the first function is run.
+    """Return a warning about missing restrictions, or an empty string; call it before the first function runs.
 
     Raises:
-        UserError: something is missing, and ``allow_unsandboxed`` is off.
+        UserError: a restriction is missing, and ``allow_unsandboxed`` is off.
     """
     missing = missing_guarantees()
     if missing and not allow_unsandboxed:
@@ -101,15 +101,17 @@ def require(allow_unsandboxed: bool) -> str:
 
 
 def refusal(missing: Sequence[str]) -> str:
-    """Return the sentence that refuses to run code."""
-    return (f"code that a model writes is not run here, for this system lacks {'; and '.join(missing)}; "
-            "to run it all the same, on a machine where it can do no harm: --allow_unsandboxed_code")  # fmt: skip
+    """Return the error message for a system that lacks a restriction."""
+    return (
+        f"code that a model writes is not run here, because this system lacks {'; and '.join(missing)}; "
+        "to run it all the same, on a machine where it can do no harm: --allow_unsandboxed_code"
+    )
 
 
 def _run(
     source: str, name: str, arguments: Sequence[Any], limits: Limits, allow_unsandboxed: bool
 ) -> tuple[list[str], Outcome]:
-    """Return what the system lacks, and the outcome."""
+    """Return the restrictions that the system lacks, and the outcome."""
     if os.name != "posix":
         return ["a POSIX system"], Outcome(None, "not run")
     request = {
@@ -123,45 +125,45 @@ def _run(
     deadline = time.monotonic() + limits.wall_s + GRACE_S
     with (
         tempfile.TemporaryDirectory(prefix="estune-", ignore_cleanup_errors=True) as directory,
-        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as request_file,
     ):
-        given.write(json.dumps(request).encode())
-        given.seek(0)
+        request_file.write(json.dumps(request).encode())
+        request_file.seek(0)
         status, status_end = os.pipe()
         result, result_end = os.pipe()
         try:
             try:
-                child = _start(given.fileno(), status_end, result_end, directory)
+                child = _start(request_file.fileno(), status_end, result_end, directory)
             finally:
                 os.close(status_end)
                 os.close(result_end)
             try:
-                told = _read(status, MAX_STATUS_BYTES, deadline)
-                answer = _read(result, limits.result_bytes, deadline)  # its end: the guard ends, all else is dead
+                report = _read(status, MAX_STATUS_BYTES, deadline)
+                answer = _read(result, limits.result_bytes, deadline)  # the pipe closes when guard and child have ended
                 if answer is None:
                     child.terminate()
                     _drain(result, time.monotonic() + GRACE_S)
             finally:
-                with suppress(ProcessLookupError, PermissionError):  # macOS: a group of zombies
-                    os.killpg(child.pid, signal.SIGKILL)  # not yet waited for: the group is still the child's
+                with suppress(ProcessLookupError, PermissionError):  # macOS raises for a group of zombies
+                    os.killpg(child.pid, signal.SIGKILL)  # before `wait`, so the pid is still the child's
                 child.wait()
         finally:
             os.close(status)
             os.close(result)
     try:
-        missing = [str(part) for part in json.loads(told or b"")]
+        missing = [str(part) for part in json.loads(report or b"")]
     except ValueError:
-        return [], Outcome(None, "it did not start in time, or its memory is too little for an interpreter")
+        return [], Outcome(None, "it did not start in time, or the memory limit is too small for an interpreter")
     return missing, _outcome(answer, len(arguments))
 
 
-def _start(given: int, status: int, result: int, directory: str) -> subprocess.Popen[bytes]:
-    # The environment is ours alone, so -I would only add that PYTHONHASHSEED is ignored. Some interpreters need the
-    # library path to start; it is gone before the function runs.
+def _start(request: int, status: int, result: int, directory: str) -> subprocess.Popen[bytes]:
+    # Not -I: it would ignore PYTHONHASHSEED, and the environment is clean anyway. Some interpreters need the library
+    # path to start; the child deletes it before the function runs.
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     return subprocess.Popen(
         [sys.executable, "-s", "-S", "-P", "-B", str(CHILD), str(status), str(result), directory],
-        stdin=given,
+        stdin=request,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         pass_fds=[status, result],
@@ -172,7 +174,7 @@ def _start(given: int, status: int, result: int, directory: str) -> subprocess.P
 
 
 def _read(pipe: int, most: int, deadline: float) -> bytes | None:
-    """Return all that comes through a pipe until its end; None for more than ``most`` bytes, or past the deadline."""
+    """Return all bytes of a pipe until it closes; None for more than ``most`` bytes, or after the deadline."""
     data = bytearray()
     ready = select.poll()
     ready.register(pipe, select.POLLIN)
@@ -195,7 +197,7 @@ def _drain(pipe: int, deadline: float) -> None:
 
 def _outcome(answer: bytes | None, wanted: int) -> Outcome:
     if answer is None:
-        return Outcome(None, "it took too long or said too much")
+        return Outcome(None, "it took too long, or its results are too large")
     if not answer:
         return Outcome(None, "it does not define the function, or ended, or went over a limit")
     try:

@@ -1,4 +1,4 @@
-"""The tasks that come with estune: one file each, and the one dict that names them."""
+"""The built-in tasks: one file each, and the dict `TASKS` of all of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,34 +29,34 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: where its rows come from, and how completions are scored (both functions follow TRL's contract)."""
+    """A task: its rows, and the functions that score completions (both follow TRL's contract)."""
 
     name: str
     description: str
     load: Callable[[str], list[Row]]
-    """Rows of one of the splits below; each has "prompt" and the columns below."""
+    """Split name -> rows; each row has "prompt" and the columns below."""
     prepare_row: Callable[[Row], Row]
-    """A row of somebody's own file -> a row of this task; UserError names missing columns."""
+    """A row of the user's file -> a row of this task; UserError names missing columns."""
     reward: Callable[..., list[float]]
-    """What training maximises."""
+    """The value that training maximises, per completion."""
     accuracy: Callable[..., list[float]]
-    """1.0 or 0.0 per completion, what evaluation reports."""
+    """The value that evaluations report: 1.0 or 0.0 per completion."""
     columns: tuple[str, ...]
-    """The columns that the two functions need."""
+    """The columns that reward and accuracy need."""
     splits: tuple[str, ...] = ("train", "validation", "test")
-    """Trained on, held out while a run goes on, evaluated in the end; others are for evaluation, too."""
+    """For training, for evaluations within a run, and for the final evaluation; further splits are for evaluation."""
     runs_code: bool = False
-    """Whether scoring runs code that the model wrote: the sandbox has to work, or the user to do without."""
+    """Whether scoring runs code that the model wrote, which needs the sandbox or the user's consent."""
     problem_columns: tuple[str, ...] = ()
-    """Columns of somebody's own file, one of which a prompt is made of where there is none."""
+    """Columns of the user's file; the first one present makes the prompt of a row without a prompt."""
     right_answer: Callable[[Row], str | None] | None = None
-    """A right completion of a row, where one is known that further rows can have, too; None elsewhere."""
+    """A right completion of a row that can be right for other rows too; None if there is no such completion."""
     answers_hold_words: bool = True
-    """Whether right completions do that are not known so; expressions and grids are right without a word."""
+    """Whether right completions hold words, if `right_answer` gives none; expressions and grids hold none."""
 
 
 def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
-    """Return the task that a module of this package holds, under the module's name."""
+    """Return the task of a module of this package, named like the module."""
     return Task(
         name=module.__name__.rpartition(".")[2],
         description=description,
@@ -97,12 +97,12 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str, allow_unsandboxed_code: bool = False) -> Task:
-    """Return the task of that name: a built-in one, ``rg:<name>`` of reasoning-gym, or a mixture ``a=2,b=1``.
+    """Return the task of a name: a built-in one, ``rg:<name>`` of reasoning-gym, or a mixture ``a=2,b=1``.
 
-    ``allow_unsandboxed_code`` is for the rewards of tasks that run code; whether that can be is not asked here.
+    ``allow_unsandboxed_code`` is passed to the rewards of tasks that run code; the sandbox is not tried here.
 
     Raises:
-        UserError: with the nearest name where there is none.
+        UserError: there is no such task; the message names the nearest one.
     """
     if name in TASKS:
         return TASKS[name]
@@ -144,8 +144,8 @@ def _reasoning(name: str, allow_unsandboxed_code: bool) -> Task:
     runs_answers = reasoning.runs_answers(generator)
     if runs_answers and not allow_unsandboxed_code:
         raise UserError(
-            f"reasoning-gym's scorer of {generator} runs what the model wrote as Python, without a sandbox; on a "
-            "machine where it can do no harm: --allow_unsandboxed_code"
+            f"reasoning-gym's scorer of {generator} runs the model's answer as Python, without a sandbox; to allow it, "
+            "on a machine where it can do no harm: --allow_unsandboxed_code"
         )
     return Task(
         name=name,
@@ -165,7 +165,7 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
     names, weights = [name for name, _ in parts], [weight for _, weight in parts]
     tasks = {name: get_task(name, allow_unsandboxed_code) for name in names}
     if "quadratic" in tasks:
-        raise UserError("task quadratic has no language and mixes with no other")
+        raise UserError("task quadratic has no language: it cannot be part of a mixture")
 
     def prepare_row(row: Row) -> Row:
         if row.get("task") not in tasks:
@@ -173,8 +173,8 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         return tasks[row["task"]].prepare_row(row)
 
     def right_answer(row: Row) -> str | None:
-        its = tasks[row["task"]].right_answer
-        return None if its is None else its(row)
+        of_task = tasks[row["task"]].right_answer
+        return None if of_task is None else of_task(row)
 
     return Task(
         name=text,

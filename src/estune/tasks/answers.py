@@ -1,7 +1,6 @@
-"""What tasks share: a completion's text, and the answer that it gives.
+"""Shared by the tasks: the text of a completion, and the answer in it.
 
-Every function is linear in the length of what a model wrote: tags are found by `str.find`, never by a backtracking
-pattern.
+Every function is linear in the length of a completion: it finds tags by `str.find`, never by a backtracking pattern.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ def completion_text(completion: Any) -> str:
 
 
 def in_tags(answer: Any) -> str:
-    """Return an answer as prompts ask for it."""
+    """Return an answer inside answer tags."""
     return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
 
 
 def extract_answer(text: str) -> str | None:
-    """Return the content of the last closed <answer> block; None where there is none."""
+    """Return the content of the last closed <answer> block; None if there is none."""
     last_close = text.rfind(ANSWER_CLOSE)
     start = text.rfind(ANSWER_OPEN, 0, last_close) if last_close >= 0 else -1
     if start < 0:

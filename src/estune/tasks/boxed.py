@@ -1,6 +1,6 @@
-"""The last \\boxed{...} of a text, and the reference answer that a row of somebody's own data holds.
+"""The last \\boxed{...} of a text, and the reference answer of a row of the user's data.
 
-One pass over the text, with a stack of open braces: linear in its length, however it is nested.
+The text is read once, with a stack of open braces, so the time is linear in its length at any depth.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import re
 from typing import Any
 
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox) *\{|\\.|[{}]", re.DOTALL)
-BARE_BOX = "\\boxed "  # without braces, as some of the MATH data has it: up to the end of the formula
+BARE_BOX = "\\boxed "  # without braces, as in parts of MATH: the box ends with the formula
 
 
 def last_boxed(text: str) -> str | None:
-    """Return what stands in the last closed ``\\boxed{...}`` (or ``\\fbox{...}``); None where there is none.
+    """Return the content of the last closed ``\\boxed{...}`` (or ``\\fbox{...}``); None if there is none.
 
-    Of boxes in each other the inner one is the last. Braces written ``\\{`` and ``\\}`` are text.
+    Of nested boxes the inner one is the last. The braces ``\\{`` and ``\\}`` are text.
     """
     open_at: list[int] = []  # where the content of each open brace begins; minus that for a box
     begin = end = -1
@@ -31,10 +31,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def reference_of(row: dict[str, Any]) -> str | None:
-    """Return the reference answer of a row, as text; None where it has none.
+    """Return the reference answer of a row as text; None if there is none.
 
-    It stands in ``answer`` or ``final_answer`` (text, a number, or a list of one), or ends the text of ``solution``.
-    Of a text with a box or with ``####`` in it, only what is boxed, or follows the last of those marks, is the answer.
+    It is in ``answer`` or ``final_answer`` (text, a number, or a list of one), or at the end of ``solution``. If the
+    text holds a box or ``####``, only the content of the last box, or the text after the last mark, is the answer.
     """
     for name in ("answer", "final_answer", "solution"):
         value = row.get(name)

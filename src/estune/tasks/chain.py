@@ -1,12 +1,11 @@
-"""Chains: arithmetic on one digit in which every step needs the result of the step before, and only the end counts.
+"""Chains: arithmetic on one digit in k dependent steps; only the last digit counts.
 
-A reward that comes after k dependent steps is what long-delayed, outcome-only rewards look like at their smallest:
-k = 1, 2, 4, 8 or 16. Every operation permutes the ten digits (adding, subtracting, multiplying by a number prime to
-10), so a single wrong step, followed by right ones, always ends in a wrong digit. ``chain`` mixes all lengths;
-``chain:4`` has length 4 alone, and ``chain:4:steps`` rewards each of its steps instead of the end.
+This is a small model of long-delayed, outcome-only rewards, with k = 1, 2, 4, 8 or 16. Every operation permutes the ten
+digits (add, subtract, multiply by a number prime to 10). So one wrong step, followed by right ones, always ends in a
+wrong digit. ``chain`` mixes all lengths, ``chain:4`` has only length 4, and ``chain:4:steps`` rewards its single steps.
 
-Reward, outcome: 1 for the right last digit inside <answer></answer>, else 0; there is no partial credit. Reward, steps:
-the share of steps whose result is right, the last one being the answer. Accuracy is the outcome in both.
+Outcome reward: 1 for the right last digit inside <answer></answer>, else 0, without partial credit. Reward of the
+steps: the share of right results, with the answer as the last one. The accuracy is always the outcome.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SEED = 2509_24372
 LARGEST_OPERAND = 99
 STEP = re.compile(r"^[ \t]*step (\d{1,2}): ?(\d)[ \t\r]*$", re.IGNORECASE | re.ASCII | re.MULTILINE)
 
-# Name and operands of each operation; all permute the digits, and none leaves every digit as it is.
+# Operation -> its operands; each permutes the digits, and none is the identity.
 OPERANDS: dict[str, tuple[int, ...]] = {
     "add": tuple(n for n in range(1, LARGEST_OPERAND + 1) if n % 10),
     "subtract": tuple(n for n in range(1, LARGEST_OPERAND + 1) if n % 10),
@@ -38,7 +37,7 @@ Problem = tuple[int, tuple[tuple[str, int], ...]]
 
 
 def apply(digit: int, operation: str, operand: int) -> int:
-    """Return the last digit of an operation's result; a difference below zero counts on from ten."""
+    """Return the result of an operation modulo 10."""
     if operation == "add":
         return (digit + operand) % 10
     if operation == "subtract":
@@ -57,7 +56,7 @@ def results_of(problem: Problem) -> list[int]:
 
 
 def format_prompt(problem: Problem) -> str:
-    """Return the text a model is given for a problem."""
+    """Return a problem's prompt."""
     start, steps = problem
     listed = "\n".join(f"Step {i}: {operation} {operand}" for i, (operation, operand) in enumerate(steps, 1))
     return (
@@ -88,7 +87,7 @@ def _problems(length: int) -> dict[str, tuple[Problem, ...]]:
 
 
 def load(split: str, lengths: Sequence[int] = LENGTHS) -> list[dict[str, Any]]:
-    """Return the rows of a split, the lengths taking turns: prompt, results (k digits), steps (k)."""
+    """Return the rows of a split, with alternating lengths: prompt, results (k digits), steps (k)."""
     if split not in SPLIT_SIZES:
         raise UserError(f"chain has no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
     each = SPLIT_SIZES[split] // len(lengths)
@@ -113,35 +112,35 @@ def right_answer(row: dict[str, Any]) -> str:
 
 
 def answered(text: str) -> int | None:
-    """Return the digit that a completion answers; None where its answer is anything but one digit."""
+    """Return the digit in a completion's answer; None if the answer is not one digit."""
     answer = (extract_answer(text) or "").strip()
     return int(answer) if len(answer) == 1 and answer.isascii() and answer.isdigit() else None
 
 
 def accuracy(completions: list[Any], results: list[list[int]], **_: Any) -> list[float]:
-    """Return 1 where the last digit is right, else 0."""
+    """Return 1 per completion whose last digit is right, else 0."""
     texts = map(completion_text, completions)
     return [float(answered(text) == wanted[-1]) for text, wanted in zip(texts, results, strict=True)]
 
 
 def reward(completions: list[Any], results: list[list[int]], **_: Any) -> list[float]:
-    """Return the outcome alone: 1 or 0."""
+    """Return the outcome per completion: 1 or 0."""
     return accuracy(completions, results)
 
 
 def reward_steps(completions: list[Any], results: list[list[int]], **_: Any) -> list[float]:
-    """Return the share of steps that are right: by lines "Step i: digit", of which the last counts, and the answer."""
-    found = []
+    """Return the share of right steps per completion: lines "Step i: digit" (the last of each i), and the answer."""
+    shares = []
     for completion, wanted in zip(completions, results, strict=True):
         text = completion_text(completion)
-        said = {int(i): int(digit) for i, digit in STEP.findall(text)}
-        said[len(wanted)] = -1 if (last := answered(text)) is None else last
-        found.append(sum(said.get(i) == digit for i, digit in enumerate(wanted, 1)) / len(wanted))
-    return found
+        results_given = {int(i): int(digit) for i, digit in STEP.findall(text)}
+        results_given[len(wanted)] = -1 if (last := answered(text)) is None else last
+        shares.append(sum(results_given.get(i) == digit for i, digit in enumerate(wanted, 1)) / len(wanted))
+    return shares
 
 
 def variant(name: str) -> tuple[tuple[int, ...], Callable[..., list[float]]]:
-    """Return the lengths and the reward that ``chain``, ``chain:4`` or ``chain:4:steps`` stands for.
+    """Return the lengths and the reward of ``chain``, ``chain:4`` or ``chain:4:steps``.
 
     Raises:
         UserError: there is no such length or mode.
@@ -150,6 +149,8 @@ def variant(name: str) -> tuple[tuple[int, ...], Callable[..., list[float]]]:
     lengths = {"": LENGTHS, "all": LENGTHS, **{str(k): (k,) for k in LENGTHS}}.get(length)
     modes = {"": reward, "outcome": reward, "steps": reward_steps}
     if lengths is None or mode not in modes:
-        raise UserError(f"task {name!r} is no chain: write chain, chain:K or chain:K:steps with K one of "
-                        f"{', '.join(map(str, LENGTHS))} or all")  # fmt: skip
+        raise UserError(
+            f"task {name!r} is not a chain: write chain, chain:K or chain:K:steps with K one of "
+            f"{', '.join(map(str, LENGTHS))} or all"
+        )
     return lengths, modes[mode]

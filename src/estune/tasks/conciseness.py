@@ -1,11 +1,10 @@
 """Conciseness: answer a short question in as few characters as its shortest right answer has.
 
-The reward is minus the distance in characters between a completion's length and that answer's (arXiv 2509.24372,
-section on conciseness); it never looks at what is said. The accuracy does: an accepted answer must stand in the
-completion, as whole words. There are two prompts to train on, eight to validate and eight to test, as many as the paper
-has of each kind but in words of our own; and the split ``knowledge``: 200 short questions with their accepted answers,
-to see whether a model that became brief still knows what it knew. A hundred more, ``knowledge_validation``, are for
-choosing settings. No split shares an answerable question with another.
+The reward is minus the difference between a completion's length and that answer's, in characters (arXiv 2509.24372,
+section on conciseness). It ignores the content. The accuracy is 1 if an accepted answer occurs in the completion as
+whole words. There are 2 training, 8 validation and 8 test prompts, as in the paper, in our own words. The split
+``knowledge`` has 200 short questions with accepted answers; it shows whether a model that became brief has kept its
+knowledge. ``knowledge_validation`` has 100 more, for choosing settings. No two splits share a question.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a foreign row with all columns: ``answer`` (text), or ``answers`` (a list, the first one the target)."""
+    """Return a user's row with all columns, from ``answer`` (text) or ``answers`` (a list; the first is the target)."""
     answers = row.get("answers")
     if answers is None and row.get("answer") is not None:
         answers = [row["answer"]]
@@ -94,10 +93,10 @@ def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
 
 
 def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
-    """Return 1 where one of the accepted answers stands in the completion as whole words, else 0.
+    """Return 1 per completion that holds an accepted answer as whole words, else 0.
 
-    Case, accents' composition, and punctuation do not count; "1,000" reads as "1000". A completion that denies an
-    answer ("not Paris") or lists several passes: the measure is for models that answer, not for ones that know of it.
+    Case, punctuation and the composition of accents do not count; "1,000" is read as "1000". A completion that denies
+    an answer ("not Paris") or lists several also gets 1: the measure is not meant for models trained on it.
     """
     return [
         float(any(says(completion_text(completion), answer) for answer in accepted))
@@ -106,10 +105,10 @@ def accuracy(completions: list[Any], answers: list[list[str]], **_: Any) -> list
 
 
 def words(text: str, fold: bool = True) -> list[str]:
-    """Return the words and numbers of a text, in lower case; hyphens separate words, commas within numbers vanish.
+    """Return the words and numbers of a text. Hyphens separate words; commas within numbers are removed.
 
-    A number is one word with its sign, its decimals and its fraction: "-4", "4.5" and "1/2" do not hold 4, 4 and 2.
-    ``fold`` off keeps the case.
+    A number is one word with its sign, decimals and fraction: "-4", "4.5" and "1/2" do not hold 4, 4 and 2. With
+    ``fold`` words are in lower case.
     """
     plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
     plain = plain.casefold() if fold else plain
@@ -117,16 +116,16 @@ def words(text: str, fold: bool = True) -> list[str]:
 
 
 def says(text: str, answer: str) -> bool:
-    """Say whether a text holds an answer. In symbols of one or two letters ("O", "Fe") the case counts."""
+    """Return whether a text holds an answer. In symbols of one or two letters ("O", "Fe") the case counts."""
     symbol = len(answer) <= 2 and answer.isalpha()
     return holds(words(text, not symbol), words(answer, not symbol))
 
 
 def holds(text: Sequence[str], answer: Sequence[str]) -> bool:
-    """Say whether ``answer`` stands in ``text`` as consecutive words; its last one may stand there in the plural.
+    """Return whether ``answer`` occurs in ``text`` as consecutive words; the last word may be in the plural.
 
-    A number in words that is part of a larger one does not count ("twenty-six" holds no six), nor does its plural; "one
-    hundred" is a hundred.
+    A number word that is part of a larger number does not count ("twenty-six" does not hold "six"), nor does its
+    plural. "One hundred" counts as "hundred".
     """
     n = len(answer)
     if not n:

@@ -1,8 +1,8 @@
 """Countdown: reach a target from given numbers, each used exactly once, with + - * / and parentheses.
 
-Three things live here: a seeded generator of solvable problems, the check of an answer in exact rational arithmetic,
-and the paper's reward (answer + 0.1 * format, arXiv 2509.24372). Every function is linear in the length of what a model
-wrote: tags are found by `str.find`, never by a backtracking pattern.
+This file holds a seeded generator of solvable problems, the check of an answer in exact rational arithmetic, and the
+paper's reward (answer + 0.1 * format, arXiv 2509.24372). Every function is linear in the length of a completion: it
+finds tags by `str.find`, never by a backtracking pattern.
 """
 
 import random
@@ -16,10 +16,9 @@ from estune.errors import UserError
 from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text, extract_answer
 from estune.tasks.expressions import evaluate, tokenize
 
-# The generator's problems suit both a real model and a very small one. Numbers of one or two digits and a two-digit
-# target are what people play, and a solution in whole-number steps exists, so a language model meets nothing odd; and
-# 15 numbers by some 200 intermediate values make an arithmetic table that a million parameters can hold. There are
-# about 5900 such problems of three numbers and 110 000 of four, so 2400 held-out ones leave plenty to learn from.
+# The problems suit both a real model and a very small one. As in the game, numbers have one or two digits, the target
+# has two, and a solution in integer steps exists. 15 numbers and about 200 intermediate values make an arithmetic table
+# that a million parameters can hold. There are about 5900 such problems of three numbers and 110 000 of four.
 SMALLEST_NUMBER, LARGEST_NUMBER = 1, 15
 SMALLEST_TARGET, LARGEST_TARGET = 10, 99
 ANSWERS_HOLD_WORDS = False
@@ -37,12 +36,12 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 def problem_key(numbers: Sequence[int], target: int) -> tuple[tuple[int, ...], int]:
-    """Return what makes two problems the same one: the numbers in any order, and the target."""
+    """Return the key of a problem: the sorted numbers, and the target."""
     return tuple(sorted(numbers)), target
 
 
 def format_prompt(numbers: Sequence[int], target: object) -> str:
-    """Return the text a model is given for a problem."""
+    """Return a problem's prompt."""
     listed = ", ".join(str(number) for number in numbers)
     return (
         f"Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make {target}. "
@@ -51,10 +50,10 @@ def format_prompt(numbers: Sequence[int], target: object) -> str:
 
 
 def draw_chain(generator: random.Random, count: int) -> tuple[int, list[tuple[str, int]], int]:
-    """Draw a start number, `count` - 1 steps (operation, number) in whole numbers, and the target where they end.
+    """Draw a start number, `count` - 1 steps (operation, number) with integer results, and the target.
 
-    The operations are `+ - r * /`, where `r` takes the value so far away from the number. Uses `Random.random()` alone:
-    its stream for a seed is the one that Python promises to keep between versions.
+    The operations are `+ - r * /`; `r` is the number minus the value. Only `Random.random()` is used, because Python
+    promises to keep its stream for a seed between versions.
     """
     while True:
         numbers = [_integer(generator, SMALLEST_NUMBER, LARGEST_NUMBER) for _ in range(count)]
@@ -71,13 +70,13 @@ def draw_chain(generator: random.Random, count: int) -> tuple[int, list[tuple[st
 
 
 def draw_problem(generator: random.Random, count: int) -> tuple[list[int], int]:
-    """Draw `count` numbers, in random order, and a target that they reach in whole-number steps."""
+    """Draw `count` numbers, in random order, and a target that they reach with integer steps."""
     start, steps, target = draw_chain(generator, count)
     return _shuffled(generator, [start, *(number for _, number in steps)]), target
 
 
 def _combine(left: int, right: int, operation: str) -> int:
-    """Apply `+ - r * /` (`r` is right - left) to whole numbers; 0 stands for "no whole number"."""
+    """Apply `+ - r * /` (`r` is right - left) to integers; return 0 if a quotient is not an integer."""
     if operation == "+":
         return left + right
     if operation == "-":
@@ -99,7 +98,7 @@ def _shuffled(generator: random.Random, items: list[int]) -> list[int]:
 
 @cache
 def _splits() -> dict[str, tuple[tuple[tuple[int, ...], int], ...]]:
-    """Generate all splits at once, so that they are disjoint up to the order of the numbers. Rows alternate 3 and 4."""
+    """Generate all splits at once, disjoint up to the order of the numbers. Rows alternate 3 and 4 numbers."""
     generator = random.Random(GENERATOR_SEED)
     seen: set[tuple[tuple[int, ...], int]] = set()
     splits: dict[str, tuple[tuple[tuple[int, ...], int], ...]] = {}
@@ -126,10 +125,12 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Turn a row from elsewhere (`numbers` or `nums`, `target`, perhaps `prompt`) into a row of this task.
+    """Turn a user's row (`numbers` or `nums`, `target`, perhaps `prompt`) into a row of this task.
 
-    Other columns are kept. The target keeps its own spelling when it is text. Raises UserError for a missing column
-    or a value that is no number.
+    Other columns are kept, and a target given as text keeps its spelling.
+
+    Raises:
+        UserError: a column is missing, or a value is not a number.
     """
     source = "numbers" if row.get("numbers") is not None else "nums"
     missing = [
@@ -153,7 +154,7 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalise_numbers(numbers: Any) -> list[int]:
-    """Read a list, tuple or array of whole numbers >= 0, each an int, a whole float or decimal text."""
+    """Read a list, tuple or array of integers >= 0, each an int, an integral float or decimal text."""
     numbers = _unboxed(numbers)
     if not isinstance(numbers, list | tuple) or not numbers:
         raise UserError(f"The numbers of a countdown row must be a non-empty list, not {_short(numbers)}.")
@@ -176,10 +177,12 @@ def normalise_numbers(numbers: Any) -> list[int]:
 
 
 def parse_target(target: Any) -> tuple[Fraction, bool]:
-    """Read a target (int, float, "24", "27.4" or "548/20") as (value, whether only the exact value will do).
+    """Read a target (int, float, "24", "27.4" or "548/20") as (value, whether an answer must equal it exactly).
 
-    Whole numbers and fractions are met exactly; decimals and floats, which may have been rounded, within the paper's
-    1e-5. Raises UserError for anything else.
+    Integers and fractions must be met exactly; decimals and floats, which may be rounded, within the paper's 1e-5.
+
+    Raises:
+        UserError: the target is anything else.
     """
     target = _unboxed(target)
     if isinstance(target, int) and not isinstance(target, bool):
@@ -197,7 +200,7 @@ def parse_target(target: Any) -> tuple[Fraction, bool]:
 
 
 def _unboxed(value: Any) -> Any:
-    """Return numpy scalars and arrays as Python values (without importing numpy), anything else as it is."""
+    """Return numpy scalars and arrays as Python values (without importing numpy), other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -226,8 +229,8 @@ def answer_score(text: str, numbers: Any, target: Any) -> float:
 def format_score(text: str) -> float:
     """Return the paper's format part: 1 for a think block, a newline, an answer block and nothing else.
 
-    Otherwise 0.1 for a think block somewhere plus 0.5 for an answer block somewhere. A block ends at the first closing
-    tag after its opening one, so text around or between the two blocks costs the full mark.
+    Otherwise 0.1 for a think block anywhere plus 0.5 for an answer block anywhere. A block ends at the first closing
+    tag after its opening tag, so text around or between the blocks loses the 1.
     """
     think_open = text.find(THINK_OPEN)
     think_close = text.find(THINK_CLOSE, think_open) if think_open >= 0 else -1

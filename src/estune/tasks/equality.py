@@ -1,12 +1,12 @@
-"""Whether two mathematical answers are the same one: math-verify's judgement, behind a gate of our own.
+"""Whether two mathematical answers are equal, by math-verify, after estune's own checks of the text.
 
-math-verify reads LaTeX into sympy, and sympy evaluates what it is given: a tower of powers takes all the time there is,
-in one call that no signal interrupts. So the gate comes first. It looks at the text alone, and lets through what is
-short, shallow, and small in its powers; what passes has two seconds of processor time (not of the clock: a busy machine
-changes no reward). The limit needs the main thread, as reward workers have it; elsewhere the gate stands alone.
+math-verify parses LaTeX into sympy, and sympy evaluates it: a tower of powers can take for ever, in one call that no
+signal interrupts. So `is_harmless` first checks the text alone: only short and shallow texts with small powers pass. A
+text that passes has two seconds of CPU time (not wall time, so a busy machine changes no reward). The time limit needs
+the main thread, where reward workers call it; in other threads there is none.
 
-The gate also wants an answer to be finished. Where the reference is a plain number, or several, ``3+4`` is no way to
-write 7, nor is ``5!/24`` one to write 5: what a question asks to be worked out could be copied into the box.
+An answer must also be finished. If the reference is a plain number, or several, ``3+4`` does not count as 7, nor
+``5!/24`` as 5: otherwise a model could copy the question's expression into the box.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from estune.errors import UserError
 
 MAX_CHARACTERS = 300
 MAX_DEPTH = 12
-MAX_DIGITS = 40  # of one number
-MAX_POWER_DIGITS = 50_000  # of a number that powers or factorials stand for, roughly
+MAX_DIGITS = 40  # digits of one number
+MAX_POWER_DIGITS = 50_000  # digits of the value of a power or factorial, approximately
 MAX_FACTORIAL = 999
 CPU_LIMIT_S = 2.0
 
 OPEN, CLOSE = "([{", ")]}"
 COMMAND = re.compile(r"\\([A-Za-z]+)")
-# What sympy would have to work out; a final answer is worked out.
+# Commands that sympy would have to evaluate; a final answer holds none of them.
 UNFINISHED = frozenset(
     "sum prod int iint iiint oint lim limsup liminf det binom dbinom tbinom choose diff partial".split()
 )
@@ -63,13 +63,13 @@ SIMPLE = frozenset({"root", "fraction"})
 
 
 def require() -> None:
-    """Raise UserError where math-verify is not installed."""
+    """Raise UserError if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("task math needs the package math-verify: python -m pip install 'estune[tasks]'")
 
 
 def same(reference: str, answer: str) -> bool:
-    """Say whether an answer is the reference: written alike but for white space, or equal by math-verify."""
+    """Return whether an answer is the reference: equal text except for white space, or equal by math-verify."""
     reference, answer = tidy(reference), tidy(answer)
     if not reference or not answer:
         return False
@@ -81,11 +81,11 @@ def same(reference: str, answer: str) -> bool:
 
 
 def _closed_up(text: str) -> str:
-    """Return a text without the spaces that part no two digits or letters: ``1 1/2`` is not 11/2."""
+    """Return a text without spaces, except between two digits or letters: ``1 1/2`` is not 11/2."""
     return re.sub(r"(?<!\w) | (?!\w)", "", text)
 
 
-@lru_cache(maxsize=1 << 14)  # a population says the same again and again
+@lru_cache(maxsize=1 << 14)  # members of a population often give equal answers
 def _equal(reference: str, answer: str) -> bool:
     import math_verify
 
@@ -97,7 +97,7 @@ def _equal(reference: str, answer: str) -> bool:
 
 
 def tidy(text: str) -> str:
-    """Return an answer without dollar signs, thin spaces, a full stop at its end; ``10 000`` becomes 10000."""
+    """Return an answer without dollar signs, thin spaces and a final full stop; ``10 000`` becomes 10000."""
     if len(text) > 4 * MAX_CHARACTERS:
         return text
     for mark in ("\\$", "$", "\\(", "\\)", "\\[", "\\]", "\\!"):
@@ -109,7 +109,7 @@ def tidy(text: str) -> str:
 
 
 def is_harmless(text: str) -> bool:
-    """Say whether math-verify may see a text: by its length, depth, commands, numbers, powers and factorials."""
+    """Return whether a text is safe for math-verify, by length, depth, commands, numbers, powers and factorials."""
     if len(text) > MAX_CHARACTERS or _depth(text) > MAX_DEPTH:
         return False
     if UNFINISHED.intersection(COMMAND.findall(text)) or TOWER.search(text) or re.search(r"\d\s+\d", text):
@@ -125,7 +125,7 @@ def is_harmless(text: str) -> bool:
     exponents = list(_exponents(SMALL_POWER.sub("x", DEGREES.sub("", text))))
     if any("^" in exponent or "!" in exponent for _, exponent in exponents):
         return False
-    # A power of a power multiplies their exponents; one of a number or a letter is the base of none.
+    # In a power of a power the exponents multiply. A power of a plain number or letter is never a base itself.
     plain = [_factor(exponent) for is_plain, exponent in exponents if is_plain]
     grouped = [_factor(exponent) for is_plain, exponent in exponents if not is_plain]
     return max(sizes, default=1) * max(plain, default=1) * prod(grouped) <= MAX_POWER_DIGITS
@@ -140,16 +140,16 @@ def _depth(text: str) -> int:
 
 
 def _exponents(text: str) -> Iterator[tuple[bool, str]]:
-    """Yield, for each ``^``, whether its base is a plain number or letter, and all that its exponent may be."""
+    """Yield, for each ``^``, whether its base is a plain number or letter, and its longest possible exponent."""
     text = text.replace(" ", "")
     for mark in re.finditer(r"\^", text):
         yield bool(PLAIN_BASE.search(text[: mark.start()])), text[mark.end() : _end_of_exponent(text, mark.end())]
 
 
 def _end_of_exponent(text: str, begin: int) -> int:
-    """Return where an exponent ends: behind a group, or behind a run of digits, letters, commands and their groups.
+    """Return the end of an exponent: a group, or a run of digits, letters, commands and their groups.
 
-    TeX takes one character, other readers take the whole number: this takes the most that anyone could.
+    TeX reads one character, other parsers read the whole number; this is the longest reading.
     """
     while text[begin : begin + 1] in ("+", "-"):
         begin += 1
@@ -165,22 +165,22 @@ def _end_of_exponent(text: str, begin: int) -> int:
 
 
 def _factor(exponent: str) -> int:
-    """Return a bound of an exponent: the product of its whole numbers."""
+    """Return an upper bound of an exponent: the product of its integers."""
     return prod(max(int(run), 1) for run in re.findall(r"\d+", exponent))
 
 
 def is_finished(reference: str, answer: str) -> bool:
-    """Say whether an answer is worked out as far as its reference is.
+    """Return whether an answer is evaluated as far as its reference.
 
-    Only a reference without sums, products, powers, factorials, functions asks for it: then the answer has none either,
-    and a root only where the reference has a root or a fraction that is no plain one.
+    If the reference has no sums, products, powers, factorials or functions, the answer must have none either. It may
+    have a root only if the reference has a root or a fraction of other terms than integers.
     """
     wanted = _kinds(reference)
     return not wanted <= SIMPLE or _kinds(answer) <= (SIMPLE if wanted else frozenset())
 
 
 def _kinds(text: str) -> set[str]:
-    """Return what there is to work out in a text: after the last equals sign of each of its parts."""
+    """Return the kinds of operations in a text, after the last equals sign of each of its parts."""
     text = DEGREES.sub("", WORDS.sub(",", text))
     text = ",".join(part.rpartition("=")[2] for part in text.split(","))
     text = NUMBER.sub("#", FRACTION.sub("#", re.sub(r"_\{?\d+\}?", "", text)))
@@ -189,25 +189,25 @@ def _kinds(text: str) -> set[str]:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> tuple[Any, ...]:
-    """Return what math-verify reads in an answer: one sympy object, or none."""
+    """Return math-verify's parse of an answer: one sympy object, or none."""
     import math_verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that the time limit is ours
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that it has no time limit
     config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
     found = math_verify.parse(f"\\boxed{{{text}}}", [config], "no_fallback", "first_match", parsing_timeout=None)
     return tuple(found)
 
 
 class _OutOfTime(BaseException):
-    """No `except Exception` of a library holds it up."""
+    """The CPU time is used up. Not an Exception, so that no `except Exception` of a library catches it."""
 
 
 @contextmanager
 def _cpu_limit(seconds: float) -> Iterator[list[bool]]:
-    """Leave the block after that much processor time; yields a list for what the block finds in time."""
-    found: list[bool] = []
+    """Leave the block after ``seconds`` of CPU time. A timeout clears the yielded list, which holds the result."""
+    results: list[bool] = []
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield found
+        yield results
         return
 
     def stop(_number: int, _frame: Any) -> None:
@@ -216,9 +216,9 @@ def _cpu_limit(seconds: float) -> Iterator[list[bool]]:
     before = signal.signal(signal.SIGVTALRM, stop)
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
-        yield found
+        yield results
     except _OutOfTime:
-        found.clear()
+        results.clear()
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
         signal.signal(signal.SIGVTALRM, before)

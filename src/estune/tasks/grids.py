@@ -1,7 +1,7 @@
-"""What the ARC tasks share: grids of digits as text, and how much of one is right.
+"""Shared by the ARC tasks: grids of digits as text, and their partial credit.
 
-Partial credit pays for work alone: a cell counts only beyond what copying the input, or one digit everywhere, would
-have right. Both of those score 0.
+The partial credit counts only right cells beyond those of two trivial answers, a copy of the input and a constant grid.
+Both trivial answers score 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Grid = list[list[int]]
 
 
 def is_grid(value: Any) -> bool:
-    """Say whether a value is a rectangle of 1 to 30 rows and columns of whole numbers 0 to 9, as plain lists."""
+    """Return whether a value is a rectangle of 1 to 30 rows and columns of integers 0 to 9, as plain lists."""
     if type(value) is not list or not 1 <= len(value) <= LARGEST or not all(type(row) is list for row in value):
         return False
     width = len(value[0])
@@ -28,12 +28,12 @@ def is_grid(value: Any) -> bool:
 
 
 def format_grid(grid: Grid) -> str:
-    """Return a grid as text: a row a line, digits separated by spaces."""
+    """Return a grid as text: one row a line, digits separated by spaces."""
     return "\n".join(" ".join(map(str, row)) for row in grid)
 
 
 def parse_grid(text: str) -> Grid | None:
-    """Return the grid written a row a line, digits separated by one space each or by none; None for anything else."""
+    """Return a grid written one row a line, digits separated by one space or none; None for anything else."""
     if len(text) > 4 * LARGEST * LARGEST:
         return None
     grid = []
@@ -47,10 +47,10 @@ def parse_grid(text: str) -> Grid | None:
 
 
 def gain(grid: Grid, given: Grid, wanted: Grid) -> float:
-    """Return the share of cells that is right beyond what no work gets right: 0 to 1, and 1 for ``wanted`` alone.
+    """Return the share of right cells beyond the better trivial answer: 0 to 1, and 1 only for ``wanted``.
 
-    No work is the input ``given`` itself, where it has the wanted shape, or the wanted grid's commonest digit in every
-    cell; the better of the two is worth 0, another shape as well.
+    The trivial answers are the input ``given``, if it has the wanted shape, and a grid of the wanted grid's most common
+    digit. Another shape than the wanted one scores 0.
     """
     if grid == wanted:
         return 1.0

@@ -1,9 +1,8 @@
-"""GSM-Symbolic: school problems told as a short story, whose names and numbers change; the answer is one number.
+"""GSM-Symbolic: school problems as short stories with changing names and numbers; the answer is one number.
 
-Stories are those of reasoning-gym's generator: 85 templates that it holds to be sound. Seventeen of them are kept out
-of training: ``train`` (200), ``validation`` (200) and ``test`` (1000) have the other 68, the templates taking turns,
-and no question twice; ``new_templates`` (400) has the seventeen, to see whether a model reads stories or knows them by
-heart.
+The stories come from reasoning-gym's generator, from the 85 templates that it lists as correct. 17 templates are held
+out: ``train`` (200), ``validation`` (200) and ``test`` (1000) use the other 68 in turn, with no question twice.
+``new_templates`` (400) uses the 17, and shows whether a model generalises beyond the templates of its training.
 
 An answer is a number inside <answer></answer> and nothing else: digits, perhaps a sign, commas between groups of three,
 decimals. No unit, currency, percent, fraction, exponent or sum. Reward: 1 for the right number, 0.1 for any other
@@ -33,7 +32,7 @@ NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 
 
 def format_prompt(question: str) -> str:
-    """Return the text a model is given for a question."""
+    """Return a question's prompt."""
     return (
         f"{question}\n"
         "Work out the answer one step at a time, then write it inside <answer></answer>: the number alone, without its "
@@ -42,9 +41,9 @@ def format_prompt(question: str) -> str:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Return the number that a text is, white space around it aside; None for anything else, also over 40 characters.
+    """Return the number that a text holds, without white space around it; None for anything else.
 
-    The limit comes first: nothing here sees more digits than Python would like to convert.
+    Texts over 40 characters are refused first, so that Python's limit on the digits of an int is never met.
     """
     text = text.strip()
     if len(text) > MAX_CHARACTERS or not NUMBER.fullmatch(text):
@@ -54,7 +53,7 @@ def parse_number(text: str) -> Fraction | None:
 
 @cache
 def _splits() -> dict[str, tuple[dict[str, Any], ...]]:
-    """Tell every template's stories in turn, one seed after the other, and deal them out."""
+    """Generate one story of each template in turn, with consecutive seeds, and divide them into the splits."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("task gsm_symbolic needs the package reasoning-gym: python -m pip install 'estune[tasks]'")
     from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
@@ -66,15 +65,15 @@ def _splits() -> dict[str, tuple[dict[str, Any], ...]]:
     found: dict[str, tuple[dict[str, Any], ...]] = {}
     seed = SEED
     for split, size in SPLIT_SIZES.items():
-        own = templates[:HELD_OUT] if split == "new_templates" else templates[HELD_OUT:]
+        of_split = templates[:HELD_OUT] if split == "new_templates" else templates[HELD_OUT:]
         rows: list[dict[str, Any]] = []
         while len(rows) < size:
-            template = own[len(rows) % len(own)]
+            template = of_split[len(rows) % len(of_split)]
             seed += 1
-            told = generators[template](random.Random(seed), 1.0)
-            question, answer = told["question"], told["answer"]
+            story = generators[template](random.Random(seed), 1.0)
+            question, answer = story["question"], story["answer"]
             value = parse_number(answer)
-            if question not in seen and value is not None and value >= 0:  # some stories end in less than nothing
+            if question not in seen and value is not None and value >= 0:  # some stories have a negative answer
                 seen.add(question)
                 rows.append({"prompt": format_prompt(question), "answer": answer, "template": template})
         found[split] = tuple(rows)
@@ -89,15 +88,17 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row from elsewhere: ``answer`` is a number, or text that ends in ``#### number`` as in GSM8K.
+    """Return a user's row with its answer; ``answer`` is a number, or text that ends in ``#### number`` as in GSM8K.
 
     The prompt is the row's own, or made of ``question`` or ``problem``.
     """
     answer = row.get("answer")
     text = "" if answer is None or isinstance(answer, bool) else str(answer).rpartition("####")[2].strip()
     if parse_number(text) is None:
-        raise UserError("a gsm_symbolic row needs the column answer: a number, or text that ends in #### and a number; "
-                        f"it has {str(answer)[:80]!r}")  # fmt: skip
+        raise UserError(
+            "a gsm_symbolic row needs the column answer: a number, or text that ends in #### and a number; it has "
+            f"{str(answer)[:80]!r}"
+        )
     question = next((row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None), None)
     prepared = {**row, "answer": text}
     if row.get("prompt") is None and question is not None:

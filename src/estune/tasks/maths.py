@@ -1,12 +1,12 @@
-"""Mathematics with the answer in a box: a small set of its own, or any data that has problems and answers.
+"""Mathematics with the answer in a box: the task's own small set, or any dataset of problems and answers.
 
-``--task math --dataset_name X`` takes MATH, AIME, OlympiadBench, GSM8K and their like: a row's problem is its
-``problem`` or ``question`` (or a ``prompt`` of its own, kept as it is); its reference answer is `boxed.reference_of`
-the row. The task's own problems, without a dataset, are of seven kinds that take turns: a sum of fractions, a linear
-equation, a polynomial's value, the roots of a quadratic, a distance, a changed price, an interval.
+``--task math --dataset_name X`` reads MATH, AIME, OlympiadBench, GSM8K and similar datasets. A row's problem is its
+``problem`` or ``question``; a ``prompt`` of its own is kept. Its reference answer is `boxed.reference_of` the row.
+Without a dataset the problems are of seven kinds in turn: a sum of fractions, a linear equation, a polynomial's value,
+the roots of a quadratic, a distance, a changed price, an interval.
 
-The answer is what stands in the last closed \\boxed{}. Reward and accuracy are one: 1 where it is the reference, by
-`equality.same` (math-verify behind a gate), else 0. There is no partial credit.
+The answer is the content of the last closed \\boxed{}. Reward and accuracy are both 1 if the answer equals the
+reference by `equality.same`, else 0. There is no partial credit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Draw = Callable[[int, int], int]  # a whole number from low to high
 
 
 def format_prompt(problem: str) -> str:
-    """Return the text a model is given for a problem."""
+    """Return a problem's prompt."""
     return f"{problem}\nReason step by step. At the end, put the final answer, worked out, inside \\boxed{{}}.\n"
 
 
@@ -44,7 +44,7 @@ def latex(number: Fraction | int) -> str:
 
 
 def terms(*coefficients: int) -> str:
-    """Return a polynomial in x, highest power first, as it is written: no zeros, no ones."""
+    """Return a polynomial in x as text, highest power first, without coefficients 0 and 1."""
     written = ""
     for power, factor in zip(range(len(coefficients) - 1, -1, -1), coefficients, strict=True):
         if factor:
@@ -143,13 +143,14 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row from elsewhere with its prompt and ``answer``, the reference as text."""
+    """Return a user's row with its prompt and ``answer``, the reference as text."""
     equality.require()
     answer = boxed.reference_of(row)
     if answer is None:
-        raise UserError("a row for task math needs a reference answer: the column answer (or final_answer), or the "
-                        "column solution with the answer in \\boxed{}; it has the columns "
-                        f"{', '.join(row) or 'none'}")  # fmt: skip
+        raise UserError(
+            "a row for task math needs a reference answer: the column answer (or final_answer), or the column solution "
+            f"with the answer in \\boxed{{}}; it has the columns {', '.join(row) or 'none'}"
+        )
     problem = next((row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None), None)
     prepared = {**row, "answer": answer}
     if row.get("prompt") is None and problem is not None:
@@ -171,5 +172,5 @@ def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
 
 
 def accuracy(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """Return the reward: it is 1 or 0."""
+    """Return the reward, which is 1 or 0."""
     return reward(completions, answer)

@@ -1,4 +1,4 @@
-"""What tasks are called elsewhere: names of data sets, other spellings, reasoning-gym's names without ``rg:``."""
+"""Other names of tasks: names of datasets, other spellings, reasoning-gym's names without ``rg:``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MATH = ("math", "problems of its own; with --dataset_name, the rows of that set 
 ARC_AGI = ("arc_agi", "")
 MINI_SUDOKU = ("mini_sudoku", "")
 COUNTDOWN = ("countdown", "")
-# A name in lower case, letters and digits alone -> the task, and what to know of it.
+# A name in lower case, only letters and digits -> the task, and a remark for the suggestion.
 OTHER_NAMES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("gsm", "gsm8k", "gsm8ksymbolic", "gradeschoolmath"), GSM8K),
     **dict.fromkeys(("math500", "math12k", "hendrycksmath", "competitionmath", "mathlighteval", "minervamath", "amc",
@@ -26,15 +26,15 @@ OTHER_NAMES: dict[str, tuple[str, str]] = {
                     COUNTDOWN),
     **dict.fromkeys(("concise", "brevity"), ("conciseness", "")),
 }  # fmt: skip
-WITH_VARIANTS = ("arc_agi", "chain")  # tasks with more behind a colon
+WITH_VARIANTS = ("arc_agi", "chain")  # tasks with variants after a colon
 GENERATORS = re.compile(r"(?:rg|reasoning[_-]?gym)(?:[:/._-]+|$)", re.IGNORECASE)
 
 
 def hint(name: str, tasks: Collection[str]) -> str:
-    """Return ``; did you mean ...?`` for a name that no task has, or nothing.
+    """Return ``; did you mean ...?`` for the name of no task, or an empty string.
 
-    ``tasks`` are the built-in ones. An owner before a slash (``openai/gsm8k``) says nothing; neither do case, dashes
-    and underscores.
+    ``tasks`` are the built-in ones. An owner before a slash (``openai/gsm8k``), case, dashes and underscores do not
+    count.
     """
     owner = GENERATORS.match(name)
     if owner:
@@ -43,10 +43,10 @@ def hint(name: str, tasks: Collection[str]) -> str:
     bare = _bare(head)
     for task in tasks:
         if bare == _bare(task):
-            return _said(f"{task}{colon}{variant}" if task in WITH_VARIANTS else task)
+            return _suggestion(f"{task}{colon}{variant}" if task in WITH_VARIANTS else task)
     if bare in OTHER_NAMES:
         task, remark = OTHER_NAMES[bare]
-        return _said(f"{task}{colon}{variant}" if task in WITH_VARIANTS else task, remark)
+        return _suggestion(f"{task}{colon}{variant}" if task in WITH_VARIANTS else task, remark)
     return nearest(head, tasks) or _of_generators(name)
 
 
@@ -54,19 +54,19 @@ def _bare(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
 
 
-def _said(task: str, remark: str = "") -> str:
+def _suggestion(task: str, remark: str = "") -> str:
     return f"; did you mean {task!r}?" + (f" ({remark})" if remark else "")
 
 
 def _of_generators(name: str) -> str:
-    """Return a hint where a name is one of reasoning-gym's generators', or nearly; nothing without that package."""
+    """Return a suggestion for the name of a reasoning-gym generator, or one near it; empty without that package."""
     head, colon, levels = name.partition(":")
     if not _bare(head) or importlib.util.find_spec("reasoning_gym") is None:
         return ""
     from estune.tasks import reasoning
 
     known = reasoning.names()
-    found = [generator for generator in known if _bare(generator) == _bare(head)]
-    if found:
-        return _said(f"rg:{found[0]}{colon}{levels}")
+    matches = [generator for generator in known if _bare(generator) == _bare(head)]
+    if matches:
+        return _suggestion(f"rg:{matches[0]}{colon}{levels}")
     return nearest(head, known).replace("'", "'rg:", 1)

@@ -1,8 +1,8 @@
 """The toy engine's task: move every coordinate of a vector to a wanted value. No language, no model.
 
-The reward of an answer is minus its squared distance to the row's wanted value, so the fitness of a member is minus
-the mean squared distance over the step's coordinates: a quadratic whose ES gradient is known in closed form. Held-out
-rows ask for sums of coordinates, which no training row does.
+The reward of an answer is minus its squared distance to the row's wanted value. So the fitness of a member is minus
+the mean squared distance over the step's coordinates, a quadratic whose ES gradient is known in closed form. Held-out
+rows ask for sums of coordinates; training rows ask for single ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from estune.errors import UserError
 
-COORDINATES = 46  # those of `estune.engines.toy` that are perturbed
+COORDINATES = 46  # number of perturbed coordinates of `estune.engines.toy`
 TOLERANCE = 0.05
 
 
@@ -35,7 +35,7 @@ def _row(indices: list[int]) -> dict[str, Any]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Check a foreign row; it needs ``prompt`` and ``wanted``."""
+    """Check a user's row; it needs ``prompt`` and ``wanted``."""
     if "prompt" not in row or "wanted" not in row:
         raise UserError("task quadratic needs the columns prompt and wanted")
     return row
@@ -47,5 +47,5 @@ def reward(completions: list[str], wanted: list[float], **_: Any) -> list[float]
 
 
 def accuracy(completions: list[str], wanted: list[float], **_: Any) -> list[float]:
-    """Return 1 where an answer lies within 0.05 of the wanted value."""
+    """Return 1 per answer within 0.05 of the wanted value, else 0."""
     return [float(abs(float(text) - value) <= TOLERANCE) for text, value in zip(completions, wanted, strict=True)]

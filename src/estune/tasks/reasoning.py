@@ -1,19 +1,20 @@
-"""Tasks of reasoning-gym: ``rg:<name>`` is the generator of that name, its problems and its own scoring.
+"""Tasks of reasoning-gym: ``rg:<name>`` has the problems and the scorer of that generator.
 
-Problems come from seeds: 200 to train on, 200 to validate, 1000 to test, no question in two splits or twice in one;
-questions that differ in round brackets or white space alone (``6 / 2``, ``( 6 / 2 )``) are one. A generator of fewer
-different questions gives each split its share of what there is. A completion's answer is what stands in
-``<answer></answer>``, or all of it where there are no such tags; the package's scorer gives it 0 to 1, and the accuracy
-is 1 where it gives 1, if it can be taken at its word: a scorer that finds the right answer in "not 5, but 7" as well
-makes exact only the very answer that the package keeps. Many scorers pay for the right answer among other text ("16"
-for 6 is worth a half), which a constant guess can live on: ``rg:<name>:exact`` trains on the accuracy instead.
-``rg:<name>:easy`` has the problems of the lowest level of the package's curriculum (sums of two digits, say), for
-models to which the default ones are closed.
+Problems come from seeds: 200 for training, 200 for validation, 1000 for the test, and no question twice. Questions that
+differ only in round brackets or white space (``6 / 2``, ``( 6 / 2 )``) count as one. A generator with fewer questions
+fills the splits in the same proportion. The answer is the content of ``<answer></answer>``, or the whole completion
+without such tags.
 
-Problems are made in a process whose strings hash by seed 0, since some generators walk over sets. Some scorers run what
-the model wrote as Python: those are refused, but for `allow_unsandboxed_code`. Some give any text, or one number, their
-highest score: those are refused, too. An answer that is no number (`nan`, `inf`) scores 0 where the right one is one:
-a scorer that measures a distance may take it for the nearest.
+The reward is the scorer's value, 0 to 1. The accuracy is 1 if the scorer gives 1. A scorer that also gives 1 for hedged
+answers ("not 5, but 7") is not trusted: then only the package's own answer has accuracy 1. Many scorers give partial
+credit for the right answer within other text ("16" for 6 gets a half), which rewards constant guesses;
+``rg:<name>:exact`` trains on the accuracy instead. ``rg:<name>:easy`` has the problems of the lowest level of the
+package's curriculum, such as sums of two digits, for models that cannot solve the default problems.
+
+A process with PYTHONHASHSEED=0 makes the problems, because some generators iterate over sets. Scorers that run the
+model's answer as Python are refused without `allow_unsandboxed_code`. Scorers that give any text, or one number, their
+highest score are always refused. The answers `nan` and `inf` score 0 unless the right answer holds one of them: a
+scorer that measures a distance could take them for the nearest number.
 """
 
 from __future__ import annotations
@@ -39,31 +40,31 @@ PREFIX = "rg:"
 WHO = "a task that begins with rg:"
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
 SEED = 2509_24372
-ROUNDS = 20  # times that the questions wanted are drawn, at most
-FEWEST = 70  # different questions of which splits can be made
+ROUNDS = 20  # maximum number of draws of 1400 questions
+FEWEST = 70  # minimum number of different questions
 TAG = "\0type"
 INSTRUCTION = "\nWrite only the final answer inside <answer></answer>."
-EXACT = ":exact"  # behind a name: the reward is the accuracy
-EASY = ":easy"  # behind a name, before that: problems of the lowest level
-STOCK = ("no answer", "0", "1", "x", "True", "False", "[]", "{}")  # answers that know nothing of a problem
-AMONG = ("not {}, but 7", "{}, 1, 2, 3", "{} and anything else")  # hedges that hold the right answer
-ASKED = 20  # problems that they answer
+EXACT = ":exact"  # suffix of a name: the reward is the accuracy
+EASY = ":easy"  # suffix of a name, before `EXACT`: problems of the lowest level
+STOCK = ("no answer", "0", "1", "x", "True", "False", "[]", "{}")  # uninformative answers, which no scorer may reward
+AMONG = ("not {}, but 7", "{}, 1, 2, 3", "{} and anything else")  # hedged answers that hold the right one
+ASKED = 20  # problems on which the `STOCK` answers are tried
 NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
-# In a generator's module: what the model wrote is evaluated (sympy's parsers call eval as well).
+# Source of a scorer that evaluates the model's answer (sympy's parsers call eval too).
 EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(\s*answer\b")
-MAKE = (  # what a generator prints is not taken for its rows
-    "import os, sys; told = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1); "
-    "from estune.tasks import reasoning; told.write(reasoning.made(sys.argv[1]))"
+MAKE = (  # the generator's own output goes to stderr, the rows to stdout
+    "import os, sys; stdout = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1); "
+    "from estune.tasks import reasoning; stdout.write(reasoning.made(sys.argv[1]))"
 )
 
 
 def names() -> list[str]:
-    """Return the generators' names."""
+    """Return the names of all generators."""
     return sorted(package(WHO).factory.DATASETS)
 
 
 def package(who: str) -> Any:
-    """Return reasoning-gym, imported; UserError where it is not installed and ``who`` wants it."""
+    """Import and return reasoning-gym; raise UserError if it is not installed. ``who`` is the task in the message."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError(f"{who} needs the package reasoning-gym: python -m pip install 'estune[tasks]'")
     import reasoning_gym
@@ -72,23 +73,23 @@ def package(who: str) -> Any:
 
 
 def generator_of(task: str) -> tuple[str, bool]:
-    """Return the generator of a task's name behind ``rg:``, `:easy` with it, and whether its reward is exact.
+    """Split a task's name after ``rg:`` into the generator (with `:easy`), and whether the reward is the accuracy.
 
     Raises:
-        UserError: there is no generator of that name, or it has no levels.
+        UserError: there is no such generator, or it has no levels.
     """
     problems, exact = task.removesuffix(EXACT), task.endswith(EXACT)
     name, factory = problems.removesuffix(EASY), package(WHO).factory
     if name not in factory.DATASETS:
-        hint = f"; behind a name can stand {EASY} and {EXACT}, in this order" if ":" in name else ""
+        hint = f"; a name can have the suffixes {EASY} and {EXACT}, in this order" if ":" in name else ""
         raise UserError(f"reasoning-gym has no task {name!r}{nearest(name, factory.DATASETS)}{hint}")
     if name != problems and name not in factory.CURRICULA:
-        raise UserError(f"reasoning-gym's {name} has no levels, and so no {EASY}")
+        raise UserError(f"reasoning-gym's {name} has no levels, so {EASY} does not exist for it")
     return problems, exact
 
 
 def dataset(problems: str, seed: int, size: int) -> Any:
-    """Return the package's data set of a generator's name, with or without `:easy`."""
+    """Return the package's dataset of a generator, whose name may end in `:easy`."""
     gym, name = package(WHO), problems.removesuffix(EASY)
     if name == problems:
         return gym.create_dataset(name, seed=seed, size=size)
@@ -98,30 +99,30 @@ def dataset(problems: str, seed: int, size: int) -> Any:
 
 @cache
 def runs_answers(problems: str) -> bool:
-    """Say whether a generator's scorer evaluates what the model wrote as Python."""
+    """Return whether a generator's scorer evaluates the model's answer as Python."""
     module = inspect.getmodule(package(WHO).factory.DATASETS[problems.removesuffix(EASY)][0])
     return module is None or EVALUATES.search(inspect.getsource(module)) is not None
 
 
 @cache
 def rows_of(name: str, timeout_s: float | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Return all splits' rows of a generator, the same in every process.
+    """Return the rows of a generator by split, the same in every process.
 
     Raises:
-        UserError: it makes no problems by itself, or too few different ones, or not within ``timeout_s``; or its scorer
-            pays for an answer that knows nothing.
+        UserError: the generator makes no problems, or too few different ones, or not within ``timeout_s``; or its
+            scorer rewards an uninformative answer.
     """
     found_here = [str(Path(place).absolute()) for place in sys.path if place]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(found_here)}
-    with tempfile.TemporaryDirectory() as place:  # some generators write files where they are
+    with tempfile.TemporaryDirectory() as place:  # some generators write into the working directory
         try:
             done = subprocess.run([sys.executable, "-P", "-c", MAKE, name], env=environment, cwd=place, check=False,
                                   capture_output=True, text=True, errors="replace", timeout=timeout_s)  # fmt: skip
         except subprocess.TimeoutExpired:
             raise UserError(f"reasoning-gym's {name} makes no problems within {timeout_s:g} s") from None
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"reasoning-gym's {name} makes no problems: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"reasoning-gym's {name} makes no problems: {lines[-1]}")
     found = json.loads(done.stdout)
     if "error" in found:
         raise UserError(found["error"])
@@ -138,7 +139,7 @@ def made(name: str) -> str:
 
 
 def asked(question: str) -> str:
-    """Return what tells a question from others: it without round brackets, and white space only between two words."""
+    """Return a question's key: its text without round brackets, and with white space only between two words."""
     return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(re.sub(r"[()]", " ", question).split()))
 
 
@@ -147,10 +148,10 @@ def _make(name: str, asked: Callable[[str], str] = asked) -> dict[str, list[dict
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
     for round_ in range(ROUNDS):
-        # Its generators make problem i from seed + i: rounds must lie as far apart as a round is long.
+        # Generators make problem i from seed + i, so the seeds of two rounds differ by the length of a round.
         try:
             entries = list(dataset(name, SEED + round_ * wanted, wanted))
-        except Exception as error:  # that package's code, before anything has begun
+        except Exception as error:  # the package's code can raise anything
             raise UserError(f"reasoning-gym's {name} makes no problems by itself: {error}") from error
         for entry in entries:
             if (key := asked(entry["question"])) not in seen:
@@ -161,7 +162,7 @@ def _make(name: str, asked: Callable[[str], str] = asked) -> dict[str, list[dict
     if len(rows) < FEWEST:
         raise UserError(f"reasoning-gym's {name} has {len(rows)} different questions, too few for three splits")
     if paid := _paid_to_anybody(name, rows[:ASKED]):
-        raise UserError(f"reasoning-gym's scorer of {name} pays in full for {paid!r}, whatever the problem")
+        raise UserError(f"reasoning-gym's scorer of {name} gives {paid!r} the full score for most problems")
     shares = {split: size * min(len(rows), wanted) // wanted for split, size in SPLIT_SIZES.items()}
     found, start = {}, 0
     for split, size in shares.items():
@@ -171,12 +172,12 @@ def _make(name: str, asked: Callable[[str], str] = asked) -> dict[str, list[dict
 
 
 def _paid_to_anybody(name: str, rows: list[dict[str, Any]]) -> str | None:
-    """Return an answer that gets the highest score in half of the rows or more in which it is not the right one."""
+    """Return a `STOCK` answer with the highest score on at least half of the rows where it is wrong; None if none."""
     for answer in STOCK:
         others = [entry for row in rows if (entry := unpack(json.loads(row["rg_entry"])))["answer"] != answer]
         paid = 0
         for entry in others:
-            with suppress(Exception):  # that package's code: a scorer that raises pays nothing
+            with suppress(Exception):  # a scorer that raises gives 0
                 paid += _scorer(name).score_answer(answer=answer, entry=entry) >= 1.0
         if others and 2 * paid >= len(others):
             return answer
@@ -187,14 +188,16 @@ def _row(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": entry["question"] + INSTRUCTION,
         "rg_task": name,
-        "rg_entry": json.dumps(pack(entry), default=str),  # nested, of mixed types: as text it passes any table
+        "rg_entry": json.dumps(
+            pack(entry), default=str
+        ),  # as text, because tables do not hold nested values of mixed types
     }
 
 
 def pack(value: Any) -> Any:
-    """Return a value with what JSON would change (tuples, sets, keys that are no text) written as lists with a tag.
+    """Return a JSON value for any entry: tuples, sets, and dicts with keys other than text become tagged lists.
 
-    Scorers compare what a model wrote with an entry's own tuples.
+    Scorers compare answers with the entry's own tuples, so `unpack` must restore them.
     """
     if isinstance(value, tuple):
         return {TAG: "tuple", "items": [pack(item) for item in value]}
@@ -210,7 +213,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """Return what `pack` was given."""
+    """Return the value that `pack` encoded."""
     if isinstance(value, list):
         return [unpack(item) for item in value]
     if not isinstance(value, dict):
@@ -222,7 +225,7 @@ def unpack(value: Any) -> Any:
 
 
 def prepare_row(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """Check a foreign row; it needs what `rows_of` makes, of the generator ``name``: its scorer is what was let in."""
+    """Check a user's row; its columns must be those of `rows_of`, and its generator ``name``."""
     missing = [name for name in ("rg_task", "rg_entry") if not isinstance(row.get(name), str)]
     if missing:
         raise UserError(f"a row of reasoning-gym needs the columns {', '.join(missing)}")
@@ -232,13 +235,13 @@ def prepare_row(row: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def right_answer(row: dict[str, Any]) -> str | None:
-    """Return a right completion of a row; None where the package keeps none."""
+    """Return a right completion of a row; None if the package has none."""
     answer = json.loads(row["rg_entry"])["answer"]
     return in_tags(answer) if isinstance(answer, str) else None
 
 
 def answer_of(completion: str) -> str:
-    """Return what a completion answers: the inside of its last answer tags, or all of it."""
+    """Return a completion's answer: the content of its last answer tags, or the whole completion."""
     start = completion.rfind(ANSWER_OPEN)
     if start < 0:
         return completion.strip()
@@ -268,7 +271,7 @@ def _score(name: str, answer: str, entry: dict[str, Any]) -> float:
 
 
 def accuracy(completions: list[Any], rg_task: list[str], rg_entry: list[str], **_: Any) -> list[float]:
-    """Return 1 where the package gives an answer its highest score, and no answer among others has it, else 0."""
+    """Return 1 per completion with the package's highest score, unless only a hedge (`_is_exact`) gets it, else 0."""
     texts = [answer_of(completion_text(completion)) for completion in completions]
     return [
         float(_score(name, text, own := unpack(json.loads(entry))) >= 1.0 and _is_exact(name, text, own))
@@ -277,12 +280,12 @@ def accuracy(completions: list[Any], rg_task: list[str], rg_entry: list[str], **
 
 
 def _is_exact(name: str, answer: str, entry: dict[str, Any]) -> bool:
-    """Say whether an answer with the highest score is the one that is kept, or the scorer finds none among others."""
+    """Return whether an answer is the package's own, or its scorer gives no hedged answer the highest score."""
     kept = entry["answer"]
     if not isinstance(kept, str) or " ".join(answer.split()) == " ".join(kept.split()):
         return True
     for among in AMONG:
-        with suppress(Exception):  # that package's code: a scorer that raises pays nothing
+        with suppress(Exception):  # a scorer that raises gives 0
             if _score(name, among.format(kept), entry) >= 1.0:
                 return False
     return True

@@ -1,12 +1,12 @@
 """Sudoku: complete a grid so that every row, column and box holds every digit once.
 
-``mini_sudoku`` has 4x4 grids, 6 to 10 cells to fill; ``sudoku`` has 9x9 grids, 20 to 50. Every puzzle has exactly one
-solution. Of the 288 grids of four there are so few that splits share no *solution*, not only no puzzle; puzzles of nine
-lie in a file that `scripts/make_sudoku.py` wrote, no solution in it twice.
+``mini_sudoku`` has 4x4 grids with 6 to 10 empty cells, ``sudoku`` 9x9 grids with 20 to 50. Every puzzle has exactly one
+solution. There are only 288 complete 4x4 grids, so the splits of ``mini_sudoku`` share no *solution*. The 9x9 puzzles
+are in a file that `scripts/make_sudoku.py` wrote, with no solution twice.
 
-An answer is the whole grid inside <answer></answer>: a row a line, digits with or without spaces between them, and
-nothing else. Reward: 1 if it is the solution; a grid of the right shape that keeps every given digit gets 0.2 times the
-share of empty cells that it fills rightly; everything else 0. Accuracy: 1 for the solution, else 0.
+An answer is the whole grid inside <answer></answer>: one row a line, digits with or without spaces between them, and
+nothing else. Reward: 1 for the solution. A grid of the right shape that keeps every given digit gets 0.2 times the
+share of empty cells filled correctly. Everything else gets 0. Accuracy: 1 for the solution, else 0.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def units(side: int) -> list[tuple[int, ...]]:
 
 
 def is_solved(grid: Sequence[int]) -> bool:
-    """Say whether every row, column and box holds every digit once."""
+    """Return whether every row, column and box holds every digit once."""
     side = side_of(grid)
     return all({grid[cell] for cell in unit} == set(range(1, side + 1)) for unit in units(side))
 
 
 @cache
 def mini_solutions() -> tuple[Grid, ...]:
-    """Return all 288 grids of four, in order."""
+    """Return all 288 complete 4x4 grids, in order."""
     rows = list(permutations(range(1, 5)))
     grids: list[Grid] = [()]
     for _ in range(4):
@@ -69,7 +69,7 @@ def mini_solutions() -> tuple[Grid, ...]:
 
 
 def _may_follow(grid: Grid, row: Grid) -> bool:
-    """Say whether a row of four may stand under the rows of a grid: no digit twice in a column or box."""
+    """Return whether a row of four can follow the rows of a grid: no digit twice in a column or box."""
     if any(row[c] in grid[c::4] for c in range(4)):
         return False
     above = grid[-4:] if len(grid) % 8 == 4 else ()
@@ -77,7 +77,7 @@ def _may_follow(grid: Grid, row: Grid) -> bool:
 
 
 def format_prompt(puzzle: Sequence[int]) -> str:
-    """Return the text a model is given for a puzzle."""
+    """Return a puzzle's prompt."""
     side = side_of(puzzle)
     box = {4: 2, 9: 3}[side]
     lines = [" ".join(str(d) if d else EMPTY for d in puzzle[r * side : (r + 1) * side]) for r in range(side)]
@@ -91,25 +91,25 @@ def format_prompt(puzzle: Sequence[int]) -> str:
 
 @cache
 def _mini_splits() -> dict[str, tuple[tuple[Grid, Grid], ...]]:
-    """Generate (puzzle, solution) of all splits; a split draws from solutions of its own."""
+    """Generate (puzzle, solution) of all splits; no two splits share a solution."""
     generator = random.Random(SEED)
     solutions = [grid for _, grid in sorted((generator.random(), grid) for grid in mini_solutions())]
     found, begin = {}, 0
     for split, size in MINI_SIZES.items():
-        own = solutions[begin : begin + MINI_GRIDS[split]]
+        of_split = solutions[begin : begin + MINI_GRIDS[split]]
         begin += MINI_GRIDS[split]
         puzzles: dict[Grid, Grid] = {}
         while len(puzzles) < size:
-            solution = own[len(puzzles) % len(own)]
+            solution = of_split[len(puzzles) % len(of_split)]
             puzzles[mini_puzzle(generator, solution)] = solution
         found[split] = tuple(puzzles.items())
     return found
 
 
 def mini_puzzle(generator: random.Random, solution: Grid) -> Grid:
-    """Empty 6 to 10 cells of a grid in random order, as long as no other grid fits what is left."""
+    """Empty 6 to 10 cells of a grid in random order, so that the solution stays unique."""
     low, high = MINI_BLANKS
-    # The cells in which each other grid differs: a puzzle fits it once all of them are empty.
+    # For each other grid, the cells in which it differs: it fits the puzzle if all of them are empty.
     others = [{c for c in range(16) if grid[c] != solution[c]} for grid in mini_solutions() if grid != solution]
     while True:
         wanted = low + int(generator.random() * (high - low + 1))
@@ -127,7 +127,7 @@ def _fits(puzzle: Sequence[int], grid: Sequence[int]) -> bool:
 
 @cache
 def _splits() -> dict[str, tuple[tuple[Grid, Grid], ...]]:
-    """Read the puzzles of nine."""
+    """Read the 9x9 puzzles."""
     pairs = []
     for line in FILE.read_text(encoding="ascii").splitlines():
         puzzle, solution = line.split()
@@ -159,7 +159,7 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row from elsewhere with its prompt; it needs ``puzzle`` and ``solution`` as digits, 0 for empty."""
+    """Return a user's row with its prompt; it needs ``puzzle`` and ``solution`` as digits, 0 for empty."""
     grids = []
     for name in ("puzzle", "solution"):
         value = row.get(name)
@@ -174,7 +174,7 @@ def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_grid(text: str, side: int) -> list[int] | None:
-    """Return the digits of a grid written a row a line; None for anything else, empty cells included."""
+    """Return the digits of a grid written one row a line; None for anything else, also for empty cells."""
     lines = [line.strip() for line in text.strip().split("\n")]
     if len(lines) != side:
         return None
@@ -188,7 +188,7 @@ def parse_grid(text: str, side: int) -> list[int] | None:
 
 
 def grid_score(text: str, puzzle: Sequence[int], solution: Sequence[int]) -> float:
-    """Return 1 for the solution, 0.2 times the share of empty cells filled rightly, or 0."""
+    """Return 1 for the solution, 0.2 times the share of empty cells filled correctly, or 0."""
     answer = extract_answer(text)
     grid = parse_grid(answer, side_of(puzzle)) if answer is not None else None
     if grid is None or not _fits(puzzle, grid):
