@@ -184,11 +184,11 @@ where, step, *words = sys.argv[1:]
 owner, name = {
     "metrics": (session.BaselineSession, "after_step"),  # the step's metrics are written
     "saving": (policy_gradient.Driver, "on_save"),  # the trainer's state is there, but nothing says that it is whole
-    "kept": (session.Progress, "keep"),  # it is whole, and nothing says so
-    "kept beside": (session.Progress, "keep_beside"),  # the same of a method whose files are written at every step
+    "kept": (session.Progress, "write"),  # it is whole, and nothing says so
+    "kept beside": (session.Progress, "write_unhashed"),  # the same of a method whose files are written at every step
     "final": (session.BaselineSession, "save"),
     "scoring": (session.BaselineSession, "score"),  # of what was sampled
-    "method": (session.BaselineSession, "keep_method"),  # what rejection sampling drew is kept, and no step was taken
+    "method": (session.BaselineSession, "write_method"),  # what rejection sampling drew is kept, and no step was taken
 }[where]
 plain = getattr(owner, name)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from estune.baselines.session import together
+from estune.baselines.session import combine
 from estune.monitor.monitors import ConsoleMonitor, failures
 from estune.monitor.panel import PanelMonitor
 
@@ -51,7 +51,7 @@ def test_batches_of_a_step_add_up_their_failures_and_average_the_rest() -> None:
         (12, {"reward": 2.0, "reward_errors": 1.0, "rewards/a/errors": 1.0, "rewards/b/errors": 0.0, "errors": 2.0}),
         (1, {"reward": math.nan, "reward_errors": 1.0, "rewards/a/errors": 0.0, "rewards/b/errors": 1.0}),
     ]
-    found = together(batches)
+    found = combine(batches)
     assert (found["reward_errors"], found["rewards/a/errors"], found["rewards/b/errors"]) == (5, 3, 2)
     assert found["reward"] == 1.75 and found["errors"] == 1.75  # a mean by the batches' sizes
-    assert together(batches[:1]) == batches[0][1]
+    assert combine(batches[:1]) == batches[0][1]

@@ -1,8 +1,8 @@
-"""ES's rivals on ES's session: the same tasks, prompts, rewards, splits, evaluations, token limits and run directory.
+"""Baselines of ES, trained with the same tasks, prompts, rewards, splits, evaluations and token limits.
 
-`estune train --method M` comes here for every M but `es`. GRPO, Dr.GRPO, RLOO, PPO and the fine-tuning of
-`sft_rejection` are TRL's trainers; what estune adds around them is what ES has, too. It loads torch: import it
-once a method is run.
+`estune train --method M` runs this package for every M except `es`. GRPO, Dr.GRPO, RLOO, PPO and the fine-tuning of
+`sft_rejection` are TRL's trainers, which estune connects to the parts of an ES run. Importing this package imports
+torch.
 """
 
 from estune.baselines.trainer import BaselineTrainer

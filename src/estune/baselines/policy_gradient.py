@@ -1,9 +1,9 @@
-"""GRPO, Dr.GRPO and RLOO: TRL's trainers, given ES's prompts, samples and rewards.
+"""GRPO, Dr.GRPO and RLOO: TRL's trainers with ES's prompts, samples and rewards.
 
-Nothing of a method is changed. A prompt reaches the trainer as the tokens that ES's engine would get; completions come
-from that engine (or, with ``generation: trl``, from the trainer's own `generate`); rewards come from the reward workers
-through an ordinary reward function. Two methods of the trainer are replaced for that, `_tokenize_prompts` and
-`_generate_single_turn`, which is why TRL's version is pinned.
+The algorithms are TRL's, unchanged. The trainer gets the same prompt tokens as ES's engine. Completions come from that
+engine, or with ``generation: trl`` from the trainer's own `generate`. Rewards come from the reward workers through a
+TRL reward function. estune overrides two private methods of the trainer, `_tokenize_prompts` and
+`_generate_single_turn`, so TRL's version is pinned.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 import trl
 from transformers import TrainerCallback
 
-from estune.baselines.arguments import record_of, refused, sampling_arguments, trl_config
+from estune.baselines.arguments import method_record, refused, sampling_arguments, trl_config
 from estune.baselines.session import BaselineSession, Diverged
 from estune.es.types import Completion, Interrupted
 from estune.files import remove_path, sync_tree
 
-# TRL's numbers that estune measures itself, the same for all methods.
+# Prefixes of TRL's metrics that estune replaces with its own measurements, which are the same for all methods.
 MEASURED = (
     "reward",
     "reward_std",
@@ -40,22 +40,22 @@ MEASURED = (
 
 
 class Driver(TrainerCallback):
-    """Tells the session of every step, and the trainer when to stop and to save."""
+    """Reports every step to the session, and tells the trainer when to stop and when to save."""
 
     def __init__(self, session: BaselineSession) -> None:
         self.session = session
         self.trainer: Any = None
-        self.at_step_end: tuple[Any, ...] | None = None  # random states and tokens seen
-        self.saved = session.steps_done  # the step whose state is on disk
+        self.at_step_end: tuple[Any, ...] | None = None  # random states and tokens processed, after the last step
+        self.saved = session.steps_done  # step whose state is on disk
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock, where what went before is no part of the first step."""
+        """Start the clock of the first step, unless the step includes the drawing of samples."""
         if self.session.steps_done or not self.session.measured:
             self.session.step_started()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Take a step's metrics."""
-        if not logs or "loss" not in logs:  # the summary at the end
+        """Report a step's metrics to the session, then decide whether to save and to stop."""
+        if not logs or "loss" not in logs:  # TRL's summary after the last step
             return
         session = self.session
         record = {name: value for name, value in logs.items() if not name.startswith(MEASURED) and name != "epoch"}
@@ -69,19 +69,19 @@ class Driver(TrainerCallback):
             control.should_save = True
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """Say in the trainer's checkpoint how far the run is, which makes it one to go on from; drop those before."""
+        """Write the run's progress into the trainer's checkpoint, which completes it; delete older checkpoints."""
         session = self.session
         directory = session.trainer_directory / f"checkpoint-{session.steps_done}"
         sync_tree(directory)
-        session.progress.keep(directory)
+        session.progress.write(directory)
         for other in session.trainer_directory.glob("checkpoint-*"):
             if other != directory:
                 remove_path(other)
         self.saved = session.steps_done
-        session.step_started()  # saving is no part of the next step
+        session.step_started()  # the next step's time does not include saving
 
-    def save_where_interrupted(self) -> None:
-        """Save the state at the end of the last step: the one that was interrupted has moved random states alone."""
+    def save_last_step(self) -> None:
+        """Save the state at the end of the last step; the interrupted step has changed only the random states."""
         if self.at_step_end is None or self.saved == self.session.steps_done:
             return
         *states, tokens = self.at_step_end
@@ -92,13 +92,13 @@ class Driver(TrainerCallback):
 
 
 def random_states() -> tuple[Any, ...]:
-    """Return the states of the generators that a trainer draws from."""
+    """Return the states of the random generators that a trainer uses: Python, NumPy, torch CPU, torch CUDA."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_random_states(python: Any, numpy: Any, cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
-    """Set what `random_states` returned."""
+    """Restore the states that `random_states` returned."""
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
@@ -110,11 +110,11 @@ def policy_gradient(session: BaselineSession) -> None:
     """Train by GRPO, Dr.GRPO or RLOO until the run has ended.
 
     Raises:
-        Interrupted: it was asked to stop; the trainer's state is saved.
+        Interrupted: the run was asked to stop; the trainer's state is saved.
     """
     args = session.args
-    batch = int(args.batch_size) * args.num_generations
-    config, own = trl_config(
+    batch = args.batch_size * args.num_generations
+    config, estune_arguments = trl_config(
         args,
         str(session.trainer_directory),
         batch,
@@ -122,38 +122,42 @@ def policy_gradient(session: BaselineSession) -> None:
         **sampling_arguments(args),
     )
     base = trl.RLOOTrainer if args.method == "rloo" else trl.GRPOTrainer
-    session.keep_method(record_of(args.method, f"trl.{base.__name__}", config, own))
+    session.write_method(method_record(args.method, f"trl.{base.__name__}", config, estune_arguments))
     if session.ended:
         return
     finished: dict[tuple[int, ...], bool] = {}
-    # Two rows may have the same text: TRL sees a prompt as the number of its row.
+    # TRL's "prompt" is the row's number, because two rows may have the same text.
     rows = [{"prompt": str(row), "row": row} for row in range(len(session.train_prompts))]
     drive(
         session,
-        lambda driver: _trainer_class(base, session, own["generation"] == "estune", finished)(
+        lambda driver: _trainer_class(base, session, estune_arguments["generation"] == "estune", finished)(
             model=session.module,
             reward_funcs=reward_function(session, finished),
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(session.engine.assets.tokenizer),  # TRL gives it a padding token
+            processing_class=copy.deepcopy(session.engine.assets.tokenizer),  # TRL adds a padding token to it
             callbacks=[driver],
         ),
     )
 
 
 def drive(session: BaselineSession, make: Callable[[Driver], Any]) -> None:
-    """Run a trainer of transformers from where the run stands to its end.
+    """Run a trainer of transformers from the session's last step to the end of the run.
+
+    Args:
+        session: of the run.
+        make: returns the trainer; it receives the callback that the trainer must have.
 
     Raises:
-        Interrupted: it was asked to stop; its state at the end of the last step is saved.
-        UserError: TRL does not take the arguments.
+        Interrupted: the run was asked to stop; the state at the end of the last step is saved.
+        UserError: TRL rejects the arguments.
     """
     driver = Driver(session)
     try:
         trainer = driver.trainer = make(driver)
     except ValueError as error:
         raise refused(session.args.method, error) from error
-    if hasattr(trainer, "_total_train_tokens"):  # TRL counts the tokens of fine-tuning from the last start
+    if hasattr(trainer, "_total_train_tokens"):  # TRL counts fine-tuning's tokens from 0 after a resume
         trainer._total_train_tokens = int(session.progress.tokens)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
@@ -162,34 +166,34 @@ def drive(session: BaselineSession, make: Callable[[Driver], Any]) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     except Interrupted:
-        driver.save_where_interrupted()
+        driver.save_last_step()
         raise
     if not session.ended:
         raise Interrupted
 
 
 def count_positions_from_the_mask(model: Any) -> None:
-    """Let a model place tokens where the engine that sampled them did: at 0 behind the padding on the left.
+    """Make a model number positions from 0 after the left padding, as the engine does that sampled the completions.
 
-    TRL gives no positions, and a model whose positions are absolute (GPT-2's, say) counts the padding then: what is
-    trained is another model than the one that answered. TRL's own generation has that, too, and is left as it is.
+    TRL passes no positions, so a model with absolute positions (such as GPT-2) counts the padding, and its logits
+    differ from those of the engine. TRL's own generation counts the padding too; it is not changed.
     """
     if model is None or "position_ids" not in inspect.signature(model.forward).parameters:
         return
 
-    def add(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask = given.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and given.get("position_ids") is None:
-            given = {**given, "position_ids": (mask.long().cumsum(-1) - 1).clamp_(min=0)}
-        return args, given
+    def add_positions(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and kwargs.get("position_ids") is None:
+            kwargs = {**kwargs, "position_ids": (mask.long().cumsum(-1) - 1).clamp_(min=0)}
+        return args, kwargs
 
-    model.register_forward_pre_hook(add, with_kwargs=True)
+    model.register_forward_pre_hook(add_positions, with_kwargs=True)
 
 
 def reward_function(session: BaselineSession, finished: dict[tuple[int, ...], bool]) -> Any:
-    """Return the reward function that TRL calls with a batch's completions, each prompt's G in a row.
+    """Return the reward function that TRL calls with a batch's completions, (B * G,), grouped by prompt.
 
-    ``finished`` tells of completions that ES's engine sampled whether they ended by themselves.
+    ``finished`` maps the token ids of a completion that ES's engine sampled to whether it ended before the limit.
     """
 
     def score(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
@@ -207,22 +211,25 @@ def reward_function(session: BaselineSession, finished: dict[tuple[int, ...], bo
 def _trainer_class(
     base: type[Any], session: BaselineSession, engine_generates: bool, finished: dict[tuple[int, ...], bool]
 ) -> type[Any]:
-    """Return TRL's trainer class with ES's tokens, and ES's engine for sampling; see `reward_function`."""
+    """Return a subclass of TRL's trainer with ES's prompt tokens and, if ``engine_generates``, ES's engine.
+
+    The engine's completions are recorded in ``finished``; see `reward_function`.
+    """
 
     class Trainer(base):  # type: ignore[misc]
-        drawn: Sequence[int] = ()  # rows of the batch in hand, each prompt's G in a row
+        drawn: Sequence[int] = ()  # (B * G,), row of each completion of the current batch, grouped by prompt
 
-        def __init__(self, **given: Any) -> None:
-            super().__init__(**given)
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
             if engine_generates:
                 for model in (self.model, getattr(self, "ref_model", None)):
                     count_positions_from_the_mask(model)
 
-        def _get_train_sampler(self, *given: Any) -> Any:
-            sampler = super()._get_train_sampler(*given)
-            generator = getattr(sampler, "generator", None)  # it has none where it does not shuffle
+        def _get_train_sampler(self, *args: Any) -> Any:
+            sampler = super()._get_train_sampler(*args)
+            generator = getattr(sampler, "generator", None)  # None if the sampler does not shuffle
             for _ in range(math.floor(session.progress.epochs + 1e-9) if generator is not None else 0):
-                torch.randperm(len(session.train_rows), generator=generator)  # each epoch's order goes on from the last
+                torch.randperm(len(session.train_rows), generator=generator)  # skip the finished epochs' random numbers
             return sampler
 
         def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -237,11 +244,11 @@ def _trainer_class(
                     if "probability tensor" not in str(error):
                         raise
                     raise Diverged(
-                        session.args.method, session.steps_done, "its probabilities are no numbers"
+                        session.args.method, session.steps_done, "its probabilities are not finite"
                     ) from error
             count = session.args.num_generations
             prompts = [session.train_prompts[row] for row in self.drawn[::count]]
-            session.moved()  # the optimizer may have moved the weights since the last step was noted
+            session.mark_moved()  # the optimizer may have moved the weights since the last step was logged
             answers = session.sample(prompts, count, session.batches)
             session.batches += 1
             finished.clear()

@@ -1,10 +1,9 @@
-"""Random search: members like ES's, the best of all is the result, and nothing is ever updated.
+"""Random search: draw members as ES does and return the best of them, without any update.
 
-What ES's gain is worth shows against this: a step costs the same evaluations and takes the luckiest member. Half of
-them go to new members, who answer the step's prompts. On few prompts the best of many owes much to luck, and soon
-several have all of them right; so the other half goes to a second look. The step's best member and the best so far
-(theta at first) answer the prompts that come next in the run's order, and the member takes the place if its fitness
-there is higher.
+Random search is the control for ES: one step costs as many evaluations as a step of ES. One half of the evaluations
+goes to new members, which answer the step's prompts. The best of many members on few prompts is mostly lucky, so the
+other half compares two candidates on new prompts: the step's best member and the best member so far (theta at first)
+answer the next prompts in the run's order. The new member replaces the best so far if its fitness there is higher.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from estune.baselines.session import BaselineSession
-from estune.config import ESConfig
+from estune.config import ResolvedConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
@@ -25,49 +24,49 @@ from estune.files import is_number, read_json_object, write_json
 from estune.train.rollouts import Group, scored, stack
 from estune.train.step import plan_step, sampling_of
 
-STATE_FILE = "best.json"
+STATE_FILE = "best.json"  # the best member so far, in the trainer's directory
 
 
 @dataclass
 class Best:
-    """The best so far: the step and the place that it was drawn at, negative for theta itself."""
+    """The best member so far: its step and its index in the step; both are -1 for theta."""
 
     step: int = -1
     member: int = -1
-    fitness: float | None = None  # in its last second look
+    fitness: float | None = None  # in its latest comparison
 
 
-def sizes(args: ESConfig) -> tuple[int, int]:
-    """Return how many members a step draws, and on how many prompts two of them get a second look.
+def sizes(args: ResolvedConfig) -> tuple[int, int]:
+    """Return the number of members that a step draws, and the number of prompts of its comparison.
 
-    Together they make at most the N * B * G evaluations of a step of ES, and fewer by one prompt's where those cannot
-    be halved; a second look has one prompt at least.
+    Both together cost at most the N * B * G evaluations of a step of ES; an odd number of prompts is rounded down. A
+    comparison has at least one prompt.
     """
     members = args.population_size // 2
-    return members, max(1, (args.population_size - members) * int(args.batch_size) // 2)
+    return members, max(1, (args.population_size - members) * args.batch_size // 2)
 
 
-def evaluations_per_step(args: ESConfig) -> int:
-    """Return the completions that a step of a resolved configuration has scored."""
-    members, second = sizes(args)
-    return (members * int(args.batch_size) + 2 * second) * args.num_generations
+def evaluations_per_step(args: ResolvedConfig) -> int:
+    """Return the number of completions that a step scores."""
+    members, compared = sizes(args)
+    return (members * args.batch_size + 2 * compared) * args.num_generations
 
 
 def random_search(session: BaselineSession) -> None:
-    """Draw members until the run has ended; leave theta at the best one.
+    """Draw members until the run has ended; the engine then holds the best member's weights.
 
-    `best.json` follows a step's metrics, evaluation and checkpoint: a run that is killed begins a step again.
+    A step writes `best.json` after its metrics, evaluation and checkpoint, so a resume repeats an interrupted step.
 
     Raises:
-        Interrupted: it was asked to stop.
+        Interrupted: the run was asked to stop.
     """
-    args, master = session.args, session.engine.theta
-    batches = Batches(len(session.train_rows), int(args.batch_size), args.seed)
-    base = {name: array.copy() for name, array in master.arrays.items()}
+    args, theta = session.args, session.engine.theta
+    batches = Batches(len(session.train_rows), args.batch_size, args.seed)
+    base = {name: array.copy() for name, array in theta.arrays.items()}
     best = _read(session)
-    session.keep_method({"method": args.method, "trainer": "estune.random_search", "arguments": {}})
+    session.write_method({"method": args.method, "trainer": "estune.random_search", "arguments": {}})
     session.step_started()
-    if session.ended and session.steps_done:  # killed before the finished model was written
+    if session.ended and session.steps_done:  # the process was killed before it wrote the finished model
         session.use(_theta(session, batches, best))
     while not session.ended:
         if session.should_stop():
@@ -78,32 +77,32 @@ def random_search(session: BaselineSession) -> None:
         session.step_done(index + 1, {"es/fitness_best": best.fitness})
         session.trainer_directory.mkdir(exist_ok=True)
         write_json(session.trainer_directory / STATE_FILE, vars(best))
-        session.progress.keep_beside(session.trainer_directory)
+        session.progress.write_unhashed(session.trainer_directory)
         if not session.ended:
             session.use(base)
 
 
 def _step(session: BaselineSession, batches: Batches, index: int, best: Best) -> Best:
-    """Draw a step's members and return the best so far; the engine holds the base."""
+    """Draw a step's members, compare the best one with ``best``, and return the better; the engine holds the base."""
     args = session.args
-    members, second = sizes(args)
+    members, compared = sizes(args)
     step = plan_step(args, batches, index)
     order = Batches(len(session.train_rows), 1, args.seed)
-    first = index * (batches.batch_size + second)
-    rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + second)]
+    first = index * (batches.batch_size + compared)
+    rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + compared)]
     drawn = step.perturbations[:members]
     fitness = _fitness(session, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
-    # where no reward applied to anybody, the first one is as good as any
-    luckiest = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
-    contestants = [_perturbation(session, batches, best), drawn[luckiest]]
-    then, now = _fitness(session, contestants, rows[batches.batch_size :], 2 * index + 1).tolist()
-    if now > then or (np.isnan(then) and not np.isnan(now)):
-        return Best(index, luckiest, now)
-    return Best(best.step, best.member, None if np.isnan(then) else then)
+    # without any reward the first member is the candidate
+    candidate = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
+    pair = [_perturbation(session, batches, best), drawn[candidate]]
+    old, new = _fitness(session, pair, rows[batches.batch_size :], 2 * index + 1).tolist()
+    if new > old or (np.isnan(old) and not np.isnan(new)):
+        return Best(index, candidate, new)
+    return Best(best.step, best.member, None if np.isnan(old) else old)
 
 
 def _perturbation(session: BaselineSession, batches: Batches, best: Best) -> Perturbation | None:
-    """Return what the best so far is to an engine that holds the base; None for the base itself."""
+    """Return the perturbation of the base that gives the best member; None for the base itself."""
     if best.step < 0:
         return None
     step = plan_step(session.args, batches, best.step)
@@ -111,54 +110,53 @@ def _perturbation(session: BaselineSession, batches: Batches, best: Best) -> Per
 
 
 def _theta(session: BaselineSession, batches: Batches, best: Best) -> dict[str, np.ndarray]:
-    """Return the weights of the best so far, by stored name; the engine holds the base."""
-    master = session.engine.theta
+    """Return the weights of the best member, by stored name; the engine holds the base."""
+    theta = session.engine.theta
     perturbation = _perturbation(session, batches, best)
     if perturbation is None:
-        return {name: array.copy() for name, array in master.arrays.items()}
-    return {name: master.perturb(name, perturbation) for name in master.arrays}
+        return {name: array.copy() for name, array in theta.arrays.items()}
+    return {name: theta.perturb(name, perturbation) for name in theta.arrays}
 
 
 def _fitness(
-    session: BaselineSession, contestants: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
+    session: BaselineSession, members: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
 ) -> np.ndarray:
-    """Let members (N,), or theta (None), answer rows (B,): fitness (N,), NaN where no reward applied.
+    """Return the fitness (N,) of members on training rows; NaN where no reward applies.
 
     Args:
         session: of the run.
-        contestants: all are sampled with the same random numbers.
-        row_ids: of the training rows.
-        index: of the batch within the run: other numbers give other samples.
+        members: (N,); None stands for theta. All use the same random numbers.
+        row_ids: (B,), indices of training rows.
+        index: number of the batch within the run; it selects the random numbers.
     """
     rows = [session.train_rows[row] for row in row_ids]
     prompts = [session.train_prompts[row] for row in row_ids]
     sampling, evaluator = sampling_of(session.args, index), session.evaluator
-    size, checksum = int(session.args.members_per_batch), session.engine.checksum()
+    checksum = session.engine.checksum()
     jobs = (
-        GroupJob(tuple(places), tuple(contestants[place] for place in places), checksum, tuple(prompts), sampling)
-        for places in _parts(contestants, size)
+        GroupJob(tuple(batch), tuple(members[index] for index in batch), checksum, tuple(prompts), sampling)
+        for batch in _batches(members, session.args.members_per_batch)
     )
-    found: dict[int, Group] = {}
-    for place, group, _, future in evaluator.submit(jobs, lambda _: rows, session.state(), False):
-        found[place] = evaluator.complete(group, scored(future, session.should_stop), sampling.num_generations)
-    groups = [found[place] for place in range(len(contestants))]
-    rollouts, weights = stack(groups), session.rewards.weights
+    groups: dict[int, Group] = {}
+    for member, group, _, future in evaluator.submit(jobs, lambda _: rows, session.state(), False):
+        groups[member] = evaluator.complete(group, scored(future, session.should_stop), sampling.num_generations)
+    rollouts, weights = stack([groups[member] for member in range(len(members))]), session.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)
-    by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members are what is compared
+    by_prompt = np.moveaxis(weighed, 0, -1)  # (B, G, N): members compete with one another
     failures = rollouts.failed.sum(axis=(0, 1, 2))  # (F,)
-    session.note(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, failures)
+    session.measure(by_prompt, rollouts.rewards, rollouts.lengths, rollouts.clipped_ratio, failures)
     return population_fitness(weighed)
 
 
-def _parts(contestants: Sequence[Perturbation | None], size: int) -> Iterator[range]:
-    """Yield the places of members that answer together, at most ``size``, in order.
+def _batches(members: Sequence[Perturbation | None], size: int) -> Iterator[range]:
+    """Yield the indices of members that answer together, at most ``size``, in order.
 
-    Theta answers alone. So do members of different steps, whose scales may differ.
+    Theta answers alone, and so do members with different noise, because a batch has one noise scale.
     """
-    scales = {None if one is None else one.noise for one in contestants}
-    step = 1 if None in scales or len(scales) > 1 else size
-    for start in range(0, len(contestants), step):
-        yield range(start, min(start + step, len(contestants)))
+    noises = {None if member is None else member.noise for member in members}
+    step = 1 if None in noises or len(noises) > 1 else size
+    for start in range(0, len(members), step):
+        yield range(start, min(start + step, len(members)))
 
 
 def _read(session: BaselineSession) -> Best:
@@ -175,9 +173,9 @@ def _read(session: BaselineSession) -> Best:
 
 
 def _is_drawn(best: Best, steps_done: int, members: int) -> bool:
-    """Return whether the best so far, as it was read, is theta or a member that was drawn.
+    """Return whether a stored best member is theta or a member of the first ``steps_done`` + 1 steps.
 
-    A run that was killed may have kept a member of the step that it begins again.
+    A killed run may have stored a member of the step that the resume repeats.
     """
     if not all(type(place) is int for place in (best.step, best.member)):
         return False

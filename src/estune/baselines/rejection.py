@@ -1,11 +1,11 @@
-"""Rejection sampling: the base answers every training prompt some times, and is fine-tuned on what was right.
+"""Rejection sampling: sample the base model on every training prompt, and fine-tune it on the right completions.
 
-All samples are drawn before the first step (their time and number count), in `num_generations` rounds of one for every
-prompt, each round in the order of one of the run's epochs; rounds follow each other without a gap, so that few prompts
-fill a forward pass, too. ``max_samples`` ends it after exactly that many; a run of limited time draws for half of it,
-and its steps have the rest. A sample is right where the task's accuracy says so, or, for data without one, where
-its reward is at least ``min_reward``. Equal samples of a prompt count once. Then TRL's `SFTTrainer` takes ``max_steps``
-steps of ``batch_size`` samples each; the loss counts the completion's tokens only.
+All samples are drawn before the first step; their time and number count towards the budgets. There are
+``num_generations`` rounds of one sample for each prompt, and each round has the order of one epoch. A forward pass may
+hold samples of several rounds. Sampling ends after ``max_samples`` samples, or after half of ``max_time_s``. A sample
+is right if the task's accuracy is 1, or, for data without accuracy, if its reward is at least ``min_reward``. Equal
+samples of a prompt count once. TRL's `SFTTrainer` then takes ``max_steps`` steps of ``batch_size`` samples each, with a
+loss over the completions' tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import datasets
 import numpy as np
 import trl
 
-from estune.baselines.arguments import own_arguments, record_of, trl_config
+from estune.baselines.arguments import method_arguments, method_record, trl_config
 from estune.baselines.policy_gradient import drive
 from estune.baselines.session import BaselineSession
 from estune.data.batches import Batches
@@ -32,45 +32,44 @@ from estune.es.types import Completion, Prompt
 from estune.files import replace_file, write_json
 from estune.train.rollouts import Evaluator, scored
 
-SAMPLES_FILE = "samples.jsonl"  # what was right
-DRAWING_FILE = "drawing.json"  # what it cost; written last, so it says that the drawing was done
+SAMPLES_FILE = "samples.jsonl"  # the right samples
+DRAWING_FILE = "drawing.json"  # the cost of sampling; written last, so it marks the samples as complete
 Sample = tuple[int, tuple[int, ...]]  # row, token ids
 
 
 def rejection(session: BaselineSession) -> None:
-    """Sample, keep what is right, fine-tune.
+    """Sample the base, keep the right samples, and fine-tune on them.
 
     Raises:
         UserError: no sample was right.
-        Interrupted: it was asked to stop.
+        Interrupted: the run was asked to stop.
     """
     args = session.args
     session.step_started()
-    own = own_arguments(args)
+    options = method_arguments(args)
     kept: list[Sample] = []
     if session.steps_done or _has_drawn(session):
         kept = _read(session)
     elif not session.ended:
-        kept = _draw(session, own["min_reward"], own["max_samples"])
+        kept = _draw(session, options["min_reward"], options["max_samples"])
     drawing_s = time.perf_counter() - session.clock
-    batch = int(args.batch_size)
-    config, own = trl_config(
+    config, estune_arguments = trl_config(
         args,
         str(session.trainer_directory),
-        batch,
+        args.batch_size,
         session.module.num_parameters(),
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    record = record_of(args.method, "trl.SFTTrainer", config, own)
+    record = method_record(args.method, "trl.SFTTrainer", config, estune_arguments)
     record |= {"samples_drawn": session.evaluations, "samples_kept": len(kept)}
     if not kept:
-        record["drawing_s"] = drawing_s  # what was spent, since no step will say it
-    session.keep_method(record)
+        record["drawing_s"] = drawing_s  # no step will record this time
+    session.write_method(record)
     if session.ended:
         return
     if not kept:
-        raise UserError(f"none of {session.evaluations} samples of the base was right: there is nothing to learn from")
+        raise UserError(f"none of {session.evaluations} samples of the base was right: fine-tuning has no data")
     rows = []
     for row, tokens in kept:
         prompt = list(session.train_prompts[row].token_ids)
@@ -81,14 +80,14 @@ def rejection(session: BaselineSession) -> None:
             model=session.module,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=copy.deepcopy(session.engine.assets.tokenizer),  # TRL gives it a padding token
+            processing_class=copy.deepcopy(session.engine.assets.tokenizer),  # TRL adds a padding token to it
             callbacks=[driver],
         ),
     )
 
 
 def _draw(session: BaselineSession, min_reward: float | None, max_samples: int | None) -> list[Sample]:
-    """Sample the base, keep what is right, and write it down for a resume, if there is any."""
+    """Sample the base, return the right samples, and store them for a resume."""
     args = session.args
     kept: dict[Sample, None] = {}
     for drawn in _batches(session, max_samples):
@@ -112,22 +111,22 @@ def _draw(session: BaselineSession, min_reward: float | None, max_samples: int |
 
 
 def _batches(session: BaselineSession, max_samples: int | None) -> Iterator[list[tuple[int, int]]]:
-    """Yield the (round, row) of every sample that is drawn, B at a time, at most ``max_samples`` in all.
+    """Yield batches of (round, row), one pair a sample, with at most ``max_samples`` pairs in total.
 
-    Rounds follow each other without a gap: where prompts are few, several of them share a forward pass.
+    A batch may hold pairs of several rounds.
     """
     args, n_rows = session.args, len(session.train_prompts)
     epochs = Batches(n_rows, n_rows, args.seed)
     order = ((draw, row) for draw in range(args.num_generations) for row in epochs.rows_for_step(draw))
     left = itertools.islice(order, max_samples)
-    while drawn := list(itertools.islice(left, int(args.prompts_per_batch))):
+    while drawn := list(itertools.islice(left, args.prompts_per_batch)):
         yield drawn
 
 
 def _prompts(session: BaselineSession, drawn: list[tuple[int, int]]) -> list[Prompt]:
-    """Return the prompts of (round, row), each round's rows numbered on after the last one's.
+    """Return the prompts of (round, row) pairs, with a distinct ``row_id`` for every pair.
 
-    A sample's random numbers follow from that number and the seed, whatever is drawn beside it.
+    The seed and the ``row_id`` alone determine a sample's random numbers.
     """
     prompts = session.train_prompts
     return [dataclasses.replace(prompts[row], row_id=draw * len(prompts) + row) for draw, row in drawn]
@@ -136,7 +135,7 @@ def _prompts(session: BaselineSession, drawn: list[tuple[int, int]]) -> list[Pro
 def _right(
     session: BaselineSession, ids: list[int], answers: list[list[Completion]], min_reward: float | None
 ) -> Iterator[bool]:
-    """Score one completion of each row, answers (B, 1), and say which are right."""
+    """Score one completion of each row, answers (B, 1), and return whether each is right, (B,)."""
     values = session.score(ids, answers)[:, 0]  # (B,)
     right = values >= (min_reward if min_reward is not None else np.inf)
     if min_reward is None and session.accuracy_pool is not None:
@@ -148,27 +147,27 @@ def _right(
 
 
 def _has_drawn(session: BaselineSession) -> bool:
-    """Return whether a run that was killed before its first state was kept had drawn, and count what that cost.
+    """Return whether an earlier process has stored all samples; if so, add their cost to the session.
 
-    Samples that are damaged, or of other data or another base, are drawn again.
+    The result is False if the samples are damaged or belong to other data or another base.
     """
     try:
-        found = json.loads((session.trainer_directory / DRAWING_FILE).read_text(encoding="utf-8"))
+        drawing = json.loads((session.trainer_directory / DRAWING_FILE).read_text(encoding="utf-8"))
         samples = (session.trainer_directory / SAMPLES_FILE).read_bytes()
-        if found["facts"] != session.facts or found["samples"] != hashlib.sha256(samples).hexdigest():
+        if drawing["facts"] != session.facts or drawing["samples"] != hashlib.sha256(samples).hexdigest():
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    session.clock -= found["seconds"]
-    session.evaluations = found["evaluations"]
-    session.measured = [(size, values) for size, values in found["measured"]]
+    session.clock -= drawing["seconds"]
+    session.evaluations = drawing["evaluations"]
+    session.measured = [(size, values) for size, values in drawing["measured"]]
     return True
 
 
 def _read(session: BaselineSession) -> list[Sample]:
     path = session.trainer_directory / SAMPLES_FILE
     try:
-        found: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [(line["row"], tuple(line["completion_ids"])) for line in found]
+        samples: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(sample["row"], tuple(sample["completion_ids"])) for sample in samples]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is missing or damaged; delete {path.parent} to begin again from step 0") from None

@@ -1,9 +1,8 @@
-"""What every rival has in common with ES while it runs: rewards, evaluations, metrics, checkpoints, the end.
+"""The open run of a baseline: rewards, evaluations, metrics and checkpoints, as in a run of ES.
 
-A method trains ``module``, in float32, however it likes. `score` is the only way to a reward; `step_done` is called
-after every step and does what is due: metrics, a held-out evaluation, a checkpoint. The engine is ES's: a copy of the
-module's weights that samples completions in training (unless TRL's own generation is asked for), answers evaluations
-greedily, and is saved.
+A baseline trains ``module`` in float32. It gets all rewards from `score`. It calls `step_done` after every step, which
+logs metrics and makes the evaluation and the checkpoint that are due. ES's engine holds a copy of the module's weights.
+The engine samples completions (unless ``generation`` is `trl`), answers evaluations greedily, and saves models.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from estune.console import warn
 from estune.engines.base import LocalEngine
 from estune.engines.hf.parameters import Binding
 from estune.errors import UserError
@@ -35,40 +33,40 @@ from estune.train.rollouts import scored
 from estune.train.session import OpenRun
 from estune.train.step import evaluation_sampling, sampling_of
 
-PROGRESS_FILE = "progress.json"  # in a directory a run can go on from; written last, so it says that all is there
+PROGRESS_FILE = "progress.json"  # written last into a directory that a run can resume from, so it marks it as complete
 
 
 class Diverged(UserError):
-    """The loss, its gradient or a weight is no finite number."""
+    """The loss, its gradient, a weight or a logit is NaN or infinite."""
 
-    def __init__(self, method: str, step: int, what: str) -> None:
+    def __init__(self, method: str, step: int, cause: str) -> None:
         super().__init__(
-            f"{method} diverged in step {step} ({what}): lower learning_rate; earlier checkpoints are whole"
+            f"{method} diverged in step {step} ({cause}): lower learning_rate; earlier checkpoints are intact"
         )
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, as it is kept for a resume."""
+    """The progress of a run, stored for a resume."""
 
     steps_done: int = 0
     evaluations: int = 0  # completions scored in training
-    train_time_s: float = 0.0  # of steps, evaluations and saving not counted
-    batches: int = 0  # sampled in training
-    epochs: float = 0.0  # of the trainer's data
-    tokens: float = 0.0  # that the trainer has seen
+    train_time_s: float = 0.0  # spent in steps; evaluations and saving are not counted
+    batches: int = 0  # batches sampled in training
+    epochs: float = 0.0  # epochs of the trainer's data
+    tokens: float = 0.0  # tokens that the trainer has processed
 
     @property
     def is_sound(self) -> bool:
-        """Whether counts are whole numbers and amounts finite ones, none of them negative."""
+        """Whether all counts are integers and all amounts are finite, and none is negative."""
         counts, amounts = (
             (self.steps_done, self.evaluations, self.batches),
             (self.train_time_s, self.epochs, self.tokens),
         )
         return all(map(is_count, counts)) and all(is_number(value) and 0 <= value < math.inf for value in amounts)
 
-    def keep(self, directory: Path) -> None:
-        """Write it into a directory whose files change no more, with their hashes."""
+    def write(self, directory: Path) -> None:
+        """Write the progress into a directory whose other files are final, with their hashes."""
         files = {
             path.name: file_digest(path)
             for path in sorted(directory.iterdir())
@@ -76,16 +74,16 @@ class Progress:
         }
         write_json(directory / PROGRESS_FILE, {**dataclasses.asdict(self), "files": files})
 
-    def keep_beside(self, directory: Path) -> None:
-        """Write it into a directory whose files are written again at every step."""
+    def write_unhashed(self, directory: Path) -> None:
+        """Write the progress into a directory whose other files change at every step."""
         write_json(directory / PROGRESS_FILE, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Progress | None:
-        """Return what a directory holds; None where it was not written to the end.
+        """Return the progress stored in a directory; None if the directory is incomplete.
 
         Raises:
-            UserError: a file in it is not what it was when it was written.
+            UserError: a file of the directory is missing or damaged.
         """
         path = directory / PROGRESS_FILE
         if not path.exists():
@@ -106,48 +104,48 @@ class Progress:
 
 @dataclass
 class BaselineSession(OpenRun):
-    """The parts of an open run of a rival; made by `estune.baselines.trainer`."""
+    """The parts of an open run of a baseline; `estune.baselines.trainer.open_baseline` makes one."""
 
     engine: LocalEngine
-    module: Any  # PreTrainedModel, float32: what is trained; None where there is no gradient
+    module: Any  # PreTrainedModel in float32 that is trained; None for a method without gradients
     bindings: Sequence[Binding]  # of the module
-    facts: dict[str, Any]  # base, data, rewards: what a resume cannot change
+    facts: dict[str, Any]  # base model, data and rewards, which a resume cannot change
     should_stop: Callable[[], bool]
     steps_done: int = 0
     evaluations: int = 0  # completions scored in training
-    batches: int = 0  # sampled in training
+    batches: int = 0  # batches sampled in training
     progress: Progress = field(default_factory=Progress)  # at the end of the last step
-    clock: float = field(default_factory=time.perf_counter)  # when the step in hand began
+    clock: float = field(default_factory=time.perf_counter)  # seconds, clock reading at the start of the current step
     measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # size, metrics; since the last step
-    copied: bool = True  # the engine's weights are the module's
+    copied: bool = True  # whether the engine's weights equal the module's
 
     @property
     def trainer_directory(self) -> Path:
-        """Where a trainer keeps what it needs to go on: optimizer, schedule, random states."""
+        """Directory of the trainer's state for a resume: optimizer, schedule, random states."""
         return self.run.path / "trainer"
 
     @property
     def ended(self) -> bool:
-        """Say whether the run has all its steps, or has used up its time."""
+        """Return whether the run has reached ``max_steps`` or ``max_time_s``."""
         return self.has_ended(self.steps_done)
 
     def step_started(self) -> None:
         """Start the clock of a step."""
         self.clock = time.perf_counter()
 
-    def keep_method(self, record: dict[str, Any]) -> None:
-        """Write `method.json`: what the method's trainer was told, and the run's facts."""
+    def write_method(self, record: dict[str, Any]) -> None:
+        """Write `method.json`: the resolved arguments of the method's trainer, and the run's facts."""
         write_json(self.run.path / METHOD_FILE, record | self.facts)
 
-    def moved(self) -> None:
-        """Note that the module's weights have changed."""
+    def mark_moved(self) -> None:
+        """Record that the module's weights have changed."""
         self.copied = self.module is None
 
     def copy_weights(self) -> None:
-        """Let the engine have the module's weights.
+        """Copy the module's weights to the engine if they have changed.
 
         Raises:
-            Diverged: a weight is no finite number.
+            Diverged: a weight is NaN or infinite.
         """
         if self.copied:
             return
@@ -164,61 +162,60 @@ class BaselineSession(OpenRun):
         self.copied = True
 
     def sample(self, prompts: Sequence[Prompt], count: int, index: int) -> list[list[Completion]]:
-        """Sample completions (B, G) of the module as it is, by ES's engine.
+        """Sample completions (B, G) with the module's current weights and ES's engine.
 
         Args:
             prompts: (B,).
-            count: completions of each, G.
-            index: of the batch within the run: other numbers give other samples.
+            count: completions of each prompt, G.
+            index: number of the batch within the run; it selects the random numbers.
 
         Raises:
-            Diverged: the model gives no finite logits.
+            Diverged: the logits are NaN or infinite.
         """
         self.copy_weights()
         sampling = dataclasses.replace(sampling_of(self.args, index), num_generations=count)
         return self._finite(self.engine.generate(None, prompts, sampling, self.should_stop))
 
     def _finite(self, answers: list[list[Completion]]) -> list[list[Completion]]:
-        """Return completions if the model still computes with numbers."""
+        """Return the completions (B, G); raise Diverged if their logits are not finite."""
         if not all(completion.finite for row in answers for completion in row):
             raise Diverged(self.args.method, self.steps_done, "its logits are not finite")
         return answers
 
     def score(self, row_ids: Sequence[int], completions: Sequence[Sequence[Completion]]) -> np.ndarray:
-        """Return the weighed rewards (B, G) of completions (B, G) of training rows; NaN where none applies.
+        """Return the weighted rewards (B, G) of completions (B, G) of training rows; NaN where no reward applies.
 
-        They come from the reward workers. A failure gets the lowest reward of the row's other completions.
+        The reward workers compute them. A failed reward becomes the lowest reward of the row's other completions.
         """
         rows = [self.train_rows[row] for row in row_ids]
         prompts = [self.train_prompts[row] for row in row_ids]
         future = self.evaluator.score(rows, prompts, [list(answers) for answers in completions], self.state())
         result = scored(future, self.should_stop)
-        for error in result.errors:
-            name = error.partition(":")[0]
-            if name not in self.evaluator.warned:
-                self.evaluator.warned.add(name)
-                error = " ".join(error.split())
-                warn(f"reward {error} (shown once; all are counted)")
+        self.evaluator.warn_of_failures(result.errors)
         shape = (len(rows), -1, result.rewards.shape[1])
-        # A prompt's completions stand where ES has members: (G, B, 1, F).
+        # `fill_failures` compares along the members' axis: (G, B, 1, F) puts a prompt's completions there.
         rewards, failed = (a.reshape(shape).swapaxes(0, 1)[:, :, None] for a in (result.rewards, result.failed))
         filled = fill_failures(rewards, failed, self.rewards.weights)
         weighed = weigh(filled, self.rewards.weights)[:, :, 0].T  # (B, G)
         lengths = np.array([[len(completion.token_ids) for completion in answers] for answers in completions])
         clipped = float(np.mean([not completion.finished for answers in completions for completion in answers]))
-        self.note(weighed, filled, lengths, clipped, result.failed.sum(axis=0))
+        self.measure(weighed, filled, lengths, clipped, result.failed.sum(axis=0))
         return weighed
 
-    def note(
+    def measure(
         self, weighed: np.ndarray, rewards: np.ndarray, lengths: np.ndarray, clipped_ratio: float, failures: np.ndarray
     ) -> None:
-        """Count scored completions and measure them; ``rewards`` (..., F), the others one number a completion.
+        """Count scored completions and add their metrics to ``self.measured``.
 
-        The last axis of ``weighed`` holds the completions that are compared with one another; ``failures`` (F,) counts
-        the failed rewards of each function.
+        Args:
+            weighed: (..., G), weighted rewards; the G completions of the last axis compete with one another.
+            rewards: (..., F), of each function.
+            lengths: tokens of each completion, of any shape.
+            clipped_ratio: share of completions that the length limit cut off.
+            failures: (F,), number of failed rewards of each function.
         """
         self.evaluations += weighed.size
-        known = np.isfinite(weighed).all(axis=-1) & (weighed.shape[-1] > 1)  # one completion has nothing to differ from
+        known = np.isfinite(weighed).all(axis=-1) & (weighed.shape[-1] > 1)  # a single completion has no spread
         spread = np.ptp(weighed[known], axis=-1) if known.any() else np.zeros(0)
         self.measured.append(
             (
@@ -237,49 +234,49 @@ class BaselineSession(OpenRun):
         )
 
     def use(self, theta: Mapping[str, np.ndarray]) -> None:
-        """Let the engine have other weights, by stored name: for methods that train no module."""
+        """Give the engine the weights ``theta``, by stored name; for methods without a module."""
         self.engine.assign_arrays(theta)
 
     def state(self) -> dict[str, Any]:
-        """Return what reward functions are told now."""
+        """Return the ``trainer_state`` that reward functions receive now."""
         return self.trainer_state(self.steps_done)
 
     def step_done(self, step: int, record: dict[str, Any], epochs: float = 0.0) -> None:
-        """Take note of a finished step and do what is due; the module has moved.
+        """Log a finished step, then evaluate and save a checkpoint if they are due.
 
         Args:
-            step: steps done now.
+            step: number of steps done.
             record: the method's own metrics.
-            epochs: of the trainer's data, done now.
+            epochs: epochs of the trainer's data that are done.
 
         Raises:
-            Diverged: the loss or its gradient is no finite number.
+            Diverged: the loss or its gradient is NaN or infinite.
         """
         now = time.perf_counter()
         step_time = now - self.clock
         self.train_time_s += step_time
         self.steps_done = step
-        self.moved()
+        self.mark_moved()
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record.get(name, 0.0)):
                 raise Diverged(self.args.method, step, f"its {name} is {record[name]}")
-        measured, self.measured = together(self.measured), []
+        measured, self.measured = combine(self.measured), []
         if step % self.args.logging_steps == 0 or self.ended:
-            own = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
-            self.monitors.log({"step": step, **record, **measured, **own})
+            cost = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
+            self.monitors.log({"step": step, **record, **measured, **cost})
         tokens = record.get("num_tokens", 0.0)
         self.progress = Progress(step, self.evaluations, self.train_time_s, self.batches, epochs, tokens)
         self.after_step()
         self.clock = time.perf_counter()
 
     def after_step(self) -> None:
-        """Evaluate theta on held-out rows and save a checkpoint, where it is time and was not done yet."""
+        """Evaluate theta on held-out rows and save a checkpoint if they are due and not written yet."""
         args, done = self.args, self.steps_done
         if self.is_evaluation_due(done):
             self.copy_weights()
             evaluation = self.answer_held_out(done)
-            own = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
-            self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **own})
+            cost = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
+            self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **cost})
             records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
         if (
             args.save_steps
@@ -292,10 +289,10 @@ class BaselineSession(OpenRun):
             prune(self.run.path, args.save_total_limit, saved)
 
     def save(self, final: bool) -> None:
-        """Write ``checkpoint-<step>``, or the finished model at the run's root.
+        """Write ``checkpoint-<step>``, or with ``final`` the finished model at the run's root.
 
         Raises:
-            Diverged: a weight is no finite number, or the finished model gives no finite logits.
+            Diverged: a weight or, for the finished model, a logit is NaN or infinite.
         """
         self.copy_weights()
         if final and self.steps_done:
@@ -312,15 +309,15 @@ class BaselineSession(OpenRun):
             save_checkpoint(self.run.path, self.steps_done, self.engine, state, trainer_state)
 
 
-def together(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Return the metrics of some batches as one: means by the batches' sizes; errors are counted."""
+def combine(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Return the metrics of batches (size, metrics) as one: means weighted by size, and sums of error counts."""
     if len(batches) == 1:
         return batches[0][1]
-    found: dict[str, float] = {}
+    combined: dict[str, float] = {}
     for name in dict.fromkeys(name for _, batch in batches for name in batch):
         known = [(size, batch[name]) for size, batch in batches if not math.isnan(batch.get(name, math.nan))]
         counted = name == "reward_errors" or (name.startswith("rewards/") and name.endswith("/errors"))
         total = math.fsum(value if counted else size * value for size, value in known)
         sizes = 1 if counted else sum(size for size, _ in known)
-        found[name] = total / sizes if known else math.nan
-    return found
+        combined[name] = total / sizes if known else math.nan
+    return combined

@@ -237,7 +237,7 @@ def start_logger(tracker: str, run_dir: Path, name: str, config: dict[str, Any],
         raise UserError(f"report_to {tracker} cannot start: {type(error).__name__}: {reason}{again}") from error
 
 
-def known_trackers(run_dir: Path) -> dict[str, str]:
+def read_trackers(run_dir: Path) -> dict[str, str]:
     """Return the trackers' names for a run, by tracker.
 
     Raises:
@@ -255,7 +255,7 @@ def known_trackers(run_dir: Path) -> dict[str, str]:
     return names
 
 
-def keep_trackers(run_dir: Path, names: dict[str, str]) -> None:
+def write_trackers(run_dir: Path, names: dict[str, str]) -> None:
     """Write the trackers' names for a run, for a resume."""
-    if names and names != known_trackers(run_dir):
+    if names and names != read_trackers(run_dir):
         write_json(run_dir / TRACKERS_FILE, names)

@@ -22,7 +22,7 @@ from estune.models.hub import open_repository, repository_of
 from estune.models.names import local_directory, public_name
 from estune.monitor.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor
 from estune.monitor.panel import PanelMonitor
-from estune.monitor.trackers import keep_trackers, known_trackers, start_logger
+from estune.monitor.trackers import read_trackers, start_logger, write_trackers
 from estune.rewards.pool import INLINE_WARNING, RewardPool
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import Run, open_run
@@ -65,7 +65,7 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         repository = hub_repository(run.args) if run.args.push_to_hub else None
         stop = stack.enter_context(StopRequest())
         pool, accuracy_pool = start_workers(stack, request, grades=bool(request.eval_rows))
-        loaded = _load(request, run)
+        loaded = load_inputs(request, run, checks_model=run.is_new)
         args, engine = loaded.args, loaded.engine
         batches = setup.batches_of(args, len(request.train_rows))
         monitors, panel = _begin(stack, request, run, loaded, batches)
@@ -100,15 +100,24 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         yield session
 
 
-def _load(request: TrainingRequest, run: Run) -> Loaded:
-    """Load the engine, tokenise the rows, and resolve the configuration; check the model of a new run."""
+def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Loaded:
+    """Load the engine, tokenise the rows, and resolve the configuration.
+
+    Args:
+        request: ``request.args`` becomes the resolved configuration.
+        run: ``run.args`` becomes the resolved configuration.
+        checks_model: whether to check that the model's logits are finite and its assets can be saved.
+
+    Raises:
+        UserError: the model does not load, or a row or the model fails a check.
+    """
     say(f"estune: loading {run.args.model if request.module is None else 'the model'}")
     engine = request.engine
     train_prompts = request.prompts(request.train_rows)
     args = setup.resolve_with_engine(run.args, engine, train_prompts)
     request.args = run.args = args
     eval_prompts = request.prompts(request.eval_rows)
-    if run.is_new:
+    if checks_model:
         engine.assets.check()
         refuse_broken_theta(args, engine, train_prompts, 0)
     return Loaded(args, engine, train_prompts, eval_prompts)
@@ -123,7 +132,7 @@ def _begin(
         request.rewards, engine.assets, request.train_rows, train_prompts, request.eval_rows, loaded.eval_prompts
     )
     old_files = run.files() if run.is_new else {}
-    trackers = {} if run.is_new else known_trackers(run.path)
+    trackers = {} if run.is_new else read_trackers(run.path)
     monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
     stack.push(lambda kind, *_: monitors.close(failed=kind is not None))
     if run.is_new:
@@ -131,7 +140,7 @@ def _begin(
     _keep_base(request, run)
     reproducible = check_reproducible(args, engine, batches, train_prompts) if run.is_new else None
     run.begin(engine, engine.facts.header, reproducible, facts)
-    keep_trackers(run.path, {**trackers, **started})
+    write_trackers(run.path, {**trackers, **started})
     return monitors, panel
 
 

@@ -182,15 +182,19 @@ class Evaluator:
         group.rewards = values.tolist()
         group.failed = np.argwhere(failed).tolist()
         group.metrics, group.errors = result.metrics, result.errors
-        for error in result.errors:
+        self.warn_of_failures(result.errors)
+        if group.completions is not None:
+            group.extra = result.extra or None
+        return group
+
+    def warn_of_failures(self, errors: Sequence[str]) -> None:
+        """Show the first failure of each reward function; each error begins with the function's name and a colon."""
+        for error in errors:
             name = error.partition(":")[0]
             if name not in self.warned:
                 self.warned.add(name)
                 error = " ".join(error.split())
                 warn(f"reward {error} (only the first failure is shown; all are counted)")
-        if group.completions is not None:
-            group.extra = result.extra or None
-        return group
 
     def text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         """Return a completion's text without the response prefix.
