@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from estune.baselines.session import BaselineSession
-from estune.config import ResolvedConfig
+from estune.config import ESConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
@@ -36,7 +36,7 @@ class Best:
     fitness: float | None = None  # in its latest comparison
 
 
-def sizes(args: ResolvedConfig) -> tuple[int, int]:
+def sizes(args: ESConfig) -> tuple[int, int]:
     """Return the number of members that a step draws, and the number of prompts of its comparison.
 
     Both together cost at most the N * B * G evaluations of a step of ES; an odd number of prompts is rounded down. A
@@ -46,10 +46,10 @@ def sizes(args: ResolvedConfig) -> tuple[int, int]:
     return members, max(1, (args.population_size - members) * args.batch_size // 2)
 
 
-def evaluations_per_step(args: ResolvedConfig) -> int:
-    """Return the number of completions that a step scores."""
+def evaluations_per_step(args: ESConfig) -> int:
+    """Return the number of completions that a step scores; the batch size is resolved."""
     members, compared = sizes(args)
-    return (members * args.batch_size + 2 * compared) * args.num_generations
+    return (members * int(args.batch_size) + 2 * compared) * args.num_generations
 
 
 def random_search(session: BaselineSession) -> None:
