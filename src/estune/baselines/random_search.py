@@ -43,7 +43,7 @@ def sizes(args: ESConfig) -> tuple[int, int]:
     comparison has at least one prompt.
     """
     members = args.population_size // 2
-    return members, max(1, (args.population_size - members) * args.batch_size // 2)
+    return members, max(1, (args.population_size - members) * int(args.batch_size) // 2)
 
 
 def evaluations_per_step(args: ESConfig) -> int:
