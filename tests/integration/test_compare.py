@@ -212,7 +212,7 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
         os.killpg(process.pid, signal.SIGINT)
         (tmp_path / "gate").touch()
         assert process.wait() == 130
-    assert "stopped; the same command goes on" in (tmp_path / "log").read_text()
+    assert "stopped; the same command continues" in (tmp_path / "log").read_text()
     assert not second.exists()
     done = estune("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
