@@ -98,9 +98,11 @@ class WorkingModel:
             change, exact = cast_member - cast_theta, perturbed.astype(np.float64)
             parts = np.array([change @ exact, change @ change, exact @ exact])
             sums[binding.kind] = sums.get(binding.kind, 0.0) + parts
-        return {
-            kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0 for kind, (dot, a, b) in sorted(sums.items())
-        }
+        with np.errstate(invalid="ignore", over="ignore"):  # a member beyond the dtype's range has no cosine: NaN
+            return {
+                kind: float(dot / np.sqrt(a * b)) if a > 0 and b > 0 else 0.0
+                for kind, (dot, a, b) in sorted(sums.items())
+            }
 
     def _write(self, perturbation: Perturbation | None) -> None:
         live: dict[str, np.ndarray] = {}
