@@ -213,7 +213,7 @@ def test_a_theta_that_breaks_on_the_way_stops_the_run_and_is_told_of_held_out_ro
     assert done.code == 2, done
     assert "step 2: the logits of all members are not finite in float16" in done.err
     assert "theta itself is broken, lower learning_rate or try --dtype" in done.err
-    assert done.err.count("behind 100.0% of theta's completions of held-out rows are not finite") == 1
+    assert done.err.count("of 100.0% of theta's completions of held-out rows are not finite") == 1
     evaluations = [record for record in metrics(place / "run") if "eval_reward" in record]
     assert "eval_non_finite_ratio" not in evaluations[0] and evaluations[1]["eval_non_finite_ratio"] == 1.0
     assert evaluations[1]["eval_accuracy"] == 0.0 and evaluations[1]["eval_reward"] is None

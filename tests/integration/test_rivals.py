@@ -207,7 +207,7 @@ REFUSED = [
     ("grpo", {"dtype": "bfloat16"}, "float32"),
     ("grpo", {"console": "panel"}, "panel"),
     ("grpo", {"engine": "toy", "task": "quadratic"}, "engine hf"),
-    ("grpo", {"sigma": 0.1}, "no use for sigma"),
+    ("grpo", {"sigma": 0.1}, "does not use sigma"),
     ("grpo", {"seed": 1 << 32}, "seeds below 2^32"),
     ("grpo", {"log_completions": True}, "log_completions"),
     ("grpo", {"max_time_s": 1, "lr_scheduler_type": "linear"}, "constant schedules"),
@@ -217,9 +217,9 @@ REFUSED = [
     ("sft_rejection", {"method_kwargs": {"packing": True}}, "cannot hold packing"),
     ("sft_rejection", {"task": None, "dataset_name": "rows.jsonl", "reward_funcs": ["rewards.py:vowels"]},
      "min_reward in method_kwargs"),
-    ("random_search", {"method_kwargs": {"beta": 1}, "learning_rate": None}, "no use for method_kwargs"),
-    ("random_search", {}, "no use for learning_rate"),
-    ("es", {"method_kwargs": {"beta": 1}}, "no use for method_kwargs"),
+    ("random_search", {"method_kwargs": {"beta": 1}, "learning_rate": None}, "does not use method_kwargs"),
+    ("random_search", {}, "does not use learning_rate"),
+    ("es", {"method_kwargs": {"beta": 1}}, "does not use method_kwargs"),
     ("gpro", {}, "did you mean 'grpo'"),
 ]  # fmt: skip
 
