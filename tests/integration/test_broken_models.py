@@ -182,9 +182,9 @@ def test_a_sigma_that_breaks_every_member_stops_the_run(
     for resume in ((), ("--resume",)):
         done = run_model(*words, *resume)
         assert done.code == 2, done
-        assert "step 1: the logits behind every completion of every member are not finite in float16" in done.err
+        assert "step 1: the logits of all members are not finite in float16" in done.err
         assert (
-            "lower sigma (1e+06) or try --dtype bfloat16 or float32; the 0 steps before are in the journal" in done.err
+            "lower sigma (1e+06) or try --dtype bfloat16 or float32; the journal holds the 0 earlier steps" in done.err
         )
         assert [line["kind"] for line in journal(place / "run")] == ["header"]
     assert not (place / "run" / "model.safetensors").exists()
@@ -202,7 +202,7 @@ def test_a_theta_that_its_last_update_broke_is_not_written(noise: str, run_model
     for resume in ((), ("--resume",)):
         done = run_model(*words, *resume)
         assert done.code == 2 and done.err.count("error") == 1, done
-        assert "theta diverged in step 1, its logits are not finite in float16: lower learning_rate" in done.err
+        assert "theta diverged in step 1: its logits are not finite in float16; lower learning_rate" in done.err
         assert not list((place / "run").glob("*.safetensors")) and not (place / "run" / "es_state.json").exists()
     replayed = run_model("replay", "--run", "run", "--step", 0, "--output_dir", "whole")
     assert replayed.code == 0, replayed
@@ -211,7 +211,7 @@ def test_a_theta_that_its_last_update_broke_is_not_written(noise: str, run_model
 def test_a_theta_that_breaks_on_the_way_stops_the_run_and_is_told_of_held_out_rows(run_model: Any, place: Path) -> None:
     done = run_model(*BREAKS, "--max_steps", 3, "--save_steps", 1, "--eval_steps", 1, "--eval_rows", 4)
     assert done.code == 2, done
-    assert "step 2: the logits behind every completion of every member are not finite in float16" in done.err
+    assert "step 2: the logits of all members are not finite in float16" in done.err
     assert "theta itself is broken, lower learning_rate or try --dtype" in done.err
     assert done.err.count("behind 100.0% of theta's completions of held-out rows are not finite") == 1
     evaluations = [record for record in metrics(place / "run") if "eval_reward" in record]
@@ -240,7 +240,7 @@ def test_evaluate_says_that_a_model_is_broken(
         found["non_finite_ratio"] * 6 * (2 if how else 1)
     )
     assert found["kl"] is None or part == "model.norm"
-    assert done.err.count("completions are not finite in float16: they count as wrong") == 1, done.err
+    assert done.err.count("completions are not finite in float16: these completions count as wrong") == 1, done.err
 
 
 def test_evaluate_with_a_broken_reference(run_model: Any, place: Path) -> None:
@@ -388,7 +388,7 @@ def test_rows_that_all_ask_the_same_and_rewards_that_never_apply(run_model: Any,
                      "--population_size", 4, "--batch_size", 16, "--max_steps", 2, "--max_completion_length", 3,
                      "--sigma", 0.01, "--report_to", "none", "--output_dir", "run")  # fmt: skip
     assert done.code == 0, done
-    for told in ("all 16 prompts are the same tokens", "reward never returned None for every completion so far",
+    for told in ("all 16 prompts have the same tokens", "reward never has returned None for every completion so far",
                  "every completion of every member was cut off"):  # fmt: skip
         assert done.err.count(told) == 1, done.err
 

@@ -30,14 +30,14 @@ def needs(package: str) -> pytest.MarkDecorator:
 def started(place, name, **environment):
     done = estune(*RUN, "--report_to", name, cwd=place, env=environment)
     assert done.code == 0, done
-    assert "broke and is off" not in done.err, done.err
+    assert "failed and is off" not in done.err, done.err
 
 
 def resumed(place, name, **environment):
     """Go on with the run for a third step."""
     done = estune("train", "--output_dir", "run", "--resume", "--max_steps", 3, cwd=place, env=environment)
     assert done.code == 0, done
-    assert "broke and is off" not in done.err, done.err
+    assert "failed and is off" not in done.err, done.err
 
 
 @pytest.mark.real
@@ -127,7 +127,7 @@ def test_a_tracker_that_breaks_later_is_switched_off(capsys):
     monitors.log({"step": 1})
     monitors.log({"step": 2})
     monitors.close()
-    assert capsys.readouterr().err.count("Breaking broke and is off") == 1
+    assert capsys.readouterr().err.count("Breaking failed and is off") == 1
 
 
 class Odd:
@@ -164,8 +164,8 @@ def test_a_tracker_that_exits_does_not_end_the_run(capsys):
     monitors.log({"step": 1})
     monitors.close()
     warned = capsys.readouterr().err
-    assert "odd broke and is off for the rest of the run: SystemExit: 3" in warned
-    assert "even broke and is off for the rest of the run: SystemExit: 3" in warned
+    assert "odd failed and is off for the rest of the run: SystemExit: 3" in warned
+    assert "even failed and is off for the rest of the run: SystemExit: 3" in warned
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
@@ -176,7 +176,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
     monitors.log({"step": 1})
     let_go.wait(0.1)
     monitors.log({"step": 2})
-    assert "odd broke and is off for the rest of the run: it has taken no record for 0.05 s" in capsys.readouterr().err
+    assert "odd failed and is off for the rest of the run: the tracker has taken no record for 0.05 s" in capsys.readouterr().err
     monitors = Monitors([], [Apart("odd", lambda: Odd(on_close=let_go.wait))])
     monitors.close()
     assert "no answer for 0.05 s" in capsys.readouterr().err

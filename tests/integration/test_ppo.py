@@ -328,14 +328,14 @@ def test_a_stopped_run_starts_again_and_a_finished_one_stays(tmp_path: Path, cap
     interrupting.__name__ = "goes_right"
     stopped = train(tmp_path / "model", tmp_path / "run", **{**options, "reward": interrupting})
     assert not (stopped / "model.safetensors").exists() and (stopped / "checkpoint-2").exists()
-    assert "start it again with: estune train --resume" in capsys.readouterr().out
+    assert "start again with: estune train --resume" in capsys.readouterr().out
     run = train(tmp_path / "model", tmp_path / "run", **options, resume=True)
     assert "starting again from step 0" in capsys.readouterr().out
     assert (run / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
     assert metrics(run) == metrics(wanted)
     train(tmp_path / "model", tmp_path / "run", **options, resume=True)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(UserError, match="cannot go on from its end"):
+    with pytest.raises(UserError, match="cannot continue a finished run"):
         train(tmp_path / "model", tmp_path / "run", **{**options, "max_steps": 4}, resume=True)
 
 
@@ -350,9 +350,9 @@ def test_a_stopped_run_starts_again_and_a_finished_one_stays(tmp_path: Path, cap
         ({"batch_size": 9}, "does not fit 8 rows"),
         ({"batch_size": 1}, "batch_size of 2 or more"),
         ({"method_kwargs": {"kl_coeff": 0.1}}, "did you mean 'kl_coef'"),
-        ({"method_kwargs": {"max_grad_norm": 1.0}}, "it never clips gradients"),
-        ({"method_kwargs": {"eval_on_start": True}}, "it never reads it"),
-        ({"method_kwargs": {"learning_rate": 0.1}}, "the configuration, or estune itself, decides it"),
+        ({"method_kwargs": {"max_grad_norm": 1.0}}, "it does not clip gradients"),
+        ({"method_kwargs": {"eval_on_start": True}}, "it does not read the argument"),
+        ({"method_kwargs": {"learning_rate": 0.1}}, "the configuration or estune decides it"),
         ({"method_kwargs": {"num_mini_batches": 3}}, "does not divide the 4 rows"),
         ({"method_kwargs": {"whiten_rewards": True}}, "8 rows or more"),
         ({"method_kwargs": {"lam": "high"}}, "must be a number"),
@@ -369,7 +369,7 @@ def test_what_would_have_no_effect_or_cannot_work_is_refused(options, message, t
 
 def test_a_model_without_a_value_head_is_refused(tmp_path: Path) -> None:
     save_tiny("mamba", tmp_path / "model")
-    with pytest.raises(UserError, match="needs a value model, which transformers lacks for mamba"):
+    with pytest.raises(UserError, match="needs a value model, but transformers has none for mamba"):
         train(tmp_path / "model", tmp_path / "run")
 
 

@@ -417,7 +417,7 @@ def test_a_signal_to_the_whole_group_saves(at, journals, number, phase):
     out, err = (text.decode() for text in process.communicate())
     assert process.returncode == 0, err
     assert_quiet(err)
-    assert err.count("once more to quit without saving") == 1
+    assert err.count("send the signal again to quit without saving") == 1
     assert f"estune: stopped after {n_calls // 4} steps" in out
     if phase == "later":
         assert estune(at, '"$@"', *words, "--resume")[0] == 0

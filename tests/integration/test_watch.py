@@ -63,7 +63,7 @@ def test_the_file_opens_without_network_and_without_errors(finished: Path, run, 
     html, console = look((place / "page" / "report.html").as_uri(), place)
     assert console == ""
     assert 'data-ready="true"' in html
-    for heading in ("Training reward", "Held-out", "Fitness of the members", "Where the time went", "Before and after",
+    for heading in ("Training reward", "Held-out", "Fitness of the members", "Time by part of a step", "Before and after",
                     "Configuration", "Fingerprint"):  # fmt: skip
         assert f"<h2>{heading}" in html, heading
     assert html.count("<svg") >= 4

@@ -35,7 +35,7 @@ def test_the_first_signal_asks_to_stop(number, capsys):
         assert not stop.requested()
         os.kill(os.getpid(), number)
         assert stop.requested()
-    assert "once more to quit without saving" in capsys.readouterr().err
+    assert "send the signal again to quit without saving" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", ALL)

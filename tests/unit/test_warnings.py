@@ -31,7 +31,7 @@ def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: p
     watch.step(record(), ThetaAnswers(equal=1.0))
     told = capsys.readouterr().err
     assert told.count("warning") == 1
-    assert "93% of the completions equal the unperturbed model's" in told and "estune probe" in told
+    assert "93% of the completions equal those of the unperturbed model" in told and "estune probe" in told
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys:
         ({"completions/non_finite_ratio": 0.25}, "behind 25.0% of the members' completions are not finite"),
         ({"completions/clipped_ratio": 1.0}, "was cut off at max_completion_length"),
         ({"completions/clipped_ratio": 0.0, "completions/mean_length": 1.0}, "ended with its first token"),
-        ({"es/fitness_mean": None}, "no reward applied to anything in this step"),
+        ({"es/fitness_mean": None}, "every reward was None in this step"),
     ],
 )
 def test_what_is_known_of_completions_is_told_once(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from estune.baselines.session import BaselineSession
-from estune.config import ResolvedConfig
+from estune.config import ESConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
@@ -37,19 +37,21 @@ class Best:
     fitness: float | None = None  # in its latest comparison
 
 
-def sizes(args: ResolvedConfig) -> tuple[int, int]:
+def sizes(args: ESConfig) -> tuple[int, int]:
     """Return the number of members that a step draws, and the number of prompts of its comparison.
 
     Both together cost at most the N * B * G evaluations of a step of ES; an odd number of prompts is rounded down. A
     comparison has at least one prompt.
     """
+    assert isinstance(args.batch_size, int)  # resolved
     members = args.population_size // 2
     return members, max(1, (args.population_size - members) * args.batch_size // 2)
 
 
-def evaluations_per_step(args: ResolvedConfig) -> int:
+def evaluations_per_step(args: ESConfig) -> int:
     """Return the number of completions that a step scores."""
     members, compared = sizes(args)
+    assert isinstance(args.batch_size, int)
     return (members * args.batch_size + 2 * compared) * args.num_generations
 
 
