@@ -176,7 +176,10 @@ def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
     monitors.log({"step": 1})
     let_go.wait(0.1)
     monitors.log({"step": 2})
-    assert "odd failed and is off for the rest of the run: the tracker has taken no record for 0.05 s" in capsys.readouterr().err
+    assert (
+        "odd failed and is off for the rest of the run: the tracker has taken no record for 0.05 s"
+        in capsys.readouterr().err
+    )
     monitors = Monitors([], [Apart("odd", lambda: Odd(on_close=let_go.wait))])
     monitors.close()
     assert "no answer for 0.05 s" in capsys.readouterr().err

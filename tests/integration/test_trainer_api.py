@@ -304,12 +304,12 @@ def test_theta_survives_any_number_of_evaluations(llama):
     before = {name: array.copy() for name, array in master.arrays.items()}
     from estune.es.population import members_for_step
     from estune.es.types import Noise, Perturbation
-    from estune.train.setup import sampling
+    from estune.train.step import sampling_of
 
-    first = trainer.engine.generate(None, prompts, sampling(trainer.args, 0))
+    first = trainer.engine.generate(None, prompts, sampling_of(trainer.args, 0))
     for member in members_for_step(0, 0, 6, True):
-        trainer.engine.generate(Perturbation(member, Noise(0.3)), prompts, sampling(trainer.args, 0))
-    assert trainer.engine.generate(None, prompts, sampling(trainer.args, 0)) == first
+        trainer.engine.generate(Perturbation(member, Noise(0.3)), prompts, sampling_of(trainer.args, 0))
+    assert trainer.engine.generate(None, prompts, sampling_of(trainer.args, 0)) == first
     assert all(np.array_equal(before[name], array) for name, array in master.arrays.items())
 
 

@@ -327,7 +327,7 @@ def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["train", *common, *data, "--dataset_train_split", "learn", "--eval_steps", "1", *run]) == 0
     captured = capsys.readouterr()
     assert "5 training rows, 4 held out" in captured.out
-    assert "warning: 1 of 4 held-out rows have a prompt that is trained on" in captured.err
+    assert "warning: 1 of 4 held-out rows have a prompt that is also a training prompt" in captured.err
     assert main(["evaluate", *common, "--limit", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["split"] == "test"
     (tmp_path / "bare.jsonl").write_text('{"answer": "1"}\n', encoding="utf-8")
