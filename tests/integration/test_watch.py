@@ -63,8 +63,8 @@ def test_the_file_opens_without_network_and_without_errors(finished: Path, run, 
     html, console = look((place / "page" / "report.html").as_uri(), place)
     assert console == ""
     assert 'data-ready="true"' in html
-    for heading in ("Training reward", "Held-out", "Fitness of the members", "Time by part of a step", "Before and after",
-                    "Configuration", "Fingerprint"):  # fmt: skip
+    for heading in ("Training reward", "Held-out", "Fitness of the members", "Time by part of a step",
+                    "Before and after", "Configuration", "Fingerprint"):  # fmt: skip
         assert f"<h2>{heading}" in html, heading
     assert html.count("<svg") >= 4
     assert re.search(r"[0-9a-f]{32}", html)
