@@ -101,6 +101,8 @@ def words(case: Case) -> list[Any]:
 
 def check(case: Case, place: Path, forks: Forks) -> str:
     """Run a command with odd streams; compare what it did with what it does with quiet ones."""
+    if (case["reward"], case["isolation"], case["streams"]["stdin"]) == ("reads", "inline", "pty"):
+        return "an inline reward that reads a terminal waits for its user"
     (place / "said.py").write_text(REWARDS)
     (place / "scored.jsonl").write_text(SCORED)
     (place / "rows.jsonl").write_text(ROWS)
