@@ -54,6 +54,7 @@ WAYS = [
     ("--reward_workers", 4),
     ("--reward_isolation", "inline", "--reward_workers", "auto"),
     ("--num_threads", 2),
+    ("--num_threads", 8),
     ("--num_threads", 3, "--reward_workers", 3),
     ("--prompts_per_batch", 3),
 ]

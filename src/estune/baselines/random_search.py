@@ -132,7 +132,7 @@ def _fitness(
     rows = [session.train_rows[row] for row in row_ids]
     prompts = [session.train_prompts[row] for row in row_ids]
     sampling, evaluator = sampling_of(session.args, index), session.evaluator
-    checksum = session.engine.checksum()
+    checksum = session.engine.theta_checksum
     jobs = (
         GroupJob(tuple(batch), tuple(members[index] for index in batch), checksum, tuple(prompts), sampling)
         for batch in _batches(members, session.args.members_per_batch)

@@ -144,7 +144,7 @@ def probe(
 
         def answer(perturbations: Sequence[Perturbation | None]) -> tuple[list[Group], list[Completions]]:
             job = GroupJob(
-                tuple(range(len(perturbations))), tuple(perturbations), engine.checksum(), tuple(prompts), sampling
+                tuple(range(len(perturbations))), tuple(perturbations), engine.theta_checksum, tuple(prompts), sampling
             )
             started = list(evaluator.submit([job], lambda _: rows, state, False))
             done = [

@@ -127,6 +127,12 @@ class LocalBase:
         """Return the checksum sum of every parameter."""
         return self.theta.sums()
 
+    @property
+    def theta_checksum(self) -> str:
+        """The checksum of theta since its last change; see `Replica.theta_checksum`."""
+        cached = self._checksum
+        return cached[1] if cached is not None and cached[0] == self.theta.version else self.checksum()
+
     def checksum(self) -> str:
         """Return the checksum of theta, recomputed from theta's memory."""
         checksum = digest(self.theta.specs, self.theta.sums())
@@ -176,10 +182,10 @@ class LocalBase:
             ValueError: a job is meant for another theta.
         """
         for job in jobs:
-            cached = self._checksum
-            checksum = cached[1] if cached is not None and cached[0] == self.theta.version else self.checksum()
-            if job.theta_checksum != checksum:
-                raise ValueError(f"a job for theta {job.theta_checksum} reached a replica that holds {checksum}")
+            if job.theta_checksum != self.theta_checksum:
+                raise ValueError(
+                    f"a job for theta {job.theta_checksum} reached a replica that holds {self.theta_checksum}"
+                )
             yield job
 
     def stop(self) -> None:

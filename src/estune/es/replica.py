@@ -37,6 +37,10 @@ class Replica(Protocol):
     def sums(self) -> dict[str, int]:
         """Return the sum of every parameter; `estune.es.theta.digest` hashes the sums into the checksum."""
 
+    @property
+    def theta_checksum(self) -> str:
+        """The checksum of theta since its last change; `checksum` computes it again from memory."""
+
     def checksum(self) -> str:
         """Return the checksum of theta."""
 

@@ -166,7 +166,7 @@ def evaluate(
     Raises:
         Interrupted: the run was asked to stop.
     """
-    sampling, checksum = of_evaluations(sampling), evaluator.engine.checksum()
+    sampling, checksum = of_evaluations(sampling), evaluator.engine.theta_checksum
     grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
     jobs = (
         GroupJob((start,), (None,), checksum, tuple(prompts[start : start + batch]), sampling)

@@ -235,7 +235,7 @@ class Evaluator:
         Raises:
             Interrupted: the run was asked to stop.
         """
-        job = GroupJob((0,), (None,), self.engine.checksum(), tuple(prompts), sampling)
+        job = GroupJob((0,), (None,), self.engine.theta_checksum, tuple(prompts), sampling)
         [(_, group, _, future)] = self.submit([job], lambda _: rows, trainer_state, False)
         return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
 
@@ -328,7 +328,7 @@ def answers_of_theta(
     Raises:
         Interrupted: ``should_stop`` returned true after a token.
     """
-    job = GroupJob((0,), (None,), engine.checksum(), tuple(prompts), sampling)
+    job = GroupJob((0,), (None,), engine.theta_checksum, tuple(prompts), sampling)
     [answer] = engine.answers([job], should_stop)
     return answer.completions[0]
 

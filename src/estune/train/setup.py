@@ -27,6 +27,7 @@ from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
 from estune.models.names import local_directory
+from estune.rewards.loading import look_for_modules_in
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
 from estune.run.directory import refuse_unfinished
@@ -287,14 +288,18 @@ def engine_class(name: str) -> Any:
     """Return the class of an engine: one of `ENGINES`, or ``package.module:Class``.
 
     Raises:
-        UserError: the class cannot be imported.
+        UserError: the class cannot be imported, or it is no engine.
     """
     where = ENGINES.get(name, name)
     module, _, attribute = where.partition(":")
+    look_for_modules_in([Path.cwd()])
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
         raise UserError(f"engine {name!r} cannot be imported: {error}") from error
+    if not hasattr(found, "open"):
+        raise UserError(f"engine {name!r} is no engine: it has no method open (see estune.engines.local.LocalBase)")
+    return found
 
 
 def _is_toy(model: str) -> bool:
