@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from estune.engines.hf.engine import HFEngine
-from estune.engines.hf.parameters import _pieces_of, _view_at, bindings
+from estune.engines.hf.parameters import _pieces_of, view_at, bindings
 from estune.errors import UserError
 from estune.es.noise import noise_ints, perturbation_scale
 from estune.es.types import Member, Noise, Perturbation, Prompt, Sampling
@@ -161,12 +161,12 @@ def test_views_express_permutations_and_refuse_what_is_none() -> None:
     rope = tags.reshape(2, 2, 2, 6).swapaxes(1, 2).reshape(8, 6)  # heads, halves, pairs: no 2-D view has this order
     for addresses in (tags, tags.T, tags[2:5], tags[:, 1:4], rope, tags[::2], tags[0], tags[3, 3]):
         addresses = np.ascontiguousarray(addresses)
-        view = _view_at("w", addresses, 0, parameter)
+        view = view_at("w", addresses, 0, parameter)
         assert np.array_equal(view.reshape(addresses.shape).numpy(), addresses)
         assert view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
     shuffled = np.random.default_rng(0).permutation(48).astype(np.int32)
     with pytest.raises(UserError, match="'w'"):
-        _view_at("w", shuffled, 0, parameter)
+        view_at("w", shuffled, 0, parameter)
 
 
 def test_a_stored_tensor_may_span_parameters() -> None:

@@ -3,5 +3,6 @@
 # Choices of ``--engine`` and their classes; ``package.module:Class`` names a class of your own.
 ENGINES = {
     "hf": "estune.engines.hf.engine:HFEngine",
+    "vllm": "estune.engines.vllm.engine:VLLMEngine",
     "toy": "estune.engines.toy:ToyEngine",
 }

@@ -97,7 +97,7 @@ class Members:
         self._tensors: dict[str, tuple[torch.Tensor, ...]] = {}  # each (M, ...)
         for name, parameter in shared.parameters.items():
             if name in shared.lowrank:
-                left, right = _factors(name, parameter, perturbations)
+                left, right = factors_of(name, parameter.shape, perturbations, parameter.device, parameter.dtype)
                 self._tensors[name] = (left, right)
                 self.stand_ins[name] = MatrixStandIn(name, parameter.detach(), self.layout, left, right)
             else:
@@ -143,8 +143,12 @@ def bytes_per_row(model: Any, length: int, sampled: bool) -> int:
     return sampling + int(model.dtype.itemsize * (cache + 3 * config.vocab_size + length * (8 * hidden + 4 * inner)))
 
 
-def _factors(
-    name: str, parameter: torch.Tensor, perturbations: Sequence[Perturbation]
+def factors_of(
+    name: str,
+    shape: Sequence[int],
+    perturbations: Sequence[Perturbation],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the members' factors: left (M, r, d0), times scale and sign, and right (M, r, d1)."""
     rank = perturbations[0].noise.rank
@@ -154,10 +158,10 @@ def _factors(
     # Scales have 16 significant bits, so float32 holds them exactly.
     scales = np.array([p.noise.lowrank_scale * p.member.sign for p in perturbations], dtype=np.float32)
     factors = []
-    for factor, size, scale in zip(factor_names(name), parameter.shape, (scales, ones), strict=True):
+    for factor, size, scale in zip(factor_names(name), shape, (scales, ones), strict=True):
         values = np.empty((len(perturbations), rank, size), dtype=np.float32)
         cpu_lowrank.factors_into(values, noise_keys(seeds, factor), scale, rademacher)
-        factors.append(torch.from_numpy(values).to(parameter.device, parameter.dtype))
+        factors.append(torch.from_numpy(values).to(device, dtype))
     return factors[0], factors[1]
 
 

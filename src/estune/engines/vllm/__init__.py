@@ -1,0 +1,1 @@
+"""The vLLM engine: theta in float32 beside a vLLM model, whose weights are written in place."""
