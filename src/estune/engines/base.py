@@ -47,6 +47,7 @@ class EngineOptions:
     prompts_per_batch: int = 64  # prompts in one forward pass, each with all its completions
     trainable_parameters: Sequence[str] | None = None  # regexes searched in stored names; None: train all parameters
     noise: str = "full"  # full or lowrank
+    tensor_parallel_size: int = 1  # processes that share one model, for engines that support it
 
 
 class ModelAssets(Protocol):

@@ -10,6 +10,7 @@ is then one strided view of a parameter, or several views side by side, and is r
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -57,9 +58,10 @@ class Binding:
 
     @property
     def direct(self) -> torch.Tensor | None:
-        """The parameter's memory as a view of the stored shape, if it has the stored layout; else ``None``."""
-        if len(self.pieces) == 1 and self.pieces[0].view.is_contiguous():
-            return self.pieces[0].view.view(self.shape)
+        """The parameter's memory as a view of the stored shape, if it holds the whole tensor so; else ``None``."""
+        view = self.pieces[0].view
+        if len(self.pieces) == 1 and view.is_contiguous() and view.numel() == math.prod(self.shape):
+            return view.view(self.shape)
         return None
 
     def read(self) -> torch.Tensor:

@@ -93,6 +93,7 @@ class VLLMEngine(LocalBase):
         self._llm = launch.start(
             resolve_model(options.model),
             dtype=self.compute_dtype,
+            tensor_parallel_size=options.tensor_parallel_size,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
         )
@@ -253,7 +254,7 @@ class VLLMEngine(LocalBase):
         except BaseException:
             engine.abort_request(list(names))
             raise
-        unsound = set(self._call("estune_unsound")[0])
+        unsound = {row for rank in self._call("estune_unsound") for row in rank}
         made = [Completion(tuple(tokens[i]), finished[i], i not in unsound) for i in range(len(rows))]
         grid = np.arange(len(rows)).reshape(n_members, len(prompts), copies)
         repeats = sampling.num_generations // copies

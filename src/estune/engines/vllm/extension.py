@@ -1,8 +1,7 @@
 """The part of the engine that runs in vLLM's workers: it writes members into the worker's weights.
 
 vLLM mixes `WorkerExtension` into its worker class. All arguments and results are numbers, strings, lists and dicts, so
-that they reach a worker in another process. Importing this module keeps linear weights live on a CPU: vLLM would
-otherwise pack copies of them.
+that they reach a worker in another process.
 """
 
 from __future__ import annotations
@@ -11,21 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812 (its usual name)
-from vllm.model_executor.layers import utils as vllm_layers
 
 from estune.engines.hf.working_model import WorkingModel
 from estune.engines.vllm import shared_memory, table
 from estune.engines.vllm.members import MemberBatch
 from estune.engines.vllm.messages import PerturbationMessage, perturbation_of
-
-def _keep_weight(layer: Any, remove_weight: bool) -> None:
-    """Replace vLLM's packing of a linear layer's weight on a CPU: products read the parameter itself."""
-    layer.cpu_linear = F.linear
-
-
-vllm_layers.dispatch_cpu_unquantized_gemm = _keep_weight
-
 
 class WorkerExtension:
     """Methods that vLLM adds to its worker; the engine calls them with ``collective_rpc``."""

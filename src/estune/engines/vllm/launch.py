@@ -13,6 +13,7 @@ import torch
 
 from estune.console import warn
 from estune.engines.hf.saved_model import reason_of
+from estune.engines.vllm.plugin import STARTED_BY
 from estune.errors import UserError
 
 TESTED = ("0.32.0",)  # versions of vLLM with which the tests ran
@@ -25,6 +26,7 @@ VARIABLES = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take the time of other processes
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    STARTED_BY: "1",
 }
 
 
@@ -80,10 +82,6 @@ def start(
     )
     with _starting():
         import vllm
-        from vllm.triton_utils import dispatcher
-
-        # vLLM reads the attributes of every object in every module, and llvmlite's library object answers any name.
-        dispatcher.vars = _attributes  # type: ignore[attr-defined]
         if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         try:
@@ -99,12 +97,6 @@ def end(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
     with suppress(Exception):  # on a machine without an accelerator vLLM's clean-up may fail after it has ended
         cleanup_dist_env_and_memory()
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """Return an object's attributes as `vars` does; an empty dict if its ``__dict__`` is no dictionary."""
-    attributes = getattr(value, "__dict__", None)
-    return dict(attributes) if hasattr(attributes, "items") else {}
 
 
 @contextmanager
