@@ -406,8 +406,8 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     run_files = [Path(str(options.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
     if resuming and any(file.exists() for file in run_files):
         from estune.rewards.loading import look_for_modules_in
-        from estune.run.directory import read_config
-        from estune.run.resume import located, module_directories, refuse_lost
+        from estune.run.origin import located, module_directories, refuse_lost
+        from estune.run.saved_config import read_config
 
         run_dir = Path(str(options["output_dir"]))
         base = located(read_config(run_dir), run_dir)
@@ -450,8 +450,8 @@ def _evaluate(values: dict[str, Any]) -> int:
     from estune.commands.evaluate import evaluate_command
     from estune.data.datasets import has_splits
     from estune.rewards.loading import look_for_modules_in
-    from estune.run.directory import inherited_settings, run_of
-    from estune.run.resume import module_directories
+    from estune.run.origin import module_directories
+    from estune.run.saved_config import inherited_settings, run_of
 
     extras = {
         name: values.pop(name) for name in ("split", "n_samples", "limit", "reference", "rows", "json", "batch_check")

@@ -16,8 +16,8 @@ from tiers import full
 from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
 from estune.errors import ExternalError
 from estune.models.names import EMBEDDED_MODELS
-from estune.run.directory import adopt
-from estune.run.resume import LOCATED, RULES, Facts, check_facts
+from estune.run.origin import LOCATED
+from estune.run.resume import RULES, Facts, adopt, check_facts
 
 pytestmark = pytest.mark.miniature
 

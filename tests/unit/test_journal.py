@@ -18,8 +18,8 @@ from estune.es.noise import lowrank_scale, perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
 from estune.es.update import make_update
-from estune.run.directory import check_parameters
 from estune.run.journal import Journal, Pending, canonical_json, recorded_update, step_record
+from estune.run.replay import check_parameters
 
 CONFIG = {
     "antithetic": True, "weight_decay_anchor": "base", "noise": "full", "rank": 1, "noise_distribution": "rademacher",

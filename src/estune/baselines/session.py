@@ -27,7 +27,7 @@ from estune.files import file_digest, is_count, is_number, read_json_object, wri
 from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
-from estune.run.directory import METHOD_FILE
+from estune.run.saved_config import METHOD_FILE
 from estune.train import metrics
 from estune.train.rollouts import scored
 from estune.train.session import OpenRun

@@ -31,18 +31,11 @@ from estune.monitor.monitors import Monitors
 from estune.monitor.trackers import read_trackers, write_trackers
 from estune.run.card import CARD_FILE
 from estune.run.checkpoint import ES_STATE, checkpoints, is_whole_model, leftovers, read_state, remove_partial
-from estune.run.directory import (
-    CONFIG_FILE,
-    METHOD_FILE,
-    Run,
-    adopt,
-    open_run,
-    read_config,
-    stored_config,
-    train_time_s,
-)
-from estune.run.records import cut_back, read_metrics
-from estune.run.resume import Facts, are_facts, check_facts, keep_origin, located, same_names
+from estune.run.directory import Run, open_run
+from estune.run.origin import keep_origin, located, same_names
+from estune.run.records import cut_back, read_metrics, train_time_s
+from estune.run.resume import Facts, adopt, are_facts, check_facts
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE, read_config, stored_config
 from estune.train import setup
 from estune.train.opening import Loaded, hub_repository, load_inputs, start_monitors, start_workers
 from estune.train.request import BaseTrainer, TrainingRequest

@@ -25,9 +25,8 @@ from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
 from estune.files import replace_file
 from estune.models.names import local_directory, public_name
-from estune.run.directory import JOURNAL_FILE
-from estune.run.journal import Journal, canonical_json, recorded_update
-from estune.run.resume import located
+from estune.run.journal import JOURNAL_FILE, Journal, canonical_json, recorded_update
+from estune.run.origin import located
 from estune.train import setup
 
 MAGIC = b"estune patch 1\n"

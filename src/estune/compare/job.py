@@ -22,8 +22,9 @@ from estune.compare.processes import Processes
 from estune.config import ESConfig
 from estune.console import say
 from estune.files import write_json
-from estune.run.directory import CONFIG_FILE, METHOD_FILE, OF_RUN
+from estune.run.directory import OF_RUN
 from estune.run.records import read_metrics
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE
 
 DONE, FAILED = "done", "failed"
 UNMEASURED = "unmeasured"  # the run came to its end, and measuring its model failed: that is no fault of the method

@@ -14,10 +14,10 @@ from estune.environment import VERSION
 from estune.files import replace_file
 from estune.models.names import fetched_name, origin, public_name
 from estune.run.checkpoint import read_state
-from estune.run.directory import CONFIG_FILE, METHOD_FILE
 from estune.run.journal import Journal
+from estune.run.origin import located
 from estune.run.records import read_metrics
-from estune.run.resume import located
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE
 
 CARD_FILE = "README.md"
 # Options that a card's command omits, such as paths that exist on one machine only.

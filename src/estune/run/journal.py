@@ -25,6 +25,8 @@ from estune.es.types import Member
 from estune.es.update import Update
 from estune.files import append_line, is_count, is_number, parse_json
 
+JOURNAL_FILE = "journal.jsonl"
+PENDING_FILE = "pending.jsonl"
 FORMAT_VERSION = 1
 _GENESIS = "0" * 32
 

@@ -30,8 +30,9 @@ from estune.rewards.pool import RewardPool
 from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
-from estune.run.directory import Run, refuse_diverged
+from estune.run.directory import Run
 from estune.run.journal import step_record
+from estune.run.replay import refuse_diverged
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
 from estune.train.rollouts import Evaluator, Rollouts, answers_of_theta, digest

@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from estune.run.directory import read_config
 from estune.run.records import read_metrics
+from estune.run.saved_config import read_config
 
 PLOT_FILE = Path("plots") / "curves.png"
 REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
