@@ -1,6 +1,7 @@
 """Which room may import which (docs/architecture.md); imports inside functions and for type checking count."""
 
 import ast
+import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_light_rooms_load_no_torch() -> None:
             top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
             names = {name.partition(".")[0] for node in top for name in imported(node)}
             assert not names & {"torch", "transformers"}, module
+
+
+def test_the_fork_server_needs_the_standard_library_alone() -> None:
+    ours = {"estune.rewards.contract", "estune.rewards.worker", "estune.rewards.fork_server"}
+    for module in ("estune", "estune.rewards", *ours):
+        for node in ast.parse(FILES[module].read_text()).body:
+            names = imported(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            assert all(name in ours or name.partition(".")[0] in sys.stdlib_module_names for name in names), module
 
 
 def test_at_most_ten_modules_lie_at_the_root_and_every_room_says_what_it_is() -> None:
