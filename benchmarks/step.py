@@ -53,8 +53,8 @@ from estune.engines.hf.callers import AttentionCaller, left_pad
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.update import Update, make_update
 from estune.train.opening import open_session
-from estune.train.session import Session, Step, plan_step
-from estune.train.step import sampling_of
+from estune.train.session import Session
+from estune.train.step import Step, plan_step, sampling_of
 
 NEXT_TO_NOTHING = 1e-12  # learning rate
 NO_STEPS_END = 1_000_000  # max_steps

@@ -26,7 +26,7 @@ from estune.engines.hf.engine import HFEngine
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.models.names import local_directory
-from estune.train.rollouts import Group, known_groups
+from estune.train.groups import Group, known_groups
 from estune.train.setup import load_engine
 
 pytestmark = pytest.mark.miniature

@@ -19,8 +19,7 @@ from estune.es.types import Interrupted
 from estune.models.names import local_directory
 from estune.run.records import read_metrics
 from estune.tasks import get_task
-from estune.train.session import plan_step
-from estune.train.step import sampling_of
+from estune.train.step import plan_step, sampling_of
 
 pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 

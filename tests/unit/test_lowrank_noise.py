@@ -30,7 +30,7 @@ from estune.es.population import members_for_step
 from estune.es.theta import PIECE, HostTheta, row_pieces
 from estune.es.types import GroupJob, Member, Noise, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
-from estune.train.session import plan_step
+from estune.train.step import plan_step
 
 DISTRIBUTIONS = ["normal", "rademacher"]
 NONE = np.empty(0, dtype=np.float32)

@@ -690,7 +690,8 @@ def test_scripts_without_a_main_guard(tmp_path, how):
 
 def test_workers_import_nothing_heavy():
     code = "import sys\nfrom estune.rewards.pool import *\n"
-    code += "f = lambda completions: [len({'torch', 'numpy', 'numba', 'estune.errors', 'estune.rewards.pool'} & set(sys.modules))]\n"
+    code += "heavy = {'torch', 'numpy', 'numba', 'estune.errors', 'estune.rewards.pool'}\n"
+    code += "f = lambda completions: [len(heavy & set(sys.modules))]\n"
     code += "with RewardPool([f], 'f', timeout_s=300, workers=1) as p: "
     code += "print(p.submit(RewardBatch(['p'], ['c'], [[1]])).result().rewards[0, 0])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0.0"

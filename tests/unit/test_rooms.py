@@ -1,14 +1,22 @@
-"""Which room may import which (docs/architecture.md); imports inside functions and for type checking count."""
+"""Rules for the files: which room may import which (docs/architecture.md), and the tier of every test.
+
+Imports inside functions and for type checking count.
+"""
 
 import ast
+import re
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+from tiers import few, full, group_of
+
 import estune
 
-SRC = Path(__file__).resolve().parents[2] / "src" / "estune"
+ROOT = Path(__file__).resolve().parents[2]
+SRC = ROOT / "src" / "estune"
 BASE = "errors console files environment identity"
 CORE = f"{BASE} config es gpu rewards sandbox tasks data models engines run"
 MAY_IMPORT = {
@@ -21,6 +29,7 @@ MAY_IMPORT = {
     "train baselines commands monitor compare", "__main__": "cli", "estune": "config environment errors train",
 }  # fmt: skip
 LIGHT = ("es", "run", "rewards", "sandbox", "tasks")  # rooms that load neither torch nor transformers
+TIERS = ("miniature", "e2e", "real")
 FILES = {".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): path
          for path in SRC.rglob("*.py")}  # fmt: skip
 
@@ -52,7 +61,7 @@ def test_rooms_import_what_they_may_and_no_circle() -> None:
 
 
 def test_one_version() -> None:
-    project = tomllib.loads((SRC.parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert estune.__version__ == project["version"]
 
 
@@ -76,3 +85,34 @@ def test_at_most_ten_modules_lie_at_the_root_and_every_room_says_what_it_is() ->
     assert len(list(SRC.glob("*.py"))) <= 10
     for path in SRC.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "integration").glob("test_*.py")), ids=lambda path: path.stem)
+def test_an_integration_file_names_its_tier(path: Path) -> None:
+    """By `pytestmark`; a single test of a miniature file may be marked as one of another tier."""
+    marks = path.read_text(encoding="utf-8").split("\npytestmark = ")[1].split("\n\n")[0]
+    assert len(re.findall(rf"pytest\.mark\.({'|'.join(TIERS)})\b", marks)) == 1
+
+
+def test_the_default_selection_is_what_make_test_runs() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    assert "-m 'not e2e and not real'" in options["addopts"]
+    assert {mark.partition(":")[0] for mark in options["markers"]} == {*TIERS, "xdist_group(name)"}
+
+
+def test_ci_runs_every_tier() -> None:
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {"make test", "make test-e2e", "make test-real"} <= set(commands)
+
+
+def test_files_share_a_worker_where_they_name_a_group() -> None:
+    assert group_of(ROOT / "tests" / "unit" / "test_sandbox.py") == "processes"
+    assert group_of(ROOT / "tests" / "integration" / "test_compare.py") == "compared"
+    assert group_of(ROOT / "tests" / "unit" / "test_noise.py") is None
+
+
+def test_what_is_not_kept_belongs_to_the_other_tier() -> None:
+    kept, left = few(["a", "b"], ("a",))
+    assert kept == "a" and left == full("b") and [mark.name for mark in left.marks] == ["e2e"]
+    with pytest.raises(AssertionError):
+        few(["a"], ("c",))

@@ -21,7 +21,8 @@ from estune.es.population import EVAL_PERSON
 from estune.es.types import GroupJob, Prompt, Sampling
 from estune.rewards.pool import RewardPool, RewardResult
 from estune.run.records import is_right
-from estune.train.rollouts import Completions, Evaluator, Group, scored
+from estune.train.groups import Group
+from estune.train.rollouts import Completions, Evaluator, scored
 
 Z_95 = 1.959963984540054  # standard deviations: the normal distribution's 97.5 % quantile
 RESAMPLES = 2000  # resamples of the bootstrap

@@ -12,7 +12,7 @@ from estune.console import warn
 from estune.es.fitness import mean, share_of_tied_prompts, weigh
 from estune.es.theta import Moved
 from estune.train.evaluation import Evaluation
-from estune.train.rollouts import Rollouts
+from estune.train.groups import Rollouts
 
 if TYPE_CHECKING:
     from estune.train.setup import Rewards

@@ -35,7 +35,8 @@ from estune.run.journal import step_record
 from estune.run.replay import refuse_diverged
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
-from estune.train.rollouts import Evaluator, Rollouts, answers_of_theta, digest
+from estune.train.groups import Rollouts, digest
+from estune.train.rollouts import Evaluator, answers_of_theta
 from estune.train.setup import Rewards
 from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
