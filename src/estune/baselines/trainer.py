@@ -37,9 +37,10 @@ from estune.run.records import cut_back, read_metrics, train_time_s
 from estune.run.resume import Facts, adopt, are_facts, check_facts
 from estune.run.saved_config import CONFIG_FILE, METHOD_FILE, read_config, stored_config
 from estune.train import setup
-from estune.train.opening import Loaded, hub_repository, load_inputs, start_monitors, start_workers
+from estune.train.opening import hub_repository, load_inputs, start_monitors, start_workers
 from estune.train.request import BaseTrainer, TrainingRequest
 from estune.train.rollouts import Evaluator
+from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
 from estune.train.trainer import finish_again
 
@@ -290,7 +291,7 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         grades = bool(request.eval_rows) or args.method == "sft_rejection"
         pool, accuracy_pool = start_workers(stack, request, grades=grades)
         loaded = load_inputs(request, run, checks_model=not resumes)
-        facts, progress = _check_resume(request, run, loaded, resumes)
+        facts, progress = _check_resume(run, loaded, resumes)
         old_files = {} if resumes else run.files()
         if restarts:  # the old configuration stays until it is replaced, so that a kill leaves a resumable run
             del old_files[run.path / CONFIG_FILE]
@@ -300,18 +301,12 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         module, bound = load_module(loaded.args, run, progress.steps_done)
         _write_inputs(run, loaded.args, trackers, progress.steps_done)
         session = BaselineSession(
-            args=loaded.args,
+            **vars(loaded),
             run=run,
-            engine=loaded.engine,
             module=module,
             bindings=bound,
             evaluator=Evaluator(loaded.engine, pool, args.response_prefix, stop.requested),
             accuracy_pool=accuracy_pool,
-            rewards=request.rewards,
-            train_rows=request.train_rows,
-            train_prompts=loaded.train_prompts,
-            eval_rows=request.eval_rows,
-            eval_prompts=loaded.eval_prompts,
             monitors=monitors,
             facts=facts,
             should_stop=stop.requested,
@@ -326,17 +321,10 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         yield session
 
 
-def _check_resume(request: TrainingRequest, run: Run, loaded: Loaded, resumes: bool) -> tuple[dict[str, Any], Progress]:
+def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[dict[str, Any], Progress]:
     """Return the run's facts and the progress from which it continues; check both if the run resumes."""
     fingerprint = loaded.engine.fingerprint()
-    facts = setup.facts_of(
-        request.rewards,
-        loaded.engine.assets,
-        request.train_rows,
-        loaded.train_prompts,
-        request.eval_rows,
-        loaded.eval_prompts,
-    )
+    facts = setup.facts_of(loaded)
     progress = resume_point(run.path) if resumes else Progress()
     done, max_steps = progress.steps_done, loaded.args.max_steps
     if done:
