@@ -512,7 +512,6 @@ def test_damaged_progress_is_no_state_to_go_on_from(search, place, searched, cha
 
 
 CONFIGS = {
-    "lost": (edited(seed=GONE), "seed"),
     "unknown": (edited(sigmb=1), "sigmb"),
     "a wrong type": (edited(logging_steps="x"), "logging_steps"),
     "out of range": (edited(sigma=-1), "sigma"),
@@ -531,6 +530,17 @@ def test_a_damaged_configuration_without_a_journal_is_one_sentence(search, place
     assert_one_sentence(search(), "es_config.json", word)
     assert_one_sentence(search("--max_steps", 3), "es_config.json", word)
     assert_same_tree(tree(place / "run"), before)
+
+
+def test_a_run_of_a_version_without_an_option_has_its_default(search, place, searched):
+    edited(response_prefix=GONE)(place / "run" / "es_config.json")
+    before = tree(place / "run")
+    assert search()[0] == 0
+    assert_same_tree(tree(place / "run"), before)
+    code, _, err = search("--response_prefix", "x")
+    assert code == 2 and "cannot change response_prefix from '' to 'x'" in err, err
+    assert search("--max_steps", 3)[0] == 0
+    assert weights(place / "run") == weights(searched / "long")
 
 
 def test_checkpoints_that_are_links_are_unlinked(search, place):

@@ -17,6 +17,7 @@ from estune.run.resume import has_sources
 
 CONFIG_FILE = "es_config.json"
 METHOD_FILE = "method.json"  # of a baseline's run, which has no journal
+ALWAYS = ("model", "method")  # options that every version writes
 
 # Options that `estune evaluate` inherits from the run of its model: those that decide completions and their scores.
 _INHERITED = (
@@ -63,7 +64,8 @@ def read_config(path: Path) -> dict[str, Any]:
     the file. A warning names the repaired options.
 
     Raises:
-        UserError: neither file can be read; or there is no journal, and an option is missing, unknown or wrong.
+        UserError: neither file can be read; or there is no journal, and an option is unknown or wrong, or one of
+            `ALWAYS` is missing.
     """
     file = path / CONFIG_FILE
     values = read_stored(file)
@@ -78,8 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
             if not file.exists():
                 raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE})")
             raise UserError(f"{file} is not a JSON object, and there is no journal with the run's options")
-        _refuse_garbled(file, values)
-        return values
+        return _checked(file, values)
     if values is None:
         warn(
             f"{file} is missing or damaged: the options are the journal's, and those that a resume may change have "
@@ -103,10 +104,16 @@ def read_stored(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _refuse_garbled(file: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError if an option of a configuration is missing, unknown or wrong; for runs without a journal."""
+def _checked(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run without a journal, with defaults for missing options.
+
+    A run of an older estune lacks the options that were added later.
+
+    Raises:
+        UserError: an option is unknown or wrong, or the file lacks one of `ALWAYS`.
+    """
     unknown = [name for name in values if name not in FIELDS]
-    lost = [name for name in FIELDS if name not in values]
+    lost = [name for name in ALWAYS if name not in values]
     if unknown or lost:
         what = f"has an unknown option {unknown[0]!r}" if unknown else f"lacks the option {lost[0]!r}"
         raise UserError(f"{file} is damaged: it {what}")
@@ -114,6 +121,9 @@ def _refuse_garbled(file: Path, values: Mapping[str, Any]) -> None:
         ESConfig.from_mapping(values)
     except UserError as error:
         raise UserError(f"{file} is damaged: {error}") from None
+    missing = {name: default_of(name, values["method"]) for name in FIELDS if name not in values}
+    # An option whose default depends on the machine or on other options stays out: the resume resolves it.
+    return {**{name: value for name, value in missing.items() if value not in (None, "auto")}, **values}
 
 
 def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
