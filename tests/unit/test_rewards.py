@@ -616,9 +616,9 @@ def test_load_reward_tells_what_is_wrong(tmp_path, monkeypatch, spec, words):
 @pytest.mark.parametrize(
     ("module", "package"),
     [
-        ("trl", "'estune[baselines]'"), ("trl.rewards", "'estune[baselines]'"), ("math_verify", "'estune[tasks]'"),
-        ("latex2sympy2_extended", "'estune[tasks]'"), ("reasoning_gym.factory", "'estune[tasks]'"),
-        ("wandb", "'estune[trackers]'"), ("sklearn.metrics", "scikit-learn"),
+        ("trl", "[baselines]"), ("trl.rewards", "[baselines]"), ("math_verify", "[tasks]"),
+        ("latex2sympy2_extended", "[tasks]"), ("reasoning_gym.factory", "[tasks]"),
+        ("wandb", "[trackers]"), ("sklearn.metrics", "scikit-learn"),
     ],
 )  # fmt: skip
 def test_a_missing_package_is_told_with_the_command_that_brings_it(tmp_path, monkeypatch, module, package):
@@ -630,7 +630,7 @@ def test_a_missing_package_is_told_with_the_command_that_brings_it(tmp_path, mon
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Without(finder, top) for finder in sys.meta_path])
     for spec in (f"{module}:f", f"wants_{module.replace('.', '_')}.py:f"):
-        with pytest.raises(UserError, match=re.escape(f": python -m pip install {package}")) as caught:
+        with pytest.raises(UserError, match=rf": python -m pip install .*{re.escape(package)}'?$") as caught:
             load_reward(spec)
         assert "start estune in the directory" not in str(caught.value)
 

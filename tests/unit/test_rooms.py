@@ -14,6 +14,9 @@ import pytest
 from tiers import few, full, group_of
 
 import estune
+from estune import errors
+from estune.errors import install_command
+from estune.rewards.loading import EXTRA_OF
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "estune"
@@ -63,6 +66,26 @@ def test_rooms_import_what_they_may_and_no_circle() -> None:
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert estune.__version__ == project["version"]
+
+
+def test_extras_named_in_messages_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    calls = [node for path in FILES.values() for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command"]  # fmt: skip
+    values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "extra"]
+    named = {value.value for value in values if isinstance(value, ast.Constant)} | set(EXTRA_OF.values())
+    assert {"tasks", "baselines", "compare", "trackers"} <= named <= project["optional-dependencies"].keys()
+    assert not [path for path in FILES.values() if "pip install 'estune[" in path.read_text()]
+
+
+def test_an_extra_is_installed_as_estune_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = f"-c {ROOT}/constraints.txt"
+    assert install_command(extra="tasks") == f"python -m pip install {checkout} -e '{ROOT}[tasks]'"
+    assert install_command(package="gguf") == f"python -m pip install {checkout} gguf"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "estune" / "errors.py"))
+    version = estune.__version__
+    assert install_command(extra="tasks") == f"python -m pip install 'estune[tasks]=={version}'"
+    assert install_command(package="gguf") == "python -m pip install gguf"
 
 
 def test_light_rooms_load_no_torch() -> None:

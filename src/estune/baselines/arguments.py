@@ -23,7 +23,7 @@ from typing import Any
 
 from estune.baselines import trl_ppo
 from estune.config import ESConfig
-from estune.errors import UserError, nearest
+from estune.errors import UserError, install_command, nearest
 
 # Arguments of PPO that `method_kwargs` may hold.
 PPO_FREE = frozenset(
@@ -149,7 +149,7 @@ def config_class(method: str) -> Any:
     try:
         import trl
     except ImportError:
-        raise UserError(f"method {method} needs the package trl: python -m pip install 'estune[baselines]'") from None
+        raise UserError(f"method {method} needs the package trl: {install_command(extra='baselines')}") from None
     return {"rloo": trl.RLOOConfig, "sft_rejection": trl.SFTConfig}.get(method, trl.GRPOConfig)
 
 

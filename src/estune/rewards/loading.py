@@ -15,7 +15,7 @@ from typing import Any
 
 import cloudpickle
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 from estune.rewards import worker
 from estune.rewards.worker import module_from_source
 
@@ -122,7 +122,7 @@ def _how_to_get(module: str) -> str:
     if module != top and _importable(top):
         return ""
     if top in EXTRA_OF:
-        return f": python -m pip install 'estune[{EXTRA_OF[top]}]'"
+        return f": {install_command(extra=EXTRA_OF[top])}"
     if top in PIP_NAMES:
         return f": python -m pip install {PIP_NAMES[top]}"
     return f": start estune in the directory that holds {top}, or install the package that brings it"

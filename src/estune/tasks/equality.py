@@ -22,7 +22,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 
 MAX_CHARACTERS = 300
 MAX_DEPTH = 12
@@ -65,7 +65,7 @@ SIMPLE = frozenset({"root", "fraction"})
 def require() -> None:
     """Raise UserError if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("task math needs the package math-verify: python -m pip install 'estune[tasks]'")
+        raise UserError(f"task math needs the package math-verify: {install_command(extra='tasks')}")
 
 
 def same(reference: str, answer: str) -> bool:
