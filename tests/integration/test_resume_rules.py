@@ -203,7 +203,7 @@ def facts(**identity):
 
 
 def test_other_code_of_the_model_is_refused():
-    then = facts(code={"modeling_x.py": "a"}).as_dict()
+    then = facts(code={"modeling_x.py": "a"}).stored()
     check_facts(then, facts(code={"modeling_x.py": "a"}))
     with pytest.raises(ExternalError, match=RULES["code"].what):
         check_facts(then, facts(code={"modeling_x.py": "b"}))

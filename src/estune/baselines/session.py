@@ -27,7 +27,7 @@ from estune.files import file_digest, is_count, is_number, read_json_object, wri
 from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
-from estune.run.saved_config import METHOD_FILE
+from estune.run.saved_config import METHOD_FILE, BaselineFacts, Method, Trainer
 from estune.train import metrics
 from estune.train.rollouts import scored
 from estune.train.session import OpenRun
@@ -109,7 +109,7 @@ class BaselineSession(OpenRun):
     engine: LocalEngine
     module: Any  # PreTrainedModel in float32 that is trained; None for a method without gradients
     bindings: Sequence[Binding]  # of the module
-    facts: dict[str, Any]  # base model, data and rewards, which a resume cannot change
+    facts: BaselineFacts  # base model, data and rewards, which a resume cannot change
     should_stop: Callable[[], bool]
     steps_done: int = 0
     evaluations: int = 0  # completions scored in training
@@ -133,9 +133,10 @@ class BaselineSession(OpenRun):
         """Start the clock of a step."""
         self.clock = time.perf_counter()
 
-    def write_method(self, record: dict[str, Any]) -> None:
+    def write_method(self, trainer: Trainer) -> None:
         """Write `method.json`: the resolved arguments of the method's trainer, and the run's facts."""
-        write_json(self.run.path / METHOD_FILE, record | self.facts)
+        record: Method = {**trainer, **self.facts}
+        write_json(self.run.path / METHOD_FILE, record)
 
     def mark_moved(self) -> None:
         """Record that the module's weights have changed."""
@@ -298,15 +299,12 @@ class BaselineSession(OpenRun):
         if final and self.steps_done:
             one = dataclasses.replace(evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
-        engine = self.engine
-        state = {"step": self.steps_done, "fingerprint": engine.fingerprint(), "checksum": engine.checksum()}
-        trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
             self.engine.load_theta()
-            save_final(self.run.path, self.engine, state, trainer_state)
+            save_final(self.run.path, self.engine, self.steps_done, self.args.max_steps)
             write_card(self.run.path)
         else:
-            save_checkpoint(self.run.path, self.steps_done, self.engine, state, trainer_state)
+            save_checkpoint(self.run.path, self.engine, self.steps_done, self.args.max_steps)
 
 
 def combine(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:

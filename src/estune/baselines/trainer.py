@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,7 +35,7 @@ from estune.run.directory import Run, open_run
 from estune.run.origin import keep_origin, located, same_names
 from estune.run.records import cut_back, read_metrics, train_time_s
 from estune.run.resume import Facts, adopt, are_facts, check_facts
-from estune.run.saved_config import CONFIG_FILE, METHOD_FILE, read_config, stored_config
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE, BaselineFacts, Method, read_config, stored_config
 from estune.train import setup
 from estune.train.opening import hub_repository, load_inputs, start_monitors, start_workers
 from estune.train.request import BaseTrainer, TrainingRequest
@@ -195,7 +195,7 @@ def _report_damage(path: Path, method: str, what: str) -> None:
     )
 
 
-def read_method(path: Path) -> dict[str, Any] | None:
+def read_method(path: Path) -> Method | None:
     """Return a run's `method.json`; None if it is missing or damaged."""
     try:
         record = read_json_object(path / METHOD_FILE)
@@ -204,7 +204,7 @@ def read_method(path: Path) -> dict[str, Any] | None:
     base = record.get("base")
     names = (record.get("method"), record.get("trainer"), isinstance(base, dict) and base.get("fingerprint"))
     is_sound = all(isinstance(name, str) for name in names) and isinstance(record.get("arguments"), dict)
-    return record if is_sound and are_facts(record) else None
+    return cast("Method", record) if is_sound and are_facts(record) else None
 
 
 def fixed_options(path: Path) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         yield session
 
 
-def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[dict[str, Any], Progress]:
+def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[BaselineFacts, Progress]:
     """Return the run's facts and the progress from which it continues; check both if the run resumes."""
     fingerprint = loaded.engine.fingerprint()
     facts = setup.facts_of(loaded)
@@ -331,7 +331,7 @@ def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[dict[str, An
         check_run(run.path, fingerprint, facts)
     if done > max_steps:
         raise ExternalError(f"{run.path} already has {done} steps, more than max_steps {max_steps}")
-    return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.as_dict()}, progress
+    return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.stored()}, progress
 
 
 def _start_monitors(

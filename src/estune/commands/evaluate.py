@@ -76,7 +76,7 @@ def evaluate_command(
         warn_of_inputs(args, engine, prompts)
         evaluator = Evaluator(engine, pool, args.response_prefix)
         evaluation = _answer_rows(args, evaluator, data, prompts, rewards.weights, grader, shows_progress=not json)
-        result = _heading(args, split) | evaluation.summary()
+        result = {**_heading(args, split), **evaluation.summary()}
         if warning := evaluation.warning(engine.facts.dtype):
             warn(warning)
         if n_samples:

@@ -63,8 +63,8 @@ def card(run_dir: Path) -> str:
     stored = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     if journal is None:
         header, config = json.loads((run_dir / METHOD_FILE).read_text(encoding="utf-8")), stored
-        state = read_state(run_dir) or {}
-        steps, fingerprint = state.get("step", 0), state.get("fingerprint")
+        state = read_state(run_dir)
+        steps, fingerprint = (state["step"], state["fingerprint"]) if state else (0, None)
         how, rebuilding = _by_rival(header, steps), []
     else:
         header, config = journal.header, journal.header["config"]

@@ -27,8 +27,8 @@ from estune.es.theta import Moved
 from estune.files import try_lock, write_json
 from estune.models.names import local_directory
 from estune.run import checkpoint
-from estune.run.checkpoint import BASE_DIRECTORY
-from estune.run.journal import JOURNAL_FILE, PENDING_FILE, Journal, Pending
+from estune.run.checkpoint import BASE_DIRECTORY, State
+from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
 from estune.run.origin import ORIGIN_FILE, keep_origin, located, same_names
 from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
 from estune.run.replay import check_base, check_parameters, refuse_diverged, replay_steps
@@ -137,15 +137,15 @@ class Run:
             keep_origin(self.path, values, held_out=facts.identity["held_out"])
             write_json(self.path / CONFIG_FILE, values)
             write_json(self.path / ENVIRONMENT_FILE, environment())
-            header = {
+            header: HeaderFacts = {
                 "noise_version": NOISE_VERSION,
                 "base": {"model": self.args.model, "fingerprint": fingerprint},
                 "config": self.args.trajectory(),
                 "engine": dict(engine),
                 "rollouts": "reproducible" if reproducible else "not reproducible",
-                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in replica.specs],
+                "parameters": [(spec.name, list(spec.shape), spec.kind) for spec in replica.specs],
                 "versions": versions(),
-                **facts.as_dict(),
+                **facts.stored(),
             }
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
@@ -221,7 +221,7 @@ class Run:
         logged = {record["step"] for record in read_metrics(self.path) if "eval_reward" not in record}
         return None if self.steps_done in logged else note
 
-    def _belongs(self, state: Mapping[str, Any], steps_done: int) -> bool:
+    def _belongs(self, state: State, steps_done: int) -> bool:
         """Return whether a checkpoint's checksum is the one that the journal's next step records."""
         if steps_done == len(self.journal.steps):
             return True
@@ -230,12 +230,8 @@ class Run:
     def save(self, replica: Replica, final: bool, steps_done: int | None = None) -> None:
         """Write the checkpoint after ``steps_done`` steps (default: all steps), or the finished model to the root."""
         steps_done = self.steps_done if steps_done is None else steps_done
-        state = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
-        trainer_state = {"global_step": steps_done, "max_steps": self.args.max_steps, "log_history": []}
-        if final:
-            checkpoint.save_final(self.path, replica, state, trainer_state)
-        else:
-            checkpoint.save_checkpoint(self.path, steps_done, replica, state, trainer_state)
+        save = checkpoint.save_final if final else checkpoint.save_checkpoint
+        save(self.path, replica, steps_done, self.args.max_steps)
 
     def record_checkpoint(self, replica: Replica) -> None:
         """Write the checkpoint line of ``steps_done``, once."""

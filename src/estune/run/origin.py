@@ -8,7 +8,7 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from estune.errors import ExternalError
 from estune.files import write_json
@@ -17,6 +17,14 @@ from estune.models.names import EMBEDDED_MODELS, local_directory
 ORIGIN_FILE = "origin.json"
 TOY = "toy"  # the model name of the toy engine, never a directory
 LOCATED = ("model", "dataset_name", "reward_funcs")  # options that name a file, a directory, or a hub repository
+
+
+class DataIdentity(TypedDict):
+    """The identity of rows: two runs with equal identities have the same rows."""
+
+    rows: int
+    fingerprint: str
+    version: NotRequired[int]  # of the fingerprint; absent in runs of older versions
 
 
 class Origin(TypedDict):
@@ -28,14 +36,14 @@ class Origin(TypedDict):
     run_directory: str
     working_directories: list[str]
     paths: dict[str, str]  # name -> path
-    held_out: dict[str, Any] | None  # identity of the rows of the first evaluation
+    held_out: DataIdentity | None  # identity of the rows of the first evaluation
 
 
 def keep_origin(
     run_dir: Path,
     values: Mapping[str, Any],
     began: Mapping[str, Any] | None = None,
-    held_out: dict[str, Any] | None = None,
+    held_out: DataIdentity | None = None,
 ) -> None:
     """Write the paths of the run's model, dataset and reward files; recorded paths of other names are kept.
 
@@ -73,7 +81,8 @@ def read_origin(run_dir: Path) -> Origin | None:
         directory, held_out = str(found["run_directory"]), found.get("held_out")
         if not directory or not isinstance(held_out, dict | None):
             return None
-        return Origin(run_directory=directory, working_directories=places, paths=paths, held_out=held_out)
+        rows = cast("DataIdentity | None", held_out)
+        return Origin(run_directory=directory, working_directories=places, paths=paths, held_out=rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

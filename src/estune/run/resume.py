@@ -12,13 +12,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from estune.config import FIELDS, RESUMABLE, ESConfig
 from estune.console import warn
 from estune.errors import ExternalError
 from estune.files import is_count
-from estune.run.origin import LOCATED, may_lead_to_the_same, read_origin
+from estune.run.origin import LOCATED, DataIdentity, may_lead_to_the_same, read_origin
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,33 @@ HELD_OUT = (
 )
 
 
+class StoredFacts(TypedDict):
+    """The facts of a run beside its options, in a journal's header or a baseline's `method.json`."""
+
+    data: DataIdentity
+    reward_funcs: NotRequired[list[str]]  # (F,)
+    reward_weights: NotRequired[list[float]]  # (F,)
+    identity: NotRequired[dict[str, Any]]  # by the names of `RULES`
+
+
 @dataclass(frozen=True)
 class Facts:
     """The present facts of a run beside its options."""
 
-    data: dict[str, Any]  # number of rows, fingerprint, version of the fingerprint
+    data: DataIdentity
     reward_funcs: list[str]  # (F,)
     reward_weights: list[float]  # (F,)
     identity: dict[str, Any]  # by the names of `RULES`: config, code, tokenizer, end_tokens, reward_sources, held_out
     unversioned_data: Callable[[], tuple[str, list[str]]]  # an older run's fingerprint, and the columns not in it
 
-    def as_dict(self) -> dict[str, Any]:
+    def stored(self) -> StoredFacts:
         """Return the facts that a journal's header, or a baseline's `method.json`, stores."""
-        names = ("data", "reward_funcs", "reward_weights", "identity")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "data": self.data,
+            "reward_funcs": self.reward_funcs,
+            "reward_weights": self.reward_weights,
+            "identity": self.identity,
+        }
 
 
 def are_facts(then: Any) -> bool:
@@ -89,27 +102,28 @@ def are_facts(then: Any) -> bool:
     return isinstance(sources, dict) and all(isinstance(parts, dict) for parts in sources.values())
 
 
-def check_facts(then: Mapping[str, Any], now: Facts) -> None:
+def check_facts(then: StoredFacts, now: Facts) -> None:
     """Compare a run's stored facts, from its header or `method.json`, with the present facts.
 
     Raises:
         ExternalError: a fact differs that a resume cannot change; the message names it.
     """
     _check_data(then["data"], now)
+    stored: Mapping[str, Any] = {**then}
     for name in ("reward_funcs", "reward_weights"):
-        if name in then and then[name] != getattr(now, name):
-            raise ExternalError(f"a resume cannot change {name} from {then[name]} to {getattr(now, name)}")
+        if name in stored and stored[name] != getattr(now, name):
+            raise ExternalError(f"a resume cannot change {name} from {stored[name]} to {getattr(now, name)}")
     known = then.get("identity", {})
     for name, value in now.identity.items():
         if name in known and known[name] != value:
             _differs(RULES[name], known[name], value)
 
 
-def _check_data(then: Mapping[str, Any], now: Facts) -> None:
-    found = dict(now.data)
+def _check_data(then: DataIdentity, now: Facts) -> None:
+    found = now.data
     if "version" not in then:
         fingerprint, unseen = now.unversioned_data()
-        found = {"rows": now.data["rows"], "fingerprint": fingerprint}
+        found = DataIdentity(rows=now.data["rows"], fingerprint=fingerprint)
         if unseen and found == then:
             warn(
                 f"the run was begun by an older estune, which recorded no values of {', '.join(unseen)}: make sure "
@@ -157,7 +171,7 @@ def warn_of_held_out(run_dir: Path, now: Facts) -> None:
         warn(HELD_OUT)
 
 
-def has_sources(header: Mapping[str, Any]) -> bool:
+def has_sources(header: StoredFacts) -> bool:
     """Return whether a journal's header, or a `method.json`, holds hashes of the reward functions' source."""
     return "reward_sources" in header.get("identity", {})
 

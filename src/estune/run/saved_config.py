@@ -5,19 +5,43 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from estune.config import FIELDS, RESUMABLE, ESConfig, coerce, default_of
 from estune.console import warn
 from estune.errors import ExternalError, UserError
 from estune.files import read_json_object
-from estune.run.journal import JOURNAL_FILE, Journal
+from estune.run.journal import JOURNAL_FILE, Base, Header, Journal
 from estune.run.origin import located, may_lead_to_the_same
-from estune.run.resume import has_sources
+from estune.run.resume import StoredFacts, has_sources
 
 CONFIG_FILE = "es_config.json"
 METHOD_FILE = "method.json"  # of a baseline's run, which has no journal
 ALWAYS = ("model", "method")  # options that every version writes
+
+
+class Trainer(TypedDict):
+    """The trainer of a baseline, with all its resolved arguments."""
+
+    method: str
+    trainer: str  # name of the class or function
+    trl: NotRequired[str]  # TRL's version
+    estune: NotRequired[dict[str, Any]]  # arguments that estune itself uses
+    arguments: dict[str, Any]
+    samples_drawn: NotRequired[int]  # by rejection sampling
+    samples_kept: NotRequired[int]
+    drawing_s: NotRequired[float]  # seconds
+
+
+class BaselineFacts(StoredFacts):
+    """The facts of a baseline's run, which a resume cannot change."""
+
+    base: Base
+
+
+class Method(Trainer, BaselineFacts):
+    """The content of `method.json`."""
+
 
 # Options that `estune evaluate` inherits from the run of its model: those that decide completions and their scores.
 _INHERITED = (
@@ -126,7 +150,7 @@ def _checked(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in missing.items() if value not in (None, "auto")}, **values}
 
 
-def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _mended(values: Mapping[str, Any], header: Header) -> tuple[dict[str, Any], list[str]]:
     """Return a run's repaired options, and the options missing, unknown or wrong in `es_config.json`."""
     truth = header["config"]
     kept: dict[str, Any] = dict(truth)
@@ -160,7 +184,7 @@ def _fits(name: str, value: Any) -> bool:
     return not choices or converted in choices
 
 
-def has_sound_config(path: Path, header: Mapping[str, Any]) -> bool:
+def has_sound_config(path: Path, header: Header) -> bool:
     """Return whether a run's `es_config.json` needs no repair by `read_config`."""
     values = read_stored(path / CONFIG_FILE)
     return values is not None and not _mended(values, header)[1]

@@ -31,6 +31,7 @@ from estune.rewards.loading import look_for_modules_in
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
 from estune.run.directory import refuse_unfinished
+from estune.run.origin import DataIdentity
 from estune.run.resume import Facts
 from estune.sandbox import host
 from estune.tasks import Task, get_task
@@ -346,7 +347,7 @@ def facts_of(loaded: Loaded) -> Facts:
     )
 
 
-def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> DataIdentity:
     """Return the number of rows, and a hash of all their values and of their prompts' tokens."""
     fingerprint = rows_digest(rows, (prompt.token_ids for prompt in prompts))
     return {"rows": len(rows), "fingerprint": fingerprint, "version": DATA_VERSION}
