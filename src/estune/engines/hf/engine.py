@@ -35,7 +35,6 @@ from estune.engines.lowrank.kinds import lowrank_names
 from estune.engines.lowrank.members import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank.stand_ins import Uncovered
 from estune.engines.lowrank.trial import shared_forward
-from estune.engines.reproducibility import answers_repeat
 from estune.errors import UserError
 from estune.es.theta import HostTheta
 from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
@@ -405,7 +404,7 @@ class HFEngine(LocalBase):
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
         """Return whether two answers to a batch are equal, the second under load; see `answers_repeat`."""
-        return answers_repeat(self, perturbations, prompts, sampling, small_linear.MAX_ROWS)
+        return trials.answers_repeat(self, perturbations, prompts, sampling, small_linear.MAX_ROWS)
 
     def _share_forward(self) -> None:
         """Find out whether low-rank members can share a forward pass; if not, warn and copy theta out of the model."""
