@@ -107,8 +107,8 @@ def test_a_skill_that_forcing_does_not_bring_has_no_half_way_and_the_best_consta
 def test_seeds_that_are_missing_are_told() -> None:
     with loaded("scripts/evidence_tables.py") as tables:
         rows = [row("es", 0.5, 5), row("grpo", 0.5, 1)]
-        assert tables.seeds_told(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
-        assert tables.seeds_told(rows[:1], 5) == ""
+        assert tables.seeds_note(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
+        assert tables.seeds_note(rows[:1], 5) == ""
 
 
 def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
@@ -231,8 +231,8 @@ def test_the_page_and_its_pictures_are_what_the_results_say(
         page.write_text(changed.replace("49 to 92 %", "50 to 92 %"), encoding="utf-8")
         assert changed != text and evidence.main() == 1
         told = capsys.readouterr().err
-        assert "docs/evidence.md is not what the results say: python scripts/evidence.py" in told
-        assert "docs/images/conciseness.png is not" in told and "must say 'three seeds: 49 to 92 %'" in told
+        assert "docs/evidence.md differs from the results: python scripts/evidence.py" in told
+        assert "docs/images/conciseness.png differs" in told and "must contain 'three seeds: 49 to 92 %'" in told
         monkeypatch.setattr("sys.argv", ["evidence.py"])
         assert evidence.main() == 1  # a phrase is for its author to mend
         assert evidence.is_drawn("conciseness") and picture.stat().st_size > 10_000

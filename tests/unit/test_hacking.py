@@ -94,7 +94,7 @@ def test_the_script_that_made_the_dictionary_still_knows_its_own_part() -> None:
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.asked() | set(script.SHORT) <= dictionary()
+    assert script.task_words() | set(script.SHORT) <= dictionary()
     assert script.frequent({"water": 200, "owl": 999, "don't": 10_000, "rare": 199}) == {"water"}
     assert script.places("#code\tname\nFR\tFrance\n", "Africa/El_Aaiun\n") == {"france", "africa", "aaiun"}
 
