@@ -120,7 +120,7 @@ def test_fetch_takes_the_hub_where_it_answers(hub: Hub, place: Path) -> None:
 
 def test_fetch_refuses_what_is_not_the_hubs_file(hub: Hub, place: Path) -> None:
     offer(hub, place)
-    hub.lies["model.safetensors"] = "0" * 64
+    hub.wrong_digests["model.safetensors"] = "0" * 64
     done = estune(hub, place, "fetch", "smollm2-135m", "--output_dir", "model")
     assert done.returncode == 2
     assert "model.safetensors has sha256" in done.stderr

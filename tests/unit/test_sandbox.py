@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from command_line import PATIENCE_S
-from linux_kernel import kernel_has_it
+from linux_kernel import kernel_has_sandbox
 
 from estune.errors import UserError
 from estune.rewards.loading import load_reward
@@ -30,11 +30,11 @@ ROOMY, BRIEF = Limits(cpu_s=1, wall_s=600.0), Limits(cpu_s=1, wall_s=2.0)
 
 pytestmark = [
     pytest.mark.xdist_group("processes"),
-    pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no Landlock or no seccomp"),
+    pytest.mark.skipif(not kernel_has_sandbox(), reason="this kernel has no Landlock or no seccomp"),
 ]
 
 
-def test_nothing_is_missing_where_the_kernel_has_it() -> None:
+def test_nothing_is_missing_where_the_kernel_supports_the_sandbox() -> None:
     assert host.missing_guarantees() == ()
 
 
