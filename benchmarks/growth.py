@@ -3,9 +3,9 @@
     python benchmarks/growth.py                       # about 12 minutes, 9 GiB of memory and no download
     python benchmarks/growth.py --parts population    # members, rank and tokens on the embedded model
 
-* perturb: write the weights of the members with full noise, one member after the other (`HostTheta.perturb`). * update:
-update theta by all members, with full and with low-rank noise. * step: let a population of low-rank members answer
-(`generate_population`, with ``members_per_batch`` auto), then update.
+* perturb: write the weights of the members with full noise, one member after the other (`HostTheta.perturb`).
+* update: update theta by all members, with full and with low-rank noise.
+* step: let a population of low-rank members answer (`generate_population`, ``members_per_batch`` auto), then update.
 
 The models are the embedded one and random ones, each in its own process, on one thread. The gain from a second thread
 is measured separately. Completions never end early. Times are medians.
@@ -121,10 +121,11 @@ class Subject:
             module = auto_model.from_pretrained(local_directory("tiny"), dtype=torch.float32)
         else:
             module = auto_model.from_config(auto_config.for_model(**MODELS[model]), dtype=torch.float32)
-        module.generation_config.eos_token_id = []  # no completion ends early
+        tokenizer = load_tokenizer("tiny")
+        module.generation_config.eos_token_id, tokenizer.eos_token = [], None  # no completion ends early
         module.generation_config.pad_token_id = 0
         self.engine = HFEngine.from_model(
-            module, load_tokenizer("tiny"), num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
+            module, tokenizer, num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
         )
         if not self.engine.facts.header["shared_forward"]:
             raise RuntimeError(
@@ -132,6 +133,7 @@ class Subject:
             )
         self.theta = self.engine.theta
         specs = [dataclasses.replace(spec, lowrank=False) for spec in self.theta.specs]
+        self.num_threads = num_threads
         self.full = HostTheta(specs, self.theta.arrays, num_threads=num_threads)
         largest = max(array.size for array in self.theta.arrays.values())
         self.out = np.zeros(max(largest, min(self.theta.num_parameters, 1 << 26)), dtype=np.float32)
@@ -168,6 +170,8 @@ class Subject:
             batch_size=PROMPTS,
             prompts_per_batch=self.engine.prompts_per_batch,
             max_completion_length=tokens,
+            num_threads=self.num_threads,
+            reward_workers=1,
         )
         return int(setup.resolve_with_engine(args, self.engine, prompts_of(length)).members_per_batch)
 

@@ -5,13 +5,13 @@
 
 There are two cases with N = 30 members: the 2 conciseness prompts with 32 tokens, and 24 Countdown prompts with 64
 tokens. To make the work equal, every completion has exactly that many tokens in every variant. The model is read from a
-directory of links to its files, whose generation_config has no end-of-text tokens, and a completion of another length
-is an error. All variants run in one process, one after another in every repetition. The first repetition is a warm-up,
+directory of links to its files, none of which names an end-of-text token, and a completion of another length is an
+error. All variants run in one process, one after another in every repetition. The first repetition is a warm-up,
 and medians are reported.
 
-* paper: `paper_loop.py`; one member a repetition, times N. * full: an estune session (perturb, generate, score); one
-member a repetition, times N, plus the update of all N. * lowrank: the lines of the loop in `ESTrainer.train`. In the
-first case a whole step; in the second case one forward pass
+* paper: `paper_loop.py`; one member a repetition, times N.
+* full: an estune session (perturb, generate, score); one member a repetition, times N, plus the update of all N.
+* lowrank: the lines of the loop in `ESTrainer.train`. In the first case a whole step; in the second one forward pass
   of several members, times the passes of a step, plus the update of all N.
 * pure: generation alone for as many rows as a low-rank forward pass has, by transformers and by estune's decoding. The
   faster of the two is the limit. estune's decoding takes the rows in groups, one for each member. Groups do not share
@@ -59,6 +59,7 @@ from estune.train.step import Step, plan_step, sampling_of
 
 LEARNING_RATE = 1e-12  # so small that theta keeps its values
 MAX_STEPS = 1_000_000  # never reached
+NAME_END_TOKENS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +82,17 @@ CASES = (
 
 
 def endless_model(model: Path, directory: Path) -> Path:
-    """Create a directory of links to a model's files, with a generation configuration without end-of-text tokens."""
+    """Create a directory of links to a model's files, but with copies of `NAME_END_TOKENS` that name no such token."""
     directory.mkdir()
     for file in model.iterdir():
-        if file.name != "generation_config.json":
+        if file.name not in NAME_END_TOKENS:
             (directory / file.name).symlink_to(file.resolve())
-    path = model / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings |= {"eos_token_id": []}
-    (directory / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for name in NAME_END_TOKENS:
+        settings = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).is_file() else {}
+        settings = {key: value for key, value in settings.items() if not key.startswith("eos_token")}
+        if name == "generation_config.json":
+            settings["eos_token_id"] = []
+        (directory / name).write_text(json.dumps(settings), encoding="utf-8")
     return directory
 
 

@@ -1,4 +1,4 @@
-"""The command that a model card gives."""
+"""The command in a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `estune fetch` does before it fetches."""
+"""The checks of `estune fetch` before a download."""
 
 from __future__ import annotations
 

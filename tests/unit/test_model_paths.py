@@ -1,4 +1,4 @@
-"""One answer to what a model's name means, and an anchor that is theta_0 or nothing."""
+"""The meaning of a model's name, and the anchor, which is theta_0 or absent."""
 
 import json
 from pathlib import Path

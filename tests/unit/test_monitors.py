@@ -1,4 +1,4 @@
-"""How failed rewards are told, and how the metrics of several batches become those of a step."""
+"""The report of failed rewards, and the metrics of a step from those of several batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from estune.monitor.panel import PanelMonitor
         ({"es/reward_errors": 1, "rewards/a/b/errors": 1, "rewards/c/errors": 0, "user/errors": 9}, (1, " (a/b 1)")),
     ],
 )  # fmt: skip
-def test_failures_are_told_by_function(record: dict[str, Any], told: tuple[int, str] | None) -> None:
+def test_failures_are_reported_by_function(record: dict[str, Any], told: tuple[int, str] | None) -> None:
     assert failures(record) == told
 
 

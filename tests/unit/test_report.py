@@ -1,4 +1,4 @@
-"""What the report reads and marks, and what it never lets through into its page."""
+"""The data and marks of the report, and the content that it keeps out of its page."""
 
 from __future__ import annotations
 
