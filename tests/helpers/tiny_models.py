@@ -1,4 +1,4 @@
-"""Builders of tiny random models, one per family, and of a small tokenizer: nothing is downloaded."""
+"""Builds tiny random models of several families, and a small tokenizer, without downloads."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         moe_intermediate_size=24,
         shared_expert_intermediate_size=40,
     ),
-    "deepseek_v3": lambda: _build(  # a persistent buffer, the router's correction
+    "deepseek_v3": lambda: _build(  # has a persistent buffer: the router's correction
         "DeepseekV3",
         **{**_DECODER, "num_key_value_heads": 4},
         n_routed_experts=4,
@@ -94,13 +94,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         v_head_dim=8,
         first_k_dense_replace=1,
     ),
-    "hrm_text": lambda: _build("HrmText", **_DECODER),  # stored fused, split in memory
+    "hrm_text": lambda: _build("HrmText", **_DECODER),  # stored as fused tensors, split in memory
     "mamba": lambda: _build("Mamba", hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build a family's random model; weights are spread so that greedy answers vary and no parameter is constant."""
+    """Build a family's random model; noise on its weights varies greedy answers and leaves no parameter constant."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval()

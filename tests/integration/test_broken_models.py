@@ -208,7 +208,7 @@ def test_a_theta_that_its_last_update_broke_is_not_written(noise: str, run_model
     assert replayed.code == 0, replayed
 
 
-def test_a_theta_that_breaks_on_the_way_stops_the_run_and_is_told_of_held_out_rows(run_model: Any, place: Path) -> None:
+def test_a_theta_that_breaks_during_a_run_stops_it_and_held_out_rows_are_reported(run_model: Any, place: Path) -> None:
     done = run_model(*BREAKS, "--max_steps", 3, "--save_steps", 1, "--eval_steps", 1, "--eval_rows", 4)
     assert done.code == 2, done
     assert "step 2: the logits of all members are not finite in float16" in done.err
@@ -393,7 +393,7 @@ def test_rows_that_all_ask_the_same_and_rewards_that_never_apply(run_model: Any,
         assert done.err.count(told) == 1, done.err
 
 
-def test_a_model_that_nothing_ends_is_told(run_model: Any, place: Path) -> None:
+def test_a_model_without_an_end_token_gets_a_warning(run_model: Any, place: Path) -> None:
     model = scaled(place, "norm", 1.0, "endless")
     for file in ("generation_config.json", "config.json", "tokenizer_config.json"):
         values = json.loads((model / file).read_text())

@@ -1,4 +1,4 @@
-"""A whole comparison in miniature, through the command line: bases, tuning, runs, both budgets, report, going on."""
+"""A small whole comparison through the command line: bases, tuning, runs, both budgets, report, continuation."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
 
 @pytest.mark.e2e
 def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, tmp_path: Path) -> None:
-    """All but links to the runs' own pages, which are not there; and nothing that was measured is measured again."""
+    """The report lacks only the links to the runs' pages, which do not exist; nothing is measured again."""
     shutil.copy(compared / "out" / "comparison_results.json", tmp_path / "kept.json")
     done = estune("compare", "--report_only", "kept.json", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -195,7 +195,7 @@ def held(**given):
 
 @pytest.mark.e2e
 def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path, tmp_path: Path) -> None:
-    """The time is up first, long before the evaluations; the run goes on to them as if nothing had happened."""
+    """The time budget ends long before the evaluations; then the run continues to the evaluations unchanged."""
     methods = {"grpo": MINIATURE["methods"]["grpo"]}
     first = tmp_path / "out" / "results" / "tiny" / "grpo" / "seed-0-time.json"
     second = first.with_name("seed-0-evaluations.json")
@@ -226,7 +226,7 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
 
 @pytest.mark.e2e
 def test_at_equal_time_alone(tmp_path: Path) -> None:
-    """One run a seed, one table, curves over both, and nothing done again."""
+    """One run a seed, one table, curves over both budgets, and no repeated work."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
                       "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
     file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
@@ -261,7 +261,7 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
-    """Where answers repeat; it is told beside everybody, and brought where results are older than it."""
+    """The constant answer is reported beside all methods if answers repeat, also for older results."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"}}}
     retention = {"two steps": {"task": "chain:2", "split": "validation", "rows": 3}}
     file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 20, "time_s": 0},

@@ -293,7 +293,7 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
 
 
 class ScriptedCaller:
-    """Answers with given tokens, row by row: a model that says what the test wants."""
+    """A model that answers each row with given tokens."""
 
     def __init__(self, script: list[list[int]]) -> None:
         self.script, self.position, self.rows = script, -1, list(range(len(script)))

@@ -1,4 +1,4 @@
-"""`ESTrainer` from Python, with TRL's keywords, on a tiny random Llama; and what a run directory is good for."""
+"""`ESTrainer` in Python, with TRL's keywords, on a tiny random Llama; and the uses of a run directory."""
 
 import dataclasses
 import hashlib

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(**environment: str) -> list[int]:
-    """Return how many blocks a large tensor took from the system, and what went back to it when that was freed."""
+    """Return how many blocks a large tensor took from the system, and how many it returned when freed."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=os.environ | environment, capture_output=True, text=True, check=True
     )

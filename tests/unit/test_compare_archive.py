@@ -1,4 +1,4 @@
-"""A comparison in one file: everything its page is made of, damage refused, and what the repository keeps of them."""
+"""A comparison in one file: it holds all data of its page, damage is refused, and the repository's files are small."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(correct: str, **values: Any) -> dict[str, Any]:
 
 
 def directory_of(place: Path) -> Path:
-    """Write a comparison of every kind of row: seeds that ended well, that failed, that were trained by other code."""
+    """Write a comparison with every kind of row: finished seeds, failed seeds, seeds trained by other code."""
     methods = {
         "es": {"method": "es", "settings": {"population_size": 4, "batch_size": 8}},
         "grpo": {"method": "grpo"},
@@ -96,7 +96,7 @@ def report_only(file: Path, output_dir: Path | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison's directory, with its page and its packed results beside it; to be read only."""
+    """A comparison's directory with its page and its packed results; tests must not change it."""
     made = directory_of(tmp_path_factory.mktemp("compared") / "out")
     plan = json.loads((made / "comparison.json").read_text(encoding="utf-8"))["comparison"]
     assert plan["methods"].pop("random_search")["method"] == "random_search"  # it is there without being named
@@ -108,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compared(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of ``directory``."""
     return shutil.copytree(finished, tmp_path / "out")
 
 
@@ -236,7 +236,7 @@ def test_results_are_no_comparison_to_run(compared: Path) -> None:
 
 
 def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) -> None:
-    """Not over another comparison, one that went on, somebody's files, or a file."""
+    """It does not replace another comparison, a continued one, a user's files, or a file."""
     file = tmp_path / "kept.json"
     shutil.copy(compared / archive.ARCHIVE_FILE, file)
     more = tmp_path / "more"
@@ -257,7 +257,7 @@ def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) 
 
 
 def test_names_in_a_file_are_text_on_the_page(compared: Path, tmp_path: Path) -> None:
-    """A file may come from anybody."""
+    """Files are untrusted."""
     content = json.loads((compared / archive.ARCHIVE_FILE).read_text(encoding="utf-8"))
     for row in content["rows"]:
         row |= {name: "<script>alert(1)</script>" for name in ("fingerprint", "run", "error") if name in row}
@@ -284,7 +284,7 @@ def test_the_kept_comparisons_are_whole(file: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_kept_of_results_is_small() -> None:
-    """Few files, none large, and nothing that can be drawn from them."""
+    """There are few files, none is large, and none can be drawn from another."""
     listed = subprocess.run(["git", "ls-files", "-z", "--", str(KEPT)], cwd=ROOT, capture_output=True, text=True)
     tracked = [ROOT / name for name in listed.stdout.split("\0") if name] if listed.returncode == 0 else []
     files = [path for path in tracked if path.exists()] or [path for path in KEPT.iterdir() if path.is_file()]

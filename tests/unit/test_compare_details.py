@@ -1,4 +1,4 @@
-"""The report's tables of details: pass@k, discovery with its control, what is kept, what moved; and of tuning."""
+"""The report's tables of details: pass@k, discovery with its control, retention, changes, tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison makes of its file and of its results, without a run: budgets, data, failed seeds, correction."""
+"""A comparison's plan and summary without a run: budgets, data, failed seeds, correction."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def planned(made: Comparison, method: str) -> Any:
     return configuration(made, "tiny", method, entries(made)[method].trials[0], 0)
 
 
-def test_random_searchs_trials_differ_where_only_es_told_them_apart() -> None:
+def test_random_searchs_trials_differ_where_only_es_distinguished_them() -> None:
     trials = [{"sigma": 0.02, "learning_rate": 0.01}, {"sigma": 0.02, "learning_rate": 0.02}, {"sigma": 0.04}]
     made = entries(comparison(methods={"es": {**ES, "trials": trials}}))["random_search"]
     assert [trial["sigma"] for trial in made.trials] == [0.02, 0.04, 0.01]
@@ -129,7 +129,7 @@ def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
 
 
 def test_a_method_of_which_every_seed_failed_has_the_base(tmp_path: Path) -> None:
-    """It stays in the tests: a method that always fails has lost, and does not make others' p-values smaller."""
+    """It stays in the tests: a method that always fails counts as a loss and does not lower the others' p-values."""
     summary = results(tmp_path, {"es": [None] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3})
     row = next(row for row in summary["models"]["tiny"]["rows"]["time"] if row["name"] == "es")
     assert (row["accuracy"]["mean"], row["gain"]["difference"], row["failed"]) == (0.25, 0.0, 3)
@@ -217,7 +217,7 @@ def test_p_values_of_both_budgets_are_corrected_together(tmp_path: Path) -> None
 
 
 def test_what_has_no_results_can_be_mended(tmp_path: Path) -> None:
-    """A mistyped model, say, which locks no name."""
+    """For example, a mistyped model does not reserve a name."""
     tmp_path.joinpath("results").mkdir()
     Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
     Runner(comparison(output_dir=str(tmp_path), models={"mine": "tiny"})).keep_plan()
@@ -232,7 +232,7 @@ def test_trials_get_a_quarter_of_the_budget_unless_it_is_given() -> None:
         assert comparison(budget=budget, tuning=tuning).tuning.evaluations == wanted
 
 
-def test_what_is_mixed_is_said(tmp_path: Path) -> None:
+def test_mixed_results_are_reported(tmp_path: Path) -> None:
     marks: dict[str, list[str | None]] = {"es": ["1100"] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3}
     assert results(tmp_path, marks)["mixed"] == {}
     write(tmp_path / "results" / "tiny" / "es" / "seed-1-time.json", seed=1, correct="1100", code="b", accuracy=0.5)
@@ -248,7 +248,7 @@ def test_what_is_mixed_is_said(tmp_path: Path) -> None:
 
 
 def test_a_comparison_stands_on_its_rows_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured on other rows, or paid for by another reward, is not paired with what is measured now."""
+    """Results on other rows or with another reward are not paired with present results."""
     monkeypatch.chdir(tmp_path)
     rows = [json.dumps({"prompt": f"say {i}", "numbers": [i, 2], "target": i + 2}) for i in range(4)]
     for split in ("train", "validation", "test"):
@@ -287,8 +287,8 @@ def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path
         runner._choose("tiny", "es")
 
 
-def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
-    """A run that went on from one budget to the other paid for both at once; two runs both paid."""
+def test_each_budget_gets_the_trial_that_was_best_at_that_budget(tmp_path: Path) -> None:
+    """A run that continued from one budget to the other is counted once; two runs are both counted."""
     trials = [{"sigma": 0.01}, {"sigma": 0.02}]
     made = comparison(methods={"es": {**ES, "trials": trials}}, output_dir=str(tmp_path), tuning={"time_s": 3.0})
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
@@ -340,7 +340,7 @@ def test_where_evaluations_alone_are_compared_no_time_is_measured(tmp_path: Path
     assert list(job.files) == ["evaluations"]
 
 
-def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:
+def test_a_method_that_cannot_continue_has_a_run_for_each_budget(tmp_path: Path) -> None:
     methods = {"sft": {"method": "sft_rejection"}}
     runner = Runner(comparison(methods=methods, output_dir=str(tmp_path), tuning={"time_s": 3.0}))
     write(tmp_path / "results" / "tiny" / "sft" / "tuning.json", chosen={}, chosen_time={})
@@ -369,7 +369,7 @@ def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, mo
 
 
 def test_what_hinders_a_run_ends_the_comparison_and_writes_nothing_down(tmp_path: Path) -> None:
-    """Another process, a full disk, a resume with other options: no fault of the method, and gone tomorrow."""
+    """Another process, a full disk, a resume with other options: temporary, and not the method's fault."""
     runner = Runner(comparison(output_dir=str(tmp_path)))
     runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
     with pytest.raises(UserError, match="a run: no space"):
@@ -377,7 +377,7 @@ def test_what_hinders_a_run_ends_the_comparison_and_writes_nothing_down(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["held", "full", "own"])
-def test_what_hinders_is_told_from_what_fails(kind: str, tmp_path: Path) -> None:
+def test_external_errors_are_distinguished_from_failures(kind: str, tmp_path: Path) -> None:
     outcome = worker.call(_hindered, (kind,), tmp_path / "log", multiprocessing.get_context("forkserver"))
     assert outcome.code == (2 if kind == "own" else worker.HINDERED) and kind in outcome.error
 
@@ -405,14 +405,14 @@ def test_a_run_that_was_left_behind_is_waited_for(tmp_path: Path, monkeypatch: p
 
 
 def test_what_goes_by_the_machine_stays_open() -> None:
-    """Else a run that is continued on another machine would be one with other options."""
+    """Otherwise a run continued on another machine would have other options."""
     args = planned(comparison(), "es")
     assert (args.num_threads, args.reward_workers) == ("auto", "auto")
     assert planned(comparison(settings={"num_threads": 1, "reward_workers": 2}), "es").reward_workers == 2
 
 
 def test_leave_to_run_code_is_for_what_runs_code() -> None:
-    """And a comparison whose retention could not be measured is refused before anything runs."""
+    """A comparison whose retention cannot be measured is refused before it starts."""
     made = comparison(task="arc_agi:python", settings={"allow_unsandboxed_code": True},
                       retention={"facts": {"task": "conciseness", "split": "knowledge"}})  # fmt: skip
     [kept] = made.retention.values()
@@ -422,7 +422,7 @@ def test_leave_to_run_code_is_for_what_runs_code() -> None:
 
 
 def _done_then(moment: str, file: Path) -> None:
-    """Write ``file`` as a measurement does; Ctrl-C reaches the process at a moment after that."""
+    """Write ``file`` as a measurement does; Ctrl-C reaches the process after that."""
     file.write_text("done", encoding="utf-8")
     if moment == "at the exit":
         multiprocessing.util.Finalize(None, signal.raise_signal, args=(signal.SIGINT,), exitpriority=1)
@@ -437,7 +437,7 @@ def _done_then(moment: str, file: Path) -> None:
 
 
 class _InterruptedAtTheStart:
-    """What is interrupted before the process comes to its work."""
+    """The process is interrupted before its work begins."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return signal.raise_signal, (signal.SIGINT,)
@@ -456,7 +456,7 @@ class _InterruptedAtTheStart:
     ],
 )
 def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str, tmp_path: Path) -> None:
-    """Ctrl-C reaches all processes at once, also one that has just written down what it measured."""
+    """Ctrl-C reaches all processes at once, also one that has just written its measurement."""
     file = tmp_path / "file"
     outcome = worker.call(_done_then, (moment, file), tmp_path / "log", multiprocessing.get_context("forkserver"))
     assert outcome.code == code and outcome.cut == (code == worker.STOPPED)
@@ -464,8 +464,8 @@ def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str
     assert file.exists() or isinstance(moment, _InterruptedAtTheStart)
 
 
-def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:
-    """What its file does not name had the default; another value is another comparison."""
+def test_a_comparison_from_before_an_option_existed_continues(tmp_path: Path) -> None:
+    """Options that its file lacks had the default; another value makes another comparison."""
     made = comparison(output_dir=str(tmp_path))
     Runner(made).keep_plan()
     file = tmp_path / "comparison.json"

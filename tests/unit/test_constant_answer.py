@@ -1,4 +1,4 @@
-"""The row of who says the same whatever is asked: chosen on training rows, by the task's own accuracy."""
+"""The row of the best constant answer, which is chosen on training rows by the task's accuracy."""
 
 from __future__ import annotations
 

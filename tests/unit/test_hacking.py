@@ -54,7 +54,7 @@ def test_words_are_found_as_a_reader_finds_them(row: dict[str, Any]) -> None:
 
 
 def test_correctness_is_what_a_reader_sees_but_for_two() -> None:
-    """The accuracy says of itself that it does not see denials and lists."""
+    """The accuracy's docstring says that it does not recognise denials and lists."""
     misses = [row["completion"] for row in LABELS if graded(row) != row["correct"]]
     assert misses == ["It is not Paris.", "Cold, warm, dry, wet, big, small, up, down"]
 
@@ -89,18 +89,18 @@ def test_the_dictionary_is_sorted_and_has_no_single_letters() -> None:
 
 
 def test_the_script_that_made_the_dictionary_still_knows_its_own_part() -> None:
-    """Countries and frequencies come from packages that need not be here; what estune itself adds is."""
+    """Only the words that estune itself adds are checked; the others come from packages that may be missing."""
     spec = importlib.util.spec_from_file_location("make_words", ROOT / "scripts" / "make_words.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.asked() | set(script.SHORT) <= dictionary()
+    assert script.task_words() | set(script.SHORT) <= dictionary()
     assert script.frequent({"water": 200, "owl": 999, "don't": 10_000, "rare": 199}) == {"water"}
     assert script.places("#code\tname\nFR\tFrance\n", "Africa/El_Aaiun\n") == {"france", "africa", "aaiun"}
 
 
 def rows(completions: list[str], answers: list[list[str]]) -> list[dict[str, Any]]:
-    """Return what an evaluation of conciseness writes, one completion a row."""
+    """Return the rows that an evaluation of conciseness writes, one completion a row."""
     rewards = reward(completions, [accepted[0] for accepted in answers])
     right = accuracy(completions, answers)
     return [

@@ -22,14 +22,14 @@ TEMPLATE = "{{ messages[0].content }}"
 
 
 def measure(model: str, file: Path, facts: dict[str, Any]) -> None:
-    """What a measurement would write: which model it was, how it is asked, and what is known of it."""
+    """Return a measurement's result: the model, its prompts' settings, and its figures."""
     weights = (Path(model) / "model.safetensors").read_text()
     asked = (Path(model) / "chat_template.jinja").read_text()
     file.write_text(json.dumps({**facts, "status": "done", "weights": weights, "asked": asked}))
 
 
 class Played:
-    """In the place of `Processes`: ``cut`` says at which call, counted from 0, the comparison is stopped."""
+    """Replaces `Processes`; the comparison is stopped at call ``cut``, counted from 0."""
 
     def __init__(self, cut: int = -1, broken: str = "", unmeasured: bool = False) -> None:
         self.calls: list[str] = []
@@ -67,7 +67,7 @@ class Played:
         return Outcome(0)
 
     def wait_for(self, directory: Path) -> None:
-        """Nobody was left behind."""
+        """Do nothing: no process is left."""
 
     def call(self, function: Any, arguments: tuple[Any, ...], log: str) -> Outcome:
         self._called("measure")
@@ -112,7 +112,7 @@ def test_each_budget_is_measured_by_the_model_of_then(tmp_path: Path, steps: int
 
 
 def test_a_kept_model_is_whole(tmp_path: Path) -> None:
-    """Chat templates and code of its own go with it: without them it would be asked otherwise than in training."""
+    """The model's chat template and code are copied with it, so that its prompts are those of training."""
     made = job(tmp_path)
     made.run(Played())
     assert results(made)["time"]["asked"] == TEMPLATE
@@ -142,7 +142,7 @@ def test_stopped_anywhere_it_ends_in_the_same_results(
 
 @pytest.mark.parametrize("budget", ["evaluations", "time"])
 def test_a_result_that_was_deleted_is_measured_again_or_trained_anew(tmp_path: Path, budget: str) -> None:
-    """From the model that was kept; where none was, from a new run if the old one is past that budget."""
+    """From the snapshot; without one, from a new run if the old run is past that budget."""
     for keeps_models in (True, False):
         made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
         made.run(Played())
@@ -180,8 +180,8 @@ def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
         assert "train" not in again.calls and results(made)["time"]["weights"] == "after 3"
 
 
-def test_every_code_that_carried_a_run_on_is_told(tmp_path: Path) -> None:
-    """A run that was stopped goes on with whatever code is there then; what begins anew was made by that alone."""
+def test_every_version_of_the_code_that_continued_a_run_is_recorded(tmp_path: Path) -> None:
+    """A stopped run continues with the present code; a new run is made by the present code only."""
     with pytest.raises(Stopped):
         job(tmp_path).run(Played(0))
     for code in ("d", "c", "d"):

@@ -63,7 +63,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert [step["step"] for step in journal.steps] == [0, 1, 2] and journal.checkpoints == {2: "cd" * 16}
 
 
-def test_an_opened_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_an_opened_journal_continues_where_it_ended(tmp_path: Path) -> None:
     write_journal(tmp_path / "a", 3)
     opened = Journal.open(write_journal(tmp_path / "b", 2).path)
     assert opened is not None

@@ -310,7 +310,7 @@ def test_grading_works_in_any_thread() -> None:
 # --- by the command line ---
 
 
-def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Score, evaluate and train on a directory with splits; a problem in both is told."""
     rows = [{"problem": f"What is ${i}+{i}$?", "solution": f"It is $\\boxed{{{2 * i}}}$."} for i in range(1, 9)]
     for split, own in {"learn": rows[:5], "check": rows[4:]}.items():

@@ -1,4 +1,4 @@
-"""What is asked of which model when it is measured, and with which random numbers; answers are made up."""
+"""The questions, models and random numbers of a measurement, with fake answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Engine:
 
 
 class Answers:
-    """In the place of `measure.Judges`: says what a model answers, and keeps what was asked."""
+    """Replaces `measure.Judges`: returns fake answers and records the questions."""
 
     def __init__(self) -> None:
         self.calls: list[SimpleNamespace] = []
@@ -150,7 +150,7 @@ def test_a_base_is_checked_without_being_measured(answers: Answers) -> None:
 def test_divergence_is_of_samples_at_temperature_1(
     answers: Answers, tmp_path: Path, temperature: float, kl_rows: int, drawn: bool
 ) -> None:
-    """Samples for pass@k serve where they are of that temperature, and of as many rows."""
+    """Samples for pass@k are reused if temperature and number of rows are equal."""
     of = comparison(measuring={"temperature": temperature, "kl_rows": kl_rows})
     assert run(answers, of, tmp_path)["kl"] == 0.0
     own = [call for call in answers.calls if call.args.temperature == 1.0 and call.args.num_generations == 1]

@@ -30,7 +30,7 @@ from estune.monitor.report.page import page
         ({"es/reward_errors": 1, "rewards/a/b/errors": 1, "rewards/c/errors": 0, "user/errors": 9}, (1, " (a/b 1)")),
     ],
 )  # fmt: skip
-def test_failures_are_told_by_function(record: dict[str, Any], told: tuple[int, str] | None) -> None:
+def test_failures_are_reported_by_function(record: dict[str, Any], told: tuple[int, str] | None) -> None:
     assert failures(record) == told
 
 

@@ -61,7 +61,7 @@ def test_a_generators_name_needs_its_prefix(task: str, names: str) -> None:
         assert f"; did you mean '{task}'?" in told(name), name
 
 
-def test_data_of_ones_own_is_told() -> None:
+def test_a_users_data_get_a_message() -> None:
     for name in ("gsm8k", "math500", "countdown=2,GSM8K=1"):
         assert "--dataset_name" in told(name), name
     assert "write rg:NAME" in told("reasoning_gym") and "write rg:NAME" in told("rg")

@@ -79,8 +79,8 @@ def test_a_foreign_word_finds_nothing(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_elsewhere_is_told_where_it_can_be_done(command: str) -> None:
-    """An entry names flags of the command at hand alone; the same word is refused without it elsewhere."""
+def test_an_option_of_another_command_is_refused_with_that_commands_name(command: str) -> None:
+    """The entry of a word names another command's flag; other commands refuse the word without that hint."""
     known = cli._shown(COMMANDS[command])
     for word in cli.ELSEWHERE:
         hint = cli._hint(f"--{word}", known)
