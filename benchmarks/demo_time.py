@@ -73,12 +73,10 @@ def one_run(noise: str, seed: int, run: Path) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw every run's curve, one colour for each kind of noise."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     colours = dict(zip(NOISES, ("#1b6ca8", "#d1495b"), strict=True))
     named = {"full": "full rank", "lowrank": "rank 1"}
     for run in runs:

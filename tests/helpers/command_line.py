@@ -247,8 +247,8 @@ def assert_no_process(mark):
 class Zygote:
     """Our side: sends one request at a time as a line of JSON, gets the pid and then the exit status."""
 
-    def __init__(self, *, torch=False, rivals=False):
-        self._arguments = ["torch"] * (torch or rivals) + ["rivals"] * rivals
+    def __init__(self, *, torch=False, baselines=False):
+        self._arguments = ["torch"] * (torch or baselines) + ["baselines"] * baselines
 
     def __enter__(self):
         self._process = subprocess.Popen(
@@ -356,7 +356,7 @@ def _main():
 
         for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)
-    if "rivals" in sys.argv:
+    if "baselines" in sys.argv:
         import estune.baselines.policy_gradient
         import estune.baselines.rejection  # noqa: F401
     for line in sys.stdin:

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import transformers
+from baseline_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 from command_line import metrics, weights
-from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 
 from estune import ESConfig
 from estune.baselines import BaselineTrainer, random_search, rejection
