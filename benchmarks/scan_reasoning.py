@@ -38,7 +38,7 @@ from typing import Any
 
 from record import write_result
 
-from estune.compare.measure import Judges
+from estune.compare.measure import Scorers
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task, reasoning
@@ -92,9 +92,9 @@ class Scanner:
 
     def answer(self, name: str, rows: list[dict[str, Any]], **settings: Any) -> Any:
         """Return an evaluation of a task's rows, greedy unless ``settings`` say otherwise."""
-        with Judges() as judges:
+        with Scorers() as scorers:
             own = ESConfig(**{**vars(self.args), "task": f"rg:{name}", **settings})
-            return judges.answer(own, self.engine, rows)[0]
+            return scorers.answer(own, self.engine, rows)[0]
 
     def scan(self, name: str, splits: dict[str, list[dict[str, Any]]], n_rows: int) -> dict[str, Any]:
         """Return what a task's first validation rows show, or why it is left out."""

@@ -174,11 +174,11 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
     less = {name: entry for name, entry in MINIATURE["methods"].items() if name != "grpo"}
     for changes, told in (
         ({"budget": {"evaluations": 128, "time_s": 1}}, "budget .* another output_dir"),
-        ({"methods": less}, "grpo.*left out"),
-        ({"seeds": [0]}, "seed 1.*left out"),
+        ({"methods": less}, "grpo.*leave out"),
+        ({"seeds": [0]}, "seed 1.*leave out"),
     ):
         with pytest.raises(UserError, match=told):
-            Runner(read_comparison(write(directory, **changes), directory / "out")).keep_plan()
+            Runner(read_comparison(write(directory, **changes), directory / "out")).write_plan()
 
 
 # The task's reward; once the first budget's result is there, it waits until the test opens the gate.

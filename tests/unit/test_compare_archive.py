@@ -50,7 +50,7 @@ def directory_of(place: Path) -> Path:
     made = from_mapping({"task": "countdown", "models": {"tiny": "tiny"}, "seeds": [0, 1], "methods": methods,
                          "retention": {"at once": {"task": "countdown"}}, "output_dir": str(place)})  # fmt: skip
     place.mkdir(parents=True)
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
     files: dict[str, Any] = {
         "cost.json": [{"cpu_s": 36.0, "wall_s": 18.0, "code": "a", "machine": "fast", "packages": {"torch": "2.13"}}],
         "tiny/base.json": {
@@ -199,13 +199,13 @@ DAMAGES: dict[str, tuple[Callable[[str], str], str]] = {
     "a digit": (lambda text: text.replace('"correct":"1101"', '"correct":"1111"', 1), "damaged or was edited"),
     "a note": (edited(lambda c: c.update(note="mine"), False), "damaged or was edited"),
     "a later schema": (edited(lambda c: c.update(schema=2), True), "schema 2; this estune reads schema 1"),
-    "without rows": (edited(lambda c: c.pop("rows"), True), "something is missing"),
-    "an unknown kind": (edited(lambda c: c["rows"][0].update(kind="x"), True), "something is missing"),
-    "without a kind": (edited(lambda c: c["rows"][0].pop("kind"), True), "something is missing"),
-    "a path": (edited(lambda c: c["rows"][0].update(model="../../x"), True), "something is missing"),
-    "the parent": (edited(lambda c: c["rows"][0].update(model=".."), True), "something is missing"),
-    "an unknown status": (edited(lambda c: c["rows"][-1].update(status="x"), True), "something is missing"),
-    "a seed in words": (edited(lambda c: c["rows"][-1].update(seed="1"), True), "something is missing"),
+    "without rows": (edited(lambda c: c.pop("rows"), True), "missing or malformed"),
+    "an unknown kind": (edited(lambda c: c["rows"][0].update(kind="x"), True), "missing or malformed"),
+    "without a kind": (edited(lambda c: c["rows"][0].pop("kind"), True), "missing or malformed"),
+    "a path": (edited(lambda c: c["rows"][0].update(model="../../x"), True), "missing or malformed"),
+    "the parent": (edited(lambda c: c["rows"][0].update(model=".."), True), "missing or malformed"),
+    "an unknown status": (edited(lambda c: c["rows"][-1].update(status="x"), True), "missing or malformed"),
+    "a seed in words": (edited(lambda c: c["rows"][-1].update(seed="1"), True), "missing or malformed"),
 }
 
 
@@ -248,7 +248,7 @@ def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "report.html").write_text("mine")
-    for place, told in ((more, "other results"), (other, "other results"), (mine, "not empty"), (file, "no directory")):
+    for place, told in ((more, "other results"), (other, "other results"), (mine, "not empty"), (file, "not a directory")):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         with pytest.raises(UserError, match=told):
             report_only(file, place)
@@ -280,7 +280,7 @@ def test_the_kept_comparisons_are_whole(file: Path, tmp_path: Path) -> None:
     assert again == packed
     archive.write_archive(again, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
-    assert archive.summary_of(file)["models"]
+    assert archive.read_summary(file)["models"]
 
 
 def test_what_is_kept_of_results_is_small() -> None:

@@ -22,8 +22,9 @@ from estune.compare.config import Comparison, from_mapping
 from estune.compare.measure import retained_config
 from estune.compare.plan import Cell, cells, configuration, entries, rows_of, with_budget, with_time
 from estune.compare.processes import Stopped
+from estune.compare.results import base_digest
 from estune.compare.runner import Runner
-from estune.compare.tables import base_digest, summarise
+from estune.compare.tables import summarise
 from estune.errors import ExternalError, UserError
 from estune.files import try_lock
 
@@ -107,7 +108,7 @@ def results(directory: Path, marks: dict[str, list[str | None]]) -> dict[str, An
     made = comparison(methods={"es": ES, "grpo": {"method": "grpo"}}, seeds=[0, 1, 2], output_dir=str(directory))
     runner = Runner(made)
     directory.mkdir(exist_ok=True)
-    runner.keep_plan()
+    runner.write_plan()
     folder = directory / "results" / "tiny"
     write(folder / "base.json", correct="1000", never_solved=[], fingerprint="f", model="tiny")
     for method, seeds in marks.items():
@@ -163,7 +164,7 @@ def test_what_a_failed_seed_left_is_the_bases_in_every_column_that_the_base_has(
     assert row["discovery"]["greedy"]["mean"] == pytest.approx(1 / 3)
     assert row["discovery"]["sampled"]["mean"] == pytest.approx((1.0 + 0.5 + 0.5) / 3)
     write(folder / "base.json", **{**base, "never_solved": [1, 3]})  # measured again, and found something else
-    with pytest.raises(UserError, match="beside another measurement of its base"):
+    with pytest.raises(UserError, match="against another measurement of its base"):
         summarise(tmp_path)
 
 
@@ -219,11 +220,11 @@ def test_p_values_of_both_budgets_are_corrected_together(tmp_path: Path) -> None
 def test_what_has_no_results_can_be_mended(tmp_path: Path) -> None:
     """A mistyped model, say, which locks no name."""
     tmp_path.joinpath("results").mkdir()
-    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
-    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tiny"})).keep_plan()
+    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).write_plan()
+    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tiny"})).write_plan()
     (tmp_path / "results" / "mine").mkdir()
     with pytest.raises(UserError, match="results of another mine"):
-        Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
+        Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).write_plan()
 
 
 def test_trials_get_a_quarter_of_the_budget_unless_it_is_given() -> None:
@@ -258,15 +259,15 @@ def test_a_comparison_stands_on_its_rows_and_rewards(tmp_path: Path, monkeypatch
     made = comparison(output_dir=str(tmp_path / "out"), measuring={"reward_bounds": [0, 1]},
                       settings={"dataset_name": str(tmp_path), "reward_funcs": ["own_reward.py:paid"]})  # fmt: skip
     (tmp_path / "out").mkdir()
-    Runner(made).keep_plan()
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
+    Runner(made).write_plan()
     for file, name in ((reward, "rewards"), (tmp_path / "test.jsonl", "rows")):
         before = file.read_text(encoding="utf-8")
         file.write_text(before.replace("1.0", "2.0").replace("say 1", "say one"), encoding="utf-8")
-        with pytest.raises(UserError, match=f"the {name} of .*were others when it was begun"):
-            Runner(made).keep_plan()
+        with pytest.raises(UserError, match=f"the {name} of .*have changed since it was begun"):
+            Runner(made).write_plan()
         file.write_text(before, encoding="utf-8")
-        Runner(made).keep_plan()
+        Runner(made).write_plan()
 
 
 def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path: Path) -> None:
@@ -275,16 +276,16 @@ def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
     write(folder / "trial-0.json", trial=trials[0], accuracy=0.5)
     write(folder / "trial-1.json", trial=trials[1], accuracy=0.4, status="failed")
-    runner._choose("tiny", "es")
+    runner._choose_trial("tiny", "es")
     write(folder / "seed-0-time.json")
-    runner._choose("tiny", "es")
+    runner._choose_trial("tiny", "es")
     write(folder / "trial-1.json", trial=trials[1], accuracy=0.6)
-    with pytest.raises(UserError, match=r"seed-0-time.json is of sigma 0.01, and the trials now choose sigma 0.02"):
-        runner._choose("tiny", "es")
+    with pytest.raises(UserError, match=r"seed-0-time.json was run with sigma 0.01, and the best trial now is sigma 0.02"):
+        runner._choose_trial("tiny", "es")
     (folder / "seed-0-time.json").unlink()
     (tmp_path / "runs" / "tiny" / "es" / "seed-1").mkdir(parents=True)  # half done, by what was chosen then
-    with pytest.raises(UserError, match=r"seed-1 is of sigma 0.01"):
-        runner._choose("tiny", "es")
+    with pytest.raises(UserError, match=r"seed-1 was run with sigma 0.01"):
+        runner._choose_trial("tiny", "es")
 
 
 def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
@@ -296,16 +297,16 @@ def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
         for accuracy, suffix, evaluations in zip(marks, ("", "-time"), (64, 90), strict=True):
             write(folder / f"trial-{index}{suffix}.json", trial=trials[index], accuracy=accuracy, train_time_s=2.0,
                   evaluations=evaluations, run="trial-0" if index == 0 else f"trial-1{suffix}")  # fmt: skip
-    runner._choose("tiny", "es")
+    runner._choose_trial("tiny", "es")
     tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
     assert (tuned["chosen"], tuned["chosen_time"]) == (trials[0], trials[1])
     assert tuned["cost"] == {"evaluations": 90 + (64 + 90), "train_time_s": 2.0 + (2.0 + 2.0)}
-    jobs = runner._runs(Cell("tiny", "es", 0))
+    jobs = runner._cell_jobs(Cell("tiny", "es", 0))
     assert [(job.args.sigma, list(job.files), job.directory.name) for job in jobs] == [
         (0.01, ["evaluations"], "seed-0-evaluations"), (0.02, ["time"], "seed-0-time")]  # fmt: skip
     for same in ({"chosen": trials[1], "chosen_time": trials[1]}, {"chosen": trials[1]}):
         (folder / "tuning.json").write_text(json.dumps(same))
-        [job] = runner._runs(Cell("tiny", "es", 0))
+        [job] = runner._cell_jobs(Cell("tiny", "es", 0))
         assert (job.args.sigma, list(job.files), job.directory.name) == (0.02, ["evaluations", "time"], "seed-0")
 
 
@@ -317,26 +318,26 @@ def test_where_time_alone_is_compared_there_is_one_run_and_its_pace_is_the_trial
     assert made.tuning.evaluations == 0
     assert from_mapping(json.loads(json.dumps(dataclasses.asdict(made)))) == made  # as it is kept
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "m"
-    [job] = runner._trial("tiny", "m", 0)
+    [job] = runner._trial_jobs("tiny", "m", 0)
     assert (list(job.files), job.directory.name, job.time_s) == (["time"], "trial-0", 10.0)
     write(
         folder / "trial-0-time.json", trial={}, accuracy=0.5, steps=8, train_time_s=11.0, evaluations=64, run="trial-0"
     )
-    runner._choose("tiny", "m")
+    runner._choose_trial("tiny", "m")
     tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
     assert tuned["chosen_time"] == {} and "chosen" not in tuned
-    [job] = runner._runs(Cell("tiny", "m", 0))
+    [job] = runner._cell_jobs(Cell("tiny", "m", 0))
     every = int(8 / 11 * 60 / 4)
     assert (list(job.files), job.directory.name, job.args.eval_steps) == (["time"], "seed-0", every)
     write(folder / "trial-0-time.json", trial={}, status="failed", error="none right", steps=0, train_time_s=0.0)
-    [job] = runner._runs(Cell("tiny", "m", 0))
+    [job] = runner._cell_jobs(Cell("tiny", "m", 0))
     assert job.args.eval_steps == 0
 
 
 def test_where_evaluations_alone_are_compared_no_time_is_measured(tmp_path: Path) -> None:
     made = comparison(methods={"es": ES}, output_dir=str(tmp_path), budget={"evaluations": 4096, "time_s": 0})
     write(tmp_path / "results" / "tiny" / "es" / "tuning.json", chosen={})
-    [job] = Runner(made)._runs(Cell("tiny", "es", 0))
+    [job] = Runner(made)._cell_jobs(Cell("tiny", "es", 0))
     assert list(job.files) == ["evaluations"]
 
 
@@ -344,10 +345,13 @@ def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:
     methods = {"sft": {"method": "sft_rejection"}}
     runner = Runner(comparison(methods=methods, output_dir=str(tmp_path), tuning={"time_s": 3.0}))
     write(tmp_path / "results" / "tiny" / "sft" / "tuning.json", chosen={}, chosen_time={})
-    for jobs, name in ((runner._runs(Cell("tiny", "sft", 0)), "seed-0"), (runner._trial("tiny", "sft", 0), "trial-0")):
+    for jobs, name in (
+        (runner._cell_jobs(Cell("tiny", "sft", 0)), "seed-0"),
+        (runner._trial_jobs("tiny", "sft", 0), "trial-0"),
+    ):
         assert [(list(job.files), job.directory.name) for job in jobs] == [
             (["evaluations"], f"{name}-evaluations"), (["time"], f"{name}-time")]  # fmt: skip
-    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trial("tiny", "sft", 0)
+    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trial_jobs("tiny", "sft", 0)
     assert (list(job.files), job.directory.name) == (["evaluations"], "trial-0")
 
 
@@ -357,15 +361,15 @@ def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:
 def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(comparison(output_dir=str(tmp_path)))
     runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
-    monkeypatch.setattr("estune.compare.processes.GRACE_S", 0.0)
+    monkeypatch.setattr("estune.compare.processes.RETRY_DELAY_S", 0.0)
     for codes, calls, last in (([-9, -11, 0], 3, 0), ([-9, -9, -9, 0], 3, -9), ([1, 0], 1, 1), ([75, 0], 2, 0)):
         left = list(codes)
-        outcome = runner.processes.to_its_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
+        outcome = runner.processes.run_to_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
         assert (len(codes) - len(left), outcome.code) == (calls, last)
     assert json.loads((tmp_path / "results" / "cost.json").read_text())[0]["cpu_s"] == 9.0
     runner.processes.stopping.set()
     with pytest.raises(Stopped):
-        runner.processes.to_its_end(lambda: worker.Outcome(0), "a run")
+        runner.processes.run_to_end(lambda: worker.Outcome(0), "a run")
 
 
 def test_what_hinders_a_run_ends_the_comparison_and_writes_nothing_down(tmp_path: Path) -> None:
@@ -373,34 +377,34 @@ def test_what_hinders_a_run_ends_the_comparison_and_writes_nothing_down(tmp_path
     runner = Runner(comparison(output_dir=str(tmp_path)))
     runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
     with pytest.raises(UserError, match="a run: no space"):
-        runner.processes.to_its_end(lambda: worker.Outcome(worker.HINDERED, "no space"), "a run")
+        runner.processes.run_to_end(lambda: worker.Outcome(worker.BLOCKED, "no space"), "a run")
 
 
 @pytest.mark.parametrize("kind", ["held", "full", "own"])
 def test_what_hinders_is_told_from_what_fails(kind: str, tmp_path: Path) -> None:
-    outcome = worker.call(_hindered, (kind,), tmp_path / "log", multiprocessing.get_context("forkserver"))
-    assert outcome.code == (2 if kind == "own" else worker.HINDERED) and kind in outcome.error
+    outcome = worker.call(_blocked, (kind,), tmp_path / "log", multiprocessing.get_context("forkserver"))
+    assert outcome.code == (2 if kind == "own" else worker.BLOCKED) and kind in outcome.error
 
 
-def _hindered(kind: str) -> None:
+def _blocked(kind: str) -> None:
     if kind == "full":
         raise OSError(errno.ENOSPC, "full")
     raise ExternalError("held") if kind == "held" else UserError("own")
 
 
 def test_a_run_that_was_left_behind_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("estune.compare.processes.GRACE_S", 0.02)
+    monkeypatch.setattr("estune.compare.processes.RETRY_DELAY_S", 0.02)
     processes = Runner(comparison(output_dir=str(tmp_path))).processes
-    processes.wait_for(tmp_path / "nothing there")
+    processes.wait_for_orphan(tmp_path / "nothing there")
     lock = try_lock(tmp_path)
     assert lock is not None
     threading.Timer(0.3, os.close, (lock,)).start()
-    processes.wait_for(tmp_path)
+    processes.wait_for_orphan(tmp_path)
     held = try_lock(tmp_path)
     assert held is not None  # it was given back
-    monkeypatch.setattr("estune.compare.processes.LEFT_BEHIND_S", 0.1)
+    monkeypatch.setattr("estune.compare.processes.ORPHAN_WAIT_S", 0.1)
     with pytest.raises(UserError, match="another process is running"):
-        processes.wait_for(tmp_path)
+        processes.wait_for_orphan(tmp_path)
     os.close(held)
 
 
@@ -459,7 +463,7 @@ def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str
     """Ctrl-C reaches all processes at once, also one that has just written down what it measured."""
     file = tmp_path / "file"
     outcome = worker.call(_done_then, (moment, file), tmp_path / "log", multiprocessing.get_context("forkserver"))
-    assert outcome.code == code and outcome.cut == (code == worker.STOPPED)
+    assert outcome.code == code and outcome.interrupted == (code == worker.STOPPED)
     assert re.fullmatch(error, outcome.error)
     assert file.exists() or isinstance(moment, _InterruptedAtTheStart)
 
@@ -467,12 +471,12 @@ def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str
 def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:
     """What its file does not name had the default; another value is another comparison."""
     made = comparison(output_dir=str(tmp_path))
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
     file = tmp_path / "comparison.json"
     kept = json.loads(file.read_text(encoding="utf-8"))
     del kept["comparison"]["measuring"]["discovery_rows"]
     file.write_text(json.dumps(kept), encoding="utf-8")
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
     file.write_text(json.dumps(kept), encoding="utf-8")
     with pytest.raises(UserError, match="another output_dir"):
-        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3})).keep_plan()
+        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3})).write_plan()

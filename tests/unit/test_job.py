@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from estune.compare.job import FACTS_FILE, Job, used_so_far
+from estune.compare.job import FACTS_FILE, Job, read_usage
 from estune.compare.processes import Stopped
 from estune.compare.worker import Outcome
 from estune.config import ESConfig
@@ -66,7 +66,7 @@ class Played:
         self._called("train")
         return Outcome(0)
 
-    def wait_for(self, directory: Path) -> None:
+    def wait_for_orphan(self, directory: Path) -> None:
         """Nobody was left behind."""
 
     def call(self, function: Any, arguments: tuple[Any, ...], log: str) -> Outcome:
@@ -122,36 +122,36 @@ def test_a_kept_model_is_whole(tmp_path: Path) -> None:
                     "additional_chat_templates", "additional_chat_templates/tool.jinja", FACTS_FILE}  # fmt: skip
 
 
-@pytest.mark.parametrize("keeps_models", [True, False])
+@pytest.mark.parametrize("keeps_snapshots", [True, False])
 @pytest.mark.parametrize(("steps", "time_s"), WEIGHTS, ids=["time first", "evaluations first", "both at once"])
 def test_stopped_anywhere_it_ends_in_the_same_results(
-    tmp_path: Path, steps: int, time_s: float, keeps_models: bool
+    tmp_path: Path, steps: int, time_s: float, keeps_snapshots: bool
 ) -> None:
-    whole = job(tmp_path / "whole", steps, time_s, keeps_models=keeps_models)
+    whole = job(tmp_path / "whole", steps, time_s, keeps_snapshots=keeps_snapshots)
     played = Played()
     whole.run(played)
     for cut in range(len(played.calls)):
-        made = job(tmp_path / str(cut), steps, time_s, keeps_models=keeps_models)
+        made = job(tmp_path / str(cut), steps, time_s, keeps_snapshots=keeps_snapshots)
         with pytest.raises(Stopped):
             made.run(Played(cut))
         assert all(result["status"] == "done" for result in results(made).values())
         made.run(Played())
         assert results(made) == results(whole)
-        assert len(list((tmp_path / str(cut) / "models").iterdir())) == (2 if keeps_models else 0)
+        assert len(list((tmp_path / str(cut) / "models").iterdir())) == (2 if keeps_snapshots else 0)
 
 
 @pytest.mark.parametrize("budget", ["evaluations", "time"])
 def test_a_result_that_was_deleted_is_measured_again_or_trained_anew(tmp_path: Path, budget: str) -> None:
     """From the model that was kept; where none was, from a new run if the old one is past that budget."""
-    for keeps_models in (True, False):
-        made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
+    for keeps_snapshots in (True, False):
+        made = job(tmp_path / str(keeps_snapshots), keeps_snapshots=keeps_snapshots)
         made.run(Played())
         before = results(made)
         made.files[budget].unlink()
         again = Played()
         made.run(again)
         assert results(made) == before
-        assert ("train" in again.calls) != keeps_models
+        assert ("train" in again.calls) != keeps_snapshots
 
 
 def test_a_run_that_failed_is_a_row_at_both_budgets_and_not_tried_again(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_run_that_failed_is_a_row_at_both_budgets_and_not_tried_again(tmp_path
 
 
 def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
-    for keeps_models in (True, False):
-        made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
+    for keeps_snapshots in (True, False):
+        made = job(tmp_path / str(keeps_snapshots), keeps_snapshots=keeps_snapshots)
         made.run(Played(unmeasured=True))
         made.run(Played(unmeasured=True))  # what is written down is not tried again
         assert all(
@@ -201,7 +201,7 @@ def test_what_sampling_cost_that_found_nothing_counts_beside_an_evaluation(tmp_p
     (tmp_path / "method.json").write_text(json.dumps({"samples_drawn": 784, "drawing_s": 90.0}))
     for record in ({}, {"step": 0, "eval_reward": 0.5, "eval_accuracy": 0.25}):
         (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(record)}\n" if record else "")
-        used = used_so_far(tmp_path)
+        used = read_usage(tmp_path)
         assert (used["evaluations"], used["train_time_s"], used["steps"]) == (784, 90.0, 0)
 
 

@@ -45,7 +45,7 @@ class Engine:
 
 
 class Answers:
-    """In the place of `measure.Judges`: says what a model answers, and keeps what was asked."""
+    """In the place of `measure.Scorers`: says what a model answers, and keeps what was asked."""
 
     def __init__(self) -> None:
         self.calls: list[SimpleNamespace] = []
@@ -74,7 +74,7 @@ class Answers:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     made = Answers()
-    monkeypatch.setattr(measure, "Judges", lambda: made)
+    monkeypatch.setattr(measure, "Scorers", lambda: made)
     monkeypatch.setattr(setup, "load_engine", lambda args: Engine(Path(args.model).name))
     return made
 

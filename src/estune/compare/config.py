@@ -251,7 +251,9 @@ def _validate(comparison: Comparison) -> None:
     if len(set(comparison.seeds)) != len(comparison.seeds) or not comparison.seeds:
         raise UserError("seeds must be different whole numbers")
     if comparison.tuning.seed in comparison.seeds:
-        raise UserError("seed of tuning must differ from the seeds of the reported runs: a trial chosen for its luck would be reported")
+        raise UserError(
+            "seed of tuning must not be one of seeds: a trial that was chosen for its luck would be reported"
+        )
     for text in (*comparison.models, *comparison.methods):
         if not text or any(letter in text for letter in "/\\: "):
             raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")

@@ -93,8 +93,8 @@ def summarise_answers(rows: Sequence[Row | EvaluatedRow], low: float, high: floa
         ValueError: there is no reward, or a row without accuracy.
     """
     mappings = _as_mappings(rows)
-    shares = _wordless_shares(mappings)
-    return AnswerSummary(len(mappings), _reward(mappings, low, high), _correctness(mappings), *shares)
+    reward, correctness = _reward(mappings, low, high), _correctness(mappings)
+    return AnswerSummary(len(mappings), reward, correctness, *_wordless_shares(mappings))
 
 
 def asks_for_words(right_answers: Sequence[str]) -> bool:
@@ -175,7 +175,7 @@ def _reward(rows: Sequence[Row], low: float, high: float) -> float:
 
 def _correctness(rows: Sequence[Row]) -> float:
     if any(not row["accuracy"] for row in rows):
-        raise ValueError("the hacking detector needs the accuracy of every row")
+        raise ValueError("a row has no accuracy, which the hacking detector needs")
     return math.fsum(math.fsum(row["accuracy"]) / len(row["accuracy"]) for row in rows) / len(rows)
 
 

@@ -130,9 +130,7 @@ def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESC
     settings = {name: value for name, value in comparison.settings.items() if name in EVALUATE_FIELDS}
     for name in ("temperature", "top_p", "top_k", "num_generations", "seed"):
         settings.pop(name, None)
-    args = ESConfig.from_mapping(
-        {**settings, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes}
-    )
+    args = ESConfig.from_mapping({**settings, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes})
     return setup.resolve_config(args, 1_000_000)
 
 
@@ -218,7 +216,9 @@ class Scorers:
         """Return for each row whether ``text`` is a right completion of it, (rows,)."""
         _, _, accuracy_pool = self.pools_of(args)
         prompts, completions, columns = reward_inputs(rows, [text] * len(rows), "")
-        scores = accuracy_pool.submit(RewardBatch(prompts, completions, [[]] * len(rows), columns)).result().rewards[:, 0]
+        scores = (
+            accuracy_pool.submit(RewardBatch(prompts, completions, [[]] * len(rows), columns)).result().rewards[:, 0]
+        )
         return [is_right(score) for score in scores]
 
     def answer(self, args: ESConfig, engine: LocalEngine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
@@ -248,9 +248,7 @@ class Scorers:
         return evaluation, prompts
 
 
-def measure(
-    comparison: Comparison, model: str, engine: LocalEngine, base: Base | None, scorers: Scorers
-) -> Result:
+def measure(comparison: Comparison, model: str, engine: LocalEngine, base: Base | None, scorers: Scorers) -> Result:
     """Return the measurements of a model.
 
     Args:
@@ -279,7 +277,8 @@ def measure(
         },
     }
     if base is None:
-        return {**result, "judged": dataclasses.asdict(judged)}
+        result["judged"] = dataclasses.asdict(judged)
+        return result
     kl_rows = rows[: measuring.kl_rows or None]
     if measuring.temperature == 1.0 and len(kl_rows) <= len(first):
         for_kl = sampled  # the first sample of each row is used
@@ -313,7 +312,7 @@ def measure_changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int
     }
 
 
-def greedy_result(evaluation: Evaluation) -> Answers:
+def greedy_result(evaluation: Evaluation) -> Result:
     """Return pass@1, reward and length of a greedy evaluation; ``correct`` has one character per row."""
     summary = evaluation.summary()
     correct = "".join("1" if is_right((row.accuracy or [0.0])[0]) else "0" for row in evaluation.rows)

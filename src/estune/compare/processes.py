@@ -17,7 +17,6 @@ from estune.console import say
 from estune.errors import UserError
 from estune.files import try_lock, write_json
 
-
 ATTEMPTS = 3  # starts of a process that is killed, by the system or by a crash in a library
 ORPHAN_WAIT_S = 180.0  # seconds to wait for a run whose comparison was killed, until it has saved
 RETRY_DELAY_S = 1.0  # seconds between the end of an interrupted process and the next attempt

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
+PLAN_FILE, RESULTS, COST_FILE = "comparison.json", "results", "cost.json"
 DONE, FAILED = "done", "failed"
 UNMEASURED = "unmeasured"  # the run ended, but measuring its model failed; the method is not to blame
 
