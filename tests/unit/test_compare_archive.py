@@ -248,7 +248,7 @@ def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "report.html").write_text("mine")
-    for place, told in ((more, "other results"), (other, "other results"), (mine, "not empty"), (file, "not a directory")):
+    for place, told in ((more, "other results"), (other, "other results"), (mine, "not empty"), (file, "a directory")):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         with pytest.raises(UserError, match=told):
             report_only(file, place)

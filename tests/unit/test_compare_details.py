@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from estune.compare.report import _labels, _more_table, _tuning_table
+from estune.compare.report import _details_table, _labels, _tuning_table
 from estune.compare.statistics import two_level
 from estune.compare.tables import _method_row, _untrained_row
 from estune.train.evaluation import interval, pass_at_k
@@ -36,7 +36,7 @@ def table(method: list[dict[str, Any]]) -> list[list[str]]:
         "base": _untrained_row("base", BASE, "results/base.json", 3),
         "rows": {"time": [_method_row("es", method, BASE, 3)]},
     }
-    page = _more_table(model, "time", _labels(comparison, model["base"]["retention_rows"]))
+    page = _details_table(model, "time", _labels(comparison, model["base"]["retention_rows"]))
     lines = re.findall(r"<tr>(.*?)</tr>", page)
     return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in lines]
 
