@@ -1,4 +1,4 @@
-"""The report's tables of details: pass@k, discovery with its control, what is kept, what moved; and of tuning."""
+"""The report's tables of details and of tuning."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def table(method: list[dict[str, Any]]) -> list[list[str]]:
     return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in lines]
 
 
-def test_the_base_has_a_row_of_its_own_in_discovery_and_names_are_honest() -> None:
+def test_the_base_has_a_row_in_discovery_and_prompt_variants_are_labelled() -> None:
     head, base, es = table([tuned(0), tuned(1)])
     first = dict(zip(head, base, strict=True))
     assert first["discovered greedily"] == "0 by definition" and first["discovered in samples"].startswith("50.0 ")
@@ -54,7 +54,7 @@ def test_the_base_has_a_row_of_its_own_in_discovery_and_names_are_honest() -> No
     assert (row["moved, %"], row["no word, %"]) == ("90.0", "50.0")
 
 
-def test_a_walk_that_is_not_known_is_left_empty() -> None:
+def test_unknown_changes_leave_empty_cells() -> None:
     head, _, es = table([tuned(0, walk_ratio=None, excess_kurtosis=None, relative_norm=None)])
     row = dict(zip(head, es, strict=True))
     assert (row["update norm / random walk"], row["excess kurtosis"], row["update norm / theta"]) == ("", "", "")

@@ -1,4 +1,4 @@
-"""The row of who says the same whatever is asked: chosen on training rows, by the task's own accuracy."""
+"""The best constant answer: chosen on training rows, by the task's own accuracy."""
 
 from __future__ import annotations
 
