@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estune.compare.archive import Row, read_archive, read_summary
+from estune.compare.archive import Row, read_archive, summary_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
@@ -376,7 +376,7 @@ def conciseness(name: str) -> str:
 @cache
 def summary(file: Path) -> dict[str, Any]:
     """Return everything that a packed comparison says."""
-    return read_summary(file)
+    return summary_of(file)
 
 
 def comparison_of(name: str) -> str:

@@ -285,7 +285,7 @@ def test_the_tracked_comparisons_are_complete(file: Path, tmp_path: Path) -> Non
     assert again == packed
     archive.write_archive(again, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
-    assert archive.read_summary(file)["models"]
+    assert archive.summary_of(file)["models"]
 
 
 def test_tracked_results_are_few_and_small() -> None:

@@ -356,7 +356,7 @@ def _result(row: Row, archive: Archive) -> Result:
     return result
 
 
-def read_summary(file: Path) -> dict[str, Any]:
+def summary_of(file: Path) -> dict[str, Any]:
     """Return the content of a packed comparison's report; see `estune.compare.tables.summarise`.
 
     Raises:
@@ -364,4 +364,4 @@ def read_summary(file: Path) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as name:
         unpack(read_archive(file), Path(name))
-        return summarise(Path(name))
+        return dict(summarise(Path(name)))

@@ -118,6 +118,4 @@ def _distribution(result: ParameterChanges, base: Mapping[str, np.ndarray], tune
     variance = 1.0 - m1**2  # the mean square is 1 in units of the RMS
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 - 3 * m1**4
     result.density = (counts * BINS / (2 * LIMIT * n)).tolist()
-    result.kurtosis = (
-        fourth / variance**2 - 3 if variance > 1e-12 else None
-    )  # None: every change is equal
+    result.kurtosis = fourth / variance**2 - 3 if variance > 1e-12 else None  # None: every change is equal

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from estune.compare.plan import BUDGETS, CHOSEN, LIMITS, TIME
-from estune.compare.results import DONE
-from estune.compare.tables import summarise
+from estune.compare.results import DONE, Changes
+from estune.compare.tables import (
+    Linked,
+    MethodRow,
+    ModelSummary,
+    PairedTest,
+    Summary,
+    SummaryRow,
+    TunedSummary,
+    UntrainedRow,
+    summarise,
+)
 from estune.files import replace_file
 
 COLOURS = ("#1f5fa8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b8860b", "#4c6a78", "#b03060", "#5f7a1f", "#777777", "#20a0a0")
@@ -66,7 +76,7 @@ def write_report(directory: Path) -> Path:
     return directory / "report.html"
 
 
-def render(summary: dict[str, Any], figure: str) -> str:
+def render(summary: Summary, figure: str) -> str:
     """Return the page as HTML.
 
     Args:
@@ -91,7 +101,7 @@ def render(summary: dict[str, Any], figure: str) -> str:
     )
 
 
-def _introduction(summary: dict[str, Any]) -> list[str]:
+def _introduction(summary: Summary) -> list[str]:
     """Return the heading, what is compared, warnings, notes, and how to read the figures."""
     comparison = summary["comparison"]
     problems = len(next(iter(summary["models"].values()))["base"]["correct"])
@@ -118,7 +128,7 @@ def _introduction(summary: dict[str, Any]) -> list[str]:
     return parts
 
 
-def _model_part(name: str, model: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+def _model_part(name: str, model: ModelSummary, summary: Summary) -> list[str]:
     """Return the heading and the tables of a model."""
     comparison = summary["comparison"]
     samples = _text(comparison["measuring"]["discovery_samples"])
@@ -159,7 +169,7 @@ def _cost_text(cost: dict[str, float] | None) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]) -> str:
+def _main_table(model: ModelSummary, budget: str, established: dict[str, bool]) -> str:
     """Return the table of a model at a budget: the untrained rows, then a row a method."""
     highest_k = max(model["base"]["pass_at_k"], key=int)
     head = [
@@ -180,7 +190,7 @@ def _main_table(model: dict[str, Any], budget: str, established: dict[str, bool]
     return _table(head, body)
 
 
-def _untrained_cells(row: dict[str, Any]) -> list[str]:
+def _untrained_cells(row: UntrainedRow) -> list[str]:
     """Return the cells of the base or of a constant answer in the main table."""
     return [
         f'<a href="{_text(row["file"])}">{_text(row["name"])}</a>',
@@ -196,7 +206,7 @@ def _untrained_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _method_cells(row: dict[str, Any], established: dict[str, bool]) -> list[str]:
+def _method_cells(row: MethodRow, established: dict[str, bool]) -> list[str]:
     """Return the cells of a method in the main table."""
     name = _method_name(row, established)
     seeds = f"<td class=seeds>{' '.join(_seed_link(seed) for seed in row['seeds'])}</td>"
@@ -217,7 +227,7 @@ def _method_cells(row: dict[str, Any], established: dict[str, bool]) -> list[str
     ]
 
 
-def _method_name(row: dict[str, Any], established: dict[str, bool]) -> str:
+def _method_name(row: MethodRow, established: dict[str, bool]) -> str:
     """Return a method's name with its warnings."""
     seeds = len(row["seeds"])
     warnings = [
@@ -230,7 +240,7 @@ def _method_name(row: dict[str, Any], established: dict[str, bool]) -> str:
     return _text(row["name"]) + "".join(f' <small class="bad">{warning}</small>' for warning in warnings if warning)
 
 
-def _highest_pass_at_k(row: dict[str, Any]) -> str:
+def _highest_pass_at_k(row: SummaryRow) -> str:
     """Return pass@k for the highest k; empty if the row was not sampled."""
     values = row.get("pass_at_k", {})
     return _interval(values[max(values, key=int)]) if values else ""
@@ -248,7 +258,7 @@ def _labels(comparison: dict[str, Any], rows: dict[str, int]) -> dict[str, str]:
     }
 
 
-def _details_table(model: dict[str, Any], budget: str, labels: dict[str, str]) -> str:
+def _details_table(model: ModelSummary, budget: str, labels: dict[str, str]) -> str:
     """Return the table of pass@k, discovery, retention and parameter changes.
 
     The base's row shows how many of its never solved problems it solves in further samples.
@@ -287,7 +297,7 @@ def _details_table(model: dict[str, Any], budget: str, labels: dict[str, str]) -
     return f"<details><summary>pass@k, discovery, retention, parameters</summary>{_table(head, body)}</details>"
 
 
-def _changes_cells(changes: dict[str, Any] | None) -> list[str]:
+def _changes_cells(changes: Changes | None) -> list[str]:
     """Return the cells about parameter changes; empty for the base and for a method without a finished seed."""
     if not changes:
         return [""] * 5
@@ -300,7 +310,7 @@ def _changes_cells(changes: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _tests_table(tests: Sequence[dict[str, Any]]) -> str:
+def _tests_table(tests: Sequence[PairedTest]) -> str:
     if not tests:
         return "<p class=note>No established baseline to test against.</p>"
     body = [
@@ -317,7 +327,7 @@ def _tests_table(tests: Sequence[dict[str, Any]]) -> str:
     return f"<details open><summary>paired tests</summary>{_table(head, body)}</details>"
 
 
-def _tuning_table(tuning: dict[str, Any]) -> str:
+def _tuning_table(tuning: dict[str, TunedSummary]) -> str:
     """Return the table of every method's trials, the chosen ones in bold, and of their cost."""
     body = []
     for method, tuned in tuning.items():
@@ -334,7 +344,7 @@ def _tuning_table(tuning: dict[str, Any]) -> str:
     return f"<details><summary>tuning and what it cost</summary>{_table(head, body)}</details>" if body else ""
 
 
-def _trial_link(trial: dict[str, Any], tuned: dict[str, Any]) -> str:
+def _trial_link(trial: Linked, tuned: Mapping[str, Any]) -> str:
     """Return a trial's settings and accuracy, linked to its result; in bold if it was chosen."""
     settings = ", ".join(f"{name} {value}" for name, value in trial["trial"].items()) or "defaults"
     if CHOSEN[TIME] in tuned:
@@ -345,7 +355,7 @@ def _trial_link(trial: dict[str, Any], tuned: dict[str, Any]) -> str:
     return f'<{tag}><a href="{_text(trial["file"])}">{_text(settings)}: {_text(outcome)}</a></{tag}>'
 
 
-def _changes_part(summary: dict[str, Any]) -> str:
+def _changes_part(summary: Summary) -> str:
     """Return the histograms of parameter changes, with the curve of a normal distribution."""
     figures = []
     budget = next(budget for budget in BUDGETS if summary["comparison"]["budget"][LIMITS[budget]])
@@ -387,7 +397,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
-def _interval(estimate: dict[str, Any], name: str = "mean", signed: bool = False) -> str:
+def _interval(estimate: Mapping[str, Any], name: str = "mean", signed: bool = False) -> str:
     sign = "+" if signed else ""
     low, high = 100 * estimate["low"], 100 * estimate["high"]
     return f"{100 * estimate[name]:{sign}.1f} <small>[{low:{sign}.1f}, {high:{sign}.1f}]</small>"
@@ -418,7 +428,7 @@ def _machine(environment: dict[str, Any]) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def curves(summary: dict[str, Any]) -> Figure:
+def curves(summary: Mapping[str, Any]) -> Figure:
     """Return the figure of validation accuracy against evaluations and against time, a row of panels per model."""
     models = summary["models"]
     figure = _figure(11, 3.4 * len(models))
@@ -446,7 +456,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _band(axes: Any, runs: Sequence[Sequence[Sequence[float]]], axis: int, colour: str, label: str) -> None:
+def _band(axes: Any, runs: Sequence[Sequence[Sequence[Any]]], axis: int, colour: str, label: str) -> None:
     """Draw the mean of a method's runs, and the range from the lowest to the highest.
 
     The curve ends where the shortest run ends, apart from runs shorter than 0.9 of the median: a cross marks their end.
@@ -458,7 +468,7 @@ def _band(axes: Any, runs: Sequence[Sequence[Sequence[float]]], axis: int, colou
         colour: of the method.
         label: of the method.
     """
-    known = [[(point[axis], 100 * point[2]) for point in run if point[2] is not None] for run in runs]
+    known = [[(point[axis], 100 * accuracy) for point in run if (accuracy := point[2]) is not None] for run in runs]
     known = [run for run in known if len(run) > 1]
     if not known:
         return
@@ -478,7 +488,7 @@ def _band(axes: Any, runs: Sequence[Sequence[Sequence[float]]], axis: int, colou
             axes.plot(run[-1][0], run[-1][1], "x", color=colour, markersize=6)
 
 
-def _histograms(rows: Sequence[dict[str, Any]]) -> Figure:
+def _histograms(rows: Sequence[MethodRow]) -> Figure:
     """Return the figure of each method's histogram of parameter changes, with a normal distribution's density."""
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
@@ -488,6 +498,7 @@ def _histograms(rows: Sequence[dict[str, Any]]) -> Figure:
         panel.set_axis_off()
     for panel, row in zip(panels, rows, strict=False):
         histogram = row["changes"]["histogram"]
+        assert histogram is not None
         edges = np.array(histogram["edges"])
         panel.stairs(histogram["density"], edges, fill=True, color=COLOURS[0], alpha=0.6)
         x = np.linspace(edges[0], edges[-1], 200)

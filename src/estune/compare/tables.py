@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from estune.compare.results import (
     FAILED,
     PLAN_FILE,
     UNMEASURED,
+    Changes,
     Plan,
     Result,
     Sitting,
+    Tuned,
     base_digest,
     read_json,
     read_result,
@@ -33,10 +35,127 @@ class Linked(Result, total=False):
 
     file: str
     page: str  # of the run
+    budget: str  # of a trial
 
 
-def summarise(directory: Path) -> dict[str, Any]:
-    """Return the content of a comparison's report; `summary.json` is this without the marks of every problem.
+class Interval(TypedDict):
+    """The fields of `estune.compare.statistics.Estimate`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Gain(TypedDict):
+    """The fields of `estune.compare.statistics.Difference`."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+
+
+class PairedTest(Gain):
+    """A difference between an ES row and another row."""
+
+    es: str
+    other: str
+    p_holm: NotRequired[float]
+
+
+class Spread(TypedDict):
+    """The fields of `estune.compare.statistics.OverSeeds`."""
+
+    n: int
+    mean: float
+    interval: tuple[float, float] | None
+    standard_deviation: float | None
+    range: float
+
+
+class Discovery(TypedDict):
+    """The share of never solved problems that are solved, greedily and in samples."""
+
+    greedy: NotRequired[Interval]
+    sampled: Interval
+    samples: int
+
+
+class SummaryRow(TypedDict, total=False):
+    """The fields that rows of all kinds may have."""
+
+    name: str
+    accuracy: Interval
+    pass_at_k: dict[str, Interval]
+    length: float
+    retention: dict[str, float]
+    wordless: float  # share of completions without a dictionary word
+    discovery: Discovery
+    changes: Changes
+
+
+class UntrainedRow(SummaryRow, total=False):
+    """The row of the base, of the base with its skill forced, or of the best constant answer."""
+
+    retention_rows: dict[str, int]
+    file: str
+    correct: str
+
+
+class MethodRow(SummaryRow, total=False):
+    """The row of a method at a budget. If no model was measured, it lacks every measure."""
+
+    seeds: list[dict[str, Any]]  # chosen fields of each seed's `Linked`
+    failed: int
+    unmeasured: int
+    hacked: int
+    settings: dict[str, Any]
+    spread: Spread
+    gain: Gain
+    kl: float
+    evaluations: float
+    train_time_s: float
+    steps: float
+    correct: list[str]
+    beside_constant: bool  # whether the row is not above the best constant answer
+
+
+class TunedSummary(Tuned, total=False):
+    """A method's tuning and its trials."""
+
+    trials: list[Linked]
+
+
+class ModelSummary(TypedDict):
+    """The part of a summary about one model."""
+
+    path: str
+    fingerprint: str
+    base: UntrainedRow
+    never_solved: int
+    sought: int  # number of first test rows that were searched for never solved rows
+    rows: dict[str, list[MethodRow]]  # of each budget
+    tests: dict[str, list[PairedTest]]  # of each budget
+    tuning: dict[str, TunedSummary]  # of each method
+    curves: dict[str, dict[str, list[list[list[float | None]]]]]  # of each budget, method and seed
+    prefix: NotRequired[UntrainedRow]
+    constant: NotRequired[UntrainedRow]
+
+
+class Summary(TypedDict):
+    """The content of a report; `summary.json` is this without ``correct``."""
+
+    comparison: dict[str, Any]  # the fields of `estune.compare.config.Comparison`
+    environment: dict[str, Any]
+    models: dict[str, ModelSummary]
+    established: dict[str, bool]  # of each baseline
+    cost: dict[str, float] | None
+    mixed: dict[str, list[str]]
+
+
+def summarise(directory: Path) -> Summary:
+    """Return the content of a comparison's report.
 
     Raises:
         UserError: there are no results yet, or a result refers to another measurement of its base.
@@ -90,7 +209,7 @@ def _mixed(results: Path) -> dict[str, list[str]]:
     return {kind: listed for kind, listed in versions.items() if len(listed) > 1}
 
 
-def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
+def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) -> ModelSummary:
     """Return a model's part of the summary.
 
     Args:
@@ -100,9 +219,9 @@ def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) ->
     """
     base = read_result(folder / "base.json")
     sample_rows = min(comparison["measuring"]["sample_rows"] or len(base["correct"]), len(base["correct"]))
-    rows: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
-    tuning: dict[str, Any] = {}
-    curves: dict[str, dict[str, list[Any]]] = {budget: {} for budget in BUDGETS}
+    rows: dict[str, list[MethodRow]] = {budget: [] for budget in BUDGETS}
+    tuning: dict[str, TunedSummary] = {}
+    curves: dict[str, dict[str, list[list[list[float | None]]]]] = {budget: {} for budget in BUDGETS}
     methods = sorted(path.name for path in folder.iterdir() if path.is_dir())
     order = [*comparison["methods"], *(name for name in methods if name not in comparison["methods"])]
     for method in order:
@@ -116,7 +235,7 @@ def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) ->
             if results:
                 rows[budget].append(_method_row(method, results, base, sample_rows))
                 curves[budget][method] = [result.get("curve", []) for result in results]
-    model: dict[str, Any] = {
+    model: ModelSummary = {
         "path": comparison["models"][folder.name],
         "fingerprint": base["fingerprint"],
         "base": _untrained_row("base", base, _relative(folder / "base.json", directory), sample_rows),
@@ -138,20 +257,22 @@ def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) ->
     return model
 
 
-def _tuning(folder: Path, directory: Path) -> dict[str, Any]:
+def _tuning(folder: Path, directory: Path) -> TunedSummary:
     """Return what was chosen for a method, what its tuning cost, and all of its trials."""
     trials = sorted(folder.glob("trial-*.json"), key=_number_in_name)
-    return {
-        **read_json(folder / "tuning.json"),
-        "trials": [
-            {
-                **{name: value for name, value in read_result(file).items() if name not in ("curve", "settings")},
-                "budget": TIME if file.stem.endswith("-time") else EVALUATIONS,
-                "file": _relative(file, directory),
-            }
-            for file in trials
-        ],
-    }
+    tuned: TunedSummary = read_json(folder / "tuning.json")
+    tuned["trials"] = [_read_trial(file, directory) for file in trials]
+    return tuned
+
+
+def _read_trial(file: Path, directory: Path) -> Linked:
+    """Return a trial's result without its curve and settings, with its budget and its own path."""
+    trial: Linked = read_json(file)
+    trial.pop("curve", None)
+    trial.pop("settings", None)
+    trial["budget"] = TIME if file.stem.endswith("-time") else EVALUATIONS
+    trial["file"] = _relative(file, directory)
+    return trial
 
 
 def _read_linked(file: Path, directory: Path) -> Linked:
@@ -171,12 +292,12 @@ def _number_in_name(file: Path) -> int:
     return int(file.stem.split("-")[1])
 
 
-def _untrained_row(name: str, result: Result, file: str, sample_rows: int) -> dict[str, Any]:
+def _untrained_row(name: str, result: Result, file: str, sample_rows: int) -> UntrainedRow:
     """Return the row of the base or of a constant answer, which have no seeds."""
     correct = _marks(result["correct"])[None]
-    row: dict[str, Any] = {
+    row: UntrainedRow = {
         "name": name,
-        "accuracy": dataclasses.asdict(two_level(correct)),
+        "accuracy": _interval(correct),
         "length": result["length"],
         "retention": {name: retained["accuracy"] for name, retained in result.get("retention", {}).items()},
         "retention_rows": {name: retained["n"] for name, retained in result.get("retention", {}).items()},
@@ -188,11 +309,11 @@ def _untrained_row(name: str, result: Result, file: str, sample_rows: int) -> di
         row["wordless"] = result["judged"]["literal_share_without_words"]
     if result.get("discovery_control"):  # further samples of the base, with the random numbers of tuned models
         solved = np.array(result["discovery_control"])[None] > 0  # (1, U)
-        row["discovery"] = {"sampled": dataclasses.asdict(two_level(solved)), "samples": result["samples"]}
+        row["discovery"] = {"sampled": _interval(solved), "samples": result["samples"]}
     return row
 
 
-def _method_row(method: str, results: Sequence[Linked], base: Result, sample_rows: int) -> dict[str, Any]:
+def _method_row(method: str, results: Sequence[Linked], base: Result, sample_rows: int) -> MethodRow:
     """Return the row of a method at a budget, over all its seeds.
 
     A failed seed counts as the base: with the base's greedy and sampled answers. A seed whose model could not be
@@ -203,7 +324,7 @@ def _method_row(method: str, results: Sequence[Linked], base: Result, sample_row
     """
     done = [result for result in results if result["status"] == DONE]
     unmeasured = sum(result["status"] == UNMEASURED for result in results)
-    row: dict[str, Any] = {
+    row: MethodRow = {
         "name": method,
         "seeds": [_seed_summary(result) for result in results],
         "failed": len(results) - len(done) - unmeasured,
@@ -222,10 +343,10 @@ def _method_row(method: str, results: Sequence[Linked], base: Result, sample_row
     if not counted:
         return row
     correct = np.stack([_marks(result["correct"]) for result in counted])  # (S, P)
-    row |= {
-        "accuracy": dataclasses.asdict(two_level(correct)),
-        "spread": dataclasses.asdict(over_seeds(correct.mean(1).tolist())),
-        "gain": dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None])),
+    measures: MethodRow = {
+        "accuracy": _interval(correct),
+        "spread": cast(Spread, dataclasses.asdict(over_seeds(correct.mean(1).tolist()))),
+        "gain": cast(Gain, dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None]))),
         "pass_at_k": _pass_at_k(counted, sample_rows),
         "kl": _mean(result["kl"] for result in done),
         "length": _mean(result["length"] for result in counted),
@@ -239,12 +360,13 @@ def _method_row(method: str, results: Sequence[Linked], base: Result, sample_row
         "wordless": _mean(_share_without_words(result, base) for result in results if result["status"] != UNMEASURED),
         "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
     }
+    row |= measures
     if base["never_solved"]:
         greedy = correct[:, np.array(base["never_solved"])]  # (S, U)
         samples = np.array([result["discovery"] for result in counted])  # (S, U)
         row["discovery"] = {
-            "greedy": dataclasses.asdict(two_level(greedy)),
-            "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
+            "greedy": _interval(greedy),
+            "sampled": _interval((samples > 0).astype(float)),
             "samples": base["samples"],
         }
     return row
@@ -263,7 +385,7 @@ def _share_without_words(result: Linked, base: Result) -> float:
     return float(measures["literal_share_without_words"])
 
 
-def _seed_summary(result: Mapping[str, object]) -> dict[str, object]:
+def _seed_summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a seed's result that the report shows."""
     names = (
         "seed",
@@ -282,23 +404,24 @@ def _seed_summary(result: Mapping[str, object]) -> dict[str, object]:
     return {name: result[name] for name in names if name in result}
 
 
-def _pass_at_k(results: Sequence[Result], sample_rows: int) -> dict[str, Any]:
+def _pass_at_k(results: Sequence[Result], sample_rows: int) -> dict[str, Interval]:
     """Return the unbiased pass@k for each k, over all seeds: mean, and the interval over problems and seeds."""
     of_seeds = [pass_at_ks(result["right_of"][:sample_rows], result["samples"]) for result in results]
-    return {str(k): dataclasses.asdict(two_level([values[k] for values in of_seeds])) for k in of_seeds[0]}
+    return {str(k): _interval([values[k] for values in of_seeds]) for k in of_seeds[0]}
 
 
-def _mean_changes(results: Sequence[Result]) -> dict[str, Any]:
+def _mean_changes(results: Sequence[Result]) -> Changes:
     """Return the mean change of the parameters over seeds, and the first seed's histogram."""
     changes: list[dict[str, Any]] = [dict(result["changes"]) for result in results]
     first = changes[0] if changes else {}
     numbers = {
         name: _mean(each[name] for each in changes) for name, value in first.items() if isinstance(value, (int, float))
     }
-    return {**{name: value for name, value in first.items() if not isinstance(value, (int, float))}, **numbers}
+    others = {name: value for name, value in first.items() if not isinstance(value, (int, float))}
+    return cast(Changes, {**others, **numbers})
 
 
-def _compare_with_constant(model: dict[str, Any]) -> None:
+def _compare_with_constant(model: ModelSummary) -> None:
     """Mark the rows that are not above the best constant answer, by the interval of a paired difference."""
     if "constant" not in model:
         return
@@ -308,7 +431,7 @@ def _compare_with_constant(model: dict[str, Any]) -> None:
         row["beside_constant"] = bool(paired_difference(correct, constant).low <= 0)
 
 
-def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str, bool]:
+def _established(models: dict[str, ModelSummary], comparison: dict[str, Any]) -> dict[str, bool]:
     """Return for every baseline whether it is established.
 
     It is if on some base, at some budget, it gains `established_points` and is above the best constant answer.
@@ -325,14 +448,14 @@ def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str
 
 
 def _tests(
-    rows: dict[str, list[dict[str, Any]]], comparison: dict[str, Any], established: dict[str, bool]
-) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[MethodRow]], comparison: dict[str, Any], established: dict[str, bool]
+) -> dict[str, list[PairedTest]]:
     """Return the paired tests of every ES row against every established baseline and random search, at each budget.
 
     The p-values of all tests on one base, of both budgets together, are corrected (Holm).
     """
     kinds = {name: entry["method"] for name, entry in comparison["methods"].items()}
-    tests: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
+    tests: dict[str, list[PairedTest]] = {budget: [] for budget in BUDGETS}
     for budget in BUDGETS:
         done = {row["name"]: row for row in rows[budget] if "correct" in row}
         others = [name for name in done if established.get(name) or kinds[name] == "random_search"]
@@ -341,11 +464,17 @@ def _tests(
                 difference = paired_difference(
                     *(np.stack([_marks(seed) for seed in done[name]["correct"]]) for name in (es, other))
                 )
-                tests[budget].append({"es": es, "other": other, **dataclasses.asdict(difference)})
+                paired = {"es": es, "other": other, **dataclasses.asdict(difference)}
+                tests[budget].append(cast(PairedTest, paired))
     listed = [test for budget in BUDGETS for test in tests[budget]]
     for test, corrected in zip(listed, holm([test["p_value"] for test in listed]), strict=True):
         test["p_holm"] = corrected
     return tests
+
+
+def _interval(correct: Any) -> Interval:
+    """Return the mean of ``correct`` (S, P) and its interval over seeds and problems."""
+    return cast(Interval, dataclasses.asdict(two_level(correct)))
 
 
 def _marks(correct: str) -> np.ndarray:
