@@ -286,7 +286,7 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
         ({"models": {}}, ("models",)),
         ({"seeds": [0, 0]}, ("seeds",)),
         ({"seeds": [1000]}, ("tuning", "seed")),
-        ({"settings": {"seed": 3}}, ("seed", "comparison decides")),
+        ({"settings": {"seed": 3}}, ("seed", "comparison sets")),
         ({"settings": {"max_completion_lenght": 3}}, ("max_completion_length",)),
         ({"methods": {"a": {"method": "es"}, "b": {"method": "grpo", "trials": [{}, {}]}}}, ("a 1, b 2",)),
         ({"methods": {"a": {"method": "gpro"}}}, ("gpro", "grpo")),
