@@ -75,13 +75,11 @@ def one_run(noise: str, seed: int, run: Path) -> dict[str, Any]:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the curves of all runs, one colour for each kind of noise."""
-    import matplotlib
+    """Draw every run's curve, one colour for each kind of noise."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     colours = dict(zip(NOISES, ("#1b6ca8", "#d1495b"), strict=True))
     labels = {"full": "full rank", "lowrank": "rank 1"}
     for run in runs:

@@ -39,7 +39,7 @@ from typing import Any
 
 from record import write_result
 
-from estune.compare.measure import Judges
+from estune.compare.measure import Scorers
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task, reasoning
@@ -93,9 +93,9 @@ class Scanner:
 
     def answer(self, name: str, rows: list[dict[str, Any]], **settings: Any) -> Any:
         """Return the evaluation of a task's rows, greedy by default; ``settings`` are options of `ESConfig`."""
-        with Judges() as judges:
+        with Scorers() as scorers:
             args = ESConfig(**{**vars(self.args), "task": f"rg:{name}", **settings})
-            return judges.answer(args, self.engine, rows)[0]
+            return scorers.answer(args, self.engine, rows)[0]
 
     def scan(self, name: str, splits: dict[str, list[dict[str, Any]]], n_rows: int) -> dict[str, Any]:
         """Return the figures of a task's first validation rows, or the reason why the task is left out."""

@@ -251,8 +251,8 @@ class Zygote:
     ``torch`` and ``rivals``: whether the server also imports torch and transformers, and the baselines.
     """
 
-    def __init__(self, *, torch=False, rivals=False):
-        self._arguments = ["torch"] * (torch or rivals) + ["rivals"] * rivals
+    def __init__(self, *, torch=False, baselines=False):
+        self._arguments = ["torch"] * (torch or baselines) + ["baselines"] * baselines
 
     def __enter__(self):
         self._process = subprocess.Popen(
@@ -375,7 +375,7 @@ def _main():
 
         for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)
-    if "rivals" in sys.argv:
+    if "baselines" in sys.argv:
         import estune.baselines.policy_gradient
         import estune.baselines.rejection  # noqa: F401
     for line in sys.stdin:

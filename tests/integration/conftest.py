@@ -1,4 +1,4 @@
-"""Fixtures of the tests of ES's rivals."""
+"""Fixtures of the tests of the baselines."""
 
 import pytest
 

@@ -18,8 +18,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from estune.compare import worker
 from estune.compare.config import from_mapping
-from estune.compare.measure import Judges, divergence, evaluation_config
-from estune.compare.measure import test_rows as held_out_rows
+from estune.compare.measure import Scorers, divergence, evaluation_config, held_out_rows
 from estune.config import ESConfig
 from estune.engines.hf.decoding import is_sound
 from estune.engines.hf.engine import HFEngine
@@ -262,11 +261,11 @@ def test_a_comparison_measures_no_broken_model(place: Path) -> None:
                                "measuring": {"rows": 4}})  # fmt: skip
     args = evaluation_config(comparison, str(scaled(place, "down_proj", 1e9)))
     engine, rows = load_engine(args), held_out_rows(comparison)
-    with Judges() as judges:
+    with Scorers() as scorers:
         with pytest.raises(UserError, match="gives logits that are not finite in float16"):
-            judges.answer(args, engine, rows)
+            scorers.answer(args, engine, rows)
         whole = load_engine(evaluation_config(comparison, "tiny"))
-        evaluation, prompts = judges.answer(evaluation_config(comparison, "tiny"), whole, rows)
+        evaluation, prompts = scorers.answer(evaluation_config(comparison, "tiny"), whole, rows)
     with pytest.raises(UserError, match="there is no KL"):
         divergence(whole, engine, prompts, evaluation)
 

@@ -87,7 +87,7 @@ def offer(hub: Hub, place: Path) -> None:
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_a_penalty_is_on_the_distance_to_the_revision_that_is_trained(method: str, hub: Hub, place: Path) -> None:
     """Before the first update, policy and reference are one model: the KL is 0. That of the main branch is another."""
-    pytest.importorskip("trl", reason="the rivals' trainers")
+    pytest.importorskip("trl", reason="the baselines' trainers")
     for seed, name in ((0, "main"), (1, "branch")):
         save_tiny("llama", place / name, seed=seed)
     main, branch = ({file.name: file.read_bytes() for file in (place / name).iterdir()} for name in ("main", "branch"))

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import transformers
+from baseline_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 from command_line import metrics, weights
-from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 
 from estune import ESConfig
 from estune.baselines import BaselineTrainer, random_search, rejection
@@ -171,14 +171,14 @@ def test_rejection_of_all_samples_is_reported(place):
     assert not (place / "run" / "model.safetensors").exists()
     told = json.loads((place / "run" / "method.json").read_text())
     assert told["samples_drawn"] == 24 and told["drawing_s"] > 0  # a comparison counts what it has cost
-    used = job.used_so_far(place / "run")
+    used = job.read_usage(place / "run")
     assert (used["evaluations"], used["train_time_s"], used["steps"]) == (24, told["drawing_s"], 0)
     args = ESConfig(**{**SMALL, "method": "sft_rejection", "method_kwargs": {"min_reward": 2.0}, "eval_steps": 1,
                        "output_dir": "curve"})  # fmt: skip
     with pytest.raises(UserError, match="none of 24 samples of the base was right"):  # also beside a curve
         BaselineTrainer(args=args, train_dataset=easy_rows(6), eval_dataset=easy_rows(2)).train()
     assert read_metrics(place / "curve")[0]["step"] == 0
-    assert job.used_so_far(place / "curve")["evaluations"] == 24
+    assert job.read_usage(place / "curve")["evaluations"] == 24
     with pytest.raises(UserError, match="none of 16 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(4), max_completion_length=1, output_dir="other")
 

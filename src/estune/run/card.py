@@ -65,7 +65,7 @@ def card(run_dir: Path) -> str:
         header, config = json.loads((run_dir / METHOD_FILE).read_text(encoding="utf-8")), stored
         state = read_state(run_dir)
         steps, fingerprint = (state["step"], state["fingerprint"]) if state else (0, None)
-        how, rebuilding = _by_rival(header, steps), []
+        how, rebuilding = _by_baseline(header, steps), []
     else:
         header, config = journal.header, journal.header["config"]
         steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
@@ -111,7 +111,7 @@ def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "All parameters" if moving == total else f"{moving / total:.2%} of the parameters"
 
 
-def _by_rival(header: Mapping[str, Any], steps: int) -> str:
+def _by_baseline(header: Mapping[str, Any], steps: int) -> str:
     """Return the method of a baseline's run as text."""
     trainer = f"{header['trainer']} of TRL {header['trl']}" if "trl" in header else header["trainer"]
     return f"`{header['method']}` ({trainer}, run by estune {VERSION} as a baseline): {steps} steps"

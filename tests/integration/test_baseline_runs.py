@@ -1,4 +1,4 @@
-"""A rival's run: a directory like that of ES, and one that ends early and goes on to the same bits."""
+"""A baseline's run: its directory has the layout of an ES run, and a resumed run ends in the same bits."""
 
 import json
 import re
@@ -8,8 +8,20 @@ import signal
 import numpy as np
 import pytest
 import transformers
+from baseline_runs import (
+    FEW,
+    NO_GRADIENT,
+    SMALL,
+    TRL,
+    always_right,
+    easy_rows,
+    tensors,
+    train,
+    trl,
+    words_of,
+    write_few,
+)
 from command_line import Zygote, assert_same_tree, metrics, steps, tree, weights
-from rival_runs import FEW, NO_GRADIENT, SMALL, TRL, always_right, easy_rows, tensors, train, trl, words_of, write_few
 from safetensors.numpy import load_file
 from tiers import few, full
 
@@ -206,9 +218,9 @@ sys.exit(main(words))
 
 
 @pytest.fixture(scope="module")
-def rivals():
-    """A process that has the rivals' trainers imported, too."""
-    with Zygote(rivals=True) as process:
+def baseline_zygote():
+    """A forking process that has imported the trainers of the baselines."""
+    with Zygote(baselines=True) as process:
         yield process
 
 
@@ -229,20 +241,20 @@ KILLED = [
 
 
 @pytest.mark.parametrize(("method", "changes", "kills"), KILLED, ids=["grpo", "trl", "sft_rejection", "random_search"])
-def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, rivals, place):
+def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, baseline_zygote, place):
     """Killed again and again, in one run; SIGKILL, as the out-of-memory killer does it."""
     write_few(place)
     (place / "killer.py").write_text(KILLER)
     words = words_of(method, **changes)
-    assert rivals.run([*words, "--output_dir", "whole"], place).code == 0
+    assert baseline_zygote.run([*words, "--output_dir", "whole"], place).code == 0
     for where, step in kills:
-        done = rivals.run([where, step, *words, "--resume"], place, script=place / "killer.py")
+        done = baseline_zygote.run([where, step, *words, "--resume"], place, script=place / "killer.py")
         assert done.code == -signal.SIGKILL, done
-    done = rivals.run([*words, "--resume"], place)
+    done = baseline_zygote.run([*words, "--resume"], place)
     assert done.code == 0, done
     assert_same_run(place / "run", place / "whole")
     before = tree(place / "run")
-    done = rivals.run(["train", "--resume", "--output_dir", "run"], place)
+    done = baseline_zygote.run(["train", "--resume", "--output_dir", "run"], place)
     assert done.code == 0 and "is finished" in done.out, done
     assert_same_tree(tree(place / "run"), before)
 
