@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune import ESConfig, ESTrainer
 from estune.engines.hf import decoding
+from estune.engines.hf.allocator import keep_freed_memory
 from estune.engines.hf.callers import AttentionCaller, left_pad
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.update import Update, make_update
@@ -140,18 +141,20 @@ class Bench:
         for noise in ("full", "lowrank"):
             run = directory / f"{case.name}-{noise}"
             trainer = ESTrainer(args=es_config(case, noise, model, run, population_size, place))
-            self.sessions[noise] = stack.enter_context(open_session(trainer))
+            self.sessions[noise] = stack.enter_context(open_session(trainer.request))
         lowrank = self.sessions["lowrank"]
         engine: Any = lowrank.engine
         if not engine.facts.header["shared_forward"]:
             raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
+        torch.set_num_threads(int(lowrank.args.num_threads))  # the paper's loop uses as many as the engine
+        keep_freed_memory()  # as in a process of the command line
         self.step = plan_step(lowrank.args, lowrank.batches, 0)
         self.prompts = [lowrank.train_prompts[row] for row in self.step.rows]  # (B,)
         self.members_per_batch = min(int(lowrank.args.members_per_batch), population_size)
         self.batch_prompts = self.prompts * self.members_per_batch  # the rows of one low-rank forward pass
         auto_model: Any = AutoModelForCausalLM
         self.hf_model = auto_model.from_pretrained(model, dtype=engine.model.dtype).eval().to(engine.device)
-        pad = lowrank.engine.tokenizer.pad_token_id
+        pad = engine.assets.tokenizer.pad_token_id
         self.hf_model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=pad)
         self.pad = pad
         self.paper = PaperLoop(self.hf_model, *self._batch(self.prompts), case.tokens)
@@ -228,20 +231,21 @@ class Bench:
         groups, sampling = self.members_per_batch, sampling_of(session.args, 0)
         lengths = []
         started = now()
-        for cut in decoding.cut(rows, engine.prompts_per_batch):
-            caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
-            batch = [rows[i] for _ in range(groups) for i in cut]
-            done = decoding.complete(
-                caller,
-                batch,
-                sampling,
-                engine.assets.end_tokens,
-                engine.assets.pad,
-                engine._stop,
-                lambda: False,
-                engine.device,
-            )
-            lengths += [len(completion.token_ids) for completion in done]
+        with engine.working.in_use():
+            for cut in decoding.cut(rows, engine.prompts_per_batch):
+                caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
+                batch = [rows[i] for _ in range(groups) for i in cut]
+                done = decoding.complete(
+                    caller,
+                    batch,
+                    sampling,
+                    engine.assets.end_tokens,
+                    engine.assets.pad,
+                    engine._stop,
+                    lambda: False,
+                    engine.device,
+                )
+                lengths += [len(completion.token_ids) for completion in done]
         seconds = now() - started
         self._check(lengths)
         return {"generate": seconds}

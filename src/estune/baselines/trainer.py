@@ -13,14 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from estune.baselines.arguments import method_arguments, sampling_arguments, trl_config
 from estune.baselines.random_search import random_search
-from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress
+from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
 from estune.console import say, warn
-from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
+from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device, torch_threads
 from estune.engines.hf.parameters import Binding, bindings
 from estune.environment import environment
 from estune.errors import ExternalError, UserError
@@ -304,6 +302,8 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         monitors, trackers = _start_monitors(stack, run, loaded.args, progress.steps_done, resumes)
         if not resumes:
             run.clear(old_files)
+        stack.enter_context(torch_threads(loaded.args.num_threads))
+        stack.enter_context(random_states_kept())
         module, bound = load_module(loaded.args, run, progress.steps_done)
         _write_inputs(run, loaded.args, trackers, progress.steps_done)
         session = BaselineSession(
@@ -428,5 +428,4 @@ def load_module(args: ResolvedConfig, run: Run, steps_done: int) -> tuple[Any, S
                     piece.parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise UserError("trainable_parameters matches no parameter")
-    torch.set_num_threads(args.num_threads)
     return module, bound
