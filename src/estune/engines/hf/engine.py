@@ -218,7 +218,7 @@ class HFEngine(LocalBase):
                 "none of them"
             )
         try:
-            with torch_threads(num_threads), evaluation_mode(model):
+            with torch_threads(num_threads), evaluation_mode(model, model.modules()):
                 bound, buffers = bindings(model)
                 theta = make_theta(
                     bound,

@@ -6,7 +6,7 @@ import gc
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -415,9 +415,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode within the block, and every module to its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
+def evaluation_mode(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Set a model to evaluation mode within the block, and each of its modules to the module's own mode afterwards."""
+    training = [module for module in modules if module.training]
     if training:
         model.eval()
     try:

@@ -53,6 +53,7 @@ class WorkingModel:
         self._held: tuple[Perturbation | None, int] | None = None  # the member in memory, and theta's version
         self._fixed_version = -1  # theta's version when the untrained parameters were written
         self._threads = host.num_threads
+        self._modules = list(model.modules())
         self._linear = small_linear.plain_layers(model)
         self._attention: list[attention.Choice] = []
         self.hold(None)
@@ -64,7 +65,7 @@ class WorkingModel:
         """Make the model fast within the block: engine's threads, evaluation mode, own linear layers and attention."""
         with (
             torch_threads(self._threads),
-            evaluation_mode(self.model),
+            evaluation_mode(self.model, self._modules),
             small_linear.installed(self._linear),
             attention.selected(self._attention),
         ):
