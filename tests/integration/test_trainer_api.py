@@ -256,12 +256,11 @@ def three_threads():
 @pytest.mark.parametrize("noise", ["full", "lowrank"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_users_model_and_process_stay_as_they_were(llama, place, monkeypatch, noise, fails, three_threads):
-    """Training moves the weights of a model in memory, and changes nothing else of it, and no setting of the process."""
+    """Training moves the weights of a model in memory; nothing else of it changes, and no setting of the process."""
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, attention_dropout=0.25).train()
     model.model.layers[0].eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    changes = {"noise": noise, "reward_isolation": "inline"}
-    args = ESConfig(**{**SMALL, "output_dir": "run", **changes})
+    args = ESConfig(output_dir="run", noise=noise, **SMALL)
     trainer = ESTrainer(model=model, processing_class=tokenizer, reward_funcs=vowels, args=args, train_dataset=ROWS)
     step, seen = AttentionCaller.step, []
 
