@@ -100,7 +100,7 @@ class BaselineTrainer(BaseTrainer):
                 # Random search stores its state only after the evaluation and the checkpoint of a step.
                 if session.module is not None or not session.steps_done:
                     session.after_step()
-                with quiet():
+                with quiet(), random_states_kept():
                     METHODS[self.args.method](session)
                 session.save(final=True)
                 rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
@@ -303,7 +303,6 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         if not resumes:
             run.clear(old_files)
         stack.enter_context(torch_threads(loaded.args.num_threads))
-        stack.enter_context(random_states_kept())
         module, bound = load_module(loaded.args, run, progress.steps_done)
         _write_inputs(run, loaded.args, trackers, progress.steps_done)
         session = BaselineSession(
