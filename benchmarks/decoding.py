@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,21 @@ PROMPT = 64  # tokens
 VARIANTS = {"plain": (False, False), "attention": (False, True), "linear": (True, False), "both": (True, True)}
 
 
-def use(model: Any, linear: bool, grouped: bool) -> None:
-    """Switch estune's linear layers and attention on or off in a model."""
-    for module in model.modules():
-        if type(module) in (torch.nn.Linear, small_linear.SmallLinear):
-            module.__class__ = small_linear.SmallLinear if linear else torch.nn.Linear
-    model.config._attn_implementation = attention.NAME if grouped else "sdpa"
+class Parts:
+    """A model, and the parts of it that estune can replace: linear layers and attention."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers, self.choices = small_linear.plain_layers(model), attention.find(model)
+
+    @contextmanager
+    def use(self, linear: bool, grouped: bool) -> Iterator[None]:
+        """Let the model use estune's linear layers and attention within the block, or its own."""
+        with (
+            small_linear.installed(self.layers if linear else []),
+            attention.selected(self.choices if grouped else []),
+        ):
+            yield
 
 
 def timed_ms(function: Callable[[], Any]) -> float:
@@ -43,8 +53,9 @@ def timed_ms(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def measure(model: Any, grouped: bool, rows: int, padded: bool, tokens: int) -> dict[str, float]:
+def measure(parts: Parts, rows: int, padded: bool, tokens: int) -> dict[str, float]:
     """Return milliseconds per token of every variant, and of everything except the linear layers."""
+    model, grouped = parts.model, bool(parts.choices)
     ids = torch.randint(5, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
     mask = torch.ones_like(ids)
     if padded:
@@ -56,16 +67,15 @@ def measure(model: Any, grouped: bool, rows: int, padded: bool, tokens: int) -> 
     real = small_linear.linear
     for token in range(tokens + 2):
         for name, flags in variants.items():
-            use(model, *flags)
-            times[name].append(timed_ms(lambda: caller.step(chosen)))
-        use(model, True, grouped)
+            with parts.use(*flags):
+                times[name].append(timed_ms(lambda: caller.step(chosen)))
         small_linear.linear = lambda x, weight, bias=None: x.new_zeros((*x.shape[:-1], weight.shape[0]))
-        times["all but linear layers"].append(timed_ms(lambda: caller.step(chosen)))
+        with parts.use(True, grouped):
+            times["all but linear layers"].append(timed_ms(lambda: caller.step(chosen)))
         small_linear.linear = real
         if token < 2:  # warm-up
             times = {name: [] for name in times}
     medians = {name: statistics.median(values) for name, values in times.items()}
-    use(model, False, False)
     spans = {n: [] for n in (4, 4 + tokens)}
     for _ in range(3):
         for n, values in spans.items():
@@ -82,7 +92,6 @@ def measure(model: Any, grouped: bool, rows: int, padded: bool, tokens: int) -> 
 
 def measure_static(model: Any, rows: int, tokens: int, best: float) -> dict[str, float]:
     """Return milliseconds per token of `generate` with a static cache, plain and compiled, and compile time in s."""
-    use(model, False, False)
     ids = torch.randint(5, model.config.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
     mask, most = torch.ones_like(ids), 4 + tokens
 
@@ -124,15 +133,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    grouped = attention.install(model)
-    model.set_attn_implementation("sdpa")
+    parts = Parts(model)
     results = []
     for rows in options.rows:
         for padded in (False, True):
             if rows == 1 and padded:
                 continue
-            times = measure(model, grouped, rows, padded, options.tokens)
-            best = times["both" if grouped else "linear"]
+            times = measure(parts, rows, padded, options.tokens)
+            best = times["both" if parts.choices else "linear"]
             print(f"{rows} rows{', padded' if padded else ''}: ms per token (as a multiple of estune's)")
             for name, value in times.items():
                 print(f"  {name:26s} {value:8.1f}  {value / best:5.2f}")

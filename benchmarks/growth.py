@@ -109,6 +109,7 @@ class Subject:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from estune.engines.hf.allocator import keep_freed_memory
         from estune.engines.hf.engine import HFEngine
         from estune.engines.hf.loading import load_tokenizer
         from estune.es.theta import HostTheta
@@ -127,6 +128,7 @@ class Subject:
         self.engine = HFEngine.from_model(
             module, tokenizer, num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
         )
+        keep_freed_memory()  # as in a process of the command line
         if not self.engine.facts.header["shared_forward"]:
             raise RuntimeError(
                 "low-rank members do not share a forward pass with this model; the fallback is not measured"

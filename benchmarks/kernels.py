@@ -34,7 +34,7 @@ from record import write_result
 from estune.environment import cores
 from estune.es.noise import perturbation_scale
 from estune.es.noise.cpu import TILE
-from estune.es.noise.lanes import LANES, _sum_lanes
+from estune.es.noise.lanes import LANES, sum_lanes
 from estune.es.theta import PIECE, HostTheta
 from estune.es.types import Member, Noise, ParameterSpec, Perturbation
 from estune.es.update import make_update
@@ -83,7 +83,7 @@ def draw_noise(count, start, table):  # type: ignore[no-untyped-def]
     total = np.int64(0)
     for lo in range(0, count, TILE):
         for j in range(0, TILE, LANES):
-            _sum_lanes(acc, j, np.uint32(start + lo + j), table, False)
+            sum_lanes(acc, j, np.uint32(start + lo + j), table, False)
         total += acc[0]
     return total
 

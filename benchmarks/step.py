@@ -50,6 +50,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune import ESConfig, ESTrainer
 from estune.engines.hf import decoding
+from estune.engines.hf.allocator import keep_freed_memory
 from estune.engines.hf.callers import AttentionCaller, left_pad
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.update import Update, make_update
@@ -152,6 +153,8 @@ class Bench:
             raise RuntimeError(
                 "low-rank members do not share a forward pass with this model; the fallback is not measured"
             )
+        torch.set_num_threads(int(lowrank.args.num_threads))  # the paper's loop uses as many as the engine
+        keep_freed_memory()  # as in a process of the command line
         self.step = plan_step(lowrank.args, lowrank.batches, 0)
         self.prompts = [lowrank.train_prompts[row] for row in self.step.rows]  # (B,)
         self.members_per_batch = min(int(lowrank.args.members_per_batch), population_size)
@@ -234,20 +237,21 @@ class Bench:
         groups, sampling = self.members_per_batch, sampling_of(session.args, 0)
         lengths = []
         started = now()
-        for cut in decoding.cut(rows, engine.prompts_per_batch):
-            caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
-            batch = [rows[i] for _ in range(groups) for i in cut]
-            done = decoding.complete(
-                caller,
-                batch,
-                sampling,
-                engine.assets.end_tokens,
-                engine.assets.pad,
-                engine._stop,
-                lambda: False,
-                engine.device,
-            )
-            lengths += [len(completion.token_ids) for completion in done]
+        with engine.working.in_use():
+            for cut in decoding.cut(rows, engine.prompts_per_batch):
+                caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
+                batch = [rows[i] for _ in range(groups) for i in cut]
+                done = decoding.complete(
+                    caller,
+                    batch,
+                    sampling,
+                    engine.assets.end_tokens,
+                    engine.assets.pad,
+                    engine._stop,
+                    lambda: False,
+                    engine.device,
+                )
+                lengths += [len(completion.token_ids) for completion in done]
         seconds = now() - started
         self._check(lengths)
         return {"generate": seconds}

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import locale
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import is_progress_bar_enabled
 
 VOCAB_SIZE = 300
 PAD, BOS, EOS = 256, 257, 258
@@ -133,3 +145,43 @@ def save_tiny(family: str, directory: Path, seed: int = 0) -> PreTrainedModel:
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return model
+
+
+def attributes(model: PreTrainedModel) -> dict[tuple[str, ...], Any]:
+    """Return the class and all attributes of every module, the forward of an instance included."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, module in model.named_modules():
+        found[name, "class"] = type(module)
+        for key, value in vars(module).items():
+            inner = value if key in ("_parameters", "_buffers", "_modules") else {"": value}
+            found |= {(name, key, part): item for part, item in inner.items()}
+    return found
+
+
+def config_states(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return copies of all attributes of a model's configurations."""
+    parts = [model.config, model.generation_config, model.config.get_text_config(decoder=True)]
+    return [copy.deepcopy(vars(part)) for part in parts]
+
+
+def process_state() -> dict[str, Any]:
+    """Return the settings of this process that a library should leave to its program."""
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random": (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()),
+        "environment": dict(os.environ),
+        "directory": os.getcwd(),
+        "path": list(sys.path),
+        "warnings": list(warnings.filters),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+        "limits": [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE)],
+        "recursion": sys.getrecursionlimit(),
+        "collection": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "locale": locale.setlocale(locale.LC_ALL),
+        "streams": (sys.stdout, sys.stderr, sys.excepthook),
+        "logging": {name: logging.getLogger(name).level for name in ("", "transformers", "accelerate", "trl")},
+        "bars": is_progress_bar_enabled(),
+    }

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from baseline_runs import (
     FEW,
@@ -24,6 +25,7 @@ from baseline_runs import (
 from command_line import Zygote, assert_same_tree, metrics, steps, tree, weights
 from safetensors.numpy import load_file
 from tiers import few, full
+from tiny_models import process_state
 
 from estune import ESConfig, ESTrainer
 from estune.baselines.session import BaselineSession
@@ -136,6 +138,18 @@ def test_a_run_is_quiet(whole, capfd):
           method_kwargs={"min_reward": 1.0})  # fmt: skip
     out, err = capfd.readouterr()
     assert all(line.startswith(("estune: ", "step ")) for line in [*out.splitlines(), *err.splitlines()])
+
+
+def test_the_process_stays_as_it_was():
+    train("grpo", max_steps=0, output_dir="imports")  # imports of packages may change warnings and the environment
+    before, threads = process_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        train("grpo", max_steps=1)
+        now = process_state()
+    finally:
+        torch.set_num_threads(threads)
+    assert {name: value for name, value in now.items() if value != before[name]} == {"threads": 3}
 
 
 def test_a_run_whose_rewards_all_failed_says_so(capsys):

@@ -63,6 +63,25 @@ def test_rooms_import_what_they_may_and_no_circle() -> None:
         raise AssertionError(error.args[1]) from None
 
 
+def private_names(tree: ast.AST) -> set[str]:
+    """Return the names with an underscore that a file takes from others: ``from estune.x import _y``, and ``x._y``."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = {(alias.name, f"{node.module}.{alias.name}") for node in imports for alias in node.names
+            if str(node.module).partition(".")[0] == "estune"}  # fmt: skip
+    modules = {name for name, path in ours if path in FILES}
+    found = {name for name, _ in ours} | {
+        node.attr for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+    }  # fmt: skip
+    return {name for name in found if name.startswith("_") and not name.endswith("__")}
+
+
+def test_no_file_takes_a_private_name_from_another() -> None:
+    assert private_names(ast.parse("from estune.es import _theta, theta\ntheta._a")) == {"_theta", "_a"}
+    for module, path in FILES.items():
+        assert not private_names(ast.parse(path.read_text())), module
+
+
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert estune.__version__ == project["version"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -319,3 +321,28 @@ def combine(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]
         sizes = 1 if counted else sum(size for size, _ in known)
         combined[name] = total / sizes if known else math.nan
     return combined
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the random generators that a trainer uses: Python, NumPy, torch CPU, torch CUDA."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(python: Any, numpy: Any, cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    """Restore the states that `random_states` returned."""
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore the random generators of the process after the block; trainers of transformers seed all of them."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(*states)

