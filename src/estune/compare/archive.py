@@ -37,7 +37,7 @@ from estune.compare.results import (
 from estune.compare.tables import summarise
 from estune.errors import UserError
 from estune.files import parse_json, replace_file
-from estune.run.directory import METHOD_FILE
+from estune.run.saved_config import METHOD_FILE
 
 ARCHIVE_FILE = "comparison_results.json"
 FORMAT, SCHEMA = "estune comparison results", 1
