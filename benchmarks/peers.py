@@ -94,7 +94,7 @@ def tokenised(case: Case, model: Path) -> list[list[int]]:
     task = setup.task_of(args)
     rows = setup.resolve_rows(args, None, task, "train", setup.resolve_rewards(args, None, task))
     assets = argparse.Namespace(tokenizer=load_tokenizer(str(model)))
-    engine: Any = argparse.Namespace(assets=assets, facts=argparse.Namespace(max_context=None))
+    engine: Any = argparse.Namespace(assets=assets, facts=argparse.Namespace(max_context=None, vocab_size=None))
     prompts = setup.build_prompts(args, engine, rows, task is not None)
     return [list(prompts[row].token_ids) for row in Batches(len(rows), case.prompts, args.seed).rows_for_step(0)]
 
