@@ -93,7 +93,8 @@ def tokenised(case: Case, model: Path) -> list[list[int]]:
     args = ESConfig(model=str(model), batch_size=case.prompts, max_completion_length=case.tokens, task=case.task)
     task = setup.task_of(args)
     rows = setup.resolve_rows(args, None, task, "train", setup.resolve_rewards(args, None, task))
-    engine: Any = argparse.Namespace(tokenizer=load_tokenizer(str(model)), max_context=None)
+    assets = argparse.Namespace(tokenizer=load_tokenizer(str(model)))
+    engine: Any = argparse.Namespace(assets=assets, facts=argparse.Namespace(max_context=None, vocab_size=None))
     prompts = setup.build_prompts(args, engine, rows, task is not None)
     return [list(prompts[row].token_ids) for row in Batches(len(rows), case.prompts, args.seed).rows_for_step(0)]
 

@@ -232,7 +232,7 @@ def test_what_is_no_program() -> None:
 
 @sandboxed
 def test_a_real_task() -> None:
-    """All tasks whose examples rotate the grid by 180 degrees."""
+    """The program solves all tasks whose examples rotate the grid by 180 degrees."""
     turned = "def transform(grid):\n    return [row[::-1] for row in grid[::-1]]\n"
     rows = [
         row

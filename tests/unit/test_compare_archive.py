@@ -108,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compared(finished: Path, tmp_path: Path) -> Path:
-    """A copy of ``directory``."""
+    """A copy of ``finished``, which a test may change."""
     return shutil.copytree(finished, tmp_path / "out")
 
 

@@ -396,7 +396,7 @@ def test_nothing_is_left_in_the_temporary_directory(tmp_path: Path, monkeypatch:
     ],
 )
 def test_what_comes_back_is_plain_data(body: str) -> None:
-    """The value equals only itself, whatever its class in the sandbox."""
+    """The value has a builtin type, so that it cannot define its own equality."""
     found = run(body)
     assert found in (None, 7, [7])
     assert found != [1] and type(found) in (type(None), int, list)

@@ -79,8 +79,8 @@ def test_a_foreign_word_finds_nothing(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_option_of_another_command_is_refused_with_that_commands_name(command: str) -> None:
-    """The entry of a word names another command's flag; other commands refuse the word without that hint."""
+def test_a_hint_names_only_flags_of_the_command(command: str) -> None:
+    """`ELSEWHERE` gives a hint only if the command has every flag that the hint names; `train` has them all."""
     known = cli._shown(COMMANDS[command])
     for word in cli.ELSEWHERE:
         hint = cli._hint(f"--{word}", known)
