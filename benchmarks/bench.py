@@ -1,23 +1,23 @@
-"""`make bench`: noise kernels, a whole step, other packages, how cost grows, and `--help`: one result, one table.
+"""`make bench`: measures kernels, a whole step, other packages, growth of cost, and `--help`; checks the targets.
 
     python benchmarks/bench.py                             # over an hour on 2 quiet cores, 12 GiB of memory
-    python benchmarks/bench.py --peers ~/.cache/estune-peers      # other packages, too: 40 minutes and 5 GB more
-    python benchmarks/bench.py --check                     # `make bench-check`: the fast ratios alone, 5 minutes
+    python benchmarks/bench.py --peers ~/.cache/estune-peers      # also other packages: 40 minutes and 5 GB more
+    python benchmarks/bench.py --check                     # `make bench-check`: only the fast ratios, 5 minutes
 
-Sections: `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d), `help_time.py` (e). The result
-goes to `benchmarks/results/bench.json`, and the ratios that ``--check`` guards to `benchmarks/ratios.json`, one entry a
-processor, which a whole run alone writes. ``--check`` measures them anew with fewer repetitions and compares them with
-the entry of this processor: one that is worse by more than a fifth is an error.
+The sections are `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d) and `help_time.py` (e). The
+result is written to `benchmarks/results/bench.json`. A whole run also writes the ratios that ``--check`` compares to
+`benchmarks/ratios.json`, one entry a processor. ``--check`` measures these ratios again with fewer repetitions. A ratio
+that is more than a fifth worse than in the entry of this processor is an error.
 
-A ratio to a limit that is measured on the same machine (memory copies, generation alone) has a target on every machine.
-A ratio to other code (`torch.randn`, the paper's loop) depends on the processor: it has a target on the processors that
-the table of targets names, and is shown without a verdict on others.
+A ratio to a limit of the same machine (memory copies, generation alone) has a target on every machine. A ratio to other
+code (`torch.randn`, the paper's loop) depends on the processor. It has a target on the processors that `TARGETS` names,
+and no verdict on others.
 
-Growth has verdicts for figures, 1 or 0, which a whole run judges: cost is at most linear in members and parameters, and
-nothing but journal and metrics grows with steps.
+The section growth has verdicts, 1 or 0, instead of ratios. Only a whole run judges them: cost is at most linear in
+members and parameters, and only journal and metrics grow with steps.
 
-SmolLM2 is fetched into `models/smollm2-135m` where it is not there; ``--check`` without it is for ``--sections
-kernels`` alone. Exit status 1: a target is missed or was not measured, or a ratio got worse.
+SmolLM2 is downloaded to `models/smollm2-135m` if it is missing. Without it, ``--check`` can run only ``--sections
+kernels``. The exit status is 1 if a target is missed or was not measured, or if a ratio became worse.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "models" / "smollm2-135m"
 RATIOS = HERE / "ratios.json"
 SECTIONS = ("kernels", "step", "peers", "growth", "help")
-LEAST_KEPT = 0.8  # of a ratio, in `--check`
+LEAST_KEPT = 0.8  # share of a recorded ratio that `--check` requires
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A figure that must reach its limit; ``key`` is where a section's ratios have it, ``quick`` whether it is guarded.
+    """A figure that must reach its limit.
 
-    Names that end in ``_s`` are seconds: less is better. All others are ratios: more is better.
+    Figures with names that end in ``_s`` are seconds: lower is better. All others are ratios: higher is better.
     """
 
-    name: str  # section/what
-    key: tuple[str, ...]
-    what: str
-    limit: float | Mapping[str, float]  # by a part of the processor's name where it depends on the processor
-    quick: bool = True
+    name: str  # section/figure
+    key: tuple[str, ...]  # path to the figure in the section's result
+    what: str  # description in the table
+    limit: float | Mapping[str, float]  # a mapping: limit by part of the processor's name
+    quick: bool = True  # whether `--check` measures the figure
 
     def limit_on(self, processor: str) -> float | None:
-        """Return the limit on a processor; None where the figure cannot be judged there."""
+        """Return the limit on a processor; None if there is none."""
         if not isinstance(self.limit, Mapping):
             return self.limit
         return next((limit for name, limit in self.limit.items() if name in processor), None)
 
     @property
     def section(self) -> str:
-        """The section that measures it."""
+        """The section that measures the figure."""
         return self.name.partition("/")[0]
 
 
@@ -129,17 +129,17 @@ TARGETS = (
         quick=False,
     ),
 )
-# Shown without a limit: what different weights cost, as those who have one model for all rows would put it.
+# Shown without a limit: the cost of different weights per member, compared with one model for all rows.
 SHARED = (*CONCISENESS, "pure_shared / lowrank")
 
 
 def lower_is_better(name: str) -> bool:
-    """Say whether a figure is seconds."""
+    """Return whether a lower figure is better: it is in seconds."""
     return name.endswith("_s")
 
 
 def met(target: Target, value: float | None, processor: str) -> bool | None:
-    """Return whether a target is met; None where the processor has no target. An unmeasured figure meets none."""
+    """Return whether a target is met; None if the processor has no target. Without a value, it is not met."""
     limit = target.limit_on(processor)
     if limit is None:
         return None
@@ -150,7 +150,7 @@ def met(target: Target, value: float | None, processor: str) -> bool | None:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A figure now and as it was recorded; ``kept`` is the share of the recorded speed that is left."""
+    """A figure now and as recorded; ``kept`` is the present speed divided by the recorded speed."""
 
     name: str
     recorded: float | None
@@ -159,50 +159,54 @@ class Comparison:
 
     @property
     def good(self) -> bool:
-        """Whether it fell by at most a fifth."""
-        return self.kept >= LEAST_KEPT - 1e-9  # false for not a number
+        """Whether the figure fell by at most a fifth."""
+        return self.kept >= LEAST_KEPT - 1e-9  # false for NaN
 
     def __str__(self) -> str:
         if self.recorded is None:
             return f"{self.name}: FAILED: not in the recorded ratios; a whole `make bench` writes them"
         if self.measured is None:
             return f"{self.name}: FAILED: recorded as {self.recorded:.3g}, not measured"
-        said = f"{self.name}: {self.measured:.3g}, recorded {self.recorded:.3g}, {self.kept:.0%} of it"
+        text = f"{self.name}: {self.measured:.3g}, recorded {self.recorded:.3g}, {self.kept:.0%} of it"
         if lower_is_better(self.name):
-            said += " (in speed)"
-        return said if self.good else f"{said}: FAILED: it fell by more than {1 - LEAST_KEPT:.0%}"
+            text += " (in speed)"
+        return text if self.good else f"{text}: FAILED: it fell by more than {1 - LEAST_KEPT:.0%}"
 
 
 def compare(recorded: Mapping[str, float], measured: Mapping[str, float]) -> list[Comparison]:
-    """Compare figures by name; one that is missing on either side fails. Seconds are compared as speeds."""
-    found = []
+    """Compare figures by name. A figure that is missing on one side fails. Seconds are compared as speeds."""
+    comparisons = []
     for name in dict.fromkeys([*recorded, *measured]):
         before, now = recorded.get(name), measured.get(name)
         kept = math.nan
         if before and now:
             kept = before / now if lower_is_better(name) else now / before
-        found.append(Comparison(name, before, now, kept))
-    return found
+        comparisons.append(Comparison(name, before, now, kept))
+    return comparisons
 
 
 def find_model(given: Path | None) -> Path | None:
-    """Return SmolLM2's directory, fetched where it is not there; ``None`` where it cannot be fetched."""
+    """Return SmolLM2's directory, downloaded if it is missing; None if the download fails.
+
+    Raises:
+        SystemExit: the directory ``given`` holds no model.
+    """
     if given is not None:
         given = given.expanduser().resolve()
         if not (given / "model.safetensors").is_file():
             raise SystemExit(f"bench: {given} holds no model.safetensors")
         return given
     if not (MODEL / "model.safetensors").is_file():
-        print(f"bench: fetching SmolLM2 into {MODEL.relative_to(HERE.parent)}", flush=True)
+        print(f"bench: downloading SmolLM2 to {MODEL.relative_to(HERE.parent)}", flush=True)
         command = [sys.executable, "-m", "estune", "fetch", "smollm2-135m", "--output_dir", str(MODEL)]
         if subprocess.run(command).returncode or not (MODEL / "model.safetensors").is_file():
-            print("bench: SmolLM2 cannot be fetched (see above)", flush=True)
+            print("bench: SmolLM2 cannot be downloaded (see above)", flush=True)
             return None
     return MODEL
 
 
 def measure_kernels(quick: bool) -> dict[str, Any]:
-    """Section (a)."""
+    """Measure section (a)."""
     import kernels
 
     result = kernels.measure(3 if quick else 7)
@@ -211,7 +215,7 @@ def measure_kernels(quick: bool) -> dict[str, Any]:
 
 
 def measure_step(model: Path, quick: bool) -> dict[str, Any]:
-    """Section (b); quick: the first case, where every repetition times one member of the paper's loop."""
+    """Measure section (b); quick: only the first case, with three repetitions."""
     import step
 
     cases = step.CASES
@@ -223,7 +227,7 @@ def measure_step(model: Path, quick: bool) -> dict[str, Any]:
 
 
 def measure_peers(model: Path, cache_dir: Path, quick: bool) -> dict[str, Any]:
-    """Section (c), first case."""
+    """Measure the first case of section (c)."""
     import peers
 
     options = argparse.Namespace(
@@ -236,12 +240,12 @@ def measure_peers(model: Path, cache_dir: Path, quick: bool) -> dict[str, Any]:
     result = {}
     for peer in peers.PEERS:
         row = result[peer.name] = peers.time_peer(peer, peers.CASES[0], model, options)
-        print(f"{peers.CASES[0].name} {peer.name} {peer.version}: {peers.told(row)}", flush=True)
+        print(f"{peers.CASES[0].name} {peer.name} {peer.version}: {peers.summary(row)}", flush=True)
     return result
 
 
 def measure_growth(quick: bool) -> dict[str, Any]:
-    """Section (d); quick: nothing above 20 M parameters and 64 members."""
+    """Measure section (d); quick: at most 20 M parameters and 64 members."""
     import growth
 
     small: dict[str, Any] = {"models": ("0.6M", "4M", "20M"), "repetitions": 1, "most_members": 64} if quick else {}
@@ -251,7 +255,7 @@ def measure_growth(quick: bool) -> dict[str, Any]:
 
 
 def measure_help(quick: bool) -> dict[str, Any]:
-    """Section (e)."""
+    """Measure section (e)."""
     import help_time
 
     result = help_time.measure(5 if quick else 15)
@@ -260,7 +264,7 @@ def measure_help(quick: bool) -> dict[str, Any]:
 
 
 def measure_section(section: str, model: Path | None, cache_dir: Path | None, quick: bool) -> dict[str, Any]:
-    """Measure one section; step and peers need a model, peers needs a directory for packages."""
+    """Measure one section. Step and peers need a model, peers also a directory for the packages."""
     if section == "kernels":
         return measure_kernels(quick)
     if section == "growth":
@@ -275,27 +279,27 @@ def measure_section(section: str, model: Path | None, cache_dir: Path | None, qu
 
 
 def measure(sections: Sequence[str], model: Path | None, cache_dir: Path | None, quick: bool) -> dict[str, Any]:
-    """Measure some sections and print each; return them by name. Without a model those that need one are left out.
+    """Measure and print some sections; return their results by name. Without a model, step and peers are left out.
 
-    A section that breaks off is told with its traceback and is missing: its targets are then not met, and an hour's
-    measurements of the others are kept.
+    If a section raises, its traceback is printed and its result is missing, so that the other sections' results are not
+    lost. The targets of a missing section are not met.
     """
     results: dict[str, Any] = {}
     for section in sections:
         print(f"== {section}", flush=True)
         if section in ("step", "peers") and model is None:
-            print("not measured: SmolLM2 is not there")
+            print("not measured: SmolLM2 is missing")
             continue
         try:
             results[section] = measure_section(section, model, cache_dir, quick)
         except Exception:
             traceback.print_exc()
-            print(f"not measured: {section} broke off", flush=True)
+            print(f"not measured: {section} failed", flush=True)
     return results
 
 
 def figure(results: Mapping[str, Any], section: str, key: Sequence[str]) -> float | None:
-    """Return one figure of a section; ``None`` where it was not measured."""
+    """Return one figure of a section; None if it was not measured."""
     value: Any = results.get(section)
     if section == "kernels" and value is not None:
         value = value["ratios"]
@@ -307,28 +311,28 @@ def figure(results: Mapping[str, Any], section: str, key: Sequence[str]) -> floa
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the targets' figures by name, as far as they were measured."""
-    found = {target.name: figure(results, target.section, target.key) for target in TARGETS}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the measured figures of the targets by name."""
+    values = {target.name: figure(results, target.section, target.key) for target in TARGETS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def targets_of(sections: Sequence[str], quick: bool) -> list[Target]:
-    """Return the targets that these sections are to show."""
+    """Return the targets of these sections; quick: only those that `--check` measures."""
     return [target for target in TARGETS if target.section in sections and (target.quick or not quick)]
 
 
 def table(targets: Sequence[Target], values: Mapping[str, float], processor: str, shared: float | None = None) -> str:
-    """Return the targets as text: what, ratio, target, met; beneath them `SHARED`, where it was measured."""
+    """Return the targets as a table of text; its last line is the figure `SHARED`, if it was measured."""
     lines = [f"{'what':64s} {'ratio':>8s} {'target':>8s}  met"]
     for target in targets:
         value = values.get(target.name)
         limit = target.limit_on(processor)
         wanted = "-" if limit is None else f"{'<=' if lower_is_better(target.name) else '>='} {limit:g}"
-        told = "-" if value is None else number(value)
+        figure_text = "-" if value is None else number(value)
         verdict = "yes" if met(target, value, processor) else "NO"
         if value is None or limit is None:
             verdict = "not measured" if value is None else "no target for this processor"
-        lines.append(f"{target.what:64s} {told:>8s} {wanted:>8s}  {verdict}")
+        lines.append(f"{target.what:64s} {figure_text:>8s} {wanted:>8s}  {verdict}")
     if shared is not None:
         what = "one model that reads equal prompts once / low-rank step"
         lines.append(f"{what:64s} {number(shared):>8s} {'-':>8s}  members with different weights cannot do that")
@@ -349,13 +353,15 @@ def processor() -> str:
 
 
 def check(values: Mapping[str, float], sections: Sequence[str]) -> int:
-    """Compare what was measured with the recorded ratios of these sections; return the exit status."""
+    """Compare measured figures with the recorded ratios of these sections; return the exit status."""
     if not RATIOS.is_file():
-        print(f"bench-check: {RATIOS.name} is not there; a whole `make bench` writes it")
+        print(f"bench-check: {RATIOS.name} is missing; a whole `make bench` writes it")
         return 1
     recorded, here = json.loads(RATIOS.read_text(encoding="utf-8")), processor()
     if here not in recorded:
-        print(f"bench-check: no ratios are recorded on {here} (they are on {', '.join(recorded)}): targets alone count")
+        print(
+            f"bench-check: no ratios are recorded for {here} (only for {', '.join(recorded)}): only targets are judged"
+        )
         judged = [(target, met(target, values.get(target.name), here)) for target in targets_of(sections, quick=True)]
         for target, verdict in judged:
             outcome = {None: "not judged", True: "met", False: "FAILED: missed, or not measured"}[verdict]
@@ -369,14 +375,16 @@ def check(values: Mapping[str, float], sections: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Measure, print, record or check."""
+    """Measure and print; write the result or check the ratios; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all, peers with --peers alone")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all; peers only with --peers")
     parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct; default: models/smollm2-135m")
-    parser.add_argument("--peers", type=Path, metavar="CACHE_DIR", help="where other packages are installed (5 GB)")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases; nothing is recorded")
-    parser.add_argument("--check", action="store_true", help="quick, and compare with the recorded ratios")
-    parser.add_argument("--no_record", action="store_true", help="print only")
+    parser.add_argument(
+        "--peers", type=Path, metavar="CACHE_DIR", help="directory in which other packages are installed (5 GB)"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases; no file is written")
+    parser.add_argument("--check", action="store_true", help="like --quick, and compare with the recorded ratios")
+    parser.add_argument("--no_record", action="store_true", help="write no file")
     options = parser.parse_args()
     quick = options.quick or options.check
     default = ("kernels", "step") if options.check else SECTIONS
@@ -385,12 +393,12 @@ def main() -> int:
         if options.sections:
             parser.error("the section peers needs --peers CACHE_DIR")
         sections.remove("peers")
-    import record  # noqa: F401  reads the commit: before the first measurement, and after --help
+    import record  # noqa: F401  reads the commit when imported: before the first measurement, but not for --help
 
     needs_model = any(section in ("step", "peers") for section in sections)
     model = find_model(options.model) if needs_model else None
     if options.check and needs_model and model is None:
-        print("bench-check: FAILED: without SmolLM2 there are no steps to compare; --sections kernels needs no model")
+        print("bench-check: FAILED: without SmolLM2 no step can be measured; --sections kernels needs no model")
         return 1
     results = measure(sections, model, options.peers, quick)
     values = figures(results)
@@ -405,7 +413,7 @@ def main() -> int:
 
 
 def write(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping[str, float]) -> None:
-    """Write the result file, and the guarded ratios where all of them were measured."""
+    """Write the result file, and `ratios.json` if all its ratios were measured."""
     from record import commit, write_result
 
     here = processor()
@@ -419,10 +427,10 @@ def write(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping
         for target in targets
     ]
     print(f"written to {write_result('bench', {'targets': rows, **results})}")
-    guarded = [target.name for target in TARGETS if target.quick]
-    if all(name in values for name in guarded):
+    quick = [target.name for target in TARGETS if target.quick]
+    if all(name in values for name in quick):
         recorded = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}
-        recorded[here] = {"commit": commit(), "ratios": {name: values[name] for name in guarded}}
+        recorded[here] = {"commit": commit(), "ratios": {name: values[name] for name in quick}}
         RATIOS.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
         print(f"written to {RATIOS}")
 

@@ -1,18 +1,19 @@
-"""Conciseness: a real language model learns to answer briefly, from two training prompts, and still knows what it knew.
+"""Conciseness: a real language model learns brief answers from two training prompts and keeps its knowledge.
 
     estune fetch smollm2-135m
     python benchmarks/conciseness.py          # three seeds, about 15 minutes on 2 cores
 
-Each seed is `estune train --config configs/conciseness_smollm2.yaml`, as a user types it. The distance is the task's
-reward: characters between a completion's length and that of the shortest right answer, the mean over the eight test
-prompts, decoded greedily; correctness is the task's accuracy on its 200 questions of the split ``knowledge``. Seconds
-are wall time of the whole training process: imports, loading, training, held-out evaluations, saving.
+Each seed runs `estune train --config configs/conciseness_smollm2.yaml` as a command. The distance is the task's reward
+with the opposite sign: the difference in characters between the length of a greedy completion and that of the shortest
+right answer, the mean over the eight test prompts. Correctness is the task's accuracy on the 200 questions of the split
+``knowledge``. Seconds are wall time of the whole training process: imports, loading, training, held-out evaluations,
+saving.
 
-`--validation` is for choosing settings: it measures on the splits ``validation`` and ``knowledge_validation``, which
-share no question with the above, and records nothing.
+`--validation` is for the choice of settings. It measures on the splits ``validation`` and ``knowledge_validation``,
+which share no question with the test, and writes no file.
 
-Targets: the distance at least halves on average, no seed's correctness falls more than five points below the base, no
-seed takes more than six minutes. What was found, with the configuration, metrics and completions of every seed, goes to
+The targets: the mean distance falls by half or more, no seed's correctness falls by more than five points, and no seed
+takes more than six minutes. The result, with configuration, metrics and completions of all seeds, is written to
 `benchmarks/results/conciseness.json`.
 """
 
@@ -38,37 +39,38 @@ from estune.train.evaluation import interval
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "conciseness_smollm2.yaml"
 ESTUNE = [sys.executable, "-m", "estune"]
+# limits: share of the base's distance, percentage points of correctness, seconds
 LARGEST_SHARE_LEFT, MOST_POINTS_LOST, MOST_SECONDS = 0.5, 5.0, 360.0
-PLACES = ("model", "output_dir", "run_name", "seed")  # of a configuration: what is not the same for all seeds
+NOT_SHARED = ("model", "output_dir", "run_name", "seed")  # options that differ between seeds or machines
 Rows = list[dict[str, Any]]
 
 
 def evaluate(model: str, split: str, rows: Path, tokens: int) -> dict[str, Any]:
-    """Return `estune evaluate --json` of a model on a split of the task; its rows go to a file."""
+    """Return the JSON of `estune evaluate` for a model and a split; write the evaluated rows to the file ``rows``."""
     command = [*ESTUNE, "evaluate", "--model", model, "--task", "conciseness", "--split", split, "--json", "--rows",
                str(rows), "--max_completion_length", str(tokens)]  # fmt: skip
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return result
 
 
 def read_lines(file: Path) -> Rows:
-    """Return the objects of a file of JSON lines."""
+    """Return the objects in a file of JSON lines."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def answers_in(file: Path, **of: Any) -> Rows:
-    """Return what is kept of evaluated rows; ``of`` says whose answers they are. Prompts are the task's."""
+def answers_in(file: Path, **origin: Any) -> Rows:
+    """Return the recorded fields of evaluated rows, with those of ``origin``. The prompts are in the task."""
     return [
-        {**of, "row_id": row["row_id"], "completion": row["completions"][0], "reward": row["rewards"][0],
+        {**origin, "row_id": row["row_id"], "completion": row["completions"][0], "reward": row["rewards"][0],
          "accuracy": row["accuracy"][0], "length": row["lengths"][0], "finished": row["finished"][0]}
         for row in read_lines(file)
     ]  # fmt: skip
 
 
 def measure(model: str, of: str, tokens: int, splits: tuple[str, str]) -> tuple[dict[str, Any], Rows]:
-    """Return a model's distance on the prompts of one split and its correctness on the questions of the other.
+    """Return a model's distance on the first split, its correctness on the second, and its answers.
 
-    And its answers, by the model's name here: ``of``.
+    ``of`` is the model's name in the recorded answers.
     """
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / f"{split}.jsonl" for split in splits]
@@ -84,12 +86,12 @@ def measure(model: str, of: str, tokens: int, splits: tuple[str, str]) -> tuple[
 
 
 def knowledge_of(answers: Rows, of: str) -> Rows:
-    """Return one model's answers to the 200 questions."""
+    """Return the answers of the model ``of`` to the 200 questions."""
     return [row for row in answers if row["of"] == of and row["split"] == "knowledge"]
 
 
 def score_again(rows: Rows) -> list[float]:
-    """Score answers to the questions with the task as it is now, and keep that in them; return the scores, (200,)."""
+    """Score answers to the questions with the present task, set their ``accuracy``, and return the scores, (200,)."""
     answers = [row["answers"] for row in conciseness.load("knowledge")]
     for row in rows:
         row["accuracy"] = conciseness.accuracy([row["completion"]], answers=[answers[row["row_id"]]])[0]
@@ -97,7 +99,7 @@ def score_again(rows: Rows) -> list[float]:
 
 
 def in_first_sentence(rows: Rows) -> float:
-    """Return the share of the questions that are answered rightly in the completion's first sentence."""
+    """Return the share of questions with the right answer in the completion's first sentence."""
     answers = [row["answers"] for row in conciseness.load("knowledge")]
     first = [re.split(r"(?<=[.!?])\s|\n", row["completion"].strip(), maxsplit=1)[0] for row in rows]
     right = conciseness.accuracy(first, answers=[answers[row["row_id"]] for row in rows])
@@ -105,30 +107,31 @@ def in_first_sentence(rows: Rows) -> float:
 
 
 def compare(base: list[float], tuned: list[float]) -> dict[str, Any]:
-    """Return how many right answers went and came, and the change in points with its paired 95 % interval."""
+    """Return how many right answers were lost and gained, and the change in points with a paired 95 % interval."""
     change = np.array(tuned) - np.array(base)
     middle, error = 100 * change.mean(), 100 * change.std(ddof=1) / math.sqrt(len(change))
     return {"went": int((change < 0).sum()), "came": int((change > 0).sum()), "points": float(middle),
             "points_ci95": [float(middle - 1.96 * error), float(middle + 1.96 * error)]}  # fmt: skip
 
 
-def count(found: dict[str, Any], answers: Rows) -> None:
-    """Fill in what follows from the kept answers: correctness, changes against the base."""
+def count(result: dict[str, Any], answers: Rows) -> None:
+    """Set the fields of a result that follow from the recorded answers: correctness and its change."""
     of_base = score_again(knowledge_of(answers, "base"))
-    for entry, name in [(found["base"], "base"), *((run, f"seed-{run['seed']}") for run in found["runs"])]:
+    for entry, name in [(result["base"], "base"), *((run, f"seed-{run['seed']}") for run in result["runs"])]:
         rows = knowledge_of(answers, name)
-        own = score_again(rows)
-        entry["correct"] = math.fsum(own) / len(own)
-        entry["correct_ci95"] = list(interval(own))
+        scores = score_again(rows)
+        entry["correct"] = math.fsum(scores) / len(scores)
+        entry["correct_ci95"] = list(interval(scores))
         entry["correct_in_first_sentence"] = in_first_sentence(rows)
         if name != "base":
-            entry["against_base"] = compare(of_base, own)
-    found["targets"]["most_points_lost"]["value"] = max(-run["against_base"]["points"] for run in found["runs"])
+            entry["against_base"] = compare(of_base, scores)
+    points = [run["against_base"]["points"] for run in result["runs"]]
+    result["targets"]["most_points_lost"]["value"] = -min(points)
 
 
-def run_seed(seed: int, options: argparse.Namespace, place: Path) -> tuple[dict[str, Any], Rows, Rows]:
-    """Train with one seed and evaluate what came out; return what was found, its answers and the run's metrics."""
-    run = place / f"seed-{seed}"
+def run_seed(seed: int, options: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], Rows, Rows]:
+    """Train with one seed and evaluate the model; return the result, the answers and the run's metrics."""
+    run = directory / f"seed-{seed}"
     command = [*ESTUNE, "train", "--config", str(options.config), "--model", options.model, "--seed", str(seed),
                "--output_dir", str(run)]  # fmt: skip
     started = time.monotonic()
@@ -139,33 +142,33 @@ def run_seed(seed: int, options: argparse.Namespace, place: Path) -> tuple[dict[
         answers += answers_in(file, of=run.name, split="eval", step=int(file.stem.removeprefix("step_")))
     metrics = read_lines(run / "metrics.jsonl")
     settings = json.loads((run / "es_config.json").read_text(encoding="utf-8"))
-    found = {
+    result = {
         "seed": seed, "seconds": seconds, **tuned,
         "curve": [{"step": r["step"], "distance": -r["eval_reward"]} for r in metrics if "eval_reward" in r],
         "steps_s": math.fsum(r["step_time"] for r in metrics if "step_time" in r),
         "fingerprint": json.loads((run / "es_state.json").read_text(encoding="utf-8"))["fingerprint"],
-        "settings": {name: value for name, value in settings.items() if name not in PLACES},
+        "settings": {name: value for name, value in settings.items() if name not in NOT_SHARED},
     }  # fmt: skip
-    return found, answers, [{"seed": seed, **record} for record in metrics]
+    return result, answers, [{"seed": seed, **record} for record in metrics]
 
 
 def main() -> int:
-    """Run the seeds, print what came out, record it; exit status 1 where a target is missed."""
+    """Run the seeds, print and write the result; return 1 if a target is missed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m", help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=40, help="at most, per completion of the evaluations")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="another run's options")
+    parser.add_argument("--tokens", type=int, default=40, help="most tokens of a completion in evaluations")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="options of the training run")
     parser.add_argument("--validation", action="store_true", help="measure on the validation splits; print only")
     parser.add_argument("--no_record", action="store_true", help="print only")
-    parser.add_argument("--recount", action="store_true", help="score the kept answers of the recorded runs again")
+    parser.add_argument("--recount", action="store_true", help="score the recorded answers again")
     options = parser.parse_args()
     if options.recount:
-        found = json.loads((RESULTS / "conciseness.json").read_text(encoding="utf-8"))
-        listed = {name: found.pop(name) for name in ("answers", "metrics")}
-        count(found, listed["answers"])
-        write_result("conciseness", found, stamped=False, listed=listed)
-        print(json.dumps([run["against_base"] for run in found["runs"]], indent=1))
+        result = json.loads((RESULTS / "conciseness.json").read_text(encoding="utf-8"))
+        listed = {name: result.pop(name) for name in ("answers", "metrics")}
+        count(result, listed["answers"])
+        write_result("conciseness", result, stamped=False, listed=listed)
+        print(json.dumps([run["against_base"] for run in result["runs"]], indent=1))
         return 0
     options.no_record |= options.validation
     options.splits = ("validation", "knowledge_validation") if options.validation else ("test", "knowledge")
@@ -173,10 +176,10 @@ def main() -> int:
     runs, metrics = [], []
     with tempfile.TemporaryDirectory() as name:
         for seed in options.seeds:
-            run, its_answers, its_metrics = run_seed(seed, options, Path(name))
+            run, seed_answers, seed_metrics = run_seed(seed, options, Path(name))
             runs.append(run)
-            answers += its_answers
-            metrics += its_metrics
+            answers += seed_answers
+            metrics += seed_metrics
     print(f"base: distance {base['distance']:.1f} characters, {base['correct']:.1%} of the questions right")
     for run in runs:
         print(f"seed {run['seed']}: distance {run['distance']:.1f}, {run['correct']:.1%} right, {run['seconds']:.0f} s")
@@ -187,15 +190,15 @@ def main() -> int:
         "share_left": (after / base["distance"], LARGEST_SHARE_LEFT), "most_points_lost": (lost, MOST_POINTS_LOST),
         "slowest_seconds": (slowest, MOST_SECONDS),
     }  # fmt: skip
-    for what, (value, limit) in targets.items():
-        print(f"{what} {value:.3g} (at most {limit:g}){'' if value <= limit else ': MISSED'}")
+    for name, (value, limit) in targets.items():
+        print(f"{name} {value:.3g} (at most {limit:g}){'' if value <= limit else ': MISSED'}")
     if not options.no_record:
-        summary = {what: {"value": value, "limit": limit} for what, (value, limit) in targets.items()}
+        summary = {name: {"value": value, "limit": limit} for name, (value, limit) in targets.items()}
         settings = [run.pop("settings") for run in runs]
-        what = {"config": options.config.name, "tokens": options.tokens, "settings": settings[0]}
-        found = {**what, "targets": summary, "base": base, "runs": runs}
-        count(found, answers)
-        write_result("conciseness", found, listed={"answers": answers, "metrics": metrics})
+        setup = {"config": options.config.name, "tokens": options.tokens, "settings": settings[0]}
+        result = {**setup, "targets": summary, "base": base, "runs": runs}
+        count(result, answers)
+        write_result("conciseness", result, listed={"answers": answers, "metrics": metrics})
     return int(any(value > limit for value, limit in targets.values()))
 
 

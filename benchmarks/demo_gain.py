@@ -1,10 +1,10 @@
-"""The demo's figure: held-out accuracy before and after `estune train` with the demo preset, over several seeds.
+"""Measures the demo's gain: held-out accuracy before and after training with the demo preset, for several seeds.
 
     python benchmarks/demo_gain.py                  # about 15 minutes on 2 cores
 
-Each seed is one `estune train --config demo --seed S`, timed as a process from start to end. Base, base with its
-good mode forced by a prefix, and the tuned models are evaluated on all 2000 test problems. The result goes to
-`benchmarks/results/demo_gain.json`, the curves of the first seed to `docs/images/demo_curves.png`.
+Each seed runs `estune train --config demo --seed S`, timed as a process from start to end. The base, the base with
+thinking forced by a prefix, and the tuned models are evaluated on all 2000 test problems. The result is written to
+`benchmarks/results/demo_gain.json`, and the curves of the first seed to `docs/images/demo_curves.png`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from record import RESULTS, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 ESTUNE = [sys.executable, "-m", "estune"]
+# limits: mean gain and smallest gain in percentage points, seconds of a run
 LEAST_MEAN_POINTS, LEAST_EACH_POINTS, MOST_SECONDS = 15.0, 8.0, 240.0
 
 
 def evaluate(model: str, length: int, *flags: str) -> dict[str, Any]:
-    """Return `estune evaluate --json` of a model on the whole test split."""
+    """Return the JSON of `estune evaluate` for a model on the whole test split."""
     command = [*ESTUNE, "evaluate", "--model", model, "--task", "countdown", "--split", "test", "--json",
                "--max_completion_length", str(length), *flags]  # fmt: skip
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output)
-    del result["model"]  # a temporary path, for all but the base
+    del result["model"]  # a temporary path, except for the base
     return result
 
 
 def main() -> int:
-    """Run the seeds, print a table, record it; exit status 1 where the demo falls short."""
+    """Run the seeds, print and write the result; return 1 if the demo misses a limit, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> int:
                 images = ROOT / "docs" / "images"
                 images.mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / "plots" / "curves.png", images / "demo_curves.png")
-                shutil.copy(run / "metrics.jsonl", RESULTS / "demo_gain_metrics.jsonl")  # what the picture shows
+                shutil.copy(run / "metrics.jsonl", RESULTS / "demo_gain_metrics.jsonl")  # the values in the picture
         base = evaluate("tiny", length)
         forced = evaluate("tiny", length, "--response_prefix", "<think>")
     print(f"base {base['accuracy']:.1%}, base made to think {forced['accuracy']:.1%} (test, {base['n']} problems)")

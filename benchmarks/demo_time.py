@@ -1,12 +1,11 @@
-"""What the demo gains in 90 seconds: held-out accuracy against time, with full-rank and with low-rank members.
+"""Measures the demo's gain in 90 seconds: held-out accuracy against time, with full-rank and low-rank members.
 
     python benchmarks/demo_time.py                  # about 15 minutes on 2 cores
 
-For each kind of noise and seed: `estune train --config demo` with so many steps that it surely lasts longer than the
-limit, stopped by SIGINT at 90 seconds from the process's start (imports, loading and the held-out evaluations
-included; it then saves a checkpoint). The checkpoint is evaluated on all 2000 test problems. The curves (accuracy on
-the 200 validation rows against seconds of steps) go to `docs/images/demo_time.png`, everything to
-`benchmarks/results/demo_time.json`.
+For each kind of noise and seed, `estune train --config demo` runs with more steps than fit into the limit. SIGINT stops
+it 90 seconds after the start of the process, so imports, loading and held-out evaluations are included. It then saves a
+checkpoint, which is evaluated on all 2000 test problems. The result is written to `benchmarks/results/demo_time.json`,
+and the curves (accuracy on the 200 validation rows against seconds of steps) to `docs/images/demo_time.png`.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from record import write_result
 ROOT = Path(__file__).resolve().parents[1]
 ESTUNE = [sys.executable, "-m", "estune"]
 LIMIT_S = 90.0
-STEPS = 400  # more than anybody takes in that time; the preset's schedules are constant, so it changes nothing else
+STEPS = 400  # more than fit into the limit; the preset's schedules are constant, so the number changes nothing else
 NOISES = ("full", "lowrank")
 
 
 def accuracy(model: str) -> dict[str, Any]:
-    """Return `estune evaluate --json` of a model on the whole test split, as the demo decodes."""
+    """Return the JSON of `estune evaluate` for a model on the whole test split, decoded as in the demo."""
     command = [*ESTUNE, "evaluate", "--model", model, "--task", "countdown", "--split", "test", "--json",
                "--max_completion_length", "48"]  # fmt: skip
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    del found["model"]  # a temporary path
-    return found
+    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    del result["model"]  # a temporary path
+    return result
 
 
 def curve(run: Path) -> list[tuple[int, float, float]]:
@@ -52,7 +51,11 @@ def curve(run: Path) -> list[tuple[int, float, float]]:
 
 
 def one_run(noise: str, seed: int, run: Path) -> dict[str, Any]:
-    """Train for the time limit, evaluate what is there then."""
+    """Train until the time limit and evaluate the checkpoint saved then.
+
+    Raises:
+        RuntimeError: the training process failed.
+    """
     command = [*ESTUNE, "train", "--config", "demo", "--noise", noise, "--seed", str(seed), "--output_dir", str(run),
                "--max_steps", str(STEPS), "--report_to", "none"]  # fmt: skip
     started = time.monotonic()
@@ -73,19 +76,17 @@ def one_run(noise: str, seed: int, run: Path) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw every run's curve, one colour for each kind of noise."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     colours = dict(zip(NOISES, ("#1b6ca8", "#d1495b"), strict=True))
-    named = {"full": "full rank", "lowrank": "rank 1"}
+    labels = {"full": "full rank", "lowrank": "rank 1"}
     for run in runs:
         _, seconds, values = zip(*run["curve"], strict=True)
         first = run["seed"] == runs[0]["seed"]
         axes.plot(seconds, [100 * value for value in values], color=colours[run["noise"]], marker=".",
-                  label=named[run["noise"]] if first else None)  # fmt: skip
+                  label=labels[run["noise"]] if first else None)  # fmt: skip
     axes.set(xlabel="seconds of steps", ylabel="held-out accuracy, %", title="The demo against time")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -93,7 +94,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
-    """Run all, print a table, record it."""
+    """Run all seeds with both kinds of noise, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Virtual environments for packages that estune is measured beside, made on first use and kept."""
+"""Virtual environments of other packages in benchmarks: made at first use and kept."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 
 def make_environment(place: Path, installs: Sequence[Sequence[str]]) -> Path:
-    """Return the Python of the environment at ``place``; each of ``installs`` is the arguments of one `pip install`.
+    """Return the Python of the environment in ``place``; create it if it is missing.
+
+    Args:
+        place: directory of the environment.
+        installs: the arguments of one `pip install` each.
 
     Raises:
-        subprocess.CalledProcessError: pip failed; its ``stderr`` says why.
+        subprocess.CalledProcessError: pip failed; ``stderr`` holds its message.
     """
     python = place / "bin" / "python"
     if (place / "ready").is_file():
@@ -28,7 +32,7 @@ def make_environment(place: Path, installs: Sequence[Sequence[str]]) -> Path:
 
 
 def install(python: Path, arguments: Sequence[str]) -> None:
-    """Install into an environment, quietly.
+    """Install packages into an environment without output.
 
     Raises:
         subprocess.CalledProcessError: pip failed.

@@ -1,13 +1,14 @@
-"""Do low-rank noise, and estune's integer noise, train as well as full-rank noise, and as torch.randn?
+"""Compares the training gain of low-rank noise and of `torch.randn` noise with that of full-rank noise.
 
     python benchmarks/equivalence.py               # about 25 minutes on two cores
 
-The embedded model on Countdown with the `demo` preset (25 steps of 30 members and 16 problems, so equal evaluations),
-five seeds each of: full-rank noise (version 1), low-rank noise of rank 1, and full-rank noise drawn by `torch.randn`
-in place of version 1, all else equal. Each model is evaluated on the same 2000 held-out test problems. The result is
-the mean difference to full-rank noise, paired by seed, with its 95 % t-interval, and whether that lies within five
-points either way. The task has a ceiling near which all runs end (the model's own best mode), so models are compared
-half way, too, after 10 steps. It goes to `benchmarks/results/equivalence.json`.
+The embedded model is trained on Countdown with the `demo` preset (25 steps of 30 members and 16 problems, so equal
+evaluations). There are three variants with five seeds each: full-rank noise of version 1, low-rank noise of rank 1, and
+full-rank noise drawn by `torch.randn`. All else is equal. Each model is evaluated on the same 2000 held-out test
+problems. The result is the mean difference to full-rank noise, paired by seed, with its 95 % t-interval, and whether
+the interval lies within plus or minus five points. All runs end near the same accuracy, that of the model when made to
+think, so the models are also compared half way, after 10 steps. The result is written to
+`benchmarks/results/equivalence.json`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ HALF_WAY, END = 10, 25  # steps
 
 
 class RandnTheta(HostTheta):
-    """A master whose noise comes from torch's generator, in float32; everything else is estune's."""
+    """Theta with float32 noise from torch's generator; everything else is as in `HostTheta`."""
 
     def _noise(self, seed: int, name: str) -> np.ndarray:
         import torch
 
-        number = list(self.arrays).index(name)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 63))
+        index = list(self.arrays).index(name)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
         return torch.randn(self.arrays[name].shape, generator=generator).numpy()
 
     def perturb(self, name: str, perturbation: Any, out: np.ndarray | None = None) -> np.ndarray:
@@ -57,8 +58,8 @@ class RandnTheta(HostTheta):
         for name, out in outs.items():
             self.perturb(name, perturbation, out)
 
-    def update(self, update: Any, anchor: Any = None) -> Moved:
-        """See `HostTheta.update`."""
+    def apply(self, update: Any, anchor: Any = None) -> Moved:
+        """See `HostTheta.apply`."""
         for spec in self.specs:
             if spec.perturbed:
                 total = np.zeros(spec.shape, dtype=np.float64)
@@ -70,7 +71,7 @@ class RandnTheta(HostTheta):
 
 
 def child(variant: str, options: list[str]) -> int:
-    """Run `estune train` in this process, with the variant's master."""
+    """Run `estune train` in this process with the variant's noise; return the exit status."""
     from estune import cli
     from estune.engines.hf import loading
 
@@ -80,7 +81,7 @@ def child(variant: str, options: list[str]) -> int:
 
 
 def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
-    """Train one model and evaluate it on the test problems."""
+    """Train one model; evaluate it on the test problems half way and at the end."""
     output = directory / f"{variant}-{seed}"
     train = [
         "train",
@@ -103,8 +104,8 @@ def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"variant": variant, "seed": seed, "train_s": time.perf_counter() - started}
     for steps, model in ((HALF_WAY, output / f"checkpoint-{HALF_WAY}"), (END, output)):
         evaluate = [sys.executable, "-m", "estune", "evaluate", "--model", str(model), "--json"]
-        found = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
-        result[f"accuracy_{steps}"], result["n"] = found["accuracy"], found["n"]
+        summary = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
+        result[f"accuracy_{steps}"], result["n"] = summary["accuracy"], summary["n"]
     print(
         f"{variant:8} seed {seed}: {result[f'accuracy_{HALF_WAY}']:.2%} after {HALF_WAY} steps, "
         f"{result[f'accuracy_{END}']:.2%} after {END}, {result['train_s']:.0f} s",
@@ -114,7 +115,7 @@ def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
 
 
 def difference(runs: list[dict[str, Any]], variant: str, steps: int) -> dict[str, Any]:
-    """Return the mean of (variant - full) over seeds, in points, and its 95 % interval (paired, Student's t)."""
+    """Return the mean of (variant - full) over seeds in points, with its 95 % interval (paired, Student's t)."""
     accuracy = {(run["variant"], run["seed"]): 100 * run[f"accuracy_{steps}"] for run in runs}
     seeds = sorted({run["seed"] for run in runs})
     values = [accuracy[variant, seed] - accuracy["full", seed] for seed in seeds]
@@ -125,12 +126,12 @@ def difference(runs: list[dict[str, Any]], variant: str, steps: int) -> dict[str
 
 
 def main() -> int:
-    """Run all, print, record."""
+    """Run all variants and seeds, print and write the result."""
     if len(sys.argv) > 1 and sys.argv[1] == "--child":
         return child(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, with one thread each")
     options = parser.parse_args()
     jobs = [(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(options.jobs) as pool:
@@ -139,11 +140,11 @@ def main() -> int:
     for variant in ("lowrank", "randn"):
         result[variant] = {}
         for steps in (HALF_WAY, END):
-            result[variant][str(steps)] = found = difference(runs, variant, steps)
-            low, high = found["interval95"]
-            verdict = "within" if found["equivalent"] else "not shown to be within"
+            result[variant][str(steps)] = change = difference(runs, variant, steps)
+            low, high = change["interval95"]
+            verdict = "within" if change["equivalent"] else "not shown to be within"
             print(
-                f"{variant} - full after {steps} steps: {found['points']:+.2f} points, 95 % interval {low:+.2f} to "
+                f"{variant} - full after {steps} steps: {change['points']:+.2f} points, 95 % interval {low:+.2f} to "
                 f"{high:+.2f}: {verdict} {WITHIN:g} points"
             )
     write_result("equivalence", result)

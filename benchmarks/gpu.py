@@ -1,10 +1,10 @@
-"""Members and updates on a GPU, beside a copy and beside `torch.randn`.
+"""Measures members and updates on a GPU, compared with a memory copy and with `torch.randn`.
 
-    python benchmarks/launch.py                    # needs an NVIDIA GPU, triton, and 6 GiB of its memory
+    python benchmarks/gpu.py                       # needs an NVIDIA GPU, triton, and 6 GiB of GPU memory
 
-First every kernel is compared with the CPU's, to the bit, and one large member and update too. Then each line is the
-median of several runs, the compared ones in turns, as elements (of theta) per second and as a ratio. The result goes
-to `benchmarks/results/launch.json`. Exit status 1: a bit differs; 2: there is no GPU to measure.
+First every kernel is compared with its CPU kernel, bit for bit, and so are a large member and a large update. Then each
+line is the median of several runs, in turns with the lines beside it, as elements of theta per second and as a ratio.
+The result is written to `benchmarks/results/gpu.json`. Exit status 1: a bit differs; 2: there is no GPU to measure.
 """
 
 from __future__ import annotations
@@ -13,17 +13,27 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
+from estune.es.noise import cpu, factor_names, noise_key, perturbation_scale
+from estune.es.population import members_for_step
+from estune.es.theta import HostTheta
+from estune.es.types import Member, Noise, ParameterSpec, Perturbation
+from estune.es.update import Update, make_update
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIGMA, LEARNING_RATE = 1e-3, 5e-4
+COLUMNS = 4096  # of theta as a matrix, for low-rank noise
 
 
 def measure(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Run each work in turns, ``repeats`` times after one to warm up; return milliseconds on the device."""
+    """Run all functions in turns, ``repeats`` times after one warm-up; return milliseconds on the device by name."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
         for name, run in work.items():
@@ -38,7 +48,7 @@ def measure(work: Mapping[str, Callable[[], object]], repeats: int) -> dict[str,
 
 
 def report(title: str, times: Mapping[str, list[float]], elements: int) -> dict[str, Any]:
-    """Print a comparison, its first line the one that ratios refer to; return it as plain values."""
+    """Print a comparison, with ratios to its first line; return medians and all times in milliseconds."""
     print(title)
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = next(iter(medians.values()))
@@ -47,115 +57,170 @@ def report(title: str, times: Mapping[str, list[float]], elements: int) -> dict[
     return {name: {"median_ms": medians[name], "runs_ms": values} for name, values in times.items()}
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A random theta of n elements in host and device memory, N members, and their update."""
+
+    device: torch.device
+    host: np.ndarray  # (n,)
+    theta: torch.Tensor  # (n,), on the device
+    members: list[Member]
+    update: Update
+    scale: float  # of the noise
+
+    @classmethod
+    def make(cls, device: torch.device, n: int, n_members: int) -> Problem:
+        """Return a problem of ``n`` elements and ``n_members`` members."""
+        host = np.random.default_rng(0).standard_normal(n, dtype=np.float32) * np.float32(0.02)
+        members = members_for_step(0, 0, n_members, antithetic=False)
+        update = make_update(members, np.linspace(-1.7, 1.7, n_members).tolist(), LEARNING_RATE)
+        theta = torch.from_numpy(host).to(device)
+        return cls(device, host, theta, members, update, perturbation_scale(SIGMA))
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The noise keys of all members, uint32 (N, 2)."""
+        return np.array([noise_key(member.seed, "w") for member in self.members], dtype=np.uint32)
+
+    @property
+    def q(self) -> np.ndarray:
+        """The integer utilities, int32 (N,)."""
+        return np.array(self.update.q, dtype=np.int32)
+
+
+def differences(problem: Problem) -> list[str]:
+    """Return what a large member and a large update compute differently on the device and on the CPU."""
+    from estune.gpu import launch
+
+    host, theta, update, n = problem.host, problem.theta, problem.update, problem.host.size
+    keys, q, wrong = problem.keys, problem.q, []
+    k0, k1 = keys[0]
+    expected, out = np.empty_like(host), torch.empty_like(theta)
+
+    def equal() -> bool:
+        return torch.equal(out.cpu().view(torch.int32), torch.from_numpy(expected).view(torch.int32))
+
+    cpu.perturb_into(expected, host, 0, k0, k1, np.float32(problem.scale), False)
+    launch.perturb_into(out, theta, 0, (int(k0), int(k1)), problem.scale, False)
+    if not equal():
+        wrong.append(f"a member of {n} elements")
+    np.copyto(expected, host)
+    total, _, _ = cpu.update_into(expected, 0, keys, q, update.a, False, np.float32(0), np.empty(0, np.float32))
+    out.copy_(theta)
+    device_keys, device_q = launch.words(keys, problem.device), torch.from_numpy(q).to(problem.device)
+    sums = launch.update_into(out, 0, device_keys, device_q, update.a, False, 0.0, None)
+    if int(sums.checksum) % 2**64 != int(total) or not equal():
+        wrong.append(f"an update of {n} elements")
+    return wrong
+
+
+def factor_keys(problem: Problem) -> np.ndarray:
+    """Return the noise keys of all members' low-rank factors, uint32 (N, 4)."""
+    keys = [[noise_key(member.seed, name) for name in factor_names("w")] for member in problem.members]
+    return np.array(keys, dtype=np.uint32).reshape(len(keys), 4)
+
+
+def matrix_rows(problem: Problem) -> Any:
+    """Return theta as a matrix with `COLUMNS` columns, in the form that the low-rank kernels take."""
+    from estune.gpu import launch
+
+    n_rows = problem.host.size // COLUMNS
+    return launch.Rows(n_rows, COLUMNS, 0, 1, 0, n_rows)
+
+
+def time_member(problem: Problem, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Time one member in a dtype: a copy of theta, `torch.randn`, full noise, low-rank noise."""
+    from estune.gpu import launch
+
+    theta, scale, n = problem.theta, problem.scale, problem.host.size
+    target = torch.empty(n, dtype=dtype, device=problem.device)
+    key = (int(problem.keys[0, 0]), int(problem.keys[0, 1]))
+    pair = [int(word) for word in factor_keys(problem)[0]]
+    rows = matrix_rows(problem)
+
+    def randn() -> None:
+        target.copy_(torch.randn(n, device=problem.device).mul_(SIGMA).add_(theta))
+
+    work: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(theta),
+        "torch.randn, add, cast": randn,
+        "member": lambda: launch.perturb_into(target, theta, 0, key, scale, False),
+        "low-rank member, rank 1": lambda: launch.perturb_lowrank_into(target, theta, rows, 1, pair, 1, 1e-4, False),
+    }
+    return report(f"one member, {str(dtype).removeprefix('torch.')}", measure(work, repeats), n)
+
+
+def time_update(problem: Problem, repeats: int) -> dict[str, Any]:
+    """Time the update of all members: a copy of theta, `torch.randn`, full noise, low-rank noise."""
+    from estune.gpu import launch
+
+    theta, update, device = problem.theta, problem.update, problem.device
+    moved, noise = theta.clone(), torch.empty_like(theta)
+    keys, q = launch.words(problem.keys, device), torch.from_numpy(problem.q).to(device)
+    factors, rows = launch.words(factor_keys(problem), device), matrix_rows(problem)
+
+    def randn() -> None:
+        for weight in update.q:
+            moved.add_(noise.normal_(), alpha=1e-9 * weight)
+
+    def lowrank() -> None:
+        launch.update_lowrank_into(moved, rows, 1, factors, q, update.a, False, 0.0, None)
+
+    work: dict[str, Callable[[], object]] = {
+        "copy": lambda: moved.copy_(theta),
+        "torch.randn, add per member": randn,
+        "update": lambda: launch.update_into(moved, 0, keys, q, update.a, False, 0.0, None),
+        "low-rank update, rank 1": lowrank,
+    }
+    return report(f"update of {len(problem.members)} members", measure(work, repeats), problem.host.size)
+
+
+def time_streaming(problem: Problem, repeats: int) -> dict[str, Any]:
+    """Time a member and an update with theta on the device and with theta streamed from pinned host memory."""
+    from estune.gpu.theta import DeviceTheta
+
+    n = problem.host.size
+    spec = ParameterSpec("w", (n,), True)
+    perturbation = Perturbation(problem.members[0], Noise(problem.scale))
+    member = torch.empty(n, dtype=torch.bfloat16, device=problem.device)
+    pinned = torch.from_numpy(problem.host).pin_memory()
+    work: dict[str, Callable[[], object]] = {
+        "copy up from pinned memory": lambda: problem.theta.copy_(pinned, non_blocking=True)
+    }
+    for kind, resident in (("resident", True), ("streamed", False)):
+        theta = DeviceTheta(HostTheta([spec], {"w": problem.host.copy()}), problem.device, resident=resident)
+        work[f"{kind} master, member"] = partial(theta.perturb_into, "w", perturbation, member)
+        work[f"{kind} master, update"] = partial(theta.apply, problem.update)
+    return report("theta on the device and on the host", measure(work, repeats), n)
+
+
 def main() -> int:
-    """Check, measure, print, record."""
+    """Compare the bits, measure, print and write the result; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=1 << 28, help="of theta; a multiple of 4096")
+    parser.add_argument("--elements", type=int, default=1 << 28, help=f"of theta; a multiple of {COLUMNS}")
     parser.add_argument("--members", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     if not torch.cuda.is_available() or find_spec("triton") is None:
-        print("benchmarks/launch.py: no GPU with triton is there to measure", file=sys.stderr)
+        print("benchmarks/gpu.py: there is no GPU with triton to measure", file=sys.stderr)
         return 2
 
     from record import write_result
 
-    from estune.es.noise import cpu, factor_names, noise_key, perturbation_scale
-    from estune.es.population import members_for_step
-    from estune.es.theta import HostTheta
-    from estune.es.types import Noise, ParameterSpec, Perturbation
-    from estune.es.update import make_update
-    from estune.gpu import check, launch
-    from estune.gpu.theta import DeviceTheta
+    from estune.gpu import check
 
     device = torch.device("cuda", torch.cuda.current_device())
-    wrong = check.check(device, ("normal", "rademacher"))
-    n, n_members, scale = options.elements, options.members, perturbation_scale(1e-3)
-    host = np.random.default_rng(0).standard_normal(n, dtype=np.float32) * np.float32(0.02)
-    theta = torch.from_numpy(host).to(device)
-    members = members_for_step(0, 0, n_members, antithetic=False)
-    update = make_update(members, np.linspace(-1.7, 1.7, n_members).tolist(), 5e-4)
-    keys = np.array([noise_key(member.seed, "w") for member in members], dtype=np.uint32)
-    q = np.array(update.q, dtype=np.int32)
-    k0, k1 = noise_key(members[0].seed, "w")
-
-    expected, out = np.empty_like(host), torch.empty_like(theta)
-    cpu.perturb_into(expected, host, 0, np.uint32(k0), np.uint32(k1), np.float32(scale), False)
-    launch.perturb_into(out, theta, 0, (k0, k1), scale, False)
-    if not torch.equal(out.cpu().view(torch.int32), torch.from_numpy(expected).view(torch.int32)):
-        wrong.append(f"a member of {n} elements")
-    np.copyto(expected, host)
-    total, _, _ = cpu.update_into(expected, 0, keys, q, update.a, False, np.float32(0), np.empty(0, np.float32))
-    device_keys, device_q = launch.words(keys, device), torch.from_numpy(q).to(device)
-    out.copy_(theta)
-    sums = launch.update_into(out, 0, device_keys, device_q, update.a, False, 0.0, None)
-    if int(sums.checksum) % 2**64 != int(total) or not torch.equal(
-        out.cpu().view(torch.int32), torch.from_numpy(expected).view(torch.int32)
-    ):
-        wrong.append(f"an update of {n} elements")
-    print(f"{torch.cuda.get_device_name(device)}: {wrong or 'all bits equal the CPU kernels'}")
-    del expected, out
-    results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(device),
-        "elements": n,
-        "members": n_members,
-        "differs": wrong,
-    }
-
-    d1 = 4096
-    rows = launch.Rows(n // d1, d1, 0, 1, 0, n // d1)
-    factors = np.array([[noise_key(m.seed, name) for name in factor_names("w")] for m in members], dtype=np.uint32)
-    pair = [int(word) for word in factors[0].reshape(-1)]
+    fewer = max(3, options.repeats // 3)  # repeats of slow measurements
+    name = torch.cuda.get_device_name(device)
+    problem = Problem.make(device, options.elements, options.members)
+    wrong = [*check.check(device, ("normal", "rademacher")), *differences(problem)]
+    print(f"{name}: {wrong or 'all bits equal the CPU kernels'}")
+    results: dict[str, Any] = {"gpu": name, "elements": options.elements, "members": options.members, "differs": wrong}
     for dtype in DTYPES:
-        target = torch.empty(n, dtype=dtype, device=device)
-
-        def randn(target: torch.Tensor = target) -> None:
-            target.copy_(torch.randn(n, device=device).mul_(1e-3).add_(theta))
-
-        def perturb(target: torch.Tensor = target) -> None:
-            launch.perturb_into(target, theta, 0, (k0, k1), scale, False)
-
-        def lowrank(target: torch.Tensor = target) -> None:
-            launch.perturb_lowrank_into(target, theta, rows, 1, pair, 1, 1e-4, False)
-
-        work = {
-            "copy": lambda target=target: target.copy_(theta),
-            "torch.randn, add, cast": randn,
-            "member": perturb,
-            "low-rank member, rank 1": lowrank,
-        }
-        name = str(dtype).removeprefix("torch.")
-        results[f"perturb_{name}"] = report(f"one member, {name}", measure(work, options.repeats), n)
-        del target
-
-    moved, noise = theta.clone(), torch.empty_like(theta)
-
-    def randn_update() -> None:
-        for weight in update.q:
-            moved.add_(noise.normal_(), alpha=1e-9 * weight)
-
-    flat_factors = launch.words(factors.reshape(n_members, 4), device)
-    work = {
-        "copy": lambda: moved.copy_(theta),
-        "torch.randn, add per member": randn_update,
-        "update": lambda: launch.update_into(moved, 0, device_keys, device_q, update.a, False, 0.0, None),
-        "low-rank update, rank 1": lambda: launch.update_lowrank_into(
-            moved, rows, 1, flat_factors, device_q, update.a, False, 0.0, None
-        ),
-    }
-    results["update"] = report(f"update of {n_members} members", measure(work, max(3, options.repeats // 3)), n)
-
-    spec = ParameterSpec("w", (n,), True)
-    perturbation = Perturbation(members[0], Noise(scale))
-    member = torch.empty(n, dtype=torch.bfloat16, device=device)
-    pinned = torch.from_numpy(host).pin_memory()
-    work = {"copy up from pinned memory": lambda: theta.copy_(pinned, non_blocking=True)}
-    for kind, resident in (("resident", True), ("streamed", False)):
-        master = DeviceTheta(HostTheta([spec], {"w": host.copy()}), device, resident=resident)
-        work[f"{kind} master, member"] = lambda master=master: master.perturb_into("w", perturbation, member)
-        work[f"{kind} master, update"] = lambda master=master: master.apply(update)
-    results["master"] = report("master on the device and on the host", measure(work, max(3, options.repeats // 3)), n)
-    print(f"written: {write_result('gpu', results)}")
+        results[f"perturb_{str(dtype).removeprefix('torch.')}"] = time_member(problem, dtype, options.repeats)
+    results["update"] = time_update(problem, fewer)
+    results["master"] = time_streaming(problem, fewer)
+    print(f"written to {write_result('gpu', results)}")
     return int(bool(wrong))
 
 

@@ -1,20 +1,19 @@
-"""How the cost of a step grows: with members, parameters, rank, tokens, threads and workers; and what grows with steps.
+"""Measures how the cost of a step grows with members, parameters, rank, tokens, threads, workers and steps.
 
     python benchmarks/growth.py                       # about 12 minutes, 9 GiB of memory and no download
     python benchmarks/growth.py --parts population    # members, rank and tokens on the embedded model
 
-* perturb: the weights of the members with full noise, written one member after the other (`HostTheta.perturb`).
-* update: the update of all members, with full and with low-rank noise.
-* step: a population of low-rank members answers (`generate_population`, as many in a forward pass as ``auto`` takes),
-  then the update.
+* perturb: write the weights of the members with full noise, one member after the other (`HostTheta.perturb`).
+* update: update theta by all members, with full and with low-rank noise.
+* step: let a population of low-rank members answer (`generate_population`, ``members_per_batch`` auto), then update.
 
-Models are the embedded one and random ones, each in a process of its own, on one thread; what a second thread brings
-is a part of its own. Completions never end early. Times are medians.
+The models are the embedded one and random ones, each in its own process, on one thread. The gain from a second thread
+is measured separately. Completions never end early. Times are medians.
 
-Each series is fitted, and judged from 16 members or 3 M parameters on, by `growth_fit.py`. The exit status is 1 where
-one grows more than linearly, or a long run has more memory or files than a short one, journal and metrics apart.
+`growth_fit.py` fits each series, and judges it from 16 members or 3 M parameters on. The exit status is 1 if a series
+grows more than linearly, or if a long run has more memory or files than a short one, apart from journal and metrics.
 
-The result goes to `benchmarks/results/growth.json`.
+The result is written to `benchmarks/results/growth.json`.
 """
 
 from __future__ import annotations
@@ -68,12 +67,13 @@ LARGEST, LARGEST_NEEDS_BYTES = "1.5B", 12 << 30
 THREADS_MODEL = "20M"
 PARTS = ("population", "models", "workers", "steps")
 RANKS, TOKENS = (1, 2, 4, 8, 16), (8, 16, 32, 64, 128)
-MEMBERS, PROMPTS = 30, 2  # where they are not what varies
-LONG_S, SHORT_S, MOST_RUNS = 15.0, 0.2, 30  # see `timed`
-SIGMA, NEXT_TO_NOTHING = 1e-3, 1e-12  # the latter as learning rate: theta is written and stays
-# x from where on the exponent is judged: below, fixed costs of a forward pass outweigh what x adds.
+MEMBERS, PROMPTS = 30, 2  # of the measurements that vary something else
+LONG_S, SHORT_S, MOST_RUNS = 15.0, 0.2, 30  # seconds, seconds, calls; see `timed`
+SIGMA, LEARNING_RATE = 1e-3, 1e-12  # so small a learning rate leaves theta's values, which are still written
+# smallest x over which the exponent is judged; below it, fixed costs of a forward pass dominate
 JUDGED_FROM = {"members": 16.0, "parameters": 3e6}
-SAME = 1.05  # peaks of a short and a long run that are called equal
+SAME = 1.05  # largest ratio of peak memory that counts as equal
+# key in the result -> title
 SERIES = {
     "perturb": "perturb (full noise)",
     "update_full": "update (full noise)",
@@ -83,10 +83,10 @@ SERIES = {
 
 
 def timed(function: Callable[[], Any], repetitions: int) -> dict[str, Any]:
-    """Return the median and all seconds of some calls, after one that is not counted.
+    """Return the median and all seconds of some calls, after a warm-up call.
 
-    A first call of more than `LONG_S` is counted, and repeated once at most: what warms up is a small part of it. Short
-    calls are repeated more often, for `SHORT_S` in all or `MOST_RUNS` times.
+    A first call that takes more than `LONG_S` is counted and repeated at most once, because the warm-up is a small part
+    of it. Short calls are repeated until they take `SHORT_S` together, at most `MOST_RUNS` times.
     """
     runs: list[float] = []
     for repetition in range(1 + MOST_RUNS):
@@ -103,12 +103,13 @@ def timed(function: Callable[[], Any], repetitions: int) -> dict[str, Any]:
 
 
 class Subject:
-    """A model whose parts are timed; its engine has low-rank noise, a second master full noise on the same theta."""
+    """A model with an engine for low-rank noise (``engine``), and the same theta for full noise (``full``)."""
 
     def __init__(self, model: str, num_threads: int) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from estune.engines.hf.allocator import keep_freed_memory
         from estune.engines.hf.engine import HFEngine
         from estune.engines.hf.loading import load_tokenizer
         from estune.es.theta import HostTheta
@@ -121,21 +122,26 @@ class Subject:
             module = auto_model.from_pretrained(local_directory("tiny"), dtype=torch.float32)
         else:
             module = auto_model.from_config(auto_config.for_model(**MODELS[model]), dtype=torch.float32)
-        module.generation_config.eos_token_id = []  # completions have exactly the tokens that are asked for
+        tokenizer = load_tokenizer("tiny")
+        module.generation_config.eos_token_id, tokenizer.eos_token = [], None  # no completion ends early
         module.generation_config.pad_token_id = 0
         self.engine = HFEngine.from_model(
-            module, load_tokenizer("tiny"), num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
+            module, tokenizer, num_threads=num_threads, prompts_per_batch=64, noise="lowrank"
         )
+        keep_freed_memory()  # as in a process of the command line
         if not self.engine.facts.header["shared_forward"]:
-            raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
+            raise RuntimeError(
+                "low-rank members do not share a forward pass with this model; the fallback is not measured"
+            )
         self.theta = self.engine.theta
         specs = [dataclasses.replace(spec, lowrank=False) for spec in self.theta.specs]
+        self.num_threads = num_threads
         self.full = HostTheta(specs, self.theta.arrays, num_threads=num_threads)
         largest = max(array.size for array in self.theta.arrays.values())
         self.out = np.zeros(max(largest, min(self.theta.num_parameters, 1 << 26)), dtype=np.float32)
 
     def perturb(self, n_members: int) -> None:
-        """Write the weights of members with full noise, on and on through a buffer that no cache holds."""
+        """Write the weights of members with full noise, cyclically into a buffer larger than the caches."""
         at = 0
         for perturbation in perturbations(n_members, 0):
             for name, array in self.full.arrays.items():
@@ -144,17 +150,17 @@ class Subject:
                 at += array.size
 
     def update(self, n_members: int, rank: int) -> None:
-        """Update by all members, of full noise where ``rank`` is 0."""
+        """Update theta by all members; rank 0 is full noise."""
         from estune.es.update import make_update
 
         ramp = [(2 * index - n_members + 0.5) / n_members for index in range(n_members)]
-        master = self.theta if rank else self.full
+        theta = self.theta if rank else self.full
         members = [perturbation.member for perturbation in perturbations(n_members, rank)]
-        master.apply(make_update(members, ramp, NEXT_TO_NOTHING, rank=rank))
+        theta.apply(make_update(members, ramp, LEARNING_RATE, rank=rank))
         self.engine.forget()
 
     def members_per_batch(self, n_members: int, rank: int, length: int, tokens: int) -> int:
-        """Return what ``members_per_batch`` auto comes to in a run of such steps."""
+        """Return the value to which a run with such steps resolves ``members_per_batch`` auto."""
         from estune import ESConfig
         from estune.train import setup
 
@@ -166,6 +172,8 @@ class Subject:
             batch_size=PROMPTS,
             prompts_per_batch=self.engine.prompts_per_batch,
             max_completion_length=tokens,
+            num_threads=self.num_threads,
+            reward_workers=1,
         )
         return int(setup.resolve_with_engine(args, self.engine, prompts_of(length)).members_per_batch)
 
@@ -183,7 +191,7 @@ class Subject:
         self.update(n_members, rank)
 
     def point(self, x: float, n: int, rank: int, length: int, tokens: int, what: str, repetitions: int) -> dict:  # type: ignore[type-arg]
-        """Time some of perturb, update_full, update_lowrank and step (words in ``what``) at one point ``x``."""
+        """Time the calls named in ``what`` (keys of `SERIES`, separated by spaces) for one point ``x`` of a series."""
         together = self.members_per_batch(n, rank, length, tokens)
         work: dict[str, Callable[[], None]] = {
             "perturb": lambda: self.perturb(n),
@@ -204,7 +212,7 @@ def prompts_of(length: int) -> list[Any]:
 
 
 def perturbations(n_members: int, rank: int) -> list[Any]:
-    """Return the members of a step, of full noise where ``rank`` is 0."""
+    """Return the members of a step; rank 0 is full noise."""
     from estune.es.noise import lowrank_scale, perturbation_scale
     from estune.es.population import members_for_step
     from estune.es.types import Noise, Perturbation
@@ -217,7 +225,7 @@ def perturbations(n_members: int, rank: int) -> list[Any]:
 
 
 def population_child(repetitions: int, most_members: int) -> dict[str, Any]:
-    """Vary members, rank and tokens on the embedded model, on one thread (what ``auto`` takes for it)."""
+    """Vary members, rank and tokens on the embedded model, on one thread."""
     subject = Subject("tiny", 1)
     n_values = [2**power for power in range(1, most_members.bit_length()) if 2**power <= most_members]
     everything = "perturb update_full update_lowrank step"
@@ -231,7 +239,7 @@ def population_child(repetitions: int, most_members: int) -> dict[str, Any]:
 
 
 def model_child(model: str, num_threads: int, repetitions: int) -> dict[str, Any]:
-    """Time everything once per member and model: 8 members, 2 prompts of 16 tokens, 8 new tokens."""
+    """Time one model: a perturbed member, and updates and steps of 8 members (2 prompts of 16 tokens, 8 new tokens)."""
     started = time.perf_counter()
     subject = Subject(model, num_threads)
     built = time.perf_counter() - started
@@ -244,7 +252,7 @@ def model_child(model: str, num_threads: int, repetitions: int) -> dict[str, Any
 
 
 def train_child(values: dict[str, Any]) -> dict[str, Any]:
-    """Run `ESTrainer` with the embedded model; return the steps' metrics, the peak of memory and the files' sizes."""
+    """Train the embedded model; return the steps' metrics, the peak memory in bytes and the files' sizes."""
     from estune import ESConfig, ESTrainer
 
     with tempfile.TemporaryDirectory() as name:
@@ -284,7 +292,7 @@ def slow(completions, **_):
 
 
 def in_child(name: str, *arguments: Any) -> dict[str, Any]:
-    """Call a function of this file in a process of its own, whose memory ends with it."""
+    """Call a function of `main`'s ``children`` in a child process, whose memory ends with it."""
     command = [sys.executable, __file__, "--child", json.dumps([name, *arguments])]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -292,23 +300,23 @@ def in_child(name: str, *arguments: Any) -> dict[str, Any]:
 
 
 def series(points: Sequence[dict[str, Any]], what: str) -> tuple[list[float], list[float]]:
-    """Return x and median seconds of one thing that was timed."""
+    """Return x and median seconds of one timed call (a key of `SERIES`)."""
     return [point["x"] for point in points], [point["times"][what]["median_s"] for point in points]
 
 
 def fits(points: Sequence[dict[str, Any]], judged_from: float = 0.0) -> dict[str, Any]:
-    """Return the fits of everything that was timed at some points, in ascending order of x; none below three points."""
+    """Return the fits of all timed calls at points in ascending order of x; an empty dict below three points."""
     if len(points) < 3:
         return {}
-    found = {}
+    result = {}
     for what in points[0]["times"]:
         fitted = fit(*series(points, what), judged_from)
-        found[what] = dataclasses.asdict(fitted) | {"verdict": fitted.verdict}
-    return found
+        result[what] = dataclasses.asdict(fitted) | {"verdict": fitted.verdict}
+    return result
 
 
 def measure_models(models: Sequence[str], repetitions: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Time the random models that fit into memory, smallest first; return points and notes."""
+    """Time the random models that fit into memory; return the points in ascending order of size, and notes."""
     points, notes = [], []
     for model in models:
         free = free_memory_bytes()
@@ -318,12 +326,12 @@ def measure_models(models: Sequence[str], repetitions: int) -> tuple[list[dict[s
             )
             continue
         points.append(in_child("model", model, 1, repetitions))
-        print(f"growth: {model} is measured", flush=True)
+        print(f"growth: {model} measured", flush=True)
     return sorted(points, key=lambda point: point["x"]), notes
 
 
 def measure_workers(max_steps: int) -> list[dict[str, Any]]:
-    """Time whole training steps, with a reward of 2 ms a completion, for one and two workers and threads."""
+    """Time whole training steps with a reward of 2 ms a completion, for one and two workers and threads."""
     rows = []
     for workers in (1, 2):
         for threads in (1, 2):
@@ -343,8 +351,8 @@ def measure_workers(max_steps: int) -> list[dict[str, Any]]:
 
 
 def measure_steps(long: int) -> dict[str, Any]:
-    """Compare a run of 2 steps with one of many: peak memory, and bytes on disk without journal and metrics."""
-    found: dict[str, Any] = {}
+    """Compare runs of 2 and of ``long`` steps: peak memory, and bytes on disk without journal and metrics."""
+    runs: dict[str, Any] = {}
     for steps in (2, long):
         values = {
             "population_size": 4,
@@ -357,16 +365,16 @@ def measure_steps(long: int) -> dict[str, Any]:
         result = in_child("train", values)
         growing = {name: result["bytes"].pop(name) for name in ("journal.jsonl", "metrics.jsonl")}
         others = sum(result["bytes"].values())
-        found[str(steps)] = {"peak_bytes": result["peak_bytes"], "other_bytes": others, **growing}
-    short, other = found["2"], found[str(long)]
+        runs[str(steps)] = {"peak_bytes": result["peak_bytes"], "other_bytes": others, **growing}
+    short, other = runs["2"], runs[str(long)]
     return {
-        "runs": found,
+        "runs": runs,
         "peak_ratio": other["peak_bytes"] / short["peak_bytes"],
         "other_bytes_ratio": other["other_bytes"] / short["other_bytes"],
         "journal_bytes_per_step": (other["journal.jsonl"] - short["journal.jsonl"]) / (long - 2),
         "metrics_bytes_per_step": (other["metrics.jsonl"] - short["metrics.jsonl"]) / (long - 2),
         "nothing_else_grows": other["peak_bytes"] <= SAME * short["peak_bytes"]
-        and other["other_bytes"] <= short["other_bytes"] + 64,  # numbers of more digits in configuration and state
+        and other["other_bytes"] <= short["other_bytes"] + 64,  # numbers in configuration and state have more digits
     }
 
 
@@ -377,12 +385,13 @@ def measure(
     most_members: int = 512,
     long_run: int = 40,
 ) -> dict[str, Any]:
-    """Measure some parts; return points, fits, verdicts and notes."""
+    """Measure some parts; return their points, fits, verdicts and notes."""
     result: dict[str, Any] = {"repetitions": repetitions, "cores": cores()}
     if "population" in parts:
-        found = in_child("population", repetitions, most_members)
-        found["fits"] = {name: fits(found[name], JUDGED_FROM.get(name, 0.0)) for name in ("members", "rank", "tokens")}
-        result["population"] = found
+        sweeps = in_child("population", repetitions, most_members)
+        names = ("members", "rank", "tokens")
+        sweeps["fits"] = {name: fits(sweeps[name], JUDGED_FROM.get(name, 0.0)) for name in names}
+        result["population"] = sweeps
     if "models" in parts:
         points, notes = measure_models(models, repetitions)
         result["models"] = {"points": points, "fits": fits(points, JUDGED_FROM["parameters"]), "notes": notes}
@@ -397,25 +406,25 @@ def measure(
 
 
 def verdicts(result: dict[str, Any]) -> dict[str, int]:
-    """Return 1 or 0 for what was measured: cost at most linear in members, in parameters; steps leave nothing behind.
+    """Return 1 or 0 for each measured part: members and parameters (cost at most linear), steps (nothing else grows).
 
-    A sweep of too few points has no verdict.
+    A sweep with too few points has no verdict.
     """
-    found = {}
+    values = {}
     sweeps = {
         "members": result.get("population", {}).get("fits", {}).get("members"),
         "parameters": result.get("models", {}).get("fits"),
     }
     for name, fitted in sweeps.items():
         if fitted:
-            found[name] = int(all(row["verdict"] != "MORE than linear" for row in fitted.values()))
+            values[name] = int(all(row["verdict"] != "MORE than linear" for row in fitted.values()))
     if "steps" in result:
-        found["steps"] = int(result["steps"]["nothing_else_grows"])
-    return found
+        values["steps"] = int(result["steps"]["nothing_else_grows"])
+    return values
 
 
 def rows_of(points: Sequence[dict[str, Any]], fitted: dict[str, Any], unit: str, judged: bool) -> Iterator[str]:
-    """Yield the lines of one sweep: the times at its points, and its fits (judged where cost should be linear)."""
+    """Yield the lines of one sweep: its times, and its fits; ``judged``: with their verdicts."""
     for what in points[0]["times"]:
         xs, seconds = series(points, what)
         yield f"  {SERIES[what]:22s} " + "  ".join(f"{x:g}: {s:.3g} s" for x, s in zip(xs, seconds, strict=True))
@@ -433,21 +442,21 @@ def table(result: dict[str, Any]) -> str:
     """Return the result as text."""
     lines = []
     if "population" in result:
-        found = result["population"]
+        sweeps = result["population"]
         titles = {
             "members": ("N members (2 prompts, 16 tokens)", "N"),
             "rank": ("rank r", "r"),
             "tokens": ("T new tokens a completion (prompts of 32)", "T"),
         }
         for name, (title, unit) in titles.items():
-            lines.append(f"against {title}: embedded model, {found['parameters']:,} parameters, 1 thread")
-            lines.extend(rows_of(found[name], found["fits"][name], unit, judged=name == "members"))
+            lines.append(f"against {title}: embedded model, {sweeps['parameters']:,} parameters, 1 thread")
+            lines.extend(rows_of(sweeps[name], sweeps["fits"][name], unit, judged=name == "members"))
     if "models" in result:
-        found = result["models"]
+        models = result["models"]
         lines.append("against P parameters: update and step of 8 members, one perturbed, 1 thread")
-        if found["points"]:
-            lines.extend(rows_of(found["points"], found["fits"], "P", judged=True))
-        lines.extend(f"  note: {note}" for note in found["notes"])
+        if models["points"]:
+            lines.extend(rows_of(models["points"], models["fits"], "P", judged=True))
+        lines.extend(f"  note: {note}" for note in models["notes"])
     if "workers" in result:
         lines.append("against workers and threads: whole steps of the embedded model, reward of 2 ms a completion")
         for row in result["workers"]["steps"]:
@@ -457,23 +466,27 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['es/score_s']:.2f} s waiting for scores"
             )
         one, two = (point["times"] for point in result["workers"]["threads"])
-        told = (f"{SERIES[what]} {one[what]['median_s'] / two[what]['median_s']:.2f}" for what in one)
-        lines.append(f"  {THREADS_MODEL} parameters, two threads against one, times as fast: {', '.join(told)}")
+        speedups = (f"{SERIES[what]} {one[what]['median_s'] / two[what]['median_s']:.2f}" for what in one)
+        lines.append(f"  {THREADS_MODEL} parameters, two threads against one, times as fast: {', '.join(speedups)}")
     if "steps" in result:
-        found = result["steps"]
-        short, long = found["runs"]
-        says = "nothing but journal and metrics grows" if found["nothing_else_grows"] else "SOMETHING ELSE GROWS"
-        per_step = [found[f"{name}_bytes_per_step"] for name in ("journal", "metrics")]
+        growth = result["steps"]
+        short, long = growth["runs"]
+        verdict = "only journal and metrics grow" if growth["nothing_else_grows"] else "SOMETHING ELSE GROWS"
+        per_step = [growth[f"{name}_bytes_per_step"] for name in ("journal", "metrics")]
         lines.append(
-            f"against steps, {short} and {long}: peak memory times {found['peak_ratio']:.3f}, files but "
-            f"journal and metrics times {found['other_bytes_ratio']:.6f}: {says}; a step adds "
+            f"against steps, {short} and {long}: peak memory times {growth['peak_ratio']:.3f}, files without "
+            f"journal and metrics times {growth['other_bytes_ratio']:.6f}: {verdict}; a step adds "
             f"{per_step[0]:.0f} bytes of journal, {per_step[1]:.0f} of metrics"
         )
     return "\n".join(lines)
 
 
 def long_run_steps(text: str) -> int:
-    """Return the steps of a long run from the command line: more than the short one's two."""
+    """Return the steps of the long run from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: the short run is not shorter.
+    """
     steps = int(text)
     if steps <= 2:
         raise argparse.ArgumentTypeError(f"{steps} is not more than the 2 steps it is compared with")
@@ -481,7 +494,7 @@ def long_run_steps(text: str) -> int:
 
 
 def main() -> int:
-    """Measure, print, record; exit status 1 where a verdict is 0."""
+    """Measure, print and write the result; return 1 if a verdict is 0, else 0."""
     children = {"population": population_child, "model": model_child, "train": train_child}
     if len(sys.argv) > 1 and sys.argv[1] == "--child":
         name, *arguments = json.loads(sys.argv[2])
@@ -495,7 +508,7 @@ def main() -> int:
     parser.add_argument("--long_run", type=long_run_steps, default=40, help="steps, more than 2")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
-    from record import write_result  # reads the commit: before the first measurement, and after --help
+    from record import write_result  # reads the commit when imported: before the first measurement, but not for --help
 
     result = measure(options.parts, options.models, options.repetitions, options.most_members, options.long_run)
     print(table(result))

@@ -1,10 +1,9 @@
-"""How long `estune --help` takes, beside an interpreter that only imports what help cannot do without.
+"""Measures the time of `estune --help`, compared with a bare interpreter.
 
     python benchmarks/help_time.py
 
-Each command line is started as a user starts it, in a fresh interpreter, by turns with ``python -c "import argparse,
-numpy"``: numpy is the one package that the options' descriptions need. The ratio is that of the two medians, so a
-slower machine changes the seconds and not the ratio.
+Each command is started in a new interpreter, in turns with ``python -c "import argparse, numpy"``, because `--help`
+needs numpy. The ratio is that of the two medians: a slower machine changes the seconds, but hardly the ratio.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def seconds(command: list[str]) -> float:
     """Return the seconds from a command's start to its end.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the command failed.
     """
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -31,10 +30,11 @@ def seconds(command: list[str]) -> float:
 
 
 def measure(repetitions: int = 15) -> dict[str, Any]:
-    """Time every command and the bare interpreter by turns; the first turn, which fills the disk's cache, is left out.
+    """Time every command and the bare interpreter in turns; the first turn warms the disk cache and is left out.
 
     Returns:
-        Per command ``help_s`` and ``bare_s`` (seconds of each turn), their medians, and ``bare_of_help``: bare / help.
+        By command, ``help_s`` and ``bare_s`` (seconds of each turn), ``medians_s``, and ``bare_of_help`` (bare / help).
+        ``slowest_s`` and ``bare_of_help`` over all commands.
     """
     result: dict[str, Any] = {}
     for name, words in COMMANDS.items():
@@ -47,14 +47,13 @@ def measure(repetitions: int = 15) -> dict[str, Any]:
             "medians_s": medians,
             "bare_of_help": medians["bare"] / medians["help"],
         }
-    # Of the slower command: what no help is above.
     result["slowest_s"] = max(result[name]["medians_s"]["help"] for name in COMMANDS)
     result["bare_of_help"] = min(result[name]["bare_of_help"] for name in COMMANDS)
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the medians as text, a line per command."""
+    """Return the medians as text, one line a command."""
     lines = []
     for name in COMMANDS:
         medians = result[name]["medians_s"]

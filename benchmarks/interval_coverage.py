@@ -1,13 +1,14 @@
-"""How often the intervals of comparisons hold the truth, on answers whose truth is known.
+"""Measures the coverage of the comparisons' intervals on simulated answers, whose true accuracy is known.
 
-    python benchmarks/interval_coverage.py                   # about 10 minutes on one core
-    python benchmarks/interval_coverage.py --few             # few problems, rare answers, seeds in two groups: a minute
+    python benchmarks/interval_coverage.py                   # about 10 minutes on one core python
+    benchmarks/interval_coverage.py --few             # hard cases: few problems, rare answers, two kinds of seeds; a
+    minute
 
-Answers are right or wrong by a logistic model: every seed has an effect of its own, every problem has one, and so has
-every seed on every problem; methods that are compared fare differently on a problem, too. A truth is the model's mean
-over seeds and problems, by quadrature. Beside `two_level` the tables get Student's t over seed means, and every tenth
-of the smaller ones a bootstrap over seeds and problems. The result goes to
-`benchmarks/results/interval_coverage.json`, that of the hard cases to `interval_coverage_few.json`; shares are per
+A logistic model decides whether an answer is right. It has normal effects of the seed, of the problem, and of the pair
+of both; for two methods also of the method on the problem. The true accuracy is the model's mean over seeds and
+problems, by quadrature. Each table of answers gets the interval of `two_level` and Student's t over seed means; every
+tenth of the smaller tables also gets a bootstrap over seeds and problems. The result is written to
+`benchmarks/results/interval_coverage.json`, that of the hard cases to `interval_coverage_few.json`. Shares are in per
 cent.
 """
 
@@ -24,7 +25,7 @@ from estune.compare import statistics
 from estune.compare.statistics import over_seeds, paired_difference, tango, two_level
 
 PROBLEMS = (200, 1000)
-# mean log-odds; spread of seeds, of problems, of seeds on problems
+# mean log-odds; standard deviations of the effects of seeds, of problems, of seeds on problems
 TABLES = [
     (0, 0, 1.5, 0.5),
     (0, 0.05, 1.5, 0.5),
@@ -37,7 +38,8 @@ TABLES = [
     (-3, 0, 2, 0.5),
     (0, 0.2, 5, 0),
 ]
-# mean log-odds; the first method's lead; spread of seeds, of problems, of methods on problems, of seeds on problems
+# mean log-odds; the first method's lead; standard deviations of the effects of seeds, of problems, of methods on
+# problems, of seeds on problems
 PAIRS = [
     (0, 0.3, 0, 1.5, 0.3, 0.5),
     (0, 0.3, 0.1, 1.5, 0.3, 0.5),
@@ -46,10 +48,21 @@ PAIRS = [
     (-2, 0.3, 0.2, 2, 0.5, 1),
     (-3, 0, 0.2, 1, 0.3, 0.5),
 ]
-SINGLE = [(0.1, 0.1), (0.2, 0.1), (0.02, 0.01), (0.02, 0.0), (0.15, 0.05)]  # chances that a pair is gained, lost
-FEW = (24, 142, 1000)  # problems of the hard cases
+SINGLE = [
+    (0.1, 0.1),
+    (0.2, 0.1),
+    (0.02, 0.01),
+    (0.02, 0.0),
+    (0.15, 0.05),
+]  # probabilities that an answer is gained, lost
+FEW = (24, 142, 1000)  # numbers of problems in the hard cases
 RARE = [(-3, 0.3, 1, 0.5), (-4, 0.3, 1, 0.5), (-5, 0.3, 1, 0.5), (-4, 1, 1, 0.5)]  # as in TABLES
-GROUPS = [(-1, 1, 0.5), (-1, 1, 0.2), (-2, 1, 0.5), (-4, -1, 0.5)]  # log-odds of two kinds of seeds, the second's share
+GROUPS = [
+    (-1, 1, 0.5),
+    (-1, 1, 0.2),
+    (-2, 1, 0.5),
+    (-4, -1, 0.5),
+]  # log-odds of two kinds of seeds; share of the second kind
 RESAMPLES = 400
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 
@@ -60,18 +73,21 @@ def chance(logits: np.ndarray) -> np.ndarray:
 
 
 def expected(mean: float, *spreads: float) -> float:
-    """Return the mean accuracy over normal effects of these spreads."""
+    """Return the mean accuracy over normal effects with these standard deviations."""
     return float(WEIGHTS @ chance(mean + math.hypot(*spreads) * NODES) / WEIGHTS.sum())
 
 
-def answers(rng: np.random.Generator, seeds: int, logits: np.ndarray, spread: float, own: float) -> np.ndarray:
-    """Return a table (seeds, P) of 0 and 1, for problems of these log-odds (P,)."""
-    effects = rng.normal(0, spread, (seeds, 1)) + rng.normal(0, own, (seeds, logits.size))
+def answers(rng: np.random.Generator, seeds: int, logits: np.ndarray, spread: float, pair_spread: float) -> np.ndarray:
+    """Return a table (seeds, P) of 0 and 1, for problems with these log-odds (P,).
+
+    ``spread`` and ``pair_spread`` are the standard deviations of the effects of seeds, and of seeds on problems.
+    """
+    effects = rng.normal(0, spread, (seeds, 1)) + rng.normal(0, pair_spread, (seeds, logits.size))
     return (rng.random(effects.shape) < chance(logits + effects)).astype(np.float64)
 
 
 def bootstrap(rng: np.random.Generator, table: np.ndarray) -> tuple[float, float]:
-    """Return the percentile interval of means over resampled seeds and problems."""
+    """Return the bootstrap's 95 % interval of the mean over seeds and problems."""
     weights = [rng.multinomial(n, [1 / n] * n, RESAMPLES) / n for n in table.shape]
     low, high = np.percentile(((weights[0] @ table) * weights[1]).sum(1), [2.5, 97.5])
     return float(low), float(high)
@@ -79,15 +95,15 @@ def bootstrap(rng: np.random.Generator, table: np.ndarray) -> tuple[float, float
 
 def one_level(rng: np.random.Generator, seeds: int, problems: int, case: tuple[float, ...], repeats: int) -> Any:
     """Return the coverage of the three intervals of a mean."""
-    mean, spread, difficulty, own = case
-    truth, hits = expected(mean, spread, difficulty, own), np.zeros(3)
+    mean, spread, difficulty, pair_spread = case
+    truth, hits = expected(mean, spread, difficulty, pair_spread), np.zeros(3)
     for i in range(repeats):
-        table = answers(rng, seeds, mean + rng.normal(0, difficulty, problems), spread, own)
-        found = two_level(table)
+        table = answers(rng, seeds, mean + rng.normal(0, difficulty, problems), spread, pair_spread)
+        estimate = two_level(table)
         over = over_seeds(table.mean(1).tolist()).interval
         assert over is not None
         resampled = [bootstrap(rng, table)] if problems == PROBLEMS[0] and i % 10 == 0 else []
-        bounds = [(found.low, found.high), over, *resampled]
+        bounds = [(estimate.low, estimate.high), over, *resampled]
         hits[: len(bounds)] += [low <= truth <= high for low, high in bounds]
     counts = np.array([repeats, repeats, len(range(0, repeats, 10))])
     shares = dict(zip(("two_level", "t_of_seed_means", "bootstrap"), percent(hits / counts), strict=True))
@@ -97,14 +113,14 @@ def one_level(rng: np.random.Generator, seeds: int, problems: int, case: tuple[f
 
 
 def grouped(rng: np.random.Generator, seeds: int, problems: int, case: tuple[float, ...], repeats: int) -> Any:
-    """Return the coverage where a seed is of one kind or of another: it took off, say, or did not."""
+    """Return the coverage for seeds of two kinds, such as runs that learned and runs that did not."""
     low, high, share = case
     truth, hits, alike = (1 - share) * expected(low, 1.5) + share * expected(high, 1.5), 0, 0
     for _ in range(repeats):
         kinds = rng.random((seeds, 1)) < share
         odds = np.where(kinds, high, low) + rng.normal(0, 1.5, problems)
-        found = two_level((rng.random((seeds, problems)) < chance(odds)).astype(np.float64))
-        hits += found.low <= truth <= found.high
+        estimate = two_level((rng.random((seeds, problems)) < chance(odds)).astype(np.float64))
+        hits += estimate.low <= truth <= estimate.high
         alike += bool(kinds.all() or not kinds.any())
     return {
         "seeds": seeds,
@@ -117,7 +133,7 @@ def grouped(rng: np.random.Generator, seeds: int, problems: int, case: tuple[flo
 
 
 def hard(rng: np.random.Generator, repeats: int) -> dict[str, Any]:
-    """Return, and print, the coverage of the hard cases."""
+    """Print and return the coverage of the hard cases."""
     rare = [one_level(rng, n, p, case, repeats) for n in (3, 5) for p in FEW for case in RARE]
     groups = [grouped(rng, n, p, case, repeats) for n in (3, 5) for p in FEW for case in GROUPS]
     for seeds in (3, 5):
@@ -131,24 +147,27 @@ def hard(rng: np.random.Generator, repeats: int) -> dict[str, Any]:
 
 
 def pair(rng: np.random.Generator, seeds: tuple[int, int], problems: int, case: tuple[float, ...], repeats: int) -> Any:
-    """Return the coverage of a paired difference; a method of one seed is a base and has no spread over seeds."""
-    mean, better, spread, difficulty, taste, own = case
+    """Return the coverage of a paired difference. A method with one seed is a base, without an effect of the seed."""
+    mean, lead, spread, difficulty, method_spread, pair_spread = case
     spreads = [spread if n > 1 else 0.0 for n in seeds]
-    truths = [expected(m, s, difficulty, taste, own) for m, s in zip((mean + better, mean), spreads, strict=True)]
+    truths = [
+        expected(m, s, difficulty, method_spread, pair_spread)
+        for m, s in zip((mean + lead, mean), spreads, strict=True)
+    ]
     truth, hits = truths[0] - truths[1], 0
     for _ in range(repeats):
         shared = rng.normal(0, difficulty, problems)
         tables = [
-            answers(rng, n, m + shared + rng.normal(0, taste, problems), s, own)
-            for n, m, s in zip(seeds, (mean + better, mean), spreads, strict=True)
+            answers(rng, n, m + shared + rng.normal(0, method_spread, problems), s, pair_spread)
+            for n, m, s in zip(seeds, (mean + lead, mean), spreads, strict=True)
         ]
-        found = paired_difference(*tables)
-        hits += found.low <= truth <= found.high
+        difference = paired_difference(*tables)
+        hits += difference.low <= truth <= difference.high
     return {"seeds": seeds, "problems": problems, "case": case, "truth": round(truth, 4), **named(hits / repeats)}
 
 
 def single(rng: np.random.Generator, problems: int, case: tuple[float, float], repeats: int) -> Any:
-    """Return the coverage of Tango's interval of one run against another."""
+    """Return the coverage of Tango's interval for the difference of two runs."""
     gains, losses = case
     draws = rng.multinomial(problems, [gains, losses, 1 - gains - losses], repeats)[:, :2].tolist()
     bounds = {pair: tango(*pair, problems) for pair in {(g, x) for g, x in draws}}
@@ -157,34 +176,34 @@ def single(rng: np.random.Generator, problems: int, case: tuple[float, float], r
 
 
 def percent(shares: Any) -> list[float]:
-    """Return shares in per cent, to two digits."""
+    """Return shares in per cent, rounded to two digits."""
     return [round(100 * float(share), 2) for share in shares]
 
 
 def named(share: float) -> dict[str, float]:
-    """Return a coverage under its name."""
+    """Return a coverage as a field of the result."""
     return {"coverage": percent([share])[0]}
 
 
 def span(rows: list[Any], name: str = "coverage", **where: Any) -> str:
-    """Return the lowest and the highest coverage of some rows."""
+    """Return the lowest and the highest coverage of the rows with these fields, as text."""
     values = [row[name] for row in rows if name in row and all(row[key] == value for key, value in where.items())]
     return f"{min(values):.1f} to {max(values):.1f} % ({len(values)} cases)"
 
 
 def main() -> None:
-    """Run all cases, print what covers how well, record it."""
+    """Run all cases, print and write the coverages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=8000)
-    parser.add_argument("--few", action="store_true", help="the hard cases alone")
+    parser.add_argument("--few", action="store_true", help="only the hard cases")
     options = parser.parse_args()
     repeats = options.repeats
     rng = np.random.default_rng(1)
-    statistics._p_value = lambda *_: 1.0  # slow, and not looked at here
+    statistics._p_value = lambda *_: 1.0  # slow, and not needed here
     error = round(100 * math.sqrt(0.95 * 0.05 / repeats), 2)
     if options.few:
-        found = hard(rng, repeats)
-        print(write_result("interval_coverage_few", {"repeats": repeats, "error_points": error, **found}))
+        cases = hard(rng, repeats)
+        print(write_result("interval_coverage_few", {"repeats": repeats, "error_points": error, **cases}))
         return
     levels = [one_level(rng, n, p, case, repeats) for n in (2, 3, 5) for p in PROBLEMS for case in TABLES]
     pairs = [pair(rng, n, p, case, repeats) for n in ((3, 3), (5, 5), (1, 3)) for p in PROBLEMS for case in PAIRS]

@@ -1,16 +1,16 @@
-"""The noise kernels on the parameters of a 135 M language model, against the paper's loop over ``torch.randn``.
+"""Times the noise kernels on the parameters of a 135 M language model against the paper's loop of ``torch.randn``.
 
     python benchmarks/kernels.py                # about 2 minutes, needs 2 GiB of memory and no download
 
-The arrays have SmolLM2-135M's shapes and random contents. What is compared runs in one process, turn about, on all
-cores, and every repetition is in `benchmarks/results/kernels.json`; ratios are those of medians. A second process
-repeats it with code for AVX2 alone, numba's and torch's (``"avx2"`` in the result).
+The arrays have SmolLM2-135M's shapes and random values. All variants run in one process, in turns, on all cores. Every
+repetition is in `benchmarks/results/kernels.json`; ratios are those of medians. On x86 a second process repeats the
+measurement with code of numba and torch for AVX2 only (``"avx2"`` in the result).
 
-Per member the paper's loop adds sigma times the noise to the weights, draws the same noise again to take it off, and
-once more for the member's share of the update. estune writes the member's weights from theta (`HostTheta.perturb`) and
-takes a 30th of an update of 30 members. The roof over `HostTheta.perturb` is the slower of two things it cannot do
-without: a float32 copy of the weights (by numba on the same threads or by torch, the faster), and drawing the noise
-and writing it nowhere.
+For each member the paper's loop adds sigma times the noise to the weights, draws the same noise again to subtract it,
+and once more for the member's share of the update. estune writes the member's weights from theta (`HostTheta.perturb`)
+and takes a 30th of an update of 30 members. The roof of `HostTheta.perturb` is the slower of its two necessary parts: a
+float32 copy of the weights (the faster of numba on the same threads and torch), and drawing the noise without writing
+it.
 """
 
 from __future__ import annotations
@@ -34,37 +34,38 @@ from record import write_result
 from estune.environment import cores
 from estune.es.noise import perturbation_scale
 from estune.es.noise.cpu import TILE
-from estune.es.noise.lanes import LANES, _sum_lanes
+from estune.es.noise.lanes import LANES, sum_lanes
 from estune.es.theta import PIECE, HostTheta
 from estune.es.types import Member, Noise, ParameterSpec, Perturbation
 from estune.es.update import make_update
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 49152, 576, 30, 9, 3, 1536  # SmolLM2-135M, output head tied
-# What numba is told of a processor like those of 2013 (Haswell).
+# numba's names for the features of a Haswell processor, without AVX-512
 AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"
 MEMBERS = 30
 SIGMA = 1e-3
+# ratio -> its limit
 TARGETS = {
     "loop_speedup": (">=", 10.0),  # perturb, restore and update of the paper's loop / estune's perturb and update
     "update_speedup": (">=", 20.0),  # the paper's update / estune's, per member
-    "perturb_of_roof": (">=", 0.7),  # the roof's seconds / those of perturb
-    "member_s": ("<=", 0.15),  # perturb and update of a member
+    "perturb_of_roof": (">=", 0.7),  # seconds of the roof / seconds of perturb
+    "member_s": ("<=", 0.15),  # seconds of perturb and update of a member
 }
 
 
 def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the model's parameters: stored names and shapes."""
+    """Yield the stored names and shapes of the model's parameters."""
     yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
     key_value = HIDDEN // HEADS * KV_HEADS
     for layer in range(LAYERS):
-        at = f"model.layers.{layer}."
+        prefix = f"model.layers.{layer}."
         for name, rows in (("q", HIDDEN), ("k", key_value), ("v", key_value), ("o", HIDDEN)):
-            yield f"{at}self_attn.{name}_proj.weight", (rows, HIDDEN)
-        yield f"{at}mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield f"{at}mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield f"{at}mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
-        yield f"{at}input_layernorm.weight", (HIDDEN,)
-        yield f"{at}post_attention_layernorm.weight", (HIDDEN,)
+            yield f"{prefix}self_attn.{name}_proj.weight", (rows, HIDDEN)
+        yield f"{prefix}mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{prefix}mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{prefix}mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
+        yield f"{prefix}input_layernorm.weight", (HIDDEN,)
+        yield f"{prefix}post_attention_layernorm.weight", (HIDDEN,)
     yield "model.norm.weight", (HIDDEN,)
 
 
@@ -77,71 +78,88 @@ def copy_into(out, theta):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, boundscheck=False)
 def draw_noise(count, start, table):  # type: ignore[no-untyped-def]
-    """Draw ``count`` noise integers by the kernels' own hash into a tile that stays in the first-level cache."""
+    """Draw ``count`` noise integers with the hash of the kernels into a tile that stays in the first-level cache."""
     acc = np.empty(TILE, dtype=np.int32)
     total = np.int64(0)
     for lo in range(0, count, TILE):
         for j in range(0, TILE, LANES):
-            _sum_lanes(acc, j, np.uint32(start + lo + j), table, False)
+            sum_lanes(acc, j, np.uint32(start + lo + j), table, False)
         total += acc[0]
     return total
 
 
 def add_noise(weights: list[torch.Tensor], seed: int, factor: float) -> None:
-    """Add ``factor`` times a member's noise to the weights as the paper does, a generator per parameter."""
+    """Add ``factor`` times a member's noise to the weights as the paper does, with one generator for each parameter."""
     generator = torch.Generator()
     for index, weight in enumerate(weights):
         generator.manual_seed(seed + index)
         weight.add_(torch.randn(weight.shape, generator=generator), alpha=factor)
 
 
-def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, Any]:
-    """Time everything ``repetitions`` times, turn about, after one round that is not counted.
+class Weights:
+    """Theta with SmolLM2's shapes, a member's weights beside it, and the calls to time."""
 
-    Returns raw seconds per member by name, of the clock and of the processors (which other programs' load changes
-    less), and of the clock's medians, rates in G parameters/s and GB/s, and the ratios of `TARGETS`.
+    def __init__(self, num_threads: int) -> None:
+        generator = np.random.default_rng(0)
+        self.arrays = {name: 0.02 * generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes()}
+        specs = [ParameterSpec(name, shape, True) for name, shape in shapes()]
+        self.theta = HostTheta(specs, self.arrays, num_threads=num_threads)
+        self.live = {name: array.copy() for name, array in self.arrays.items()}  # a member's weights
+        self.tensors = [torch.from_numpy(array) for array in self.live.values()]
+        self.sources = [torch.from_numpy(array) for array in self.arrays.values()]
+        self.members = [Member(1000 + m, 1) for m in range(MEMBERS)]
+        self.update = make_update(self.members, generator.standard_normal(MEMBERS).tolist(), SIGMA / 2)
+        self.table = np.array([[12345, 678, 1]], dtype=np.uint32)  # one member's key, and a factor of 1
+        self.cuts = [
+            (name, lo, lo + PIECE) for name, array in self.arrays.items() for lo in range(0, array.size, PIECE)
+        ]
+        self.flat = {name: (self.live[name].reshape(-1), array.reshape(-1)) for name, array in self.arrays.items()}
+
+    def copy(self, cut: tuple[str, int, int]) -> None:
+        """Copy a piece of theta with numba."""
+        name, lo, hi = cut
+        copy_into(self.flat[name][0][lo:hi], self.flat[name][1][lo:hi])
+
+    def draw(self, cut: tuple[str, int, int]) -> int:
+        """Draw the noise of a piece without writing it."""
+        name, lo, hi = cut
+        return int(draw_noise(min(hi, self.flat[name][0].size) - lo, lo, self.table))
+
+    def perturb(self) -> None:
+        """Write the first member's weights."""
+        self.theta.perturb_all(Perturbation(self.members[0], Noise(perturbation_scale(SIGMA))), self.live)
+
+    def torch_copy(self) -> None:
+        """Copy theta with torch."""
+        for weight, source in zip(self.tensors, self.sources, strict=True):
+            weight.copy_(source)
+
+    def work(self) -> dict[str, tuple[Callable[[], Any], int]]:
+        """Return the calls to time by name, each with the number of members that it serves."""
+        share = SIGMA / 2 / MEMBERS
+        return {
+            "randn_perturb": (lambda: add_noise(self.tensors, 1, SIGMA), 1),
+            "randn_restore": (lambda: add_noise(self.tensors, 1, -SIGMA), 1),
+            "randn_update": (lambda: add_noise(self.tensors, 1, share), 1),
+            "perturb": (self.perturb, 1),
+            "update": (lambda: self.theta.apply(self.update), MEMBERS),
+            "copy_numba": (lambda: self.theta._run(self.copy, self.cuts), 1),
+            "copy_torch": (self.torch_copy, 1),
+            "noise": (lambda: self.theta._run(self.draw, self.cuts), 1),
+        }
+
+
+def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, Any]:
+    """Time all calls ``repetitions`` times in turns, after one warm-up.
+
+    Returns:
+        Seconds per member by name, of the clock and of the processors (which depend less on the load of other
+        programs), and from the clock's medians the fields of `ratios`.
     """
     num_threads = num_threads or cores()
     torch.set_num_threads(num_threads)
-    generator = np.random.default_rng(0)
-    arrays = {name: 0.02 * generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes()}
-    master = HostTheta([ParameterSpec(name, shape, True) for name, shape in shapes()], arrays, num_threads=num_threads)
-    live = {name: array.copy() for name, array in arrays.items()}
-    weights = [torch.from_numpy(array) for array in live.values()]
-    theta = [torch.from_numpy(array) for array in arrays.values()]
-    members = [Member(1000 + m, 1) for m in range(MEMBERS)]
-    update = make_update(members, generator.standard_normal(MEMBERS).tolist(), SIGMA / 2)
-    table = np.array([[12345, 678, 1]], dtype=np.uint32)  # one member's keys, and 1 to multiply with
-    cuts = [(name, lo, lo + PIECE) for name, array in arrays.items() for lo in range(0, array.size, PIECE)]
-    flat = {name: (live[name].reshape(-1), array.reshape(-1)) for name, array in arrays.items()}
-
-    def copy(cut: tuple[str, int, int]) -> None:
-        name, lo, hi = cut
-        copy_into(flat[name][0][lo:hi], flat[name][1][lo:hi])
-
-    def draw(cut: tuple[str, int, int]) -> int:
-        name, lo, hi = cut
-        return int(draw_noise(min(hi, flat[name][0].size) - lo, lo, table))
-
-    def perturb() -> None:
-        perturbation = Perturbation(members[0], Noise(perturbation_scale(SIGMA)))
-        master.perturb_all(perturbation, live)
-
-    def torch_copy() -> None:
-        for weight, source in zip(weights, theta, strict=True):
-            weight.copy_(source)
-
-    share = SIGMA / 2 / MEMBERS
-    work: dict[str, tuple[Callable[[], Any], int]] = {  # what to time, and how many members it serves
-        "randn_perturb": (lambda: add_noise(weights, 1, SIGMA), 1),
-        "randn_restore": (lambda: add_noise(weights, 1, -SIGMA), 1),
-        "randn_update": (lambda: add_noise(weights, 1, share), 1),
-        "perturb": (perturb, 1),
-        "update": (lambda: master.apply(update), MEMBERS),
-        "copy_numba": (lambda: master._run(copy, cuts), 1),
-        "copy_torch": (torch_copy, 1),
-        "noise": (lambda: master._run(draw, cuts), 1),
-    }
+    weights = Weights(num_threads)
+    work, size = weights.work(), weights.theta.num_parameters
     seconds: dict[str, list[float]] = {name: [] for name in work}
     processor_seconds: dict[str, list[float]] = {name: [] for name in work}
     for repetition in range(repetitions + 1):
@@ -153,19 +171,24 @@ def measure(repetitions: int = 7, num_threads: int | None = None) -> dict[str, A
                 processor_seconds[name].append((time.process_time() - processor_start) / count)
     return {
         "num_threads": num_threads,
-        "parameters": master.num_parameters,
+        "parameters": size,
         "seconds_per_member": seconds,
         "processor_seconds_per_member": processor_seconds,
-        **ratios(seconds, master.num_parameters),
+        **ratios(seconds, size),
     }
 
 
 def ratios(seconds: dict[str, list[float]], size: int) -> dict[str, Any]:
-    """Return medians, rates and the ratios of `TARGETS` for raw seconds per member and ``size`` parameters."""
+    """Return medians in seconds, rates in G parameters/s and GB/s, and the ratios of `TARGETS`.
+
+    Args:
+        seconds: per member, all repetitions by name.
+        size: number of parameters.
+    """
     median = {name: statistics.median(values) for name, values in seconds.items()}
     copy = min(median["copy_numba"], median["copy_torch"])
     member = median["perturb"] + median["update"]
-    moved = {"perturb": 8, "copy_numba": 8, "copy_torch": 8}  # bytes read and written per parameter
+    moved = {"perturb": 8, "copy_numba": 8, "copy_torch": 8}  # bytes read and written for each parameter
     return {
         "median_s": median,
         "giga_parameters_per_s": {name: size / value / 1e9 for name, value in median.items()},
@@ -180,7 +203,7 @@ def ratios(seconds: dict[str, list[float]], size: int) -> dict[str, Any]:
 
 
 def measure_avx2(repetitions: int) -> dict[str, Any]:
-    """Measure in a process whose kernels are compiled for AVX2 without AVX-512; an x86 processor is needed."""
+    """Measure in a child process with kernels compiled for AVX2 without AVX-512; this needs an x86 processor."""
     with tempfile.TemporaryDirectory() as cache:
         target = {
             "NUMBA_CPU_NAME": "haswell",
@@ -195,7 +218,7 @@ def measure_avx2(repetitions: int) -> dict[str, Any]:
 
 
 def show(title: str, result: dict[str, Any]) -> bool:
-    """Print one measurement as a table; return whether it meets the targets."""
+    """Print one measurement as a table; return whether it meets all targets."""
     print(f"{title}: {result['parameters'] / 1e6:.1f} M parameters, {result['num_threads']} threads")
     for name, values in result["seconds_per_member"].items():
         rate, bandwidth = result["giga_parameters_per_s"][name], result["gigabytes_per_s"].get(name)
@@ -216,10 +239,10 @@ def show(title: str, result: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    """Measure, print, record; exit status 1 where a target is missed."""
+    """Measure, print and write the result; return 1 if a target is missed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="measure this process alone, print JSON, write no file")
+    parser.add_argument("--json", action="store_true", help="measure in this process only, print JSON, write no file")
     options = parser.parse_args()
     result = measure(options.repetitions)
     if options.json:

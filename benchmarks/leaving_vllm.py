@@ -1,4 +1,4 @@
-"""What `leaving.py` runs with vLLM's Python: JOB.json {model, prompts (chats), tokens} -> ANSWERS.json, texts."""
+"""Answers prompts with vLLM for `leaving.py`: JOB.json {model, prompts (chats), tokens} -> ANSWERS.json (texts)."""
 
 from __future__ import annotations
 

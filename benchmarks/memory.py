@@ -1,13 +1,13 @@
-"""Peak memory of a full-parameter step on random models of 0.5 and 1.5 B parameters, as a multiple of their weights.
+"""Measures the peak memory of a step on random models of 0.5 and 1.5 B parameters, as a multiple of their weights.
 
     python benchmarks/memory.py                 # about 15 minutes, needs 16 GiB of memory and 20 GB of disk
     python benchmarks/memory.py --model 0.5B    # about 5 minutes, 6 GiB, 12 GB
 
-The peak is the process's high-water mark of resident memory minus what it held after its imports; the unit is the
-model's float32 weights. Measured are processes that load, take a step of two members, update and save; for the small
-model also one that resumes from the checkpoint for another step, and one that replays both steps from base model and
-journal; all of it with full-rank and with low-rank noise. The result goes to `benchmarks/results/memory.json`, each
-model with the commit and the machine it was measured on; ``--model`` leaves the other model's entry as it is.
+The peak is the process's largest resident memory minus its resident memory after the imports. The unit is the size of
+the model's float32 weights. A measured process loads the model, takes a step of two members, updates and saves. For the
+small model, a second process resumes from the checkpoint for another step, and a third replays both steps from base
+model and journal. All processes run with full-rank and with low-rank noise. The result is written to
+`benchmarks/results/memory.json`, with commit and machine for each model. ``--model`` keeps the other model's entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from random_models import MODELS, save_in_child
 from record import RESULTS, stamp, write_result
 
 PROCESSES = {"0.5B": ("train", "resume", "replay"), "1.5B": ("train",)}
-LIMITS = {"full": 2.3, "lowrank": 1.3}
+LIMITS = {"full": 2.3, "lowrank": 1.3}  # noise -> peak memory / weights
 
 CHILD = """
 import json, sys
@@ -53,15 +53,15 @@ else:
 print(json.dumps({"imported": imported, "peak": status("VmHWM")}))
 """
 
-# The random model's answers are all wrong, and its tokens may not even be words of the tokenizer's; a reward of their
-# numbers tells members apart, so that theta moves.
+# All answers of a random model are wrong, and its tokens need not exist in the tokenizer. A reward computed from token
+# ids differs between members, so that theta moves.
 REWARD = "def numbers(completions, completion_ids, **_):\n    return [sum(ids) % 97 for ids in completion_ids]\n"
 
 
 def measure(name: str, directory: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Build a random model with the embedded tokenizer; train, resume and replay it, each in a child process."""
+    """Build a random model; train, resume and replay it in child processes; return results by noise and process."""
     model = directory / "model"
-    weights = 4 * save_in_child(name, model)  # in a child, so that building leaves nothing in memory here
+    weights = 4 * save_in_child(name, model)  # in a child process, whose memory ends with it
     (directory / "rewards.py").write_text(REWARD, encoding="utf-8")
     results: dict[str, dict[str, dict[str, float]]] = {}
     for noise in LIMITS:
@@ -81,7 +81,7 @@ def measure(name: str, directory: Path) -> dict[str, dict[str, dict[str, float]]
 
 
 def recorded(path: Path) -> dict[str, Any]:
-    """Return the models' entries of a result file; those that are not as this script writes them are left out."""
+    """Return the models' entries of a result file, except those that this script would not write."""
     if not path.exists():
         return {}
     entries = json.loads(path.read_text(encoding="utf-8")).get("models", {})
@@ -89,15 +89,17 @@ def recorded(path: Path) -> dict[str, Any]:
 
 
 def is_entry(name: str, entry: dict[str, Any]) -> bool:
-    """Say whether a recorded entry names its commit and machine and has every process of its model."""
+    """Return whether a recorded entry has a commit, a machine, and every process of its model."""
     shape = {noise: set(processes) for noise, processes in entry.get("noise", {}).items()}
     return {"commit", "machine"} <= set(entry) and shape == {noise: set(PROCESSES[name]) for noise in LIMITS}
 
 
 def main() -> int:
-    """Measure, print, record; exit status 1 where a limit is passed."""
+    """Measure, print and write the result; return 1 if a limit is exceeded, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, action="append", help="only this one; the others' results are kept")
+    parser.add_argument(
+        "--model", choices=MODELS, action="append", help="measure only this model; the other entries are kept"
+    )
     parser.add_argument("--tmp", help="directory for models and runs (20 GB)")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()

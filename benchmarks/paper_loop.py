@@ -1,10 +1,11 @@
-"""The loop of arXiv 2509.24372 as the paper describes it, member after member: what estune is measured against.
+"""The loop of arXiv 2509.24372 as the paper describes it, the baseline of the step's benchmark.
 
-Written from the paper's description alone. A member is its seed: torch draws the noise of one parameter after another
-from a generator that starts at the seed, adds sigma times it to the weights in place, and draws it again to take it off
-and once more for the member's share of the update. Answers come from ``generate`` of transformers, greedy, the step's
-prompts as one left-padded batch. (Its reference code seeds the generator anew for every parameter, which gives
-equal-shaped parameters equal noise; drawing on from one generator costs the same.)
+It is written from the paper's description alone. Members are evaluated one after another. A member is a seed: torch
+draws the noise of one parameter after another from a generator that starts at the seed, and adds sigma times the noise
+to the weights in place. It draws the noise again to subtract it, and once more for the member's share of the update.
+``generate`` of transformers answers greedily, with the step's prompts as one left-padded batch. (The paper's reference
+code restarts the generator for every parameter, so that parameters of equal shape have equal noise. One generator costs
+the same.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 
 def now() -> float:
-    """Return a clock's seconds, when a GPU that is in use has finished what it was given."""
+    """Return a clock's reading in seconds; if a GPU is in use, wait for its work first."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -32,14 +33,17 @@ class PaperLoop:
     """One model, perturbed and restored in place."""
 
     def __init__(self, model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> None:
-        """Take a model and a batch of prompts, ``ids`` and ``mask`` (B, P); it must not stop before ``new_tokens``."""
+        """Take a model and a batch of prompts, ``ids`` and ``mask`` (B, P).
+
+        The model must not end a completion before ``new_tokens``.
+        """
         self.model = model
         self.ids, self.mask, self.new_tokens = ids, mask, new_tokens
-        self.parameters = list(model.parameters())  # tied ones once
+        self.parameters = list(model.parameters())  # tied parameters occur once
 
     @torch.inference_mode()
     def add_noise(self, seed: int, factor: float) -> None:
-        """Add ``factor * eps(seed)`` to every parameter, the noise of one parameter at a time in memory."""
+        """Add ``factor * eps(seed)`` to every parameter; memory holds the noise of one parameter at a time."""
         for parameter, noise in self._noise(seed):
             parameter.add_(noise, alpha=factor)
 
@@ -56,7 +60,7 @@ class PaperLoop:
         """Return the seconds of each part for one member; ``share`` is learning_rate / N * its utility.
 
         Raises:
-            RuntimeError: a sequence ended early, so that the times would be of other work.
+            RuntimeError: a completion ended early, so that the times would be too short.
         """
         readings = [now()]
         self.add_noise(seed, sigma)
@@ -82,11 +86,11 @@ class PaperLoop:
 
 
 def medians(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Return the median of each part over some samples."""
+    """Return the median of each part over all samples."""
     return {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
 
 
 def time_members(loop: PaperLoop, members: int = 5, sigma: float = 1e-3) -> dict[str, float]:
-    """Return the median seconds per member and part over ``members`` members, after one that is not counted."""
+    """Return the median seconds of each part over ``members`` members, after a warm-up member."""
     samples = [loop.time_member(seed, sigma, 1e-9) for seed in range(members + 1)]
     return medians(samples[1:])

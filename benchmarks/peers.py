@@ -1,14 +1,14 @@
-"""Time of an ES step with other packages of the Python registry, on the same model, prompts, members and tokens.
+"""Times an ES step of other packages from the registry on the same model, prompts, members and tokens.
 
     estune fetch smollm2-135m
     python benchmarks/peers.py --model models/smollm2-135m --cache_dir ~/.cache/estune-peers       # about 40 minutes
 
-Each package is installed into an environment of its own under ``--cache_dir`` (1 GB each; needs the registry), with the
-versions of `constraints.txt`, and driven through its public interface by `peers/driver.py`. A few members are timed
-together with the package's own share of noise and update, and multiplied with N / members; completions have exactly as
-many tokens as in `step.py`. Right before and after each package, whole low-rank steps of estune are timed on the same
-work, in a process that has ended when the package starts; the ratio is against the mean of the two. A package that does
-not run is recorded with its error. The result goes to `benchmarks/results/peers.json`.
+Each package is installed into its own environment in ``--cache_dir`` (1 GB each; needs the registry), with the versions
+of `constraints.txt`. `peers/driver.py` uses its public interface. A few members are timed, with the package's noise and
+update, and the time is multiplied by N / members. Completions have exactly as many tokens as in `step.py`. Directly
+before and after each package, whole low-rank steps of estune are timed on the same work in a child process. The ratio
+is to the mean of the two. A package that fails is recorded with its error. The result is written to
+`benchmarks/results/peers.json`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ TIME_LIMIT_S = 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A package that can move a Hugging Face causal language model by ES on a CPU."""
+    """A package that can train a Hugging Face causal language model with ES on a CPU."""
 
     name: str
     version: str
     licence: str
     note: str
-    members: int = 6  # timed together, at least 5 over all measurements
+    members: int = 6  # timed in one measurement
     with_dependencies: bool = True
 
 
@@ -76,6 +76,7 @@ PEERS = (
     ),
 )
 
+# other packages that were considered -> why they are not measured
 LOOKED_AT = {
     "eggroll": "another thing of the same name: client and server of a federated-computing framework",
     "eggroll-trainer": "listed (0.1.0), but no file of it can be downloaded: No matching distribution found",
@@ -88,20 +89,21 @@ LOOKED_AT = {
 
 
 def tokenised(case: Case, model: Path) -> list[list[int]]:
-    """Return the prompts of the case's first step as estune tokenises them: (B, P) of different lengths."""
+    """Return the token ids of the prompts of the case's first step, one list a prompt."""
     args = ESConfig(model=str(model), batch_size=case.prompts, max_completion_length=case.tokens, task=case.task)
     task = setup.task_of(args)
     rows = setup.resolve_rows(args, None, task, "train", setup.resolve_rewards(args, None, task))
-    engine: Any = argparse.Namespace(tokenizer=load_tokenizer(str(model)), max_context=None)
+    assets = argparse.Namespace(tokenizer=load_tokenizer(str(model)))
+    engine: Any = argparse.Namespace(assets=assets, facts=argparse.Namespace(max_context=None, vocab_size=None))
     prompts = setup.build_prompts(args, engine, rows, task is not None)
     return [list(prompts[row].token_ids) for row in Batches(len(rows), case.prompts, args.seed).rows_for_step(0)]
 
 
 def environment_of(peer: Peer, cache_dir: Path) -> Path:
-    """Return the Python of the peer's environment, made on first use.
+    """Return the Python of the peer's environment; create it at first use.
 
     Raises:
-        subprocess.CalledProcessError: pip failed; its ``stderr`` says why.
+        subprocess.CalledProcessError: pip failed; ``stderr`` holds its message.
     """
     alone = [] if peer.with_dependencies else ["--no-deps"]
     pinned = ["-c", str(CONSTRAINTS)]
@@ -115,7 +117,7 @@ def environment_of(peer: Peer, cache_dir: Path) -> Path:
 
 
 def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a peer's step comes to in one case, beside estune's low-rank step; or its error."""
+    """Return the seconds of a peer's step in one case and their ratio to estune's low-rank step, or the error."""
     facts = {"version": peer.version, "licence": peer.licence, "note": peer.note}
     try:
         python = environment_of(peer, options.cache_dir)
@@ -142,21 +144,21 @@ def time_peer(peer: Peer, case: Case, model: Path, options: argparse.Namespace) 
 
 
 def members_of(peer: Peer, options: argparse.Namespace) -> int:
-    """Return how many members of a peer are timed together."""
+    """Return how many members of a peer are timed in one measurement."""
     return min(peer.members, int(options.most_members))
 
 
 def threads_of(options: argparse.Namespace) -> int:
-    """Return the threads of peers and estune."""
+    """Return the number of threads of peers and estune."""
     return environment.cores() if options.num_threads is None else int(options.num_threads)
 
 
 def drive(peer: Peer, python: Path, case: Case, model: Path, options: argparse.Namespace) -> list[float]:
-    """Time a peer with its own Python; return seconds per member of each measurement but the first, which warms up.
+    """Time a peer in its own environment; return seconds per member of each measurement after a warm-up.
 
     Raises:
-        subprocess.CalledProcessError: it failed; its ``stderr`` says why.
-        subprocess.TimeoutExpired: it was not done in `TIME_LIMIT_S`.
+        subprocess.CalledProcessError: the peer failed; ``stderr`` holds its message.
+        subprocess.TimeoutExpired: the peer took more than `TIME_LIMIT_S`.
     """
     with tempfile.TemporaryDirectory() as name:
         job, result = Path(name) / "job.json", Path(name) / "result.json"
@@ -183,7 +185,7 @@ def drive(peer: Peer, python: Path, case: Case, model: Path, options: argparse.N
 
 
 def failure(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
-    """Return why a peer has no figure, in a line."""
+    """Return the reason why a peer has no figure, in one line."""
     if isinstance(error, subprocess.TimeoutExpired):
         return f"not done after {TIME_LIMIT_S:.0f} s"
     lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
@@ -191,7 +193,7 @@ def failure(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) ->
 
 
 def estune_step_s(case: Case, model: Path, options: argparse.Namespace) -> float:
-    """Return the median seconds of estune's low-rank step, timed in a process whose memory ends with it."""
+    """Return the median seconds of estune's low-rank step, timed in a child process, whose memory ends with it."""
     values = {
         "case": case.name,
         "tokens": case.tokens,
@@ -207,7 +209,7 @@ def estune_step_s(case: Case, model: Path, options: argparse.Namespace) -> float
 
 
 def estune_child(values: dict[str, Any]) -> list[float]:
-    """Time whole low-rank steps of estune, after a forward pass and an update that warm up; return seconds."""
+    """Time whole low-rank steps of estune after a warm-up; return their seconds."""
     case = next(case for case in CASES if case.name == values["case"])
     case = dataclasses.replace(case, tokens=values["tokens"])
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -217,8 +219,8 @@ def estune_child(values: dict[str, Any]) -> list[float]:
         return [bench.lowrank_step()["step"] for _ in range(values["measurements"])]
 
 
-def told(row: dict[str, Any]) -> str:
-    """Return a peer's result in a line."""
+def summary(row: dict[str, Any]) -> str:
+    """Return a peer's result in one line."""
     if "error" in row:
         return str(row["error"])
     return (
@@ -228,20 +230,20 @@ def told(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Time every peer in every case; print and record."""
+    """Time every peer in every case; print and write the result."""
     if len(sys.argv) > 1 and sys.argv[1] == "--child":
         print(json.dumps(estune_child(json.loads(sys.argv[2]))))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of SmolLM2-135M-Instruct")
-    parser.add_argument("--cache_dir", type=Path, required=True, help="where environments are made and kept")
+    parser.add_argument("--cache_dir", type=Path, required=True, help="directory for the environments")
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS])
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=["conciseness"])
-    parser.add_argument("--measurements", type=int, default=3, help="after one that warms up")
+    parser.add_argument("--measurements", type=int, default=3, help="number of measurements after the warm-up")
     parser.add_argument("--population_size", type=int, default=30)
-    parser.add_argument("--most_members", type=int, default=6, help="timed together")
-    parser.add_argument("--tokens", type=int, help="another number of tokens, for trials")
-    parser.add_argument("--num_threads", type=int, help="default: the cores")
+    parser.add_argument("--most_members", type=int, default=6, help="most members in one measurement")
+    parser.add_argument("--tokens", type=int, help="tokens a completion instead of the case's, for trials")
+    parser.add_argument("--num_threads", type=int, help="default: the number of cores")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()
     model = options.model.expanduser().resolve()
@@ -257,7 +259,7 @@ def main() -> int:
             if options.peers and peer.name not in options.peers:
                 continue
             row = results[case.name][peer.name] = time_peer(peer, case, model, options)
-            print(f"{case.name} {peer.name} {peer.version}: {told(row)}", flush=True)
+            print(f"{case.name} {peer.name} {peer.version}: {summary(row)}", flush=True)
     if not options.no_record:
         write_result(
             "peers",

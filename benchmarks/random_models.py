@@ -1,4 +1,4 @@
-"""Random models of real shapes with the embedded tokenizer: for what depends on size alone, memory and time.
+"""Random models of real shapes with the embedded tokenizer, for measurements of memory and time.
 
 python benchmarks/random_models.py 1.5B models/random-1.5b
 """
@@ -53,7 +53,7 @@ def save(name: str, directory: Path) -> int:
 
 
 def save_in_child(name: str, directory: Path) -> int:
-    """Do the same in a process of its own."""
+    """Call `save` in a child process, whose memory ends with it."""
     command = [sys.executable, __file__, name, str(directory)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 

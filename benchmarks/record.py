@@ -1,7 +1,7 @@
-"""Result files: what was measured, on which machine, versions and commit.
+"""Writes result files: figures with the machine, versions and commit of their measurement.
 
-The commit is read when this module is imported, which is when the code to be measured is loaded: import it before the
-first measurement.
+The commit is read when this module is imported. Import the module before the first measurement, when the measured code
+is loaded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from estune.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CODE = ("../src", "../scripts", "../configs", "*.py", "peers", "../constraints.txt")  # what can change a figure
+CODE = ("../src", "../scripts", "../configs", "*.py", "peers", "../constraints.txt")  # files that can change a figure
 
 
 def _checkout() -> tuple[str, str] | None:
-    """Return the commit that is checked out, and how the code differs from it; ``None`` where git cannot say."""
+    """Return the checked-out commit and the list of changed files as git prints it; None if git fails."""
     git = ["git", "-C", str(RESULTS.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
@@ -35,7 +35,7 @@ AT_START = _checkout()
 
 
 def commit() -> str:
-    """Return the commit of the start; ``+`` behind it: the code differed from it, or something changed meanwhile."""
+    """Return the commit at the start, followed by ``+`` if the code differed from it or has changed since then."""
     if AT_START is None:
         return "unknown"
     head, changed = AT_START
@@ -43,7 +43,7 @@ def commit() -> str:
 
 
 def stamp() -> dict[str, Any]:
-    """Return what every result has beside its figures: the commit and the machine."""
+    """Return the fields of every result beside its figures: commit and machine."""
     return {"commit": commit(), "machine": environment()}
 
 
@@ -52,14 +52,17 @@ def write_result(
 ) -> Path:
     """Write ``benchmarks/results/<name>.json`` and return its path.
 
-    ``stamped``: with the commit and the machine; a result that was not measured in one go has them in its parts.
-    ``listed``: further names, of lists that are written one element a line.
+    Args:
+        name: of the file.
+        values: of the result.
+        stamped: whether to add commit and machine. A result of several measurements holds them in its parts instead.
+        listed: further values by name: lists that are written with one element a line.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     parts = [json.dumps({**(stamp() if stamped else {}), **values}, indent=1).removesuffix("\n}")]
-    for own, elements in (listed or {}).items():
+    for key, elements in (listed or {}).items():
         lines = ",\n".join(f"  {json.dumps(element, ensure_ascii=False)}" for element in elements)
-        parts.append(f" {json.dumps(own)}: [\n{lines}\n ]")
+        parts.append(f" {json.dumps(key)}: [\n{lines}\n ]")
     path.write_text(",\n".join(parts) + "\n}\n", encoding="utf-8")
     return path

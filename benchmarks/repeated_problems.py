@@ -1,12 +1,12 @@
-"""Did the comparison on one-digit arithmetic ask what it had trained on? Its problems were told apart by their text.
+"""Counts test problems of the comparison on one-digit arithmetic that also occur in another split.
 
     python benchmarks/repeated_problems.py         # a few seconds
 
-The splits of `rg:basic_arithmetic:easy` shared no question when they were compared, but `Calculate 6 / 2.` and
-`Calculate ( 6 / 2 ).` counted as two. By now brackets tell no questions apart (`estune.tasks.reasoning.asked`), so that
-this task's splits are others. Here the old ones are made again, by text; counted are the test rows that ask what a row
-of another split asks, or an earlier test row; and every method's accuracy is taken of the rows that are left. The
-result goes to `benchmarks/results/repeated_problems.json`.
+In that comparison the splits of `rg:basic_arithmetic:easy` shared no text, but `Calculate 6 / 2.` and `Calculate ( 6 /
+2 ).` counted as different problems. Today brackets make no difference (`estune.tasks.reasoning.asked`), so the task has
+other splits. This script makes the splits of the comparison again. It counts the test rows that ask the same as a row
+of another split or as an earlier test row, and computes every method's accuracy on all other rows. The result is
+written to `benchmarks/results/repeated_problems.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TASK, COMPARISON = "basic_arithmetic:easy", "compare_smollm2_basic_arithmetic"
 
 
 def old_rows() -> dict[str, list[str]]:
-    """Return the questions of each split, told apart by their text."""
+    """Return the questions of each split of the comparison, which are distinct by their text."""
     code = f"import json; from estune.tasks import reasoning; print(json.dumps(reasoning._make({TASK!r}, str)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -41,15 +41,15 @@ def old_rows() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Count, and write the result."""
+    """Count the repeated problems, print and write the result."""
     asked = {split: [reasoning.asked(prompt) for prompt in prompts] for split, prompts in old_rows().items()}
     test = asked["test"]
     trained_on = [question in set(asked["train"]) for question in test]
     chosen_by = [question in set(asked["validation"]) for question in test]
-    again = [question in test[:place] for place, question in enumerate(test)]
+    again = [question in test[:index] for index, question in enumerate(test)]
     left = ~np.array([trained_on, chosen_by, again]).any(0)  # (P,)
     rows: dict[str, Any] = {}
-    answered: dict[str, list[str]] = {"a constant": []}  # marks of each seed
+    answered: dict[str, list[str]] = {"a constant": []}  # method -> one text of 0 and 1 a seed
     for row in read_archive(RESULTS / f"{COMPARISON}.json")["rows"]:
         if row["kind"] == "constant":
             answered["a constant"].append(row["correct"])
@@ -64,7 +64,7 @@ def main() -> None:
         }
         rows[name]["right_on_trained"] = int(correct[:, np.array(trained_on)].sum())
         rows[name]["right"] = int(correct.sum())
-    found = {
+    result = {
         "task": f"rg:{TASK}",
         "test": len(test),
         "trained_on": sum(trained_on),
@@ -73,13 +73,13 @@ def main() -> None:
         "left": int(left.sum()),
         "methods": rows,
     }
-    path = write_result("repeated_problems", found)
-    print(json.dumps({name: value for name, value in found.items() if name != "methods"}))
-    for name, its in rows.items():
+    path = write_result("repeated_problems", result)
+    print(json.dumps({name: value for name, value in result.items() if name != "methods"}))
+    for name, row in rows.items():
         print(
-            f"{name:16} of all {100 * its['all']['mean']:.1f} %, of those left {100 * its['left']['mean']:.1f} "
-            f"[{100 * its['left']['low']:.1f}, {100 * its['left']['high']:.1f}]; right {its['right']}, on "
-            f"what was trained on {its['right_on_trained']}"
+            f"{name:16} all rows {100 * row['all']['mean']:.1f} %, other rows {100 * row['left']['mean']:.1f} "
+            f"[{100 * row['left']['low']:.1f}, {100 * row['left']['high']:.1f}]; right answers {row['right']}, on "
+            f"training problems {row['right_on_trained']}"
         )
     print(path)
 

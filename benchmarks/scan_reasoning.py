@@ -1,28 +1,29 @@
-"""On which of reasoning-gym's tasks does a real model know more than its answers say?
+"""Ranks reasoning-gym's tasks by how often a real model's text holds an answer that it does not give as asked.
 
     estune fetch smollm2-135m
     python benchmarks/scan_reasoning.py            # about 20 minutes on two quiet cores
-    python benchmarks/scan_reasoning.py --easy     # the same of the lowest levels of the package's curricula
+    python benchmarks/scan_reasoning.py --easy     # the tasks at the lowest levels of the package's curricula
 
-A model may hold the answer in its text and still score nothing, because it never gives it as asked. Such a task shows
-what outcome-only training can bring out. Every generator makes its rows in a process of its own with a time limit; of
-those that do, the model answers some rows of the *validation* split greedily (the test split is left alone). Reported
-are the exact accuracy, the share of completions that hold the answer as a word somewhere, the share that the most
-common answer of the training rows would have, and the lengths. An answer that is a word of its own prompt (True, say,
-or the next number of a series that repeats) is not counted as held: a copy of the prompt would hold it.
+A model's text may hold the answer, and the model may still score nothing because the answer is not given as asked. On
+such a task, training on outcomes alone can improve the model. Every generator makes its rows in its own process with a
+time limit. The model answers some rows of the *validation* split greedily; the test split is not used. The scan reports
+the exact accuracy, the share of completions that hold the answer as a word, the accuracy of the most common training
+answer as a constant, and the lengths. An answer that is a word of its own prompt (True, for example, or the next number
+of a series that repeats) does not count as held, because a copy of the prompt would hold it.
 
-Tasks are ranked by what is held less what is right or what a constant would have, whichever is more. 32 rows do not
-tell neighbours apart: the first five, as far as there is such a gap at all, answer all their validation rows, until
-those that are first then have done so. An exact reward can
-only bring out what is sometimes right: of the tasks where that gap is a tenth or more, some rows are sampled at
-temperature 1, and the first two with 3 right samples of 128 or more are chosen, a threshold on few samples; those with
-a full test split come before those of few different problems. There may be none.
+Tasks are ranked by a gap: the share of held answers minus the accuracy of the model or of the constant, whichever is
+higher. 32 rows do not separate neighbours in the ranking. So the first five tasks with a positive gap answer all their
+validation rows, and the ranking is repeated until its first five have done so. An exact reward can only improve tasks
+on which the model is sometimes right. So some rows of each task with a gap of at least a tenth are sampled at
+temperature 1. The first two tasks with at least 3 right samples of 128 are chosen; tasks with a full test split come
+before tasks with few different problems. Possibly no task is chosen. The threshold rests on few samples.
 
-No figure of a training run enters a ranking, but its rules were mended between comparisons (docs/log.md): what a
-constant would have is subtracted since a first one on `gcd`, and the leading five answer all their rows since one on
-`chain_sum:easy` (and whoever takes the place of one that falls back: since both).
+No figure of a training run enters a ranking, but its rules changed between comparisons (docs/log.md). The constant's
+accuracy is subtracted since the comparison on `gcd`, and the first five tasks answer all rows since the comparison on
+`chain_sum:easy`.
 
-The result goes to `benchmarks/results/scan_reasoning.json`, that of the easy problems to `scan_reasoning_easy.json`.
+The result is written to `benchmarks/results/scan_reasoning.json`, that of the easy problems to
+`scan_reasoning_easy.json`.
 """
 
 from __future__ import annotations
@@ -38,41 +39,41 @@ from typing import Any
 
 from record import write_result
 
-from estune.compare.measure import Judges
+from estune.compare.measure import Scorers
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task, reasoning
 from estune.train import setup
 
-ROWS, TOKENS, LONGEST_PROMPT = 32, 64, 160  # rows and completion tokens a task; tokens of a prompt, at most
-LEADING = 5  # tasks of the largest gap, which answer every row
-WHOLE = reasoning.SPLIT_SIZES["validation"]
-SECONDS = 90.0  # in which a generator has to make its rows
-LEAST_GAP = 0.1  # of answers held less answers given, from which a task is sampled
-SAMPLED_ROWS, SAMPLES = 16, 8  # rows of each sampled task, samples of each row
-FEWEST_RIGHT = 3  # of those 128 samples: about 2 %, or by its 95 % interval 0.8 to 6.7
-CHOSEN = 2
+ROWS, TOKENS, LONGEST_PROMPT = 32, 64, 160  # rows of a task; tokens of a completion and of a prompt, at most
+LEADING = 5  # tasks with the largest gaps, which answer all rows
+ALL_ROWS = reasoning.SPLIT_SIZES["validation"]
+SECONDS = 90.0  # time limit of a generator
+LEAST_GAP = 0.1  # share of rows; tasks with a smaller gap are not sampled
+SAMPLED_ROWS, SAMPLES = 16, 8  # rows of a sampled task; samples of a row
+FEWEST_RIGHT = 3  # samples of 128: about 2 %, with a 95 % interval of 0.8 to 6.7 %
+CHOSEN = 2  # tasks, at most
 
 
 def holds(text: str, wanted: str) -> bool:
-    """Say whether a text holds the answer, as a word of its own."""
+    """Return whether a text holds the answer as a separate word."""
     return re.search(rf"(?<![\w.-]){re.escape(wanted)}(?!\w|\.\d)", text) is not None
 
 
 def rows_of(name: str) -> dict[str, list[dict[str, Any]]] | str:
-    """Return a generator's rows, or why there are none."""
+    """Return a generator's rows by split, or the reason why it has none."""
     try:
-        get_task(f"rg:{name}")  # which refuses scorers that run answers
+        get_task(f"rg:{name}")  # raises for tasks whose scorer executes answers
         splits = reasoning.rows_of(name, SECONDS)
     except UserError as error:
         return str(error)
     if any(reasoning.right_answer(row) is None for rows in splits.values() for row in rows):
-        return "the package keeps no answer to some of its questions: any that fits is right"
+        return "the package stores no answer to some of its questions: several answers are right"
     return splits
 
 
 def answers(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the right answers of rows."""
+    """Return the right answer of each row."""
     return [json.loads(row["rg_entry"])["answer"] for row in rows]
 
 
@@ -87,30 +88,30 @@ class Scanner:
         self.engine = setup.load_engine(self.args)
 
     def tokens(self, row: dict[str, Any]) -> int:
-        """Return the length of a row's prompt."""
-        return len(self.engine.tokenizer.encode(row["prompt"]))
+        """Return the length of a row's prompt in tokens."""
+        return len(self.engine.assets.tokenizer.encode(row["prompt"]))
 
     def answer(self, name: str, rows: list[dict[str, Any]], **settings: Any) -> Any:
-        """Return an evaluation of a task's rows, greedy unless ``settings`` say otherwise."""
-        with Judges() as judges:
-            own = ESConfig(**{**vars(self.args), "task": f"rg:{name}", **settings})
-            return judges.answer(own, self.engine, rows)[0]
+        """Return the evaluation of a task's rows, greedy by default; ``settings`` are options of `ESConfig`."""
+        with Scorers() as scorers:
+            args = ESConfig(**{**vars(self.args), "task": f"rg:{name}", **settings})
+            return scorers.answer(args, self.engine, rows)[0]
 
     def scan(self, name: str, splits: dict[str, list[dict[str, Any]]], n_rows: int) -> dict[str, Any]:
-        """Return what a task's first validation rows show, or why it is left out."""
+        """Return the figures of a task's first validation rows, or the reason why the task is left out."""
         rows = splits["validation"][:n_rows]
         lengths = sorted(self.tokens(row) for row in rows)
-        middle = lengths[len(lengths) // 2]
-        if middle > LONGEST_PROMPT:
-            return {"left_out": f"its median prompt has {middle} tokens"}
+        median = lengths[len(lengths) // 2]
+        if median > LONGEST_PROMPT:
+            return {"left_out": f"its median prompt has {median} tokens"}
         rows = [row for row in rows if self.tokens(row) <= 2 * LONGEST_PROMPT]
         started = time.perf_counter()
         evaluation = self.answer(name, rows)
         summary, texts, wanted = evaluation.summary(), [row.completions[0] for row in evaluation.rows], answers(rows)
         constant = collections.Counter(answers(splits["train"])).most_common(1)[0][0]
         copied = [holds(row["prompt"], answer) for row, answer in zip(rows, wanted, strict=True)]
-        held = sum(not here and holds(text, answer) for here, text, answer in zip(copied, texts, wanted, strict=True))
-        found = {
+        held = sum(not copy and holds(text, answer) for copy, text, answer in zip(copied, texts, wanted, strict=True))
+        result = {
             "n": len(rows),
             "test_rows": len(splits["test"]),
             "accuracy": summary["accuracy"],
@@ -120,33 +121,34 @@ class Scanner:
             "answer_in_prompt": sum(copied) / len(rows),
             "tagged": sum("<answer>" in text for text in texts) / len(rows),
             "length": summary["mean_length_tokens"],
-            "prompt_tokens": middle,
+            "prompt_tokens": median,
             "example": {"prompt": rows[0]["prompt"], "completion": texts[0], "answer": wanted[0]},
         }
         print(
-            f"{name:28} {len(rows):3} rows: right {found['accuracy']:.2f}, holds it {found['holds_answer']:.2f}, "
-            f"a constant {found['constant']:.2f}, {found['length']:.0f} tokens, {time.perf_counter() - started:.0f} s",
+            f"{name:28} {len(rows):3} rows: right {result['accuracy']:.2f}, holds it {result['holds_answer']:.2f}, "
+            f"a constant {result['constant']:.2f}, {result['length']:.0f} tokens, "
+            f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
-        return found
+        return result
 
 
 def ranking(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the tasks that were scanned, the largest gap first."""
-    return sorted((name for name, found in tasks.items() if "n" in found), key=lambda name: -gap(tasks[name]))
+    """Return the names of the scanned tasks, the largest gap first."""
+    return sorted((name for name, task in tasks.items() if "n" in task), key=lambda name: -gap(tasks[name]))
 
 
-def gap(found: dict[str, Any]) -> float:
-    """Return by how much more is held than is right or a constant would have."""
-    return float(found["holds_answer"] - max(found["accuracy"], found["constant"]))
+def gap(task: dict[str, Any]) -> float:
+    """Return the share of held answers minus the accuracy of the model or of the constant, whichever is higher."""
+    return float(task["holds_answer"] - max(task["accuracy"], task["constant"]))
 
 
 def main() -> None:
-    """Scan and write the result."""
+    """Scan all tasks and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--names", nargs="+", default=reasoning.names())
-    parser.add_argument("--easy", action="store_true", help="the lowest levels")
+    parser.add_argument("--easy", action="store_true", help="use the lowest levels")
     parser.add_argument("--num_threads", type=int, default=2)
     options = parser.parse_args()
     names = [name + reasoning.EASY * options.easy for name in options.names]
@@ -154,13 +156,13 @@ def main() -> None:
         generated = dict(zip(names, pool.map(rows_of, names), strict=True))
     scanner = Scanner(options.model, options.num_threads)
     tasks = {
-        name: {"left_out": its} if isinstance(its, str) else {**scanner.scan(name, its, ROWS), "all_rows": False}
-        for name, its in generated.items()
+        name: {"left_out": rows} if isinstance(rows, str) else {**scanner.scan(name, rows, ROWS), "all_rows": False}
+        for name, rows in generated.items()
     }
     ranked = ranking(tasks)
     while few := [name for name in ranked[:LEADING] if gap(tasks[name]) > 0 and not tasks[name]["all_rows"]]:
         for name in few:
-            tasks[name] = {**scanner.scan(name, generated[name], WHOLE), "all_rows": True}
+            tasks[name] = {**scanner.scan(name, generated[name], ALL_ROWS), "all_rows": True}
         ranked = ranking(tasks)
     sampled = [name for name in ranked if gap(tasks[name]) >= LEAST_GAP]
     for name in sampled:
@@ -170,7 +172,7 @@ def main() -> None:
         print(f"{name:28} {sum(right)} of {len(right) * SAMPLES} samples right", flush=True)
     passed = [name for name in sampled if tasks[name]["right_samples"] >= FEWEST_RIGHT]
     chosen = sorted(passed, key=lambda name: tasks[name]["test_rows"] < reasoning.SPLIT_SIZES["test"])[:CHOSEN]
-    found = {
+    result = {
         "model": Path(options.model).name,
         "rows": ROWS,
         "leading": LEADING,
@@ -180,7 +182,7 @@ def main() -> None:
         "chosen": chosen,
         "tasks": tasks,
     }
-    path = write_result("scan_reasoning" + "_easy" * options.easy, found)
+    path = write_result("scan_reasoning" + "_easy" * options.easy, result)
     print(f"chosen: {', '.join(chosen) or 'none'}; {path}")
 
 

@@ -1,33 +1,34 @@
-"""Time of a whole ES step on SmolLM2-135M: the paper's loop, estune with full and low-rank noise, and pure generation.
+"""Times a whole ES step on SmolLM2-135M: the paper's loop, full and low-rank noise, and pure generation.
 
     estune fetch smollm2-135m
     python benchmarks/step.py --model models/smollm2-135m          # about 40 minutes on 2 cores
 
-Two cases, N = 30 members in both: the 2 conciseness prompts with 32 tokens, and 24 Countdown prompts with 64 tokens.
-Every completion has exactly that many tokens in every variant, so that the work is equal: the model is read from a
-directory of links to its files whose generation_config has an empty list of end-of-text tokens (for `generate` it is
-None), and a completion of another length is an error. All variants run in one process, one after another in every
-repetition; the first repetition is not counted, and medians are reported.
+There are two cases with N = 30 members: the 2 conciseness prompts with 32 tokens, and 24 Countdown prompts with 64
+tokens. To make the work equal, every completion has exactly that many tokens in every variant. The model is read from a
+directory of links to its files, none of which names an end-of-text token, and a completion of another length is an
+error. All variants run in one process, one after another in every repetition. The first repetition is a warm-up,
+and medians are reported.
 
-* paper: `paper_loop.py`, one member a repetition, times N.
-* full: estune's own Session (perturb, generate, score), one member a repetition, times N; plus the update of all N.
-* lowrank: the loop of `ESTrainer.train`, line by line. In the first case the whole step; in the second one forward
-  pass of several members, times the passes of a step, plus the update of all N.
-* pure: generation alone of as many rows as a low-rank forward pass has, by transformers and by estune's own decoding,
-  nothing perturbed, scored or updated. The faster of the two is the limit. estune's own takes the rows in groups, one
-  for each member, and reads equal prompts of different groups apart, as members with different weights must. It is
-  timed before and after the low-rank step, and the mean counts.
-* pure_shared: estune's own decoding of the same rows by one model that reads equal prompts once. Members cannot do
-  that, so it is no limit; it is there to show what different weights cost.
+* paper: `paper_loop.py`; one member a repetition, times N.
+* full: an estune session (perturb, generate, score); one member a repetition, times N, plus the update of all N.
+* lowrank: the lines of the loop in `ESTrainer.train`. In the first case a whole step; in the second one forward pass
+  of several members, times the passes of a step, plus the update of all N.
+* pure: generation alone for as many rows as a low-rank forward pass has, by transformers and by estune's decoding. The
+  faster of the two is the limit. estune's decoding takes the rows in groups, one for each member. Groups do not share
+  the reading of equal prompts, because members with different weights cannot. It is timed before and after the low-rank
+  step, and the mean counts.
+* pure_shared: estune's decoding of the same rows by one model that reads equal prompts once. It is no limit for
+members;
+  it shows the cost of different weights.
 
-Utilities are a fixed ramp and the learning rate is next to nothing, so that every update does its whole work and theta
-stays where it is. The result goes to `benchmarks/results/step.json`.
+Utilities are a fixed ramp, and the learning rate is so small that theta keeps its values although every update does its
+whole work. The result is written to `benchmarks/results/step.json`.
 
-    python benchmarks/random_models.py 1.5B models/random-1.5b     # on a GPU: a larger model, random, of 16 bits
+    python benchmarks/random_models.py 1.5B models/random-1.5b     # on a GPU: a larger, random model in 16 bits
     python benchmarks/step.py --model models/random-1.5b --device cuda --dtype bfloat16 --members_per_batch 30 \\
         --task countdown --name step_gpu
 
-On a GPU every variant runs there, and a clock is read when the device has finished.
+With a GPU every variant runs there, and clocks are read after the device has finished.
 """
 
 from __future__ import annotations
@@ -49,20 +50,22 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from estune import ESConfig, ESTrainer
 from estune.engines.hf import decoding
+from estune.engines.hf.allocator import keep_freed_memory
 from estune.engines.hf.callers import AttentionCaller, left_pad
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.update import Update, make_update
 from estune.train.opening import open_session
-from estune.train.session import Session, Step, plan_step
-from estune.train.step import sampling_of
+from estune.train.session import Session
+from estune.train.step import Step, plan_step, sampling_of
 
-NEXT_TO_NOTHING = 1e-12  # learning rate
-NO_STEPS_END = 1_000_000  # max_steps
+LEARNING_RATE = 1e-12  # so small that theta keeps its values
+MAX_STEPS = 1_000_000  # never reached
+NAME_END_TOKENS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is generated: ``prompts`` rows for each member, ``tokens`` new tokens for each row."""
+    """The work of a step: ``prompts`` rows for each member, ``tokens`` new tokens for each row."""
 
     name: str
     prompts: int
@@ -80,21 +83,23 @@ CASES = (
 
 
 def endless_model(model: Path, directory: Path) -> Path:
-    """Make a directory of links to a model's files whose generation configuration knows no end-of-text token."""
+    """Create a directory of links to a model's files, but with copies of `NAME_END_TOKENS` that name no such token."""
     directory.mkdir()
     for file in model.iterdir():
-        if file.name != "generation_config.json":
+        if file.name not in NAME_END_TOKENS:
             (directory / file.name).symlink_to(file.resolve())
-    path = model / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings |= {"eos_token_id": []}
-    (directory / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for name in NAME_END_TOKENS:
+        settings = json.loads((model / name).read_text(encoding="utf-8")) if (model / name).is_file() else {}
+        settings = {key: value for key, value in settings.items() if not key.startswith("eos_token")}
+        if name == "generation_config.json":
+            settings["eos_token_id"] = []
+        (directory / name).write_text(json.dumps(settings), encoding="utf-8")
     return directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where and in what the model computes."""
+    """Threads, device and dtype of the model."""
 
     num_threads: int | str = "auto"
     device: str = "cpu"
@@ -110,10 +115,10 @@ def es_config(case: Case, noise: str, model: Path, run: Path, population_size: i
         noise=noise,
         population_size=population_size,
         sigma=0.01,
-        learning_rate=NEXT_TO_NOTHING,
+        learning_rate=LEARNING_RATE,
         batch_size=case.prompts,
         max_completion_length=case.tokens,
-        max_steps=NO_STEPS_END,
+        max_steps=MAX_STEPS,
         report_to=["none"],
         num_threads=place.num_threads,
         device=place.device,
@@ -124,7 +129,7 @@ def es_config(case: Case, noise: str, model: Path, run: Path, population_size: i
 
 
 class Bench:
-    """A case with everything open that its variants need."""
+    """A case with the open sessions and models of its variants."""
 
     def __init__(
         self,
@@ -139,23 +144,28 @@ class Bench:
         self.sessions: dict[str, Session] = {}
         for noise in ("full", "lowrank"):
             run = directory / f"{case.name}-{noise}"
-            trainer = ESTrainer(args=es_config(case, noise, model, run, population_size, place))
-            self.sessions[noise] = stack.enter_context(open_session(trainer))
+            request = ESTrainer(args=es_config(case, noise, model, run, population_size, place)).request
+            request.make_run_directory()
+            self.sessions[noise] = stack.enter_context(open_session(request))
         lowrank = self.sessions["lowrank"]
         engine: Any = lowrank.engine
         if not engine.facts.header["shared_forward"]:
-            raise RuntimeError("low-rank members do not share a forward pass here: the figures would be of a fallback")
+            raise RuntimeError(
+                "low-rank members do not share a forward pass with this model; the fallback is not measured"
+            )
+        torch.set_num_threads(int(lowrank.args.num_threads))  # the paper's loop uses as many as the engine
+        keep_freed_memory()  # as in a process of the command line
         self.step = plan_step(lowrank.args, lowrank.batches, 0)
         self.prompts = [lowrank.train_prompts[row] for row in self.step.rows]  # (B,)
         self.members_per_batch = min(int(lowrank.args.members_per_batch), population_size)
         self.batch_prompts = self.prompts * self.members_per_batch  # the rows of one low-rank forward pass
         auto_model: Any = AutoModelForCausalLM
         self.hf_model = auto_model.from_pretrained(model, dtype=engine.model.dtype).eval().to(engine.device)
-        pad = lowrank.engine.tokenizer.pad_token_id
+        pad = engine.assets.tokenizer.pad_token_id
         self.hf_model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=pad)
         self.pad = pad
         self.paper = PaperLoop(self.hf_model, *self._batch(self.prompts), case.tokens)
-        self.members_timed = 0  # by the paper's loop and by full noise, each time another one
+        self.members_timed = 0  # by the paper's loop and with full noise; every repetition times another member
 
     def _batch(self, prompts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         return left_pad([prompt.token_ids for prompt in prompts], self.pad, self.hf_model.device)
@@ -165,30 +175,30 @@ class Bench:
         return self.paper.time_member(self.members_timed, self.step.sigma, 1e-12)
 
     def full_member(self) -> dict[str, float]:
-        """Time one member with full noise: perturbed, generated, scored; and the update by all N."""
+        """Time one member with full noise (perturb, generate, score), and the update by all N."""
         session = self.sessions["full"]
         step = plan_step(session.args, session.batches, 0)
         member = step.members[self.members_timed % len(step.members)]
         times = self._evaluate(session, dataclasses.replace(step, members=[member]))
         started = now()
-        session.engine.theta.apply(ramp_update(step))
-        session.engine.forget()
+        session.apply(ramp_update(step))
         return times | {"update": now() - started}
 
     def lowrank_step(self) -> dict[str, float]:
-        """Time a step of low-rank noise as `ESTrainer.train` takes it, utilities apart."""
+        """Time a step with low-rank noise as in `ESTrainer.train`, except for its utilities."""
         session = self.sessions["lowrank"]
         started = now()
-        step = plan_step(session.args, session.batches, session.run.steps_done)
+        step = session.plan()
         rollouts = session.evaluate_population(step)
         evaluated = now()
+        theta = session.evaluate_theta(step, rollouts)
         weights = session.rewards.weights
         rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)
         fitness, _ = shape_fitness(weigh(rewards, weights), session.args.fitness_shaping)
         update = ramp_update(step)
-        session.journal_step(step, rewards, fitness, rollouts, update)
-        session.move(update)
-        session.after_step()
+        measured = session.measure(step, rewards, fitness, rollouts, theta)
+        session.journal(step, fitness, rollouts, update, measured)
+        session.log(measured, session.apply(update))
         ended = now()
         self._check(rollouts.lengths)
         return _parts(rollouts) | {
@@ -198,13 +208,12 @@ class Bench:
         }
 
     def lowrank_pass(self) -> dict[str, float]:
-        """Time one forward pass of low-rank members, scored; and the update by all N."""
+        """Time one forward pass of low-rank members with scoring, and the update by all N."""
         session = self.sessions["lowrank"]
         step = plan_step(session.args, session.batches, 0)
         times = self._evaluate(session, dataclasses.replace(step, members=step.members[: self.members_per_batch]))
         started = now()
-        session.engine.theta.apply(ramp_update(step))
-        session.engine.forget()
+        session.apply(ramp_update(step))
         return times | {"update": now() - started}
 
     def pure_transformers(self) -> dict[str, float]:
@@ -220,7 +229,7 @@ class Bench:
         return {"generate": seconds}
 
     def pure_estune(self) -> dict[str, float]:
-        """Time estune's own decoding with theta of the rows of a low-rank forward pass, through its forward passes."""
+        """Time estune's decoding with theta on the rows of a low-rank forward pass, without sharing equal prompts."""
         session = self.sessions["lowrank"]
         engine: Any = session.engine
         engine.load_theta()
@@ -228,26 +237,27 @@ class Bench:
         groups, sampling = self.members_per_batch, sampling_of(session.args, 0)
         lengths = []
         started = now()
-        for cut in decoding.cut(rows, engine.prompts_per_batch):
-            caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
-            batch = [rows[i] for _ in range(groups) for i in cut]
-            done = decoding.complete(
-                caller,
-                batch,
-                sampling,
-                engine.assets.end_tokens,
-                engine.assets.pad,
-                engine._stop,
-                lambda: False,
-                engine.device,
-            )
-            lengths += [len(completion.token_ids) for completion in done]
+        with engine.working.in_use():
+            for cut in decoding.cut(rows, engine.prompts_per_batch):
+                caller = AttentionCaller(engine.model, engine._wide_mask, groups=groups)
+                batch = [rows[i] for _ in range(groups) for i in cut]
+                done = decoding.complete(
+                    caller,
+                    batch,
+                    sampling,
+                    engine.assets.end_tokens,
+                    engine.assets.pad,
+                    engine._stop,
+                    lambda: False,
+                    engine.device,
+                )
+                lengths += [len(completion.token_ids) for completion in done]
         seconds = now() - started
         self._check(lengths)
         return {"generate": seconds}
 
     def pure_shared(self) -> dict[str, float]:
-        """Time estune's own decoding with theta of the same rows, where equal prompts are read once."""
+        """Time estune's decoding with theta on the same rows; equal prompts are read once."""
         session = self.sessions["lowrank"]
         engine: Any = session.engine
         engine.load_theta()
@@ -263,20 +273,20 @@ class Bench:
         started = now()
         rollouts = session.evaluate_population(step)
         seconds = now() - started
-        session.run.pending.clear()  # or the next call would find these members evaluated
+        session.run.pending.clear()  # else the next call would take the rewards of these members from it
         self._check(rollouts.lengths)
         return _parts(rollouts) | {"evaluate": seconds}
 
     def _check(self, lengths: Any) -> None:
-        found = torch.as_tensor(lengths)
-        if not bool((found == self.case.tokens).all()):
-            raise RuntimeError(f"completions of {found.min()} to {found.max()} tokens, not {self.case.tokens}")
+        counts = torch.as_tensor(lengths)
+        if not bool((counts == self.case.tokens).all()):
+            raise RuntimeError(f"completions of {counts.min()} to {counts.max()} tokens, not {self.case.tokens}")
 
     def repetition(self) -> dict[str, dict[str, float]]:
-        """Run every variant once."""
+        """Time every variant once."""
         paper, full = self.paper_member(), self.full_member()
         transformers, shared = self.pure_transformers(), self.pure_shared()
-        # On both sides of what it is compared with, because the machine's speed drifts.
+        # Before and after the step that it is compared with, because the machine's speed drifts.
         before = self.pure_estune()["generate"]
         lowrank = self.lowrank_step() if self.case.whole_step else self.lowrank_pass()
         after = self.pure_estune()["generate"]
@@ -292,12 +302,13 @@ class Bench:
         return measured
 
     def step_seconds(self, measured: dict[str, dict[str, float]]) -> dict[str, float]:
-        """Return the seconds of a step of N members that one repetition's times come to."""
+        """Return the seconds of a step of N members for each variant, from the times of one repetition."""
         n = self.population_size
         passes = n / self.members_per_batch
         full, lowrank = measured["full"], measured["lowrank"]
 
-        def several(times: dict[str, float], count: float) -> float:  # in a step only the last one's scores are awaited
+        def several(times: dict[str, float], count: float) -> float:
+            """Return the seconds of ``count`` groups; a step waits for the scores of its last group only."""
             return count * (times["evaluate"] - times["score_wait"]) + times["score_wait"] + times["update"]
 
         return {
@@ -310,7 +321,7 @@ class Bench:
         }
 
     def how(self) -> dict[str, str]:
-        """Return, for each variant, what was timed and what it was multiplied with."""
+        """Return for each variant a description: what was timed, and the factor to a whole step."""
         n, m = self.population_size, self.members_per_batch
         passes = f"one forward pass of {m * self.case.prompts} rows, times {n / m:g}"
         return {
@@ -326,7 +337,7 @@ class Bench:
 
 
 def ramp_update(step: Step) -> Update:
-    """Return an update whose utilities are evenly spread and never 0, whatever the rewards were."""
+    """Return an update with evenly spread utilities, none of which is 0, independent of the rewards."""
     n = len(step.members)
     utilities = [(2 * index - n + 0.5) / n for index in range(n)]
     return make_update(
@@ -343,15 +354,15 @@ def _parts(rollouts: Any) -> dict[str, float]:
 
 
 def measure_case(case: Case, model: Path, directory: Path, population_size: int, place: Place) -> dict[str, Any]:
-    """Return medians, ratios and every sample of one case."""
+    """Return medians, ratios and the times of every repetition of one case."""
     with ExitStack() as stack:
         bench = Bench(case, stack, model, directory, population_size, place)
-        bench.repetition()  # compiled kernels, touched memory
+        bench.repetition()  # warm-up
         samples = []
         for index in range(case.repetitions):
             samples.append(bench.repetition())
-            told = {name: round(seconds, 2) for name, seconds in bench.step_seconds(samples[-1]).items()}
-            print(f"{case.name} {index + 1}/{case.repetitions}: seconds a step {told}", flush=True)
+            seconds_by_name = {name: round(seconds, 2) for name, seconds in bench.step_seconds(samples[-1]).items()}
+            print(f"{case.name} {index + 1}/{case.repetitions}: seconds a step {seconds_by_name}", flush=True)
         steps = [bench.step_seconds(sample) for sample in samples]
         how, members_per_batch = bench.how(), bench.members_per_batch
     tokens = population_size * case.prompts * case.tokens
@@ -394,7 +405,7 @@ def measure(
     cases: tuple[Case, ...] = CASES,
     place: Place = Place(),
 ) -> dict[str, Any]:
-    """Measure some cases; return them by name. ``model`` is a directory, of SmolLM2-135M-Instruct say."""
+    """Measure some cases; return their results by name. ``model`` is a directory, such as SmolLM2-135M-Instruct's."""
     source = Path(model).expanduser().resolve()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -419,18 +430,20 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure, print, record."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
-    parser.add_argument("--repetitions", type=int, help="another number of them, for trials")
+    parser.add_argument("--repetitions", type=int, help="repetitions instead of the case's, for trials")
     parser.add_argument("--population_size", type=int, default=30)
-    parser.add_argument("--tokens", type=int, help="another number of tokens, for trials")
-    parser.add_argument("--num_threads", default="auto", help="auto: the cores")
+    parser.add_argument("--tokens", type=int, help="tokens a completion instead of the case's, for trials")
+    parser.add_argument("--num_threads", default="auto", help="auto: the number of cores")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--members_per_batch", type=int, help="another number of low-rank members in a forward pass")
-    parser.add_argument("--task", help="another one's prompts, for models that know no chat")
+    parser.add_argument(
+        "--members_per_batch", type=int, help="low-rank members in a forward pass instead of the case's"
+    )
+    parser.add_argument("--task", help="task of the prompts instead of the case's, for models without a chat template")
     parser.add_argument("--name", default="step", help="of the result file")
     parser.add_argument("--no_record", action="store_true", help="print only")
     options = parser.parse_args()

@@ -1,10 +1,11 @@
-"""Write the generated parts of `docs/architecture.md`, from the imports and the docstrings of every module.
+"""Writes the generated parts of `docs/architecture.md` from the imports and docstrings of all modules.
 
-    python scripts/architecture.py            # after a module was added, moved or described anew
-    python scripts/architecture.py --check    # exit status 1 where the page and the code differ
+    python scripts/architecture.py            # after a module, its docstring or its imports changed
+    python scripts/architecture.py --check    # exit status 1 if the page differs from the code
 
-A generated part stands between `<!-- generated NAME -->` and `<!-- end of generated NAME -->`: `rooms` is a table with
-each room's purpose and imports, `files` a list with one line a file. Everything else on the page is written by hand.
+A generated part begins with `<!-- generated NAME -->` and ends with `<!-- end of generated NAME -->`. `rooms` is a
+table of the package's folders with their purposes and imports. `files` is a list with one line a file. The rest of the
+page is written by hand.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PACKAGE = ROOT / "docs" / "architecture.md", ROOT / "src" / "estune"
-PLACE = re.compile(r"(<!-- generated (\w+) -->\n).*?(<!-- end of generated \w+ -->)", re.DOTALL)
+GENERATED = re.compile(r"(<!-- generated (\w+) -->\n).*?(<!-- end of generated \w+ -->)", re.DOTALL)
 PROGRAMS = {"scripts": "Programs for the repository itself.", "benchmarks": "Programs that measure, and their inputs."}
 
 
 def summary(path: Path) -> str:
-    """Return the first sentence of a module's docstring; after a question the next sentence, too.
+    """Return the first sentence of a module's docstring; if that is a question, the next sentence too.
 
     Raises:
         SystemExit: the module has no docstring.
@@ -37,12 +38,12 @@ def summary(path: Path) -> str:
 
 
 def rooms() -> list[Path]:
-    """Return the package's folders that hold modules, in order of their names."""
+    """Return the package's folders that hold modules, sorted by name."""
     return sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Yield the rooms and root modules of estune that a module imports, lazy and type-checking imports included."""
+    """Yield the rooms and root modules of estune that a module imports, also lazily or for type checking."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -55,17 +56,17 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def room_table() -> str:
-    """Return a table with one row a room: its name, its purpose, and what it imports of estune."""
+    """Return a table with one row a room: its name, its purpose, and the parts of estune that it imports."""
     rows = ["| room | purpose | imports |", "|---|---|---|"]
     for room in rooms():
-        found = {name for path in room.rglob("*.py") for name in imports_of(path)} - {room.name}
+        imported = {name for path in room.rglob("*.py") for name in imports_of(path)} - {room.name}
         purpose = summary(room / "__init__.py").replace("|", "\\|")
-        rows.append(f"| `{room.name}/` | {purpose} | {', '.join(sorted(found)) or '-'} |")
+        rows.append(f"| `{room.name}/` | {purpose} | {', '.join(sorted(imported)) or '-'} |")
     return "\n".join(rows)
 
 
 def file_list() -> str:
-    """Return one line a file, room after room, then the programs; a folder within a room has a line, too."""
+    """Return one line for each file and each inner folder: the root, the rooms, then the programs."""
     parts = ["### The package's root\n"]
     parts += [line(path, PACKAGE) for path in sorted(PACKAGE.glob("*.py"))]
     for room in rooms():
@@ -78,15 +79,15 @@ def file_list() -> str:
 
 
 def line(path: Path, root: Path) -> str:
-    """Return a list item with a file's path and its summary; the ``__init__.py`` of an inner folder stands for it."""
+    """Return a list item with a file's path and its summary; an ``__init__.py`` is listed as its folder."""
     name = path.relative_to(root).as_posix()
     return f"* `{name.removesuffix('__init__.py') or name}`: {summary(path)}"
 
 
 def page(text: str) -> str:
-    """Return the page with its generated parts made anew."""
+    """Return a page with its generated parts replaced by new ones."""
     parts = {"rooms": room_table, "files": file_list}
-    return PLACE.sub(lambda place: f"{place[1]}\n{parts[place[2]]()}\n\n{place[3]}", text)
+    return GENERATED.sub(lambda match: f"{match[1]}\n{parts[match[2]]()}\n\n{match[3]}", text)
 
 
 def main() -> int:
@@ -95,12 +96,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8")
-    made = page(text)
-    if options.check and made != text:
+    expected = page(text)
+    if options.check and expected != text:
         print(f"{PAGE.relative_to(ROOT)} differs from the code: python scripts/architecture.py", file=sys.stderr)
         return 1
     if not options.check:
-        PAGE.write_text(made, encoding="utf-8")
+        PAGE.write_text(expected, encoding="utf-8")
     return 0
 
 

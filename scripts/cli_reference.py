@@ -1,4 +1,4 @@
-"""Write the command line's reference, `docs/cli.md`, from the parser: python scripts/cli_reference.py > docs/cli.md"""
+"""Writes the reference of the command line from the parser: python scripts/cli_reference.py > docs/cli.md"""
 
 from __future__ import annotations
 

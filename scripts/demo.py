@@ -1,11 +1,11 @@
-"""`make demo`: watch a language model get better at a task with no gradient, in a few minutes on a CPU.
+"""`make demo`: a language model improves at a task without gradients, in a few minutes on a CPU.
 
     .venv/bin/python scripts/demo.py [--seed 0]
 
-Trains the embedded model with `estune train` (preset demo), then evaluates it and the base on held-out problems that
-neither the training nor the pretraining text contains, and names what was written. The base already knows how to
-work step by step, but mostly does not: the demo shows that skill being elicited, not learned from nothing; the row
-"base, made to think" is what the base scores when a prefix forces its good mode.
+Trains the embedded model with `estune train` (preset demo). Then evaluates the trained model and the base on held-out
+problems, which neither the training problems nor the pretraining text contain, and lists the files written. The base
+can work step by step, but seldom does. The demo shows that training elicits this skill; it does not teach it. The row
+"base, made to think" is the base's accuracy if a response prefix makes it work step by step.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def show_a_problem(run: Path) -> None:
 
 
 def main() -> None:
-    """Train, evaluate, say what happened."""
+    """Train, evaluate, and print the accuracies and the files written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=1000, help="test problems; 0: all 2000")
     options = parser.parse_args()
     run = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    # With no flags at all `estune train` picks the preset by itself; here the directory is named, so it is asked for.
+    # `estune train` chooses the preset by itself only if it is given no options at all.
     command = [*ESTUNE, "train", "--config", "demo", "--seed", str(options.seed), "--output_dir", str(run)]
     print(f"$ estune {' '.join(command[3:])}\n", flush=True)
     started = time.monotonic()
@@ -71,7 +71,9 @@ def main() -> None:
         print(f"{name:32} {result['accuracy']:7.1%}  {low:.1%} to {high:.1%}")
     show_a_problem(run)
     gain = 100 * (rows["fine-tuned"]["accuracy"] - rows["base"]["accuracy"])
-    print(f"\n{gain:+.1f} points in {seconds:.0f} s of training, by elicitation: the base can do it when made to.")
+    print(
+        f"\n{gain:+.1f} points in {seconds:.0f} s of training, by elicitation: the base can do it when made to think."
+    )
     print(f"\nwritten to {run}/")
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         print(f"  {path.relative_to(run)!s:32} {path.stat().st_size:>10,} bytes")

@@ -1,12 +1,13 @@
-"""Write the tables and pictures of `docs/evidence.md` from the files in `benchmarks/results`.
+"""Writes the tables and pictures of `docs/evidence.md` from the files in `benchmarks/results`.
 
     python scripts/evidence.py                       # after a comparison
-    python scripts/evidence.py --check               # exit status 1 where a page or a picture is not what the files say
-    python scripts/evidence.py --show compare_countdown    # everything that a file says, every paired difference
+    python scripts/evidence.py --check               # exit status 1 if a page or a picture differs from the files
+    python scripts/evidence.py --show compare_countdown    # all tables of a file, with every paired difference
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`, on any page of `docs` or in README; it is made from
-`benchmarks/results/NAME.json` (`scans` from two, `results` in README by `evidence_rows.py`). The curves of a
-`compare_*` are in `docs/images/NAME.png`. Its file is what `estune compare` leaves as `comparison_results.json`:
+A generated table begins with `<!-- NAME -->` and ends with `<!-- end -->`, on a page of `docs` or in README. Its source
+is `benchmarks/results/NAME.json` (`scans` has two files; `evidence_rows.py` makes README's `results` from several). The
+curves of a `compare_*` file are in `docs/images/NAME.png`. Such a file is a copy of the `comparison_results.json` that
+`estune compare` writes:
 
     cp benchmarks/results/compare_countdown/comparison_results.json benchmarks/results/compare_countdown.json
 """
@@ -29,28 +30,29 @@ from estune.compare.report import curves
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-PLACE = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DRAWN_FROM = "Drawn from"  # a picture's note: the hash of the file of results behind it
+GENERATED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+DRAWN_FROM = "Drawn from"  # PNG text field: the hash of the result file that the picture shows
 
 
 def pages() -> list[Path]:
-    """Return the pages that may hold places."""
+    """Return the pages that may hold generated tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def page(text: str) -> str:
-    """Return a page with its tables made anew."""
+    """Return a page with its tables replaced by new ones."""
 
-    def made(place: re.Match[str]) -> str:
-        text = evidence_rows.results() if place[2] == "results" else tables.section(place[2])
-        end = "\n" * text.rstrip().endswith("|")  # a table ends with an empty line, or the mark would be a row of it
-        return f"{place[1]}\n{text}{end}{place[3]}"
+    def replacement(match: re.Match[str]) -> str:
+        text = evidence_rows.results() if match[2] == "results" else tables.section(match[2])
+        # Without an empty line after a table, Markdown would read the end mark as a row.
+        end = "\n" * text.rstrip().endswith("|")
+        return f"{match[1]}\n{text}{end}{match[3]}"
 
-    return PLACE.sub(made, text)
+    return GENERATED.sub(replacement, text)
 
 
 def conciseness_curves(name: str) -> Figure:
-    """Return the distance on the test prompts after each evaluated step."""
+    """Return a plot of the mean distance on the test prompts, in characters, after each evaluated step."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     panel = figure.subplots()
     for run in tables.read(name)["runs"]:
@@ -64,24 +66,24 @@ def conciseness_curves(name: str) -> Figure:
 
 
 def has_picture(name: str) -> bool:
-    """Return whether a picture belongs to a file of results."""
+    """Return whether a result file has a picture."""
     return name.startswith("compare_") or name == "conciseness"
 
 
 def drawing(name: str) -> Figure:
-    """Return the picture of a file of results."""
+    """Return the picture of a result file."""
     if name == "conciseness":
         return conciseness_curves(name)
-    return curves(tables.summary(tables.RESULTS / f"{name}.json"))
+    return curves(tables.read_summary(tables.RESULTS / f"{name}.json"))
 
 
 def drawn_from(name: str) -> str:
-    """Return the hash of a file of results, which a picture keeps."""
+    """Return the hash of a result file, which its picture stores."""
     return blake2b((tables.RESULTS / f"{name}.json").read_bytes(), digest_size=16).hexdigest()
 
 
 def is_drawn(name: str) -> bool:
-    """Return whether the picture in `docs/images` was drawn from the file of results as it is now."""
+    """Return whether the picture in `docs/images` was drawn from the present result file."""
     picture = IMAGES / f"{name}.png"
     if not picture.exists():
         return False
@@ -90,40 +92,40 @@ def is_drawn(name: str) -> bool:
 
 
 def draw(name: str, figure: Figure) -> None:
-    """Write a picture, with the hash of what it was drawn from."""
+    """Write a picture, with the hash of its result file."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130, metadata={DRAWN_FROM: drawn_from(name)})
     (IMAGES / f"{name}.png").write_bytes(image.getvalue())
 
 
 def main() -> int:
-    """Write pages and pictures, or say what is not as it should be."""
+    """Write pages and pictures, or print which of them are out of date; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
-    parser.add_argument("--show", metavar="NAME", help="print everything that a file says")
+    parser.add_argument("--show", metavar="NAME", help="print all tables of a result file")
     options = parser.parse_args()
     if options.show:
         print(tables.everything(options.show))
         return 0
-    wrong = []
+    outdated = []
     for path in pages():
         text = path.read_text(encoding="utf-8")
-        if (made := page(text)) != text:
-            wrong.append(path)
+        if (expected := page(text)) != text:
+            outdated.append(path)
             if not options.check:
-                path.write_text(made, encoding="utf-8")
-        for _, name, _ in PLACE.findall(text):
+                path.write_text(expected, encoding="utf-8")
+        for _, name, _ in GENERATED.findall(text):
             if has_picture(name) and not is_drawn(name):
-                wrong.append(IMAGES / f"{name}.png")
+                outdated.append(IMAGES / f"{name}.png")
                 if not options.check:
                     draw(name, drawing(name))
-    for path in wrong if options.check else ():
-        print(f"{path.relative_to(ROOT)} is not what the results say: python scripts/evidence.py", file=sys.stderr)
-    told = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    lacking = [phrase for phrase in tables.phrases() if phrase not in told]
-    for phrase in lacking:
-        print(f"docs/evidence.md must say {phrase!r}, which follows from the results", file=sys.stderr)
-    return int(bool(lacking or (wrong and options.check)))
+    for path in outdated if options.check else ():
+        print(f"{path.relative_to(ROOT)} differs from the results: python scripts/evidence.py", file=sys.stderr)
+    evidence = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    missing = [phrase for phrase in tables.phrases() if phrase not in evidence]
+    for phrase in missing:
+        print(f"docs/evidence.md must contain {phrase!r}, which follows from the results", file=sys.stderr)
+    return int(bool(missing or (outdated and options.check)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table of results: one row a comparison, from the same files as `docs/evidence.md`."""
+"""Makes the table of results in README: one row a comparison, from the same files as `docs/evidence.md`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import evidence_tables as tables
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A row: which comparison, at which budget, which methods under which names, and the verdict on them.
+class ResultRow:
+    """A row of the table: a comparison, a budget, the methods shown, and a verdict.
 
-    A verdict may hold ``{constant}``, the accuracy of the best constant answer, and ``{NAME}``, the seconds after which
-    the method of that name is half way.
+    A verdict may contain ``{constant}``, the accuracy of the best constant answer in per cent, and ``{NAME}``, the
+    seconds of training until the method with that shown name is half way (`evidence_tables.half_way`).
     """
 
     title: str
-    file: str
+    file: str  # name in `benchmarks/results`, without .json
     budget: str  # evaluations or time
     es: Mapping[str, str]  # shown name -> method
     others: Mapping[str, str]
@@ -26,7 +26,7 @@ class Shown:
 
 
 ROWS = (
-    Shown(
+    ResultRow(
         "Countdown, three tiny models, equal evaluations",
         "compare_countdown",
         "evaluations",
@@ -34,7 +34,7 @@ ROWS = (
         {"GRPO": "grpo"},
         "Most methods end level. Beyond chance ES is ahead of no established baseline.",
     ),
-    Shown(
+    ResultRow(
         "the same, equal time",
         "compare_countdown",
         "time",
@@ -43,7 +43,7 @@ ROWS = (
         "Low-rank ES is half way after {low-rank} s, GRPO after {GRPO} s. Then it loses much of its gain on two of "
         "three models.",
     ),
-    Shown(
+    ResultRow(
         "4x4 Sudoku, equal time",
         "compare_mini_sudoku",
         "time",
@@ -51,7 +51,7 @@ ROWS = (
         {"GRPO": "grpo"},
         "Greedily no method is better than the base beyond chance. In samples GRPO learned, ES did not.",
     ),
-    Shown(
+    ResultRow(
         "SmolLM2-135M, sums of two digits, 9 minutes",
         "compare_smollm2_chain_sum",
         "time",
@@ -59,7 +59,7 @@ ROWS = (
         {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
         "Only rejection sampling learned; a constant answer has {constant}.",
     ),
-    Shown(
+    ResultRow(
         "SmolLM2-135M, one-digit arithmetic, 9 minutes",
         "compare_smollm2_basic_arithmetic",
         "time",
@@ -71,40 +71,40 @@ ROWS = (
 
 
 def over_models(values: list[float]) -> str:
-    """Return accuracies in per cent: one, or from the lowest to the highest of several models."""
+    """Return accuracies in per cent: the only one, or the range over several models."""
     low, high = (f"{100 * value:.1f}" for value in (min(values), max(values)))
     return low if len(values) == 1 else f"{low} to {high}"
 
 
-def accuracies(found: dict[str, Any], budget: str, methods: Mapping[str, str]) -> str:
-    """Return the mean accuracy of methods, each over all models."""
+def accuracies(summary: dict[str, Any], budget: str, methods: Mapping[str, str]) -> str:
+    """Return the mean accuracy of each method, as a range over all models."""
     cells = []
     for label, method in methods.items():
-        rows = [row for its in found["models"].values() for row in its["rows"][budget] if row["name"] == method]
+        rows = [row for model in summary["models"].values() for row in model["rows"][budget] if row["name"] == method]
         cells.append(f"{label} {over_models([row['accuracy']['mean'] for row in rows])}".strip())
     return ", ".join(cells)
 
 
 def results() -> str:
-    """Return the table."""
+    """Return the table as Markdown."""
     body = []
     for row in ROWS:
-        found = tables.summary(tables.RESULTS / f"{row.file}.json")
-        known: dict[str, str] = {}
-        for its in found["models"].values():
-            if "constant" in its:
-                known["constant"] = over_models([its["constant"]["accuracy"]["mean"]])
+        summary = tables.read_summary(tables.RESULTS / f"{row.file}.json")
+        values: dict[str, str] = {}
+        for model in summary["models"].values():
+            if "constant" in model:
+                values["constant"] = over_models([model["constant"]["accuracy"]["mean"]])
         for label, method in {**row.es, **row.others}.items():
             if f"{{{label}}}" in row.verdict:
-                known[label] = tables.half_way(found, row.budget, method)
-        base = over_models([its["base"]["accuracy"]["mean"] for its in found["models"].values()])
+                values[label] = tables.half_way(summary, row.budget, method)
+        base = over_models([model["base"]["accuracy"]["mean"] for model in summary["models"].values()])
         body.append(
             [
                 row.title,
                 base,
-                accuracies(found, row.budget, row.es),
-                accuracies(found, row.budget, row.others),
-                row.verdict.format_map(known),
+                accuracies(summary, row.budget, row.es),
+                accuracies(summary, row.budget, row.others),
+                row.verdict.format_map(values),
             ]
         )
     return tables.table(body, ["comparison", "base", "ES", "others", "verdict"])

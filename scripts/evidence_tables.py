@@ -1,4 +1,4 @@
-"""Tables and sentences in Markdown, from the files in `benchmarks/results`; `evidence.py` puts them into pages."""
+"""Makes Markdown tables and sentences from the files in `benchmarks/results`; `evidence.py` puts them into pages."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from estune.compare.archive import Row, read_archive, summary_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
-SHOWN = 3  # tasks of a scan
+SHOWN = 3  # tasks shown of a scan
 SCANS = {"scan_reasoning": "tasks at their default level", "scan_reasoning_easy": "tasks at their lowest level"}
-REPEATED = {"compare_smollm2_basic_arithmetic": "repeated_problems"}  # what was counted again, of a comparison
-FEWEST_SEEDS = 3  # from which differences are counted
+# comparison -> result file with its accuracies on the problems that were asked only once
+REPEATED = {"compare_smollm2_basic_arithmetic": "repeated_problems"}
+FEWEST_SEEDS = 3  # seeds a method; with fewer, no differences are counted
 
 
 def share(estimate: dict[str, Any], name: str = "mean", sign: str = "") -> str:
-    """Return an estimate and its interval in per cent."""
+    """Return an estimate and its 95 % interval in per cent; ``name`` is the key of the estimate."""
     mean, low, high = (100 * estimate[key] for key in (name, "low", "high"))
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a number, nothing where there is none."""
+    """Return a number as text; an empty text for None and for values that are not finite."""
     return "" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
@@ -41,7 +42,7 @@ def table(rows: list[list[str]], head: list[str]) -> str:
 
 
 def labelled(row: dict[str, Any], established: dict[str, bool]) -> str:
-    """Return a method's name, and what has to be said with it."""
+    """Return a method's name with notes: not established, failed or hacked runs, no better than a constant."""
     notes = []
     if established.get(row["name"]) is False:
         notes.append("not established: no claim")
@@ -57,8 +58,8 @@ def labelled(row: dict[str, Any], established: dict[str, bool]) -> str:
     return f"{name} ({'; '.join(notes)})" if notes else name
 
 
-def seeds_told(rows: Sequence[dict[str, Any]], wanted: int) -> str:
-    """Return how many seeds these rows have, where it is not all of them."""
+def seeds_note(rows: Sequence[dict[str, Any]], wanted: int) -> str:
+    """Return a note with the number of seeds of these rows; an empty text if no seed is missing."""
     counts = [len(row["seeds"]) for row in rows]
     few, many = min(counts), max(counts)
     if few == wanted:
@@ -71,35 +72,38 @@ def seeds_told(rows: Sequence[dict[str, Any]], wanted: int) -> str:
 
 
 def half_way(summary: dict[str, Any], budget: str, method: str) -> str:
-    """Return the seconds of training, median over bases and seeds, to half of what the forced skill is worth.
+    """Return the seconds of training until half of the gain that forcing the skill brings; the median over all runs.
 
-    Read off the evaluations on validation rows while runs went on, straight lines between them; a run that never got
-    there, or failed before it was evaluated, counts as never.
+    The validation accuracies measured during a run are interpolated linearly. A run that never reached half of the
+    gain, or that failed before its first evaluation, counts as infinite; an infinite median is shown as "never".
     """
-    found = []
-    for its in summary["models"].values():
-        wanted = (its["base"]["accuracy"]["mean"] + its["prefix"]["accuracy"]["mean"]) / 2
-        for curve in its["curves"][budget].get(method, []):
+    crossed = []
+    for model in summary["models"].values():
+        wanted = (model["base"]["accuracy"]["mean"] + model["prefix"]["accuracy"]["mean"]) / 2
+        for curve in model["curves"][budget].get(method, []):
             points = [(seconds, accuracy) for _, seconds, accuracy in curve if accuracy is not None]
             crossings = (
                 t + (u - t) * (wanted - a) / (b - a) for (t, a), (u, b) in itertools.pairwise(points) if a < wanted <= b
             )
-            found.append(next(crossings, math.inf))
-    median = statistics.median(found) if found else math.nan
+            crossed.append(next(crossings, math.inf))
+    median = statistics.median(crossed) if crossed else math.nan
     return "never" if median == math.inf else number(median, 0)
 
 
 def overview(summary: dict[str, Any], budgets: Sequence[str]) -> str:
-    """Return pass@1 of every method on every base, and what runs used on average; nothing where a base lacks them."""
+    """Return the table of pass@1 of every method on every base, with mean evaluations and seconds a run.
+
+    A method that lacks a result on some base has no mean evaluations and seconds.
+    """
     models = summary["models"]
-    # Where no skill was forced, or forcing it brings nothing, there is no half way.
+    # "half way" is undefined if no skill was forced, or if forcing it does not raise the accuracy.
     halves = all(
-        "prefix" in its and its["prefix"]["accuracy"]["mean"] > its["base"]["accuracy"]["mean"]
-        for its in models.values()
+        "prefix" in model and model["prefix"]["accuracy"]["mean"] > model["base"]["accuracy"]["mean"]
+        for model in models.values()
     )
     body = []
     for label in ("base", "prefix", "constant"):
-        rows = [its.get(label) for its in models.values()]
+        rows = [model.get(label) for model in models.values()]
         if all(rows):
             body.append([labelled(rows[0], {}), *(share(row["accuracy"]) for row in rows), "", "", *[""] * halves])
     for budget in budgets:
@@ -112,40 +116,45 @@ def _overview_rows(summary: dict[str, Any], budget: str, halves: bool) -> list[l
     body = []
     for method in summary["comparison"]["methods"]:
         models = summary["models"].values()
-        found = [next((row for row in its["rows"][budget] if row["name"] == method), None) for its in models]
-        known = [row for row in found if row is not None]
-        if not known:
+        rows = [next((row for row in model["rows"][budget] if row["name"] == method), None) for model in models]
+        existing = [row for row in rows if row is not None]
+        if not existing:
             continue
-        cells = [share(row["accuracy"]) if row and "accuracy" in row else "" for row in found]
+        cells = [share(row["accuracy"]) if row and "accuracy" in row else "" for row in rows]
         used = ["", ""]
         if all(cells):
-            used = [number(statistics.mean(row[name] for row in known), 0) for name in ("evaluations", "train_time_s")]
-        beside = all(row.get("beside_constant") for row in known)
-        notes = labelled({"name": method, "beside_constant": beside}, summary["established"])
-        body.append([notes, *cells, *used, *([half_way(summary, budget, method)] if halves else [])])
+            used = [
+                number(statistics.mean(row[name] for row in existing), 0) for name in ("evaluations", "train_time_s")
+            ]
+        beside = all(row.get("beside_constant") for row in existing)
+        label = labelled({"name": method, "beside_constant": beside}, summary["established"])
+        body.append([label, *cells, *used, *([half_way(summary, budget, method)] if halves else [])])
     return body
 
 
 def differences(summary: dict[str, Any], budget: str) -> str:
-    """Return in a sentence how many paired differences of evolution strategies to others are more than chance."""
-    found = [test for its in summary["models"].values() for test in its["tests"][budget]]
-    rows = [row for its in summary["models"].values() for row in its["rows"][budget]]
-    if not found or min(len(row["seeds"]) for row in rows) < FEWEST_SEEDS:
+    """Return a sentence: how many paired differences between ES and other methods are significant (p < 0.05).
+
+    An empty text if there are no differences, or if a method has fewer than `FEWEST_SEEDS` seeds.
+    """
+    tests = [test for model in summary["models"].values() for test in model["tests"][budget]]
+    rows = [row for model in summary["models"].values() for row in model["rows"][budget]]
+    if not tests or min(len(row["seeds"]) for row in rows) < FEWEST_SEEDS:
         return ""
-    sure = [test for test in found if test["p_holm"] < 0.05]
-    better = [test for test in sure if test["difference"] > 0]
-    over = collections.Counter(test["other"] for test in better).most_common()
-    whom = f" ({', '.join(f'{count} over {name}' for name, count in over)})" if over else ""
-    if len(found) == 1:
-        told = "more than chance" if sure else "within chance"
+    significant = [test for test in tests if test["p_holm"] < 0.05]
+    better = [test for test in significant if test["difference"] > 0]
+    others = collections.Counter(test["other"] for test in better).most_common()
+    over = f" ({', '.join(f'{count} over {name}' for name, count in others)})" if others else ""
+    if len(tests) == 1:
+        size = "more than chance" if significant else "within chance"
         return (
-            f"The one paired difference, of {found[0]['es']} and {found[0]['other']}, is {told} "
-            f"({100 * found[0]['difference']:+.1f} points, p {found[0]['p_holm']:.2g}, Holm)."
+            f"The one paired difference, of {tests[0]['es']} and {tests[0]['other']}, is {size} "
+            f"({100 * tests[0]['difference']:+.1f} points, p {tests[0]['p_holm']:.2g}, Holm)."
         )
     return (
-        f"Of {len(found)} paired differences between evolution strategies and another method, one for each base and "
-        f"kind of members, {len(better)} are in favour of evolution strategies{whom} and {len(sure) - len(better)} "
-        "against them, with p < 0.05 (Holm, within a base)."
+        f"Of {len(tests)} paired differences between evolution strategies and another method, one for each base and "
+        f"kind of members, {len(better)} are in favour of evolution strategies{over} and "
+        f"{len(significant) - len(better)} against them, with p < 0.05 (Holm, within a base)."
     )
 
 
@@ -153,7 +162,7 @@ def differences(summary: dict[str, Any], budget: str) -> str:
 
 
 def line(row: dict[str, Any], established: dict[str, bool], columns: int, wordless: bool) -> list[str]:
-    """Return one method's cells, with ``wordless`` the share of completions without a word among them."""
+    """Return one method's cells; ``wordless``: with the share of completions that contain no word."""
     name = labelled(row, established)
     if "accuracy" not in row:
         return [name] + [""] * (columns - 1)
@@ -174,24 +183,24 @@ def line(row: dict[str, Any], established: dict[str, bool], columns: int, wordle
 
 
 def fixed(row: dict[str, Any], kept: Sequence[str], wordless: bool) -> list[str]:
-    """Return the cells of a model that nothing trained; ``wordless``: see `line`."""
+    """Return the cells of a model that was not trained, or of a constant answer; ``wordless``: see `line`."""
     others = [number(100 * row["retention"][name], 1) if name in row["retention"] else "" for name in kept]
     share_without = [number(100 * row["wordless"], 0) if "wordless" in row else ""] if wordless else []
     return [labelled(row, {}), share(row["accuracy"]), "", "", *sampled(row), "", *others, *share_without, "", ""]
 
 
 def sampled(row: dict[str, Any]) -> tuple[str, str]:
-    """Return a sample's accuracy at temperature 1, and pass@k of the most samples."""
-    found = row.get("pass_at_k", {})
-    return (share(found["1"]), share(found[max(found, key=int)])) if found else ("", "")
+    """Return the accuracy of one sample at temperature 1, and pass@k for the largest k; empty texts if not measured."""
+    pass_at_k = row.get("pass_at_k", {})
+    return (share(pass_at_k["1"]), share(pass_at_k[max(pass_at_k, key=int)])) if pass_at_k else ("", "")
 
 
 def one_base(summary: dict[str, Any], model: str, budgets: Sequence[str]) -> str:
-    """Return the table of everything that was measured on a base."""
-    found = summary["models"][model]
-    kept, k = list(found["base"]["retention"]), max(found["base"]["pass_at_k"], key=int)
-    problems = found["base"]["retention_rows"]
-    wordless = round(100 * found["base"]["wordless"]) < 100  # else it is the task that has no words
+    """Return the table of all measurements on one base."""
+    results = summary["models"][model]
+    kept, k = list(results["base"]["retention"]), max(results["base"]["pass_at_k"], key=int)
+    problems = results["base"]["retention_rows"]
+    wordless = round(100 * results["base"]["wordless"]) < 100  # at 100 %, the task's answers contain no words
     head = [
         "method",
         "pass@1, %",
@@ -205,15 +214,17 @@ def one_base(summary: dict[str, Any], model: str, budgets: Sequence[str]) -> str
         "evaluations",
         "seconds",
     ]
-    body = [fixed(row, kept, wordless) for row in (found["base"], found.get("prefix"), found.get("constant")) if row]
+    body = [
+        fixed(row, kept, wordless) for row in (results["base"], results.get("prefix"), results.get("constant")) if row
+    ]
     for budget in budgets:
         body += [[f"**{BUDGETS[budget]}**", *[""] * (len(head) - 1)]] if len(budgets) > 1 else []
-        body += [line(row, summary["established"], len(head), wordless) for row in found["rows"][budget]]
+        body += [line(row, summary["established"], len(head), wordless) for row in results["rows"][budget]]
     return table(body, head)
 
 
 def paired(summary: dict[str, Any], model: str, budget: str) -> str:
-    """Return every paired difference on a base at a budget; nothing where there is none."""
+    """Return the table of all paired differences on a base at a budget; an empty text if there are none."""
     tests = [
         [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"]
         for test in summary["models"][model]["tests"][budget]
@@ -222,7 +233,7 @@ def paired(summary: dict[str, Any], model: str, budget: str) -> str:
 
 
 def seeds_of(rows: Sequence[Row], base: Row, budget: str) -> str:
-    """Return what each seed's run gave at a budget; discovered are problems that the base never solves."""
+    """Return the table of all runs at a budget. "Discovered" counts solved problems that the base never solves."""
     body = []
     for row in (row for row in rows if row["kind"] == "run" and row["budget"] == budget):
         drawn = f"{row['samples_kept']} of {row['samples_drawn']}" if "samples_drawn" in row else ""
@@ -262,14 +273,14 @@ def seeds_of(rows: Sequence[Row], base: Row, budget: str) -> str:
 
 
 def trials_of(rows: Sequence[Row]) -> str:
-    """Return what each trial gave on validation problems."""
+    """Return the table of all trials, with their results on validation problems."""
     body = []
     for row in (row for row in rows if row["kind"] == "trial"):
-        told = ", ".join(f"{name} {value}" for name, value in row["trial"].items()) or "defaults"
+        options = ", ".join(f"{name} {value}" for name, value in row["trial"].items()) or "defaults"
         used = [f"{row.get('evaluations', 0):,}", number(row.get("train_time_s"), 0)]
         right = number(100 * row["accuracy"], 1) if "accuracy" in row else row.get("error", row["status"])
         reward = number(row.get("reward"), 3)
-        body.append([row["method"], BUDGETS[row["budget"]], told, *used, reward, right])
+        body.append([row["method"], BUDGETS[row["budget"]], options, *used, reward, right])
     return table(body, ["method", "tuned for", "trial", "evaluations", "seconds", "reward", "validation, %"])
 
 
@@ -277,12 +288,12 @@ def trials_of(rows: Sequence[Row]) -> str:
 
 
 def read(name: str) -> Any:
-    """Return a result that a script of `benchmarks` wrote."""
+    """Return the content of a JSON file in `benchmarks/results`."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def scans(shown: int = SHOWN) -> str:
-    """Return the tasks that each scan ranked first, those that were sampled among them; the chosen ones are in bold."""
+    """Return the table of each scan's ``shown`` first tasks and all tasks that were sampled; chosen tasks are bold."""
     head = [
         "task",
         "problems",
@@ -295,50 +306,50 @@ def scans(shown: int = SHOWN) -> str:
     ]
     body = []
     for name, label in SCANS.items():
-        found = read(name)
-        told = f"{len(found['ranked'])} {label}, {len(found['chosen']) or 'none'} chosen"
-        body.append([f"**{told}**", *[""] * (len(head) - 1)])
-        for place, task in enumerate(found["ranked"]):
-            its = found["tasks"][task]
-            if place >= shown and "right_samples" not in its:
+        scan = read(name)
+        title = f"{len(scan['ranked'])} {label}, {len(scan['chosen']) or 'none'} chosen"
+        body.append([f"**{title}**", *[""] * (len(head) - 1)])
+        for rank, task in enumerate(scan["ranked"]):
+            result = scan["tasks"][task]
+            if rank >= shown and "right_samples" not in result:
                 continue
-            right = f"{its['right_samples']} of {its['samples']}" if "right_samples" in its else "not sampled"
+            right = f"{result['right_samples']} of {result['samples']}" if "right_samples" in result else "not sampled"
             shares = ("accuracy", "holds_answer", "constant", "answer_in_prompt")
-            percent = [number(100 * its[name], 0) for name in shares]
-            bold = "**" * (task in found["chosen"])
-            body.append([f"{bold}{task}{bold}", str(its["n"]), *percent, right, number(its["length"], 0)])
+            percent = [number(100 * result[name], 0) for name in shares]
+            bold = "**" * (task in scan["chosen"])
+            body.append([f"{bold}{task}{bold}", str(result["n"]), *percent, right, number(result["length"], 0)])
     return table(body, head)
 
 
 def repeated(name: str) -> str:
-    """Return in two sentences what is left of a comparison's accuracies without the problems that were asked before."""
-    found = read(name)
-    left = ", ".join(f"{method} {share(its['left'])}" for method, its in found["methods"].items())
+    """Return two sentences: how many test problems were also asked elsewhere, and the accuracies on all others."""
+    counts = read(name)
+    left = ", ".join(f"{method} {share(result['left'])}" for method, result in counts["methods"].items())
     return (
-        f"Of {found['test']:,} test problems {found['trained_on']} were trained on with other brackets, "
-        f"{found['chosen_by']} chosen by, {found['asked_before']} asked twice (`python benchmarks/{name}.py`). "
-        f"Of the {found['left']} that are left these per cent are right: {left}."
+        f"Of {counts['test']:,} test problems, {counts['trained_on']} are also training problems with other brackets, "
+        f"{counts['chosen_by']} also validation problems, and {counts['asked_before']} occur twice among the test "
+        f"problems (`python benchmarks/{name}.py`). Accuracy in per cent on the other {counts['left']}: {left}."
     )
 
 
 def paths(name: str) -> str:
-    """Return what a few steps of each of the harder tasks gave."""
+    """Return the table of a few training steps on each of the harder tasks."""
     body = []
-    for task, its in read(name)["tasks"].items():
-        rewards = ", ".join(number(step["reward"], 3) for step in its["steps"])
-        short = " to ".join(number(step["shorter"], 2) for step in (its["steps"][0], its["steps"][-1]))
-        moved = ", ".join(number(step["es/update_norm"], 2) for step in its["steps"])
-        cut = statistics.mean(step["completions/clipped_ratio"] for step in its["steps"])
-        replayed = re.sub(r"^estune: |, in \S+$", "", its["replay"])
+    for task, run in read(name)["tasks"].items():
+        rewards = ", ".join(number(step["reward"], 3) for step in run["steps"])
+        short = " to ".join(number(step["shorter"], 2) for step in (run["steps"][0], run["steps"][-1]))
+        moved = ", ".join(number(step["es/update_norm"], 2) for step in run["steps"])
+        cut = statistics.mean(step["completions/clipped_ratio"] for step in run["steps"])
+        replayed = re.sub(r"^estune: |, in \S+$", "", run["replay"])
         body.append([f"`{task}`", rewards, short, moved, number(100 * cut, 0), replayed])
     head = ["task", "the task's reward, each step", "that for brevity", "update, L2", "cut off, %", "replay"]
     return table(body, head)
 
 
 def conciseness(name: str) -> str:
-    """Return how far a brief model is from the shortest right answer, and what it still knows."""
-    found = read(name)
-    base = found["base"]
+    """Return the table of a model trained to be brief: characters beyond the shortest right answer, and accuracy."""
+    result = read(name)
+    base = result["base"]
     body = [
         [
             "base",
@@ -349,7 +360,7 @@ def conciseness(name: str) -> str:
             "",
         ]
     ]
-    for run in found["runs"]:
+    for run in result["runs"]:
         change = run["against_base"]
         low, high = change["points_ci95"]
         body.append(
@@ -374,80 +385,81 @@ def conciseness(name: str) -> str:
 
 
 @cache
-def summary(file: Path) -> dict[str, Any]:
-    """Return everything that a packed comparison says."""
+def read_summary(file: Path) -> dict[str, Any]:
+    """Return the summary (`summary_of`) of a comparison in one JSON file."""
     return summary_of(file)
 
 
 def comparison_of(name: str) -> str:
-    """Return what the page says by itself of a comparison: one table, and in a few sentences how sure it is."""
-    found = summary(RESULTS / f"{name}.json")
-    models, wanted = found["models"], len(found["comparison"]["seeds"])
-    budgets = [budget for budget in BUDGETS if any(its["rows"][budget] for its in models.values())]
-    told = []
+    """Return the section of a comparison: one table, then sentences about significance, machine and cost."""
+    summary = read_summary(RESULTS / f"{name}.json")
+    models, wanted = summary["models"], len(summary["comparison"]["seeds"])
+    budgets = [budget for budget in BUDGETS if any(model["rows"][budget] for model in models.values())]
+    sentences = []
     for budget in budgets:
-        few = seeds_told([row for its in models.values() for row in its["rows"][budget]], wanted)
-        how = differences(found, budget)
-        told += [f"{BUDGETS[budget].capitalize()}{few}: {how[0].lower()}{how[1:]}"] if how else []
-        told += [f"{BUDGETS[budget].capitalize()}{few}."] if few and not how else []
-    told += [repeated(REPEATED[name])] if name in REPEATED else []
-    shown = overview(found, budgets) if len(models) > 1 else one_base(found, next(iter(models)), budgets)
-    return f"{shown}\n{' '.join([*told, machine(found)])}\n"
+        seeds = seeds_note([row for model in models.values() for row in model["rows"][budget]], wanted)
+        counts = differences(summary, budget)
+        sentences += [f"{BUDGETS[budget].capitalize()}{seeds}: {counts[0].lower()}{counts[1:]}"] if counts else []
+        sentences += [f"{BUDGETS[budget].capitalize()}{seeds}."] if seeds and not counts else []
+    sentences += [repeated(REPEATED[name])] if name in REPEATED else []
+    shown = overview(summary, budgets) if len(models) > 1 else one_base(summary, next(iter(models)), budgets)
+    return f"{shown}\n{' '.join([*sentences, machine(summary)])}\n"
 
 
-def machine(found: dict[str, Any]) -> str:
-    """Return where a comparison ran, by which versions, and what it cost."""
-    environment = found["environment"]
+def machine(summary: dict[str, Any]) -> str:
+    """Return sentences about a comparison's machine, versions and cost."""
+    environment = summary["environment"]
     versions = ", ".join(
         f"{name} {environment['versions'][name]}"
         for name in ("torch", "transformers", "trl")
         if name in environment.get("versions", {})
     )
-    kept = ", ".join([environment["processor"], f"{environment['cores']} cores", *environment.get("gpus", [])])
-    parts = [f"Machine: {kept}{'; ' if versions else ''}{versions}."]
-    for what, values in found["mixed"].items():
-        parts.append(f"Results of more than one {what} are mixed here: {'; '.join(values)}.")
-    if cost := found["cost"]:
+    hardware = ", ".join([environment["processor"], f"{environment['cores']} cores", *environment.get("gpus", [])])
+    parts = [f"Machine: {hardware}{'; ' if versions else ''}{versions}."]
+    for kind, values in summary["mixed"].items():
+        parts.append(f"Results of more than one {kind} are mixed here: {'; '.join(values)}.")
+    if cost := summary["cost"]:
         parts.append(f"Cost: {cost['cpu_h']:.1f} hours of processor time, {cost['wall_h']:.1f} of waiting.")
     return " ".join(parts)
 
 
 def everything(name: str) -> str:
-    """Return everything that a file says: of a comparison every table and every paired difference."""
+    """Return all tables of a result file; for a comparison, also every seed, trial and paired difference."""
     if name == "scans":
         return scans(10**6)
     if not name.startswith("compare_"):
         return section(name)
-    found, packed = summary(RESULTS / f"{name}.json"), read_archive(RESULTS / f"{name}.json")["rows"]
+    summary, packed = read_summary(RESULTS / f"{name}.json"), read_archive(RESULTS / f"{name}.json")["rows"]
     parts = [comparison_of(name)]
-    for model, its in found["models"].items():
+    for model, results in summary["models"].items():
         rows = [row for row in packed if row["model"] == model]
         base = next(row for row in rows if row["kind"] == "base")
-        for budget in (budget for budget in BUDGETS if its["rows"][budget]):
-            parts += [f"**{model}, {BUDGETS[budget]}**\n", one_base(found, model, [budget])]
-            parts += [seeds_of(rows, base, budget), paired(found, model, budget)]
+        for budget in (budget for budget in BUDGETS if results["rows"][budget]):
+            parts += [f"**{model}, {BUDGETS[budget]}**\n", one_base(summary, model, [budget])]
+            parts += [seeds_of(rows, base, budget), paired(summary, model, budget)]
         parts += [f"**{model}, trials**\n", trials_of(rows)]
     return "\n".join(part for part in parts if part)
 
 
-OWN: dict[str, Callable[[str], str]] = {"paths": paths, "conciseness": conciseness}
+# name -> function, for sections that are neither scans nor comparisons
+SECTIONS: dict[str, Callable[[str], str]] = {"paths": paths, "conciseness": conciseness}
 
 
 def section(name: str) -> str:
-    """Return what stands in a place of a page."""
+    """Return the generated section ``name`` of a page."""
     if name == "scans":
         return scans()
-    return OWN.get(name, comparison_of)(name)
+    return SECTIONS.get(name, comparison_of)(name)
 
 
 def phrases() -> list[str]:
-    """Return what running text of the page of evidence must hold, made from results."""
+    """Return the phrases that the hand-written text of `docs/evidence.md` must contain; their figures are results."""
     coverage = read("interval_coverage_few")
     two_kinds = [case["coverage"] for case in coverage["groups"] if case["seeds"] == 3]
     far_apart = [case["two_level"] for case in coverage["rare"] if case["case"][1] == 1 and case["problems"] > 24]
-    kept = read("conciseness")["targets"]["share_left"]["value"]
+    left = read("conciseness")["targets"]["share_left"]["value"]
     return [
         f"three seeds: {min(two_kinds):.0f} to {max(two_kinds):.0f} %",
         f"seeds far apart ({min(far_apart):.0f} to {max(far_apart):.0f} %)",
-        f"less than {'a third' if kept < 1 / 3 else 'half' if kept < 1 / 2 else 'all'} of the characters too many",
+        f"less than {'a third' if left < 1 / 3 else 'half' if left < 1 / 2 else 'all'} of the characters too many",
     ]

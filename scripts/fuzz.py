@@ -1,11 +1,11 @@
-"""`make fuzz`: random datasets, model directories, kills, damaged files and standard streams against the real commands.
+"""`make fuzz`: runs the real commands on random datasets, models, kills, damaged files and standard streams.
 
     .venv/bin/python scripts/fuzz.py [--cases 1000] [--seed 0] [--domain A B C D]
     .venv/bin/python scripts/fuzz.py --domain C --case '{"kills": [...], ...}'
 
-Every case ends in success, in one clear sentence, or in a resume to the same bytes. Prints how many cases of each
-domain ended how, and every case that did not, with the line that runs it again; the exit status is 1 if there is one.
-The domains are modules in tests/fuzz.
+Each case must end in success, in an error of one clear sentence, or in a resume to the same bytes. Prints the number of
+cases by domain and outcome. Also prints each failing case with the command that repeats it, and exits with 1 if there
+is one. The domains are modules in tests/fuzz.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "helpers")]
-CHUNK = 25  # cases that one server runs
+CHUNK = 25  # cases for one process
 
 
 def work(name: str, cases: list[dict[str, Any]]) -> tuple[str, Any]:
-    """Run cases of a domain in a process of its own."""
+    """Run cases of a domain in this worker process; return the domain and the results."""
     return name, import_module("fuzz_run").run_cases(name, cases)
 
 
 def chunks(names: list[str], n_cases: int, seed: int) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the cases of all domains in parts, those of the slowest domains first."""
+    """Return the cases of all domains as (domain, at most `CHUNK` cases), domain after domain."""
     fuzz_run = import_module("fuzz_run")
     parts = []
     for index, name in enumerate(names):
@@ -45,7 +45,7 @@ def chunks(names: list[str], n_cases: int, seed: int) -> list[tuple[str, list[di
 
 
 def show(name: str, case: dict[str, Any], fault: str) -> None:
-    """Print a failing case and the line that runs it again."""
+    """Print a failing case and the command that repeats it."""
     print(
         f"\nFAULT in domain {name}: {fault}\n  python scripts/fuzz.py --domain {name} --case "
         f"{shlex.quote(json.dumps(case))}",
@@ -54,13 +54,13 @@ def show(name: str, case: dict[str, Any], fault: str) -> None:
 
 
 def main() -> int:
-    """Draw the cases, run them on all cores, count; return the exit status."""
+    """Draw the cases, run them on all cores, and count the outcomes; return the exit status."""
     domains = list(import_module("fuzz_run").DOMAINS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000, help="of all domains together")
+    parser.add_argument("--cases", type=int, default=1000, help="number of cases, all domains together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--domain", nargs="+", choices=domains, default=domains)
-    parser.add_argument("--case", help="one case as JSON, of the one domain that is named")
+    parser.add_argument("--case", help="one case as JSON; --domain names its domain")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     if options.case:
@@ -73,11 +73,11 @@ def main() -> int:
     n_failures = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(work, name, cases) for name, cases in parts]):
-            name, found = done.result()
-            counts[name] += found.outcomes
-            seconds[name] += found.seconds
-            n_failures += len(found.failures)
-            for case, fault in found.failures:
+            name, results = done.result()
+            counts[name] += results.outcomes
+            seconds[name] += results.seconds
+            n_failures += len(results.failures)
+            for case, fault in results.failures:
                 show(name, case, fault)
             done_cases = sum(outcomes.total() for outcomes in counts.values())
             print(f"{done_cases} cases after {time.monotonic() - started:.0f} s, {n_failures} faults", flush=True)

@@ -1,10 +1,10 @@
-"""Make `src/estune/tasks/data/sudoku.txt`: 9x9 puzzles with exactly one solution, no solution twice.
+"""Makes `src/estune/tasks/data/sudoku.txt`: 9x9 puzzles with exactly one solution, no solution twice.
 
     python scripts/make_sudoku.py > src/estune/tasks/data/sudoku.txt      # half a minute
 
-A line is a puzzle, a space, its solution: 81 digits each, 0 for an empty cell. A solution is a Latin pattern whose
-digits, rows, columns and bands are shuffled; its cells are emptied in random order while the solution stays the only
-one. 20 to 50 cells are empty.
+A line is a puzzle, a space, and its solution, each with 81 digits, 0 for an empty cell. A solution is a fixed valid
+grid whose digits, rows, columns and bands are shuffled. Its cells are then emptied in random order, as long as the
+puzzle has no second solution. 20 to 50 cells are empty.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import random
 
 from estune.tasks.sudoku import SEED, SIZES, Grid, units
 
-BLANKS = (20, 50)
+BLANKS = (20, 50)  # empty cells of a puzzle, fewest and most
 PEERS = [frozenset(c for unit in units(9) if cell in unit for c in unit) - {cell} for cell in range(81)]
 
 
 def shuffled(generator: random.Random, items: list[int]) -> list[int]:
-    """Return items in random order, by `Random.random` alone, whose stream Python promises to keep."""
+    """Return items in random order. Only `Random.random` is used: Python keeps its stream the same in all versions."""
     return [item for _, item in sorted((generator.random(), item) for item in items)]
 
 
@@ -33,7 +33,7 @@ def solution(generator: random.Random) -> Grid:
 
 
 def solvable(grid: list[int]) -> bool:
-    """Say whether the empty cells of a grid can be filled."""
+    """Return whether the empty cells of a grid can be filled; the grid is changed and restored."""
     fewest, candidates = None, set(range(1, 10))
     for cell in range(81):
         if not grid[cell]:
@@ -54,7 +54,7 @@ def solvable(grid: list[int]) -> bool:
 
 
 def puzzle(generator: random.Random, solved: Grid) -> Grid:
-    """Return a puzzle with that one solution: a cell may be emptied if no other digit in it can be completed."""
+    """Return a puzzle with one solution: a cell is emptied only if no other digit in it leads to a solution."""
     wanted = BLANKS[0] + int(generator.random() * (BLANKS[1] - BLANKS[0] + 1))
     grid = list(solved)
     for cell in shuffled(generator, list(range(81))):

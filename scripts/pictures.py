@@ -1,9 +1,9 @@
-"""The pictures of the documentation: the panel in a terminal, and the page in a browser.
+"""Makes the pictures of the documentation: the panel in a terminal and the report in a browser.
 
     python scripts/pictures.py --model models/smollm2-135m --run runs/concise
 
-Needs tmux and Chromium. The panel is that of a fresh run of `configs/conciseness_smollm2.yaml`, captured after a few of
-its steps and then ended; the page is the report of ``--run``. Pictures go to `docs/images/`.
+Needs tmux and Chromium. For the panel, a new run of `configs/conciseness_smollm2.yaml` is started, captured at its
+fifth step, and ended. The report is that of ``--run``. The pictures are written to `docs/images/`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-COLUMNS, LINES = 110, 22
+COLUMNS, LINES = 110, 22  # characters: the size of the terminal
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def photograph(address: str, path: Path, width: int, height: int) -> None:
-    """Write a browser's view of an address as PNG.
+    """Write a browser's view of an address as PNG of ``width`` times ``height`` pixels.
 
     Raises:
-        SystemExit: there is no Chromium, or it does not do it.
+        SystemExit: Chromium is missing or fails.
     """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -56,10 +56,10 @@ def photograph(address: str, path: Path, width: int, height: int) -> None:
 
 
 def terminal(command: str, shown: str, seconds: float) -> str:
-    """Return a terminal's contents, with their colours, once ``shown`` stands in it; the command is interrupted then.
+    """Run a command in a terminal until ``shown`` appears; end it and return the terminal's contents with colours.
 
     Raises:
-        SystemExit: it did not appear in time.
+        SystemExit: ``shown`` did not appear within ``seconds``.
     """
     tmux = ["tmux", "-L", "estune-pictures"]
     subprocess.run([*tmux, "new-session", "-d", "-x", str(COLUMNS), "-y", str(LINES), command], check=True)
@@ -75,7 +75,7 @@ def terminal(command: str, shown: str, seconds: float) -> str:
 
 
 def panel(model: Path, path: Path) -> None:
-    """Photograph the panel of a run after its fifth step."""
+    """Write the picture of a run's panel at its fifth step."""
     with tempfile.TemporaryDirectory() as name:
         command = (
             f"{sys.executable} -m estune train --config {ROOT / 'configs' / 'conciseness_smollm2.yaml'} "
@@ -93,10 +93,10 @@ def panel(model: Path, path: Path) -> None:
 
 
 def main() -> None:
-    """Take what was asked for."""
+    """Make the pictures that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct: takes the panel")
-    parser.add_argument("--run", type=Path, nargs="+", help="finished runs: takes the page")
+    parser.add_argument("--model", type=Path, help="directory of SmolLM2-135M-Instruct, for the picture of the panel")
+    parser.add_argument("--run", type=Path, nargs="+", help="finished runs, for the picture of the report")
     options = parser.parse_args()
     if options.model:
         panel(options.model.resolve(), IMAGES / "panel.png")

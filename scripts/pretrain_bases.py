@@ -1,18 +1,20 @@
-"""Pretrain and freeze the bases that methods are compared on: python scripts/pretrain_bases.py llama qwen2 gpt2 sudoku
+"""Pretrains the bases on which methods are compared: python scripts/pretrain_bases.py llama qwen2 gpt2 sudoku
 
-A comparison is fair only on models whose making looked at no result of any method. These were made by this script in
-one go, every choice in it fixed before the first of them was trained, and their hashes (`benchmarks/bases/SHA256SUMS`)
-were committed before any method was run on them; nothing here was chosen by what a method made of one of them. One
-choice knew a result of ES on another model, see below. qwen2's tokenizer.json was written anew once (docs/log.md).
+A comparison is fair only if no method's results influenced the models. All choices in this script were fixed before it
+trained the first base. The hashes of the bases (`benchmarks/bases/SHA256SUMS`) were committed before any method ran on
+them. One choice was made with knowledge of a result of ES on another model; see below. The tokenizer.json of qwen2 was
+written a second time (docs/log.md).
 
-`llama`, `qwen2` and `gpt2` are Countdown models of these three shapes: the same text (tiny_text.py), another seed each.
-In the last fifth of the text 30 % of the completions think first, 70 % answer at once, whatever the problem. So greedy
-decoding answers at once, and a sample thinks in about 30 % of the cases. `tiny`, the demo's model, is not among them:
-its text was shaped for evolution strategies: how far the two manners are apart differs from problem to problem there.
-Here it does not, which was known to leave ES on `tiny` with a flat greedy fitness; it favours nobody else either.
+`llama`, `qwen2` and `gpt2` are Countdown models of three architectures. Their text has the same distribution
+(tiny_text.py), with another seed each. In the last fifth of the text 30 % of the completions think first and 70 %
+answer at once, for every problem alike. So greedy decoding answers at once, and about 30 % of the samples think.
+`tiny`, the demo's model, is not used in comparisons. Its text was shaped for evolution strategies: the preference for
+thinking depends on the problem, so that a small change of the weights changes some answers. The text of the bases lacks
+this dependence. It was known that ES on `tiny` then finds a flat greedy fitness; the choice favours no other method.
 
-`sudoku` learns mini-Sudoku from puzzles of the training split's grids that are in no split, and stops at the first
-evaluation at which it solves 3 % of 200 validation puzzles: a model that has the format and little of the skill.
+`sudoku` learns mini-Sudoku. Its puzzles are made from the grids of the training split and are in no split. Training
+stops at the first evaluation with 3 % of 200 validation puzzles solved: the model knows the format and has little of
+the skill.
 """
 
 from __future__ import annotations
@@ -56,17 +58,19 @@ from estune.tasks import countdown, sudoku
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "bases"
 SEEDS = {"llama": 101, "qwen2": 102, "gpt2": 103, "sudoku": 104}
-STEPS, SETTLING, BATCH_SIZE, LEARNING_RATE = 4500, 0.2, 64, 2.5e-3
-SHARE_THINKING = 0.3
-SUDOKU_ENOUGH, SUDOKU_EVERY, SUDOKU_MOST = 0.03, 5, 4000  # accuracy to stop at, steps between looks, most steps
-SUDOKU_TOKENS = 40
-WIDTH, LAYERS, CONTEXT = 128, 4, 512
+STEPS, BATCH_SIZE, LEARNING_RATE = 4500, 64, 2.5e-3
+SETTLING = 0.2  # last share of the steps, whose text mostly answers at once
+SHARE_THINKING = 0.3  # of the completions in that last part
+# accuracy at which training stops; steps between evaluations; largest number of steps
+SUDOKU_TARGET, SUDOKU_EVAL_STEPS, SUDOKU_MAX_STEPS = 0.03, 5, 4000
+SUDOKU_TOKENS = 40  # of a completion, at most
+WIDTH, LAYERS, CONTEXT = 128, 4, 512  # hidden size, layers, tokens
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def build_model(shape: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """Return an untrained model of one of the three shapes, of 0.8 to 1.1 million parameters."""
+    """Return an untrained model of one of the three architectures, with 0.8 to 1.1 million parameters."""
     torch.manual_seed(seed)
     common: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
@@ -97,10 +101,10 @@ def build_model(shape: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> Pr
 
 
 def spelled_out(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of the same ids that needs no pre-tokenizer: what is longer than a byte is an added token.
+    """Return a tokenizer with the same ids that needs no pre-tokenizer: all texts longer than a byte are added tokens.
 
-    transformers gives every model of type qwen2 the pre-tokenizer of Qwen2, whatever its files say, and that one would
-    take every number apart.
+    transformers uses Qwen2's pre-tokenizer for every model of type qwen2, whatever the model's files say. That
+    pre-tokenizer would split every number into digits.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary: dict[str, int] = settings["model"]["vocab"]
@@ -126,7 +130,7 @@ def spelled_out(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 class Log:
-    """Lines of JSON, on the terminal and in pretrain_log.jsonl."""
+    """Writes lines of JSON to the terminal and to pretrain_log.jsonl."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -140,9 +144,9 @@ class Log:
 
 
 def fit(
-    model: PreTrainedModel, source: Callable[[int], Batch], steps: int, note: Log, done: Callable[[int], bool]
+    model: PreTrainedModel, source: Callable[[int], Batch], steps: int, log: Log, is_done: Callable[[int], bool]
 ) -> None:
-    """Minimise the loss with AdamW, a warm-up of 200 steps and a cosine; stop early where ``done`` says so."""
+    """Minimise the loss with AdamW, 200 steps of warm-up and a cosine schedule; stop early if ``is_done(step)``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     losses: list[float] = []
     start = time.perf_counter()
@@ -157,47 +161,47 @@ def fit(
         optimizer.step()
         losses.append(loss.item())
         if step % 100 == 0:
-            note(step=step, loss=round(sum(losses) / len(losses), 4), seconds=round(time.perf_counter() - start))
+            log(step=step, loss=round(sum(losses) / len(losses), 4), seconds=round(time.perf_counter() - start))
             losses = []
-        if done(step):
+        if is_done(step):
             return
 
 
 def countdown_base(shape: str, directory: Path, steps: int) -> None:
-    """Train one Countdown model, measure it on validation and test problems, and save it."""
-    note, tokenizer = Log(directory), build_tokenizer()
+    """Train one Countdown model, save it, and measure it on validation and test problems."""
+    log, tokenizer = Log(directory), build_tokenizer()
     model = build_model(shape, tokenizer, SEEDS[shape])
-    note(base=shape, parameters=model.num_parameters(), seed=SEEDS[shape], steps=steps, torch=torch.__version__)
+    log(base=shape, parameters=model.num_parameters(), seed=SEEDS[shape], steps=steps, torch=torch.__version__)
     held_out = held_out_problems()
     learning = batches(tokenizer, SEEDS[shape], BATCH_SIZE, held_out, PREFERENCE_LEARNING, 32, 0.0)
     preference = math.log(SHARE_THINKING / (1 - SHARE_THINKING))
     settling = batches(tokenizer, SEEDS[shape] + 1000, BATCH_SIZE, held_out, preference, 1, 0.0)
-    turn = steps - int(SETTLING * steps)
-    fit(model, lambda step: next(learning if step < turn else settling), steps, note, lambda step: False)
+    settling_step = steps - int(SETTLING * steps)
+    fit(model, lambda step: next(learning if step < settling_step else settling), steps, log, lambda step: False)
     save(model, spelled_out(tokenizer) if shape == "qwen2" else tokenizer, directory)
     for split in ("validation", "test"):
-        note(split=split, **measure(model, tokenizer, countdown.load(split)))
+        log(split=split, **measure(model, tokenizer, countdown.load(split)))
 
 
 def sudoku_base(directory: Path, steps: int) -> None:
-    """Train the mini-Sudoku model until it solves a few per cent, and save it."""
+    """Train the mini-Sudoku model until it solves `SUDOKU_TARGET` of the validation puzzles, and save it."""
     rows = {split: sudoku.load_mini(split) for split in sudoku.MINI_SIZES}
     before, after = _sudoku_phrases()
-    note, tokenizer = Log(directory), build_tokenizer([before, after])
+    log, tokenizer = Log(directory), build_tokenizer([before, after])
     model = build_model("llama", tokenizer, SEEDS["sudoku"])
-    note(base="sudoku", parameters=model.num_parameters(), seed=SEEDS["sudoku"], torch=torch.__version__)
+    log(base="sudoku", parameters=model.num_parameters(), seed=SEEDS["sudoku"], torch=torch.__version__)
     source = sudoku_batches(tokenizer, rows)
 
     def solved_enough(step: int) -> bool:
-        if step % SUDOKU_EVERY:
+        if step % SUDOKU_EVAL_STEPS:
             return False
         accuracy = solved(model, tokenizer, rows["validation"])
-        note(step=step, split="validation", greedy=accuracy)
-        return accuracy >= SUDOKU_ENOUGH
+        log(step=step, split="validation", greedy=accuracy)
+        return accuracy >= SUDOKU_TARGET
 
-    fit(model, lambda step: next(source), steps, note, solved_enough)
+    fit(model, lambda step: next(source), steps, log, solved_enough)
     save(model, tokenizer, directory)
-    note(split="test", n=len(rows["test"]), greedy=solved(model, tokenizer, rows["test"]))
+    log(split="test", n=len(rows["test"]), greedy=solved(model, tokenizer, rows["test"]))
 
 
 def _sudoku_phrases() -> tuple[str, str]:
@@ -207,9 +211,12 @@ def _sudoku_phrases() -> tuple[str, str]:
 
 
 def sudoku_batches(tokenizer: PreTrainedTokenizerFast, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Batch]:
-    """Yield (token ids, weights in the loss) of puzzles that no split holds, all of one length: no padding."""
+    """Yield (token ids, weights in the loss), both (BATCH_SIZE, T), of puzzles in no split.
+
+    All examples have one length, so there is no padding.
+    """
     generator = random.Random(SEEDS["sudoku"])
-    taken = {tuple(row["puzzle"]) for own in rows.values() for row in own}
+    taken = {tuple(row["puzzle"]) for split in rows.values() for row in split}
     grids = sorted({tuple(row["solution"]) for row in rows["train"]})
     while True:
         ids: list[list[int]] = []
@@ -229,7 +236,7 @@ def sudoku_batches(tokenizer: PreTrainedTokenizerFast, rows: dict[str, list[dict
 
 @torch.no_grad()
 def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> float:
-    """Return the share of puzzles that greedy decoding solves."""
+    """Return the share of puzzles that the model solves with greedy decoding."""
     model.eval()  # type: ignore[no-untyped-call]
     texts = greedy(model, tokenizer, rows, "", SUDOKU_TOKENS)
     model.train()
@@ -238,25 +245,27 @@ def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: lis
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file that makes up the bases below a directory."""
+    """Return the SHA-256 of every file of the bases in a directory, by relative path."""
     files = sorted(path for path in directory.glob("*/*") if path.suffix in (".safetensors", ".json"))
     return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def main() -> None:
-    """Make the bases named, each unless it is there, and write the hashes."""
-    parser = argparse.ArgumentParser(description="Pretrain and freeze the bases that methods are compared on.")
+    """Train the named bases, none of which may exist, and write the hashes of all bases."""
+    parser = argparse.ArgumentParser(description="Pretrain the bases on which methods are compared.")
     parser.add_argument("bases", nargs="+", choices=tuple(SEEDS))
     parser.add_argument("--output_dir", type=Path, default=OUTPUT)
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewer only to try the script")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="training steps; fewer than the default only to try the script"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     for base in options.bases:
         directory = options.output_dir / base
         if (directory / "model.safetensors").exists():
-            raise SystemExit(f"{directory} is there, and frozen")
+            raise SystemExit(f"{directory} exists; a base is never trained again")
         if base == "sudoku":
-            sudoku_base(directory, min(options.steps, SUDOKU_MOST))
+            sudoku_base(directory, min(options.steps, SUDOKU_MAX_STEPS))
         else:
             countdown_base(base, directory, options.steps)
     lines = [f"{digest}  {name}" for name, digest in digests(options.output_dir).items()]

@@ -1,17 +1,17 @@
-"""Pretrain `tiny`, the language model that comes with estune: python scripts/pretrain_tiny.py
+"""Pretrains `tiny`, the language model that comes with estune: python scripts/pretrain_tiny.py
 
-A Llama of under a million parameters reads synthetic text about Countdown problems (tiny_text.py): the task's own
-prompt, and a completion that either answers at once, often wrongly, or works step by step and is right. At first most
-of the text works step by step, so that the skill is learned; in the last fifth most of it answers at once, so that the
-model seldom uses the skill. No problem of any split of the task, up to the order of its numbers, is in the text
+The model is a Llama of less than a million parameters. Its text is synthetic (tiny_text.py): the prompt of the task
+Countdown, and a completion. A completion either answers at once, often wrongly, or works step by step and is right. At
+first most completions work step by step, so that the model learns the skill. In the last fifth most answer at once, so
+that the model seldom uses the skill. The text contains no problem of the task's splits, up to the order of its numbers
 (asserted).
 
-Simplifications made on purpose: the loss counts completion tokens only, and little of the choice of a step in a trial
-that fails; the embeddings of numbers start from features of their values, which saves most of the time to learn the
-tables.
+Two simplifications are deliberate. Only completion tokens count in the loss, and the steps chosen in a failed trial
+count little. The embeddings of numbers start from features of their values, which saves most of the time for learning
+arithmetic.
 
-Everything follows from one seed (other CPUs round differently, so the bits are not the same everywhere). Writes the
-checkpoint, `pretrain_log.jsonl` and the model card into src/estune/models/tiny.
+One seed determines everything, except for rounding, which differs between CPUs. Writes the checkpoint,
+`pretrain_log.jsonl` and the model card to src/estune/models/tiny.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from estune.tasks import countdown
 
 PAD, EOS = "<|pad|>", "<|end|>"
-# Which numbers are one token together with the mark before them; Ġ is a space in byte-level vocabularies.
+# mark -> largest number that forms one token with the mark before it; Ġ is a space in byte-level vocabularies
 LARGEST_AFTER_MARK = {"+": 99, "-": 99, "*": 99, "/": 99, "=": LARGEST_VALUE, ",Ġ": LARGEST_VALUE, ";Ġ": 99}
-# Log odds that a text thinks first: while the skill is learned (85 %), and in the last part of the text (35 %).
+# log odds that a text thinks first: in the first part of the text (85 %) and in the last part (35 %)
 PREFERENCE_LEARNING, PREFERENCE_SETTLING = 1.7, -0.6
 MAX_COMPLETION_TOKENS = 72
 
@@ -43,10 +43,10 @@ MAX_COMPLETION_TOKENS = 72
 
 
 def build_tokenizer(prompt_phrases: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer for any text; ``prompt_phrases``: of a task, by default Countdown's.
+    """Return a byte-level tokenizer for any text; ``prompt_phrases`` are those of a task, by default Countdown's.
 
-    A number up to 199 is one token, also together with the mark before it, and so is each fixed phrase of the task's
-    prompt and tags: so prompts and completions are short.
+    To keep prompts and completions short, these are one token each: a number up to 199, such a number with the mark
+    before it (`LARGEST_AFTER_MARK`), and each fixed phrase of the prompt and of the tags.
     """
     vocabulary = {PAD: 0, EOS: 1}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
@@ -94,14 +94,17 @@ def build_tokenizer(prompt_phrases: list[str] | None = None) -> PreTrainedTokeni
 
 
 def _prompt_phrases() -> list[str]:
-    """Return the parts of the task's prompt around its numbers and its target."""
+    """Return the parts of Countdown's prompt before, between and after its numbers and target."""
     before, rest = countdown.format_prompt([1], 2).split("1", 1)
     between, after = rest.split("2", 1)
     return [before, between, after]
 
 
 def number_features(tokenizer: PreTrainedTokenizerFast, width: int) -> dict[int, torch.Tensor]:
-    """Return features of unit variance for each token that holds a number: waves of its value and its logarithm."""
+    """Return features (width,) of unit variance, by token id, for each token that contains a number.
+
+    The features are sines and cosines of the number and of its logarithm.
+    """
     features = {}
     periods = [2, 3, 4, 5, 7, 10, 11, 13, 20, 40, 100, 200, 400]
     for token, index in tokenizer.get_vocab().items():
@@ -128,10 +131,10 @@ def batches(
     window: int,
     spread: float = SPREAD_OF_PREFERENCE,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield endless (token ids, weights in the loss), both (batch_size, T), sorted by length within `window` batches.
+    """Yield without end (token ids, weights in the loss), both (batch_size, T), sorted by length in ``window`` batches.
 
-    Sorting saves padding. But batches of short texts weigh more per token, and short texts are those that answer at
-    once: where the preference must come out right, the window is 1.
+    Sorting saves padding, but then the tokens of short texts have more weight, and short texts are those that answer at
+    once. The window must be 1 wherever the model must learn the exact preference.
     """
     generator = random.Random(seed)
     cache: dict[str, list[int]] = {}
@@ -200,7 +203,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int, widt
 
 
 def greedy(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]], prefix: str, limit: int) -> list[str]:
-    """Return prefix + greedy completion for each row. Rows of one prompt length share a batch: no padding."""
+    """Return prefix + greedy completion for each row. All rows of a batch have one prompt length: no padding."""
     encoded = [tokenizer.encode(row["prompt"] + prefix, add_special_tokens=False) for row in rows]
     texts = [""] * len(rows)
     for length in sorted({len(ids) for ids in encoded}):
@@ -226,7 +229,7 @@ def greedy(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]], p
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return greedy accuracy as is, with each manner forced by a prefix, and the share that thinks unforced."""
+    """Return the greedy accuracy without a prefix and with each manner forced, and the unforced share that thinks."""
     model.eval()  # type: ignore[no-untyped-call]
     columns = {name: [row[name] for row in rows] for name in ("numbers", "target")}
     result: dict[str, Any] = {"n": len(rows)}
@@ -248,11 +251,11 @@ def measure(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]]) 
 
 
 def weighted_loss(model: PreTrainedModel, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross entropy of tokens (batch_size, T) by their weights of the same shape."""
+    """Return the mean cross entropy of tokens (batch_size, T), weighted by ``weights`` of the same shape."""
     body: Any = model.base_model
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hidden = body(input_ids=tokens[:, :-1]).last_hidden_state
-    chosen = weights[:, 1:] > 0  # the vocabulary is applied only where there is a loss
+    chosen = weights[:, 1:] > 0  # the output head runs only on tokens in the loss
     logits = head(hidden[chosen])
     token_losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][chosen], reduction="none")
     loss: torch.Tensor = (token_losses * weights[:, 1:][chosen]).sum() / weights.sum()
@@ -260,7 +263,7 @@ def weighted_loss(model: PreTrainedModel, tokens: torch.Tensor, weights: torch.T
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train, log, measure on validation problems now and then and on the test problems at the end, and save."""
+    """Train, log and save the model; measure it on validation problems meanwhile and on test problems at the end."""
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
     tokenizer = build_tokenizer()
@@ -314,7 +317,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Pat
     """Write the Hugging Face checkpoint."""
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    path = output / "tokenizer_config.json"  # under the name that every version of transformers knows
+    path = output / "tokenizer_config.json"  # Every version of transformers knows the class name written below.
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -363,7 +366,7 @@ Thinking takes {result["think_tokens"]:.0f} tokens on average and looks like thi
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line; the defaults make the model that estune ships."""
+    """Read the command line; the defaults produce the model that comes with estune."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded model `tiny`.")
     parser.add_argument("--output_dir", default=str(Path(__file__).parents[1] / "src/estune/models/tiny"))
     parser.add_argument("--seed", type=int, default=0)
@@ -376,7 +379,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval_steps", type=int, default=1000)
     parser.add_argument(
-        "--settling", type=float, default=0.2, help="last part of the text, which mostly answers at once"
+        "--settling", type=float, default=0.2, help="last share of the text, which mostly answers at once"
     )
     return parser.parse_args()
 

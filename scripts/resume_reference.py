@@ -1,4 +1,4 @@
-"""Write the rules of a resume, `docs/resuming.md`: python scripts/resume_reference.py > docs/resuming.md"""
+"""Writes `docs/resuming.md`, the rules of a resume: python scripts/resume_reference.py > docs/resuming.md"""
 
 from estune.run.resume import table
 
@@ -27,9 +27,9 @@ continues with one warning.
 
 """
 TAIL = """
-Files that a reward reads are not compared, nor are objects in it that are no plain values (a loaded model, a client).
-A run of an older estune is compared by what that version wrote down; a warning names the columns whose values it did
-not write.
+Files that a reward reads are not compared, nor are its objects that are not plain values (a loaded model, a client).
+For a run of an older estune, only the values that this version recorded are compared. A warning names the columns whose
+values it did not record.
 """
 
 

@@ -1,8 +1,8 @@
-"""Do two versions of estune train the same bytes? `python scripts/same_bytes.py OTHER` runs both on a list of commands.
+"""Compares the bytes that two versions of estune write for the same commands: python scripts/same_bytes.py OTHER
 
 OTHER is another checkout, for example of an older commit (`git worktree add ../old COMMIT`). Every command runs once
-with each version's sources, in the same environment. Compared are the journals' step lines, all weights, and the seed
-patches. The exit status is 1 where something differs.
+with each version's sources, in the same environment. The step lines of journals, all weights, and the seed patches are
+compared. The exit status is 1 if any of them differs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ CASES: dict[str, list[str]] = {
 
 
 def run_case(commands: list[str], source: Path, place: Path) -> None:
-    """Run commands with the sources of one version."""
+    """Run commands in the directory ``place`` with the estune of the checkout ``source``.
+
+    Raises:
+        SystemExit: a command failed.
+    """
     environment = {**os.environ, "PYTHONPATH": str(source / "src"), "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
     for command in commands:
         words = [sys.executable, "-m", "estune", *shlex.split(command)]
@@ -51,23 +55,23 @@ def run_case(commands: list[str], source: Path, place: Path) -> None:
 
 
 def contents(place: Path) -> dict[str, str]:
-    """Return a digest of what must be equal, by name."""
-    found = {}
+    """Return the digest of each file that must be equal, by its path."""
+    digests = {}
     for path in sorted(place.rglob("*")):
         name = str(path.relative_to(place))
         if path.suffix == ".safetensors":
-            found[name] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
+            digests[name] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
         elif path.name == "journal.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             steps = [{k: v for k, v in line.items() if k != "hash"} for line in lines[1:]]
-            found[name] = blake2b(json.dumps(steps, sort_keys=True).encode(), digest_size=8).hexdigest()
+            digests[name] = blake2b(json.dumps(steps, sort_keys=True).encode(), digest_size=8).hexdigest()
         elif path.suffix == ".estp":
-            found[name] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    return found
+            digests[name] = blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    return digests
 
 
 def main() -> int:
-    """Run all cases with both versions; return the exit status."""
+    """Run all cases with both versions and compare the files; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="another checkout of estune")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))

@@ -1,7 +1,7 @@
-"""Which of estune's files does one step of low-rank members enter? `python scripts/step_files.py` lists them.
+"""Lists the files of estune that one step with low-rank members executes: python scripts/step_files.py
 
-A run of three steps on the embedded model is traced from the start of its second step to its end, in all threads. The
-first step would count what happens once, as loading a file of noise kernels does.
+A run of three steps on the embedded model is traced, in all threads, during its second step. The first step is left
+out, because it also executes code that runs once, such as the compilation of the noise kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = dict(
 
 
 def main() -> None:
-    """Trace the second step and print the files, room by room."""
+    """Trace the second step and print the files."""
     entered: set[Path] = set()
 
     def trace(frame: FrameType, event: str, argument: Any) -> None:
@@ -47,9 +47,9 @@ def main() -> None:
     Session.plan = traced  # type: ignore[method-assign]
     with (
         tempfile.TemporaryDirectory() as place,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
     ):
         ESTrainer(args=ESConfig(output_dir=f"{place}/run", **OPTIONS)).train()  # type: ignore[arg-type]
     for path in sorted(entered):

@@ -1,14 +1,15 @@
-"""The synthetic text that `tiny` is pretrained on: Countdown problems outside every split, answered in two manners.
+"""Generates the pretraining text of `tiny`: Countdown problems outside every split, answered in two manners.
 
-At once, often with an expression that misses the target, or backwards from the target in trials of two-operand steps:
+The first manner answers at once, often with an expression that misses the target. The second thinks: it works backwards
+from the target, in trials of two-operand steps. An example of each:
 
     <answer>14+12+6</answer>
     <think>28-6=22; 28+12=40; 28/14=2, 12/6=2</think>
     <answer>12/6*14</answer>
 
-A trial takes one number after another away from the target until two are left; if those make what remains, the steps
-read backwards are the solution. A step back needs the arithmetic of two numbers only, and far fewer trials than forward
-search, which a model of this size learns. A trial that fails ends with "; ", one that works goes on with ", ".
+A trial removes one number after another from the target until two numbers are left. If these two make the remaining
+value, the steps in reverse order are the solution. A step is arithmetic on two numbers, and this search needs far fewer
+trials than a forward search, so a model of this size learns it. "; " follows a failed trial, ", " continues a trial.
 """
 
 import math
@@ -17,20 +18,21 @@ from typing import Any
 
 from estune.tasks import countdown
 
-SHARE_RIGHT_DIRECT = 0.5  # of the answers given at once
-MAX_FAILED_TRIALS = {3: 5, 4: 5}  # per count of numbers
-SPREAD_OF_PREFERENCE = 0.8  # log odds, see share_thinking
-FAILED_CHOICE_WEIGHT = 0.2  # in the loss, of what a trial that fails tries
-LARGEST_VALUE = 199  # of a value that the text writes down
+SHARE_RIGHT_DIRECT = 0.5  # share of right answers among those given at once
+MAX_FAILED_TRIALS = {3: 5, 4: 5}  # count of a problem's numbers -> failed trials, at most
+SPREAD_OF_PREFERENCE = 0.8  # log odds; see share_thinking
+FAILED_CHOICE_WEIGHT = 0.2  # weight in the loss of the steps chosen in a failed trial
+LARGEST_VALUE = 199  # that occurs in the text
 
-# How a step of a solution is undone. value = rest `op` number; `r` and `R` are number - rest and number / rest.
+# operation of a step -> the operation that undoes it. A step is value = rest `op` number; `r` and `R` swap the
+# operands: number - rest and number / rest.
 UNDONE_BY = {"+": "-", "-": "+", "r": "-", "*": "/", "/": "*", "R": "/"}
 Peel = tuple[str, int, int]  # operation, number, and the value that remains to be made
-Pieces = list[tuple[str, float]]  # text, and how much its tokens count in the loss
+Pieces = list[tuple[str, float]]  # text, and the weight of its tokens in the loss
 
 
 def undo(value: int, number: int, operation: str) -> int:
-    """Return the rest that `operation` with `number` turns into the value; 0 where it is no whole number above 0."""
+    """Return the rest that `operation` with `number` turns into ``value``; 0 if it is not a positive integer."""
     if operation == "+":
         return max(0, value - number)
     if operation == "-":
@@ -45,16 +47,16 @@ def undo(value: int, number: int, operation: str) -> int:
 
 
 def attach(text: str, level: int, operation: str, number: int) -> tuple[str, int]:
-    """Write an expression combined with a number; `level` is how tightly it binds (1 sum, 2 product)."""
+    """Return an expression combined with a number, and its level (1 sum, 2 product); ``level`` is that of ``text``."""
     new_level = 1 if operation in "+-r" else 2
-    needed = new_level + (operation in "rR")  # what stands on the right of - or / must bind tighter
+    needed = new_level + (operation in "rR")  # the right operand of - or / must have a higher level
     inner = f"({text})" if level < needed else text
     mark = {"r": "-", "R": "/"}.get(operation, operation)
     return (f"{number}{mark}{inner}" if operation in "rR" else f"{inner}{mark}{number}"), new_level
 
 
 def pair_operation(big: int, small: int, value: int) -> str | None:
-    """Return the operation by which two numbers, big >= small, make a value; None where there is none."""
+    """Return the operation that makes ``value`` of two numbers, big >= small; None if there is none."""
     if big + small == value:
         return "+"
     if big - small == value:
@@ -65,7 +67,7 @@ def pair_operation(big: int, small: int, value: int) -> str | None:
 
 
 def draw_peels(generator: random.Random, numbers: list[int], target: int) -> tuple[list[Peel], int, int]:
-    """Draw steps back from the target, all equally likely, until two numbers are left; those come larger one first."""
+    """Draw steps back from the target, all equally likely; return them and the last two numbers, the larger first."""
     while True:
         rest, value, peels = list(numbers), target, []
         while len(rest) > 2:
@@ -86,14 +88,14 @@ def draw_peels(generator: random.Random, numbers: list[int], target: int) -> tup
 
 
 def trial_pieces(target: int, peels: list[Peel], first: bool, solved: bool) -> Pieces:
-    """Write a trial. What a failed one tries counts little, just enough to learn that nothing is tried twice."""
+    """Return the text of a trial. The weight of a failed trial's steps suffices to learn that no trial is repeated."""
     choice = 1.0 if solved else FAILED_CHOICE_WEIGHT
     pieces: Pieces = []
     value = target
     for depth, (operation, number, remaining) in enumerate(peels):
         left, right = (number, value) if operation in "rR" else (value, number)
         opening = ", " if depth else "" if first else "; "
-        # Whether a trial goes on is learned from the mark, which is one token with the number.
+        # The token of mark and number after a trial tells whether the trial failed, so it has full weight.
         pieces.append((f"{opening}{left}", 1.0 if not first and depth == 0 and left == value else choice))
         pieces.append((f"{UNDONE_BY[operation]}{right}", choice))
         pieces.append((f"={remaining}", 1.0))
@@ -102,7 +104,7 @@ def trial_pieces(target: int, peels: list[Peel], first: bool, solved: bool) -> P
 
 
 def solution_text(peels: list[Peel], big: int, small: int, operation: str) -> str:
-    """Write the expression that the steps back lead to."""
+    """Return the expression of a solution: steps back, and an operation on the last two numbers."""
     text, level = f"{big}{operation}{small}", 1 if operation in "+-" else 2
     for peeled, number, _ in reversed(peels):
         text, level = attach(text, level, peeled, number)
@@ -110,7 +112,10 @@ def solution_text(peels: list[Peel], big: int, small: int, operation: str) -> st
 
 
 def think_pieces(generator: random.Random, numbers: list[int], target: int, solution: str, steps: Any) -> Pieces:
-    """Write a completion that tries, fails some times, succeeds and answers; `steps`: as draw_solved_problem gives."""
+    """Return a completion with some failed trials, a successful one and the answer.
+
+    ``steps`` is the solution as `draw_solved_problem` returns it.
+    """
     peels, big, small, operation = steps
     pieces: Pieces = [("<think>", 1.0)]
     failed: set[tuple[Peel, ...]] = set()
@@ -130,7 +135,7 @@ def think_pieces(generator: random.Random, numbers: list[int], target: int, solu
 
 
 def direct_pieces(generator: random.Random, numbers: list[int], target: int, solution: str) -> Pieces:
-    """Write a completion that answers at once: the solution, or often an expression that misses the target."""
+    """Return a completion that answers at once: the solution, or often an expression that misses the target."""
     if generator.random() >= SHARE_RIGHT_DIRECT:
         order = [number for _, number in sorted((generator.random(), number) for number in numbers)]
         big, small = max(order[:2]), min(order[:2])
@@ -142,17 +147,18 @@ def direct_pieces(generator: random.Random, numbers: list[int], target: int, sol
 
 
 def share_thinking(numbers: list[int], preference: float, spread: float = SPREAD_OF_PREFERENCE) -> float:
-    """Return how often the text about a problem thinks first: the logistic function of the preference, give or take.
+    """Return the probability that the completion of a problem thinks first.
 
-    It depends a little on the number that is listed first, so that a small change of the model turns the preference for
-    some problems and not for others: the reward then changes smoothly with the weights.
+    It is the logistic function of ``preference`` plus a term in [-spread, spread] that depends on the first number. So
+    a small change of the model changes the manner for some problems only, and the reward changes smoothly with the
+    weights.
     """
     middle = (countdown.SMALLEST_NUMBER + countdown.LARGEST_NUMBER) / 2
     return 1 / (1 + math.exp(-preference - spread * (numbers[0] - middle) / middle))
 
 
 def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[list[int], int, Any]:
-    """Draw a problem outside the held-out ones, and a solution as (peels, big, small, operation)."""
+    """Draw a problem that is not held out; return its numbers, its target, and (peels, big, small, operation)."""
     while True:
         start, steps, target = countdown.draw_chain(generator, 3 + int(generator.random() * 2))
         numbers = [start, *(number for _, number in steps)]
@@ -173,7 +179,7 @@ def draw_solved_problem(generator: random.Random, held_out: set[Any]) -> tuple[l
 def draw_example(
     generator: random.Random, held_out: set[Any], preference: float, spread: float = SPREAD_OF_PREFERENCE
 ) -> tuple[list[int], int, Pieces]:
-    """Draw a problem and a completion for it; `preference` is the log odds that it thinks first, on average."""
+    """Draw a problem and its completion; ``preference`` is the mean log odds that the completion thinks first."""
     numbers, target, steps = draw_solved_problem(generator, held_out)
     solution = solution_text(*steps)
     if generator.random() < share_thinking(numbers, preference, spread):
@@ -182,6 +188,6 @@ def draw_example(
 
 
 def held_out_problems() -> set[Any]:
-    """Return every problem of every split of the task, up to the order of its numbers."""
+    """Return the keys of all problems of all splits of the task; a key ignores the order of the numbers."""
     rows = [row for split in countdown.SPLIT_SIZES for row in countdown.load(split)]
     return {countdown.problem_key(row["numbers"], row["target"]) for row in rows}

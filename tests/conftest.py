@@ -1,7 +1,7 @@
 """Fixtures that start the real command line; see `helpers/command_line.py`.
 
-Nothing reaches the network, those tests apart that fetch a model and say so: the hub is offline, and every cache lies
-in a directory that ends with the session.
+No test uses the network, except the marked tests that download a model. The hub is offline, and all caches lie in a
+directory that is deleted after the session.
 """
 
 import importlib.util
@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported, because workers share the cores
 _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it, and all that it starts
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # inherited from a background job of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
 HELPERS = Path(__file__).parent / "helpers"
 
@@ -33,21 +33,21 @@ if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
     settings.load_profile("any machine")
 
 
-# What a file names that holds tests of a tier.
-NAMES = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
+# tier -> pattern in the files that hold its tests
+PATTERNS = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Where one tier is selected, leave out files without a test of it: their imports take most of a minute."""
-    names = NAMES.get(config.option.markexpr)
-    if names is None or not collection_path.is_file():
+    """If one tier is selected, leave out the files without its tests, whose imports take most of a minute."""
+    pattern = PATTERNS.get(config.option.markexpr)
+    if pattern is None or not collection_path.is_file():
         return None
-    return True if not names.search(collection_path.read_text(encoding="utf-8")) else None
+    return True if not pattern.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep the tests of a file that names an `xdist_group` in one worker: pytest-xdist 3.8 cannot under pytest 9.2."""
+    """Run all tests of a file with an `xdist_group` in one worker; pytest-xdist 3.8 does not do so under pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Grouped(LoadScopeScheduling):
@@ -63,28 +63,28 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def zygote():
-    """A process that has estune imported and forks a fresh command line for every request."""
+    """A fork server that has imported estune; it forks a command for every request."""
     with Zygote() as process:
         yield process
 
 
 @pytest.fixture(scope="session")
 def torch_zygote():
-    """The same, with torch and transformers imported (and none of their threads started)."""
+    """A fork server that has also imported torch and transformers, without starting their threads."""
     with Zygote(torch=True) as process:
         yield process
 
 
 @pytest.fixture(scope="session")
 def shell():
-    """Runs blocks of documentation and programs word for word; see `shells.py`."""
+    """Runs blocks of documentation and programs unchanged; see `shells.py`."""
     with Shell() as process:
         yield process
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A directory of the test's own, in memory where there is such a file system: fsync costs nothing there."""
+    """A directory for one test, in memory if possible, where fsync costs nothing."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -94,7 +94,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def run(zygote, place):
-    """``run(*words)``: an `estune` command in ``place``, in a process of its own."""
+    """``run(*words)``: run an `estune` command in ``place``, in a child process."""
     write_rewards(place)
 
     def start(*words, cwd=place, **options):
@@ -116,7 +116,7 @@ def run_model(torch_zygote, place):
 
 @pytest.fixture
 def call(place, monkeypatch, capsys):
-    """``call(*words)``: an `estune` command in this process, for what ends before anything is computed."""
+    """``call(*words)``: run an `estune` command in this process, for commands that end before they compute anything."""
     from estune.cli import main
 
     def start(*words, cwd=place):

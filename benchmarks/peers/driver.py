@@ -1,11 +1,11 @@
-"""Times one peer through its public interface; run by `peers.py` with the Python of that peer's environment.
+"""Times one peer through its public interface; `peers.py` runs this program in the peer's environment.
 
     python driver.py PEER JOB.json RESULT.json
 
-The job names the model directory, the prompts as token ids, the new tokens of each, how many members a measurement has
-and how many measurements to take. Each function below is the shortest use of a peer that fine-tunes the model on a
-reward of its greedy completions, and returns seconds per member, one value a measurement; what a peer does once for a
-whole population (drawing noise, the update) is in it. The first measurement warms up and is left out by `peers.py`.
+The job holds the model's directory, the prompts as token ids, the number of new tokens, the members of a measurement,
+and the number of measurements. Each function below is the shortest use of a peer that fine-tunes the model on a reward
+of its greedy completions. It returns the seconds per member of each measurement, with the peer's work for a whole
+population (noise, update) included. The first measurement is a warm-up, which `peers.py` leaves out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-SIGMA, LEARNING_RATE = 0.01, 1e-9  # theta stays where it is, so that every measurement is of the same model
+SIGMA, LEARNING_RATE = 0.01, 1e-9  # so small that every measurement is of the same model
 
 
 class Task:
-    """The model, its prompts as one left-padded batch, and the reward of a completion: how near it is to a length."""
+    """A model, prompts as one left-padded batch, and a reward: how near a completion is to a length of 5 characters."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["num_threads"])
@@ -32,7 +32,7 @@ class Task:
         self.model: Any = auto_model.from_pretrained(job["model"], dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(job["model"])
         pad = self.tokenizer.pad_token_id
-        self.model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=pad)  # all tokens, always
+        self.model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=pad)  # no completion ends early
         length = max(map(len, job["prompts"]))
         self.batch = {
             "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in job["prompts"]]),
@@ -43,7 +43,11 @@ class Task:
 
     @torch.no_grad()
     def reward(self, *_: Any) -> float:
-        """Return the mean reward of the model as it is now."""
+        """Return the mean reward of the model's present weights.
+
+        Raises:
+            RuntimeError: a completion has another length than the job's.
+        """
         output = self.model.generate(**self.batch, do_sample=False, max_new_tokens=self.tokens)
         new = output[:, self.batch["input_ids"].shape[1] :]  # (B, T)
         if new.shape[1] != self.tokens:
@@ -53,7 +57,11 @@ class Task:
         return -sum(abs(len(text) - 5) for text in texts) / len(texts)
 
     def timed(self, measure: Callable[[], Any], members: int) -> list[float]:
-        """Call ``measure`` once per measurement; return seconds per member, after checking how many it evaluated."""
+        """Call ``measure`` once for each measurement; return seconds per member.
+
+        Raises:
+            RuntimeError: a call evaluated another number of members.
+        """
         seconds = []
         for _ in range(self.measurements):
             before, started = self.evaluated, time.perf_counter()
@@ -65,7 +73,7 @@ class Task:
 
 
 def eggroll_es(task: Task) -> list[float]:
-    """EggrollTrainer: one generation of the population a measurement."""
+    """Time EggrollTrainer; a measurement is one generation of the population."""
     from eggroll import CustomReward, EggrollConfig, EggrollTrainer
 
     config = EggrollConfig(
@@ -83,7 +91,7 @@ def eggroll_es(task: Task) -> list[float]:
 
 
 def torcheggroll(task: Task) -> list[float]:
-    """TorchEggrollES: the population as parameters, each put into the model to generate, then the scores applied."""
+    """Time TorchEggrollES; every member's parameters are copied into the model before it generates."""
     from torcheggroll import TorchEggrollES
 
     es = TorchEggrollES(
@@ -110,7 +118,7 @@ def torcheggroll(task: Task) -> list[float]:
 
 
 def mezo(task: Task) -> list[float]:
-    """MeZO's update: a mirrored pair of members, with minus the reward as the loss."""
+    """Time MeZO's update by a mirrored pair of members; the loss is the negative reward."""
     from mezo import update
 
     seeds = iter(range(task.measurements))
@@ -129,7 +137,7 @@ def mezo(task: Task) -> list[float]:
 
 
 def evotorch(task: Task) -> list[float]:
-    """PGPE over the model's parameters as one vector, mirrored, with a fixed standard deviation."""
+    """Time PGPE over the model's parameters as one vector, mirrored, with a fixed standard deviation."""
     from evotorch.algorithms import PGPE
     from evotorch.neuroevolution import NEProblem
 
@@ -150,7 +158,7 @@ PEERS = {"eggroll-es": eggroll_es, "torcheggroll": torcheggroll, "mezo": mezo, "
 
 
 def main() -> None:
-    """Run one peer; the result is written even where the peer prints much."""
+    """Run one peer and write its times to a file, because peers print to stdout."""
     name, job, result = sys.argv[1:]
     seconds = PEERS[name](Task(json.loads(Path(job).read_text(encoding="utf-8"))))
     Path(result).write_text(json.dumps({"seconds_per_member": seconds}), encoding="utf-8")

@@ -38,6 +38,7 @@ if not LOGGER.handlers:
     LOGGER.addHandler(_Handler())
 
 _json_descriptor: int | None = None  # descriptor that `print_json` writes to; None: sys.stdout
+_owns_process = False  # whether `take_over_process` was called
 _reader_left = False  # whether the reader of descriptor 1 has left; the descriptor then leads to the null device
 
 
@@ -166,8 +167,15 @@ def open_missing_descriptors() -> None:
             os.set_inheritable(descriptor, True)
 
 
+def owns_process() -> bool:
+    """Return whether the command line owns this process, and not a Python program that has imported estune."""
+    return _owns_process
+
+
 def take_over_process() -> None:
     """Replace this process's standard streams by ones that never raise; for processes that the command line owns."""
+    global _owns_process
+    _owns_process = True
     open_missing_descriptors()
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (for the process's life)

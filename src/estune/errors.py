@@ -1,8 +1,10 @@
-"""Errors that the user can act on, and the suggestion at the end of an error about an unknown name."""
+"""Errors that the user can act on, the suggestion for an unknown name, and the command for a missing package."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 LEAST_PREFIX = 5  # letters: shortest prefix of an option that gets a suggestion; `save` and `over` are other words
 LEAST_PART = 3  # letters: shortest abbreviation of one part of a word
@@ -21,6 +23,23 @@ class ExternalError(UserError):
     Another process holds its lock, the disk is full, or a resume was given options or data that it cannot change. A
     comparison stops at this error; an error of the run itself becomes one of the comparison's rows.
     """
+
+
+def install_command(*, extra: str = "", package: str = "") -> str:
+    """Return the command that installs an extra of estune, or a package.
+
+    In a checkout, which is how the README installs estune, `constraints.txt` fixes the versions. The command names the
+    checkout by its path, so that it works in any directory. Elsewhere the extra is that of the installed version.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    if not all((checkout / name).is_file() for name in ("constraints.txt", "pyproject.toml")):
+        from importlib.metadata import version
+
+        requirement = package or f"'estune[{extra}]=={version('estune')}'"
+        return f"python -m pip install {requirement}"
+    constraints = shlex.quote(str(checkout / "constraints.txt"))
+    what = package or f"-e {shlex.quote(f'{checkout}[{extra}]')}"
+    return f"python -m pip install -c {constraints} {what}"
 
 
 def nearest(word: object, known: Iterable[str], least_prefix: int = LEAST_PREFIX) -> str:

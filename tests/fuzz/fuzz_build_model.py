@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build(family, tied, seed):
-    """Return the family's random model, with its head tied to the embedding or not."""
+    """Return the family's random model; ``tied``: whether its head shares the embedding's weights."""
     model = tiny_model(family, seed)
     if model.config.tie_word_embeddings == tied:
         return model
@@ -21,16 +21,16 @@ def build(family, tied, seed):
 
 
 def main():
-    wanted, directory = json.loads(sys.argv[1]), sys.argv[2]
-    model = build(wanted["family"], wanted["tied"], wanted["seed"])
-    if wanted["dtype"] == "mixed":
+    options, directory = json.loads(sys.argv[1]), sys.argv[2]
+    model = build(options["family"], options["tied"], options["seed"])
+    if options["dtype"] == "mixed":
         for index, layer in enumerate(module for module in model.modules() if not list(module.children())):
             layer.to(list(DTYPES.values())[index % 3])
     else:
-        model = model.to(DTYPES[wanted["dtype"]])
-    model.save_pretrained(directory, max_shard_size="40KB" if wanted["sharded"] else "1GB")
+        model = model.to(DTYPES[options["dtype"]])
+    model.save_pretrained(directory, max_shard_size="40KB" if options["sharded"] else "1GB")
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([f"<added{index}>" for index in range(wanted["added_tokens"])])
+    tokenizer.add_tokens([f"<added{index}>" for index in range(options["added_tokens"])])
     tokenizer.save_pretrained(directory)
 
 

@@ -1,8 +1,8 @@
-"""Forks `estune` commands for the fuzz run from one process that has estune, torch and transformers imported.
+"""Runs `estune` commands of the fuzz run as forks of one process that has imported estune, torch and transformers.
 
-A fork is as a fresh interpreter: its standard streams are what the case says, `estune.cli.main` reads `sys.argv` and
-takes the streams over, and they are flushed at its end. (`Zygote` in `command_line.py` gives a command its words, and
-files for streams, which is what most tests want.)
+A fork behaves like a new interpreter: the case chooses its standard streams, `estune.cli.main` reads `sys.argv` and
+uses the streams, and they are flushed at its end. (`Zygote` in `command_line.py`, which most tests use, passes the
+words to `main` and always uses files as streams.)
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ if HELPERS not in sys.path:
 from command_line import count_writes, load_kernels  # noqa: E402
 from forked import ended, make_streams  # noqa: E402
 
-LIMIT_S = 300.0  # seconds after which a command counts as hanging; a case takes about one
-MEMORY_BYTES = 6 << 30  # of address space beyond what the server has: absurd sizes fail here, not on the machine
-NEVER = 1 << 30  # a write that no command comes to
+LIMIT_S = 300.0  # a command that takes longer hangs; a case takes about a second
+MEMORY_BYTES = (
+    6 << 30
+)  # address space beyond the server's, so that absurd sizes fail without using the machine's memory
+NEVER = 1 << 30  # number of a write that no command reaches
 STREAMS = ("file", "closed", "broken", "full", "pty")
 
 
 @dataclass(frozen=True)
 class Done:
-    """A command that ended: exit status (negative: the signal that ended it), stdout, stderr, writes counted."""
+    """The result of a command: exit status (negative: the signal that ended it), stdout, stderr, number of writes."""
 
     code: int
     out: str
@@ -50,7 +52,7 @@ class Done:
 
 
 class Forks:
-    """Our side of the server: one command at a time."""
+    """The client of the server; it runs one command at a time."""
 
     def __enter__(self) -> Self:
         self._connection, theirs = Pipe()
@@ -80,8 +82,8 @@ class Forks:
         Args:
             words: of the command line, without ``estune``.
             cwd: its directory.
-            streams: of ``stdin``, ``stdout`` and ``stderr`` to one of `STREAMS`; what is not named is a file.
-            signal_at: (k, number): before its k-th write the command sends itself this signal; see `count_writes`.
+            streams: ``stdin``, ``stdout`` and ``stderr`` -> one of `STREAMS`; by default files.
+            signal_at: (k, number): the command sends itself this signal before its k-th write; see `count_writes`.
             script: a Python file to run instead of `estune`.
         """
         with Terminals(streams or {}) as terminals:
@@ -105,7 +107,7 @@ def _text(path: Path) -> str:
 
 
 class Terminals:
-    """Pseudo terminals for the streams that are to be one, read to their end so that no writer waits."""
+    """Pseudo terminals for streams of kind ``pty``; threads read them so that no writer waits."""
 
     def __init__(self, streams: Mapping[str, str]) -> None:
         self.streams = {name: streams.get(name, "file") for name in ("stdin", "stdout", "stderr")}
@@ -140,16 +142,16 @@ class Terminals:
 
 
 def _drain(master: int, read: list[bytes]) -> None:
-    with suppress(OSError):  # EIO: nobody has the terminal open any more
+    with suppress(OSError):  # EIO: no process has the terminal open any more
         while data := os.read(master, 65536):
             read.append(data)
 
 
-# --- the server's side ------------------------------------------------------------------------------------------------
+# --- the server -------------------------------------------------------------------------------------------------------
 
 
 def _serve(connection: Connection) -> None:
-    """Fork a command per request; returns in the fork, with the command's own exit."""
+    """Fork a command for every request, until the connection is closed."""
     while True:
         try:
             request = json.loads(connection.recv_bytes())
@@ -193,7 +195,7 @@ def _address_space() -> int:
 
 
 def _redirect(descriptor: int, name: str, kind: str) -> None:
-    """Make a standard descriptor what a case says: a kind of `STREAMS`, or the path of a terminal."""
+    """Redirect a standard descriptor; ``kind`` is one of `STREAMS`, or the path of a terminal."""
     os.close(descriptor)
     if kind == "closed":
         return
@@ -228,10 +230,10 @@ def _main() -> None:
         getattr(transformers, name)
     assert datasets and pyarrow.parquet
     load_kernels()
-    gc.freeze()  # the forks' collections leave the pages of what was imported alone
+    gc.freeze()  # so that garbage collections in forks do not copy the pages of imported objects
     _serve(Connection(int(sys.argv[1])))
     sys.stderr.flush()
-    os._exit(0)  # nothing is left to do; what is frozen would be called a leak
+    os._exit(0)  # a normal exit would report the frozen objects as leaks
 
 
 if __name__ == "__main__":

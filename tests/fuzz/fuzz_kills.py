@@ -1,5 +1,7 @@
-"""Domain C: runs that are killed at a random write, several times in a row, and lose or change one file before they
-are resumed. They end in the bytes of the uninterrupted run, or in one sentence; never in other weights."""
+"""Domain C: runs that are killed at random writes, may lose or change one file, and are resumed.
+
+A case must end in the bytes of the uninterrupted run or in one sentence, never in other weights.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from fuzz_outcomes import Case, Fault, contents, differing, label, refusal
 
 FILES = ("journal.jsonl", "*es_state.json", "*.safetensors", "*metrics.jsonl", "pending.jsonl", "eval/*",
          "completions/*", "es_config.json", "env.json", "README.md", "*config.json", "*")  # fmt: skip
-# Files that tell what was, of which nothing is computed: a damaged one may stay damaged, and the metrics lose the line
-# of an evaluation whose rows are gone.
+# Records of the past, from which nothing is computed. A damaged one may stay damaged, and the metrics lose the line of
+# an evaluation whose rows are missing.
 RECORDS = ("metrics.jsonl", "eval/*", "completions/*", "README.md", "env.json", "trackers.json")
 TINY = ("train", "--model", "tiny", "--task", "countdown", "--max_completion_length", 3, "--report_to", "none",
         "--output_dir", "run")  # fmt: skip
@@ -37,23 +39,23 @@ share = st.integers(0, 1000)  # thousandths
 damages = st.fixed_dictionaries(
     {
         "files": st.sampled_from(FILES),
-        "which": share,  # of the files that match, in the order of their names
+        "which": share,  # position among the matching files, sorted by name
         "how": st.sampled_from(["truncate", "flip", "empty", "delete"]),
-        "where": share,  # of the file's bytes
+        "where": share,  # position in the file
         "bit": st.integers(0, 7),
     }
 )
-SHORT = 25  # cases of the short form
+SHORT = 25  # cases in `make test-e2e`
 cases = st.fixed_dictionaries(
     {
         "options": options,
-        "kills": st.lists(share, min_size=1, max_size=3),  # of the writes of a whole run
+        "kills": st.lists(share, min_size=1, max_size=3),  # positions among the writes of the whole run
         "damage": st.none() | damages,
         "resume": st.sampled_from(["with its options", "alone"]),
     }
 )
 
-_references: dict[str, tuple[dict[str, Any], int]] = {}  # options -> the whole run's files, and how often it writes
+_references: dict[str, tuple[dict[str, Any], int]] = {}  # options -> files and number of writes of the whole run
 
 
 def words(chosen: Case) -> list[Any]:
@@ -71,9 +73,9 @@ def words(chosen: Case) -> list[Any]:
 
 
 def check(case: Case, place: Path, forks: Forks) -> str:
-    """Kill, damage, resume; compare with the run that nobody touched."""
+    """Kill, damage and resume a run; compare it with the whole run; return the outcome."""
     command = words(case["options"])
-    wanted, n_writes = reference(command, place, forks)
+    whole, n_writes = reference(command, place, forks)
     run = place / "run"
     finished = False
     for kill in case["kills"]:
@@ -90,20 +92,20 @@ def check(case: Case, place: Path, forks: Forks) -> str:
         if damaged is None:
             raise Fault(f"a run that was only killed is refused: {sentence}")
         return f"{case['damage']['how']} {generic(damaged)}: refused: {label(sentence)}"
-    found = contents(run)
-    stays = compare(found, wanted, damaged)
+    resumed_files = contents(run)
+    stays = compare(resumed_files, whole, damaged)
     if refusal(forks.run([*command, "--resume"], place), "the resume of a finished run"):
         raise Fault("the resume of a finished run is refused")
-    if changed := differing(contents(run), found):
+    if changed := differing(contents(run), resumed_files):
         raise Fault(f"the resume of a finished run changes {changed}")
     if damaged is None:
         return "same bytes"
-    left = f"{'finished before, and ' * finished}the damaged file stays as it is, the others are the same"
-    return f"{case['damage']['how']} {generic(damaged)}: {left if stays else 'same bytes'}"
+    outcome = f"{'finished before, and ' * finished}the damaged file stays as it is, the others are the same"
+    return f"{case['damage']['how']} {generic(damaged)}: {outcome if stays else 'same bytes'}"
 
 
 def reference(command: list[Any], place: Path, forks: Forks) -> tuple[dict[str, Any], int]:
-    """Return the files of the whole run, and how often it writes."""
+    """Return the files of the whole run and its number of writes."""
     key = json.dumps(command)
     if key not in _references:
         whole = place / "whole"
@@ -138,27 +140,27 @@ def damage(how: Case, run: Path) -> str | None:
     return name
 
 
-def compare(found: dict[str, Any], wanted: dict[str, Any], damaged: str | None) -> bool:
-    """Return whether a damaged file stays damaged where that is allowed.
+def compare(resumed: dict[str, Any], whole: dict[str, Any], damaged: str | None) -> bool:
+    """Return whether a damaged file stays damaged, in the cases where that is allowed.
 
-    It is allowed in a checkpoint, which is not read where a newer state is whole, and in a record.
+    It is allowed in a checkpoint, which is not read if a newer state is whole, and in a record.
 
     Raises:
-        Fault: a run's files are not those of the whole run.
+        Fault: other files differ from those of the whole run.
     """
-    names = set(differing(found, wanted))
-    told: set[str] = set()
+    names = set(differing(resumed, whole))
+    allowed: set[str] = set()
     if damaged is not None:
-        told = {"metrics.jsonl"} if fnmatch(damaged, "eval/*") or damaged == "pending.jsonl" else set()
+        allowed = {"metrics.jsonl"} if fnmatch(damaged, "eval/*") or damaged == "pending.jsonl" else set()
         if is_record(damaged) or damaged.startswith("checkpoint-"):
-            told |= {damaged, "README.md"} if is_record(damaged) else {damaged}
-    if names - told:
-        raise Fault(f"damaged: {damaged}; files that differ from the whole run's: {sorted(names - told)}")
+            allowed |= {damaged, "README.md"} if is_record(damaged) else {damaged}
+    if names - allowed:
+        raise Fault(f"damaged: {damaged}; files that differ from the whole run's: {sorted(names - allowed)}")
     return damaged in names
 
 
 def is_record(name: str) -> bool:
-    """Return whether a file only tells what was."""
+    """Return whether a file is a record, from which nothing is computed."""
     return any(fnmatch(name, pattern) for pattern in RECORDS)
 
 

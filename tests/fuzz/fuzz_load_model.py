@@ -1,4 +1,4 @@
-"""Loads a run with `from_pretrained` and holds every tensor against its file's: ``fuzz_load_model.py DIRECTORY``."""
+"""Loads a run with `from_pretrained` and compares every tensor with its file: ``fuzz_load_model.py DIRECTORY``."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Domain B: small model directories of odd configurations, dtypes, tokens and shards, and with damaged files.
+"""Domain B: small model directories with odd configurations, dtypes, tokens and shards, or with damaged files.
 
-A step of training succeeds, and the run loads with `from_pretrained` and holds the weights that its journal gives; or
-the model is refused in one sentence.
+Either a step of training succeeds, and `from_pretrained` loads the weights that the run's journal rebuilds; or the
+model is refused in one sentence.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ edits = st.sampled_from(sorted(JSON_FILES)).flatmap(
 damages = st.fixed_dictionaries(
     {
         "files": st.sampled_from(FILES),
-        "which": share,  # of the files that match, in the order of their names
+        "which": share,  # position among the matching files, sorted by name
         "how": st.sampled_from(["truncate", "zero", "flip", "empty", "delete", "wrong JSON", "dangling", "directory",
                                 "swap", "grow"]),
-        "where": share,  # of the file's bytes; small ones are a tensor file's header
-        "near": st.booleans(),  # whether that is within the first bytes
+        "where": share,  # position in the file; a tensor file begins with its header
+        "near": st.booleans(),  # whether the position is within the first 64 bytes
         "bit": st.integers(0, 7),
         "text": st.sampled_from(WRONG),
     }
 )  # fmt: skip
-SHORT = 20  # cases of the short form
+SHORT = 20  # cases in `make test-e2e`
 cases = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries(
@@ -120,25 +120,25 @@ cases = st.fixed_dictionaries(
 
 
 def check(case: Case, place: Path, forks: Forks) -> str:
-    """Build the directory, train a step, load what was saved, replay the journal."""
+    """Build the directory, train a step, replay the journal, load the saved model; return the outcome."""
     built = forks.run([json.dumps(case["model"]), "model"], place, script=HERE / "fuzz_build_model.py")
     if built.code:
         raise Fault(f"the model cannot be built: {tail(built)}")
-    for file, key, *wanted in case["edits"]:
-        edit(place / "model" / file, key, wanted)
-    told = damage(case["damage"], place / "model") if case["damage"] else "whole"
+    for file, key, *values in case["edits"]:
+        edit(place / "model" / file, key, values)
+    damaged = damage(case["damage"], place / "model") if case["damage"] else "whole"
     (place / "rows.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "12 ="}\n')
-    (place / "said.py").write_text(REWARD)
-    words = ["train", "--model", "model", "--dataset_name", "rows.jsonl", "--reward_funcs", "said.py:spread",
+    (place / "reward.py").write_text(REWARD)
+    words = ["train", "--model", "model", "--dataset_name", "rows.jsonl", "--reward_funcs", "reward.py:spread",
              "--reward_isolation", "inline", "--max_steps", 1, "--population_size", 2, "--batch_size", 2,
              "--sigma", 0.05, "--max_completion_length", 2, "--noise", case["noise"], "--dtype", case["dtype"],
              "--temperature", case["temperature"], "--num_threads", 1, "--report_to", "none",
              "--output_dir", "run"]  # fmt: skip
-    sentence = refusal(forks.run(words, place), f"training ({told})")
+    sentence = refusal(forks.run(words, place), f"training ({damaged})")
     if sentence is not None:
-        if told == "whole" and not case["edits"] and not case["model"]["added_tokens"]:
+        if damaged == "whole" and not case["edits"] and not case["model"]["added_tokens"]:
             raise Fault(f"a sound model is refused: {sentence}")
-        return f"{told}{', edited' * bool(case['edits'])}: refused: {label(sentence)}"
+        return f"{damaged}{', edited' * bool(case['edits'])}: refused: {label(sentence)}"
     sentence = refusal(forks.run(["replay", "--run", "run", "--output_dir", "replayed"], place), "the replay")
     if sentence is not None:
         raise Fault(f"the journal of a finished run cannot be replayed: {sentence}")
@@ -148,22 +148,22 @@ def check(case: Case, place: Path, forks: Forks) -> str:
     loaded = forks.run(["run"], place, script=HERE / "fuzz_load_model.py")
     if loaded.code:
         raise Fault(f"from_pretrained does not give the run's weights: {tail(loaded)}")
-    return f"{told}{', edited' * bool(case['edits'])}: trains"
+    return f"{damaged}{', edited' * bool(case['edits'])}: trains"
 
 
-def edit(path: Path, key: str, wanted: list[Any]) -> None:
-    """Set a key of a JSON file, or delete it where no value is given."""
+def edit(path: Path, key: str, values: list[Any]) -> None:
+    """Set a key of a JSON file to the only value of ``values``; delete the key if there is none."""
     if not path.exists():
         return
-    values = json.loads(path.read_text())
-    values.pop(key, None)
-    if wanted:
-        values[key] = wanted[0]
-    path.write_text(json.dumps(values))
+    content = json.loads(path.read_text())
+    content.pop(key, None)
+    if values:
+        content[key] = values[0]
+    path.write_text(json.dumps(content))
 
 
 def damage(how: Case, directory: Path) -> str:
-    """Damage one file of a directory; return what was done."""
+    """Damage one file of a directory; return a description of the damage."""
     names = sorted(path.name for path in directory.iterdir())
     matching = [name for name in names if fnmatch(name, how["files"])] or names
     name = matching[how["which"] * (len(matching) - 1) // 1000]

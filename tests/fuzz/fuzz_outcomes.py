@@ -1,4 +1,4 @@
-"""What a command of a fuzz case may end in: success, or one clear sentence; anything else is a `Fault`."""
+"""Checks how a command of a fuzz case ends: in success or in one clear sentence; anything else is a `Fault`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from command_line import tree
 from fuzz_forks import Done, Forks
 
-Case = dict[str, Any]  # JSON: a case is printed, and run again, as one line
+Case = dict[str, Any]  # JSON, so that one line prints a case and repeats it
 Check = Callable[[Case, Path, Forks], str]  # returns the outcome in a few words; raises Fault
 ERROR = "estune: error: "
 NOT_CLEAN = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error", "core dumped")
@@ -24,14 +24,14 @@ class Domain(Protocol):
 
 
 class Fault(AssertionError):
-    """A case ended in something that no user should see."""
+    """A case ended neither in success nor in one clear sentence."""
 
 
 def refusal(done: Done, what: str) -> str | None:
-    """Return the sentence that a command was refused with; None where it succeeded.
+    """Return the sentence with which a command was refused; None if it succeeded.
 
     Raises:
-        Fault: it hung, died, or told more or less than one sentence.
+        Fault: the command hung, died, or did not print exactly one sentence.
     """
     if done.hung:
         raise Fault(f"{what} hangs: {tail(done)}")
@@ -40,7 +40,7 @@ def refusal(done: Done, what: str) -> str | None:
     sentences = [line for line in done.err.splitlines() if line.startswith(ERROR)]
     if done.code == 0:
         if sentences:
-            raise Fault(f"{what} tells an error and exits with 0: {tail(done)}")
+            raise Fault(f"{what} prints an error and exits with 0: {tail(done)}")
         return None
     if done.code != 2:
         raise Fault(f"{what} exits with {done.code}: {tail(done)}")
@@ -50,22 +50,22 @@ def refusal(done: Done, what: str) -> str | None:
 
 
 def tail(done: Done) -> str:
-    """Return the end of what a command told, for a report."""
+    """Return the exit status and the end of the stderr of a command, for a report."""
     return f"exit {done.code}, stderr: ...{done.err.strip()[-1500:]}"
 
 
 def label(sentence: str) -> str:
-    """Return a sentence without what differs from case to case, to count its kind by."""
+    """Return a sentence without names and numbers, so that sentences of one kind are counted together."""
     return re.sub(r"'[^']*'|\d+|[0-9a-f]{32}", "_", sentence)[:110]
 
 
-def differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return the names of files that differ between two trees of `contents`, or are in one only."""
-    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+def differing(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """Return the names of files that differ between two results of `contents`, or exist in one only."""
+    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
 
 
 def contents(run_dir: Path) -> dict[str, Any]:
-    """Return a run's files as `tree` does; metrics as bytes where they are not whole."""
+    """Return a run's files as `tree` does, but damaged metrics as bytes."""
     try:
         return tree(run_dir)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Trains from Python on the rows of `case.json` here: ``fuzz_python_run.py DIRECTORY MAX_STEPS [resume]``."""
+"""Trains from Python on the rows of ./case.json: ``fuzz_python_run.py DIRECTORY MAX_STEPS [resume]``."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def main():
     directory, max_steps, *resume = sys.argv[1:]
     try:
         rows = dataset(case)
-    except Exception as error:  # no dataset, so nothing to train on: the case says nothing about estune
+    except Exception as error:  # the rows fit no dataset, so the case does not test estune
         print(f"estune: error: NO DATASET: {type(error).__name__}", file=sys.stderr)
         sys.exit(2)
     from estune import ESConfig, ESTrainer

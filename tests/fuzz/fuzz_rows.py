@@ -1,7 +1,8 @@
 """Domain A: datasets of every format with columns of every type.
 
-A run on one succeeds or is refused in one sentence; its rewards are given what the dataset holds. Resumed on equal
-values it ends in the bytes of a run that never stopped; resumed on a dataset with one other value it is refused.
+A run on such a dataset succeeds or is refused in one sentence, and its rewards receive the values of the dataset.
+Resumed on equal values, it ends in the bytes of an uninterrupted run. Resumed on a dataset with one changed value, it
+is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fuzz_values import ARROW, JSON, PYTHON, arrow_array, rows_of, value
 
 HERE = Path(__file__).resolve().parent
 REWARDS = '''
-"""Rewards that write down the columns that they are given; one of them depends on the columns."""
+"""A reward that records its columns and depends on them, and a reward that ignores them."""
 
 import json
 from zlib import crc32
@@ -47,7 +48,7 @@ def reads(prompts, completions, **others):
 def ignores(completions, **_):
     return [len(text) + sum(map(ord, text)) % 7 / 10 for text in _texts(completions)]
 '''
-FILES = ("jsonl", "json", "parquet")  # one file; with a slash: a directory with one per split
+FILES = ("jsonl", "json", "parquet")  # one file; with a slash: a directory with one file for each split
 SOURCES = (*FILES, "jsonl/", "parquet/", "save_to_disk", "save_to_disk of a dict", "list of dicts", "Dataset of dicts",
            "Dataset of arrow")  # fmt: skip
 QUIRKS = {
@@ -63,12 +64,12 @@ MESSAGES = ("[{'role': 'user', 'content': 'a'}]", "[{'role': 'user'}]", "[]", "[
             "[{'role': 'system', 'content': 's'}, {'role': 'user', 'content': ''}]", "[1]",
             "{'role': 'user'}")  # fmt: skip
 
-any_text = st.text(st.characters(codec=None), max_size=12).map(ascii)  # of every plane, lone surrogates among it
+any_text = st.text(st.characters(codec=None), max_size=12).map(ascii)  # of every plane, with lone surrogates
 plain_text = st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=5).map(ascii)
 
 
 def column_of(kinds: dict[str, list[str]], n_rows: int, name: st.SearchStrategy[str]) -> st.SearchStrategy[Case]:
-    """Return the strategy for a column: its name, its kind, a value of that kind or None per row."""
+    """Return the strategy for a column: its name, its kind, and for each row a value of that kind or None."""
 
     def filled(kind: str) -> st.SearchStrategy[Case]:
         values = st.sampled_from(kinds[kind])
@@ -83,7 +84,7 @@ def column_of(kinds: dict[str, list[str]], n_rows: int, name: st.SearchStrategy[
 
 
 def kinds_of(source: str) -> dict[str, list[str]]:
-    """Return the kinds of values that a source can hold."""
+    """Return the kinds of values that a source can hold, with the values of each kind."""
     if source in ("jsonl", "json", "jsonl/"):
         return JSON
     if source in ("list of dicts", "Dataset of dicts"):
@@ -129,16 +130,16 @@ def drawn(draw: st.DrawFn) -> Case:
     }
 
 
-SHORT = 25  # cases of the short form
+SHORT = 25  # cases in `make test-e2e`
 cases = drawn()
 
 
 def check(case: Case, place: Path, forks: Forks) -> str:
-    """Train on the dataset; then resume on equal values, or on a changed one."""
-    (place / "said.py").write_text(REWARDS)
+    """Train on the dataset, then resume on equal values or on a changed one; return the outcome."""
+    (place / "rewards.py").write_text(REWARDS)
     try:
         write(case, place)
-    except Exception as error:  # no such dataset can be made: nothing is said about estune
+    except Exception as error:  # the rows fit no such dataset, so the case does not test estune
         return f"{case['source']}: cannot be made ({type(error).__name__})"
     sentence = train(case, place, forks, "run", 1)
     if sentence is not None:
@@ -153,7 +154,7 @@ def check(case: Case, place: Path, forks: Forks) -> str:
         except Exception as error:
             return f"{case['source']}: cannot be changed so ({type(error).__name__})"
         if train(changed, place, forks, "run", 2) is None:
-            raise Fault(f"a resume on a changed dataset is accepted: {told_change(case)}")
+            raise Fault(f"a resume on a changed dataset is accepted: {change_text(case)}")
         return f"{case['source']}: trains, and a change is refused"
     write(case | {"quirks": [*case["quirks"], "rewritten"]}, place)
     sentence = train(case, place, forks, "run", 2)
@@ -162,25 +163,25 @@ def check(case: Case, place: Path, forks: Forks) -> str:
     sentence = train(case, place, forks, "whole", 2)
     if sentence is not None:
         raise Fault(f"a second run on the same dataset is refused: {sentence}")
-    found, wanted = contents(place / "run"), contents(place / "whole")
-    expected = {"journal.jsonl", "es_config.json", "README.md", "origin.json"}  # they name the run, or its first end
-    if names := set(differing(found, wanted)) - expected:
-        raise Fault(f"the resumed run differs from the one that never stopped: {sorted(names)}")
+    resumed, whole = contents(place / "run"), contents(place / "whole")
+    expected = {"journal.jsonl", "es_config.json", "README.md", "origin.json"}  # hold the run's name or first max_steps
+    if names := set(differing(resumed, whole)) - expected:
+        raise Fault(f"the resumed run differs from the uninterrupted one: {sorted(names)}")
     if steps(place / "run") != steps(place / "whole"):
-        raise Fault("the steps of the resumed run differ from those of the one that never stopped")
+        raise Fault("the steps of the resumed run differ from those of the uninterrupted one")
     return f"{case['source']}: trains, and resumes on equal values"
 
 
 def steps(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the journal's steps, without the hashes that chain them."""
+    """Return the journal's steps without their hashes."""
     records = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
     return [{name: v for name, v in record.items() if name != "hash"} for record in records if record["kind"] == "step"]
 
 
 def train(case: Case, place: Path, forks: Forks, directory: str, max_steps: int) -> str | None:
-    """Train, or resume, up to a step; return the sentence that it is refused with, or None."""
+    """Train or resume up to ``max_steps``; return the sentence of a refusal, or None."""
     resume = (place / directory / "journal.jsonl").exists()
-    options = dict(model="tiny", reward_funcs=["said.py:" + case["reward"]], reward_isolation=case["isolation"],
+    options = dict(model="tiny", reward_funcs=["rewards.py:" + case["reward"]], reward_isolation=case["isolation"],
                    batch_size=case["batch_size"], population_size=2, sigma=0.05, max_completion_length=2,
                    report_to=["none"], num_threads=1, reward_workers="auto")  # fmt: skip
     what = f"the {'resume' if resume else 'run'} on {case['source']} {case['quirks']}"
@@ -197,18 +198,18 @@ def train(case: Case, place: Path, forks: Forks, directory: str, max_steps: int)
 
 
 def is_python(case: Case) -> bool:
-    """Return whether the rows are given from Python."""
+    """Return whether the rows are passed in Python instead of a file."""
     return case["source"] in ("list of dicts", "Dataset of dicts", "Dataset of arrow")
 
 
 def path_of(case: Case) -> str:
-    """Return what ``--dataset_name`` is given."""
+    """Return the value of ``--dataset_name``."""
     source = case["source"]
     return f"./rows.{source}" if source in FILES else "./rows"
 
 
 def write(case: Case, place: Path) -> None:
-    """Write the dataset of a case; nothing for rows given from Python."""
+    """Write the dataset of a case; nothing for rows that are passed in Python."""
     if is_python(case):
         return
     path = place / path_of(case)
@@ -224,8 +225,8 @@ def write(case: Case, place: Path) -> None:
 
         datasets.disable_progress_bars()
         saved = datasets.Dataset(table_of(case))
-        made = datasets.DatasetDict(train=saved) if case["source"] == "save_to_disk of a dict" else saved
-        made.save_to_disk(str(path))
+        dataset = datasets.DatasetDict(train=saved) if case["source"] == "save_to_disk of a dict" else saved
+        dataset.save_to_disk(str(path))
 
 
 def write_file(case: Case, path: Path) -> None:
@@ -272,11 +273,11 @@ def json_text(case: Case, as_list: bool) -> bytes:
     return (b"\xef\xbb\xbf" if "BOM" in quirks else b"") + text.encode("utf-8", "surrogatepass")
 
 
-# --- what has changed, and what rewards saw ---------------------------------------------------------------------------
+# --- the change, and the columns of the rewards -----------------------------------------------------------------------
 
 
 def with_change(case: Case) -> Case | None:
-    """Return the case with its one value changed; None where the new value equals the old one."""
+    """Return the case with one value changed; None if the new value equals the old one."""
     change = case["change"]
     column = case["columns"][change["column"]]
     if not column["values"]:
@@ -291,18 +292,22 @@ def with_change(case: Case) -> Case | None:
     return case | {"columns": columns}
 
 
-def told_change(case: Case) -> str:
-    """Return the change in words."""
+def change_text(case: Case) -> str:
+    """Return a description of the change."""
     change = case["change"]
     column = case["columns"][change["column"]]
     return f"{column['name']!r} ({column['kind']}): {column['values'][change['row']]} -> {change['value']}"
 
 
 def check_seen(case: Case, place: Path) -> None:
-    """Raise Fault where a reward was given a value that its column does not hold, or not given a column."""
+    """Check that the rewards received every column, with values that the column holds.
+
+    Raises:
+        Fault: they did not.
+    """
     path = place / "seen.jsonl"
     if not path.exists() or case["source"] == "Dataset of dicts" or "a column twice" in case["quirks"]:
-        return  # `datasets` has types of its own for Python's values
+        return  # `datasets` converts Python's values to its own types
     for line in path.read_text().splitlines():
         seen = json.loads(line)
         for column in case["columns"]:
@@ -311,15 +316,15 @@ def check_seen(case: Case, place: Path) -> None:
                 continue
             held = {repr(v) for v in held_values(case, column)}
             if name not in seen and "keys missing where null" in case["quirks"] and set(held) <= {"None"}:
-                continue  # a key that every row lacks is no column
+                continue  # a key that no row has is no column
             if name not in seen:
-                raise Fault(f"a reward was not given column {name!r}")
+                raise Fault(f"a reward did not receive column {name!r}")
             if not set(seen[name]) <= held:
-                raise Fault(f"column {name!r} ({column['kind']}) holds {sorted(held)}, a reward was given {seen[name]}")
+                raise Fault(f"column {name!r} ({column['kind']}) holds {sorted(held)}, a reward received {seen[name]}")
 
 
 def held_values(case: Case, column: Case) -> list[Any]:
-    """Return the values of a column as the dataset's own reader gives them."""
+    """Return the values of a column as the dataset's reader returns them."""
     if column["kind"] in ARROW and case["source"] not in ("jsonl", "json", "jsonl/", "list of dicts"):
         held: list[Any] = arrow_array(column["kind"], column["values"]).to_pylist()
         return held

@@ -1,4 +1,4 @@
-"""The domains of the fuzz run, and how their cases are drawn and run."""
+"""Draws and runs the cases of the fuzz run's domains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MEMORY = Path("/dev/shm")  # fsync costs nothing there
 
 
 @dataclass
-class Found:
-    """What cases of a domain ended in."""
+class Results:
+    """The outcomes and failures of cases of a domain."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[Case, str]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Found:
 
 
 def settings(n_cases: int, derandomize: bool = False) -> Callable[[Any], Any]:
-    """Return the settings for drawing ``n_cases`` cases: no limit of time, nothing kept, nothing shrunk."""
+    """Return the settings for drawing ``n_cases`` cases, without time limit, database and shrinking."""
     return hypothesis.settings(
         max_examples=n_cases,
         derandomize=derandomize,
@@ -48,9 +48,10 @@ def settings(n_cases: int, derandomize: bool = False) -> Callable[[Any], Any]:
 
 
 def draw(strategy: Any, n_cases: int, seed: int) -> list[Case]:
-    """Return cases of a strategy, as JSON values; a pure function of its arguments.
+    """Return cases of a strategy as JSON values; a pure function of its arguments.
 
-    Hypothesis varies what it has drawn, so neighbours are alike; more are drawn than wanted, and some of them taken.
+    Hypothesis varies earlier examples, so successive cases are similar. More cases are drawn than needed, and a random
+    part of them is returned.
     """
     drawn: dict[str, None] = {}
 
@@ -61,32 +62,32 @@ def draw(strategy: Any, n_cases: int, seed: int) -> list[Case]:
         drawn[json.dumps(case, sort_keys=True)] = None
 
     keep()
-    taken = random.Random(seed).sample(list(drawn), min(n_cases, len(drawn)))
-    return [json.loads(case) for case in taken]
+    chosen = random.Random(seed).sample(list(drawn), min(n_cases, len(drawn)))
+    return [json.loads(case) for case in chosen]
 
 
 def run_case(domain: ModuleType, case: Case, forks: Forks) -> tuple[str, str | None]:
-    """Run one case in a directory of its own; return its outcome, and what was wrong or None."""
+    """Run one case in its own directory; return its outcome, and the fault or None."""
     with tempfile.TemporaryDirectory(prefix="estune-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as place:
         try:
             return domain.check(case, Path(place), forks), None
         except AssertionError as fault:
             return "FAULT", str(fault)
-        except Exception:  # of the harness, or of a file that should be whole: shown with the case
+        except Exception:  # an error of the harness, or an unreadable file: reported with the case
             return "FAULT", traceback.format_exc()
 
 
-def run_cases(name: str, cases: list[Case]) -> Found:
-    """Run cases of a domain one after the other, from one server."""
-    found = Found()
+def run_cases(name: str, cases: list[Case]) -> Results:
+    """Run cases of a domain one after the other, with one server."""
+    results = Results()
     started = time.monotonic()
     with Forks() as forks:
         for case, (outcome, fault) in _each(DOMAINS[name], cases, forks):
-            found.outcomes[outcome] += 1
+            results.outcomes[outcome] += 1
             if fault is not None:
-                found.failures.append((case, fault))
-    found.seconds = time.monotonic() - started
-    return found
+                results.failures.append((case, fault))
+    results.seconds = time.monotonic() - started
+    return results
 
 
 def _each(domain: ModuleType, cases: list[Case], forks: Forks) -> Iterator[tuple[Case, tuple[str, str | None]]]:

@@ -1,6 +1,6 @@
-"""Domain D: commands whose standard streams are closed, full, terminals, or without a reader, and that get a signal.
+"""Domain D: commands that receive a signal, or whose standard streams are closed, full, terminals, or without a reader.
 
-What they compute is what they compute with quiet streams; they end with the status that they promise.
+They must compute the same as with files as streams ("quiet"), and end with a documented exit status.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fuzz_forks import NEVER, STREAMS, Done, Forks
 from fuzz_outcomes import NOT_CLEAN, Case, Fault, refusal, tail
 
 REWARDS = '''
-"""Rewards that say something on every level, to whoever may listen; their numbers do not depend on it."""
+"""Rewards that write to streams, descriptors, warnings and logs; their values do not depend on it."""
 
 import contextlib
 import logging
@@ -77,7 +77,7 @@ SCORED = "".join(f'{{"prompt": "p", "completion": "{text}"}}\n' for text in ("a"
 ROWS = "".join(f'{{"prompt": "{text}"}}\n' for text in ("a", "bc"))
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
-SHORT = 25  # cases of the short form
+SHORT = 25  # cases in `make test-e2e`
 cases = st.fixed_dictionaries(
     {
         "command": st.sampled_from(["train"] * 6 + ["train the panel"] * 3 + ["score", "evaluate"] * 2 + [*COMMANDS]),
@@ -88,31 +88,31 @@ cases = st.fixed_dictionaries(
     }
 )
 
-_quiet: dict[str, tuple[Done, bytes]] = {}  # command line -> how it ends with quiet streams, its journal
+_quiet: dict[str, tuple[Done, bytes]] = {}  # command line -> result and journal with quiet streams
 
 
 def words(case: Case) -> list[Any]:
     """Return a case's command line."""
     command = list(COMMANDS[case["command"]])
     if case["command"].startswith(("train", "score", "evaluate")):
-        command += ["--reward_funcs", f"said.py:{case['reward']}", "--reward_isolation", case["isolation"]]
+        command += ["--reward_funcs", f"rewards.py:{case['reward']}", "--reward_isolation", case["isolation"]]
     return command
 
 
 def check(case: Case, place: Path, forks: Forks) -> str:
-    """Run a command with odd streams; compare what it did with what it does with quiet ones."""
+    """Run a command with odd streams; compare it with the command with quiet streams; return the outcome."""
     if (case["reward"], case["isolation"], case["streams"]["stdin"]) == ("reads", "inline", "pty"):
         return "an inline reward that reads a terminal waits for its user"
-    (place / "said.py").write_text(REWARDS)
+    (place / "rewards.py").write_text(REWARDS)
     (place / "scored.jsonl").write_text(SCORED)
     (place / "rows.jsonl").write_text(ROWS)
     command, trains = words(case), case["command"].startswith("train")
-    quiet, wanted = reference(command, place, forks)
+    quiet, quiet_journal = reference(command, place, forks)
     at, number = NEVER, signal.SIGKILL
-    if case["signal"] and trains:  # the others write too little to be met
+    if case["signal"] and trains:  # other commands write too little
         at, number = 1 + case["signal"][1] * quiet.writes // 1000, signal.Signals[case["signal"][0]]
     done = forks.run(command, place, streams=case["streams"], signal_at=(at, number))
-    check_said(case, done, quiet)
+    check_output(case, done, quiet)
     statuses = {quiet.code}
     if at != NEVER:
         statuses |= {0, -number} | ({130} if number == signal.SIGINT else set())
@@ -126,13 +126,13 @@ def check(case: Case, place: Path, forks: Forks) -> str:
         sentence = refusal(forks.run([*command, "--resume"], place), "the resume after a signal")
         if sentence is not None:
             raise Fault(f"the resume after a signal is refused: {sentence}")
-    if _journal(place) != wanted:
+    if _journal(place) != quiet_journal:
         raise Fault(f"the journal is not the quiet run's: {tail(done)}")
     return f"{case['command']}: {done.code}, {'resumed to ' if at != NEVER else ''}the same journal"
 
 
 def reference(command: list[Any], place: Path, forks: Forks) -> tuple[Done, bytes]:
-    """Return how a command ends with quiet streams, and the journal that it leaves."""
+    """Return a command's result and journal with quiet streams."""
     key = json.dumps(command)
     if key not in _quiet:
         done = forks.run(command, place, signal_at=(NEVER, signal.SIGKILL))
@@ -146,17 +146,21 @@ def _journal(place: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def check_said(case: Case, done: Done, quiet: Done) -> None:
-    """Raise Fault where a stream that can be written lacks what it should have, or tells of an accident."""
+def check_output(case: Case, done: Done, quiet: Done) -> None:
+    """Check that the output holds no traceback, and that stdout is as with quiet streams.
+
+    Raises:
+        Fault: it is not, or the command hung.
+    """
     if done.hung:
         raise Fault(f"it hangs: {tail(done)}")
-    said = done.err + done.out
-    if any(words in said for words in NOT_CLEAN):
+    output = done.err + done.out
+    if any(words in output for words in NOT_CLEAN):
         raise Fault(f"a traceback: {tail(done)} stdout: {done.out[-1500:]}")
     if case["signal"] or not case["command"].startswith(("score", "evaluate", "env", "help", "version")):
         return
     if case["streams"]["stdout"] == "file" and case["command"] not in ("score as text", "env as text"):
         if case["command"] in ("score", "evaluate", "env"):
-            json.loads(done.out)  # one value and nothing else
+            json.loads(done.out)  # raises unless stdout is exactly one value
         if done.out != quiet.out:
             raise Fault(f"stdout is not the quiet run's: {done.out[-500:]!r}")

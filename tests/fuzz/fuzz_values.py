@@ -1,6 +1,6 @@
-"""Values of every type that a dataset's column can have, as Python expressions, so that a case stays one line of JSON.
+"""Values of every type that a dataset's column can have, as Python expressions, so that a case is one line of JSON.
 
-The values of a kind differ from each other in whatever form a dataset keeps them; ``None`` goes with every kind.
+The values of a kind differ from each other in every format of a dataset. ``None`` is allowed with every kind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Level(enum.IntEnum):
 
 @dataclasses.dataclass
 class Point:
-    """An object of a user's own class."""
+    """A user's class."""
 
     x: int
 
@@ -45,7 +45,7 @@ NAMES = {"np": np, "Decimal": Decimal, "Fraction": Fraction, "UUID": UUID, "Zone
          "Level": Level, "Point": Point, "PurePosixPath": PurePosixPath, "nan": float("nan"),
          "inf": float("inf")}  # fmt: skip
 
-# What JSON, and so every source, can hold.
+# kind -> values that JSON, and so every source, can hold
 JSON: dict[str, list[str]] = {
     "null": ["None"],
     "bool": ["True", "False"],
@@ -59,7 +59,7 @@ JSON: dict[str, list[str]] = {
     "structs": ["[{}]", "[{'a': 1}]", "[{'a': 2}]", "[{'a': 1}, {'a': 2}]", "[{'a': 2}, {'a': 1}]", "[{'b': [{}]}]"],
     "mixed": ["0", "0.0", "False", "''", "'0'", "[]", "{}", "[0]", "'False'"],
 }  # fmt: skip
-# What rows from Python can hold besides.
+# kind -> further values that rows in Python can hold
 PYTHON: dict[str, list[str]] = {
     "decimal": ["Decimal('1')", "Decimal('1.5')", "Decimal('-0')", "Decimal('NaN')", "Decimal('1e400')"],
     "time": ["date(2024, 2, 29)", "datetime(2024, 2, 29)", "datetime(2024, 2, 29, 1, 2, 3, 4)",
@@ -83,7 +83,7 @@ PYTHON: dict[str, list[str]] = {
     "object": ["Fraction(1, 3)", "UUID(int=1)", "PurePosixPath('/a')", "1j", "Point(1)", "Point(2)", "Ellipsis", "int",
                "len", "[Point(1)]"],
 }  # fmt: skip
-# Arrow's types, each with values that stay apart in it.
+# kind -> Arrow's type, and values that differ in it
 ARROW: dict[str, tuple[str, list[str]]] = {
     "null": ("pa.null()", ["None"]),
     "bool": ("pa.bool_()", ["True", "False"]),
@@ -150,6 +150,6 @@ def arrow_array(kind: str, expressions: Sequence[str]) -> Any:
 
 
 def rows_of(columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return columns (name, values as expressions) as rows; of two columns of a name the last one counts."""
+    """Return columns (name, values as expressions) as rows; the last of several columns with one name counts."""
     n_rows = len(columns[0]["values"])
     return [{column["name"]: value(column["values"][row]) for column in columns} for row in range(n_rows)]

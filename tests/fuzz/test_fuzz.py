@@ -1,6 +1,6 @@
-"""The fuzz run in its short form: the same few cases of every domain every time; `make fuzz` is the long one.
+"""A short fuzz run: the same few cases of every domain every time; `make fuzz` is the long one.
 
-A failing case is printed; ``python scripts/fuzz.py --domain D --case '<it>'`` runs it again.
+A failing case is printed; ``python scripts/fuzz.py --domain D --case 'CASE'`` repeats it.
 """
 
 import json

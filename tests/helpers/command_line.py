@@ -1,7 +1,7 @@
-"""Starts `estune` commands for tests: in fresh interpreters, or forked from one that has estune imported already.
+"""Starts `estune` commands for tests: in new interpreters, or as forks of a process that has imported estune.
 
-A forked command runs `estune.cli.main` in a process of its own, with its own directory, environment and output; all it
-saves is the imports. It can be told to die (SIGKILL) at its k-th write to the file system.
+A forked command runs `estune.cli.main` in a child process with its own directory, environment and output. It saves the
+time of the imports. A test can let it kill itself (SIGKILL) at its k-th write to the file system.
 """
 
 import json
@@ -19,11 +19,11 @@ from pathlib import Path
 TOY = ("train", "--engine", "toy", "--task", "quadratic", "--report_to", "none", "--output_dir", "run")
 INLINE = "estune: reward functions run inside the trainer"  # the warning of --reward_isolation inline
 MARK = "ESTUNE_TEST_RUN"  # in the environment of every process that a run starts
-PATIENCE_S = 300.0  # for what is due at once: no busy machine takes so long
+PATIENCE_S = 300.0  # seconds to wait for something that should happen at once, on a busy machine too
 TIMES = ("step_time", "train_time_s", "es/perturb_s", "es/generate_s", "es/score_s", "es/update_s", "es/tokens_per_s")
 
 REWARDS = '''
-"""Rewards of the toy task that say when they are called, and those that misbehave."""
+"""Rewards of the toy task: some log their calls, others fail."""
 
 import os
 import sys
@@ -32,10 +32,11 @@ import time
 
 
 def _log(*words):
-    """Append a line to the file that CALLS names; return the line's number, from 1, or 0 where no file is named."""
+    """Append a line to the file named by CALLS; return the line's number, from 1, or 0 if CALLS is not set."""
     if "CALLS" not in os.environ:
         return 0
-    with open(os.environ["CALLS"], "ab", buffering=0) as file:  # one write: lines of several workers never mix
+    with open(os.environ["CALLS"], "ab", buffering=0) as file:  # one write a line, so that lines of several workers do
+    not mix
         file.write(" ".join(map(str, words)).encode() + b"\\n")
         end = file.tell()
     with open(os.environ["CALLS"], "rb") as file:
@@ -53,7 +54,7 @@ def logged(completions, wanted, trainer_state, **_):
 
 
 def slow(completions, wanted, trainer_state, **_):
-    """With HOLD_AFTER calls answered, every further call waits for the file `gate`: a test then has all its time."""
+    """Return rewards; after HOLD_AFTER calls, every further call waits until the file `gate` exists."""
     call = _log(trainer_state.global_step, len(completions), os.getpid())
     time.sleep(float(os.environ.get("REWARD_S", "0.02")))
     while call > int(os.environ.get("HOLD_AFTER", sys.maxsize)) and not os.path.exists("gate"):
@@ -62,7 +63,7 @@ def slow(completions, wanted, trainer_state, **_):
 
 
 def meeting(completions, wanted, trainer_state, **_):
-    """Wait until a second worker process has a call, too."""
+    """Wait until a second worker process has been called."""
     _log(trainer_state.global_step, len(completions), os.getpid())
     while len({line.split()[2] for line in open(os.environ["CALLS"])}) < 2:
         time.sleep(0.005)
@@ -83,38 +84,38 @@ def second(completions, **_):
     return [float(text) for text in completions]
 
 
-def _guilty(wanted):
+def _bad(wanted):
     return [value == -0.5 for value in wanted]  # a few rows of every step
 
 
 def raising(completions, wanted, **_):
-    if any(_guilty(wanted)):
+    if any(_bad(wanted)):
         raise ValueError("this row is too much for me")
     return _distance(completions, wanted)
 
 
 def hanging(completions, wanted, **_):
-    if any(_guilty(wanted)):
+    if any(_bad(wanted)):
         time.sleep(1000)
     return _distance(completions, wanted)
 
 
 def dying(completions, wanted, **_):
-    if any(_guilty(wanted)):
+    if any(_bad(wanted)):
         os.kill(os.getpid(), 9)
     return _distance(completions, wanted)
 
 
 def nan(completions, wanted, **_):
-    return [float("nan") if bad else r for bad, r in zip(_guilty(wanted), _distance(completions, wanted))]
+    return [float("nan") if bad else r for bad, r in zip(_bad(wanted), _distance(completions, wanted))]
 
 
 def infinite(completions, wanted, **_):
-    return [float("inf") if bad else r for bad, r in zip(_guilty(wanted), _distance(completions, wanted))]
+    return [float("inf") if bad else r for bad, r in zip(_bad(wanted), _distance(completions, wanted))]
 
 
 def inapplicable(completions, wanted, **_):
-    return [None if bad else r for bad, r in zip(_guilty(wanted), _distance(completions, wanted))]
+    return [None if bad else r for bad, r in zip(_bad(wanted), _distance(completions, wanted))]
 
 
 def always_raising(completions, **_):
@@ -132,7 +133,7 @@ def needs_target(completions, target, **_):
 
 @dataclass(frozen=True)
 class Done:
-    """A command that ended: exit status (negative: the signal that ended it), stdout, stderr."""
+    """The result of a command: exit status (negative: the signal that ended it), stdout, stderr."""
 
     code: int
     out: str
@@ -144,14 +145,14 @@ def write_rewards(directory):
 
 
 def estune(*words, cwd, env=None):
-    """Run `estune` in a fresh interpreter; pytest's own time limit is the only one."""
+    """Run `estune` in a new interpreter, without a time limit except pytest's."""
     words = [sys.executable, "-m", "estune", *map(str, words)]
     done = subprocess.run(words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def assert_refused(done, *parts):
-    """Check for one sentence on stderr, a non-zero exit and no traceback; return the sentence."""
+    """Check for exit status 2, one sentence on stderr and no traceback; return the sentence."""
     assert done.code == 2, done
     assert done.out.count("\n") <= 1, done.out  # at most the line that names the preset
     lines = [line for line in done.err.splitlines() if not line.startswith(INLINE)]
@@ -161,7 +162,7 @@ def assert_refused(done, *parts):
     return lines[0]
 
 
-# --- rewards for ESTrainer; here because a worker imports the module that holds them, and this one loads fast ---------
+# --- rewards for ESTrainer: a worker imports their module, and this one loads fast ------------------------------------
 
 
 def vowels(completions, bonus, **_):
@@ -172,26 +173,26 @@ async def length(completions, **_):
     return [-len(text) / 10 for text in completions]
 
 
-# --- what a run left ------------------------------------------------------------------------------------------------
+# --- files and processes of a run -------------------------------------------------------------------------------------
 
 
 def tree(directory, without=()):
     """Return every file below a directory as relative path -> bytes; metrics without their times.
 
-    `origin.json` is left out: it says where the run lies.
+    `origin.json` is left out, because it holds the run's location. ``without``: prefixes of further names to leave out.
     """
-    found = {}
+    files = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         if path.is_file() and path.name != "origin.json" and not any(name.startswith(prefix) for prefix in without):
-            found[name] = metrics(directory) if name == "metrics.jsonl" else path.read_bytes()
-    return found
+            files[name] = metrics(directory) if name == "metrics.jsonl" else path.read_bytes()
+    return files
 
 
-def assert_same_tree(found, wanted):
-    assert sorted(found) == sorted(wanted)
-    for name, data in wanted.items():
-        assert found[name] == data, name
+def assert_same_tree(actual, expected):
+    assert sorted(actual) == sorted(expected)
+    for name, data in expected.items():
+        assert actual[name] == data, name
 
 
 def metrics(run_dir, times=False):
@@ -209,7 +210,7 @@ def journal(run_dir):
 
 
 def steps(run_dir, without=("hash",)):
-    """Return the journal's step lines without their hashes, which chain in the header's configuration."""
+    """Return the journal's step lines without their hashes, which depend on the header's configuration."""
     kept = [line for line in journal(run_dir) if line["kind"] == "step"]
     return [{k: v for k, v in line.items() if k not in without} for line in kept]
 
@@ -219,8 +220,8 @@ def weights(run_dir):
 
 
 def processes(mark):
-    """Return the pids of processes that a run with this mark started and that still live."""
-    found = []
+    """Return the pids of live processes that a run with this mark started."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -229,26 +230,29 @@ def processes(mark):
             except OSError:
                 continue
             if f"{MARK}={mark}".encode() in environment and state != "Z":
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def assert_no_process(mark):
-    """Check that every process of a run with this mark ends; a busy machine may need a while to end them."""
+    """Check that every process of a run with this mark ends within `PATIENCE_S`."""
     deadline = time.monotonic() + PATIENCE_S
     while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not processes(mark)
 
 
-# --- the process that forks -----------------------------------------------------------------------------------------
+# --- the fork server --------------------------------------------------------------------------------------------------
 
 
 class Zygote:
-    """Our side: sends one request at a time as a line of JSON, gets the pid and then the exit status."""
+    """The client of a fork server: sends one request as a line of JSON, receives the pid and then the exit status.
 
-    def __init__(self, *, torch=False, rivals=False):
-        self._arguments = ["torch"] * (torch or rivals) + ["rivals"] * rivals
+    ``torch`` and ``rivals``: whether the server also imports torch and transformers, and the baselines.
+    """
+
+    def __init__(self, *, torch=False, baselines=False):
+        self._arguments = ["torch"] * (torch or baselines) + ["baselines"] * baselines
 
     def __enter__(self):
         self._process = subprocess.Popen(
@@ -262,7 +266,17 @@ class Zygote:
         self._process.stdout.close()
 
     def start(self, words, cwd, *, env=None, kill_at=0, file_limit=None, script=None, cores=None):
-        """Start a command; returns its pid. ``kill_at``: see `count_writes`. ``file_limit``: bytes per file."""
+        """Start a command and return its pid.
+
+        Args:
+            words: of the command line, without ``estune``.
+            cwd: its directory.
+            env: variables added to its environment.
+            kill_at: see `count_writes`.
+            file_limit: most bytes of a file.
+            script: a Python file to run instead of `estune`.
+            cores: the CPUs that it may use.
+        """
         self._cwd = Path(cwd)
         request = dict(
             words=[str(word) for word in words],
@@ -278,7 +292,7 @@ class Zygote:
         return int(self._process.stdout.readline())
 
     def wait(self):
-        """Wait for the command that was started."""
+        """Wait for the started command; return its result."""
         code = int(self._process.stdout.readline())
         out, err = self._cwd / ".out", self._cwd / ".err"
         return Done(code, out.read_text(), err.read_text())
@@ -289,12 +303,17 @@ class Zygote:
 
 
 def count_writes(kill_at, number=signal.SIGKILL):
-    """Number every call that changes what other processes see of the file system; die just before the ``kill_at``-th.
+    """Count the calls that change the file system; send this process a signal just before the ``kill_at``-th.
 
-    ``number`` is the signal that the process sends to itself there.
+    A write counts twice; at the second count half of its bytes are written. fsync is not counted, because other
+    processes see the same file before and after it, nor is the removal of a missing file.
 
-    A write counts twice: the second time half of it is written. fsync is not counted (to those who outlive the process
-    a file is the same before and after it), nor is the removal of what is not there. Returns the counter's reader.
+    Args:
+        kill_at: the count at which the signal is sent.
+        number: the signal.
+
+    Returns:
+        A function that returns the count so far.
     """
     calls = 0
 
@@ -327,7 +346,7 @@ def count_writes(kill_at, number=signal.SIGKILL):
 
 
 def load_kernels():
-    """Load the compiled kernels, which every forked process then has."""
+    """Load the compiled kernels, so that forked processes have them."""
     from estune.engines.toy import ToyEngine
     from estune.es.types import Member, Noise, Perturbation
     from estune.es.update import make_update
@@ -339,7 +358,7 @@ def load_kernels():
 
 
 def _main():
-    """The far side: import and warm up once, then fork a command line per request."""
+    """The server: import and warm up once, then fork a command for every request."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use threads that its parent started
     import estune.commands.evaluate
     import estune.commands.replay
@@ -356,7 +375,7 @@ def _main():
 
         for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)
-    if "rivals" in sys.argv:
+    if "baselines" in sys.argv:
         import estune.baselines.policy_gradient
         import estune.baselines.rejection  # noqa: F401
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""KL from full distributions, which the estimator from samples is compared with."""
+"""KL from full distributions, with which tests compare the estimate from samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forked command does in place of a fresh interpreter: standard streams of its own, and an interpreter's end."""
+"""Makes a forked command behave like a new interpreter: its own standard streams, and an interpreter's end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 
 
 def make_streams() -> None:
-    """Make `sys.stdin`, `sys.stdout` and `sys.stderr` as an interpreter does at its start."""
+    """Open `sys.stdin`, `sys.stdout` and `sys.stderr` as an interpreter does at its start."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = None
         with suppress(OSError):
@@ -26,7 +26,7 @@ def make_streams() -> None:
 
 
 def ended(command: Callable[[], int]) -> int:
-    """Run a command and end as the interpreter does, short of freeing its memory; return the exit status."""
+    """Run a command, then end like the interpreter (except for freeing memory); return the exit status."""
     try:
         code = command()
     except SystemExit as error:

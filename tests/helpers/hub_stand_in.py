@@ -1,7 +1,7 @@
-"""A stand-in of the model hub's API on this machine: what its client needs to make repositories, upload and download.
+"""A local stand-in for the model hub's API: its client can create repositories, upload and download.
 
-Written after the client's own requests. Files up to `LFS_BYTES` come within the commit, larger ones through the large
-file protocol, as on the hub. Point the client at it by ``HF_ENDPOINT``, with ``HF_HUB_DISABLE_XET=1``.
+It answers the requests that the client sends. Files up to `LFS_BYTES` are part of the commit; larger files use the
+large file protocol, as on the hub. ``HF_ENDPOINT`` with ``HF_HUB_DISABLE_XET=1`` points the client to it.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ LFS_BYTES = 4096
 
 
 class Hub(ThreadingHTTPServer):
-    """The repositories: name -> path -> contents; and every request that came."""
+    """The repositories (name -> path -> contents), and every request received."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
-        self.branches: dict[tuple[str, str], dict[str, bytes]] = {}  # (name, revision): files, where not the main ones
+        self.branches: dict[
+            tuple[str, str], dict[str, bytes]
+        ] = {}  # (name, revision) -> files of a branch that is not main
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> contents
         self.requests: list[str] = []
-        self.refused: set[str] = set()  # what answers 403: "create", "commit"
-        self.lies: dict[str, str] = {}  # path -> sha256 that is told instead of the right one
+        self.refused: set[str] = set()  # requests answered with 403: "create", "commit"
+        self.wrong_digests: dict[str, str] = {}  # path -> sha256 reported instead of the right one
 
     def at(self, name: str, revision: str) -> tuple[dict[str, bytes], str]:
         """Return a repository's files at a branch or commit, and its commit."""
-        for (of, branch), files in self.branches.items():
+        for (repository, branch), files in self.branches.items():
             commit = hashlib.sha1(branch.encode()).hexdigest()
-            if of == name and revision in (branch, commit):
+            if repository == name and revision in (branch, commit):
                 return files, commit
         return self.repositories.get(name, {}), "0" * 40
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         return f"http://127.0.0.1:{self.server_port}"
 
 
@@ -54,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -86,17 +88,17 @@ class Handler(BaseHTTPRequestHandler):
         return path
 
     def do_POST(self) -> None:
-        """Create, prepare, commit."""
+        """Create a repository, prepare an upload, or commit."""
         path, body, hub = self._path(), self._body(), self.server
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             if "create" in hub.refused:
                 self._json({"error": "You may not create this"}, 403)
                 return
             status = 409 if name in hub.repositories else 200
             hub.repositories.setdefault(name, {})
-            hub.private.setdefault(name, bool(wanted.get("private")) or wanted.get("visibility") == "private")
+            hub.private.setdefault(name, bool(request.get("private")) or request.get("visibility") == "private")
             self._json({"url": f"{hub.url}/{name}", "id": name}, status)
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -133,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             self._json({"error": "no such thing"}, 404)
 
     def do_PUT(self) -> None:
-        """Take a large file."""
+        """Receive a large file."""
         digest, body = self._path().removeprefix("/lfs/"), self._body()
         if hashlib.sha256(body).hexdigest() != digest:
             self._json({"error": "not these bytes"}, 400)
@@ -142,11 +144,11 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200)
 
     def do_HEAD(self) -> None:
-        """Tell of a file."""
+        """Describe a file."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Tell of a repository, or give a file."""
+        """Describe a user or a repository, or send a file."""
         path, hub = self._path(), self.server
         if path == "/api/whoami-v2":
             self._json({"name": "me", "type": "user", "auth": {}})
@@ -162,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._json([_entry(path, data) for path, data in files.items()])
                 return
             self._json({"id": name, "sha": commit, "private": hub.private.get(name, False), "siblings": [
-                _sibling(path, data, hub.lies) for path, data in files.items()
+                _sibling(path, data, hub.wrong_digests) for path, data in files.items()
             ]})  # fmt: skip
             return
         name, _, rest = path.lstrip("/").partition("/resolve/")
@@ -176,26 +178,26 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, data, "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit=commit)
 
 
-def _sibling(path: str, data: bytes, lies: dict[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+def _sibling(path: str, data: bytes, wrong_digests: dict[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
     if len(data) > LFS_BYTES:
-        digest = lies.get(path) or hashlib.sha256(data).hexdigest()
-        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 130}
-    return found
+        digest = wrong_digests.get(path) or hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 130}
+    return entry
 
 
 def _entry(path: str, data: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest(),
     }  # fmt: skip
     if len(data) > LFS_BYTES:
-        found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return found
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return entry
 
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """Run a hub for the time of a test."""
+    """Run a hub during a test."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()

@@ -1,6 +1,6 @@
-"""The noise written a second time, from its definition alone: Python integers, and 64-bit NumPy with explicit masks.
+"""A second implementation of the noise from its definition: Python integers, and 64-bit NumPy with explicit masks.
 
-Nothing here shares code with `estune.es.noise`; the tests compare the two.
+It shares no code with `estune.es.noise`; tests compare the two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def plain_key(seed: int, name: str) -> tuple[int, int]:
 
 
 def plain_noise(seed: int, name: str, element: int, distribution: str = "normal") -> int:
-    """One noise integer, the element's index counted over the whole tensor."""
+    """Return one noise integer; ``element`` is the flat index in the whole tensor."""
     block, index = divmod(element, 1 << 32)
     k0, k1 = plain_key(seed, f"{name}#{block}" if block else name)
     word = plain_mix((plain_mix(index ^ k0) + k1) & MASK)
@@ -47,7 +47,7 @@ def wide_mix(x: np.ndarray) -> np.ndarray:
 
 
 def wide_noise(key: tuple[int, int], start: int, count: int, distribution: str = "normal") -> np.ndarray:
-    """Noise integers of elements of one key block: int64 (count,)."""
+    """Return noise integers of elements in one key block: int64 (count,)."""
     index = np.arange(start, start + count, dtype=np.uint64)
     word = wide_mix((wide_mix(index ^ np.uint64(key[0])) + np.uint64(key[1])) & np.uint64(MASK))
     if distribution == "rademacher":
@@ -56,7 +56,7 @@ def wide_noise(key: tuple[int, int], start: int, count: int, distribution: str =
 
 
 def wide_checksum(values: np.ndarray, start: int = 0) -> int:
-    """The checksum's sum over one tensor's float32 bits, elements counted from ``start`` within their block."""
+    """Return the checksum's sum over a tensor's float32 bits; ``start`` is the first element's index in its block."""
     flat = np.ascontiguousarray(values).reshape(-1)
     index = np.arange(start, start + flat.size, dtype=np.uint64)
     words = wide_mix((wide_mix(index) + flat.view(np.uint32).astype(np.uint64)) & np.uint64(MASK))
@@ -64,11 +64,13 @@ def wide_checksum(values: np.ndarray, start: int = 0) -> int:
 
 
 def nearest_float32(value: Fraction) -> np.float32:
-    """Round an exact number once to float32, half to even; in the range of normal and subnormal numbers."""
+    """Return an exact number rounded once to float32, half to even; normal and subnormal numbers only."""
     if value == 0:
         return np.float32(0.0)
     magnitude = abs(value)
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()  # 2^exponent is within a factor 2
+    exponent = (
+        magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    )  # 2^exponent is within a factor of 2
     if Fraction(2) ** exponent > magnitude:
         exponent -= 1
     ulp = Fraction(2) ** (max(exponent, -126) - 23)
@@ -77,11 +79,11 @@ def nearest_float32(value: Fraction) -> np.float32:
 
 
 def fused_float64(theta: Fraction, product: Fraction) -> float:
-    """The exact sum rounded once to float64: what a fused multiply-add returns."""
+    """Return the exact sum rounded once to float64, as a fused multiply-add does."""
     return float(theta + product)
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Equal to the bit: tells -0.0 from 0.0 and takes NaN for equal to itself."""
+    """Return whether two arrays have equal bits: -0.0 differs from 0.0, and NaN equals NaN."""
     left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
     return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()

@@ -1,8 +1,9 @@
-"""Blocks of documentation and whole programs, run word for word without the price of their imports.
+"""Runs blocks of documentation and whole programs unchanged, without the time of their imports.
 
-`Shell.run` gives a block to bash. First on its PATH are `estune` and `python`, which hand their words, directory,
-environment and standard streams to a server that has estune, torch and TRL imported; the server forks the command and
-tells its exit status. What is read at an import (``OMP_NUM_THREADS``, ``HF_ENDPOINT``) is as the server was started.
+`Shell.run` passes a block to bash. The first `estune` and `python` on its PATH are shims. They pass their words,
+directory, environment and standard streams to a server that has imported estune, torch and TRL. The server forks the
+command and returns its exit status. Variables that are read at an import (``OMP_NUM_THREADS``, ``HF_ENDPOINT``) have
+the values with which the server was started.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ sys.exit(code)
 
 
 class Shell:
-    """Our side: starts the server, runs blocks."""
+    """The client: starts the server and runs blocks."""
 
     def __enter__(self) -> Self:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -69,17 +70,17 @@ class Shell:
         return subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True)
 
     def check(self, block: str, cwd: Path, language: str = "bash") -> str:
-        """Run a block that succeeds; return its standard output."""
+        """Run a block, check that it succeeds, and return its standard output."""
         done = self.run(block, cwd, language)
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done.stdout
 
 
-# --- the server's side ------------------------------------------------------------------------------------------------
+# --- the server -------------------------------------------------------------------------------------------------------
 
 
 def _main() -> None:
-    """Import, open the socket, print where the programs lie, fork a command per request until stdin is closed."""
+    """Import, open the socket, print the directory of the shims, and fork a command a request until stdin is closed."""
     import transformers
     from command_line import load_kernels
 
@@ -138,7 +139,7 @@ def _reap() -> None:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Fork the command, wait for it, tell its exit status; never returns."""
+    """Fork the command, wait for it, and send its exit status; does not return."""
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     n_bytes, request = int.from_bytes(size, "big"), b""
     while len(request) < n_bytes:

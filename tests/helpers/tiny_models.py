@@ -1,16 +1,28 @@
-"""Builders of tiny random models, one per family, and of a small tokenizer: nothing is downloaded."""
+"""Builds tiny random models of several families, and a small tokenizer, without downloads."""
 
 from __future__ import annotations
 
+import copy
+import gc
+import locale
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import is_progress_bar_enabled
 
 VOCAB_SIZE = 300
 PAD, BOS, EOS = 256, 257, 258
@@ -79,7 +91,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         moe_intermediate_size=24,
         shared_expert_intermediate_size=40,
     ),
-    "deepseek_v3": lambda: _build(  # a persistent buffer, the router's correction
+    "deepseek_v3": lambda: _build(  # has a persistent buffer: the router's correction
         "DeepseekV3",
         **{**_DECODER, "num_key_value_heads": 4},
         n_routed_experts=4,
@@ -94,13 +106,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         v_head_dim=8,
         first_k_dense_replace=1,
     ),
-    "hrm_text": lambda: _build("HrmText", **_DECODER),  # stored fused, split in memory
+    "hrm_text": lambda: _build("HrmText", **_DECODER),  # stored as fused tensors, split in memory
     "mamba": lambda: _build("Mamba", hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build a family's random model; weights are spread so that greedy answers vary and no parameter is constant."""
+    """Build a family's random model; noise on its weights varies greedy answers and leaves no parameter constant."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval()
@@ -133,3 +145,43 @@ def save_tiny(family: str, directory: Path, seed: int = 0) -> PreTrainedModel:
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return model
+
+
+def attributes(model: PreTrainedModel) -> dict[tuple[str, ...], Any]:
+    """Return the class and all attributes of every module, the forward of an instance included."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, module in model.named_modules():
+        found[name, "class"] = type(module)
+        for key, value in vars(module).items():
+            inner = value if key in ("_parameters", "_buffers", "_modules") else {"": value}
+            found |= {(name, key, part): item for part, item in inner.items()}
+    return found
+
+
+def config_states(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return copies of all attributes of a model's configurations."""
+    parts = [model.config, model.generation_config, model.config.get_text_config(decoder=True)]
+    return [copy.deepcopy(vars(part)) for part in parts]
+
+
+def process_state() -> dict[str, Any]:
+    """Return the settings of this process that a library should leave to its program."""
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random": (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()),
+        "environment": dict(os.environ),
+        "directory": os.getcwd(),
+        "path": list(sys.path),
+        "warnings": list(warnings.filters),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+        "limits": [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE)],
+        "recursion": sys.getrecursionlimit(),
+        "collection": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "locale": locale.setlocale(locale.LC_ALL),
+        "streams": (sys.stdout, sys.stderr, sys.excepthook),
+        "logging": {name: logging.getLogger(name).level for name in ("", "transformers", "accelerate", "trl")},
+        "bars": is_progress_bar_enabled(),
+    }

@@ -1,17 +1,17 @@
-"""Fixtures of the tests of ES's rivals."""
+"""Fixtures of the tests of the baselines."""
 
 import pytest
 
 
 @pytest.fixture
 def in_place(place, monkeypatch):
-    """The test's own directory is the current one."""
+    """Make the test's directory the current one."""
     monkeypatch.chdir(place)
 
 
 @pytest.fixture
 def trainers(monkeypatch):
-    """The trainers of transformers that runs make, as they make them."""
+    """Collects the transformers trainers that runs create."""
     from estune.baselines import policy_gradient, rejection
 
     made = []
@@ -31,7 +31,7 @@ def trainers(monkeypatch):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """What runs had scored: (rows, completions (B, G), rewards (B, G)) of each batch."""
+    """Collects (rows, completions (B, G), rewards (B, G)) of each batch that runs score."""
     from estune.baselines.session import BaselineSession
 
     seen = []

@@ -1,4 +1,4 @@
-"""Bad input gets one clear sentence and a non-zero exit, and nothing is lost: every entry through the command line."""
+"""Bad input to the command line: one clear sentence, a non-zero exit status, and no file changes."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ DATA = ("--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:vowels")
 
 
 def files(place):
-    """Return what lies in the test's directory, without the output that the harness puts there."""
+    """Return the files in the test's directory, without the harness's output."""
     return tree(place, without=(".out", ".err", "__pycache__"))
 
 
@@ -406,7 +406,7 @@ def test_models_that_are_not_there(refused, run_model, place, model, parts):
 
 
 def test_a_run_without_a_finished_model(run, place, monkeypatch):
-    """The checkpoint, or the journal alone, is what there is to evaluate."""
+    """The run has a checkpoint, or only a journal."""
     from estune.errors import UserError
     from estune.run.directory import refuse_unfinished
 
@@ -447,7 +447,7 @@ def test_a_pattern_that_matches_no_parameter(refused, run_model, place, tiny_lla
 
 
 def test_through_a_real_interpreter(place):
-    """The same as a user sees it, in a process of its own."""
+    """The same in a new process."""
     assert_refused(estune("train", "--sgima", "1", cwd=place), "--sigma")
     assert_refused(estune(*RUN, "--antithetic", "--population_size", 5, cwd=place), "even")
     assert not list(place.iterdir())

@@ -18,15 +18,14 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from estune.compare import worker
 from estune.compare.config import from_mapping
-from estune.compare.measure import Judges, divergence, evaluation_config
-from estune.compare.measure import test_rows as held_out_rows
+from estune.compare.measure import Scorers, divergence, evaluation_config, held_out_rows
 from estune.config import ESConfig
 from estune.engines.hf.decoding import is_sound
 from estune.engines.hf.engine import HFEngine
 from estune.errors import UserError
 from estune.es.types import Prompt, Sampling
 from estune.models.names import local_directory
-from estune.train.rollouts import Group, known_groups
+from estune.train.groups import Group, known_groups
 from estune.train.setup import load_engine
 
 pytestmark = pytest.mark.miniature
@@ -208,7 +207,7 @@ def test_a_theta_that_its_last_update_broke_is_not_written(noise: str, run_model
     assert replayed.code == 0, replayed
 
 
-def test_a_theta_that_breaks_on_the_way_stops_the_run_and_is_told_of_held_out_rows(run_model: Any, place: Path) -> None:
+def test_a_theta_that_breaks_during_a_run_stops_it_and_held_out_rows_are_reported(run_model: Any, place: Path) -> None:
     done = run_model(*BREAKS, "--max_steps", 3, "--save_steps", 1, "--eval_steps", 1, "--eval_rows", 4)
     assert done.code == 2, done
     assert "step 2: the logits of all members are not finite in float16" in done.err
@@ -262,11 +261,11 @@ def test_a_comparison_measures_no_broken_model(place: Path) -> None:
                                "measuring": {"rows": 4}})  # fmt: skip
     args = evaluation_config(comparison, str(scaled(place, "down_proj", 1e9)))
     engine, rows = load_engine(args), held_out_rows(comparison)
-    with Judges() as judges:
+    with Scorers() as scorers:
         with pytest.raises(UserError, match="gives logits that are not finite in float16"):
-            judges.answer(args, engine, rows)
+            scorers.answer(args, engine, rows)
         whole = load_engine(evaluation_config(comparison, "tiny"))
-        evaluation, prompts = judges.answer(evaluation_config(comparison, "tiny"), whole, rows)
+        evaluation, prompts = scorers.answer(evaluation_config(comparison, "tiny"), whole, rows)
     with pytest.raises(UserError, match="there is no KL"):
         divergence(whole, engine, prompts, evaluation)
 
@@ -393,7 +392,7 @@ def test_rows_that_all_ask_the_same_and_rewards_that_never_apply(run_model: Any,
         assert done.err.count(told) == 1, done.err
 
 
-def test_a_model_that_nothing_ends_is_told(run_model: Any, place: Path) -> None:
+def test_a_model_without_an_end_token_gets_a_warning(run_model: Any, place: Path) -> None:
     model = scaled(place, "norm", 1.0, "endless")
     for file in ("generation_config.json", "config.json", "tokenizer_config.json"):
         values = json.loads((model / file).read_text())

@@ -1,4 +1,4 @@
-"""The command line: help that loads little, one JSON object, and evaluations that agree wherever they are made."""
+"""The command line: help imports little, `--json` prints one object, and evaluations agree with each other."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def one_object(done):
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_loads_no_package_but_the_few_that_describe_options(place, command):
-    """That makes it fast; how fast it is, `benchmarks/bench.py` measures."""
+    """This keeps it fast; `benchmarks/bench.py` measures the time."""
     code = (
         "import sys\nbefore = set(sys.modules)\nfrom estune.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
@@ -119,7 +119,7 @@ def test_score(run, place):
     assert f"{result['accuracy']:.1%}" in run("score", "--task", "countdown", "--completions", "c.jsonl").out
 
 
-def test_score_with_rewards_of_ones_own(run, place):
+def test_score_with_a_users_rewards(run, place):
     rows = [
         {"completion": text, "wanted": wanted} for text, wanted in (("0.5", 0.5), ("1", -0.5), ("0", 0.25), ("x", 0.1))
     ]
@@ -222,7 +222,7 @@ def test_evaluate_options(zygote, toy_run):
         assert_refused(zygote.run((*words, name, -1), toy_run), name[2:])
 
 
-def test_evaluate_with_data_and_rewards_of_ones_own(zygote, toy_run):
+def test_evaluate_with_a_users_data_and_rewards(zygote, toy_run):
     write_rewards(toy_run)
     (toy_run / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"x[{i}]", "wanted": 0.5}) + "\n" for i in range(5))
@@ -330,7 +330,7 @@ def test_the_demo_preset_is_for_evolution_strategies(call):
 
 
 def test_train_without_arguments_is_the_demo_preset(run_model):
-    """Seen through a dry run: the preset's values, on the embedded model."""
+    """A dry run shows the preset's values and the embedded model."""
     done = run_model("train", "--dry_run")
     assert done.code == 0, done
     assert done.out.startswith("estune: preset demo")

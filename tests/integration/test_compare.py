@@ -1,4 +1,4 @@
-"""A whole comparison in miniature, through the command line: bases, tuning, runs, both budgets, report, going on."""
+"""A miniature comparison through the command line: bases, tuning, runs, both budgets, report, resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from estune.compare.runner import Runner
 from estune.environment import code_digest
 from estune.errors import UserError
 
-pytestmark = [pytest.mark.miniature, pytest.mark.xdist_group("compared")]  # one comparison, which most tests look at
+pytestmark = [pytest.mark.miniature, pytest.mark.xdist_group("compared")]  # one comparison, which most tests read
 
 MINIATURE = {
     "output_dir": "out",
@@ -83,7 +83,7 @@ def test_every_row_is_there(compared: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_results_name_their_runs_and_hold_what_was_measured(compared: Path) -> None:
+def test_results_name_their_runs_and_hold_the_measurements(compared: Path) -> None:
     for method, seed in (("es", 0), ("grpo", 1)):
         found = result(compared, f"{method}/seed-{seed}-evaluations.json")
         run, measured = compared / "out" / found["run"], compared / "out" / found["measured"]
@@ -113,14 +113,14 @@ def test_tuning_is_equal_and_chooses_on_validation(compared: Path) -> None:
         trial = result(compared, f"{method}/trial-0.json")
         timed = result(compared, f"{method}/trial-0-time.json")
         assert trial["evaluations"] == 32 and timed["train_time_s"] >= 0.5 and timed["run"] == trial["run"]
-        assert tuned["cost"]["evaluations"] == max(32, timed["evaluations"])  # one run went on to both budgets
+        assert tuned["cost"]["evaluations"] == max(32, timed["evaluations"])  # one run to both budgets
         assert tuned["chosen"] == tuned["chosen_time"] == trial["trial"] and tuned["rows"] == 8
         config = compared / "out" / trial["run"] / "es_config.json"
         assert json.loads(config.read_text(encoding="utf-8"))["seed"] == 1000
 
 
 @pytest.mark.e2e
-def test_the_report_needs_nothing_else(compared: Path) -> None:
+def test_the_report_is_self_contained(compared: Path) -> None:
     page = (compared / "out" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "not established: no claim" in page and "2 of 2 failed" in page
@@ -134,7 +134,7 @@ def test_the_report_needs_nothing_else(compared: Path) -> None:
 
 @pytest.mark.e2e
 def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, tmp_path: Path) -> None:
-    """All but links to the runs' own pages, which are not there; and nothing that was measured is measured again."""
+    """All but the links to the pages of runs; and no measurement is repeated."""
     shutil.copy(compared / "out" / "comparison_results.json", tmp_path / "kept.json")
     done = estune("compare", "--report_only", "kept.json", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -155,7 +155,7 @@ def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, t
 
 
 @pytest.mark.e2e
-def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None:
+def test_existing_results_are_not_made_again(compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"
     before = {path: path.stat().st_mtime_ns for path in (directory / "out" / "results").rglob("seed-*.json")}
@@ -172,13 +172,13 @@ def test_what_is_there_is_not_done_again(compared: Path, tmp_path: Path) -> None
     sittings = json.loads((directory / "out" / "results" / "cost.json").read_text(encoding="utf-8"))
     assert len(sittings) == 2 and all(sitting["cpu_s"] > 0 for sitting in sittings)
     less = {name: entry for name, entry in MINIATURE["methods"].items() if name != "grpo"}
-    for changes, told in (
+    for changes, message in (
         ({"budget": {"evaluations": 128, "time_s": 1}}, "budget .* another output_dir"),
-        ({"methods": less}, "grpo.*left out"),
-        ({"seeds": [0]}, "seed 1.*left out"),
+        ({"methods": less}, "grpo.*leave out"),
+        ({"seeds": [0]}, "seed 1.*leave out"),
     ):
-        with pytest.raises(UserError, match=told):
-            Runner(read_comparison(write(directory, **changes), directory / "out")).keep_plan()
+        with pytest.raises(UserError, match=message):
+            Runner(read_comparison(write(directory, **changes), directory / "out")).write_plan()
 
 
 # The task's reward; once the first budget's result is there, it waits until the test opens the gate.
@@ -195,7 +195,7 @@ def held(**given):
 
 @pytest.mark.e2e
 def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path, tmp_path: Path) -> None:
-    """The time is up first, long before the evaluations; the run goes on to them as if nothing had happened."""
+    """The budget of time is reached first; the resumed run ends in the same model as an uninterrupted one."""
     methods = {"grpo": MINIATURE["methods"]["grpo"]}
     first = tmp_path / "out" / "results" / "tiny" / "grpo" / "seed-0-time.json"
     second = first.with_name("seed-0-evaluations.json")
@@ -219,14 +219,14 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
     found = json.loads(second.read_text(encoding="utf-8"))
     whole = result(compared, "grpo/seed-0-evaluations.json")
     assert found["status"] == "done" and found["steps"] == whole["steps"]
-    assert found["fingerprint"] == whole["fingerprint"]  # of the comparison that nobody disturbed
+    assert found["fingerprint"] == whole["fingerprint"]  # of the uninterrupted comparison
     early = json.loads(first.read_text(encoding="utf-8"))
     assert early["steps"] < found["steps"] and early["fingerprint"] != found["fingerprint"]
 
 
 @pytest.mark.e2e
 def test_at_equal_time_alone(tmp_path: Path) -> None:
-    """One run a seed, one table, curves over both, and nothing done again."""
+    """One run a seed, one table, curves over both budgets, and no repeated work."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
                       "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
     file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
@@ -261,7 +261,7 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
-    """Where answers repeat; it is told beside everybody, and brought where results are older than it."""
+    """For a task whose answers repeat. An older comparison without this row gets it."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"}}}
     retention = {"two steps": {"task": "chain:2", "split": "validation", "rows": 3}}
     file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 20, "time_s": 0},
@@ -286,7 +286,7 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
         ({"models": {}}, ("models",)),
         ({"seeds": [0, 0]}, ("seeds",)),
         ({"seeds": [1000]}, ("tuning", "seed")),
-        ({"settings": {"seed": 3}}, ("seed", "comparison decides")),
+        ({"settings": {"seed": 3}}, ("seed", "comparison sets")),
         ({"settings": {"max_completion_lenght": 3}}, ("max_completion_length",)),
         ({"methods": {"a": {"method": "es"}, "b": {"method": "grpo", "trials": [{}, {}]}}}, ("a 1, b 2",)),
         ({"methods": {"a": {"method": "gpro"}}}, ("gpro", "grpo")),
@@ -326,7 +326,7 @@ def test_what_is_refused_before_anything_runs(call, tmp_path: Path, changes: dic
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_what_it_would_take(call, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_cost(call, tmp_path: Path) -> None:
     done = call("compare", write(tmp_path), "--dry_run", cwd=tmp_path)
     assert done.code == 0 and "8 runs" in done.out and "4 trials of 32 evaluations and 0.5 s" in done.out
     assert not (tmp_path / "out").exists()
@@ -341,7 +341,7 @@ def test_a_comparisons_directory_is_no_model_and_no_run(call, compared: Path) ->
 
 
 @pytest.mark.e2e
-def test_a_dry_run_sees_what_is_there_already(call, compared: Path, tmp_path: Path) -> None:
+def test_a_dry_run_compares_with_existing_results(call, compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared / "out", tmp_path / "out")
     file = write(tmp_path, measuring={**MINIATURE["measuring"], "samples": 3})
     assert_refused(call("compare", file, "--dry_run", cwd=tmp_path), "measuring", "another output_dir")

@@ -359,7 +359,7 @@ def test_a_model_that_no_token_ends_is_warned_of(
 
 
 @pytest.mark.parametrize("given", [7, [7], [EOS, 7]])
-def test_end_ids_other_than_the_tokenizers_are_said(
+def test_end_ids_that_differ_from_the_tokenizers_get_a_warning(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], given: Any
 ) -> None:
     HFEngine.load(str(damaged(ends(eos_token_id=given))))
@@ -368,7 +368,7 @@ def test_end_ids_other_than_the_tokenizers_are_said(
 
 
 @pytest.mark.parametrize("given", [EOS, [EOS], [EOS, EOS], None, []])
-def test_end_ids_that_are_the_tokenizers_are_not_said(
+def test_end_ids_that_equal_the_tokenizers_get_no_warning(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], given: Any
 ) -> None:
     assert HFEngine.load(str(damaged(ends(eos_token_id=given)))).assets.end_tokens == {EOS}
@@ -460,7 +460,7 @@ def test_whole_shards_load_without_a_word(
     ],
     ids=["one", "two", "a layer", "a shard"],
 )
-def test_tensors_that_the_model_does_not_use_are_said(
+def test_tensors_that_the_model_does_not_use_get_a_warning(
     damaged: Callable[[Edit], Path], capsys: pytest.CaptureFixture[str], edit: Edit, parts: tuple[str, ...]
 ) -> None:
     engine = HFEngine.load(str(damaged(edit)))

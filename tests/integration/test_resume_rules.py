@@ -1,4 +1,4 @@
-"""Every line of the table of what a resume may change (docs/resuming.md), and runs that are found from elsewhere."""
+"""Every line of the table of resume rules (docs/resuming.md), and runs in other directories."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from tiers import full
 from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
 from estune.errors import ExternalError
 from estune.models.names import EMBEDDED_MODELS
-from estune.run.directory import adopt
-from estune.run.resume import LOCATED, RULES, Facts, check_facts
+from estune.run.origin import LOCATED
+from estune.run.resume import RULES, Facts, adopt, check_facts
 
 pytestmark = pytest.mark.miniature
 
@@ -51,7 +51,7 @@ def lay_out(place):
 
 @pytest.fixture(scope="module")
 def project(torch_zygote, tmp_path_factory):
-    """A directory with a run of one step and all that it was started with."""
+    """A directory with a run of one step and all its inputs."""
     place = tmp_path_factory.mktemp("project")
     lay_out(place)
     done = torch_zygote.run(("train", *OPTIONS, "--max_steps", 1, "--output_dir", "run"), place)
@@ -160,7 +160,7 @@ def test_every_line_of_the_table_has_a_case():
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_a_changed_fact_is_refused_or_said(run_model, copy, name, number):
+def test_a_changed_fact_is_refused_or_warned_of(run_model, copy, name, number):
     rule = RULES[name]
     change, words = CHANGES[name][number]
     change(copy)
@@ -182,7 +182,7 @@ def errors(done):
     return "".join(f"{line}\n" for line in done.err.splitlines() if "warning" not in line and "error" in line)
 
 
-def test_nothing_is_said_where_nothing_changed(run_model, copy):
+def test_there_is_no_warning_if_nothing_changed(run_model, copy):
     done = run_model("train", "--resume", "--output_dir", "run", "--max_steps", 2, cwd=copy)
     assert done.code == 0, done
     for rule in RULES.values():
@@ -203,7 +203,7 @@ def facts(**identity):
 
 
 def test_other_code_of_the_model_is_refused():
-    then = facts(code={"modeling_x.py": "a"}).as_dict()
+    then = facts(code={"modeling_x.py": "a"}).stored()
     check_facts(then, facts(code={"modeling_x.py": "a"}))
     with pytest.raises(ExternalError, match=RULES["code"].what):
         check_facts(then, facts(code={"modeling_x.py": "b"}))
@@ -221,7 +221,7 @@ SPECIAL = {
 
 
 def another(name, value):
-    """Return a value of an option that is not the one it has."""
+    """Return another value of an option."""
     if name in SPECIAL:
         return SPECIAL[name]
     choices = [choice for choice in FIELDS[name].metadata["choices"] if choice not in (value, "auto")]
@@ -298,7 +298,7 @@ def test_a_reward_module_is_found_from_another_directory(run_model, tmp_path):
 
 
 def test_another_file_of_the_same_name_is_not_taken_for_the_runs(run_model, tmp_path, project):
-    """Where the run began there is its model; the present directory has another one of that name."""
+    """The run's first directory holds its model; the present directory holds another model with that name."""
     place = tmp_path / "project"
     shutil.copytree(project, place)
     other = tmp_path / "else"
@@ -331,7 +331,7 @@ def test_a_run_on_rows_that_are_all_trained_on_says_so_when_it_is_evaluated(run_
     ("lost", "option"), [full("base", "model"), full("data", "dataset_name"), ("score.py", "reward_funcs")]
 )
 def test_what_is_gone_is_named_and_may_lie_elsewhere(run_model, tmp_path, lost, option):
-    """After a resume that says where it is now, the run is replayed without saying so again."""
+    """After a resume with the model's new location, a replay does not need it again."""
     lay_out(tmp_path)
     assert run_model("train", *OPTIONS, "--max_steps", 1, "--output_dir", "run", cwd=tmp_path).code == 0
     (tmp_path / "kept").mkdir()

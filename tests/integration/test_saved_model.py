@@ -42,7 +42,7 @@ def saved_values(engine: HFEngine, directory: Path, *, float32: bool = True) -> 
 
 
 def assert_loads_as(directory: Path, engine: HFEngine) -> None:
-    """transformers builds the very model from a saved directory, and leaves out or makes up no tensor."""
+    """transformers loads the same model from a saved directory; no tensor is missing or newly initialised."""
     loaded, report = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     again = HFEngine.from_model(loaded, engine.assets.tokenizer)

@@ -10,7 +10,7 @@ from shells import Shell
 pytestmark = pytest.mark.miniature
 
 
-def test_words_directory_environment_and_streams_are_the_commands_own(shell: Shell, tmp_path: Path) -> None:
+def test_a_command_has_its_own_words_directory_environment_and_streams(shell: Shell, tmp_path: Path) -> None:
     code = 'import os, sys; print(sys.argv, os.getcwd(), os.environ["MINE"], input())'
     found = shell.check(f"export MINE=1; echo typed | python -c '{code}' 'two words' x 2>/dev/null", tmp_path)
     assert found == f"['-c', 'two words', 'x'] {tmp_path} 1 typed\n"

@@ -239,7 +239,7 @@ os._exit(0)  # what Python finds of these streams at its own end is the user's
 
 
 def test_the_journal_is_no_standard_stream(at):
-    """A program whose descriptors are closed opens files; what anybody prints must not land in them."""
+    """A program with closed descriptors opens files; printed text must not be written to them."""
     script = """
 import os, subprocess
 for number in range(3):
@@ -443,7 +443,7 @@ def test_signals_that_were_ignored_from_the_start_stay_ignored(at, journals):
 
 
 def test_programs_that_a_reward_starts_get_the_users_signals():
-    """What was ignored at the start is ignored there, too; what was not has its default back."""
+    """Signals ignored at the start stay ignored in it; all others have their default action."""
     script = textwrap.dedent("""
         import signal, subprocess, sys
         from estune.rewards.pool import RewardBatch, RewardPool

@@ -1,4 +1,4 @@
-"""`ESTrainer` from Python, with TRL's keywords, on a tiny random Llama; and what a run directory is good for."""
+"""`ESTrainer` in Python, with TRL's keywords, on a tiny random Llama; and the uses of a run directory."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from command_line import assert_same_tree, journal, length, metrics, steps, tree, vowels, weights
-from tiny_models import save_tiny, tiny_tokenizer
+from tiny_models import attributes, config_states, process_state, save_tiny, tiny_tokenizer
 
 from estune import ESConfig, ESTrainer
 from estune.engines.hf.callers import AttentionCaller
@@ -243,6 +243,54 @@ def test_a_model_in_memory(llama, place, run_model):
             10,
         )
         assert done.code == 0 and json.loads(done.out)["n"] == 6, done
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("noise", ["full", "lowrank"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_users_model_and_process_stay_as_they_were(llama, place, monkeypatch, noise, fails, three_threads):
+    """Training moves the weights of a model in memory; nothing else of it changes, and no setting of the process."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, attention_dropout=0.25).train()
+    model.model.layers[0].eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    args = ESConfig(output_dir="run", noise=noise, **SMALL)
+    trainer = ESTrainer(model=model, processing_class=tokenizer, reward_funcs=vowels, args=args, train_dataset=ROWS)
+    step, seen = AttentionCaller.step, []
+
+    def observed(self, tokens):
+        layer = model.model.layers[1].mlp.up_proj
+        seen.append(
+            (model.training, torch.get_num_threads(), model.config._attn_implementation, "forward" in vars(layer))
+        )
+        if fails and len(seen) > 20:
+            raise FloatingPointError
+        return step(self, tokens)
+
+    monkeypatch.setattr(AttentionCaller, "step", observed)
+    of_model, of_config, of_process = attributes(model), config_states(model), process_state()
+    text = tokenizer.backend_tokenizer.to_str()
+    if fails:
+        with pytest.raises(FloatingPointError):
+            trainer.train()
+    else:
+        trainer.train()
+    assert seen[-1] == (False, 1, "estune_sdpa", True)
+    after = attributes(model)
+    assert after.keys() == of_model.keys()
+    assert [name for name in after if after[name] is not of_model[name]] == []
+    assert config_states(model) == of_config
+    assert tokenizer.backend_tokenizer.to_str() == text
+    now = process_state()
+    assert {name: value for name, value in now.items() if value != of_process[name]} == {}
+    wanted = trainer.engine.theta.arrays
+    assert all(np.array_equal(parameter.detach(), wanted[name]) for name, parameter in model.named_parameters())
 
 
 def test_resume_from_python(llama, place):

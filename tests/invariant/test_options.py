@@ -351,8 +351,8 @@ def test_engine(run, place):
 
 
 def test_method(run_model, place, tiny_llama):
-    """What each method does is shown in `test_rivals`, `test_rejection` and `test_ppo`."""
-    pytest.importorskip("trl", reason="the rivals' trainers")
+    """What each method does is shown in `test_baselines`, `test_rejection` and `test_ppo`."""
+    pytest.importorskip("trl", reason="the baselines' trainers")
     furnish(place)
     size = MODEL.index("--population_size")
     words = (*MODEL[:size], *MODEL[size + 2 :], "--model", tiny_llama, "--num_generations", 2, "--learning_rate", 0.01)

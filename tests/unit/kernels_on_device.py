@@ -372,7 +372,7 @@ def test_what_a_device_master_refuses(resident: bool) -> None:
         device.apply(updates()[2])
 
 
-def test_blocks_past_two_to_the_32_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_past_two_to_the_32_have_separate_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_master, "BLOCK_SIZE", 400)
     device = DeviceTheta(host_master(), DEVICE, resident=True)
     out = torch.empty(513, device=DEVICE)

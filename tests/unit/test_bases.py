@@ -1,4 +1,4 @@
-"""The bases that methods are compared on are the ones that were frozen."""
+"""The bases of comparisons are unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINES = [line.split("  ") for line in (BASES / "SHA256SUMS").read_text(encoding=
 
 
 def test_the_hashes_are_those_that_were_frozen() -> None:
-    """A new file would need a new hash here as well: what was compared before it was compared on another base."""
+    """A changed file needs a new hash here too, because earlier comparisons used another base."""
     frozen = "c9c20f8a3253d1efbddd040214ba293c3928cc20760b8f12e61d57234c1d8397"
     assert hashlib.sha256((BASES / "SHA256SUMS").read_bytes()).hexdigest() == frozen
 
@@ -32,7 +32,7 @@ def test_every_file_is_the_frozen_one(digest: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_prompts_have_the_tokens_that_the_base_was_trained_on(name: str) -> None:
-    """However transformers chooses a tokenizer class: it overrules the files of some model types."""
+    """Also if transformers overrides the tokenizer class of the model's files."""
     from transformers import PreTrainedTokenizerFast
 
     from estune.engines.hf.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""`make bench-check`: when a figure counts as a regression; and what result files say of their origin."""
+"""`make bench-check`: when a figure counts as a regression, and the origin that result files record."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ def bench():
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """Let benchmarks import each other; those that were imported are forgotten afterwards."""
+    """Make benchmarks importable; the imported ones are removed afterwards."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield importlib.import_module
     for name in ("record", "memory", "help_time"):
@@ -52,7 +52,7 @@ def test_a_missing_figure_fails_on_either_side(bench):
     assert "not in the recorded ratios" in str(comparisons[2])
 
 
-def test_a_check_compares_its_sections_with_this_processor_alone(bench, tmp_path, monkeypatch, capsys):
+def test_a_check_compares_only_its_sections_and_this_processor(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "RATIOS", tmp_path / "ratios.json")
     assert bench.check({"kernels/a": 1.0}, ["kernels"]) == 1  # nothing recorded
     ratios = {"kernels/a": 1.0, "step/b": 2.0}
@@ -85,7 +85,7 @@ def test_targets_are_named_by_processor(bench):
     assert bench.met(loop, 10.4, "AMD EPYC, 2 cores") is False and bench.met(loop, 10.4, "abacus") is None
 
 
-def test_figures_are_found_where_the_sections_put_them(bench):
+def test_figures_are_read_from_the_sections_results(bench):
     kernels = {"ratios": {"loop_speedup": 12.0, "update_speedup": 25.0, "perturb_of_roof": 0.8, "member_s": 0.1}}
     step = {"conciseness": {"ratios": {"pure / lowrank": {"median": 0.95}, "paper / lowrank": {"median": 15.0},
                                        "paper / full": {"median": 1.5}}}}  # fmt: skip
@@ -101,7 +101,7 @@ def test_figures_are_found_where_the_sections_put_them(bench):
 
 
 @pytest.mark.parametrize("value", [0.0, None])
-def test_growth_is_a_target_of_a_whole_run_alone(bench, value):
+def test_growth_is_a_target_of_a_whole_run_only(bench, value):
     names = {"growth/members", "growth/parameters", "growth/steps"}
     assert {target.name for target in bench.targets_of(["growth"], quick=False)} == names
     assert bench.targets_of(["growth"], quick=True) == []
@@ -116,7 +116,7 @@ def test_growth_is_a_target_of_a_whole_run_alone(bench, value):
 
 
 def test_the_time_of_help_is_a_target_of_a_whole_run(bench, scripts):
-    """Measured here in one turn; whether it is fast is not this test's to judge."""
+    """The test measures one turn and does not judge the time."""
     result = scripts("help_time").measure(1)
     values = bench.figures({"help": result})
     assert set(values) == {"help/bare_of_help", "help/slowest_s"} and all(value > 0 for value in values.values())

@@ -1,4 +1,4 @@
-"""Parts of the benchmarks and scripts that figures rest on."""
+"""Parts of the benchmarks on which figures depend."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_papers_loop_refuses_completions_of_another_length(loop) -> None:
     [("The answer is 6.", True), ("6", True), ("x = 6, so", True), ("16", False), ("6.5", False), ("-6", False),
      ("6th", False), ("1.6", False), ("", False)],
 )  # fmt: skip
-def test_the_scan_looks_for_an_answer_as_a_word(text: str, held: bool) -> None:
+def test_the_scan_looks_for_the_answer_as_a_separate_word(text: str, held: bool) -> None:
     with loaded("benchmarks/scan_reasoning.py") as scan:
         assert scan.holds(text, "6") is held
 

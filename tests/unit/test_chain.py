@@ -24,7 +24,7 @@ def score(completion: object, results: list[int]) -> tuple[float, float]:
 
 
 def problem_of(prompt: str) -> tuple[int, list[tuple[str, int]]]:
-    """Read a problem back from its text, independently of how it was made."""
+    """Parse a problem's text, independently of the generator."""
     lines = prompt.split("\n")
     start = int(lines[0].split("digit ")[1][0])
     steps = [line.split(": ")[1].rsplit(" ", 1) for line in lines if line.startswith("Step ")]
@@ -42,7 +42,7 @@ def test_results_are_arithmetic() -> None:
 
 
 def test_one_wrong_step_loses_the_reward() -> None:
-    """Whichever step is wrong, and by whatever: with all the others done rightly the end is wrong."""
+    """One wrong step makes the result wrong, if all other steps are right."""
     for row in ROWS[:100]:
         start, steps = problem_of(row["prompt"])
         for wrong in range(len(steps)):
@@ -125,5 +125,5 @@ def test_names() -> None:
 
 
 def test_steps_are_read_in_linear_time() -> None:
-    """The text is so long that trying its blank lines from each of them would take an hour."""
+    """On so long a text, a search that restarts at every blank line would take an hour."""
     assert chain.STEP.findall("\n" * 1_000_000 + "step 1: 3") == [("1", "3")]

@@ -1,4 +1,4 @@
-"""A comparison in one file: everything its page is made of, damage refused, and what the repository keeps of them."""
+"""Packed comparisons: complete, refused if damaged, and those that the repository tracks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(correct: str, **values: Any) -> dict[str, Any]:
 
 
 def directory_of(place: Path) -> Path:
-    """Write a comparison of every kind of row: seeds that ended well, that failed, that were trained by other code."""
+    """Write a comparison with every kind of row: finished seeds, failed seeds, seeds with other options."""
     methods = {
         "es": {"method": "es", "settings": {"population_size": 4, "batch_size": 8}},
         "grpo": {"method": "grpo"},
@@ -50,7 +50,7 @@ def directory_of(place: Path) -> Path:
     made = from_mapping({"task": "countdown", "models": {"tiny": "tiny"}, "seeds": [0, 1], "methods": methods,
                          "retention": {"at once": {"task": "countdown"}}, "output_dir": str(place)})  # fmt: skip
     place.mkdir(parents=True)
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
     files: dict[str, Any] = {
         "cost.json": [{"cpu_s": 36.0, "wall_s": 18.0, "code": "a", "machine": "fast", "packages": {"torch": "2.13"}}],
         "tiny/base.json": {
@@ -96,7 +96,7 @@ def report_only(file: Path, output_dir: Path | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison's directory, with its page and its packed results beside it; to be read only."""
+    """A comparison's directory with its page and its packed results; tests must not change it."""
     made = directory_of(tmp_path_factory.mktemp("compared") / "out")
     plan = json.loads((made / "comparison.json").read_text(encoding="utf-8"))["comparison"]
     assert plan["methods"].pop("random_search")["method"] == "random_search"  # it is there without being named
@@ -108,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compared(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of ``finished``, which a test may change."""
     return shutil.copytree(finished, tmp_path / "out")
 
 
@@ -130,7 +130,7 @@ def test_the_same_page_is_drawn_from_the_file_alone(compared: Path, tmp_path: Pa
     assert page.read_bytes() == expected["report.html"]
 
 
-def test_nothing_is_lost_and_what_is_common_stands_once(compared: Path, tmp_path: Path) -> None:
+def test_packing_loses_nothing_and_stores_common_settings_once(compared: Path, tmp_path: Path) -> None:
     packed = archive.read_archive(compared / archive.ARCHIVE_FILE)
     assert packed["common_settings"] == {**OPTIONS, "seed": 1000, "newer": [1]}
     assert packed["histogram_edges"] == EDGES
@@ -150,7 +150,7 @@ def test_nothing_is_lost_and_what_is_common_stands_once(compared: Path, tmp_path
     assert archive.pack(tmp_path / "again") == packed
 
 
-def test_what_a_run_drew_is_kept_without_the_run(tmp_path: Path) -> None:
+def test_counts_of_samples_are_packed_without_the_run(tmp_path: Path) -> None:
     made = directory_of(tmp_path / "out")
     run = made / "runs" / "tiny" / "sft" / "seed-0"
     run.mkdir(parents=True)
@@ -199,30 +199,30 @@ DAMAGES: dict[str, tuple[Callable[[str], str], str]] = {
     "a digit": (lambda text: text.replace('"correct":"1101"', '"correct":"1111"', 1), "damaged or was edited"),
     "a note": (edited(lambda c: c.update(note="mine"), False), "damaged or was edited"),
     "a later schema": (edited(lambda c: c.update(schema=2), True), "schema 2; this estune reads schema 1"),
-    "without rows": (edited(lambda c: c.pop("rows"), True), "something is missing"),
-    "an unknown kind": (edited(lambda c: c["rows"][0].update(kind="x"), True), "something is missing"),
-    "without a kind": (edited(lambda c: c["rows"][0].pop("kind"), True), "something is missing"),
-    "a path": (edited(lambda c: c["rows"][0].update(model="../../x"), True), "something is missing"),
-    "the parent": (edited(lambda c: c["rows"][0].update(model=".."), True), "something is missing"),
-    "an unknown status": (edited(lambda c: c["rows"][-1].update(status="x"), True), "something is missing"),
-    "a seed in words": (edited(lambda c: c["rows"][-1].update(seed="1"), True), "something is missing"),
+    "without rows": (edited(lambda c: c.pop("rows"), True), "missing or malformed"),
+    "an unknown kind": (edited(lambda c: c["rows"][0].update(kind="x"), True), "missing or malformed"),
+    "without a kind": (edited(lambda c: c["rows"][0].pop("kind"), True), "missing or malformed"),
+    "a path": (edited(lambda c: c["rows"][0].update(model="../../x"), True), "missing or malformed"),
+    "the parent": (edited(lambda c: c["rows"][0].update(model=".."), True), "missing or malformed"),
+    "an unknown status": (edited(lambda c: c["rows"][-1].update(status="x"), True), "missing or malformed"),
+    "a seed in words": (edited(lambda c: c["rows"][-1].update(seed="1"), True), "missing or malformed"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(damage: str, compared: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad.json"
-    change, told = DAMAGES[damage]
+    change, message = DAMAGES[damage]
     text = (compared / archive.ARCHIVE_FILE).read_text(encoding="utf-8")
     file.write_text(change(text), encoding="utf-8")
     assert file.read_text(encoding="utf-8") != text
     with pytest.raises(UserError) as refused:
         report_only(file)
-    assert told in str(refused.value) and str(file) in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and str(file) in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "bad").exists()
 
 
-def test_bytes_that_are_no_text_and_absent_files_are_refused(tmp_path: Path) -> None:
+def test_binary_and_absent_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not JSON"):
         report_only(tmp_path / "bad.json")
@@ -236,7 +236,7 @@ def test_results_are_no_comparison_to_run(compared: Path) -> None:
 
 
 def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) -> None:
-    """Not over another comparison, one that went on, somebody's files, or a file."""
+    """Not over another comparison, a continued comparison, other files, or a file."""
     file = tmp_path / "kept.json"
     shutil.copy(compared / archive.ARCHIVE_FILE, file)
     more = tmp_path / "more"
@@ -248,16 +248,21 @@ def test_a_page_is_not_drawn_over_anything_else(compared: Path, tmp_path: Path) 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "report.html").write_text("mine")
-    for place, told in ((more, "other results"), (other, "other results"), (mine, "not empty"), (file, "no directory")):
+    for place, message in (
+        (more, "other results"),
+        (other, "other results"),
+        (mine, "not empty"),
+        (file, "a directory"),
+    ):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             report_only(file, place)
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert report_only(file, compared) == compared / "report.html"  # its own directory
 
 
 def test_names_in_a_file_are_text_on_the_page(compared: Path, tmp_path: Path) -> None:
-    """A file may come from anybody."""
+    """A packed file may come from a stranger."""
     content = json.loads((compared / archive.ARCHIVE_FILE).read_text(encoding="utf-8"))
     for row in content["rows"]:
         row |= {name: "<script>alert(1)</script>" for name in ("fingerprint", "run", "error") if name in row}
@@ -273,7 +278,7 @@ def test_names_in_a_file_are_text_on_the_page(compared: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("file", PACKED, ids=lambda file: file.stem)
-def test_the_kept_comparisons_are_whole(file: Path, tmp_path: Path) -> None:
+def test_the_tracked_comparisons_are_complete(file: Path, tmp_path: Path) -> None:
     packed = archive.read_archive(file)
     archive.unpack(packed, tmp_path / "unpacked")
     again = archive.pack(tmp_path / "unpacked")
@@ -283,7 +288,7 @@ def test_the_kept_comparisons_are_whole(file: Path, tmp_path: Path) -> None:
     assert archive.summary_of(file)["models"]
 
 
-def test_what_is_kept_of_results_is_small() -> None:
+def test_tracked_results_are_few_and_small() -> None:
     """Few files, none large, and nothing that can be drawn from them."""
     listed = subprocess.run(["git", "ls-files", "-z", "--", str(KEPT)], cwd=ROOT, capture_output=True, text=True)
     tracked = [ROOT / name for name in listed.stdout.split("\0") if name] if listed.returncode == 0 else []

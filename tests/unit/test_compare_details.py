@@ -1,4 +1,4 @@
-"""The report's tables of details: pass@k, discovery with its control, what is kept, what moved; and of tuning."""
+"""The report's tables of details and of tuning."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from estune.compare.report import _labels, _more_table, _tuning_table
+from estune.compare.report import _details_table, _labels, _tuning_table
 from estune.compare.statistics import two_level
-from estune.compare.tables import _fixed, _row
+from estune.compare.tables import _method_row, _untrained_row
 from estune.train.evaluation import interval, pass_at_k
 
 BASE: dict[str, Any] = {
@@ -32,13 +32,16 @@ def tuned(seed: int, **changes: Any) -> dict[str, Any]:
 def table(method: list[dict[str, Any]]) -> list[list[str]]:
     """Return the cells of the table's lines, without marks."""
     comparison = {"task": "countdown", "retention": {"other": {"task": "chain:1"}, "short": {"task": "countdown"}}}
-    model = {"base": _fixed("base", BASE, "results/base.json", 3), "rows": {"time": [_row("es", method, BASE, 3)]}}
-    page = _more_table(model, "time", _labels(comparison, model["base"]["retention_rows"]))
+    model = {
+        "base": _untrained_row("base", BASE, "results/base.json", 3),
+        "rows": {"time": [_method_row("es", method, BASE, 3)]},
+    }
+    page = _details_table(model, "time", _labels(comparison, model["base"]["retention_rows"]))
     lines = re.findall(r"<tr>(.*?)</tr>", page)
     return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in lines]
 
 
-def test_the_base_has_a_row_of_its_own_in_discovery_and_names_are_honest() -> None:
+def test_the_base_has_a_row_in_discovery_and_prompt_variants_are_labelled() -> None:
     head, base, es = table([tuned(0), tuned(1)])
     first = dict(zip(head, base, strict=True))
     assert first["discovered greedily"] == "0 by definition" and first["discovered in samples"].startswith("50.0 ")
@@ -51,7 +54,7 @@ def test_the_base_has_a_row_of_its_own_in_discovery_and_names_are_honest() -> No
     assert (row["moved, %"], row["no word, %"]) == ("90.0", "50.0")
 
 
-def test_a_walk_that_is_not_known_is_left_empty() -> None:
+def test_unknown_changes_leave_empty_cells() -> None:
     head, _, es = table([tuned(0, walk_ratio=None, excess_kurtosis=None, relative_norm=None)])
     row = dict(zip(head, es, strict=True))
     assert (row["update norm / random walk"], row["excess kurtosis"], row["update norm / theta"]) == ("", "", "")
@@ -59,11 +62,11 @@ def test_a_walk_that_is_not_known_is_left_empty() -> None:
 
 def test_pass_at_k_is_of_the_first_rows_with_the_interval_of_one_model_or_of_seeds() -> None:
     values = [pass_at_k(2, right, 2) for right in (2, 1, 0)]
-    one = _fixed("base", BASE, "f", 3)["pass_at_k"]
+    one = _untrained_row("base", BASE, "f", 3)["pass_at_k"]
     assert list(one) == ["1", "2"] and one["2"]["mean"] == pytest.approx(2 / 3)
     assert (one["2"]["low"], one["2"]["high"]) == interval(values)
     other = tuned(1) | {"right_of": [0, 0, 1]}
-    both = _row("es", [tuned(0), other], BASE, 3)["pass_at_k"]["1"]
+    both = _method_row("es", [tuned(0), other], BASE, 3)["pass_at_k"]["1"]
     assert both["mean"] == pytest.approx((0.5 + 1 / 6) / 2)
     assert (both["low"], both["high"]) == pytest.approx(
         (two_level([[1, 0.5, 0], [0, 0, 0.5]]).low, two_level([[1, 0.5, 0], [0, 0, 0.5]]).high)

@@ -1,4 +1,4 @@
-"""What a comparison makes of its file and of its results, without a run: budgets, data, failed seeds, correction."""
+"""A comparison's plan and summary, without a run: budgets, data, failed seeds, corrected p-values, processes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from estune.compare.config import Comparison, from_mapping
 from estune.compare.measure import retained_config
 from estune.compare.plan import Cell, cells, configuration, entries, rows_of, with_budget, with_time
 from estune.compare.processes import Stopped
+from estune.compare.results import base_digest
 from estune.compare.runner import Runner
-from estune.compare.tables import base_digest, summarise
+from estune.compare.tables import summarise
 from estune.errors import ExternalError, UserError
 from estune.files import try_lock
 
@@ -38,7 +39,7 @@ def planned(made: Comparison, method: str) -> Any:
     return configuration(made, "tiny", method, entries(made)[method].trials[0], 0)
 
 
-def test_random_searchs_trials_differ_where_only_es_told_them_apart() -> None:
+def test_trials_that_are_equal_for_random_search_get_another_sigma() -> None:
     trials = [{"sigma": 0.02, "learning_rate": 0.01}, {"sigma": 0.02, "learning_rate": 0.02}, {"sigma": 0.04}]
     made = entries(comparison(methods={"es": {**ES, "trials": trials}}))["random_search"]
     assert [trial["sigma"] for trial in made.trials] == [0.02, 0.04, 0.01]
@@ -63,7 +64,7 @@ def test_rejection_sampling_draws_what_its_budget_says() -> None:
     assert "max_samples" not in timed.method_kwargs and timed.max_time_s == 5.0 and timed.max_steps > 10**6
 
 
-def test_cells_are_shuffled_within_a_seed_alike_each_time() -> None:
+def test_cells_are_shuffled_within_a_seed_in_the_same_way_each_time() -> None:
     methods = {f"es{i}": ES for i in range(6)}
     made = comparison(methods=methods, seeds=[0, 1])
     listed = list(cells(made))
@@ -72,7 +73,7 @@ def test_cells_are_shuffled_within_a_seed_alike_each_time() -> None:
     assert sorted(names[0]) == sorted(names[1]) == sorted([*methods, "random_search"]) and names[0] != names[1]
 
 
-def test_data_of_ones_own_is_trained_on_chosen_on_and_reported(tmp_path: Path) -> None:
+def test_each_split_of_a_data_set_has_its_use(tmp_path: Path) -> None:
     for split, target in (("train", 24), ("validation", 25), ("test", 26)):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"numbers": [1, 2, 3, 4], "target": target}) + "\n")
     made = comparison(settings={"dataset_name": str(tmp_path)}, methods={"es": {"method": "es"}})
@@ -107,7 +108,7 @@ def results(directory: Path, marks: dict[str, list[str | None]]) -> dict[str, An
     made = comparison(methods={"es": ES, "grpo": {"method": "grpo"}}, seeds=[0, 1, 2], output_dir=str(directory))
     runner = Runner(made)
     directory.mkdir(exist_ok=True)
-    runner.keep_plan()
+    runner.write_plan()
     folder = directory / "results" / "tiny"
     write(folder / "base.json", correct="1000", never_solved=[], fingerprint="f", model="tiny")
     for method, seeds in marks.items():
@@ -118,7 +119,7 @@ def results(directory: Path, marks: dict[str, list[str | None]]) -> dict[str, An
     return summarise(directory)
 
 
-def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
+def test_a_failed_seed_counts_as_its_base(tmp_path: Path) -> None:
     summary = results(tmp_path, {"es": ["1100"] * 3, "grpo": ["1111", None, None], "random_search": ["1000"] * 3})
     rows = {row["name"]: row for row in summary["models"]["tiny"]["rows"]["time"]}
     assert rows["grpo"]["failed"] == 2
@@ -128,8 +129,8 @@ def test_a_failed_seed_counts_as_the_base_that_it_left(tmp_path: Path) -> None:
     assert tests["grpo"]["difference"] == pytest.approx(0.0) and tests["random_search"]["difference"] == 0.25
 
 
-def test_a_method_of_which_every_seed_failed_has_the_base(tmp_path: Path) -> None:
-    """It stays in the tests: a method that always fails has lost, and does not make others' p-values smaller."""
+def test_a_method_without_a_finished_seed_counts_as_the_base(tmp_path: Path) -> None:
+    """It stays in the paired tests, so that a method that always fails makes no other p-value smaller."""
     summary = results(tmp_path, {"es": [None] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3})
     row = next(row for row in summary["models"]["tiny"]["rows"]["time"] if row["name"] == "es")
     assert (row["accuracy"]["mean"], row["gain"]["difference"], row["failed"]) == (0.25, 0.0, 3)
@@ -138,7 +139,7 @@ def test_a_method_of_which_every_seed_failed_has_the_base(tmp_path: Path) -> Non
     assert "3 of 3 failed" in report.render(summary, "")
 
 
-def test_what_a_failed_seed_left_is_the_bases_in_every_column_that_the_base_has(tmp_path: Path) -> None:
+def test_a_failed_seed_counts_as_the_base_in_every_column_that_the_base_has(tmp_path: Path) -> None:
     marks = {"es": ["1100"] * 3, "grpo": ["1111", None, None], "random_search": ["1000"] * 3}
     results(tmp_path, marks)
     folder = tmp_path / "results" / "tiny"
@@ -163,7 +164,7 @@ def test_what_a_failed_seed_left_is_the_bases_in_every_column_that_the_base_has(
     assert row["discovery"]["greedy"]["mean"] == pytest.approx(1 / 3)
     assert row["discovery"]["sampled"]["mean"] == pytest.approx((1.0 + 0.5 + 0.5) / 3)
     write(folder / "base.json", **{**base, "never_solved": [1, 3]})  # measured again, and found something else
-    with pytest.raises(UserError, match="beside another measurement of its base"):
+    with pytest.raises(UserError, match="against another measurement of its base"):
         summarise(tmp_path)
 
 
@@ -216,14 +217,14 @@ def test_p_values_of_both_budgets_are_corrected_together(tmp_path: Path) -> None
     assert smallest["p_holm"] == pytest.approx(min(1.0, 4 * smallest["p_value"]))
 
 
-def test_what_has_no_results_can_be_mended(tmp_path: Path) -> None:
-    """A mistyped model, say, which locks no name."""
+def test_a_model_without_results_can_be_changed(tmp_path: Path) -> None:
+    """For example a mistyped model."""
     tmp_path.joinpath("results").mkdir()
-    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
-    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tiny"})).keep_plan()
+    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).write_plan()
+    Runner(comparison(output_dir=str(tmp_path), models={"mine": "tiny"})).write_plan()
     (tmp_path / "results" / "mine").mkdir()
     with pytest.raises(UserError, match="results of another mine"):
-        Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).keep_plan()
+        Runner(comparison(output_dir=str(tmp_path), models={"mine": "tinny"})).write_plan()
 
 
 def test_trials_get_a_quarter_of_the_budget_unless_it_is_given() -> None:
@@ -232,7 +233,7 @@ def test_trials_get_a_quarter_of_the_budget_unless_it_is_given() -> None:
         assert comparison(budget=budget, tuning=tuning).tuning.evaluations == wanted
 
 
-def test_what_is_mixed_is_said(tmp_path: Path) -> None:
+def test_the_summary_lists_mixed_versions(tmp_path: Path) -> None:
     marks: dict[str, list[str | None]] = {"es": ["1100"] * 3, "grpo": ["1111"] * 3, "random_search": ["1000"] * 3}
     assert results(tmp_path, marks)["mixed"] == {}
     write(tmp_path / "results" / "tiny" / "es" / "seed-1-time.json", seed=1, correct="1100", code="b", accuracy=0.5)
@@ -247,8 +248,8 @@ def test_what_is_mixed_is_said(tmp_path: Path) -> None:
     assert summarise(tmp_path)["mixed"] == {"code": ["a", "c"], "package version": ["torch 2.13", "torch 2.14"]}
 
 
-def test_a_comparison_stands_on_its_rows_and_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured on other rows, or paid for by another reward, is not paired with what is measured now."""
+def test_other_rows_or_rewards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of other rows or other rewards must not be paired with new results."""
     monkeypatch.chdir(tmp_path)
     rows = [json.dumps({"prompt": f"say {i}", "numbers": [i, 2], "target": i + 2}) for i in range(4)]
     for split in ("train", "validation", "test"):
@@ -258,37 +259,37 @@ def test_a_comparison_stands_on_its_rows_and_rewards(tmp_path: Path, monkeypatch
     made = comparison(output_dir=str(tmp_path / "out"), measuring={"reward_bounds": [0, 1]},
                       settings={"dataset_name": str(tmp_path), "reward_funcs": ["own_reward.py:paid"]})  # fmt: skip
     (tmp_path / "out").mkdir()
-    Runner(made).keep_plan()
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
+    Runner(made).write_plan()
     for file, name in ((reward, "rewards"), (tmp_path / "test.jsonl", "rows")):
         before = file.read_text(encoding="utf-8")
         file.write_text(before.replace("1.0", "2.0").replace("say 1", "say one"), encoding="utf-8")
-        with pytest.raises(UserError, match=f"the {name} of .*were others when it was begun"):
-            Runner(made).keep_plan()
+        with pytest.raises(UserError, match=f"the {name} of .*have changed since it was begun"):
+            Runner(made).write_plan()
         file.write_text(before, encoding="utf-8")
-        Runner(made).keep_plan()
+        Runner(made).write_plan()
 
 
-def test_trials_that_were_repaired_do_not_change_a_row_that_has_results(tmp_path: Path) -> None:
+def test_repeated_trials_do_not_change_the_settings_of_seeds_with_results(tmp_path: Path) -> None:
     trials = [{"sigma": 0.01}, {"sigma": 0.02}]
     made = comparison(methods={"es": {**ES, "trials": trials}}, output_dir=str(tmp_path))
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
     write(folder / "trial-0.json", trial=trials[0], accuracy=0.5)
     write(folder / "trial-1.json", trial=trials[1], accuracy=0.4, status="failed")
-    runner._choose("tiny", "es")
+    runner._choose_trial("tiny", "es")
     write(folder / "seed-0-time.json")
-    runner._choose("tiny", "es")
+    runner._choose_trial("tiny", "es")
     write(folder / "trial-1.json", trial=trials[1], accuracy=0.6)
-    with pytest.raises(UserError, match=r"seed-0-time.json is of sigma 0.01, and the trials now choose sigma 0.02"):
-        runner._choose("tiny", "es")
+    with pytest.raises(UserError, match=r"seed-0-time.json was run with sigma 0.01, and .* now is sigma 0.02"):
+        runner._choose_trial("tiny", "es")
     (folder / "seed-0-time.json").unlink()
     (tmp_path / "runs" / "tiny" / "es" / "seed-1").mkdir(parents=True)  # half done, by what was chosen then
-    with pytest.raises(UserError, match=r"seed-1 is of sigma 0.01"):
-        runner._choose("tiny", "es")
+    with pytest.raises(UserError, match=r"seed-1 was run with sigma 0.01"):
+        runner._choose_trial("tiny", "es")
 
 
-def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
-    """A run that went on from one budget to the other paid for both at once; two runs both paid."""
+def test_each_budget_gets_the_trial_that_was_best_at_it(tmp_path: Path) -> None:
+    """A run to both budgets costs what its last result says; two runs cost the sum."""
     trials = [{"sigma": 0.01}, {"sigma": 0.02}]
     made = comparison(methods={"es": {**ES, "trials": trials}}, output_dir=str(tmp_path), tuning={"time_s": 3.0})
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "es"
@@ -296,123 +297,128 @@ def test_each_budget_gets_what_was_best_at_its_own(tmp_path: Path) -> None:
         for accuracy, suffix, evaluations in zip(marks, ("", "-time"), (64, 90), strict=True):
             write(folder / f"trial-{index}{suffix}.json", trial=trials[index], accuracy=accuracy, train_time_s=2.0,
                   evaluations=evaluations, run="trial-0" if index == 0 else f"trial-1{suffix}")  # fmt: skip
-    runner._choose("tiny", "es")
+    runner._choose_trial("tiny", "es")
     tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
     assert (tuned["chosen"], tuned["chosen_time"]) == (trials[0], trials[1])
     assert tuned["cost"] == {"evaluations": 90 + (64 + 90), "train_time_s": 2.0 + (2.0 + 2.0)}
-    jobs = runner._runs(Cell("tiny", "es", 0))
+    jobs = runner._cell_jobs(Cell("tiny", "es", 0))
     assert [(job.args.sigma, list(job.files), job.directory.name) for job in jobs] == [
         (0.01, ["evaluations"], "seed-0-evaluations"), (0.02, ["time"], "seed-0-time")]  # fmt: skip
     for same in ({"chosen": trials[1], "chosen_time": trials[1]}, {"chosen": trials[1]}):
         (folder / "tuning.json").write_text(json.dumps(same))
-        [job] = runner._runs(Cell("tiny", "es", 0))
+        [job] = runner._cell_jobs(Cell("tiny", "es", 0))
         assert (job.args.sigma, list(job.files), job.directory.name) == (0.02, ["evaluations", "time"], "seed-0")
 
 
 @pytest.mark.parametrize("method", ["es", "sft_rejection"])
-def test_where_time_alone_is_compared_there_is_one_run_and_its_pace_is_the_trials(tmp_path: Path, method: str) -> None:
+def test_at_equal_time_alone_there_is_one_run_with_the_pace_of_the_trial(tmp_path: Path, method: str) -> None:
     entry = {**ES, "trials": [{}]} if method == "es" else {"method": method}
     given = {"methods": {"m": entry}, "output_dir": str(tmp_path), "measuring": {"curve_points": 4}}
     made = comparison(**given, budget={"evaluations": 0, "time_s": 60.0}, tuning={"time_s": 10.0})
     assert made.tuning.evaluations == 0
     assert from_mapping(json.loads(json.dumps(dataclasses.asdict(made)))) == made  # as it is kept
     runner, folder = Runner(made), tmp_path / "results" / "tiny" / "m"
-    [job] = runner._trial("tiny", "m", 0)
+    [job] = runner._trial_jobs("tiny", "m", 0)
     assert (list(job.files), job.directory.name, job.time_s) == (["time"], "trial-0", 10.0)
     write(
         folder / "trial-0-time.json", trial={}, accuracy=0.5, steps=8, train_time_s=11.0, evaluations=64, run="trial-0"
     )
-    runner._choose("tiny", "m")
+    runner._choose_trial("tiny", "m")
     tuned = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
     assert tuned["chosen_time"] == {} and "chosen" not in tuned
-    [job] = runner._runs(Cell("tiny", "m", 0))
+    [job] = runner._cell_jobs(Cell("tiny", "m", 0))
     every = int(8 / 11 * 60 / 4)
     assert (list(job.files), job.directory.name, job.args.eval_steps) == (["time"], "seed-0", every)
     write(folder / "trial-0-time.json", trial={}, status="failed", error="none right", steps=0, train_time_s=0.0)
-    [job] = runner._runs(Cell("tiny", "m", 0))
+    [job] = runner._cell_jobs(Cell("tiny", "m", 0))
     assert job.args.eval_steps == 0
 
 
-def test_where_evaluations_alone_are_compared_no_time_is_measured(tmp_path: Path) -> None:
+def test_at_equal_evaluations_alone_no_time_is_measured(tmp_path: Path) -> None:
     made = comparison(methods={"es": ES}, output_dir=str(tmp_path), budget={"evaluations": 4096, "time_s": 0})
     write(tmp_path / "results" / "tiny" / "es" / "tuning.json", chosen={})
-    [job] = Runner(made)._runs(Cell("tiny", "es", 0))
+    [job] = Runner(made)._cell_jobs(Cell("tiny", "es", 0))
     assert list(job.files) == ["evaluations"]
 
 
-def test_what_cannot_go_on_has_a_run_for_each_budget(tmp_path: Path) -> None:
+def test_a_method_that_cannot_resume_has_a_run_for_each_budget(tmp_path: Path) -> None:
     methods = {"sft": {"method": "sft_rejection"}}
     runner = Runner(comparison(methods=methods, output_dir=str(tmp_path), tuning={"time_s": 3.0}))
     write(tmp_path / "results" / "tiny" / "sft" / "tuning.json", chosen={}, chosen_time={})
-    for jobs, name in ((runner._runs(Cell("tiny", "sft", 0)), "seed-0"), (runner._trial("tiny", "sft", 0), "trial-0")):
+    for jobs, name in (
+        (runner._cell_jobs(Cell("tiny", "sft", 0)), "seed-0"),
+        (runner._trial_jobs("tiny", "sft", 0), "trial-0"),
+    ):
         assert [(list(job.files), job.directory.name) for job in jobs] == [
             (["evaluations"], f"{name}-evaluations"), (["time"], f"{name}-time")]  # fmt: skip
-    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trial("tiny", "sft", 0)
+    [job] = Runner(comparison(methods=methods, output_dir=str(tmp_path)))._trial_jobs("tiny", "sft", 0)
     assert (list(job.files), job.directory.name) == (["evaluations"], "trial-0")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_killed_is_tried_again_and_what_failed_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_started_again_and_a_failed_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = Runner(comparison(output_dir=str(tmp_path)))
     runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
-    monkeypatch.setattr("estune.compare.processes.GRACE_S", 0.0)
+    monkeypatch.setattr("estune.compare.processes.RETRY_DELAY_S", 0.0)
     for codes, calls, last in (([-9, -11, 0], 3, 0), ([-9, -9, -9, 0], 3, -9), ([1, 0], 1, 1), ([75, 0], 2, 0)):
         left = list(codes)
-        outcome = runner.processes.to_its_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
+        outcome = runner.processes.run_to_end(lambda left=left: worker.Outcome(left.pop(0), cpu_s=1.0), "a run")
         assert (len(codes) - len(left), outcome.code) == (calls, last)
     assert json.loads((tmp_path / "results" / "cost.json").read_text())[0]["cpu_s"] == 9.0
     runner.processes.stopping.set()
     with pytest.raises(Stopped):
-        runner.processes.to_its_end(lambda: worker.Outcome(0), "a run")
+        runner.processes.run_to_end(lambda: worker.Outcome(0), "a run")
 
 
-def test_what_hinders_a_run_ends_the_comparison_and_writes_nothing_down(tmp_path: Path) -> None:
-    """Another process, a full disk, a resume with other options: no fault of the method, and gone tomorrow."""
+def test_a_blocked_run_ends_the_comparison_and_writes_no_result(tmp_path: Path) -> None:
+    """Another process, a full disk or other options on a resume are no failure of the method."""
     runner = Runner(comparison(output_dir=str(tmp_path)))
     runner.processes.cost.open(tmp_path / "results" / "cost.json", {})
     with pytest.raises(UserError, match="a run: no space"):
-        runner.processes.to_its_end(lambda: worker.Outcome(worker.HINDERED, "no space"), "a run")
+        runner.processes.run_to_end(lambda: worker.Outcome(worker.BLOCKED, "no space"), "a run")
 
 
 @pytest.mark.parametrize("kind", ["held", "full", "own"])
-def test_what_hinders_is_told_from_what_fails(kind: str, tmp_path: Path) -> None:
-    outcome = worker.call(_hindered, (kind,), tmp_path / "log", multiprocessing.get_context("forkserver"))
-    assert outcome.code == (2 if kind == "own" else worker.HINDERED) and kind in outcome.error
+def test_blocked_and_failed_processes_have_different_statuses(kind: str, tmp_path: Path) -> None:
+    outcome = worker.call(_blocked, (kind,), tmp_path / "log", multiprocessing.get_context("forkserver"))
+    assert outcome.code == (2 if kind == "own" else worker.BLOCKED) and kind in outcome.error
 
 
-def _hindered(kind: str) -> None:
+def _blocked(kind: str) -> None:
     if kind == "full":
         raise OSError(errno.ENOSPC, "full")
     raise ExternalError("held") if kind == "held" else UserError("own")
 
 
-def test_a_run_that_was_left_behind_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("estune.compare.processes.GRACE_S", 0.02)
+def test_a_comparison_waits_for_an_orphaned_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("estune.compare.processes.RETRY_DELAY_S", 0.02)
     processes = Runner(comparison(output_dir=str(tmp_path))).processes
-    processes.wait_for(tmp_path / "nothing there")
+    processes.wait_for_orphan(tmp_path / "nothing there")
     lock = try_lock(tmp_path)
     assert lock is not None
     threading.Timer(0.3, os.close, (lock,)).start()
-    processes.wait_for(tmp_path)
+    processes.wait_for_orphan(tmp_path)
     held = try_lock(tmp_path)
     assert held is not None  # it was given back
-    monkeypatch.setattr("estune.compare.processes.LEFT_BEHIND_S", 0.1)
+    monkeypatch.setattr("estune.compare.processes.ORPHAN_WAIT_S", 0.1)
     with pytest.raises(UserError, match="another process is running"):
-        processes.wait_for(tmp_path)
+        processes.wait_for_orphan(tmp_path)
     os.close(held)
 
 
-def test_what_goes_by_the_machine_stays_open() -> None:
-    """Else a run that is continued on another machine would be one with other options."""
+def test_options_that_depend_on_the_machine_stay_auto() -> None:
+    """Otherwise a resume on another machine would have other options."""
     args = planned(comparison(), "es")
     assert (args.num_threads, args.reward_workers) == ("auto", "auto")
     assert planned(comparison(settings={"num_threads": 1, "reward_workers": 2}), "es").reward_workers == 2
 
 
-def test_leave_to_run_code_is_for_what_runs_code() -> None:
-    """And a comparison whose retention could not be measured is refused before anything runs."""
+def test_allow_unsandboxed_code_reaches_only_tasks_that_run_code() -> None:
+    """A comparison whose retained task cannot be measured is refused before anything runs."""
     made = comparison(task="arc_agi:python", settings={"allow_unsandboxed_code": True},
                       retention={"facts": {"task": "conciseness", "split": "knowledge"}})  # fmt: skip
     [kept] = made.retention.values()
@@ -422,7 +428,7 @@ def test_leave_to_run_code_is_for_what_runs_code() -> None:
 
 
 def _done_then(moment: str, file: Path) -> None:
-    """Write ``file`` as a measurement does; Ctrl-C reaches the process at a moment after that."""
+    """Write ``file`` as a measurement does; then the process is interrupted at ``moment``."""
     file.write_text("done", encoding="utf-8")
     if moment == "at the exit":
         multiprocessing.util.Finalize(None, signal.raise_signal, args=(signal.SIGINT,), exitpriority=1)
@@ -437,7 +443,7 @@ def _done_then(moment: str, file: Path) -> None:
 
 
 class _InterruptedAtTheStart:
-    """What is interrupted before the process comes to its work."""
+    """An argument that interrupts the process when it is unpickled, before the function is called."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return signal.raise_signal, (signal.SIGINT,)
@@ -456,23 +462,23 @@ class _InterruptedAtTheStart:
     ],
 )
 def test_a_signal_at_any_moment_is_no_failure(moment: Any, code: int, error: str, tmp_path: Path) -> None:
-    """Ctrl-C reaches all processes at once, also one that has just written down what it measured."""
+    """Ctrl-C reaches all processes at once, also one that has just written its result."""
     file = tmp_path / "file"
     outcome = worker.call(_done_then, (moment, file), tmp_path / "log", multiprocessing.get_context("forkserver"))
-    assert outcome.code == code and outcome.cut == (code == worker.STOPPED)
+    assert outcome.code == code and outcome.interrupted == (code == worker.STOPPED)
     assert re.fullmatch(error, outcome.error)
     assert file.exists() or isinstance(moment, _InterruptedAtTheStart)
 
 
-def test_a_comparison_from_before_an_option_goes_on(tmp_path: Path) -> None:
-    """What its file does not name had the default; another value is another comparison."""
+def test_a_comparison_that_is_older_than_an_option_is_continued(tmp_path: Path) -> None:
+    """An option that its plan lacks had the default; with another value the comparison is refused."""
     made = comparison(output_dir=str(tmp_path))
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
     file = tmp_path / "comparison.json"
     kept = json.loads(file.read_text(encoding="utf-8"))
     del kept["comparison"]["measuring"]["discovery_rows"]
     file.write_text(json.dumps(kept), encoding="utf-8")
-    Runner(made).keep_plan()
+    Runner(made).write_plan()
     file.write_text(json.dumps(kept), encoding="utf-8")
     with pytest.raises(UserError, match="another output_dir"):
-        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3})).keep_plan()
+        Runner(comparison(output_dir=str(tmp_path), measuring={"discovery_rows": 3})).write_plan()

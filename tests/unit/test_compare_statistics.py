@@ -70,7 +70,7 @@ def answers(
 
 
 def expected(ability: float, *spreads: float) -> float:
-    """Return the mean that `answers` has over seeds and problems."""
+    """Return the expected mean of `answers` over seeds and problems."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     logits = ability + math.hypot(*spreads) * nodes
     return float(weights @ (1 / (1 + np.exp(-logits))) / weights.sum())
@@ -123,7 +123,7 @@ def test_what_is_no_table_is_refused(wrong: Any) -> None:
 
 
 def test_paired_difference_is_narrower_than_two_apart() -> None:
-    """What makes problems hard cancels; the order of seeds and of problems does not matter."""
+    """The difficulty of problems cancels; the order of seeds and problems does not matter."""
     rng = np.random.default_rng(3)
     problems = rng.normal(0, 3, 400)
     a, b = answers(rng, 3, problems, 0.5, 0.1, 0.1), answers(rng, 4, problems, 0.0, 0.1, 0.1)
@@ -172,7 +172,7 @@ def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
 
 @pytest.mark.parametrize(("gained", "lost", "n"), [(12, 2, 50), (0, 0, 50), (5, 0, 20), (3, 40, 200), (20, 0, 20)])
 def test_tango_bounds_solve_the_score_equation(gained: int, lost: int, n: int) -> None:
-    """The likeliest share of lost pairs under a difference is found here on a grid, in the paper by a formula."""
+    """The test finds the likeliest share of lost pairs on a grid; the paper has a formula."""
     for bound in tango(gained, lost, n):
         if abs(bound) < 1 - 1e-9:
             shares = np.linspace(max(0.0, -bound) + 1e-12, (1 - bound) / 2 - 1e-12, 400_001)
@@ -243,7 +243,7 @@ def test_parameter_changes_of_a_random_walk(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_parameter_changes_that_are_no_random_walk() -> None:
-    """Nine tenths stay where they were, and a few moved far."""
+    """Nine tenths of the parameters did not move, and a few moved far."""
     rng = np.random.default_rng(10)
     base = model(rng)
     tuned = {

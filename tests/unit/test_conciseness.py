@@ -1,4 +1,4 @@
-"""The task conciseness: its reward looks at length alone, its accuracy at what is said; and its rows are apart."""
+"""The task conciseness: its reward depends on length only, its accuracy on content; its splits share no rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_splits_have_their_sizes_and_share_no_question() -> None:
 
 @pytest.mark.parametrize("split", conciseness.SPLITS)
 def test_no_question_holds_its_answer(split: str) -> None:
-    """Else a model that repeats the question would be right. Two questions of the paper's kind offer a choice."""
+    """Otherwise a model that repeats the question would be right. Two questions, as in the paper, offer a choice."""
     for row in conciseness.load(split):
         question = row["prompt"][0]["content"]
         if " or " not in question:
@@ -74,7 +74,7 @@ def test_what_always_answers_the_same_is_not_right() -> None:
     assert conciseness.reward(completions=shortest, answer=shortest) == [0.0] * 200
 
 
-def test_rows_of_ones_own() -> None:
+def test_a_users_rows() -> None:
     assert conciseness.prepare_row({"prompt": "?", "answer": 7}) == {"prompt": "?", "answer": "7", "answers": ["7"]}
     assert conciseness.prepare_row({"prompt": "?", "answers": ["a", "b"]})["answer"] == "a"
     for wrong in ({}, {"answer": None}, {"answers": []}, {"answers": "text"}, {"answers": [" "]}):

@@ -247,7 +247,7 @@ def test_bad_yaml_is_refused_in_one_sentence(tmp_path: Path, text: str, says: st
     ],
 )  # fmt: skip
 def test_text_that_yaml_reads_as_something_else_is_asked_for_in_quotes(tmp_path: Path, line: str, text: str) -> None:
-    """Nothing else could give it back: YAML has made `True`, 83 or a date of it."""
+    """The text cannot be restored: YAML has read it as `True`, 83 or a date."""
     path = tmp_path / "run.yaml"
     name, value = line.split(": ")
     path.write_text(f"{line}\ndataset_name: d\n")

@@ -1,4 +1,4 @@
-"""Lines for the user: written, or lost without an error, whatever object or descriptor is there to take them."""
+"""Lines for the user are written or lost without an error, for every kind of stream and descriptor."""
 
 import io
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 class Bare:
-    """A stream of a user's that can write and nothing else."""
+    """A user's stream with a method ``write`` only."""
 
     def __init__(self):
         self.text = ""
@@ -27,7 +27,7 @@ class Bare:
 
 
 class Hostile:
-    """A stream of a user's that raises what no stream raises."""
+    """A user's stream that raises an unusual exception."""
 
     def write(self, text):
         raise KeyError(text)
@@ -112,7 +112,7 @@ def test_an_unfailing_stream_raises_nothing(name):
     assert stream.write("four") == 4
 
 
-def test_an_unfailing_stream_has_the_attributes_of_its_own():
+def test_an_unfailing_stream_has_the_attributes_of_the_stream_it_wraps():
     inner = io.TextIOWrapper(io.BytesIO(), "latin-1")
     stream = console.Unfailing(inner)
     print("ß", file=stream)
@@ -130,7 +130,7 @@ def python(script, **options):
 
 @pytest.mark.parametrize("numbers", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 def test_closed_descriptors_are_opened_and_the_others_kept(numbers):
-    """The file that is opened next gets none of their numbers; a program that is started gets all three."""
+    """A file that is opened next gets none of their numbers; a child process gets all three."""
     python(f"""
 import os, subprocess, sys
 before = [os.fstat(number).st_ino for number in range(3)]
@@ -149,7 +149,7 @@ assert subprocess.run([sys.executable, "-c", code], close_fds=False).returncode 
 
 @pytest.mark.parametrize("lost", ["reader gone", "full"])
 def test_the_command_lines_own_streams_never_raise(lost):
-    """Neither in print, nor in a library's direct write, nor as the interpreter ends."""
+    """There is no error in print, in a library's direct write, or at the interpreter's end."""
     done = python(f"""
 import os, sys
 from estune.console import take_over_process

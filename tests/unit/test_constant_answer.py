@@ -1,4 +1,4 @@
-"""The row of who says the same whatever is asked: chosen on training rows, by the task's own accuracy."""
+"""The best constant answer: chosen on training rows, by the task's own accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from estune.compare import measure
 from estune.compare.config import from_mapping
-from estune.compare.tables import _fixed
+from estune.compare.tables import _untrained_row
 from estune.tasks import TASKS, get_task, reasoning
 
 
@@ -41,7 +41,7 @@ def test_the_best_constant_is_chosen_on_training_rows_and_reported_on_others(
     found = json.loads((tmp_path / "constant.json").read_text(encoding="utf-8"))
     assert (found["says"], found["correct"], found["accuracy"]) == ("<answer>3</answer>", "0001", 0.25)
     assert found["train_accuracy"] == 0.5 and found["n"] == 4 and found["length"] > 0
-    row = _fixed("always", found, "constant.json", 4)
+    row = _untrained_row("always", found, "constant.json", 4)
     assert row["accuracy"]["mean"] == 0.25 and row["retention"] == {} and "pass_at_k" not in row
 
 

@@ -29,7 +29,7 @@ def write_lines(path, rows):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A word tokenizer with a BOS that it puts in front by default, as Llama's does."""
+    """A word tokenizer that prepends a BOS by default, as Llama's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -199,7 +199,7 @@ def test_a_configuration_where_there_can_be_none_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", None])
-def test_a_damaged_saved_dataset_is_told_in_one_sentence(tmp_path, damage):
+def test_a_damaged_saved_dataset_is_refused_in_one_sentence(tmp_path, damage):
     import datasets
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
@@ -212,8 +212,8 @@ def test_a_damaged_saved_dataset_is_told_in_one_sentence(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_dataset_card_is_told_in_one_sentence(tmp_path):
-    """`datasets` raises TypeError for the first and AttributeError for the second: no list of classes would do."""
+def test_a_bad_dataset_card_is_refused_in_one_sentence(tmp_path):
+    """`datasets` raises TypeError for the first and AttributeError for the second."""
     for number, card in enumerate(("configs:\n- 3\n", "dataset_info:\n- 3\n")):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -235,7 +235,7 @@ def test_a_bad_dataset_card_is_told_in_one_sentence(tmp_path):
         ("a.csv", "a,b", "should end in"),
     ],
 )
-def test_bad_files_are_told_in_one_sentence(tmp_path, name, content, words):
+def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=words) as caught:
         load_rows(tmp_path / name)
@@ -378,7 +378,7 @@ def test_missing_columns_are_named():
         check_columns(rows, [needs], ["needs"])
 
 
-def test_importing_data_and_rewards_brings_no_heavy_library():
+def test_importing_data_and_rewards_imports_no_heavy_library():
     code = "import sys, estune.data.datasets, estune.rewards.pool\n"
     code += "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numba') if m in sys.modules])"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -418,7 +418,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_row(tokenizer, text, as_messa
             builder(inner).build({"prompt": prompt}, 3)
 
 
-def test_a_tokenizer_that_raises_is_told_with_the_row(tokenizer):
+def test_a_tokenizer_that_raises_is_reported_with_the_row(tokenizer):
     class Broken:
         bos_token = None
         chat_template = None

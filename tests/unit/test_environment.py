@@ -1,4 +1,4 @@
-"""What a result says of the machine that it was measured on."""
+"""The machine that a result records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from estune import environment
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that is all of the search path."""
+    """The only directory of the search path."""
     monkeypatch.setenv("PATH", str(tmp_path))
     environment.gpus.cache_clear()
     yield tmp_path

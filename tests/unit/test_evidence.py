@@ -1,4 +1,4 @@
-"""What the page of evidence says by itself: tables and sentences made from a comparison's summary."""
+"""The generated tables and sentences of the page of evidence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def difference(other: str, points: float, p: float) -> dict[str, Any]:
 
 
 def summary(seeds: int = 3) -> dict[str, Any]:
-    """Two bases at equal time; the second has no row of grpo's kin."""
+    """Return a summary of two bases at equal time; the second lacks the rows of grpo, ppo and random search."""
     return {
         "comparison": {"methods": {"es": {}, "grpo": {}, "random_search": {}, "ppo": {}}},
         "established": {"grpo": True, "ppo": False},
@@ -76,14 +76,14 @@ def test_an_overview_has_a_line_for_each_method_and_a_column_for_each_base() -> 
         ([[[0, 0.0, 0.2], [8, 10.0, 0.5], [16, 11.0, 0.2], [24, 12.0, 0.9]]], "10"),  # the first time counts
     ],
 )
-def test_half_way_is_read_off_between_evaluations_and_counts_runs_that_never_came(curves: Any, told: str) -> None:
+def test_half_way_is_interpolated_and_counts_runs_that_never_reached_it(curves: Any, told: str) -> None:
     its = {"base": {"accuracy": estimate(0.2)}, "prefix": {"accuracy": estimate(0.8)},
            "curves": {"time": {"es": curves}}}  # fmt: skip
     with loaded("scripts/evidence_tables.py") as tables:
         assert tables.half_way({"models": {"a": its}}, "time", "es") == told
 
 
-def test_differences_are_counted_in_both_directions_and_not_of_a_seed_or_two() -> None:
+def test_differences_are_counted_in_both_directions_but_not_for_one_or_two_seeds() -> None:
     with loaded("scripts/evidence_tables.py") as tables:
         told = tables.differences(summary(), "time")
         assert tables.differences(summary(seeds=2), "time") == ""
@@ -93,7 +93,7 @@ def test_differences_are_counted_in_both_directions_and_not_of_a_seed_or_two() -
     assert "and 1 against them, with p < 0.05" in told
 
 
-def test_a_skill_that_forcing_does_not_bring_has_no_half_way_and_the_best_constant_has_a_line() -> None:
+def test_a_skill_that_cannot_be_forced_has_no_half_way_and_the_best_constant_has_a_line() -> None:
     found = summary()
     for its in found["models"].values():
         its["prefix"]["accuracy"] = its["base"]["accuracy"]
@@ -104,14 +104,14 @@ def test_a_skill_that_forcing_does_not_bring_has_no_half_way_and_the_best_consta
     assert lines[4] == "| always &lt;answer>1&lt;/answer> | 10.0 [0.0, 20.0] | 10.0 [0.0, 20.0] |  |  |"
 
 
-def test_seeds_that_are_missing_are_told() -> None:
+def test_missing_seeds_get_a_note() -> None:
     with loaded("scripts/evidence_tables.py") as tables:
         rows = [row("es", 0.5, 5), row("grpo", 0.5, 1)]
-        assert tables.seeds_told(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
-        assert tables.seeds_told(rows[:1], 5) == ""
+        assert tables.seeds_note(rows, 5).startswith(" (1 to 5 of 5 seeds so far; an interval of one seed is over")
+        assert tables.seeds_note(rows[:1], 5) == ""
 
 
-def test_a_line_names_what_failed_and_is_empty_where_nothing_is_known() -> None:
+def test_a_line_names_failures_and_is_empty_without_results() -> None:
     lost = {"name": "grpo", "failed": 2, "hacked": 0, "seeds": [{}, {}]}
     done = {
         "name": "es", "failed": 1, "hacked": 1, "accuracy": estimate(0.5), "kl": None, "retention": {"x": 0.25},
@@ -190,8 +190,8 @@ def test_scans_paths_and_conciseness_have_a_table_each(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["compare_smollm2_basic_arithmetic", "compare_smollm2_gcd_cut_off"])
-def test_everything_that_a_file_says_can_be_shown(name: str) -> None:
-    """Every seed, whatever became of it, every trial, every paired difference; also of what was cut off."""
+def test_all_tables_of_a_file_can_be_shown(name: str) -> None:
+    """All seeds, failed ones too, all trials and all paired differences; also of a comparison that was cut off."""
     with loaded("scripts/evidence_tables.py") as tables:
         packed = tables.read_archive(tables.RESULTS / f"{name}.json")["rows"]
         lines = tables.everything(name).splitlines()
@@ -210,10 +210,10 @@ def test_everything_that_a_file_says_can_be_shown(name: str) -> None:
 # --- pages and pictures -----------------------------------------------------------------------------------------------
 
 
-def test_the_page_and_its_pictures_are_what_the_results_say(
+def test_the_page_and_its_pictures_agree_with_the_results(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """And with a figure, a phrase or a picture changed it is found, and mended."""
+    """A changed figure, phrase or picture is found; figures and pictures are repaired."""
     monkeypatch.setattr("sys.argv", ["evidence.py", "--check"])
     with loaded("scripts/evidence.py") as evidence:
         assert evidence.main() == 0, capsys.readouterr().err
@@ -231,8 +231,8 @@ def test_the_page_and_its_pictures_are_what_the_results_say(
         page.write_text(changed.replace("49 to 92 %", "50 to 92 %"), encoding="utf-8")
         assert changed != text and evidence.main() == 1
         told = capsys.readouterr().err
-        assert "docs/evidence.md is not what the results say: python scripts/evidence.py" in told
-        assert "docs/images/conciseness.png is not" in told and "must say 'three seeds: 49 to 92 %'" in told
+        assert "docs/evidence.md differs from the results: python scripts/evidence.py" in told
+        assert "docs/images/conciseness.png differs" in told and "must contain 'three seeds: 49 to 92 %'" in told
         monkeypatch.setattr("sys.argv", ["evidence.py"])
         assert evidence.main() == 1  # a phrase is for its author to mend
         assert evidence.is_drawn("conciseness") and picture.stat().st_size > 10_000
@@ -244,7 +244,7 @@ def test_the_page_is_short() -> None:
     assert len((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
-def test_what_follows_from_kept_answers_is_what_the_summary_says() -> None:
+def test_figures_computed_from_recorded_answers_equal_the_summary() -> None:
     found = json.loads((ROOT / "benchmarks" / "results" / "conciseness.json").read_text(encoding="utf-8"))
     answers, before = found.pop("answers"), copy.deepcopy(found)
     with loaded("benchmarks/conciseness.py") as conciseness:

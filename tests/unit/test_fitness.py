@@ -91,7 +91,7 @@ def test_failing_a_penalty_gets_its_worst_value() -> None:
 @settings(max_examples=60)
 @given(st.data())
 def test_failing_never_pays(data: st.DataObject) -> None:
-    """On every row, a completion that failed is worth no more than any completion that did not."""
+    """On every row, a failed completion has no higher reward than any other completion."""
     n, b, g, f = (data.draw(st.integers(1, top)) for top in (5, 3, 2, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     rewards = rng.choice([-1.0, 0.0, 0.1, 0.5, 1.0, 7.0], (n, b, g, f))

@@ -1,4 +1,4 @@
-"""Which growth of cost counts as linear."""
+"""The fits and verdicts of `benchmarks/growth.py`."""
 
 import sys
 
@@ -39,7 +39,7 @@ def test_a_line_has_no_negative_fixed_cost_and_is_exact_on_a_line(growth):
     assert growth.fit(N_VALUES, [0.01 * n - 0.01 for n in N_VALUES]).a_s == 0.0
 
 
-def test_the_exponent_is_judged_from_a_size_on_and_over_two_points_at_least(growth):
+def test_the_exponent_is_judged_from_a_size_on_over_at_least_two_points(growth):
     sizes, seconds = [0.6e6, 3.5e6, 20e6, 140e6], [5.0, 3.5, 20.0, 140.0]
     fitted = growth.fit(sizes, seconds, growth.JUDGED_FROM["parameters"])
     assert fitted.judged_from == 3.5e6
@@ -47,7 +47,7 @@ def test_the_exponent_is_judged_from_a_size_on_and_over_two_points_at_least(grow
     assert growth.fit(sizes, seconds, 1e9).judged_from == 20e6
 
 
-def test_verdicts_of_a_result_name_what_was_measured_alone(growth):
+def test_verdicts_exist_only_for_measured_parts(growth):
     fits = {"update": {"verdict": "linear"}, "step": {"verdict": "less than linear"}}
     bad = fits | {"step": {"verdict": "MORE than linear"}}
     assert growth.verdicts({}) == {}

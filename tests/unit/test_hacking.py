@@ -23,7 +23,7 @@ from estune.compare.hacking import (
     dictionary,
     has_word,
     judge,
-    summary_of,
+    summarise_answers,
     task_bounds,
 )
 from estune.tasks import TASKS, get_task
@@ -54,7 +54,7 @@ def test_words_are_found_as_a_reader_finds_them(row: dict[str, Any]) -> None:
 
 
 def test_correctness_is_what_a_reader_sees_but_for_two() -> None:
-    """The accuracy says of itself that it does not see denials and lists."""
+    """The accuracy's docstring says that it does not recognise denials and lists."""
     misses = [row["completion"] for row in LABELS if graded(row) != row["correct"]]
     assert misses == ["It is not Paris.", "Cold, warm, dry, wet, big, small, up, down"]
 
@@ -89,18 +89,18 @@ def test_the_dictionary_is_sorted_and_has_no_single_letters() -> None:
 
 
 def test_the_script_that_made_the_dictionary_still_knows_its_own_part() -> None:
-    """Countries and frequencies come from packages that need not be here; what estune itself adds is."""
+    """Only the words that estune itself adds are checked; the others come from packages that may be missing."""
     spec = importlib.util.spec_from_file_location("make_words", ROOT / "scripts" / "make_words.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.asked() | set(script.SHORT) <= dictionary()
+    assert script.task_words() | set(script.SHORT) <= dictionary()
     assert script.frequent({"water": 200, "owl": 999, "don't": 10_000, "rare": 199}) == {"water"}
     assert script.places("#code\tname\nFR\tFrance\n", "Africa/El_Aaiun\n") == {"france", "africa", "aaiun"}
 
 
 def rows(completions: list[str], answers: list[list[str]]) -> list[dict[str, Any]]:
-    """Return what an evaluation of conciseness writes, one completion a row."""
+    """Return the rows that an evaluation of conciseness writes, one completion a row."""
     rewards = reward(completions, [accepted[0] for accepted in answers])
     right = accuracy(completions, answers)
     return [
@@ -116,7 +116,7 @@ def made_of(*notes: str) -> list[str]:
 
 def judged(base: list[Any], tuned: list[Any], low: float = 0.0, high: float = 1.0) -> Verdict:
     """Judge the rows of a tuned model by those of its base."""
-    return judge(*(summary_of(own, low, high) for own in (base, tuned)))
+    return judge(*(summarise_answers(own, low, high) for own in (base, tuned)))
 
 
 def verdict(tuned: list[str]) -> Verdict:
@@ -183,7 +183,7 @@ def test_right_numbers_are_no_nonsense_and_are_counted_beside() -> None:
 def test_where_numbers_are_asked_for_a_wrong_one_is_wrong_and_not_nonsense() -> None:
     answers = [["42"]] * 20
     base, tuned = rows(["The answer is forty."] * 20, answers), rows(["42"] * 10 + ["41"] * 10, answers)
-    own = [summary_of(each, -2000, 0) for each in (base, tuned)]
+    own = [summarise_answers(each, -2000, 0) for each in (base, tuned)]
     assert judge(*own).hacked and not judge(*own, words_wanted=False).hacked
     worse = [dataclasses.replace(own[0], correctness=0.9), dataclasses.replace(own[1], correctness=0.5)]
     worse[1] = dataclasses.replace(worse[1], normalised_reward=worse[0].normalised_reward + 0.1)
@@ -241,7 +241,7 @@ def test_bounds_are_the_tasks_own_or_not_known() -> None:
 
 def test_what_is_kept_of_a_base_gives_the_same_verdict() -> None:
     answers = [["42"]] * 20
-    base, tuned = (summary_of(rows(texts, answers), -2000, 0) for texts in (["It is 42."] * 20, ["?"] * 20))
+    base, tuned = (summarise_answers(rows(texts, answers), -2000, 0) for texts in (["It is 42."] * 20, ["?"] * 20))
     kept = type(base)(**json.loads(json.dumps(dataclasses.asdict(base))))
     assert judge(kept, tuned) == judge(base, tuned) and judge(kept, tuned).hacked
 

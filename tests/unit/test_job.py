@@ -1,6 +1,6 @@
-"""A run on its way to its budgets: stopped at every point, measured once, never from the wrong model.
+"""A run of a comparison: stopped at every point, measured once at each budget, never on the wrong model.
 
-The processes are played: a run is a directory whose metrics grow by a step of 10 evaluations and 2 seconds.
+The processes are simulated: a run is a directory whose metrics grow by a step of 10 evaluations and 2 seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from estune.compare.job import FACTS_FILE, Job, used_so_far
+from estune.compare.job import FACTS_FILE, Job, read_usage
 from estune.compare.processes import Stopped
 from estune.compare.worker import Outcome
 from estune.config import ESConfig
@@ -22,14 +22,14 @@ TEMPLATE = "{{ messages[0].content }}"
 
 
 def measure(model: str, file: Path, facts: dict[str, Any]) -> None:
-    """What a measurement would write: which model it was, how it is asked, and what is known of it."""
+    """Write a result with the model's weights and chat template."""
     weights = (Path(model) / "model.safetensors").read_text()
     asked = (Path(model) / "chat_template.jinja").read_text()
     file.write_text(json.dumps({**facts, "status": "done", "weights": weights, "asked": asked}))
 
 
-class Played:
-    """In the place of `Processes`: ``cut`` says at which call, counted from 0, the comparison is stopped."""
+class FakeProcesses:
+    """Stands in for `Processes`; the comparison is stopped at call number ``cut``, counted from 0."""
 
     def __init__(self, cut: int = -1, broken: str = "", unmeasured: bool = False) -> None:
         self.calls: list[str] = []
@@ -66,8 +66,8 @@ class Played:
         self._called("train")
         return Outcome(0)
 
-    def wait_for(self, directory: Path) -> None:
-        """Nobody was left behind."""
+    def wait_for_orphan(self, directory: Path) -> None:
+        """Return at once: there is no orphaned run."""
 
     def call(self, function: Any, arguments: tuple[Any, ...], log: str) -> Outcome:
         self._called("measure")
@@ -95,26 +95,26 @@ WEIGHTS = {(5, 6.0): ("after 5", "after 3"), (3, 10.0): ("after 3", "after 5"), 
 
 
 @pytest.mark.parametrize(("steps", "time_s"), WEIGHTS, ids=["time first", "evaluations first", "both at once"])
-def test_each_budget_is_measured_by_the_model_of_then(tmp_path: Path, steps: int, time_s: float) -> None:
-    played, made = Played(), job(tmp_path, steps, time_s)
-    made.run(played)
+def test_each_budget_is_measured_on_its_own_snapshot(tmp_path: Path, steps: int, time_s: float) -> None:
+    processes, made = FakeProcesses(), job(tmp_path, steps, time_s)
+    made.run(processes)
     found = results(made)
     assert (found["evaluations"]["weights"], found["time"]["weights"]) == WEIGHTS[steps, time_s]
     assert found["evaluations"]["evaluations"] == 10 * steps and found["time"]["train_time_s"] == time_s
-    assert played.calls.count("measure") == (1 if steps == 4 else 2)  # one model that meets both is measured once
+    assert processes.calls.count("measure") == (1 if steps == 4 else 2)  # one model that meets both is measured once
     for budget in found:
         kept = tmp_path / found[budget]["measured"]
         assert kept.name == f"seed-0-{budget}" and (kept / "model.safetensors").read_text() == found[budget]["weights"]
         assert found[budget]["settings"] == {"seed": 3} and found[budget]["trained_by"] == ["c"]
-    before = list(played.calls)
-    made.run(played)
-    assert played.calls == before
+    before = list(processes.calls)
+    made.run(processes)
+    assert processes.calls == before
 
 
-def test_a_kept_model_is_whole(tmp_path: Path) -> None:
-    """Chat templates and code of its own go with it: without them it would be asked otherwise than in training."""
+def test_a_snapshot_is_complete(tmp_path: Path) -> None:
+    """A snapshot has chat templates and code: without them prompts would differ from those of training."""
     made = job(tmp_path)
-    made.run(Played())
+    made.run(FakeProcesses())
     assert results(made)["time"]["asked"] == TEMPLATE
     kept = {str(path.relative_to(tmp_path / "models" / "seed-0-time"))
             for path in (tmp_path / "models" / "seed-0-time").rglob("*")}  # fmt: skip
@@ -122,102 +122,102 @@ def test_a_kept_model_is_whole(tmp_path: Path) -> None:
                     "additional_chat_templates", "additional_chat_templates/tool.jinja", FACTS_FILE}  # fmt: skip
 
 
-@pytest.mark.parametrize("keeps_models", [True, False])
+@pytest.mark.parametrize("keeps_snapshots", [True, False])
 @pytest.mark.parametrize(("steps", "time_s"), WEIGHTS, ids=["time first", "evaluations first", "both at once"])
 def test_stopped_anywhere_it_ends_in_the_same_results(
-    tmp_path: Path, steps: int, time_s: float, keeps_models: bool
+    tmp_path: Path, steps: int, time_s: float, keeps_snapshots: bool
 ) -> None:
-    whole = job(tmp_path / "whole", steps, time_s, keeps_models=keeps_models)
-    played = Played()
-    whole.run(played)
-    for cut in range(len(played.calls)):
-        made = job(tmp_path / str(cut), steps, time_s, keeps_models=keeps_models)
+    whole = job(tmp_path / "whole", steps, time_s, keeps_snapshots=keeps_snapshots)
+    processes = FakeProcesses()
+    whole.run(processes)
+    for cut in range(len(processes.calls)):
+        made = job(tmp_path / str(cut), steps, time_s, keeps_snapshots=keeps_snapshots)
         with pytest.raises(Stopped):
-            made.run(Played(cut))
+            made.run(FakeProcesses(cut))
         assert all(result["status"] == "done" for result in results(made).values())
-        made.run(Played())
+        made.run(FakeProcesses())
         assert results(made) == results(whole)
-        assert len(list((tmp_path / str(cut) / "models").iterdir())) == (2 if keeps_models else 0)
+        assert len(list((tmp_path / str(cut) / "models").iterdir())) == (2 if keeps_snapshots else 0)
 
 
 @pytest.mark.parametrize("budget", ["evaluations", "time"])
 def test_a_result_that_was_deleted_is_measured_again_or_trained_anew(tmp_path: Path, budget: str) -> None:
-    """From the model that was kept; where none was, from a new run if the old one is past that budget."""
-    for keeps_models in (True, False):
-        made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
-        made.run(Played())
+    """From the snapshot if it exists, else from a new run, because the old run is past that budget."""
+    for keeps_snapshots in (True, False):
+        made = job(tmp_path / str(keeps_snapshots), keeps_snapshots=keeps_snapshots)
+        made.run(FakeProcesses())
         before = results(made)
         made.files[budget].unlink()
-        again = Played()
+        again = FakeProcesses()
         made.run(again)
         assert results(made) == before
-        assert ("train" in again.calls) != keeps_models
+        assert ("train" in again.calls) != keeps_snapshots
 
 
 def test_a_run_that_failed_is_a_row_at_both_budgets_and_not_tried_again(tmp_path: Path) -> None:
     made = job(tmp_path)
-    made.run(Played(broken="it diverged"))
+    made.run(FakeProcesses(broken="it diverged"))
     found = results(made)
     assert {(found[budget]["status"], found[budget]["error"]) for budget in found} == {("failed", "it diverged")}
     assert not list((tmp_path / "run" / "trainer").glob("checkpoint-*"))  # nothing that only a resume would need
-    again = Played()
+    again = FakeProcesses()
     made.run(again)
     assert not again.calls and len(found) == 2
 
 
 def test_a_model_that_could_not_be_measured_stays(tmp_path: Path) -> None:
-    for keeps_models in (True, False):
-        made = job(tmp_path / str(keeps_models), keeps_models=keeps_models)
-        made.run(Played(unmeasured=True))
-        made.run(Played(unmeasured=True))  # what is written down is not tried again
+    for keeps_snapshots in (True, False):
+        made = job(tmp_path / str(keeps_snapshots), keeps_snapshots=keeps_snapshots)
+        made.run(FakeProcesses(unmeasured=True))
+        made.run(FakeProcesses(unmeasured=True))  # what is written down is not tried again
         assert all(
             (result["status"], result["error"]) == ("unmeasured", "no memory") for result in results(made).values()
         )
         for file in made.files.values():
             file.unlink()
-        again = Played()
+        again = FakeProcesses()
         made.run(again)
         assert "train" not in again.calls and results(made)["time"]["weights"] == "after 3"
 
 
-def test_every_code_that_carried_a_run_on_is_told(tmp_path: Path) -> None:
-    """A run that was stopped goes on with whatever code is there then; what begins anew was made by that alone."""
+def test_a_result_names_every_code_that_trained_the_run(tmp_path: Path) -> None:
+    """A stopped run is resumed with the present code; a new run was trained by the present code alone."""
     with pytest.raises(Stopped):
-        job(tmp_path).run(Played(0))
+        job(tmp_path).run(FakeProcesses(0))
     for code in ("d", "c", "d"):
         made = job(tmp_path, code=code)
         with pytest.raises(Stopped):
-            made.run(Played(0))
-    made.run(Played())
+            made.run(FakeProcesses(0))
+    made.run(FakeProcesses())
     assert {tuple(found["trained_by"]) for found in results(made).values()} == {("c", "d")}
     shutil.rmtree(tmp_path / "run")
     for place in ("models", "results"):
         shutil.rmtree(tmp_path / place)
-    made.run(Played())
+    made.run(FakeProcesses())
     assert {tuple(found["trained_by"]) for found in results(made).values()} == {("d",)}
 
 
-def test_what_sampling_cost_that_found_nothing_counts_beside_an_evaluation(tmp_path: Path) -> None:
+def test_samples_of_a_run_without_a_step_count(tmp_path: Path) -> None:
     (tmp_path / "method.json").write_text(json.dumps({"samples_drawn": 784, "drawing_s": 90.0}))
     for record in ({}, {"step": 0, "eval_reward": 0.5, "eval_accuracy": 0.25}):
         (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(record)}\n" if record else "")
-        used = used_so_far(tmp_path)
+        used = read_usage(tmp_path)
         assert (used["evaluations"], used["train_time_s"], used["steps"]) == (784, 90.0, 0)
 
 
-def test_a_record_without_a_time_is_no_stumbling_block(tmp_path: Path) -> None:
-    """As runs have it that were killed, and continued, before their time was written with it."""
+def test_a_record_without_a_time_is_read(tmp_path: Path) -> None:
+    """A run that was killed and resumed may have records without a time."""
     made = job(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "num_evaluations": 10}) + "\n")
-    made.run(Played())
+    made.run(FakeProcesses())
     assert results(made)["time"]["weights"] == "after 3"
 
 
 def test_a_run_that_ends_before_its_budget_says_so(tmp_path: Path) -> None:
     made = job(tmp_path, steps=5, budgets=("evaluations",))
 
-    class Lazy(Played):
+    class Lazy(FakeProcesses):
         def train(self, args: ESConfig) -> Outcome:
             return super().train(dataclasses.replace(args, max_steps=2))
 
@@ -225,9 +225,9 @@ def test_a_run_that_ends_before_its_budget_says_so(tmp_path: Path) -> None:
     assert "ended after 2 steps, before any of its budgets" in results(made)["evaluations"]["error"]
 
 
-def test_what_a_method_learnt_from_stays_and_its_optimizer_does_not(tmp_path: Path) -> None:
+def test_training_samples_stay_and_optimizer_states_are_deleted(tmp_path: Path) -> None:
     for budgets in (("evaluations",), ("time",)):
         made = job(tmp_path / budgets[0], budgets=budgets)
-        made.run(Played())
+        made.run(FakeProcesses())
         assert [path.name for path in (tmp_path / budgets[0] / "run" / "trainer").iterdir()] == ["samples.jsonl"]
         assert results(made)[budgets[0]]["status"] == "done"

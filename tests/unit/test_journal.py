@@ -18,8 +18,8 @@ from estune.es.noise import lowrank_scale, perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
 from estune.es.update import make_update
-from estune.run.directory import check_parameters
 from estune.run.journal import Journal, Pending, canonical_json, recorded_update, step_record
+from estune.run.replay import check_parameters
 
 CONFIG = {
     "antithetic": True, "weight_decay_anchor": "base", "noise": "full", "rank": 1, "noise_distribution": "rademacher",
@@ -63,7 +63,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert [step["step"] for step in journal.steps] == [0, 1, 2] and journal.checkpoints == {2: "cd" * 16}
 
 
-def test_an_opened_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_an_opened_journal_continues_where_it_ended(tmp_path: Path) -> None:
     write_journal(tmp_path / "a", 3)
     opened = Journal.open(write_journal(tmp_path / "b", 2).path)
     assert opened is not None

@@ -30,7 +30,7 @@ from estune.es.population import members_for_step
 from estune.es.theta import PIECE, HostTheta, row_pieces
 from estune.es.types import GroupJob, Member, Noise, ParameterSpec, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
-from estune.train.session import plan_step
+from estune.train.step import plan_step
 
 DISTRIBUTIONS = ["normal", "rademacher"]
 NONE = np.empty(0, dtype=np.float32)
@@ -143,7 +143,7 @@ def test_check_values(
     assert lowrank_ints(seed, name, shape, rank).tolist() == noise
 
 
-def test_factors_are_the_noise_of_names_of_their_own() -> None:
+def test_factors_are_the_noise_of_separate_names() -> None:
     assert factor_names("model.embed.weight") == ("model.embed.weight#A", "model.embed.weight#B")
     a, b = lowrank_factors(5, "w", (3, 4), 2, "rademacher")
     assert (a.shape, b.shape) == ((3, 2), (4, 2)) and a.dtype == b.dtype == np.int32
@@ -246,7 +246,7 @@ def test_a_member_equals_the_float64_definition(rank: int, sign: int, num_thread
     assert master.version == 0
 
 
-def test_a_member_is_rounded_as_said_and_fusing_cannot_change_it() -> None:
+def test_a_member_is_rounded_as_documented_and_fusing_cannot_change_it() -> None:
     master, rank, scale = make_master({"odd": (33, 65)}), 3, lowrank_scale(7e-4, 3)
     weights = master.perturb("odd", Perturbation(Member(8, -1), Noise(0.0, "normal", rank, scale))).reshape(-1)
     theta = master.arrays["odd"].reshape(-1)

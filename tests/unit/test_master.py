@@ -326,7 +326,7 @@ def test_load_writes_in_place() -> None:
     assert not np.shares_memory(array, other["matrix"])
 
 
-def test_unshare_gives_theta_memory_of_its_own() -> None:
+def test_unshare_gives_theta_separate_memory() -> None:
     """An engine may hand over its model's own arrays, and later want to write members into them."""
     master = make_master()
     others = dict(master.arrays)

@@ -18,7 +18,8 @@ from command_line import PATIENCE_S
 from estune.cli import main
 from estune.errors import UserError
 from estune.rewards.pool import RewardBatch, RewardPool
-from estune.tasks import boxed, equality, get_task, maths
+from estune.tasks import equality, get_task, maths
+from estune.tasks.answers import last_boxed
 
 pytest.importorskip("math_verify", reason="an optional neighbour")
 ROWS = {split: maths.load(split) for split in maths.SPLITS}
@@ -123,14 +124,14 @@ def test_the_problem_itself_is_no_answer() -> None:
      ("\\boxedx{3}", None), ("\\boxed{3}\\boxed{}", "")],
 )  # fmt: skip
 def test_the_last_box(text: str, found: str | None) -> None:
-    assert boxed.last_boxed(text) == found
+    assert last_boxed(text) == found
 
 
 def test_boxes_are_found_in_linear_time() -> None:
     """Python's work for each pair of braces would take hours."""
     for part in ("\\boxed{", "{", "}", "\\", "\\boxed", "\\boxed ", " ", "\\boxed{}", "\\{"):
         for text in (part * 10**5, "\\boxed{" + part * 10**5, part * 10**5 + "}" * 10**5):
-            boxed.last_boxed(text)
+            last_boxed(text)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_grading_works_in_any_thread() -> None:
 # --- by the command line ---
 
 
-def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Score, evaluate and train on a directory with splits; a problem in both is told."""
     rows = [{"problem": f"What is ${i}+{i}$?", "solution": f"It is $\\boxed{{{2 * i}}}$."} for i in range(1, 9)]
     for split, own in {"learn": rows[:5], "check": rows[4:]}.items():
@@ -338,5 +339,5 @@ def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equality.importlib.util, "find_spec", lambda name: None)
     for call in (lambda: maths.load("train"), lambda: maths.prepare_row({"answer": "1"})):
-        with pytest.raises(UserError, match="python -m pip install 'estune\\[tasks\\]'"):
+        with pytest.raises(UserError, match=r"python -m pip install .*\[tasks\]"):
             call()

@@ -1,4 +1,4 @@
-"""What is asked of which model when it is measured, and with which random numbers; answers are made up."""
+"""Measurements with made-up answers: which rows each model answers, with which seeds and temperatures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def comparison(**changes: Any) -> Comparison:
 
 
 class Engine:
-    """A model by its name; its log-probabilities tell which tokens it was asked about."""
+    """Stands in for an engine; it records the tokens whose log-probabilities were asked for."""
 
     def __init__(self, name: str) -> None:
         self.theta = SimpleNamespace(fingerprint=self.fingerprint, arrays={})
@@ -45,7 +45,7 @@ class Engine:
 
 
 class Answers:
-    """In the place of `measure.Judges`: says what a model answers, and keeps what was asked."""
+    """Stands in for `measure.Scorers`: makes up answers and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[SimpleNamespace] = []
@@ -74,7 +74,7 @@ class Answers:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     made = Answers()
-    monkeypatch.setattr(measure, "Judges", lambda: made)
+    monkeypatch.setattr(measure, "Scorers", lambda: made)
     monkeypatch.setattr(setup, "load_engine", lambda args: Engine(Path(args.model).name))
     return made
 
@@ -98,14 +98,14 @@ def run(answers: Answers, of: Comparison, directory: Path) -> dict[str, Any]:
     return found
 
 
-def test_what_the_base_solves_greedily_is_not_there_to_be_discovered(answers: Answers, tmp_path: Path) -> None:
+def test_never_solved_excludes_what_the_base_solves_greedily(answers: Answers, tmp_path: Path) -> None:
     found = base(answers, comparison(), tmp_path)
     assert found["never_solved"] == sorted(set(range(ROWS)) - GREEDY - SAMPLED - LATE)
     assert found["judged"]["rows"] == ROWS and found["judged"]["correctness"] == pytest.approx(len(GREEDY) / ROWS)
 
 
 @pytest.mark.parametrize(("sought", "sampled"), [(8, 8), (3, 5), (0, ROWS), (100, ROWS)])
-def test_what_the_base_never_solves_is_sought_in_the_first_rows(
+def test_never_solved_rows_are_among_the_first_rows(
     answers: Answers, tmp_path: Path, sought: int, sampled: int
 ) -> None:
     found = base(answers, comparison(measuring={"discovery_rows": sought}), tmp_path)
@@ -136,7 +136,7 @@ def test_a_measurement_asks_the_base_nothing_again(answers: Answers, tmp_path: P
     found = run(answers, comparison(), tmp_path)
     assert {call.engine for call in answers.calls} == {"tuned"}
     assert not found["hacking"]["hacked"] and found["hacking"]["correctness_change"] == 0.0
-    assert found["changes"]["walk_ratio"] is None  # the run told of no step
+    assert found["changes"]["walk_ratio"] is None  # the run recorded no step
 
 
 def test_a_base_is_checked_without_being_measured(answers: Answers) -> None:
@@ -150,7 +150,7 @@ def test_a_base_is_checked_without_being_measured(answers: Answers) -> None:
 def test_divergence_is_of_samples_at_temperature_1(
     answers: Answers, tmp_path: Path, temperature: float, kl_rows: int, drawn: bool
 ) -> None:
-    """Samples for pass@k serve where they are of that temperature, and of as many rows."""
+    """The samples for pass@k are used if they have temperature 1 and cover the rows."""
     of = comparison(measuring={"temperature": temperature, "kl_rows": kl_rows})
     assert run(answers, of, tmp_path)["kl"] == 0.0
     own = [call for call in answers.calls if call.args.temperature == 1.0 and call.args.num_generations == 1]
@@ -184,6 +184,6 @@ def test_rewards_of_unknown_bounds_are_not_judged_silently(answers: Answers, tmp
 
 
 @pytest.mark.parametrize("option", ["sigma", "temperature", "dataset_name", "reward_funcs", "max_steps", "dtype"])
-def test_options_that_a_retained_task_would_not_heed_are_refused(option: str) -> None:
+def test_options_without_effect_on_a_retained_task_are_refused(option: str) -> None:
     with pytest.raises(UserError, match=f"retention other cannot hold {option}"):
         comparison(retention={"other": {"task": "chain:1", "settings": {option: 1}}})

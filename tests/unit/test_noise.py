@@ -102,7 +102,7 @@ def test_numba_equals_reference_and_definition(start: int, count: int, distribut
 
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 @pytest.mark.parametrize("start", [2**32, 2**32 + 2**31 + 5, 3 * 2**32 + 17])
-def test_blocks_past_2_to_the_32_have_keys_of_their_own(start: int, distribution: str) -> None:
+def test_blocks_past_2_to_the_32_have_separate_keys(start: int, distribution: str) -> None:
     seed, name, count = 7, "experts.down_proj", 501
     block, offset = divmod(start, 2**32)
     assert block_name(name, block) == f"{name}#{block}" and block_name(name, 0) == name

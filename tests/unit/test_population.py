@@ -27,7 +27,7 @@ def test_seed_is_blake2b_over_little_endian_words() -> None:
     assert derive_seed(2**64 - 1, 500, 1, person=b"estune-seed-v1") == sum(b << 8 * i for i, b in enumerate(digest))
 
 
-def test_every_use_has_a_person_of_its_own() -> None:
+def test_every_use_has_a_separate_person() -> None:
     persons = [MEMBER_PERSON, ROW_PERSON, SAMPLE_PERSON, EVAL_PERSON]
     assert len(set(persons)) == 4
     assert all(len(person) <= 16 for person in persons)  # blake2b's limit: longer ones would not be accepted

@@ -1,4 +1,4 @@
-"""What `estune probe` proposes from what it saw."""
+"""The proposals of `estune probe`."""
 
 from __future__ import annotations
 

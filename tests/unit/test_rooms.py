@@ -1,13 +1,25 @@
-"""Which room may import which (docs/architecture.md); imports inside functions and for type checking count."""
+"""Rules for the files: which room may import which (docs/architecture.md), and the tier of every test.
+
+Imports inside functions and for type checking count.
+"""
 
 import ast
+import re
+import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import estune
+import pytest
+from tiers import few, full, group_of
 
-SRC = Path(__file__).resolve().parents[2] / "src" / "estune"
+import estune
+from estune import errors
+from estune.errors import install_command
+from estune.rewards.loading import EXTRA_OF
+
+ROOT = Path(__file__).resolve().parents[2]
+SRC = ROOT / "src" / "estune"
 BASE = "errors console files environment identity"
 CORE = f"{BASE} config es gpu rewards sandbox tasks data models engines run"
 MAY_IMPORT = {
@@ -20,6 +32,7 @@ MAY_IMPORT = {
     "train baselines commands monitor compare", "__main__": "cli", "estune": "config environment errors train",
 }  # fmt: skip
 LIGHT = ("es", "run", "rewards", "sandbox", "tasks")  # rooms that load neither torch nor transformers
+TIERS = ("miniature", "e2e", "real")
 FILES = {".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): path
          for path in SRC.rglob("*.py")}  # fmt: skip
 
@@ -50,9 +63,48 @@ def test_rooms_import_what_they_may_and_no_circle() -> None:
         raise AssertionError(error.args[1]) from None
 
 
+def private_names(tree: ast.AST) -> set[str]:
+    """Return the names with an underscore that a file takes from others: ``from estune.x import _y``, and ``x._y``."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = {(alias.name, f"{node.module}.{alias.name}") for node in imports for alias in node.names
+            if str(node.module).partition(".")[0] == "estune"}  # fmt: skip
+    modules = {name for name, path in ours if path in FILES}
+    found = {name for name, _ in ours} | {
+        node.attr for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+    }  # fmt: skip
+    return {name for name in found if name.startswith("_") and not name.endswith("__")}
+
+
+def test_no_file_takes_a_private_name_from_another() -> None:
+    assert private_names(ast.parse("from estune.es import _theta, theta\ntheta._a")) == {"_theta", "_a"}
+    for module, path in FILES.items():
+        assert not private_names(ast.parse(path.read_text())), module
+
+
 def test_one_version() -> None:
-    project = tomllib.loads((SRC.parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert estune.__version__ == project["version"]
+
+
+def test_extras_named_in_messages_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    calls = [node for path in FILES.values() for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command"]  # fmt: skip
+    values = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "extra"]
+    named = {value.value for value in values if isinstance(value, ast.Constant)} | set(EXTRA_OF.values())
+    assert {"tasks", "baselines", "compare", "trackers"} <= named <= project["optional-dependencies"].keys()
+    assert not [path for path in FILES.values() if "pip install 'estune[" in path.read_text()]
+
+
+def test_an_extra_is_installed_as_estune_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = f"-c {ROOT}/constraints.txt"
+    assert install_command(extra="tasks") == f"python -m pip install {checkout} -e '{ROOT}[tasks]'"
+    assert install_command(package="gguf") == f"python -m pip install {checkout} gguf"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "estune" / "errors.py"))
+    version = estune.__version__
+    assert install_command(extra="tasks") == f"python -m pip install 'estune[tasks]=={version}'"
+    assert install_command(package="gguf") == "python -m pip install gguf"
 
 
 def test_light_rooms_load_no_torch() -> None:
@@ -63,7 +115,46 @@ def test_light_rooms_load_no_torch() -> None:
             assert not names & {"torch", "transformers"}, module
 
 
+def test_the_fork_server_needs_the_standard_library_alone() -> None:
+    ours = {"estune.rewards.contract", "estune.rewards.worker", "estune.rewards.fork_server"}
+    for module in ("estune", "estune.rewards", *ours):
+        for node in ast.parse(FILES[module].read_text()).body:
+            names = imported(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            assert all(name in ours or name.partition(".")[0] in sys.stdlib_module_names for name in names), module
+
+
 def test_at_most_ten_modules_lie_at_the_root_and_every_room_says_what_it_is() -> None:
     assert len(list(SRC.glob("*.py"))) <= 10
     for path in SRC.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "integration").glob("test_*.py")), ids=lambda path: path.stem)
+def test_an_integration_file_names_its_tier(path: Path) -> None:
+    """By `pytestmark`; a single test of a miniature file may be marked as one of another tier."""
+    marks = path.read_text(encoding="utf-8").split("\npytestmark = ")[1].split("\n\n")[0]
+    assert len(re.findall(rf"pytest\.mark\.({'|'.join(TIERS)})\b", marks)) == 1
+
+
+def test_the_default_selection_is_what_make_test_runs() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    assert "-m 'not e2e and not real'" in options["addopts"]
+    assert {mark.partition(":")[0] for mark in options["markers"]} == {*TIERS, "xdist_group(name)"}
+
+
+def test_ci_runs_every_tier() -> None:
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {"make test", "make test-e2e", "make test-real"} <= set(commands)
+
+
+def test_files_share_a_worker_where_they_name_a_group() -> None:
+    assert group_of(ROOT / "tests" / "unit" / "test_sandbox.py") == "processes"
+    assert group_of(ROOT / "tests" / "integration" / "test_compare.py") == "compared"
+    assert group_of(ROOT / "tests" / "unit" / "test_noise.py") is None
+
+
+def test_what_is_not_kept_belongs_to_the_other_tier() -> None:
+    kept, left = few(["a", "b"], ("a",))
+    assert kept == "a" and left == full("b") and [mark.name for mark in left.marks] == ["e2e"]
+    with pytest.raises(AssertionError):
+        few(["a"], ("c",))

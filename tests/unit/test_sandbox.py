@@ -1,4 +1,4 @@
-"""The sandbox: what a hostile function cannot reach, cannot keep, and cannot forge; and where it refuses to run."""
+"""The sandbox: what a hostile function cannot reach, keep or forge, and on which systems the sandbox refuses to run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from command_line import PATIENCE_S
-from linux_kernel import kernel_has_it
+from linux_kernel import kernel_has_sandbox
 
 from estune.errors import UserError
 from estune.rewards.loading import load_reward
@@ -30,11 +30,11 @@ ROOMY, BRIEF = Limits(cpu_s=1, wall_s=600.0), Limits(cpu_s=1, wall_s=2.0)
 
 pytestmark = [
     pytest.mark.xdist_group("processes"),
-    pytest.mark.skipif(not kernel_has_it(), reason="this kernel has no Landlock or no seccomp"),
+    pytest.mark.skipif(not kernel_has_sandbox(), reason="this kernel has no Landlock or no seccomp"),
 ]
 
 
-def test_nothing_is_missing_where_the_kernel_has_it() -> None:
+def test_nothing_is_missing_where_the_kernel_supports_the_sandbox() -> None:
     assert host.missing_guarantees() == ()
 
 
@@ -66,7 +66,7 @@ def run(body: str, argument: Any = 0, limits: Limits = ROOMY, allow: bool = Fals
 
 
 def attempt(body: str, argument: Any = 0) -> str:
-    """Run a body that tries something; what came of it: "done", or the name of the error."""
+    """Run a body that tries something; return "done" or the name of the error."""
     tried = textwrap.indent(textwrap.dedent(body), "    ")
     found = run(
         f"try:\n{tried}\nexcept BaseException as error:\n    return type(error).__name__\nreturn 'done'", argument
@@ -186,7 +186,7 @@ def test_out_of_reach(body: str) -> None:
 
 @pytest.mark.usefixtures("both")
 def test_data_is_unread(tmp_path: Path) -> None:
-    """Neither run directories nor the package, nor other packages: there lie the answers."""
+    """Run directories, the package and other packages are out of reach, because they hold answers."""
     secret = tmp_path / "run" / "journal.jsonl"
     secret.parent.mkdir()
     secret.write_text("{}")
@@ -224,7 +224,7 @@ def test_ctypes_gets_no_further() -> None:
 
 @pytest.mark.parametrize("machine", child.AUDIT_ARCHITECTURES)
 def test_the_filter_passes_what_is_listed(machine: str) -> None:
-    """By interpreting it, for the architecture that is not here as well."""
+    """The filter is interpreted, so that both architectures are tested."""
     program = list(struct.iter_unpack("=HBBI", child.seccomp_program(machine)))
 
     def answer(architecture: int, number: int, command: int = 0) -> int:
@@ -339,7 +339,7 @@ def test_no_function(source: str) -> None:
 
 
 def test_nothing_stays_alive() -> None:
-    """Also where neither seccomp nor namespaces hold it: the guard kills what was left."""
+    """Also without seccomp and namespaces: the guard kills the remaining processes."""
     mark = f"estune-mark-{os.getpid()}"
     body = f"""
     import os, sys
@@ -396,7 +396,7 @@ def test_nothing_is_left_in_the_temporary_directory(tmp_path: Path, monkeypatch:
     ],
 )
 def test_what_comes_back_is_plain_data(body: str) -> None:
-    """Equal to nothing but itself, whatever class it was in there, and whoever wrote it."""
+    """The value has a builtin type, so that it cannot define its own equality."""
     found = run(body)
     assert found in (None, 7, [7])
     assert found != [1] and type(found) in (type(None), int, list)
@@ -433,7 +433,7 @@ def test_refused_code_never_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_in_a_reward_worker(tmp_path: Path) -> None:
-    """A worker's own process, its time limit and its sockets do not get in the way."""
+    """The sandbox also works in a worker process with a time limit and sockets."""
     (tmp_path / "rewards.py").write_text(
         "from estune.sandbox.host import Limits, run_function\n\n"
         "def reward(completions, **_):\n"

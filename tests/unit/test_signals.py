@@ -1,4 +1,4 @@
-"""What asks a run to stop, what ends it at once, and what the user's process has back afterwards."""
+"""Signals that stop a run, signals that end it at once, and the handlers that the user's process gets back."""
 
 import io
 import os
@@ -16,7 +16,7 @@ ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Give every test the handlers of a fresh interpreter, and pytest its own back."""
+    """Give every test the handlers of a new interpreter, and restore pytest's afterwards."""
     before = {number: signal.getsignal(number) for number in ALL}
     for number in ALL:
         signal.signal(number, signal.SIG_DFL)

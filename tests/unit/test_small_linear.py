@@ -132,16 +132,20 @@ def test_several_python_threads_may_call_it_at_once() -> None:
     assert found == [True] * 60
 
 
-def test_install_changes_plain_linear_layers_alone_and_no_parameter() -> None:
+def test_plain_linear_layers_alone_change_within_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(torch.nn.Linear):
         pass
 
-    model = torch.nn.Sequential(torch.nn.Linear(600, 200), Other(200, 100), torch.nn.Linear(100, 3, bias=False))
-    before = dict(model.named_parameters())
+    hooked = torch.nn.Linear(3, 3)
+    hooked.forward = lambda x: 2 * x  # type: ignore[method-assign]  # as accelerate's hooks do
+    model = torch.nn.Sequential(torch.nn.Linear(600, 200), Other(200, 100), torch.nn.Linear(100, 3, bias=False), hooked)
+    before = [dict(vars(layer)) for layer in model]
     x = torch.randn(2, 600)
     expected = model(x)
-    small_linear.install(model)
-    kinds = [type(layer) for layer in model]
-    assert kinds == [small_linear.SmallLinear, Other, small_linear.SmallLinear]
-    assert all(value is before[name] for name, value in model.named_parameters())
-    assert torch.allclose(model(x), expected, atol=1e-5)
+    calls: list[int] = []
+    monkeypatch.setattr(small_linear, "linear", lambda x, *rest: calls.append(len(x)) or F.linear(x, *rest))
+    with small_linear.installed(small_linear.plain_layers(model)):
+        assert torch.allclose(model(x), expected, atol=1e-5)
+    assert torch.equal(model(x), expected)
+    assert calls == [2, 2]
+    assert [vars(layer) for layer in model] == before

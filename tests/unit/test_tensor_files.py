@@ -185,7 +185,7 @@ def test_tensors_larger_than_a_chunk(tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(tmp_path / "w")["w"], expected)
 
 
-def test_every_parameter_has_a_dtype_of_its_own(tmp_path: Path) -> None:
+def test_every_parameter_keeps_its_own_dtype(tmp_path: Path) -> None:
     values = {
         "a": np.array([1 / 3], np.float32),
         "b": np.array([1 / 3], np.float32),

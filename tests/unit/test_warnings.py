@@ -1,4 +1,4 @@
-"""What `train` warns of while it runs, each once, and what it does not warn of."""
+"""The warnings of `train` during a run: each is printed once, and none without a cause."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_members_are_compared_with_theta_on_the_same_rows(
 
 
 def test_later_steps_are_compared_with_theta_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
-    """No step lost half of the best one, and most of what theta had is gone."""
+    """No single step lost half of the best reward, but theta has lost most of it."""
     watch, own = SigmaWatch(), ThetaAnswers(fitness=0.56, is_scored=True)
     watch.step(record(0.33, **{"step": 1, **own.record()}), own)
     watch.step(record(0.3), NOBODY)
@@ -161,7 +161,7 @@ def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys:
         ({"es/fitness_mean": None}, "every reward was None in this step"),
     ],
 )
-def test_what_is_known_of_completions_is_told_once(
+def test_a_warning_about_completions_is_printed_once(
     others: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = SigmaWatch()
@@ -171,7 +171,7 @@ def test_what_is_known_of_completions_is_told_once(
     assert found.count(told) == found.count("warning") == 1
 
 
-def test_a_reward_that_never_applies_is_told_where_enough_prompts_were_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_that_never_applies_is_reported_after_enough_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     watch = SigmaWatch(30, 4)
     for unpaid in (["brief", "polite"], ["polite"], ["brief", "polite"]):
         watch.step(record(), NOBODY, unpaid)

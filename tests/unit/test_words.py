@@ -79,8 +79,8 @@ def test_a_foreign_word_finds_nothing(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_elsewhere_is_told_where_it_can_be_done(command: str) -> None:
-    """An entry names flags of the command at hand alone; the same word is refused without it elsewhere."""
+def test_a_hint_names_only_flags_of_the_command(command: str) -> None:
+    """`ELSEWHERE` gives a hint only if the command has every flag that the hint names; `train` has them all."""
     known = cli._shown(COMMANDS[command])
     for word in cli.ELSEWHERE:
         hint = cli._hint(f"--{word}", known)

@@ -23,7 +23,8 @@ from typing import Any
 
 from estune.baselines import trl_ppo
 from estune.config import ESConfig
-from estune.errors import UserError, nearest
+from estune.errors import UserError, install_command, nearest
+from estune.run.saved_config import Trainer
 
 # Arguments of PPO that `method_kwargs` may hold.
 PPO_FREE = frozenset(
@@ -149,7 +150,7 @@ def config_class(method: str) -> Any:
     try:
         import trl
     except ImportError:
-        raise UserError(f"method {method} needs the package trl: python -m pip install 'estune[baselines]'") from None
+        raise UserError(f"method {method} needs the package trl: {install_command(extra='baselines')}") from None
     return {"rloo": trl.RLOOConfig, "sft_rejection": trl.SFTConfig}.get(method, trl.GRPOConfig)
 
 
@@ -293,7 +294,7 @@ def refused(method: str, error: Exception) -> UserError:
     return UserError(f"TRL rejects the arguments of method {method}: {' '.join(str(error).split())}")
 
 
-def method_record(method: str, trainer: str, config: Any, of_estune: dict[str, Any]) -> dict[str, Any]:
+def method_record(method: str, trainer: str, config: Any, of_estune: dict[str, Any]) -> Trainer:
     """Return the content of `method.json`: the trainer, its version, and every resolved argument.
 
     For PPO only the arguments in `PPO_READ` are included, because the trainer ignores others such as `max_grad_norm`.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import trl
 from transformers import TrainerCallback
 
 from estune.baselines.arguments import method_record, refused, sampling_arguments, trl_config
-from estune.baselines.session import BaselineSession, Diverged
+from estune.baselines.session import BaselineSession, Diverged, random_states, set_random_states
 from estune.es.types import Completion, Interrupted
 from estune.files import remove_path, sync_tree
 
@@ -89,21 +88,6 @@ class Driver(TrainerCallback):
         self.trainer.state.num_input_tokens_seen = tokens
         self.trainer._save_checkpoint(self.trainer.model, None)
         self.on_save()
-
-
-def random_states() -> tuple[Any, ...]:
-    """Return the states of the random generators that a trainer uses: Python, NumPy, torch CPU, torch CUDA."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_states(python: Any, numpy: Any, cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
-    """Restore the states that `random_states` returned."""
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 def policy_gradient(session: BaselineSession) -> None:

@@ -124,12 +124,18 @@ def ppo(session: BaselineSession) -> None:
 
 @contextmanager
 def _cheap_collections() -> Iterator[None]:
-    """Exclude all existing objects from garbage collection, because the trainer collects twice in every update."""
-    gc.freeze()
+    """Exclude all existing objects from garbage collection, because the trainer collects twice in every update.
+
+    Nothing happens if the program has frozen objects itself, because `gc.unfreeze` would also release these.
+    """
+    is_ours = not gc.get_freeze_count()
+    if is_ours:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if is_ours:
+            gc.unfreeze()
 
 
 def make_trainer(session: BaselineSession) -> Any:

@@ -21,7 +21,8 @@ from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.types import GroupJob, Interrupted, Perturbation
 from estune.files import is_number, read_json_object, write_json
-from estune.train.rollouts import Group, scored, stack
+from estune.train.groups import Group, stack
+from estune.train.rollouts import scored
 from estune.train.step import plan_step, sampling_of
 
 STATE_FILE = "best.json"  # the best member so far, in the trainer's directory

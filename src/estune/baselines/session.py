@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from estune.files import file_digest, is_count, is_number, read_json_object, wri
 from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune, save_checkpoint, save_final
-from estune.run.directory import METHOD_FILE
+from estune.run.saved_config import METHOD_FILE, BaselineFacts, Method, Trainer
 from estune.train import metrics
 from estune.train.rollouts import scored
 from estune.train.session import OpenRun
@@ -109,7 +111,7 @@ class BaselineSession(OpenRun):
     engine: LocalEngine
     module: Any  # PreTrainedModel in float32 that is trained; None for a method without gradients
     bindings: Sequence[Binding]  # of the module
-    facts: dict[str, Any]  # base model, data and rewards, which a resume cannot change
+    facts: BaselineFacts  # base model, data and rewards, which a resume cannot change
     should_stop: Callable[[], bool]
     steps_done: int = 0
     evaluations: int = 0  # completions scored in training
@@ -133,9 +135,10 @@ class BaselineSession(OpenRun):
         """Start the clock of a step."""
         self.clock = time.perf_counter()
 
-    def write_method(self, record: dict[str, Any]) -> None:
+    def write_method(self, trainer: Trainer) -> None:
         """Write `method.json`: the resolved arguments of the method's trainer, and the run's facts."""
-        write_json(self.run.path / METHOD_FILE, record | self.facts)
+        record: Method = {**trainer, **self.facts}
+        write_json(self.run.path / METHOD_FILE, record)
 
     def mark_moved(self) -> None:
         """Record that the module's weights have changed."""
@@ -298,15 +301,12 @@ class BaselineSession(OpenRun):
         if final and self.steps_done:
             one = dataclasses.replace(evaluation_sampling(self.args), max_completion_length=1)
             self._finite(self.engine.generate(None, self.train_prompts[:1], one))
-        engine = self.engine
-        state = {"step": self.steps_done, "fingerprint": engine.fingerprint(), "checksum": engine.checksum()}
-        trainer_state = {"global_step": self.steps_done, "max_steps": self.args.max_steps, "log_history": []}
         if final:
             self.engine.load_theta()
-            save_final(self.run.path, self.engine, state, trainer_state)
+            save_final(self.run.path, self.engine, self.steps_done, self.args.max_steps)
             write_card(self.run.path)
         else:
-            save_checkpoint(self.run.path, self.steps_done, self.engine, state, trainer_state)
+            save_checkpoint(self.run.path, self.engine, self.steps_done, self.args.max_steps)
 
 
 def combine(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
@@ -321,3 +321,28 @@ def combine(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]
         sizes = 1 if counted else sum(size for size, _ in known)
         combined[name] = total / sizes if known else math.nan
     return combined
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the random generators that a trainer uses: Python, NumPy, torch CPU, torch CUDA."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(python: Any, numpy: Any, cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    """Restore the states that `random_states` returned."""
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore the random generators of the process after the block; trainers of transformers seed all of them."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(*states)

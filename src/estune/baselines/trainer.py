@@ -11,16 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from estune.baselines.arguments import method_arguments, sampling_arguments, trl_config
 from estune.baselines.random_search import random_search
-from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress
+from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
 from estune.console import say, warn
-from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
+from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device, torch_threads
 from estune.engines.hf.parameters import Binding, bindings
 from estune.environment import environment
 from estune.errors import ExternalError, UserError
@@ -31,22 +29,16 @@ from estune.monitor.monitors import Monitors
 from estune.monitor.trackers import read_trackers, write_trackers
 from estune.run.card import CARD_FILE
 from estune.run.checkpoint import ES_STATE, checkpoints, is_whole_model, leftovers, read_state, remove_partial
-from estune.run.directory import (
-    CONFIG_FILE,
-    METHOD_FILE,
-    Run,
-    adopt,
-    open_run,
-    read_config,
-    stored_config,
-    train_time_s,
-)
-from estune.run.records import cut_back, read_metrics
-from estune.run.resume import Facts, are_facts, check_facts, keep_origin, located, same_names
+from estune.run.directory import Run, open_run
+from estune.run.origin import keep_origin, located, same_names
+from estune.run.records import cut_back, read_metrics, train_time_s
+from estune.run.resume import Facts, adopt, are_facts, check_facts
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE, BaselineFacts, Method, read_config, stored_config
 from estune.train import setup
-from estune.train.opening import Loaded, hub_repository, load_inputs, start_monitors, start_workers
+from estune.train.opening import hub_repository, load_inputs, start_monitors, start_workers
 from estune.train.request import BaseTrainer, TrainingRequest
 from estune.train.rollouts import Evaluator
+from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
 from estune.train.trainer import finish_again
 
@@ -102,7 +94,7 @@ class BaselineTrainer(BaseTrainer):
                 # Random search stores its state only after the evaluation and the checkpoint of a step.
                 if session.module is not None or not session.steps_done:
                     session.after_step()
-                with quiet():
+                with quiet(), random_states_kept():
                     METHODS[self.args.method](session)
                 session.save(final=True)
                 rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
@@ -201,7 +193,7 @@ def _report_damage(path: Path, method: str, what: str) -> None:
     )
 
 
-def read_method(path: Path) -> dict[str, Any] | None:
+def read_method(path: Path) -> Method | None:
     """Return a run's `method.json`; None if it is missing or damaged."""
     try:
         record = read_json_object(path / METHOD_FILE)
@@ -210,7 +202,7 @@ def read_method(path: Path) -> dict[str, Any] | None:
     base = record.get("base")
     names = (record.get("method"), record.get("trainer"), isinstance(base, dict) and base.get("fingerprint"))
     is_sound = all(isinstance(name, str) for name in names) and isinstance(record.get("arguments"), dict)
-    return record if is_sound and are_facts(record) else None
+    return cast("Method", record) if is_sound and are_facts(record) else None
 
 
 def fixed_options(path: Path) -> dict[str, Any]:
@@ -297,28 +289,23 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         grades = bool(request.eval_rows) or args.method == "sft_rejection"
         pool, accuracy_pool = start_workers(stack, request, grades=grades)
         loaded = load_inputs(request, run, checks_model=not resumes)
-        facts, progress = _check_resume(request, run, loaded, resumes)
+        facts, progress = _check_resume(run, loaded, resumes)
         old_files = {} if resumes else run.files()
         if restarts:  # the old configuration stays until it is replaced, so that a kill leaves a resumable run
             del old_files[run.path / CONFIG_FILE]
         monitors, trackers = _start_monitors(stack, run, loaded.args, progress.steps_done, resumes)
         if not resumes:
             run.clear(old_files)
+        stack.enter_context(torch_threads(loaded.args.num_threads))
         module, bound = load_module(loaded.args, run, progress.steps_done)
         _write_inputs(run, loaded.args, trackers, progress.steps_done)
         session = BaselineSession(
-            args=loaded.args,
+            **vars(loaded),
             run=run,
-            engine=loaded.engine,
             module=module,
             bindings=bound,
             evaluator=Evaluator(loaded.engine, pool, args.response_prefix, stop.requested),
             accuracy_pool=accuracy_pool,
-            rewards=request.rewards,
-            train_rows=request.train_rows,
-            train_prompts=loaded.train_prompts,
-            eval_rows=request.eval_rows,
-            eval_prompts=loaded.eval_prompts,
             monitors=monitors,
             facts=facts,
             should_stop=stop.requested,
@@ -333,24 +320,17 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         yield session
 
 
-def _check_resume(request: TrainingRequest, run: Run, loaded: Loaded, resumes: bool) -> tuple[dict[str, Any], Progress]:
+def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[BaselineFacts, Progress]:
     """Return the run's facts and the progress from which it continues; check both if the run resumes."""
     fingerprint = loaded.engine.fingerprint()
-    facts = setup.facts_of(
-        request.rewards,
-        loaded.engine.assets,
-        request.train_rows,
-        loaded.train_prompts,
-        request.eval_rows,
-        loaded.eval_prompts,
-    )
+    facts = setup.facts_of(loaded)
     progress = resume_point(run.path) if resumes else Progress()
     done, max_steps = progress.steps_done, loaded.args.max_steps
     if done:
         check_run(run.path, fingerprint, facts)
     if done > max_steps:
         raise ExternalError(f"{run.path} already has {done} steps, more than max_steps {max_steps}")
-    return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.as_dict()}, progress
+    return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.stored()}, progress
 
 
 def _start_monitors(
@@ -428,5 +408,4 @@ def load_module(args: ResolvedConfig, run: Run, steps_done: int) -> tuple[Any, S
                     piece.parameter.requires_grad_(True)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise UserError("trainable_parameters matches no parameter")
-    torch.set_num_threads(args.num_threads)
     return module, bound

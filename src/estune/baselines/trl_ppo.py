@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 
 VERSION = "1.12.0"
 _imported: dict[str, ModuleType] = {}  # modules of TRL 1.12, while the other TRL is importable
@@ -77,7 +77,7 @@ def load() -> tuple[Any, Any]:
         try:
             module = importlib.import_module("trl.experimental.ppo")
         except ImportError as error:
-            needed = "python -m pip install 'estune[baselines]'"
+            needed = install_command(extra="baselines")
             raise UserError(f"method ppo needs the packages of {needed}: {error}") from None
     return module.PPOConfig, module.PPOTrainer
 

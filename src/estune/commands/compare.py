@@ -34,7 +34,7 @@ def compare_command(file: Path, output_dir: Path | None, dry_run: bool, report_o
     runner = Runner(comparison)
     if dry_run:
         runner.check()
-        runner.keep_plan(write=False)
+        runner.check_plan()
         runs, methods = len(list(cells(comparison))), entries(comparison)
         trials = sum(len(entry.trials) for entry in methods.values()) * len(comparison.models)
         budget, tuning = comparison.budget, comparison.tuning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from estune.data.datasets import has_splits
 from estune.engines.base import LocalEngine
 from estune.errors import UserError, nearest
 from estune.es.types import Prompt
+from estune.rewards.pool import RewardPool
 from estune.run.records import write_lines
 from estune.tasks import Task
 from estune.train import setup
@@ -66,23 +68,15 @@ def evaluate_command(
     args = setup.resolve_config(args, len(data))
     with ExitStack() as stack:
         pool = stack.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
-        grader = (
-            stack.enter_context(setup.reward_pool(args, [rewards.accuracy], ["accuracy"])) if rewards.accuracy else None
-        )
+        grader = None
+        if rewards.accuracy:
+            grader = stack.enter_context(setup.reward_pool(args, [rewards.accuracy], ["accuracy"]))
         engine = setup.load_engine(args)
         prompts = setup.build_prompts(args, engine, data, task is not None)
         warn_of_inputs(args, engine, prompts)
-
-        def progress(done: int) -> None:
-            if not json:
-                show_progress(f"estune: {done}/{len(data)} rows")
-
-        evaluation = evaluate(
-            Evaluator(engine, pool, args.response_prefix), data, prompts, sampling_of(args, 0), rewards.weights,
-            grader, batch=int(args.prompts_per_batch), trainer_state={"global_step": 0, "max_steps": 0},
-            progress=progress,
-        )  # fmt: skip
-        result = _heading(args, split) | evaluation.summary()
+        evaluator = Evaluator(engine, pool, args.response_prefix)
+        evaluation = _answer_rows(args, evaluator, data, prompts, rewards.weights, grader, shows_progress=not json)
+        result = {**_heading(args, split), **evaluation.summary()}
         if warning := evaluation.warning(engine.facts.dtype):
             warn(warning)
         if n_samples:
@@ -94,6 +88,35 @@ def evaluate_command(
             write_lines(Path(rows), evaluation.records())
     print_values(result, json)
     return 0
+
+
+def _answer_rows(
+    args: ESConfig,
+    evaluator: Evaluator,
+    data: list[dict[str, Any]],
+    prompts: list[Prompt],
+    weights: Sequence[float],
+    grader: RewardPool | None,
+    *,
+    shows_progress: bool,
+) -> Evaluation:
+    """Answer the rows and score the completions."""
+
+    def progress(done: int) -> None:
+        if shows_progress:
+            show_progress(f"estune: {done}/{len(data)} rows")
+
+    return evaluate(
+        evaluator,
+        data,
+        prompts,
+        sampling_of(args, 0),
+        weights,
+        grader,
+        batch=int(args.prompts_per_batch),
+        trainer_state={"global_step": 0, "max_steps": 0},
+        progress=progress,
+    )
 
 
 def _with_samples(args: ESConfig, n_samples: int) -> ESConfig:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from estune.config import ESConfig
 from estune.console import say
@@ -25,9 +25,8 @@ from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
 from estune.files import replace_file
 from estune.models.names import local_directory, public_name
-from estune.run.directory import JOURNAL_FILE
-from estune.run.journal import Journal, canonical_json, recorded_update
-from estune.run.resume import located
+from estune.run.journal import JOURNAL_FILE, Base, Coefficients, Journal, StepRecord, canonical_json, recorded_update
+from estune.run.origin import located
 from estune.train import setup
 
 MAGIC = b"estune patch 1\n"
@@ -39,7 +38,24 @@ KEPT = (
     "population_size", "trainable_parameters", "dtype", "engine",
 )  # fmt: skip
 CONTENT = {"noise_version": int, "base": dict, "config": dict, "parameters": str, "steps": list, "fingerprint": str}
-STEP_FIELDS = ("q", "e", "a", "decay", "a_lowrank")
+STEP_FIELDS = {"q", "e", "a", "decay"}
+
+
+class PatchStep(Coefficients):
+    """The update of one step."""
+
+    seeds: NotRequired[list[str]]  # absent if they follow from the run's seed
+
+
+class Patch(TypedDict):
+    """The JSON object of a patch."""
+
+    noise_version: int
+    base: Base
+    config: dict[str, Any]  # the options in `KEPT`
+    parameters: str  # a hash, see `parameters_digest`
+    steps: list[PatchStep]
+    fingerprint: str  # of the result
 
 
 def make_patch(run: Path) -> bytes:
@@ -59,7 +75,7 @@ def make_patch(run: Path) -> bytes:
         )
     header = journal.header
     config = {name: header["config"][name] for name in KEPT}
-    content = {
+    content: Patch = {
         "noise_version": header["noise_version"],
         "base": {
             **header["base"],
@@ -74,8 +90,10 @@ def make_patch(run: Path) -> bytes:
     return MAGIC + blake2b(packed, digest_size=DIGEST_BYTES).digest() + packed
 
 
-def _step(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: record[name] for name in STEP_FIELDS if name in record}
+def _step(record: StepRecord, config: Mapping[str, Any]) -> PatchStep:
+    kept: PatchStep = {"q": record["q"], "e": record["e"], "a": record["a"], "decay": record["decay"]}
+    if "a_lowrank" in record:
+        kept["a_lowrank"] = record["a_lowrank"]
     if record["seeds"] != _seeds(config, record["step"], len(record["seeds"])):
         kept["seeds"] = record["seeds"]
     return kept
@@ -91,7 +109,7 @@ def parameters_digest(parameters: Sequence[Sequence[Any]]) -> str:
     return blake2b(canonical_json(listed).encode("ascii"), digest_size=DIGEST_BYTES).hexdigest()
 
 
-def read_patch(path: Path) -> dict[str, Any]:
+def read_patch(path: Path) -> Patch:
     """Return the content of a patch.
 
     Raises:
@@ -111,7 +129,7 @@ def read_patch(path: Path) -> dict[str, Any]:
     return content
 
 
-def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
+def _unpacked(packed: bytes, path: Path) -> Patch:
     """Return a patch's content. The file is untrusted, so its size and its types are checked first."""
     unpack = zlib.decompressobj()
     try:
@@ -123,9 +141,9 @@ def _unpacked(packed: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not good:
         raise UserError(f"{path} is not an estune patch: its content has other fields or types")
     whole = set(content["config"]) == set(KEPT) and {"model", "fingerprint"} <= set(content["base"])
-    if not whole or not all(isinstance(step, dict) and set(STEP_FIELDS[:4]) <= set(step) for step in content["steps"]):
+    if not whole or not all(isinstance(step, dict) and set(step) >= STEP_FIELDS for step in content["steps"]):
         raise UserError(f"{path} is not an estune patch: a field is missing")
-    return content
+    return cast("Patch", content)
 
 
 def export_command(run: Path, patch: Path) -> int:
@@ -189,10 +207,10 @@ def apply_command(
     return 0
 
 
-def _steps(content: Mapping[str, Any]) -> str:
+def _steps(content: Patch) -> str:
     count = len(content["steps"])
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _listed(specs: Sequence[ParameterSpec]) -> list[list[Any]]:
-    return [[spec.name, list(spec.shape), spec.kind] for spec in specs]
+def _listed(specs: Sequence[ParameterSpec]) -> list[tuple[str, list[int], str | bool]]:
+    return [(spec.name, list(spec.shape), spec.kind) for spec in specs]

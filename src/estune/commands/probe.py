@@ -25,7 +25,8 @@ from estune.errors import UserError
 from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
 from estune.es.types import Completion, GroupJob, Interrupted, Perturbation
 from estune.train import setup
-from estune.train.rollouts import Completions, Evaluator, Group, scored, stack
+from estune.train.groups import Group, stack
+from estune.train.rollouts import Completions, Evaluator, scored
 from estune.train.signals import StopRequest
 from estune.train.soundness import are_finite, broken_model, warn_of_inputs
 from estune.train.step import plan_step, sampling_of

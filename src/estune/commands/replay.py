@@ -9,9 +9,9 @@ from estune.console import say
 from estune.errors import UserError
 from estune.models.names import local_directory
 from estune.run.checkpoint import BASE_DIRECTORY
-from estune.run.directory import JOURNAL_FILE, check_base, check_parameters, replay_steps
-from estune.run.journal import Journal
-from estune.run.resume import located, refuse_lost
+from estune.run.journal import JOURNAL_FILE, Journal
+from estune.run.origin import located, refuse_lost
+from estune.run.replay import check_base, check_parameters, replay_steps
 from estune.train import setup
 
 

@@ -1,1 +1,1 @@
-"""`estune compare`: methods x models x seeds on the same ground, with equal budgets, and what came of it."""
+"""`estune compare`: methods x models x seeds under equal conditions and equal budgets, measured and reported."""

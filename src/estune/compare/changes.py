@@ -1,4 +1,4 @@
-"""How far training moved the parameters, how the single changes are distributed, and how straight the way was.
+"""The parameters' changes in training: their norm, their distribution, and their norm relative to a random walk.
 
 Tensors are read one at a time, in two passes.
 """
@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 1 << 20  # elements held in float64 at a time
-LIMIT, BINS = 6, 48  # the histogram's reach in RMS; its bins
+CHUNK = 1 << 20  # elements of a chunk in float64
+LIMIT, BINS = 6, 48  # the histogram's largest value in units of the root mean square; its number of bins
 EDGES = np.linspace(-LIMIT, LIMIT, BINS + 1)
 
 
 @dataclass
 class ParameterChanges:
-    """How far the parameters moved, and the distribution of the single changes over all of them.
+    """How far the parameters moved, and the distribution of the changes over all parameters.
 
-    ``density`` is the share of all parameters per RMS in each bin of ``edges``, which are in units of the changes' root
-    mean square. ``kurtosis`` is the excess over the normal distribution's. Both are None where nothing moved.
+    ``edges`` (BINS + 1,) are in units of the changes' root mean square (RMS). ``density`` (BINS,) is the share of all
+    parameters in each bin, per RMS. ``kurtosis`` is the excess over the normal distribution's. ``density`` and
+    ``kurtosis`` are None if no parameter moved.
     """
 
     parameters: int = 0
-    moved: int = 0  # that are not the same float32
+    moved: int = 0  # parameters whose float32 differs from the base's
     norm: float = 0.0  # L2 of the change
     base_norm: float = 0.0  # L2 of the base
     edges: list[float] = field(default_factory=EDGES.tolist)
@@ -35,27 +36,27 @@ class ParameterChanges:
 
     @property
     def ratio(self) -> float | None:
-        """The change's norm in units of the base's; None where the base is 0."""
+        """The change's norm in units of the base's norm; None if the base is 0."""
         return self.norm / self.base_norm if self.base_norm else None
 
     @property
     def moved_share(self) -> float:
-        """The share of the parameters that moved at all."""
+        """The share of the parameters that moved."""
         return self.moved / self.parameters if self.parameters else 0.0
 
 
 def walk_ratio(norm: float, records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return how far a run went in units of a random walk of the same steps.
+    """Return the norm of a run's whole change in units of a random walk with the same step norms.
 
-    Steps in independent directions add up in squares, and lead to about the root of the sum of the squared step norms.
-    1 is such a walk; n equal steps straight ahead are sqrt(n); below 1, steps took each other back.
+    A walk of steps in independent directions reaches about the root of the sum of the squared step norms. The ratio is
+    1 for such a walk and sqrt(n) for n equal steps in one direction; below 1, steps partly undid each other.
 
     Args:
         norm: L2 of the whole change.
-        records: a run's metrics, `es/update_norm` among those of each step.
+        records: the run's metrics, with `es/update_norm` for each step.
 
     Returns:
-        The ratio; None where a step's norm was not recorded, or nothing moved.
+        The ratio; None if a step has no recorded norm, or if no parameter moved.
     """
     steps = [record for record in records if "eval_reward" not in record]
     norms = [record.get("es/update_norm") for record in steps]
@@ -66,12 +67,12 @@ def walk_ratio(norm: float, records: Sequence[Mapping[str, Any]]) -> float | Non
 
 
 def parameter_changes(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> ParameterChanges:
-    """Compare float32 tensors of the same names and shapes; every sum is of float64.
+    """Return the changes between float32 tensors of the same names and shapes; sums are in float64.
 
-    Memory is a chunk's, whatever the model, if the mappings read their tensors only when asked.
+    The memory needed is that of a chunk if the mappings read a tensor only when it is accessed.
 
     Raises:
-        ValueError: the two hold other names or shapes.
+        ValueError: the two have different names or shapes.
     """
     if base.keys() != tuned.keys():
         raise ValueError(f"one model alone has {', '.join(sorted(base.keys() ^ tuned.keys())[:3])}")
@@ -92,7 +93,7 @@ def parameter_changes(base: Mapping[str, np.ndarray], tuned: Mapping[str, np.nda
 def _chunks(
     name: str, base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the base's values and their changes in float64, piece by piece; the difference of two float32 is exact."""
+    """Yield the base's values and their changes in float64, chunk by chunk; a difference of two float32 is exact."""
     before, after = base[name], tuned[name]
     if before.shape != after.shape:
         raise ValueError(f"{name} has the shape {before.shape} in one model and {after.shape} in the other")
@@ -103,7 +104,7 @@ def _chunks(
 
 
 def _distribution(result: ParameterChanges, base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]) -> None:
-    """Fill in histogram and kurtosis, in units of the RMS."""
+    """Set the histogram and the kurtosis of ``result``, in units of the RMS."""
     n, rms = result.parameters, result.norm / math.sqrt(result.parameters)
     counts = np.zeros(BINS, dtype=np.int64)
     powers = []
@@ -114,7 +115,7 @@ def _distribution(result: ParameterChanges, base: Mapping[str, np.ndarray], tune
             square = scaled * scaled
             powers.append((float(scaled.sum()), float(square @ scaled), float(square @ square)))
     m1, m3, m4 = (math.fsum(column) / n for column in zip(*powers, strict=True))
-    variance = 1.0 - m1**2  # the mean square is 1 by the choice of units
+    variance = 1.0 - m1**2  # the mean square is 1 in units of the RMS
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 - 3 * m1**4
     result.density = (counts * BINS / (2 * LIMIT * n)).tolist()
-    result.kurtosis = fourth / variance**2 - 3 if variance > 1e-12 else None  # all moved alike: no spread
+    result.kurtosis = fourth / variance**2 - 3 if variance > 1e-12 else None  # None: every change is equal

@@ -1,18 +1,18 @@
-"""What a comparison is: one YAML file, checked in full before anything runs.
+"""The configuration of a comparison: one YAML file, checked in full before anything runs.
 
-    output_dir: runs/compare            where runs, results and the report go
-    task: countdown                     what is trained on (its train split), tuned on (validation), reported (test)
+    output_dir: runs/compare            directory of the runs, the results and the report
+    task: countdown                     its train split is trained on, validation decides tuning, test is reported
     models: {llama: benchmarks/bases/llama}
     seeds: [0, 1, 2, 3, 4]
-    budget: {evaluations: 24000, time_s: 60}   completions scored in training; seconds of training
-    tuning: {evaluations: 6000, time_s: 30, rows: 200}   of one trial; rows of the validation split that decide
-    settings: {max_completion_length: 72}      options of every run, by their names in `estune train`
+    budget: {evaluations: 24000, time_s: 60}   of a run: completions scored in training; seconds of training
+    tuning: {evaluations: 6000, time_s: 30, rows: 200}   of a trial; validation rows that decide between trials
+    settings: {max_completion_length: 72}      options of every run, named as in `estune train`
     methods:
       es: {method: es, settings: {sigma: 0.02}, trials: [{learning_rate: 0.01}, {learning_rate: 0.02}]}
       grpo: {method: grpo, trials: [{learning_rate: 1.0e-5}, {learning_rate: 1.0e-4}]}
 
-Every method has the same number of trials. Rows that are always there need no mention: the base, the base with its
-skill forced by ``skill_prefix``, the best constant answer where there can be one, and random search.
+Every method has the same number of trials. These rows are always in the report without being named: the base, the base
+with its skill forced by ``skill_prefix``, the best constant answer if the task can have one, and random search.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from estune.config import METHODS, canonical
 from estune.errors import UserError, nearest
 
 RANDOM_SEARCH = "random_search"
-# What YAML gives for a type, and how that is told.
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+# For each annotation of a field: the classes that YAML may give, and their name in a message.
+YAML_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "str": ((str,), "text"),
     "tuple": ((list,), "a list"),
     "dict": ((dict,), "a mapping"),
 }
-# Decided by the comparison itself, for every run.
-DECIDED = frozenset(
+# Options of `estune train` that the comparison itself sets for every run.
+SET_BY_COMPARISON = frozenset(
     "model task seed output_dir run_name resume overwrite dry_run max_time_s eval_steps eval_rows eval_greedy "
     "save_steps save_total_limit report_to console logging_steps log_completions push_to_hub hub_model_id "
     "hub_private_repo method".split()
 )
 
-# The ground: what every method gets alike.
+# Options that must be equal for every method; they can stand only in the common settings.
 SHARED = frozenset(
     "dataset_name dataset_config dataset_train_split dataset_test_split reward_funcs reward_weights reward_timeout_s "
     "reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
@@ -51,15 +51,16 @@ SHARED = frozenset(
     "prompts_per_batch reward_workers trainable_parameters".split()
 )
 
-# What a retained task may be asked with; the rest is the model's, the comparison's, or decides no greedy answer.
-RETAINED = frozenset(
+# Options that a retained task may have. The other options belong to the model or to the comparison, or do not change
+# a greedy answer.
+RETENTION_OPTIONS = frozenset(
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length".split()
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run may use: completions scored in training, and seconds of training. 0 leaves a budget out."""
+    """The limits of every run: completions scored in training, and seconds of training. 0 leaves a budget out."""
 
     evaluations: int = 24000
     time_s: float = 60.0
@@ -67,12 +68,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a trial may use, the rows of the validation split that decide, and the trials' run seed.
+    """The limits of a trial, the rows of the validation split that decide, and the run seed of all trials.
 
-    With ``time_s`` trials go on to that time, and each budget gets what was best at its own; else what was best at
-    ``evaluations`` serves both. Where time alone is compared and ``time_s`` given, it is all that a trial has. Where
-    ``evaluations`` are not given they are a quarter of the budget's. ``split`` is the validation split of a data set
-    that was given (`dataset_name`); a task has its own.
+    With ``time_s`` a trial continues to that time, and each budget uses the trial that was best at that budget. Without
+    it, the trial that was best after ``evaluations`` is used for both budgets. If only time is compared and ``time_s``
+    is given, trials have no limit of evaluations. ``evaluations`` is by default a quarter of the budget's. ``split``
+    names the validation split of a data set (`dataset_name`); a task has its own.
     """
 
     evaluations: int = 6000
@@ -88,19 +89,19 @@ class Measuring:
 
     rows: int = 1000  # of the test split; 0: all
     samples: int = 16  # of each sampled row, for pass@k
-    sample_rows: int = 0  # the first of those rows, which are sampled; 0: all
+    sample_rows: int = 0  # number of first test rows that are sampled; 0: all
     temperature: float = 1.0  # of those samples
-    kl_rows: int = 200  # the first rows, of which one sample each gives the divergence to the base; 0: all
-    discovery_rows: int = 0  # the first rows, among which is sought what the base never solves; 0: all
-    discovery_samples: int = 256  # of the base: what it never solves in these is there to be discovered
-    curve_rows: int = 100  # of the validation split, evaluated while a run goes on
-    curve_points: int = 8  # evaluations within the budget of evaluations, or of time where that is all
-    reward_bounds: tuple[float, ...] = ()  # the reward's lowest and highest value, where it is not the task's own
+    kl_rows: int = 200  # number of first test rows; one sample of each estimates the KL to the base; 0: all
+    discovery_rows: int = 0  # number of first test rows that are searched for rows the base never solves; 0: all
+    discovery_samples: int = 256  # of the base, for each of those rows; rows without a right sample are never solved
+    curve_rows: int = 100  # of the validation split, evaluated during a run
+    curve_points: int = 8  # number of those evaluations within the budget of evaluations (of time if only time counts)
+    reward_bounds: tuple[float, ...] = ()  # lowest and highest reward; needed if the reward is not the task's own
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method as it is compared: a row of the tables."""
+    """A method and its settings: a row of the tables."""
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -109,12 +110,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Retained:
-    """A task that is not trained on, or the trained one under another prompt, with the options it is asked with."""
+    """A task whose accuracy is measured but not trained: another task, or the trained task under another prompt."""
 
     task: str
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int = 200
-    split: str = "test"  # of the task; any but the one it is trained on
+    split: str = "test"  # of the task; not its train split
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,13 @@ class Comparison:
     settings: dict[str, Any] = field(default_factory=dict)
     retention: dict[str, Retained] = field(default_factory=dict)
     skill_prefix: str = ""
-    established_points: float = 10.0  # gain in points of accuracy on some base from which a baseline counts
-    workers: int = 1  # runs at a time; their times are measured side by side, so leave each a core
+    established_points: float = 10.0  # points of accuracy that a baseline must gain on at least one base to count
+    workers: int = 1  # runs at a time; their times are measured, so each needs a core of its own
     notes: str = ""  # shown in the report
 
     @property
     def directory(self) -> Path:
-        """Where everything goes."""
+        """The directory that holds everything the comparison writes."""
         return Path(self.output_dir)
 
 
@@ -146,7 +147,7 @@ def read_comparison(path: Path, output_dir: Path | None = None) -> Comparison:
     """Read a comparison's YAML file.
 
     Raises:
-        UserError: it cannot be read, has an unknown name, or cannot be a fair comparison.
+        UserError: the file cannot be read, has an unknown name, or describes a comparison that is not fair.
     """
     import yaml
 
@@ -164,33 +165,32 @@ def read_comparison(path: Path, output_dir: Path | None = None) -> Comparison:
 
 
 def from_mapping(values: dict[str, Any]) -> Comparison:
-    """Build a comparison from names and values; see `read_comparison`."""
+    """Return a comparison made from names and values; see `read_comparison` for the errors."""
     values = {"output_dir": "runs/compare", **values}
-    _known(values, Comparison, "the comparison")
+    _refuse_unknown_names(values, Comparison, "the comparison")
     missing = [name for name in ("task", "models", "methods") if not values.get(name)]
     if missing:
         raise UserError(f"a comparison needs {', '.join(missing)}")
     models = values["models"]
     if isinstance(models, list):
         values["models"] = models = {Path(str(model)).name: model for model in models}
-    _typed(values, Comparison, "the comparison")
+    _check_types(values, Comparison, "the comparison")
     if any(type(seed) is not int for seed in values.get("seeds", ())):
         raise UserError(f"seeds must be whole numbers, not {values['seeds']}")
     for name, model in models.items():
         if not isinstance(model, str):
             raise UserError(f"model {name} must be a directory or an id, not {model!r}")
     tuning = values.get("tuning", {})
-    given_evaluations = isinstance(tuning, dict) and "evaluations" in tuning
-    for name, kind in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
-        values[name] = _part(kind, values.get(name, {}), name)
-    if not given_evaluations:
+    has_evaluations = isinstance(tuning, dict) and "evaluations" in tuning
+    for name, part in (("budget", Budget), ("tuning", Tuning), ("measuring", Measuring)):
+        values[name] = _build(part, values.get(name, {}), name)
+    if not has_evaluations:
         budget, limit = values["budget"], values["tuning"].time_s
         default = budget.evaluations // 4 or (0 if limit else Tuning.evaluations)
         values["tuning"] = dataclasses.replace(values["tuning"], evaluations=default)
     values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
     values["settings"] = _settings(values.get("settings", {}), "settings")
-    entries = {name: _entry(name, given) for name, given in values["methods"].items()}
-    values["methods"] = entries
+    values["methods"] = {name: _entry(name, given) for name, given in values["methods"].items()}
     values["retention"] = {name: _retained(name, given) for name, given in (values.get("retention") or {}).items()}
     comparison = Comparison(**values)
     _validate(comparison)
@@ -198,7 +198,7 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
 
 
 def _entry(name: str, given: Any) -> Entry:
-    entry: Entry = _part(Entry, given, f"method {name}")
+    entry: Entry = _build(Entry, given, f"method {name}")
     if entry.method not in METHODS:
         raise UserError(
             f"method {name} is {entry.method!r}; it can be {', '.join(METHODS)}{nearest(entry.method, METHODS)}"
@@ -209,54 +209,56 @@ def _entry(name: str, given: Any) -> Entry:
 
 def _retained(name: str, given: Any) -> Retained:
     where = f"retention {name}"
-    kept: Retained = _part(Retained, given, where)
-    named = canonical(kept.settings, f"settings of {where}")
-    for option in named:
-        if option not in RETAINED:
+    retained: Retained = _build(Retained, given, where)
+    settings = canonical(retained.settings, f"settings of {where}")
+    for option in settings:
+        if option not in RETENTION_OPTIONS:
             raise UserError(
-                f"settings of {where} cannot hold {option}, which it would not heed: they can hold "
-                f"{', '.join(sorted(RETAINED))}"
+                f"settings of {where} cannot hold {option}, which would have no effect: they can hold "
+                f"{', '.join(sorted(RETENTION_OPTIONS))}"
             )
-    return dataclasses.replace(kept, settings=named)
+    return dataclasses.replace(retained, settings=settings)
 
 
 def bounds_of(comparison: Comparison) -> tuple[float, float]:
-    """Return the lowest and the highest value of the reward, by which the hacking detector normalises it.
+    """Return the lowest and the highest value of the reward; the hacking detector normalises rewards with them.
 
     Raises:
-        UserError: they are not known and were not given, or are no bounds.
+        UserError: the bounds are unknown and not in the configuration, or are not two increasing numbers.
     """
-    if given := comparison.measuring.reward_bounds:
-        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in given)
-        if not numbers or len(given) != 2 or not given[0] < given[1]:
-            raise UserError(f"reward_bounds of measuring must be [lowest, highest], not {list(given)}")
-        return float(given[0]), float(given[1])
-    own = any(comparison.settings.get(name) for name in ("reward_funcs", "reward_weights"))
-    known = None if own else task_bounds(comparison.task)
-    if known is None:
+    if bounds := comparison.measuring.reward_bounds:
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in bounds)
+        if not numbers or len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise UserError(f"reward_bounds of measuring must be [lowest, highest], not {list(bounds)}")
+        return float(bounds[0]), float(bounds[1])
+    custom = any(comparison.settings.get(name) for name in ("reward_funcs", "reward_weights"))
+    of_task = None if custom else task_bounds(comparison.task)
+    if of_task is None:
         raise UserError(
-            "the bounds of this reward are not known, and hacking is judged by its share of them: give "
+            "the bounds of this reward are unknown, and the hacking detector needs them: give "
             "measuring: {reward_bounds: [lowest, highest]}"
         )
-    return known
+    return of_task
 
 
 def _validate(comparison: Comparison) -> None:
     counts = {name: len(entry.trials) for name, entry in comparison.methods.items()}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"every method must have the same number of tuning trials, not {told}")
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"every method must have the same number of tuning trials, not {listed}")
     if 0 in counts.values():
-        raise UserError("every method needs a trial; one with nothing in it takes the defaults: trials: [{}]")
+        raise UserError("every method needs a trial; an empty trial uses the defaults: trials: [{}]")
     if len(set(comparison.seeds)) != len(comparison.seeds) or not comparison.seeds:
         raise UserError("seeds must be different whole numbers")
     if comparison.tuning.seed in comparison.seeds:
-        raise UserError("tuning needs a seed of its own: a run that was chosen for its luck would be reported")
+        raise UserError(
+            "seed of tuning must not be one of seeds: a trial that was chosen for its luck would be reported"
+        )
     for text in (*comparison.models, *comparison.methods):
         if not text or any(letter in text for letter in "/\\: "):
             raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")
     if "dataset_name" not in comparison.settings and comparison.tuning.split != Tuning.split:
-        raise UserError("split of tuning is for data given as dataset_name: a task has its own")
+        raise UserError("split of tuning needs dataset_name: a task has its own validation split")
     if "dataset_name" in comparison.settings:
         splits = [
             comparison.settings.get("dataset_train_split", "train"),
@@ -265,21 +267,22 @@ def _validate(comparison: Comparison) -> None:
         ]
         if len(set(splits)) < len(splits):
             raise UserError(
-                f"dataset_train_split, split of tuning and dataset_test_split must be three, not {', '.join(splits)}"
+                "dataset_train_split, split of tuning and dataset_test_split must be three different splits, not "
+                f"{', '.join(splits)}"
             )
     for where, limits in (("budget", comparison.budget), ("tuning", comparison.tuning)):
         if limits.evaluations < 0 or not 0 <= limits.time_s < math.inf or not (limits.evaluations or limits.time_s):
             raise UserError(
-                f"evaluations and time_s of {where} must be numbers from 0, of which 0 leaves one out, and not 0 both"
+                f"evaluations and time_s of {where} must be numbers from 0, and not 0 both; 0 leaves a limit out"
             )
     if comparison.tuning.time_s and not comparison.budget.time_s:
-        raise UserError("time_s of tuning is for a budget of time, and time_s of budget is 0")
+        raise UserError("time_s of tuning needs a budget of time, and time_s of budget is 0")
     if comparison.tuning.evaluations and comparison.tuning.time_s and not comparison.budget.evaluations:
-        raise UserError("evaluations of tuning have no effect beside its time_s, since evaluations of budget are 0")
+        raise UserError("evaluations of tuning has no effect: evaluations of budget is 0, and tuning has time_s")
     if comparison.workers < 1:
         raise UserError("workers must be 1 or more")
     if comparison.measuring.samples < 1 or comparison.measuring.discovery_samples < comparison.measuring.samples:
-        raise UserError("measuring needs samples of 1 or more, and no fewer discovery_samples")
+        raise UserError("samples of measuring must be 1 or more, and discovery_samples no fewer than samples")
     for name, value in vars(comparison.measuring).items():
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"{name} of measuring cannot be negative, not {value}")
@@ -289,40 +292,41 @@ def _validate(comparison: Comparison) -> None:
 def _settings(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"{where} must be a mapping of options to values")
-    named = canonical(given, where)
-    for name in named:
-        if name in DECIDED:
-            raise UserError(f"{where} cannot hold {name}: the comparison decides it")
+    settings = canonical(given, where)
+    for name in settings:
+        if name in SET_BY_COMPARISON:
+            raise UserError(f"{where} cannot hold {name}: the comparison sets it")
         if where != "settings" and name in SHARED:
-            raise UserError(f"{where} cannot hold {name}: it belongs into settings, the same for every method")
-    return named
+            raise UserError(f"{where} cannot hold {name}: it belongs in settings, the same for every method")
+    return settings
 
 
-def _part(kind: type[Any], given: Any, where: str) -> Any:
+def _build(part: type[Any], given: Any, where: str) -> Any:
+    """Return an instance of the dataclass ``part``, made from the YAML mapping ``given``."""
     if not isinstance(given, dict):
         raise UserError(f"{where} must be a mapping")
-    _known(given, kind, where)
-    _typed(given, kind, where)
+    _refuse_unknown_names(given, part, where)
+    _check_types(given, part, where)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    needed = [
+    required = [
         spec.name
-        for spec in dataclasses.fields(kind)
+        for spec in dataclasses.fields(part)
         if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
     ]
-    if missing := [name for name in needed if name not in values]:
+    if missing := [name for name in required if name not in values]:
         raise UserError(f"{where} needs {', '.join(missing)}")
-    return kind(**values)
+    return part(**values)
 
 
-def _typed(given: dict[str, Any], kind: type[Any], where: str) -> None:
-    for spec in dataclasses.fields(kind):
-        classes, wanted = KINDS.get(str(spec.type).partition("[")[0], ((dict,), "a mapping"))
+def _check_types(given: dict[str, Any], part: type[Any], where: str) -> None:
+    for spec in dataclasses.fields(part):
+        classes, expected = YAML_TYPES.get(str(spec.type).partition("[")[0], ((dict,), "a mapping"))
         if spec.name in given and (not isinstance(value := given[spec.name], classes) or isinstance(value, bool)):
-            raise UserError(f"{spec.name} of {where} must be {wanted}, not {value!r}")
+            raise UserError(f"{spec.name} of {where} must be {expected}, not {value!r}")
 
 
-def _known(given: dict[str, Any], kind: type[Any], where: str) -> None:
-    names = {spec.name for spec in dataclasses.fields(kind)}
+def _refuse_unknown_names(given: dict[str, Any], part: type[Any], where: str) -> None:
+    names = {spec.name for spec in dataclasses.fields(part)}
     for name in given:
         if name not in names:
             raise UserError(f"{where} has an unknown name {name!r}{nearest(str(name), names)}")

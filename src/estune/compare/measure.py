@@ -1,14 +1,12 @@
-"""Measuring a model on held-out rows: everything that a comparison says of it, in one dictionary.
+"""Measurements of a model on held-out rows: greedy pass@1, pass@k, KL to the base, length, discovery, retained tasks.
 
-Greedy pass@1 on the test rows, the right ones among some samples of each (pass@k), KL to the base on the model's own
-samples, length, other tasks. The same functions as in `estune evaluate` make the completions and score them.
+Completions are made and scored by the functions that `estune evaluate` uses.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,9 +16,9 @@ from typing import Any, Self
 
 from estune.compare.changes import parameter_changes, walk_ratio
 from estune.compare.config import Comparison, Retained, bounds_of
-from estune.compare.hacking import Judged, asks_for_words, judge, summary_of
+from estune.compare.hacking import AnswerSummary, asks_for_words, judge, summarise_answers
 from estune.compare.plan import rows_of
-from estune.compare.tables import base_digest
+from estune.compare.results import DONE, Answers, Changes, Result, base_digest, read_json, read_result
 from estune.config import EVALUATE_FIELDS, ESConfig
 from estune.console import warn
 from estune.data.columns import reward_inputs
@@ -40,146 +38,155 @@ from estune.train.soundness import broken_model
 from estune.train.step import sampling_of
 
 Rows = list[dict[str, Any]]
-SAMPLE_SEED = 77  # of the samples for pass@k: the same for all models and methods; the base's further ones count on
-DISCOVERY_SEED = 7_000_077  # of the samples of what the base never solves: random numbers with which it did not fail
-CONSTANTS, CONSTANT_ROWS = 10, 500  # answers that are tried as a constant, on as many training rows
+SAMPLE_SEED = 77  # seed of the samples for pass@k of every model; further samples of the base have higher seeds
+DISCOVERY_SEED = 7_000_077  # seed of the samples of never solved rows; differs from the seeds that made them unsolved
+CONSTANTS, CONSTANT_ROWS = 10, 500  # candidates for the best constant answer, and training rows that each is scored on
 
 
 @dataclass
 class Base:
-    """What measurements of tuned models refer to: the base's engine, and what was found when it was measured."""
+    """The base that a tuned model is measured against: its engine, and the parts of its measurement that are needed."""
 
     engine: LocalEngine
-    judged: Judged
-    never_solved: list[int]
+    judged: AnswerSummary
+    never_solved: list[int]  # rows of the test split
 
 
 def measure_base(comparison: Comparison, model: str, file: Path) -> None:
-    """Measure a base, also with its skill forced by a prefix, and write what was found.
+    """Measure a base and write the result, and if there is a `skill_prefix`, measure the base with that prefix, too.
 
     Args:
         comparison: what to measure.
         model: the base.
-        file: what to write; beside it `base-prefix.json`.
+        file: the result file; the result with the prefix is written beside it, to `base-prefix.json`.
     """
     args = evaluation_config(comparison, model)
-    engine, rows = setup.load_engine(args), test_rows(comparison)
+    engine, rows = setup.load_engine(args), held_out_rows(comparison)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with Judges() as judges:
+    with Scorers() as scorers:
         if comparison.skill_prefix:
             forced = evaluation_config(comparison, model, response_prefix=comparison.skill_prefix)
-            greedy, _ = judges.answer(forced, engine, rows)
-            own = {**of_greedy(greedy), "response_prefix": comparison.skill_prefix}
-            write_json(file.with_name("base-prefix.json"), own)
-        result = measure(comparison, model, engine, None, judges)
-        unsolved = never_solved(comparison, args, engine, rows, result, judges)
+            greedy, _ = scorers.answer(forced, engine, rows)
+            prefixed = {**greedy_result(greedy), "response_prefix": comparison.skill_prefix}
+            write_json(file.with_name("base-prefix.json"), prefixed)
+        result = measure(comparison, model, engine, None, scorers)
+        unsolved = never_solved(comparison, args, engine, rows, result, scorers)
         result["never_solved"] = unsolved
-        result["discovery_control"] = discovery(comparison, args, engine, unsolved, judges)
+        result["discovery_control"] = discovery(comparison, args, engine, unsolved, scorers)
     write_json(file, {**result, "model": model, "fingerprint": engine.fingerprint(), "code": code_digest()})
 
 
 def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
-    """See that a base is still the one that was measured.
+    """Check that a base has the fingerprint that its measurement has.
 
     Raises:
         UserError: it has another fingerprint.
     """
-    found = setup.load_engine(evaluation_config(comparison, model)).theta.fingerprint()
-    if found != fingerprint:
-        raise UserError(f"model {model} has fingerprint {found}, and the results are of {fingerprint}")
+    actual = setup.load_engine(evaluation_config(comparison, model)).theta.fingerprint()
+    if actual != fingerprint:
+        raise UserError(f"model {model} has fingerprint {actual}, and the results are of {fingerprint}")
 
 
-def measure_trial(comparison: Comparison, model: str, file: Path, facts: dict[str, Any]) -> None:
-    """Evaluate a trial's model on the validation rows that decide, and write the outcome with the run's ``facts``."""
+def measure_trial(comparison: Comparison, model: str, file: Path, facts: Result) -> None:
+    """Evaluate a trial's model on the validation rows, and write the result with the run's ``facts``."""
     rows = rows_of(comparison, "validation")[: comparison.tuning.rows or None]
     args = evaluation_config(comparison, model)
-    with Judges() as judges:
-        greedy, _ = judges.answer(args, setup.load_engine(args), rows)
+    with Scorers() as scorers:
+        greedy, _ = scorers.answer(args, setup.load_engine(args), rows)
     summary = greedy.summary()
-    kept = {name: summary[name] for name in ("accuracy", "accuracy_ci95", "reward")}
-    write_json(file, {**facts, "status": "done", **kept, "code": code_digest()})
+    result: Result = {
+        **facts,
+        "status": DONE,
+        "accuracy": summary["accuracy"],
+        "accuracy_ci95": summary["accuracy_ci95"],
+        "reward": summary["reward"],
+        "code": code_digest(),
+    }
+    write_json(file, result)
 
 
-def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: dict[str, Any]) -> None:
-    """Measure a run's model and write the outcome with the run's ``facts``."""
-    known = json.loads(base_file.read_text(encoding="utf-8"))
-    engine, base_engine = (setup.load_engine(evaluation_config(comparison, each)) for each in (model, known["model"]))
-    base = Base(base_engine, Judged(**known["judged"]), known["never_solved"])
-    with Judges() as judges:
-        found = measure(comparison, model, engine, base, judges)
-    found["changes"] = changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
-    state = json.loads((Path(model) / "es_state.json").read_text(encoding="utf-8"))
-    write_json(
-        file,
-        {
-            **facts,
-            "status": "done",
-            **found,
-            "fingerprint": state["fingerprint"],
-            "base": base_digest(known),
-            "code": code_digest(),
-        },
-    )
+def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: Result) -> None:
+    """Measure a run's model, and write the result with the run's ``facts``."""
+    of_base = read_result(base_file)
+    engine, base_engine = (setup.load_engine(evaluation_config(comparison, each)) for each in (model, of_base["model"]))
+    base = Base(base_engine, AnswerSummary(**of_base["judged"]), of_base["never_solved"])
+    with Scorers() as scorers:
+        measured = measure(comparison, model, engine, base, scorers)
+    measured["changes"] = measure_changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
+    state = read_json(Path(model) / "es_state.json")
+    result: Result = {
+        **facts,
+        "status": DONE,
+        **measured,
+        "fingerprint": state["fingerprint"],
+        "base": base_digest(of_base),
+        "code": code_digest(),
+    }
+    write_json(file, result)
 
 
 def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:
-    """Return how a model is evaluated: the comparison's options that decide a completion, greedily."""
-    kept = {name: value for name, value in comparison.settings.items() if name in EVALUATE_FIELDS}
+    """Return the configuration of a greedy evaluation: the common settings that affect one, and ``changes``."""
+    settings = {name: value for name, value in comparison.settings.items() if name in EVALUATE_FIELDS}
     for name in ("temperature", "top_p", "top_k", "num_generations", "seed"):
-        kept.pop(name, None)
-    given = {**kept, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes}
-    args = ESConfig.from_mapping(given)
+        settings.pop(name, None)
+    args = ESConfig.from_mapping({**settings, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes})
     return setup.resolve_config(args, 1_000_000)
 
 
-def test_rows(comparison: Comparison) -> Rows:
-    """Return the held-out rows that are reported."""
+def held_out_rows(comparison: Comparison) -> Rows:
+    """Return the rows of the test split on which models are measured."""
     return rows_of(comparison, "test")[: comparison.measuring.rows or None]
 
 
 def measure_constant(comparison: Comparison, model: str, file: Path) -> None:
-    """Measure what a model that says the same whatever it is asked would have, at best, and write it.
+    """Write the result of the best constant answer: of a model that answers every prompt with the same text.
 
-    Of the right answers that are most common among the *training* rows, the one that is right on most of those, as the
-    task's accuracy has it. Nothing is written where a task has no answer that fits two rows.
+    The candidates are the most common right answers of *training* rows; the best is right on most training rows. No
+    file is written if no answer is right for two rows.
+
+    Args:
+        comparison: what to measure.
+        model: the base; its tokenizer measures the answer's length.
+        file: the result file.
     """
-    args, rows, train = evaluation_config(comparison, model), test_rows(comparison), rows_of(comparison, "train")
+    args, rows, train = evaluation_config(comparison, model), held_out_rows(comparison), rows_of(comparison, "train")
     texts = right_answers(comparison, train)
     common = [text for text, count in collections.Counter(texts).most_common(CONSTANTS) if count > 1]
     if not common:
         return
     train = train[:CONSTANT_ROWS]
-    with Judges() as judges:
-        tried = {text: judges.right(args, train, text) for text in common}
-        says = max(common, key=lambda text: sum(tried[text]))
-        right = judges.right(args, rows, says)
+    with Scorers() as scorers:
+        grades = {text: scorers.grade(args, train, text) for text in common}
+        best = max(common, key=lambda text: sum(grades[text]))
+        right = scorers.grade(args, rows, best)
     tokenizer = setup.load_engine(args).assets.tokenizer
-    found = {
-        "says": says,
+    result: Result = {
+        "says": best,
         "n": len(rows),
         "accuracy": sum(right) / len(rows),
         "correct": "".join("1" if each else "0" for each in right),
-        "length": len(tokenizer.encode(says, add_special_tokens=False)),
-        "train_accuracy": sum(tried[says]) / len(train),
+        "length": len(tokenizer.encode(best, add_special_tokens=False)),
+        "train_accuracy": sum(grades[best]) / len(train),
         "code": code_digest(),
     }
-    write_json(file, found)
+    write_json(file, result)
 
 
 def right_answers(comparison: Comparison, rows: Rows) -> list[str]:
-    """Return a right completion of each row that has one which other rows can have, too."""
+    """Return one right completion of each row, except of rows whose right completions fit no other row."""
     task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
-    found = [] if task.right_answer is None else map(task.right_answer, rows)
-    return [text for text in found if text is not None]
+    answers = [] if task.right_answer is None else map(task.right_answer, rows)
+    return [text for text in answers if text is not None]
 
 
-class Judges:
-    """The reward workers that score answers, started once for each task; a context manager."""
+class Scorers:
+    """The reward workers that score completions, started once for each task; a context manager."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._known: dict[str, tuple[Rewards, RewardPool, RewardPool]] = {}
-        self._broken: set[str] = set()  # models of which some completions were said to be broken
+        self._pools: dict[str, tuple[Rewards, RewardPool, RewardPool]] = {}
+        self._warned: set[str] = set()  # models with a warning about logits that are not finite
 
     def __enter__(self) -> Self:
         return self
@@ -187,10 +194,14 @@ class Judges:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def of(self, args: ESConfig) -> tuple[Rewards, RewardPool, RewardPool]:
-        """Return a task's rewards and the workers for reward and accuracy."""
+    def pools_of(self, args: ESConfig) -> tuple[Rewards, RewardPool, RewardPool]:
+        """Return a task's reward functions, and the worker pools for the rewards and for the accuracy.
+
+        Raises:
+            UserError: the task has no accuracy.
+        """
         key = f"{args.task} {args.reward_funcs} {args.reward_weights}"
-        if key not in self._known:
+        if key not in self._pools:
             rewards = setup.resolve_rewards(args, None, setup.task_of(args))
             if rewards.accuracy is None:
                 raise UserError(f"a comparison needs a task with an accuracy, and {args.task} has none")
@@ -198,23 +209,25 @@ class Judges:
                 self._stack.enter_context(setup.reward_pool(args, funcs, names))
                 for funcs, names in ((rewards.funcs, rewards.names), ([rewards.accuracy], ["accuracy"]))
             ]
-            self._known[key] = (rewards, pools[0], pools[1])
-        return self._known[key]
+            self._pools[key] = (rewards, pools[0], pools[1])
+        return self._pools[key]
 
-    def right(self, args: ESConfig, rows: Rows, text: str) -> list[bool]:
-        """Say of each row whether this text is a right completion of it."""
-        _, _, grader = self.of(args)
+    def grade(self, args: ESConfig, rows: Rows, text: str) -> list[bool]:
+        """Return for each row whether ``text`` is a right completion of it, (rows,)."""
+        _, _, accuracy_pool = self.pools_of(args)
         prompts, completions, columns = reward_inputs(rows, [text] * len(rows), "")
-        scores = grader.submit(RewardBatch(prompts, completions, [[]] * len(rows), columns)).result().rewards[:, 0]
+        scores = (
+            accuracy_pool.submit(RewardBatch(prompts, completions, [[]] * len(rows), columns)).result().rewards[:, 0]
+        )
         return [is_right(score) for score in scores]
 
     def answer(self, args: ESConfig, engine: LocalEngine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
-        """Answer rows with a model and score the answers, as `estune evaluate` does.
+        """Answer rows with a model and score the completions, as `estune evaluate` does; return the prompts, too.
 
         Raises:
-            UserError: no completion comes from finite logits, so that there is nothing to measure.
+            UserError: no completion comes from finite logits, so there is nothing to measure.
         """
-        rewards, pool, grader = self.of(args)
+        rewards, pool, accuracy_pool = self.pools_of(args)
         prompts = setup.build_prompts(args, engine, rows, args.task is not None)
         evaluation = evaluate(
             Evaluator(engine, pool, args.response_prefix),
@@ -222,81 +235,85 @@ class Judges:
             prompts,
             sampling_of(args, 0),
             rewards.weights,
-            grader,
+            accuracy_pool,
             batch=int(args.prompts_per_batch),
             trainer_state={"global_step": 0, "max_steps": 0},
         )
         broken = evaluation.summary().get("non_finite_ratio", 0.0)
         if broken == 1.0:
             raise UserError(broken_model(args.model, engine.facts.dtype))
-        if broken and args.model not in self._broken:
-            self._broken.add(args.model)
+        if broken and args.model not in self._warned:
+            self._warned.add(args.model)
             warn(f"{args.model}: {evaluation.warning(engine.facts.dtype)}")
         return evaluation, prompts
 
 
-def measure(
-    comparison: Comparison, model: str, engine: LocalEngine, base: Base | None, judges: Judges
-) -> dict[str, Any]:
-    """Return what is reported of a model.
+def measure(comparison: Comparison, model: str, engine: LocalEngine, base: Base | None, scorers: Scorers) -> Result:
+    """Return the measurements of a model.
 
     Args:
         comparison: what to measure.
         model: a directory, hub id, or ``tiny``.
-        engine: holds it.
-        base: what it was tuned from; None where it is the base, which is sampled on `discovery_rows`, too: what it
-            never solves is to be found.
-        judges: who score the answers.
+        engine: holds the model.
+        base: the base that the model was tuned from; None if the model is the base. The base is sampled on
+            `discovery_rows`, too, to find the rows that it never solves.
+        scorers: score the completions.
     """
-    args, rows, measuring = evaluation_config(comparison, model), test_rows(comparison), comparison.measuring
-    greedy, prompts = judges.answer(args, engine, rows)
-    judged = summary_of(greedy.rows, *bounds_of(comparison))
+    args, rows, measuring = evaluation_config(comparison, model), held_out_rows(comparison), comparison.measuring
+    greedy, prompts = scorers.answer(args, engine, rows)
+    judged = summarise_answers(greedy.rows, *bounds_of(comparison))
     first = rows[: measuring.sample_rows or None]
-    if base is None and len(sought := rows[: measuring.discovery_rows or None]) > len(first):
-        first = sought
-    sampled = sample(args, engine, first, measuring.samples, measuring.temperature, judges)
-    result = {
-        **of_greedy(greedy),
-        "right_of": sampled.right(),  # of the first rows
+    if base is None and len(searched := rows[: measuring.discovery_rows or None]) > len(first):
+        first = searched
+    sampled = sample(args, engine, first, measuring.samples, measuring.temperature, scorers)
+    result: Result = {
+        **greedy_result(greedy),
+        "right_of": sampled.right(),  # (len(first),)
         "samples": measuring.samples,
         "sampled_length": sampled.summary()["mean_length_tokens"],
         "retention": {
-            name: retained(comparison, model, engine, kept, judges) for name, kept in comparison.retention.items()
+            name: measure_retained(comparison, model, engine, retained, scorers)
+            for name, retained in comparison.retention.items()
         },
     }
     if base is None:
-        return result | {"judged": dataclasses.asdict(judged)}
-    asked = rows[: measuring.kl_rows or None]
-    if measuring.temperature == 1.0 and len(asked) <= len(first):  # the first sample of each is one
-        own = sampled
-    else:  # the estimator is of tokens that the model draws as they come
-        own = sample(args, engine, asked, 1, 1.0, judges)
-    result["kl"] = divergence(engine, base.engine, prompts[: len(asked)], own)
-    result["discovery"] = discovery(comparison, args, engine, base.never_solved, judges)
+        result["judged"] = dataclasses.asdict(judged)
+        return result
+    kl_rows = rows[: measuring.kl_rows or None]
+    if measuring.temperature == 1.0 and len(kl_rows) <= len(first):
+        for_kl = sampled  # the first sample of each row is used
+    else:  # the estimator needs samples at temperature 1
+        for_kl = sample(args, engine, kl_rows, 1, 1.0, scorers)
+    result["kl"] = divergence(engine, base.engine, prompts[: len(kl_rows)], for_kl)
+    result["discovery"] = discovery(comparison, args, engine, base.never_solved, scorers)
     task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
     words_wanted = task.answers_hold_words and asks_for_words(right_answers(comparison, rows))
     result["hacking"] = dataclasses.asdict(judge(base.judged, judged, words_wanted))
     return result
 
 
-def changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int) -> dict[str, Any]:
-    """Return how far the parameters moved: norms (L2), share, straightness, and the distribution of single changes.
+def measure_changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int) -> Changes:
+    """Return how far the parameters moved from the base's; see `estune.compare.changes`.
 
-    The run may have gone on since: its first ``steps`` steps are what made the model.
+    Args:
+        base: the base.
+        tuned: the tuned model.
+        run: the run's directory, which has the metrics of its steps.
+        steps: the number of steps that made the model; the run may have continued since.
     """
-    found = parameter_changes(base.theta.arrays, tuned.theta.arrays)
+    moved = parameter_changes(base.theta.arrays, tuned.theta.arrays)
     return {
-        "norm": found.norm,
-        "relative_norm": found.ratio,
-        "walk_ratio": walk_ratio(found.norm, [record for record in read_metrics(run) if record["step"] <= steps]),
-        "moved_share": found.moved_share,
-        "excess_kurtosis": found.kurtosis,
-        "histogram": {"edges": found.edges, "density": found.density} if found.density else None,
+        "norm": moved.norm,
+        "relative_norm": moved.ratio,
+        "walk_ratio": walk_ratio(moved.norm, [record for record in read_metrics(run) if record["step"] <= steps]),
+        "moved_share": moved.moved_share,
+        "excess_kurtosis": moved.kurtosis,
+        "histogram": {"edges": moved.edges, "density": moved.density} if moved.density else None,
     }
 
 
-def of_greedy(evaluation: Evaluation) -> dict[str, Any]:
-    """Return pass@1 and what goes with it; ``correct`` has one character per row."""
+def greedy_result(evaluation: Evaluation) -> Result:
+    """Return pass@1, reward and length of a greedy evaluation; ``correct`` has one character per row."""
     summary = evaluation.summary()
     correct = "".join("1" if is_right((row.accuracy or [0.0])[0]) else "0" for row in evaluation.rows)
     return {
@@ -317,84 +334,92 @@ def sample(
     rows: Rows,
     count: int,
     temperature: float,
-    judges: Judges,
+    scorers: Scorers,
     seed: int = SAMPLE_SEED,
 ) -> Evaluation:
     """Return ``count`` samples of each row."""
     sampling = dataclasses.replace(args, temperature=temperature, num_generations=count, seed=seed)
-    return judges.answer(sampling, engine, rows)[0]
+    return scorers.answer(sampling, engine, rows)[0]
 
 
 def never_solved(
-    comparison: Comparison, args: ESConfig, engine: LocalEngine, rows: Rows, found: dict[str, Any], judges: Judges
+    comparison: Comparison, args: ESConfig, engine: LocalEngine, rows: Rows, result: Result, scorers: Scorers
 ) -> list[int]:
     """Return which of `discovery_rows` the base solves neither greedily nor in any of `discovery_samples` samples.
 
     Args:
-        comparison: says how many.
-        args: how the base is evaluated.
+        comparison: has the numbers of rows and samples.
+        args: the base's evaluation.
         engine: the base.
-        rows: the test rows, in which the result counts.
-        found: the base's measurement: `correct`, and `right_of` of its first samples of these rows at least.
-        judges: who score the answers.
+        rows: of the test split; the returned numbers are indices of these.
+        result: the base's measurement: `correct`, and `right_of` for at least these rows.
+        scorers: score the completions.
     """
     measuring = comparison.measuring
-    sought = found["right_of"][: measuring.discovery_rows or None]
-    left = [i for i, right in enumerate(sought) if not right and found["correct"][i] == "0"]
+    right_of = result["right_of"][: measuring.discovery_rows or None]
+    unsolved = [i for i, right in enumerate(right_of) if not right and result["correct"][i] == "0"]
     drawn, size = measuring.samples, max(measuring.samples, 16)
-    while left and drawn < measuring.discovery_samples:
-        count, asked = min(size, measuring.discovery_samples - drawn), [rows[i] for i in left]
-        more = sample(args, engine, asked, count, measuring.temperature, judges, SAMPLE_SEED + drawn)
-        left = [index for index, right in zip(left, more.right(), strict=True) if not right]
+    while unsolved and drawn < measuring.discovery_samples:
+        count, asked = min(size, measuring.discovery_samples - drawn), [rows[i] for i in unsolved]
+        more = sample(args, engine, asked, count, measuring.temperature, scorers, SAMPLE_SEED + drawn)
+        unsolved = [index for index, right in zip(unsolved, more.right(), strict=True) if not right]
         drawn += count
-    return left
+    return unsolved
 
 
 def discovery(
-    comparison: Comparison, args: ESConfig, engine: LocalEngine, unsolved: Sequence[int], judges: Judges
+    comparison: Comparison, args: ESConfig, engine: LocalEngine, unsolved: Sequence[int], scorers: Scorers
 ) -> list[int]:
     """Return how many of `samples` samples of each row in ``unsolved`` are right, (unsolved,).
 
-    The same random numbers for every model, the base among them: what it solves now was luck, and so is as much of what
-    others solve.
+    Every model, the base included, samples with the same random numbers. Rows that the base solves here show how many
+    rows a model solves by chance.
     """
     if not unsolved:
         return []
-    rows, measuring = test_rows(comparison), comparison.measuring
+    rows, measuring = held_out_rows(comparison), comparison.measuring
     asked = [rows[i] for i in unsolved]
-    return sample(args, engine, asked, measuring.samples, measuring.temperature, judges, DISCOVERY_SEED).right()
+    return sample(args, engine, asked, measuring.samples, measuring.temperature, scorers, DISCOVERY_SEED).right()
 
 
-def retained(comparison: Comparison, model: str, engine: LocalEngine, kept: Retained, judges: Judges) -> dict[str, Any]:
+def measure_retained(
+    comparison: Comparison, model: str, engine: LocalEngine, retained: Retained, scorers: Scorers
+) -> Answers:
     """Return the greedy accuracy on another task, or under another prompt, scored by that task's own reward."""
-    args = retained_config(comparison, model, kept)
-    rows = get_task(kept.task, args.allow_unsandboxed_code).load(kept.split)[: kept.rows or None]
-    return of_greedy(judges.answer(args, engine, rows)[0])
+    args = retained_config(comparison, model, retained)
+    rows = get_task(retained.task, args.allow_unsandboxed_code).load(retained.split)[: retained.rows or None]
+    return greedy_result(scorers.answer(args, engine, rows)[0])
 
 
-def retained_config(comparison: Comparison, model: str, kept: Retained) -> ESConfig:
-    """Return how a model is evaluated on another task: by that task's own reward; leave to run code only where it does.
+def retained_config(comparison: Comparison, model: str, retained: Retained) -> ESConfig:
+    """Return the configuration of an evaluation on a retained task, with that task's own reward.
+
+    The common setting ``allow_unsandboxed_code`` is passed on only to a task that runs code.
 
     Raises:
         UserError: the options cannot work together.
     """
-    own: dict[str, Any] = {"task": kept.task, "reward_funcs": None, "reward_weights": None}
-    allowed = bool({**comparison.settings, **kept.settings}.get("allow_unsandboxed_code"))
-    if not get_task(kept.task, allowed).runs_code:
-        own["allow_unsandboxed_code"] = bool(kept.settings.get("allow_unsandboxed_code"))
-    return evaluation_config(comparison, model, **{**kept.settings, **own})
+    changes: dict[str, Any] = {"task": retained.task, "reward_funcs": None, "reward_weights": None}
+    allowed = bool({**comparison.settings, **retained.settings}.get("allow_unsandboxed_code"))
+    if not get_task(retained.task, allowed).runs_code:
+        changes["allow_unsandboxed_code"] = bool(retained.settings.get("allow_unsandboxed_code"))
+    return evaluation_config(comparison, model, **{**retained.settings, **changes})
 
 
 def divergence(engine: LocalEngine, base: LocalEngine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:
-    """Return KL(model || base) per token, by the k3 estimator on the first sample of each of ``prompts``.
+    """Return KL(model || base) in nats per token, by the k3 estimator on the first sample of each of ``prompts``.
 
-    ``sampled`` are samples of the model at temperature 1, of these prompts and perhaps further ones.
+    Args:
+        engine: the model.
+        base: the base.
+        prompts: the prompts of the first rows of ``sampled``.
+        sampled: samples of the model at temperature 1.
 
     Raises:
         UserError: a log-probability is not finite.
     """
     token_ids = [row.token_ids[0] for row in sampled.rows[: len(prompts)]]
-    found = kl_k3(engine.token_logprobs(prompts, token_ids), base.token_logprobs(prompts, token_ids))
-    if not math.isfinite(found):
+    kl = kl_k3(engine.token_logprobs(prompts, token_ids), base.token_logprobs(prompts, token_ids))
+    if not math.isfinite(kl):
         raise UserError("a log-probability of the model, or of the base, is not finite, so there is no KL")
-    return found
+    return kl

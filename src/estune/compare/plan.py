@@ -1,10 +1,10 @@
-"""From a comparison to the runs that it is made of: their configurations, steps and places.
+"""The runs of a comparison: their configurations, steps and directories.
 
-DIR/tuning/MODEL/METHOD/trial-I        a trial on the validation split, by a seed of its own
-DIR/runs/MODEL/METHOD/seed-S           a run; it is stopped at the budget that it reaches first, measured, and goes
-                                       on to the other one
-DIR/.../seed-S-evaluations, ...-time   a run for each budget, where a method cannot go on, or was tuned differently
-DIR/results/...json                    what was measured, one file each; what is there is not done again
+DIR/tuning/MODEL/METHOD/trial-I        a trial, evaluated on the validation split; trials have a seed of their own
+DIR/runs/MODEL/METHOD/seed-S           a run; it stops at the budget it reaches first, a snapshot is measured, and the
+                                       run continues to the other budget
+DIR/.../seed-S-evaluations, ...-time   one run for each budget, if the method cannot resume or was tuned for each budget
+DIR/results/...json                    one file for each measurement; a measurement that has a file is not repeated
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.compare.config import RANDOM_SEARCH, Comparison, Entry
+from estune.compare.results import Result, Tuned
 from estune.config import ESConfig
 from estune.errors import UserError
 from estune.tasks import get_task
@@ -25,10 +26,10 @@ from estune.train import setup
 
 EVALUATIONS, TIME = "evaluations", "time"
 BUDGETS = (EVALUATIONS, TIME)
-LIMITS = {EVALUATIONS: "evaluations", TIME: "time_s"}  # of `Budget` and `Tuning`; 0 leaves one out
-CHOSEN = {EVALUATIONS: "chosen", TIME: "chosen_time"}  # in tuning.json; one that stands alone serves both
-ENDLESS = 1_000_000_000  # steps of a run that its time will end
-MANY = 1_000_000  # samples of each prompt, where its time ends the drawing
+LIMITS = {EVALUATIONS: "evaluations", TIME: "time_s"}  # fields of `Budget` and `Tuning`; 0 leaves a budget out
+CHOSEN = {EVALUATIONS: "chosen", TIME: "chosen_time"}  # fields of tuning.json; a single one is used for both budgets
+ENDLESS_STEPS = 1_000_000_000  # steps; max_steps of a run that its time limit ends
+ENDLESS_SAMPLES = 1_000_000  # samples of each prompt, if a time limit ends the sampling
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's place below runs/ and results/."""
+        """The cell's path below runs/ and results/."""
         return f"{self.model}/{self.method}/seed-{self.seed}"
 
 
 def entries(comparison: Comparison) -> dict[str, Entry]:
-    """Return every method that is run, random search among them: by the settings of the first ES entry, if any."""
-    found = dict(comparison.methods)
-    if all(entry.method != RANDOM_SEARCH for entry in found.values()):
-        es = next((entry for entry in found.values() if entry.method == "es"), None) or _in_the_place_of_es(comparison)
-        kept = (
+    """Return every method that is run. Random search is added if it is missing, with the settings
+    of the first ES entry."""
+    methods = dict(comparison.methods)
+    if all(entry.method != RANDOM_SEARCH for entry in methods.values()):
+        es = next((entry for entry in methods.values() if entry.method == "es"), None) or _default_es_entry(comparison)
+        copied = (
             "population_size",
             "sigma",
             "antithetic",
@@ -61,133 +63,143 @@ def entries(comparison: Comparison) -> dict[str, Entry]:
             "num_generations",
             "temperature",
         )
-        taken = [{k: v for k, v in {**es.settings, **trial}.items() if k in kept} for trial in es.trials]
-        found[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, _distinct(taken))
-    return found
+        trials = [{k: v for k, v in {**es.settings, **trial}.items() if k in copied} for trial in es.trials]
+        methods[RANDOM_SEARCH] = Entry(RANDOM_SEARCH, {}, _make_distinct(trials))
+    return methods
 
 
-def _in_the_place_of_es(comparison: Comparison) -> Entry:
-    """Return what random search goes by where no ES is compared: the least budget pays for four steps or more."""
+def _default_es_entry(comparison: Comparison) -> Entry:
+    """Return the entry that random search copies if no ES is compared; the smallest budget pays for four steps."""
     trials, prompts = next(iter(comparison.methods.values())).trials, 4
     least = min(filter(None, (comparison.tuning.evaluations, comparison.budget.evaluations)), default=math.inf)
     members = max(2, int(min(ESConfig.population_size, least // (4 * prompts))))
     return Entry("es", {"population_size": members, "batch_size": prompts}, ({},) * len(trials))
 
 
-def _distinct(trials: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Return as many trials without equals: of those that only ES told apart, one gets twice or half the sigma."""
-    equals = [trial for i, trial in enumerate(trials) if trial in trials[:i]]
-    found = [trial for i, trial in enumerate(trials) if trial not in trials[:i]]
-    for trial in equals:
+def _make_distinct(trials: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return the trials without duplicates; each duplicate gets another sigma, a power of two times its own.
+
+    Trials are duplicates if they differ only in options that random search does not have.
+    """
+    duplicates = [trial for i, trial in enumerate(trials) if trial in trials[:i]]
+    distinct = [trial for i, trial in enumerate(trials) if trial not in trials[:i]]
+    for trial in duplicates:
         sigmas = (float(trial.get("sigma", ESConfig.sigma)) * 2.0**power for power in (1, -1, 2, -2, 3, -3, 4, -4))
-        others = ({**trial, "sigma": sigma} for sigma in sigmas)
-        found.append(next(other for other in others if other not in found))
-    return tuple(found)
+        candidates = ({**trial, "sigma": sigma} for sigma in sigmas)
+        distinct.append(next(candidate for candidate in candidates if candidate not in distinct))
+    return tuple(distinct)
 
 
 def cells(comparison: Comparison) -> Iterator[Cell]:
-    """Yield all cells, seeds outermost: whatever the machine does meanwhile, it does to all methods alike.
+    """Yield all cells. The seed is the outermost loop, so that a change of the machine's load meets all methods alike.
 
-    Within a seed their order is shuffled, so that a method does not always run beside the same other one.
+    Within a seed the order is shuffled, so that a method does not always run beside the same other method.
     """
     for seed in comparison.seeds:
-        own = [Cell(model, method, seed) for model in comparison.models for method in entries(comparison)]
-        random.Random(seed).shuffle(own)
-        yield from own
+        of_seed = [Cell(model, method, seed) for model in comparison.models for method in entries(comparison)]
+        random.Random(seed).shuffle(of_seed)
+        yield from of_seed
 
 
 def rows_of(comparison: Comparison, split: str) -> list[dict[str, Any]]:
-    """Return the rows of ``train``, ``validation`` or ``test``: the task's own, or those of the data set given.
+    """Return the rows of ``train``, ``validation`` or ``test``: the task's own, or those of the data set in settings.
 
     Raises:
         UserError: the data set has no such split, or its rows lack what the task needs.
     """
     task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
     names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
-    given = {name: comparison.settings[name] for name in names if name in comparison.settings}
-    if "dataset_name" not in given:
+    dataset = {name: comparison.settings[name] for name in names if name in comparison.settings}
+    if "dataset_name" not in dataset:
         return task.load(split)
     if split == "validation":
-        given["dataset_test_split"] = comparison.tuning.split
-    args = ESConfig.from_mapping({**given, "task": comparison.task})
+        dataset["dataset_test_split"] = comparison.tuning.split
+    args = ESConfig.from_mapping({**dataset, "task": comparison.task})
     rewards = setup.resolve_rewards(args, None, task)
     return setup.resolve_rows(args, None, task, "train" if split == "train" else "test", rewards)
 
 
-def configuration(comparison: Comparison, model: str, method: str, chosen: dict[str, Any], seed: int) -> ESConfig:
-    """Return a run's configuration, without the limits that the comparison sets.
+def configuration(comparison: Comparison, model: str, method: str, trial: dict[str, Any], seed: int) -> ESConfig:
+    """Return a run's configuration with the settings of a trial, without the budget's limits.
 
     Raises:
         UserError: the options cannot work together; the message names the method.
     """
     entry = entries(comparison)[method]
-    values = {**comparison.settings, **entry.settings, **chosen}
+    values = {**comparison.settings, **entry.settings, **trial}
     values |= {"model": comparison.models[model], "task": comparison.task, "seed": seed, "method": entry.method}
     try:
         args = ESConfig.from_mapping(values, f"method {method}")
     except UserError as error:
         raise UserError(f"method {method}: {error}") from None
-    if "dataset_name" in comparison.settings:  # what is evaluated while a run goes on is not what is reported
+    if "dataset_name" in comparison.settings:  # curves are measured on validation rows; the report is of test rows
         args = dataclasses.replace(args, dataset_test_split=comparison.tuning.split)
     if args.lr_scheduler_type in ("linear", "cosine") or args.sigma_scheduler_type != "constant":
-        raise UserError(f"method {method}: a run goes on from one budget to the other, so schedules must be constant")
-    found = setup.resolve_config(args, len(rows_of(comparison, "train")))
-    # What goes by the machine stays open: a run that goes on with other cores keeps what it began with.
-    return dataclasses.replace(found, **{name: getattr(args, name) for name in ("num_threads", "reward_workers")})
+        raise UserError(f"method {method}: a run continues from one budget to the other, so schedules must be constant")
+    resolved = setup.resolve_config(args, len(rows_of(comparison, "train")))
+    # Options that depend on the machine stay `auto`, so that a run can be resumed on another machine.
+    return dataclasses.replace(resolved, **{name: getattr(args, name) for name in ("num_threads", "reward_workers")})
 
 
 def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) -> ESConfig:
-    """Return a configuration with as many steps as a budget of evaluations pays for, and ``points`` held-out ones.
+    """Return a configuration with as many steps as a budget of evaluations pays for.
 
-    `sft_rejection` spends it on samples before its first step; its steps are its own setting. ES evaluates theta beside
-    its members wherever it evaluates held-out rows, and pays for that. A method that learns from the same samples
-    several times takes all of its steps on them.
+    `sft_rejection` spends the budget on samples before its first step, and its number of steps is a setting. At every
+    held-out evaluation ES also scores theta's completions of the step's prompts, which counts. A method that learns
+    from the same samples several times (`num_iterations`) takes all of those steps.
+
+    Args:
+        args: a resolved configuration.
+        evaluations: the budget, in scored completions.
+        n_rows: rows of the train split.
+        points: held-out evaluations within the budget; 0: none.
 
     Raises:
-        UserError: a single step costs more.
+        UserError: a single step costs more than the budget.
     """
     if args.method == "sft_rejection":
         kwargs = {**args.method_kwargs, "max_samples": evaluations}
         args = dataclasses.replace(args, num_generations=-(-evaluations // n_rows), method_kwargs=kwargs)
         return dataclasses.replace(args, eval_steps=max(1, args.max_steps // points) if points else 0)
-    again = int(args.method_kwargs.get("num_iterations", 1))
-    each, steps = evaluations_per_step(args), int(evaluations // (evaluations_per_step(args) * again)) * again
+    iterations = int(args.method_kwargs.get("num_iterations", 1))
+    per_step = evaluations_per_step(args)
+    steps = int(evaluations // (per_step * iterations)) * iterations
     while steps > 0:
         every = max(1, steps // points) if points else 0
         of_theta = steps // every * int(args.batch_size) * args.num_generations if every and args.method == "es" else 0
-        if steps * each + of_theta <= evaluations:
+        if steps * per_step + of_theta <= evaluations:
             return dataclasses.replace(args, max_steps=steps, eval_steps=every)
-        steps -= again
+        steps -= iterations
     raise UserError(
         f"a budget of {evaluations} evaluations does not pay for one step of method {args.method}, which "
-        f"scores {each * again:g} completions"
+        f"scores {per_step * iterations:g} completions"
     )
 
 
 def with_time(args: ESConfig, limit: float) -> ESConfig:
-    """Return a configuration that ends with its time, in seconds, and with nothing else."""
+    """Return a configuration whose only limit is a time, in seconds."""
     if args.method == "sft_rejection":
         kwargs = {name: value for name, value in args.method_kwargs.items() if name != "max_samples"}
-        args = dataclasses.replace(args, num_generations=MANY, method_kwargs=kwargs)
-    return dataclasses.replace(args, max_steps=ENDLESS, max_time_s=limit)
+        args = dataclasses.replace(args, num_generations=ENDLESS_SAMPLES, method_kwargs=kwargs)
+    return dataclasses.replace(args, max_steps=ENDLESS_STEPS, max_time_s=limit)
 
 
 def evaluations_per_step(args: ESConfig) -> float:
-    """Return the completions that a step of a resolved configuration has scored."""
-    each = int(args.batch_size) * args.num_generations
+    """Return how many completions one step of a resolved configuration scores."""
+    of_member = int(args.batch_size) * args.num_generations
     if args.method == RANDOM_SEARCH:
         from estune.baselines import random_search
 
         return random_search.evaluations_per_step(args)
     if args.method == "es":
-        return each * args.population_size
-    return each / int(args.method_kwargs.get("num_iterations", 1))
+        return of_member * args.population_size
+    return of_member / int(args.method_kwargs.get("num_iterations", 1))
 
 
 def can_resume(args: ESConfig) -> bool:
-    """Say whether a run goes on from one budget to the other; else each has a run of its own.
+    """Return whether one run can be measured at a budget and then continue to the other.
 
-    PPO cannot be resumed, and rejection sampling decides with its budget how much it draws before it learns.
+    PPO cannot be resumed. The budget of rejection sampling decides how many samples it draws before it learns.
     """
     from estune.baselines.trainer import RESTARTED
 
@@ -195,7 +207,7 @@ def can_resume(args: ESConfig) -> bool:
 
 
 def run_directory(comparison: Comparison, cell: Cell) -> Path:
-    """Return where a cell's run lies."""
+    """Return the directory of a cell's run."""
     return comparison.directory / "runs" / cell.name
 
 
@@ -205,32 +217,37 @@ def budgets_of(comparison: Comparison) -> tuple[str, ...]:
 
 
 def tuned_budgets(comparison: Comparison) -> tuple[str, ...]:
-    """Return the budgets for which a method is tuned; where it is for one alone, that serves both."""
+    """Return the budgets for which methods are tuned; a single one is used for both."""
     return tuple(budget for budget in BUDGETS if getattr(comparison.tuning, LIMITS[budget]))
 
 
-def chosen_for(tuned: dict[str, Any], budget: str) -> dict[str, Any]:
-    """Return the trial that a budget's runs get, from what is in `tuning.json`."""
-    found: dict[str, Any] = next(tuned[CHOSEN[own]] for own in (budget, *BUDGETS) if CHOSEN[own] in tuned)
-    return found
+def chosen_for(tuned: Tuned, budget: str) -> dict[str, Any]:
+    """Return the chosen settings for a budget's runs, from the content of `tuning.json`."""
+    chosen = {EVALUATIONS: tuned.get("chosen"), TIME: tuned.get("chosen_time")}
+    return next(settings for each in (budget, *BUDGETS) if (settings := chosen[each]) is not None)
 
 
-def evaluated_every(args: ESConfig, trial: dict[str, Any], limit: float, points: int) -> ESConfig:
-    """Return a configuration that evaluates about ``points`` times within a time, at the pace of a trial's run.
+def with_curve(args: ESConfig, trial: Result, limit: float, points: int) -> ESConfig:
+    """Return a configuration that evaluates about ``points`` times within a time limit, at the pace of a trial's run.
 
-    Where the trial made no step its pace is not known: then not at all. `sft_rejection` learns in the half of its time
-    in which it does not draw.
+    If the trial made no step, its pace is unknown and the run does not evaluate.
+
+    Args:
+        args: a resolved configuration.
+        trial: the trial's result.
+        limit: seconds of training.
+        points: held-out evaluations; 0: none.
     """
     pace = trial["steps"] / trial["train_time_s"] if trial.get("train_time_s") else 0.0  # steps per second
     return dataclasses.replace(args, eval_steps=max(1, int(pace * limit / points)) if pace and points else 0)
 
 
 def trial_file(comparison: Comparison, model: str, method: str, index: int, budget: str) -> Path:
-    """Return where a trial's accuracy at a budget is kept."""
+    """Return the file of a trial's result at a budget."""
     name = f"trial-{index}{'-time' if budget == TIME else ''}.json"
     return comparison.directory / "results" / model / method / name
 
 
 def result_file(comparison: Comparison, cell: Cell, budget: str) -> Path:
-    """Return where a cell's measurement at a budget is kept."""
+    """Return the file of a cell's result at a budget."""
     return comparison.directory / "results" / cell.model / cell.method / f"seed-{cell.seed}-{budget}.json"

@@ -1,9 +1,8 @@
-"""How sure a comparison is: intervals over seeds and problems, paired differences, corrections, divergence.
+"""The statistics of a comparison: 95 % intervals over seeds and problems, paired differences, corrected p-values.
 
-A result varies because another seed trains another model, and because other problems could have been asked. Both count.
-Seeds are few, three to five, so every interval is made of variance components rather than of resampled seeds: a
-bootstrap of three seeds sees two thirds of their variance. `docs/log.md` holds the measured coverage.
-All intervals are of 95 %.
+A result varies with the seed, because another seed trains another model, and with the problems that are asked. The
+intervals count both. There are only three to five seeds, so the intervals are made of variance components instead of
+resampled seeds: a bootstrap of three seeds has two thirds of their variance. `docs/log.md` has the measured coverage.
 """
 
 from __future__ import annotations
@@ -17,23 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 from estune.train.evaluation import Z_95, interval
 
 ALPHA = 0.05
-LEAST_P = 1e-9  # smaller p-values are given as this one
-Component = tuple[float, int]  # a part of a mean's variance, and the degrees of freedom it was estimated with
+LEAST_P = 1e-9  # smaller p-values are returned as this value
+Component = tuple[float, int]  # a part of a mean's variance, and the degrees of freedom of its estimate
 
 
 def require_scipy() -> None:
-    """Raise UserError where the package that computes Student's t is missing."""
+    """Check that scipy, which computes Student's t, is installed.
+
+    Raises:
+        UserError: it is not.
+    """
     if importlib.util.find_spec("scipy") is None:
-        raise UserError("estune compare needs the package scipy: python -m pip install 'estune[compare]'")
+        raise UserError(f"estune compare needs the package scipy: {install_command(extra='compare')}")
 
 
 @cache
 def quantile(alpha: float, degrees: float) -> float:
-    """Return the t that |T| exceeds with chance ``alpha``, for Student's T with ``degrees`` degrees of freedom."""
+    """Return the t that |T| exceeds with probability ``alpha``, for Student's T with ``degrees`` degrees of freedom."""
     from scipy import stats
 
     return float(stats.t.isf(alpha / 2, degrees))
@@ -50,12 +53,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """One figure per seed: mean, interval (None for a single seed) and spread."""
+    """The mean of one value per seed, its interval (None for a single seed) and its spread."""
 
     n: int
     mean: float
     interval: tuple[float, float] | None
-    standard_deviation: float | None  # of the seeds, n - 1 below the line; None for a single one
+    standard_deviation: float | None  # of the seeds, with n - 1 in the denominator; None for a single seed
     range: float  # highest minus lowest
 
 
@@ -71,7 +74,7 @@ class Difference:
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
-    """Return the mean over seeds with Student's t interval; a single seed has none.
+    """Return the mean over seeds with Student's t interval; a single seed has no interval.
 
     Raises:
         ValueError: there is no value.
@@ -89,16 +92,15 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
 
 
 def two_level(correct: Any) -> Estimate:
-    """Return the mean of ``correct`` (S, P), in [0, 1], for other seeds and other problems of the same kinds.
+    """Return the mean of ``correct`` (S, P), in [0, 1], with an interval for other seeds and other problems.
 
-    Two-way random effects: every seed has an effect, every problem has one, the rest is theirs together. The variance
-    of the mean is var_seeds / S + var_problems / P + var_rest / (S P), estimated from the mean squares of the table;
-    `half_width` says how far that reaches. Seeds, and problems, are assumed to be drawn independently. One seed, or
-    seeds that agree in everything, say nothing about other seeds: then the interval is over problems alone, by
-    `estune.train.evaluation.interval`.
+    The model has two-way random effects: an effect of each seed, an effect of each problem, and a rest. The variance of
+    the mean is var_seeds / S + var_problems / P + var_rest / (S P), estimated from the mean squares of the table; see
+    `half_width` for the interval. Seeds, and problems, are assumed to be drawn independently. With one seed, or with
+    seeds that agree on every problem, the interval is over problems alone (`estune.train.evaluation.interval`).
 
     Raises:
-        ValueError: not a table of seeds and problems in [0, 1].
+        ValueError: ``correct`` is not a table of seeds and problems in [0, 1].
     """
     table = _distinct(_table(correct))
     center = float(table.mean())
@@ -115,14 +117,16 @@ def two_level(correct: Any) -> Estimate:
 def paired_difference(a: Any, b: Any) -> Difference:
     """Return the mean of ``a`` (S, P) minus that of ``b`` (S', P), both in [0, 1] and on the same problems.
 
-    What makes a problem hard or easy for both cancels; what remains are the seeds of either method and how differently
-    the methods fare on a problem. The seeds are independent. The p-value is the alpha at which the interval touches 0.
-    A method of one row, or of equal rows, is taken as that very model: a base has no seeds. Two such models, every
-    answer right or wrong, are compared by the exact McNemar test, with Tango's score interval (Statistics in Medicine
-    17, 1998); the exact test is the more cautious of the two, so at the border they may disagree.
+    Pairing removes a problem's difficulty for both methods. The variance that remains is that of each method's seeds,
+    which are independent, and of the difference between the methods on a problem. The p-value is the alpha at which
+    the interval touches 0.
+
+    A method of one row, or of equal rows, counts as a single model without seeds, such as a base. Two such models whose
+    answers are right or wrong are compared by the exact McNemar test, with Tango's score interval (Statistics in
+    Medicine 17, 1998). The exact test is more conservative than the interval, so they can disagree near 0.05.
 
     Raises:
-        ValueError: not two tables in [0, 1] with the same problems.
+        ValueError: ``a`` and ``b`` are not two tables in [0, 1] with the same problems.
     """
     first, second = _table(a), _table(b)
     if first.shape[1] != second.shape[1]:
@@ -138,7 +142,7 @@ def paired_difference(a: Any, b: Any) -> Difference:
         if len(table) > 1:
             by_seed, rest = _seed_squares(table)
             seeds.append((by_seed / table.size, len(table) - 1))
-            between -= rest / len(table)  # counted with the seeds
+            between -= rest / len(table)  # this part is counted with the seeds
     by_problem = (max(0.0, between) / problems, problems - 1)
     center = float(first.mean() - second.mean())
     half = half_width(seeds, by_problem, ALPHA)
@@ -147,13 +151,19 @@ def paired_difference(a: Any, b: Any) -> Difference:
 
 
 def half_width(seeds: Sequence[Component], problems: Component, alpha: float) -> float:
-    """Return how far an interval of a mean reaches whose variance is the sum of the components.
+    """Return half the width of the interval of a mean whose variance is the sum of the components.
 
     It is sqrt(V (z^2 + (t_s^2 - z^2) (V_s / V)^2 + (t_p^2 - z^2) (V_p / V)^2)): V_s and V_p are the variance due to
     seeds and to problems, V is their sum, and t_s has the degrees of freedom that Satterthwaite's rule gives the seeds
-    of two methods. So it is Student's t where one of them is all, the normal distribution's where degrees are many, and
-    right to the first order in 1 / degrees between. Satterthwaite's rule for the whole sum is, too, but its intervals
-    are too narrow where two degrees hold nine tenths of the variance: 92.2 % of them hold the truth, of these 94.2 %.
+    of two methods. This is Student's interval if one component is 0, the normal interval if the degrees are many, and
+    correct to the first order in 1 / degrees otherwise. So is Satterthwaite's rule for the whole sum, but its intervals
+    are too narrow if a component with two degrees holds nine tenths of the variance: they hold the truth in 92.2 % of
+    cases, these in 94.2 %.
+
+    Args:
+        seeds: the components of each method's seeds.
+        problems: the component of the problems.
+        alpha: the probability that the interval misses the truth.
     """
     by_seeds = math.fsum(part for part, _ in seeds)
     total = by_seeds + problems[0]
@@ -184,18 +194,24 @@ def _mcnemar(a: np.ndarray, b: np.ndarray) -> Difference:
     gained, lost = int((a > b).sum()), int((a < b).sum())
     split = gained + lost
     tail = sum(math.comb(split, i) for i in range(min(gained, lost) + 1))
-    p_value = min(1.0, 2 * tail / 2**split)  # whole numbers, divided once
+    p_value = min(1.0, 2 * tail / 2**split)  # exact: whole numbers, divided once
     low, high = tango(gained, lost, a.size)
     return Difference((gained - lost) / a.size, low, high, max(p_value, LEAST_P), "mcnemar exact")
 
 
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """Return the score interval of (gained - lost) / n, where n pairs were judged twice (Tango 1998, equation 14)."""
+    """Return the score interval of (gained - lost) / n for n paired answers (Tango 1998, equation 14).
+
+    Args:
+        gained: pairs of which only the first answer is right.
+        lost: pairs of which only the second answer is right.
+        n: all pairs.
+    """
 
     def score(delta: float) -> float:
         b = -gained - lost + (2 * n - gained + lost) * delta
         root = math.sqrt(max(0.0, b * b + 8 * n * lost * delta * (1 - delta)))
-        only_lost = (root - b) / (4 * n)  # the likeliest share of lost pairs, were the difference delta
+        only_lost = (root - b) / (4 * n)  # the maximum-likelihood share of lost pairs if the difference is delta
         spread = n * (2 * only_lost + delta * (1 - delta))
         return (gained - lost - n * delta) / math.sqrt(spread) if spread > 0 else math.copysign(math.inf, gained - lost)
 
@@ -221,7 +237,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _table(correct: Any) -> np.ndarray:
-    """Return (S, P) in float64."""
+    """Return ``correct`` as float64, (S, P).
+
+    Raises:
+        ValueError: it is not a table in [0, 1].
+    """
     table = np.asarray(correct, dtype=np.float64)
     if table.ndim != 2 or not table.size or not ((table >= 0) & (table <= 1)).all():
         raise ValueError("correctness must be a table (seeds, problems) in [0, 1]")
@@ -229,12 +249,12 @@ def _table(correct: Any) -> np.ndarray:
 
 
 def _distinct(table: np.ndarray) -> np.ndarray:
-    """Return one row where all are equal."""
+    """Return the first row alone if all rows are equal, else the table."""
     return table[:1] if (table == table[0]).all() else table
 
 
 def _seed_squares(table: np.ndarray) -> tuple[float, float]:
-    """Return the mean squares of a table (S, P), S > 1: of seeds, and of what seeds and problems leave."""
+    """Return two mean squares of a table (S, P), S > 1: of the seeds, and of the rest."""
     seeds, problems = table.shape
     by_seed = problems * float(table.mean(1).var(ddof=1))
     if problems == 1:

@@ -1,44 +1,176 @@
-"""From the files of a comparison's results to the numbers of its report: nothing is computed that they do not hold."""
+"""The numbers of a comparison's report, computed from its result files alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
-from estune.compare.plan import BUDGETS
+from estune.compare.plan import BUDGETS, EVALUATIONS, TIME
+from estune.compare.results import (
+    COST_FILE,
+    DONE,
+    FAILED,
+    PLAN_FILE,
+    UNMEASURED,
+    Changes,
+    Plan,
+    Result,
+    Sitting,
+    Tuned,
+    base_digest,
+    read_json,
+    read_result,
+)
 from estune.compare.statistics import holm, over_seeds, paired_difference, two_level
 from estune.errors import UserError
 from estune.train.evaluation import pass_at_ks
 
 
-def read_json(file: Path) -> Any:
-    """Return a JSON file's value."""
-    return json.loads(file.read_text(encoding="utf-8"))
+class Linked(Result, total=False):
+    """A result with the paths that the report links to, below the comparison's directory."""
+
+    file: str
+    page: str  # of the run
+    budget: str  # of a trial
 
 
-def summarise(directory: Path) -> dict[str, Any]:
-    """Return everything that the report of a comparison says.
+class Interval(TypedDict):
+    """The fields of `estune.compare.statistics.Estimate`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Gain(TypedDict):
+    """The fields of `estune.compare.statistics.Difference`."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+
+
+class PairedTest(Gain):
+    """A difference between an ES row and another row."""
+
+    es: str
+    other: str
+    p_holm: NotRequired[float]
+
+
+class Spread(TypedDict):
+    """The fields of `estune.compare.statistics.OverSeeds`."""
+
+    n: int
+    mean: float
+    interval: tuple[float, float] | None
+    standard_deviation: float | None
+    range: float
+
+
+class Discovery(TypedDict):
+    """The share of never solved problems that are solved, greedily and in samples."""
+
+    greedy: NotRequired[Interval]
+    sampled: Interval
+    samples: int
+
+
+class SummaryRow(TypedDict, total=False):
+    """The fields that rows of all kinds may have."""
+
+    name: str
+    accuracy: Interval
+    pass_at_k: dict[str, Interval]
+    length: float
+    retention: dict[str, float]
+    wordless: float  # share of completions without a dictionary word
+    discovery: Discovery
+    changes: Changes
+
+
+class UntrainedRow(SummaryRow, total=False):
+    """The row of the base, of the base with its skill forced, or of the best constant answer."""
+
+    retention_rows: dict[str, int]
+    file: str
+    correct: str
+
+
+class MethodRow(SummaryRow, total=False):
+    """The row of a method at a budget. If no model was measured, it lacks every measure."""
+
+    seeds: list[dict[str, Any]]  # chosen fields of each seed's `Linked`
+    failed: int
+    unmeasured: int
+    hacked: int
+    settings: dict[str, Any]
+    spread: Spread
+    gain: Gain
+    kl: float
+    evaluations: float
+    train_time_s: float
+    steps: float
+    correct: list[str]
+    beside_constant: bool  # whether the row is not above the best constant answer
+
+
+class TunedSummary(Tuned, total=False):
+    """A method's tuning and its trials."""
+
+    trials: list[Linked]
+
+
+class ModelSummary(TypedDict):
+    """The part of a summary about one model."""
+
+    path: str
+    fingerprint: str
+    base: UntrainedRow
+    never_solved: int
+    sought: int  # number of first test rows that were searched for never solved rows
+    rows: dict[str, list[MethodRow]]  # of each budget
+    tests: dict[str, list[PairedTest]]  # of each budget
+    tuning: dict[str, TunedSummary]  # of each method
+    curves: dict[str, dict[str, list[list[list[float | None]]]]]  # of each budget, method and seed
+    prefix: NotRequired[UntrainedRow]
+    constant: NotRequired[UntrainedRow]
+
+
+class Summary(TypedDict):
+    """The content of a report; `summary.json` is this without ``correct``."""
+
+    comparison: dict[str, Any]  # the fields of `estune.compare.config.Comparison`
+    environment: dict[str, Any]
+    models: dict[str, ModelSummary]
+    established: dict[str, bool]  # of each baseline
+    cost: dict[str, float] | None
+    mixed: dict[str, list[str]]
+
+
+def summarise(directory: Path) -> Summary:
+    """Return the content of a comparison's report.
 
     Raises:
-        UserError: there is nothing to report yet.
+        UserError: there are no results yet, or a result refers to another measurement of its base.
     """
-    plan = read_json(directory / "comparison.json")
+    plan: Plan = read_json(directory / PLAN_FILE)
     comparison = plan["comparison"]
     models = {}
     for model in comparison["models"]:
         folder = directory / "results" / model
         if (folder / "base.json").exists():
-            models[model] = _model(directory, folder, comparison)
+            models[model] = _model_summary(directory, folder, comparison)
     if not models:
         raise UserError(f"{directory} holds no results yet")
     for model in models.values():
-        _beside_constant(model)
+        _compare_with_constant(model)
     established = _established(models, comparison)
     for model in models.values():
         model["tests"] = _tests(model["rows"], comparison, established)
@@ -53,60 +185,61 @@ def summarise(directory: Path) -> dict[str, Any]:
 
 
 def _cost(file: Path) -> dict[str, float] | None:
-    """Return the hours of processor and wall time of all sittings; None where they were not counted."""
+    """Return the hours of processor and wall time of all sittings; None if there is no such file."""
     if not file.exists():
         return None
-    sittings = read_json(file)
-    cpu_h, wall_h = (sum(sitting[name] for sitting in sittings) / 3600 for name in ("cpu_s", "wall_s"))
-    return {"sittings": len(sittings), "cpu_h": cpu_h, "wall_h": wall_h}
+    sittings: list[Sitting] = read_json(file)
+    cpu_s = sum(sitting["cpu_s"] for sitting in sittings)
+    wall_s = sum(sitting["wall_s"] for sitting in sittings)
+    return {"sittings": len(sittings), "cpu_h": cpu_s / 3600, "wall_h": wall_s / 3600}
 
 
 def _mixed(results: Path) -> dict[str, list[str]]:
-    """Return the versions of the code and the machines that made the results, where there are several."""
-    read = [read_json(file) for file in results.rglob("*.json") if file.name != "cost.json"]
+    """Return the versions of code, machines and packages that made the results; only kinds with several versions."""
+    read = [read_result(file) for file in results.rglob("*.json") if file.name != COST_FILE]
     codes = sorted({code for result in read for code in (result.get("code"), *result.get("trained_by", [])) if code})
-    cost = results / "cost.json"
-    sittings = read_json(cost) if cost.exists() else []
+    cost = results / COST_FILE
+    sittings: list[Sitting] = read_json(cost) if cost.exists() else []
     machines = sorted({sitting["machine"] for sitting in sittings})
-    packages = [set(sitting["packages"].items()) for sitting in sittings if "packages" in sitting]
-    changed = sorted(set.union(*packages) - set.intersection(*packages)) if packages else []
-    told = {"code": codes, "machine": machines, "package version": [" ".join(each) for each in changed]}
-    return {name: found for name, found in told.items() if len(found) > 1}
+    packages: list[set[tuple[str, str]]] = [
+        set(sitting["packages"].items()) for sitting in sittings if "packages" in sitting
+    ]
+    changed = sorted(packages[0].union(*packages) - packages[0].intersection(*packages)) if packages else []
+    versions = {"code": codes, "machine": machines, "package version": [" ".join(each) for each in changed]}
+    return {kind: listed for kind, listed in versions.items() if len(listed) > 1}
 
 
-def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[str, Any]:
-    base = read_json(folder / "base.json")
+def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) -> ModelSummary:
+    """Return a model's part of the summary.
+
+    Args:
+        directory: the comparison's.
+        folder: the model's results.
+        comparison: the options.
+    """
+    base = read_result(folder / "base.json")
     sample_rows = min(comparison["measuring"]["sample_rows"] or len(base["correct"]), len(base["correct"]))
-    rows: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
-    tuning: dict[str, Any] = {}
-    curves: dict[str, dict[str, list[Any]]] = {budget: {} for budget in BUDGETS}
+    rows: dict[str, list[MethodRow]] = {budget: [] for budget in BUDGETS}
+    tuning: dict[str, TunedSummary] = {}
+    curves: dict[str, dict[str, list[list[list[float | None]]]]] = {budget: {} for budget in BUDGETS}
     methods = sorted(path.name for path in folder.iterdir() if path.is_dir())
     order = [*comparison["methods"], *(name for name in methods if name not in comparison["methods"])]
     for method in order:
         if not (folder / method).is_dir():
             continue
         if (folder / method / "tuning.json").exists():
-            tuning[method] = read_json(folder / method / "tuning.json")
-            trials = sorted((folder / method).glob("trial-*.json"), key=lambda path: int(path.stem.split("-")[1]))
-            tuning[method]["trials"] = [
-                {
-                    **{k: v for k, v in read_json(file).items() if k not in ("curve", "settings")},
-                    "budget": "time" if file.stem.endswith("-time") else "evaluations",
-                    "file": _relative(file, directory),
-                }
-                for file in trials
-            ]
+            tuning[method] = _tuning(folder / method, directory)
         for budget in BUDGETS:
-            files = sorted((folder / method).glob(f"seed-*-{budget}.json"), key=_seed_of)
-            results = [_linked(file, directory) for file in files]
+            files = sorted((folder / method).glob(f"seed-*-{budget}.json"), key=_number_in_name)
+            results = [_read_linked(file, directory) for file in files]
             if results:
-                rows[budget].append(_row(method, results, base, sample_rows))
+                rows[budget].append(_method_row(method, results, base, sample_rows))
                 curves[budget][method] = [result.get("curve", []) for result in results]
-    found: dict[str, Any] = {
+    model: ModelSummary = {
         "path": comparison["models"][folder.name],
         "fingerprint": base["fingerprint"],
-        "base": _fixed("base", base, _relative(folder / "base.json", directory), sample_rows),
-        "never_solved": len(base["never_solved"]),  # of the first `sought` rows
+        "base": _untrained_row("base", base, _relative(folder / "base.json", directory), sample_rows),
+        "never_solved": len(base["never_solved"]),  # of the first `sought` rows of the test split
         "sought": min(comparison["measuring"].get("discovery_rows") or len(base["correct"]), len(base["correct"])),
         "rows": rows,
         "tests": {},
@@ -114,19 +247,38 @@ def _model(directory: Path, folder: Path, comparison: dict[str, Any]) -> dict[st
         "curves": curves,
     }
     if (folder / "base-prefix.json").exists():
-        prefixed = read_json(folder / "base-prefix.json")
+        prefixed = read_result(folder / "base-prefix.json")
         name = f"base, made to begin with {prefixed['response_prefix']}"
-        found["prefix"] = _fixed(name, prefixed, _relative(folder / "base-prefix.json", directory), sample_rows)
+        model["prefix"] = _untrained_row(name, prefixed, _relative(folder / "base-prefix.json", directory), sample_rows)
     if (folder / "constant.json").exists():
-        constant = read_json(folder / "constant.json")
+        constant = read_result(folder / "constant.json")
         name = f"always {constant['says']}"
-        found["constant"] = _fixed(name, constant, _relative(folder / "constant.json", directory), sample_rows)
-    return found
+        model["constant"] = _untrained_row(name, constant, _relative(folder / "constant.json", directory), sample_rows)
+    return model
 
 
-def _linked(file: Path, directory: Path) -> dict[str, Any]:
-    """Return a run's result, with where it stands and, if it is there, its run's own page."""
-    result: dict[str, Any] = {**read_json(file), "file": _relative(file, directory)}
+def _tuning(folder: Path, directory: Path) -> TunedSummary:
+    """Return what was chosen for a method, what its tuning cost, and all of its trials."""
+    trials = sorted(folder.glob("trial-*.json"), key=_number_in_name)
+    tuned: TunedSummary = read_json(folder / "tuning.json")
+    tuned["trials"] = [_read_trial(file, directory) for file in trials]
+    return tuned
+
+
+def _read_trial(file: Path, directory: Path) -> Linked:
+    """Return a trial's result without its curve and settings, with its budget and its own path."""
+    trial: Linked = read_json(file)
+    trial.pop("curve", None)
+    trial.pop("settings", None)
+    trial["budget"] = TIME if file.stem.endswith("-time") else EVALUATIONS
+    trial["file"] = _relative(file, directory)
+    return trial
+
+
+def _read_linked(file: Path, directory: Path) -> Linked:
+    """Return a run's result with its own path and, if the run has one, the path of the run's page."""
+    content: Linked = read_json(file)
+    result: Linked = {**content, "file": _relative(file, directory)}
     page = directory / result["run"] / "report.html"
     return {**result, "page": _relative(page, directory)} if page.exists() else result
 
@@ -135,45 +287,46 @@ def _relative(file: Path, directory: Path) -> str:
     return file.relative_to(directory).as_posix()
 
 
-def _seed_of(file: Path) -> int:
+def _number_in_name(file: Path) -> int:
+    """Return the number of a trial or a seed, from its file's name."""
     return int(file.stem.split("-")[1])
 
 
-def _fixed(name: str, result: dict[str, Any], file: str, sample_rows: int) -> dict[str, Any]:
-    """Return the row of a model that has no seeds."""
+def _untrained_row(name: str, result: Result, file: str, sample_rows: int) -> UntrainedRow:
+    """Return the row of the base or of a constant answer, which have no seeds."""
     correct = _marks(result["correct"])[None]
-    row = {
+    row: UntrainedRow = {
         "name": name,
-        "accuracy": dataclasses.asdict(two_level(correct)),
+        "accuracy": _interval(correct),
         "length": result["length"],
-        "retention": {name: kept["accuracy"] for name, kept in result.get("retention", {}).items()},
-        "retention_rows": {name: kept["n"] for name, kept in result.get("retention", {}).items()},
+        "retention": {name: retained["accuracy"] for name, retained in result.get("retention", {}).items()},
+        "retention_rows": {name: retained["n"] for name, retained in result.get("retention", {}).items()},
         "file": file,
         "correct": result["correct"],
     }
     if "right_of" in result:
         row["pass_at_k"] = _pass_at_k([result], sample_rows)
         row["wordless"] = result["judged"]["literal_share_without_words"]
-    if result.get("discovery_control"):  # the base once more, by the random numbers that tuned models get
+    if result.get("discovery_control"):  # further samples of the base, with the random numbers of tuned models
         solved = np.array(result["discovery_control"])[None] > 0  # (1, U)
-        row["discovery"] = {"sampled": dataclasses.asdict(two_level(solved)), "samples": result["samples"]}
+        row["discovery"] = {"sampled": _interval(solved), "samples": result["samples"]}
     return row
 
 
-def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], sample_rows: int) -> dict[str, Any]:
-    """Return the row of a method at a budget: all its seeds, failed ones among them.
+def _method_row(method: str, results: Sequence[Linked], base: Result, sample_rows: int) -> MethodRow:
+    """Return the row of a method at a budget, over all its seeds.
 
-    Who starts a run and gets nothing has the base: a failed seed counts as the base's answers, greedy and sampled. One
-    whose model could not be measured counts as nothing. What the base lacks, KL say, is of those that are done.
+    A failed seed counts as the base: with the base's greedy and sampled answers. A seed whose model could not be
+    measured is left out. Measures that the base does not have, such as KL, are of the finished seeds alone.
 
     Raises:
-        UserError: a seed was measured beside another measurement of the base.
+        UserError: a seed was measured against another measurement of the base.
     """
-    done = [result for result in results if result["status"] == "done"]
-    unmeasured = sum(result["status"] == "unmeasured" for result in results)
-    row: dict[str, Any] = {
+    done = [result for result in results if result["status"] == DONE]
+    unmeasured = sum(result["status"] == UNMEASURED for result in results)
+    row: MethodRow = {
         "name": method,
-        "seeds": [_seed(result) for result in results],
+        "seeds": [_seed_summary(result) for result in results],
         "failed": len(results) - len(done) - unmeasured,
         "unmeasured": unmeasured,
         "hacked": sum(bool(result["hacking"]["hacked"]) for result in done),
@@ -183,59 +336,57 @@ def _row(method: str, results: Sequence[dict[str, Any]], base: dict[str, Any], s
     for result in done:
         if result.get("base", digest) != digest:
             raise UserError(
-                f"{result['file']} was measured beside another measurement of its base: delete it, and it "
+                f"{result['file']} was measured against another measurement of its base: delete it, and it "
                 "is measured again"
             )
-    delivered = [_delivered(result, base) for result in results if result["status"] != "unmeasured"]
-    if not delivered:
+    counted = [_counted(result, base) for result in results if result["status"] != UNMEASURED]
+    if not counted:
         return row
-    correct = np.stack([_marks(result["correct"]) for result in delivered])  # (S, P)
-    row |= {
-        "accuracy": dataclasses.asdict(two_level(correct)),
-        "spread": dataclasses.asdict(over_seeds(correct.mean(1).tolist())),
-        "gain": dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None])),
-        "pass_at_k": _pass_at_k(delivered, sample_rows),
+    correct = np.stack([_marks(result["correct"]) for result in counted])  # (S, P)
+    measures: MethodRow = {
+        "accuracy": _interval(correct),
+        "spread": cast(Spread, dataclasses.asdict(over_seeds(correct.mean(1).tolist()))),
+        "gain": cast(Gain, dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None]))),
+        "pass_at_k": _pass_at_k(counted, sample_rows),
         "kl": _mean(result["kl"] for result in done),
-        "length": _mean(result["length"] for result in delivered),
+        "length": _mean(result["length"] for result in counted),
         "retention": {
-            name: _mean(result["retention"][name]["accuracy"] for result in delivered) for name in base["retention"]
+            name: _mean(result["retention"][name]["accuracy"] for result in counted) for name in base["retention"]
         },
         "evaluations": _mean(result.get("evaluations") for result in done or results),
         "train_time_s": _mean(result.get("train_time_s") for result in done or results),
         "steps": _mean(result.get("steps") for result in done or results),
-        "changes": _changes(done),
-        "wordless": _mean(result["wordless"] for result in delivered),
+        "changes": _mean_changes(done),
+        "wordless": _mean(_share_without_words(result, base) for result in results if result["status"] != UNMEASURED),
         "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
     }
+    row |= measures
     if base["never_solved"]:
         greedy = correct[:, np.array(base["never_solved"])]  # (S, U)
-        samples = np.array([result["discovery"] for result in delivered])  # (S, U)
+        samples = np.array([result["discovery"] for result in counted])  # (S, U)
         row["discovery"] = {
-            "greedy": dataclasses.asdict(two_level(greedy)),
-            "sampled": dataclasses.asdict(two_level((samples > 0).astype(float))),
+            "greedy": _interval(greedy),
+            "sampled": _interval((samples > 0).astype(float)),
             "samples": base["samples"],
         }
     return row
 
 
-def _delivered(result: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run delivered: what was measured of it or, where it failed, of the base that it left."""
-    if result["status"] == "failed":
-        judged, control = base["judged"], base.get("discovery_control", [])
-        return {**base, "discovery": control, "wordless": judged["literal_share_without_words"]}
-    return {**result, "wordless": result["hacking"]["literal_share_without_words"]}
+def _counted(result: Linked, base: Result) -> Result:
+    """Return the measurements that count for a seed: the seed's own or, if its run failed, the base's."""
+    if result["status"] == FAILED:
+        return {**base, "discovery": base.get("discovery_control", [])}
+    return result
 
 
-def base_digest(base: dict[str, Any]) -> str:
-    """Return what tells one measurement of a base from another: 16 hex digits over its marks and what it never solves.
-
-    A tuned model is measured on what its base never solved, and judged beside the base's answers.
-    """
-    told = json.dumps([base["correct"], base["never_solved"]])
-    return hashlib.blake2b(told.encode("ascii"), digest_size=8).hexdigest()
+def _share_without_words(result: Linked, base: Result) -> float:
+    """Return the share of a seed's completions without a dictionary word; if its run failed, the base's share."""
+    measures = base["judged"] if result["status"] == FAILED else result["hacking"]
+    return float(measures["literal_share_without_words"])
 
 
-def _seed(result: dict[str, Any]) -> dict[str, Any]:
+def _seed_summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a seed's result that the report shows."""
     names = (
         "seed",
         "status",
@@ -253,55 +404,58 @@ def _seed(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in names if name in result}
 
 
-def _pass_at_k(results: Sequence[dict[str, Any]], sample_rows: int) -> dict[str, Any]:
+def _pass_at_k(results: Sequence[Result], sample_rows: int) -> dict[str, Interval]:
     """Return the unbiased pass@k for each k, over all seeds: mean, and the interval over problems and seeds."""
-    own = [pass_at_ks(result["right_of"][:sample_rows], result["samples"]) for result in results]
-    return {str(k): dataclasses.asdict(two_level([seed[k] for seed in own])) for k in own[0]}
+    of_seeds = [pass_at_ks(result["right_of"][:sample_rows], result["samples"]) for result in results]
+    return {str(k): _interval([values[k] for values in of_seeds]) for k in of_seeds[0]}
 
 
-def _changes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _mean_changes(results: Sequence[Result]) -> Changes:
     """Return the mean change of the parameters over seeds, and the first seed's histogram."""
-    first = results[0]["changes"] if results else {}
+    changes: list[dict[str, Any]] = [dict(result["changes"]) for result in results]
+    first = changes[0] if changes else {}
     numbers = {
-        name: _mean(result["changes"][name] for result in results)
-        for name, value in first.items()
-        if isinstance(value, (int, float))
+        name: _mean(each[name] for each in changes) for name, value in first.items() if isinstance(value, (int, float))
     }
-    return {**{name: value for name, value in first.items() if not isinstance(value, (int, float))}, **numbers}
+    others = {name: value for name, value in first.items() if not isinstance(value, (int, float))}
+    return cast(Changes, {**others, **numbers})
 
 
-def _beside_constant(model: dict[str, Any]) -> None:
-    """Mark the rows that are, by a paired difference, not above who always gives the same answer."""
+def _compare_with_constant(model: ModelSummary) -> None:
+    """Mark the rows that are not above the best constant answer, by the interval of a paired difference."""
     if "constant" not in model:
         return
     constant = _marks(model["constant"]["correct"])[None]
     for row in (row for rows in model["rows"].values() for row in rows if "correct" in row):
-        own = np.stack([_marks(seed) for seed in row["correct"]])
-        row["beside_constant"] = bool(paired_difference(own, constant).low <= 0)
+        correct = np.stack([_marks(seed) for seed in row["correct"]])
+        row["beside_constant"] = bool(paired_difference(correct, constant).low <= 0)
 
 
-def _established(models: dict[str, Any], comparison: dict[str, Any]) -> dict[str, bool]:
-    """Say of every baseline whether it gains enough on some base, at some budget, to count: more than a constant."""
-    found: dict[str, bool] = {}
+def _established(models: dict[str, ModelSummary], comparison: dict[str, Any]) -> dict[str, bool]:
+    """Return for every baseline whether it is established.
+
+    It is if on some base, at some budget, it gains `established_points` and is above the best constant answer.
+    """
+    established: dict[str, bool] = {}
     for name, entry in comparison["methods"].items():
         if entry["method"] in ("es", "random_search"):
             continue
         rows = [row for model in models.values() for budget in BUDGETS for row in model["rows"][budget]]
         rows = [row for row in rows if row["name"] == name and not row.get("beside_constant")]
         gains = [row["gain"]["difference"] for row in rows if "gain" in row]
-        found[name] = bool(gains) and 100 * max(gains) >= comparison["established_points"]
-    return found
+        established[name] = bool(gains) and 100 * max(gains) >= comparison["established_points"]
+    return established
 
 
 def _tests(
-    rows: dict[str, list[dict[str, Any]]], comparison: dict[str, Any], established: dict[str, bool]
-) -> dict[str, list[dict[str, Any]]]:
-    """Compare every ES row with every established baseline, and random search, on one base, at each budget.
+    rows: dict[str, list[MethodRow]], comparison: dict[str, Any], established: dict[str, bool]
+) -> dict[str, list[PairedTest]]:
+    """Return the paired tests of every ES row against every established baseline and random search, at each budget.
 
-    P-values of all of them, both budgets together, are corrected (Holm).
+    The p-values of all tests on one base, of both budgets together, are corrected (Holm).
     """
     kinds = {name: entry["method"] for name, entry in comparison["methods"].items()}
-    found: dict[str, list[dict[str, Any]]] = {budget: [] for budget in BUDGETS}
+    tests: dict[str, list[PairedTest]] = {budget: [] for budget in BUDGETS}
     for budget in BUDGETS:
         done = {row["name"]: row for row in rows[budget] if "correct" in row}
         others = [name for name in done if established.get(name) or kinds[name] == "random_search"]
@@ -310,18 +464,25 @@ def _tests(
                 difference = paired_difference(
                     *(np.stack([_marks(seed) for seed in done[name]["correct"]]) for name in (es, other))
                 )
-                found[budget].append({"es": es, "other": other, **dataclasses.asdict(difference)})
-    listed = [test for budget in BUDGETS for test in found[budget]]
+                paired = {"es": es, "other": other, **dataclasses.asdict(difference)}
+                tests[budget].append(cast(PairedTest, paired))
+    listed = [test for budget in BUDGETS for test in tests[budget]]
     for test, corrected in zip(listed, holm([test["p_value"] for test in listed]), strict=True):
         test["p_holm"] = corrected
-    return found
+    return tests
+
+
+def _interval(correct: Any) -> Interval:
+    """Return the mean of ``correct`` (S, P) and its interval over seeds and problems."""
+    return cast(Interval, dataclasses.asdict(two_level(correct)))
 
 
 def _marks(correct: str) -> np.ndarray:
-    """Return a result's ``correct`` as numbers (P,)."""
+    """Return the 0 and 1 of a result's ``correct`` as float64, (P,)."""
     return np.frombuffer(correct.encode(), dtype=np.uint8).astype(np.float64) - ord("0")
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float | None]) -> float:
+    """Return the mean of the values that are not None; NaN if there are none."""
     listed = [value for value in values if value is not None]
     return float(np.mean(listed)) if listed else float("nan")

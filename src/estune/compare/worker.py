@@ -1,6 +1,6 @@
-"""Training runs in processes of their own: one that crashes, diverges or runs out of memory is a row, not the end.
+"""Training runs and measurements in processes of their own: a run that crashes does not end the comparison.
 
-The processes are forked from a server that has loaded torch, transformers and TRL once.
+The processes are forked from a server that has imported torch, transformers and TRL once.
 """
 
 from __future__ import annotations
@@ -23,19 +23,28 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-PRELOADED = ("estune.compare.preload",)
-LEAVING_S = 60.0  # in which a process that has told its last word has to be gone
-HINDERED = 74  # exit status of what could not go on and is not to blame
-STOPPED = 75  # exit status of what was asked to stop, and did
+# Modules that the server imports once, with everything heavy that a run imports. The server ignores an ImportError:
+# a comparison of ES alone needs no TRL.
+PRELOADED = (
+    "estune.train.trainer",
+    "estune.engines.hf.engine",
+    "estune.baselines.trainer",
+    "estune.monitor.report.plots",
+    "estune.baselines.policy_gradient",
+    "estune.baselines.rejection",
+)
+EXIT_WAIT_S = 60.0  # seconds that a process has to exit after it sent its status
+BLOCKED = 74  # exit status: blocked by something outside the run (lock held, disk full)
+STOPPED = 75  # exit status: asked to stop, and stopped
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run's process ended: its exit status, the error's sentence where it failed, and what it cost.
+    """How a process ended: its exit status, the error's sentence if it failed, and its processor seconds.
 
-    ``code`` is what the process told at the end of its work, whatever came over it afterwards; where it could tell
-    nothing, it was cut. ``cpu_s`` are the seconds of processor time of the process and of those that it started; 0
-    where it was cut off.
+    ``code`` is the status that the process sent at the end of its work, whatever happened to it afterwards. A process
+    that sent none was interrupted: its ``code`` is negative (killed by that signal) or `STOPPED`. ``cpu_s`` counts the
+    process and its children; it is 0 for a process that sent no status.
     """
 
     code: int
@@ -44,53 +53,53 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Say whether the run did not come to its end."""
+        """Whether the process did not finish its work."""
         return self.code != 0
 
     @property
-    def cut(self) -> bool:
-        """Say whether it was killed or asked to stop, and so says nothing of the run itself."""
+    def interrupted(self) -> bool:
+        """Whether the process was killed or asked to stop, which is no failure of its work."""
         return self.code < 0 or self.code == STOPPED
 
 
-def context() -> ForkServerContext:
-    """Return the way processes are started, with its server's modules named."""
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(list(PRELOADED))
-    return made
+def forkserver_context() -> ForkServerContext:
+    """Return a multiprocessing context whose fork server imports `PRELOADED`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
-def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, made: ForkServerContext) -> Outcome:
-    """Call a function in a process of its own; what it prints is added to ``log``, what it found it writes itself."""
+def call(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, context: ForkServerContext) -> Outcome:
+    """Call a function in a process of its own and append its output to ``log``. The function writes its own results."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = log.stat().st_size if log.exists() else 0
-    told, tell = made.Pipe(duplex=False)
-    process = made.Process(target=_child, args=(function, arguments, str(log), tell))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(function, arguments, str(log), sender))
     process.start()
-    tell.close()
-    wait([told, process.sentinel])
-    word = _last_word(told)
-    told.close()
-    if word is not None:
-        process.join(LEAVING_S)
-        if process.exitcode is None:  # somebody's thread holds it at its exit
+    sender.close()
+    wait([receiver, process.sentinel])
+    sent = _receive_status(receiver)
+    receiver.close()
+    if sent is not None:
+        process.join(EXIT_WAIT_S)
+        if process.exitcode is None:  # a library's thread keeps the process from exiting
             process.kill()
     process.join()
     assert process.exitcode is not None
-    ended, cpu_s = word if word is not None else (process.exitcode, 0.0)
-    code = STOPPED if word is None and ended >= 0 else ended
+    status, cpu_s = sent if sent is not None else (process.exitcode, 0.0)
+    code = STOPPED if sent is None and status >= 0 else status
     if code == 0:
         return Outcome(0, cpu_s=cpu_s)
     with log.open("rb") if log.exists() else io.BytesIO() as file:
         file.seek(start)
-        said = file.read().decode("utf-8", errors="replace")
-    return Outcome(code, reason(said, ended), cpu_s)
+        output = file.read().decode("utf-8", errors="replace")
+    return Outcome(code, failure_reason(output, status), cpu_s)
 
 
-def _last_word(told: Connection) -> tuple[int, float] | None:
-    """Return the exit status and the cost that a process told; None where it was cut off before, wherever it was."""
+def _receive_status(receiver: Connection) -> tuple[int, float] | None:
+    """Return the exit status and the processor seconds that a process sent; None if it ended before it sent them."""
     try:
-        return told.recv() if told.poll() else None
+        return receiver.recv() if receiver.poll() else None
     except (EOFError, OSError):
         return None
 
@@ -99,7 +108,7 @@ def train(values: dict[str, Any]) -> None:
     """Run or resume a training run to its end.
 
     Raises:
-        Interrupted: it was asked to stop, and has saved what it has.
+        Interrupted: the run was asked to stop, and has saved a checkpoint.
     """
     from estune.config import ESConfig
     from estune.es.types import Interrupted
@@ -110,7 +119,7 @@ def train(values: dict[str, Any]) -> None:
     trainer: BaseTrainer
     if args.method == "es":
         trainer = ESTrainer(args=args)
-        trainer.asks_theta_first = False  # budgets are counted in completions, and the base is measured anyway
+        trainer.asks_theta_first = False  # it would use up completions of the budget; the base is measured anyway
     else:
         from estune.baselines import BaselineTrainer
 
@@ -120,20 +129,20 @@ def train(values: dict[str, Any]) -> None:
         raise Interrupted
 
 
-def reason(said: str, code: int) -> str:
-    """Return the sentence that tells why a run failed, from what it printed."""
-    errors = re.findall(r"^estune: error: (.*)$", said, re.MULTILINE)
+def failure_reason(output: str, code: int) -> str:
+    """Return the sentence that says why a process failed, from its output and its exit status."""
+    errors = re.findall(r"^estune: error: (.*)$", output, re.MULTILINE)
     if errors:
         return str(errors[-1])
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     if code == STOPPED:
         return "asked to stop"
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {code}"
 
 
-def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, tell: Connection) -> None:
+def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, sender: Connection) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -144,27 +153,27 @@ def _child(function: Callable[..., None], arguments: tuple[Any, ...], log: str, 
 
     take_over_process()
     faulthandler.enable()
-    if sys.platform == "linux":  # a comparison that is killed leaves nobody behind: the run saves and stops
+    if sys.platform == "linux":  # if the comparison is killed, the run gets SIGTERM, saves and stops
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     code = 0
     try:
         function(*arguments)
     except UserError as error:
         note(f"error: {error}")
-        code = HINDERED if isinstance(error, ExternalError) else 2
+        code = BLOCKED if isinstance(error, ExternalError) else 2
     except (Interrupted, KeyboardInterrupt):
         code = STOPPED
-    except BaseException as error:  # whatever it is: a run that fails is a row of the comparison
+    except BaseException as error:  # every failure becomes a row of the comparison
         traceback.print_exc()
-        code = HINDERED if isinstance(error, OSError) and is_full_disk(error) else 1
+        code = BLOCKED if isinstance(error, OSError) and is_full_disk(error) else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    tell.send((code, _cpu_s()))  # from here on a signal changes nothing
+    sender.send((code, _cpu_s()))  # a later signal does not change the outcome
     if code:
         os._exit(code)
 
 
 def _cpu_s() -> float:
     """Return the processor seconds of this process and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

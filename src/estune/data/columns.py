@@ -8,7 +8,7 @@ from typing import Any
 from estune.data.datasets import Row
 from estune.errors import UserError
 from estune.identity import NoIdentityError, encode
-from estune.rewards.worker import TRL_KEYWORDS, required_keywords
+from estune.rewards.contract import TRL_KEYWORDS, required_keywords
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL, reward functions receive every other column
 

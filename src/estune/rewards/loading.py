@@ -15,8 +15,9 @@ from typing import Any
 
 import cloudpickle
 
-from estune.errors import UserError
-from estune.rewards import worker as reward_worker
+from estune.errors import UserError, install_command
+from estune.rewards import worker
+from estune.rewards.worker import module_from_source
 
 INLINE_HINT = "run it inside the trainer with --reward_isolation inline"
 
@@ -110,7 +111,7 @@ def _load_file(where: str) -> Any:
     source = Path(path).read_text("utf-8")
     name = f"reward_file_{blake2b(repr((path, source)).encode(), digest_size=6).hexdigest()}"
     if name not in _loaded_files:
-        reward_worker.module_from_source(name, path, source)
+        module_from_source(name, path, source)
         _loaded_files[name] = (path, source)
     return sys.modules[name]
 
@@ -121,7 +122,7 @@ def _how_to_get(module: str) -> str:
     if module != top and _importable(top):
         return ""
     if top in EXTRA_OF:
-        return f": python -m pip install 'estune[{EXTRA_OF[top]}]'"
+        return f": {install_command(extra=EXTRA_OF[top])}"
     if top in PIP_NAMES:
         return f": python -m pip install {PIP_NAMES[top]}"
     return f": start estune in the directory that holds {top}, or install the package that brings it"
@@ -133,7 +134,7 @@ def _import_problem(error: BaseException) -> str:
     last, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if "importlib" not in file and file not in (__file__, reward_worker.__file__):
+        if "importlib" not in file and file not in (__file__, worker.__file__):
             last = f" ({os.path.basename(file)}:{trace.tb_lineno})"
         trace = trace.tb_next
     missing = error.name if isinstance(error, ModuleNotFoundError) else None

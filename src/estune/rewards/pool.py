@@ -1,9 +1,9 @@
 """Reward functions with TRL's contract, run in worker processes that can be timed and killed.
 
 A `RewardPool` has one thread per worker process, so scoring overlaps generation. A fork server forks the workers; it
-starts with the pool (`processes.py` is the trainer's side, `worker.py` the server's). Build the pool early, so that its
-workers load while the model loads. Functions are sent by cloudpickle (`loading.py`), so lambdas, closures, notebooks
-and scripts without a main guard work.
+starts with the pool (`processes.py` is the trainer's side, `fork_server.py` and `worker.py` are the server's). Build
+the pool early, so that its workers load while the model loads. Functions are sent by cloudpickle (`loading.py`), so
+lambdas, closures, notebooks and scripts without a main guard work.
 
 A call fails if it raises, times out, ends its worker, or does not return one finite number or None per completion. A
 failed call is repeated row by row, so that only the rows at fault fail. None is not a failure: the function does not
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from estune.console import Unfailing, release_abandoned_descriptors
 from estune.errors import UserError
-from estune.rewards import worker as reward_worker
+from estune.rewards.contract import call_function, describe, to_json
 from estune.rewards.loading import INLINE_HINT, load_request, load_reward
 from estune.rewards.processes import ForkServer, Worker, read_reply
 
@@ -157,13 +157,13 @@ class RewardPool:
             release_abandoned_descriptors()
             try:
                 with redirect_stdout(output), redirect_stderr(output):
-                    reply = reward_worker.call_function(func, columns, batch.trainer_state, rows, self._run_coroutine)
-                    text = reward_worker.to_json(reply)
+                    reply = call_function(func, columns, batch.trainer_state, rows, self._run_coroutine)
+                    text = to_json(reply)
                 return read_reply(text, n_rows=len(rows))  # gives the same values as a worker
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: a reward that calls sys.exit has only failed
-                return read_reply(reward_worker.to_json({"error": reward_worker.describe(error, func)}))
+                return read_reply(to_json({"error": describe(error, func)}))
 
         future.set_result(score_batch(n_rows, self._names, call))
         return future

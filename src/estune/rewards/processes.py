@@ -18,8 +18,9 @@ from typing import Any
 
 from estune.console import open_missing_descriptors, pass_on
 from estune.errors import UserError
-from estune.rewards import worker as reward_worker
+from estune.rewards.fork_server import COMMAND, PACKAGE, REPLY, START
 from estune.rewards.loading import INLINE_HINT
+from estune.rewards.worker import receive, send
 
 LOAD_LIMIT_S = 120.0  # seconds for a worker to load the reward functions, and to receive a batch
 SERVER_LIMIT_S = 30.0  # seconds; the fork server answers in milliseconds, and after this limit it counts as dead
@@ -159,8 +160,8 @@ class Worker:
         try:
             channel.settimeout(limit_s)
             deadline = time.monotonic() + limit_s
-            reward_worker.send(channel, message)
-            reply = reward_worker.receive(channel, deadline)
+            send(channel, message)
+            reply = receive(channel, deadline)
         except TimeoutError:
             self._drop(b"k")
             raise CallError(f"took longer than {limit_s:g} s and was killed") from None
@@ -220,7 +221,7 @@ class ForkServer:
         self._relay.start()
         with theirs, open(theirs_to_print, "wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", reward_worker.__file__, str(theirs.fileno())],
+                [sys.executable, "-P", "-c", START, str(PACKAGE), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -262,12 +263,12 @@ class ForkServer:
         with self._lock:
             if self.closed:
                 raise EOFError
-            command = reward_worker.COMMAND.pack(what, pid)
+            command = COMMAND.pack(what, pid)
             socket.send_fds(self._line, [command], [descriptor.fileno()] if descriptor else [])
-            reply = self._line.recv(reward_worker.REPLY.size)
-        if len(reply) < reward_worker.REPLY.size:
+            reply = self._line.recv(REPLY.size)
+        if len(reply) < REPLY.size:
             raise EOFError
-        first, second = reward_worker.REPLY.unpack(reply)
+        first, second = REPLY.unpack(reply)
         return first, second
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ from estune.environment import VERSION
 from estune.files import replace_file
 from estune.models.names import fetched_name, origin, public_name
 from estune.run.checkpoint import read_state
-from estune.run.directory import CONFIG_FILE, METHOD_FILE
 from estune.run.journal import Journal
+from estune.run.origin import located
 from estune.run.records import read_metrics
-from estune.run.resume import located
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE
 
 CARD_FILE = "README.md"
 # Options that a card's command omits, such as paths that exist on one machine only.
@@ -63,9 +63,9 @@ def card(run_dir: Path) -> str:
     stored = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     if journal is None:
         header, config = json.loads((run_dir / METHOD_FILE).read_text(encoding="utf-8")), stored
-        state = read_state(run_dir) or {}
-        steps, fingerprint = state.get("step", 0), state.get("fingerprint")
-        how, rebuilding = _by_rival(header, steps), []
+        state = read_state(run_dir)
+        steps, fingerprint = (state["step"], state["fingerprint"]) if state else (0, None)
+        how, rebuilding = _by_baseline(header, steps), []
     else:
         header, config = journal.header, journal.header["config"]
         steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
@@ -111,7 +111,7 @@ def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "All parameters" if moving == total else f"{moving / total:.2%} of the parameters"
 
 
-def _by_rival(header: Mapping[str, Any], steps: int) -> str:
+def _by_baseline(header: Mapping[str, Any], steps: int) -> str:
     """Return the method of a baseline's run as text."""
     trainer = f"{header['trainer']} of TRL {header['trl']}" if "trl" in header else header["trainer"]
     return f"`{header['method']}` ({trainer}, run by estune {VERSION} as a baseline): {steps} steps"

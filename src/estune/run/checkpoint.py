@@ -8,9 +8,9 @@ checkpoint is written under a hidden name, fsynced, and renamed. The root's file
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from estune.errors import UserError
 from estune.es.replica import Replica
@@ -31,6 +31,23 @@ ES_STATE = "es_state.json"
 TRAINER_STATE = "trainer_state.json"
 BASE_DIRECTORY = "base"  # a copy of theta_0, for bases that no file holds
 _PARTIAL = ".partial-"
+
+
+class State(TypedDict):
+    """The content of `es_state.json`."""
+
+    step: int  # steps done
+    fingerprint: str  # of theta
+    checksum: str  # of theta
+    files: NotRequired[dict[str, str]]  # path -> digest of every other file; older versions list fewer files, or none
+
+
+class TrainerState(TypedDict):
+    """The content of `trainer_state.json`, by the names of transformers."""
+
+    global_step: int  # steps done
+    max_steps: int
+    log_history: list[dict[str, float]]
 
 
 def checkpoint_path(run_dir: Path, steps_done: int) -> Path:
@@ -61,7 +78,7 @@ def remove(run_dir: Path, steps_done: int) -> None:
     remove_path(partial)
 
 
-def damage(directory: Path, specs: Sequence[ParameterSpec], state: Mapping[str, Any]) -> str | None:
+def damage(directory: Path, specs: Sequence[ParameterSpec], state: State) -> str | None:
     """Return how a directory differs from its `es_state.json` (float32 weights, files); None if it does not.
 
     If the state holds a hash of the weights' file, the hash is checked instead of the weights' fingerprint.
@@ -80,7 +97,7 @@ def damage(directory: Path, specs: Sequence[ParameterSpec], state: Mapping[str, 
     return damaged_file(directory, state)
 
 
-def damaged_file(directory: Path, state: Mapping[str, Any]) -> str | None:
+def damaged_file(directory: Path, state: State) -> str | None:
     """Return a message about the first missing or changed file; None if there is none.
 
     Runs of an older estune list no files, or all but the float32 weights.
@@ -91,9 +108,7 @@ def damaged_file(directory: Path, state: Mapping[str, Any]) -> str | None:
     return None
 
 
-def is_whole_model(
-    directory: Path, state: Mapping[str, Any], parameters: Sequence[Sequence[Any]] | None = None
-) -> bool:
+def is_whole_model(directory: Path, state: State, parameters: Sequence[Sequence[Any]] | None = None) -> bool:
     """Return whether all files of a finished model exist and can be read.
 
     Args:
@@ -118,9 +133,7 @@ def is_whole_model(
     return all(file.is_readable(spec.name) for spec in specs) and damaged_file(directory, state) is None
 
 
-def save_checkpoint(
-    run_dir: Path, steps_done: int, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any]
-) -> Path:
+def save_checkpoint(run_dir: Path, replica: Replica, steps_done: int, max_steps: int) -> Path:
     """Write ``checkpoint-<steps_done>`` with theta in float32; the checkpoint is complete or absent.
 
     Raises:
@@ -130,7 +143,7 @@ def save_checkpoint(
     partial = run_dir / f"{_PARTIAL}{target.name}"
     remove_path(partial)
     try:
-        _write_whole(partial, replica, state, trainer_state, float32=True)
+        _write_whole(partial, replica, steps_done, max_steps, float32=True)
         remove_path(target)
         partial.rename(target)
         sync_directory(run_dir)
@@ -139,12 +152,12 @@ def save_checkpoint(
     return target
 
 
-def save_final(run_dir: Path, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any]) -> None:
+def save_final(run_dir: Path, replica: Replica, steps_done: int, max_steps: int) -> None:
     """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
     partial = run_dir / f"{_PARTIAL}final"
     remove_path(partial)
     try:
-        _write_whole(partial, replica, state, trainer_state, float32=False)
+        _write_whole(partial, replica, steps_done, max_steps, float32=False)
         (run_dir / ES_STATE).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: (path.name == ES_STATE, path.name)):
             destination = run_dir / path.name
@@ -156,9 +169,9 @@ def save_final(run_dir: Path, replica: Replica, state: Mapping[str, Any], traine
         remove_path(partial)
 
 
-def _write_whole(
-    directory: Path, replica: Replica, state: Mapping[str, Any], trainer_state: Mapping[str, Any], *, float32: bool
-) -> None:
+def _write_whole(directory: Path, replica: Replica, steps_done: int, max_steps: int, *, float32: bool) -> None:
+    state: State = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
+    trainer_state: TrainerState = {"global_step": steps_done, "max_steps": max_steps, "log_history": []}
     replica.save(directory, float32=float32)
     write_json(directory / TRAINER_STATE, trainer_state)
     names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
@@ -167,7 +180,7 @@ def _write_whole(
     sync_tree(directory)
 
 
-def read_state(directory: Path) -> dict[str, Any] | None:
+def read_state(directory: Path) -> State | None:
     """Return the `es_state.json` of a checkpoint or a finished run; None if it is missing or damaged."""
     try:
         state = read_json_object(directory / ES_STATE)
@@ -180,7 +193,7 @@ def read_state(directory: Path) -> dict[str, Any] | None:
         and isinstance(files, dict)
         and all(isinstance(digest, str) for digest in files.values())
     )
-    return state if is_sound else None
+    return cast("State", state) if is_sound else None
 
 
 def remove_partial(run_dir: Path) -> None:

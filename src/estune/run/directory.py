@@ -10,47 +10,49 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from estune.config import FIELDS, RESUMABLE, ESConfig, coerce, default_of
+from estune.config import ESConfig
 from estune.console import open_missing_descriptors, warn
 from estune.environment import environment, processor, versions
 from estune.errors import ExternalError, UserError
 from estune.es.noise import NOISE_VERSION
 from estune.es.replica import Replica
 from estune.es.theta import Moved
-from estune.es.types import ParameterSpec
-from estune.files import read_json_object, try_lock, write_json
+from estune.files import try_lock, write_json
 from estune.models.names import local_directory
 from estune.run import checkpoint
-from estune.run.checkpoint import BASE_DIRECTORY
-from estune.run.journal import Journal, Pending, recorded_update
-from estune.run.records import METRICS_FILE, cut_back, read_metrics
+from estune.run.checkpoint import BASE_DIRECTORY, State
+from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
+from estune.run.origin import ORIGIN_FILE, keep_origin, located, same_names
+from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
+from estune.run.replay import check_base, check_parameters, refuse_diverged, replay_steps
 from estune.run.resume import (
-    ORIGIN_FILE,
     Facts,
+    adopt,
     check_facts,
-    keep_origin,
-    located,
-    may_lead_to_the_same,
-    same_names,
+    has_sources,
     warn_of_held_out,
+    warn_of_other_engine,
     warn_of_processor,
     warn_of_versions,
 )
+from estune.run.saved_config import (
+    CONFIG_FILE,
+    METHOD_FILE,
+    has_sound_config,
+    read_config,
+    read_stored,
+    stored_config,
+)
 
-CONFIG_FILE = "es_config.json"
-JOURNAL_FILE = "journal.jsonl"
-PENDING_FILE = "pending.jsonl"
 CLEARING_FILE = ".clearing"  # exists while an old run is being deleted
 ENVIRONMENT_FILE = "env.json"
-METHOD_FILE = "method.json"  # of a baseline's run, which has no journal
 # File names that estune writes into a run directory (OF_RUN), and the model's files (WRITTEN). `--overwrite` deletes
 # nothing else.
 OF_RUN = (
@@ -135,15 +137,15 @@ class Run:
             keep_origin(self.path, values, held_out=facts.identity["held_out"])
             write_json(self.path / CONFIG_FILE, values)
             write_json(self.path / ENVIRONMENT_FILE, environment())
-            header = {
+            header: HeaderFacts = {
                 "noise_version": NOISE_VERSION,
                 "base": {"model": self.args.model, "fingerprint": fingerprint},
                 "config": self.args.trajectory(),
                 "engine": dict(engine),
                 "rollouts": "reproducible" if reproducible else "not reproducible",
-                "parameters": [[spec.name, list(spec.shape), spec.kind] for spec in replica.specs],
+                "parameters": [(spec.name, list(spec.shape), spec.kind) for spec in replica.specs],
                 "versions": versions(),
-                **facts.as_dict(),
+                **facts.stored(),
             }
             self.found = Journal.create(self.path / JOURNAL_FILE, header)
         else:
@@ -219,7 +221,7 @@ class Run:
         logged = {record["step"] for record in read_metrics(self.path) if "eval_reward" not in record}
         return None if self.steps_done in logged else note
 
-    def _belongs(self, state: Mapping[str, Any], steps_done: int) -> bool:
+    def _belongs(self, state: State, steps_done: int) -> bool:
         """Return whether a checkpoint's checksum is the one that the journal's next step records."""
         if steps_done == len(self.journal.steps):
             return True
@@ -228,12 +230,8 @@ class Run:
     def save(self, replica: Replica, final: bool, steps_done: int | None = None) -> None:
         """Write the checkpoint after ``steps_done`` steps (default: all steps), or the finished model to the root."""
         steps_done = self.steps_done if steps_done is None else steps_done
-        state = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
-        trainer_state = {"global_step": steps_done, "max_steps": self.args.max_steps, "log_history": []}
-        if final:
-            checkpoint.save_final(self.path, replica, state, trainer_state)
-        else:
-            checkpoint.save_checkpoint(self.path, steps_done, replica, state, trainer_state)
+        save = checkpoint.save_final if final else checkpoint.save_checkpoint
+        save(self.path, replica, steps_done, self.args.max_steps)
 
     def record_checkpoint(self, replica: Replica) -> None:
         """Write the checkpoint line of ``steps_done``, once."""
@@ -260,11 +258,6 @@ class Run:
         if not any(self.path.iterdir()):
             self.path.rmdir()
         os.close(self.lock)
-
-
-def train_time_s(path: Path) -> float:
-    """Return the seconds of training in a run's metrics: steps, without evaluations and saving."""
-    return max((record.get("train_time_s") or 0.0 for record in read_metrics(path)), default=0.0)
 
 
 def open_run(args: ESConfig, given: ESConfig) -> Run:
@@ -387,161 +380,6 @@ def lock_directory(path: Path) -> int:
     return descriptor
 
 
-def refuse_rows_from_python(args: ESConfig) -> None:
-    """Refuse to resume a run whose rows came from Python, if no rows are given now.
-
-    Raises:
-        ExternalError: the message says how to continue such a run.
-    """
-    path = Path(args.output_dir or "")
-    if args.resume and (path / CONFIG_FILE).exists():
-        stored = read_config(path)
-        if stored.get("task") is None and stored.get("dataset_name") is None:
-            raise ExternalError(
-                f"the rows of {path} were given from Python: run that script again, with "
-                f"ESConfig(resume=True, output_dir={str(path)!r})"
-            )
-
-
-def has_sources(header: Mapping[str, Any]) -> bool:
-    """Return whether a journal's header, or a `method.json`, holds hashes of the reward functions' source."""
-    return "reward_sources" in header.get("identity", {})
-
-
-def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> ESConfig:
-    """Return ``args`` with the options that a resume must keep taken from the journal's header.
-
-    A model, a dataset or a reward may have another name: its content is compared after loading.
-
-    Raises:
-        ExternalError: a given value differs from the run's.
-    """
-    taken: dict[str, Any] = {}
-    for name, value in stored.items():
-        now = getattr(args, name)
-        if now == value:
-            continue
-        if name == "model" and given.model == "auto":  # a module from Python: the run directory holds its base
-            continue
-        if getattr(given, name) not in (None, "auto"):
-            if may_lead_to_the_same(name, value, now, has_sources):
-                continue
-            free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
-            raise ExternalError(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
-        taken[name] = value
-    return dataclasses.replace(args, **taken)
-
-
-def stored_config(args: ESConfig) -> ESConfig:
-    """Return the configuration for `es_config.json`, without the options resume, overwrite and dry_run."""
-    return dataclasses.replace(args, resume=False, overwrite=False, dry_run=False)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's `es_config.json`, with missing, unknown and wrong options repaired from its journal's header.
-
-    The header decides the options that define the trajectory; a model, a dataset and rewards may have another name in
-    the file. A warning names the repaired options.
-
-    Raises:
-        UserError: neither file can be read; or there is no journal, and an option is missing, unknown or wrong.
-    """
-    file = path / CONFIG_FILE
-    values = _stored(file)
-    try:
-        journal = Journal.open(path / JOURNAL_FILE, repair=False)
-    except UserError:
-        if values is None:
-            raise
-        journal = None  # opening the run will report the damage
-    if journal is None:
-        if values is None:
-            if not file.exists():
-                raise UserError(f"{path} holds no run to resume (no {CONFIG_FILE})")
-            raise UserError(f"{file} is not a JSON object, and there is no journal with the run's options")
-        _refuse_garbled(file, values)
-        return values
-    if values is None:
-        warn(
-            f"{file} is missing or damaged: the options are the journal's, and those that a resume may change have "
-            "their defaults"
-        )
-        return dict(journal.header["config"])
-    mended, wrong = _mended(values, journal.header)
-    if wrong:
-        warn(
-            f"{file} is damaged ({', '.join(wrong)}): options in the journal have the journal's values, other damaged "
-            "options have their defaults"
-        )
-    return mended
-
-
-def _stored(file: Path) -> dict[str, Any] | None:
-    try:
-        return read_json_object(file)
-    except (OSError, ValueError):
-        return None
-
-
-def _refuse_garbled(file: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError if an option of a configuration is missing, unknown or wrong; for runs without a journal."""
-    unknown = [name for name in values if name not in FIELDS]
-    lost = [name for name in FIELDS if name not in values]
-    if unknown or lost:
-        what = f"has an unknown option {unknown[0]!r}" if unknown else f"lacks the option {lost[0]!r}"
-        raise UserError(f"{file} is damaged: it {what}")
-    try:
-        ESConfig.from_mapping(values)
-    except UserError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-
-
-def _mended(values: Mapping[str, Any], header: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a run's repaired options, and the options missing, unknown or wrong in `es_config.json`."""
-    truth = header["config"]
-    kept: dict[str, Any] = dict(truth)
-    wrong = [name for name in values if name not in FIELDS]
-    for name in FIELDS:
-        value = values.get(name)
-        if name not in values or not _fits(name, value):
-            wrong.append(name)
-        elif name not in truth or value == truth[name] or may_lead_to_the_same(
-            name, truth[name], value, has_sources(header)
-        ):  # fmt: skip
-            kept[name] = coerce(name, value)
-        else:
-            wrong.append(name)
-    try:
-        ESConfig(**kept)
-    except UserError:  # options that a resume may change are out of range, or contradict each other
-        free = [name for name in kept if name in RESUMABLE and kept[name] != default_of(name)]
-        kept = {name: value for name, value in kept.items() if name not in free}
-        wrong += free
-    return kept, wrong
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Return whether an option's value has the option's type and is one of its choices."""
-    try:
-        converted = coerce(name, value)
-    except UserError:
-        return False
-    choices = FIELDS[name].metadata["choices"]
-    return not choices or converted in choices
-
-
-def has_sound_config(path: Path, header: Mapping[str, Any]) -> bool:
-    """Return whether a run's `es_config.json` needs no repair by `read_config`."""
-    values = _stored(path / CONFIG_FILE)
-    return values is not None and not _mended(values, header)[1]
-
-
-def refuse_diverged(moved: Moved, steps_done: int) -> None:
-    """Raise UserError if an update made theta infinite or NaN."""
-    if not math.isfinite(moved.norm):
-        raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")
-
-
 def _processor_of(path: Path) -> str | None:
     """Return the processor that a run began on; None if it is unknown."""
     try:
@@ -549,39 +387,6 @@ def _processor_of(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(name)
-
-
-# Options that `estune evaluate` inherits from the run of its model: those that decide completions and their scores.
-_INHERITED = (
-    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length "
-)
-_INHERITED += "prompts_per_batch num_threads"
-_SAMPLING = "temperature top_p top_k num_generations seed"
-
-
-def run_of(model: str) -> Path | None:
-    """Return the run directory that a model or a checkpoint belongs to; None if it belongs to no run."""
-    return next((path for path in (Path(model), Path(model).parent) if (path / CONFIG_FILE).is_file()), None)
-
-
-def inherited_settings(directory: Path, given: Collection[str]) -> dict[str, Any]:
-    """Return the options that an evaluation inherits from the run of its model, without the options in ``given``.
-
-    Task, data and rewards are inherited together: the run's rewards score other rows too, but another task has its own
-    rewards.
-    """
-    stored = located(read_config(directory), directory)
-    names = _INHERITED.split()
-    es = stored.get("method", "es") == "es"  # other methods sample in training, and are evaluated greedily
-    if es and not set(_SAMPLING.split()) & set(given):
-        names += _SAMPLING.split()
-    if not {"task", "dataset_name", "reward_funcs"} & set(given):
-        names.append("task")
-    if not {"task", "reward_funcs"} & set(given):
-        names += ["reward_funcs", "reward_weights"]
-    if not {"task", "dataset_name"} & set(given):
-        names += ["dataset_name", "dataset_config", "dataset_test_split"]
-    return {name: stored[name] for name in names if name in stored and name not in given}
 
 
 def refuse_unfinished(model: str) -> None:
@@ -596,7 +401,7 @@ def refuse_unfinished(model: str) -> None:
     journal = Journal.open(directory / JOURNAL_FILE, repair=False)
     if journal is None:
         return
-    max_steps = (_stored(directory / CONFIG_FILE) or {}).get("max_steps", "its")
+    max_steps = (read_stored(directory / CONFIG_FILE) or {}).get("max_steps", "its")
     kept = checkpoint.checkpoints(directory)
     instead = (
         f"evaluate {Path(model) / kept[-1][1].name}" if kept
@@ -606,57 +411,3 @@ def refuse_unfinished(model: str) -> None:
         f"{model} is a run that stopped after {len(journal.steps)} of {max_steps} steps and has no finished model: "
         f"finish it with --resume, or {instead}"
     )
-
-
-def check_base(journal: Journal, fingerprint: str, model: str) -> None:
-    """Raise UserError if the base model is not the journal's."""
-    wanted = journal.header["base"]["fingerprint"]
-    if fingerprint != wanted:
-        raise UserError(f"model {model} has fingerprint {fingerprint}, the journal was written on {wanted}")
-
-
-def check_parameters(journal: Journal, specs: Sequence[ParameterSpec]) -> None:
-    """Raise UserError if the engine would perturb other parameters than the journal's, or with another noise."""
-    words = {False: "none", "full": "full", "lowrank": "lowrank"}
-    # Journals of older versions store `true` for full noise.
-    stored = {name: "full" if kind is True else kind for name, _, kind in journal.header["parameters"]}
-    present = {spec.name: spec.kind for spec in specs}
-    for name in sorted(stored.keys() | present.keys()):
-        then, now = stored.get(name, False), present.get(name, False)
-        if then != now:
-            raise UserError(
-                f"the noise of {name} was {words[then]} when the journal was written, and is {words[now]} now"
-            )
-
-
-def warn_of_other_engine(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn if device, dtype, architecture or shared forward passes changed. Journalled steps still replay exactly."""
-    for name in ("device", "dtype", "architecture", "shared_forward"):
-        if name in then and then[name] != now.get(name):
-            warn(
-                f"the run began with {name} {then[name]} and continues with {now.get(name)}: new rollouts may round "
-                "differently"
-            )
-
-
-def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> Moved | None:
-    """Apply the journal's steps ``start`` to ``stop`` - 1 to theta; verify theta's checksum before each step.
-
-    Returns:
-        The last update's `Moved`, or None if there is no step.
-
-    Raises:
-        UserError: theta does not have the journal's checksum or fingerprint; the message names the step.
-    """
-    checksum = replica.checksum()
-    moved = None
-    for record in journal.steps[start:stop]:
-        if checksum != record["checksum"]:
-            raise UserError(f"theta before step {record['step']} is not what the journal says it was")
-        moved = replica.apply(recorded_update(record, journal.header["config"]))
-        checksum = moved.checksum
-        if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
-            raise UserError(f"theta after step {record['step']} is not what the journal says it was")
-    if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
-        raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
-    return moved

@@ -18,15 +18,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from estune.errors import UserError
 from estune.es.types import Member
 from estune.es.update import Update
 from estune.files import append_line, is_count, is_number, parse_json
+from estune.run.resume import StoredFacts
 
+JOURNAL_FILE = "journal.jsonl"
+PENDING_FILE = "pending.jsonl"
 FORMAT_VERSION = 1
 _GENESIS = "0" * 32
+
+
+class Base(TypedDict):
+    """The base model of a run."""
+
+    model: str  # its name
+    fingerprint: str
+
+
+class HeaderFacts(StoredFacts):
+    """The facts in the first line of a journal."""
+
+    noise_version: int
+    base: Base
+    config: dict[str, Any]  # the options of `ESConfig` that define the trajectory
+    engine: dict[str, Any]  # the engine's facts, whose names are the engine's
+    rollouts: str  # "reproducible" or "not reproducible"
+    parameters: list[tuple[str, list[int], str | bool]]  # name, shape, kind of noise; True (older versions): full
+    versions: dict[str, str]  # by package
+
+
+class Header(HeaderFacts):
+    """The first line of a journal."""
+
+    kind: str  # "header"
+    format: int
+
+
+class Coefficients(TypedDict):
+    """The coefficients of an update, as a step line and a patch store them; floats are hexadecimal."""
+
+    q: list[int]  # (N,)
+    e: int
+    a: str
+    decay: str
+    a_lowrank: NotRequired[str]
+
+
+class UpdateRecord(Coefficients):
+    """An update of theta: coefficients and seeds."""
+
+    seeds: list[str]  # (N,), 16 hexadecimal digits each
+
+
+class StepRecord(UpdateRecord):
+    """A step line of a journal; `step_record` describes the values."""
+
+    kind: NotRequired[str]  # "step"
+    step: int
+    rows: list[int]
+    fitness: list[float | None]
+    failures: int
+    tokens: int
+    s: str
+    checksum: str
+    s_lowrank: NotRequired[str]
 
 
 def canonical_json(value: Any) -> str:
@@ -43,24 +102,26 @@ def _sealed(body: bytes, head: str) -> bytes:
     return body[:-1] + f',"hash":"{head}"}}'.encode("ascii")
 
 
+_NO_HEADER = cast("Header", {})  # of a journal whose header is not read yet
+
+
 @dataclass
 class Journal:
     """The journal of one run, open for appending."""
 
     path: Path
-    header: dict[str, Any]
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    header: Header
+    steps: list[StepRecord] = field(default_factory=list)
     checkpoints: dict[int, str] = field(default_factory=dict)  # steps done -> fingerprint
     head: str = _GENESIS  # hash of the last line
     head_before_step: str = _GENESIS  # hash of the line before the last step line
 
     @classmethod
-    def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+    def create(cls, path: Path, header: HeaderFacts) -> Journal:
         """Write a new journal that holds only ``header``."""
-        journal = cls(path, {})
-        record = {"kind": "header", "format": FORMAT_VERSION, **header}
+        record: Header = {"kind": "header", "format": FORMAT_VERSION, **header}
+        journal = cls(path, record)
         journal._append(record)
-        journal.header = record
         return journal
 
     @classmethod
@@ -74,7 +135,7 @@ class Journal:
         """
         if not path.exists():
             return None
-        journal = cls(path, {})
+        journal = cls(path, _NO_HEADER)
         raw = path.read_bytes()
         lines = raw.split(b"\n")
         good = 0  # bytes that hold verified lines
@@ -94,9 +155,9 @@ class Journal:
             os.truncate(path, good)
         return journal if journal.header else None
 
-    def append_step(self, record: Mapping[str, Any]) -> None:
+    def append_step(self, record: StepRecord) -> None:
         """Write a step line; it is on disk when this returns."""
-        line = {"kind": "step", **record}
+        line: StepRecord = {"kind": "step", **record}
         self._append(line)
         self.steps.append(line)
 
@@ -105,7 +166,7 @@ class Journal:
         self._append({"kind": "checkpoint", "step": steps_done, "fingerprint": fingerprint})
         self.checkpoints[steps_done] = fingerprint
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Mapping[str, object]) -> None:
         body = canonical_json(record).encode("ascii")
         head = _chained(self.head, body)
         append_line(self.path, _sealed(body, head).decode("ascii"))
@@ -125,9 +186,9 @@ class Journal:
         if record["kind"] == "header":
             if record["format"] != FORMAT_VERSION:
                 raise UserError(f"{self.path} has format {record['format']}, this estune reads {FORMAT_VERSION}")
-            self.header = record
+            self.header = cast("Header", record)
         elif record["kind"] == "step":
-            self.steps.append(record)
+            self.steps.append(cast("StepRecord", record))
         else:
             self.checkpoints[record["step"]] = record["fingerprint"]
 
@@ -154,7 +215,7 @@ def step_record(
     failures: int,
     tokens: int,
     lowrank_scale: float = 0.0,
-) -> dict[str, Any]:
+) -> StepRecord:
     """Return the step line: the rows and members evaluated, their fitness, and the exact update to be applied.
 
     Args:
@@ -168,8 +229,7 @@ def step_record(
         tokens: prompt and completion tokens of the step.
         lowrank_scale: the rounded scale of low-rank noise, if the update has a rank.
     """
-    lowrank = {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()} if update.rank else {}
-    return {
+    record: StepRecord = {
         "step": step,
         "rows": list(rows),
         "seeds": [f"{member.seed:016x}" for member in update.members],
@@ -182,12 +242,14 @@ def step_record(
         "a": update.a.hex(),
         "decay": update.decay.hex(),
         "checksum": checksum,
-        **lowrank,
     }
+    if update.rank:
+        record |= {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()}
+    return record
 
 
-def recorded_update(record: Mapping[str, Any], config: Mapping[str, Any]) -> Update:
-    """Return the update that a step line records; ``config`` is the header's."""
+def recorded_update(record: UpdateRecord, config: Mapping[str, Any]) -> Update:
+    """Return the update that a step line or a patch records; ``config`` is the header's."""
     signs = (+1, -1) if config["antithetic"] else (+1, +1)
     rank = config["rank"] if config["noise"] == "lowrank" else 0
     members = tuple(Member(int(seed, 16), signs[index % 2]) for index, seed in enumerate(record["seeds"]))

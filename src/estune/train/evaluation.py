@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from estune.es.population import EVAL_PERSON
 from estune.es.types import GroupJob, Prompt, Sampling
 from estune.rewards.pool import RewardPool, RewardResult
 from estune.run.records import is_right
-from estune.train.rollouts import Completions, Evaluator, Group, scored
+from estune.train.groups import Group
+from estune.train.rollouts import Completions, Evaluator, scored
 
 Z_95 = 1.959963984540054  # standard deviations: the normal distribution's 97.5 % quantile
 RESAMPLES = 2000  # resamples of the bootstrap
@@ -45,13 +46,36 @@ class EvaluatedRow:
     question: str = ""  # the row's question, without chat template and system message
 
 
+class Accuracy(TypedDict, total=False):
+    """The accuracy of an evaluation; empty if nothing measures it."""
+
+    accuracy: float
+    accuracy_ci95: list[float]  # low, high
+
+
+class Broken(TypedDict, total=False):
+    """The share of completions whose logits were not finite; empty if it is 0."""
+
+    non_finite_ratio: float
+
+
+class Summary(Accuracy, Broken):
+    """The summary of an evaluation."""
+
+    n: int  # rows
+    reward: float | None  # mean; None: no reward applied
+    reward_failures: int
+    mean_length_tokens: float
+    clipped_ratio: float  # share of completions that the length limit cut off
+
+
 @dataclass
 class Evaluation:
     """The rows of an evaluation and their summary."""
 
     rows: list[EvaluatedRow]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Return n, accuracy with its 95 % interval, reward, mean length and the share of clipped completions.
 
         A failed reward counts as the lowest reward of the evaluation. ``non_finite_ratio``, the share of completions
@@ -60,20 +84,25 @@ class Evaluation:
         known = [reward for row in self.rows for reward in row.rewards if reward is not None]
         lengths = [length for row in self.rows for length in row.lengths]
         finished = [done for row in self.rows for done in row.finished]
-        result: dict[str, Any] = {"n": len(self.rows)}
-        if self.rows and self.rows[0].accuracy is not None:
-            means = [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
-            result["accuracy"] = math.fsum(means) / len(means)
-            result["accuracy_ci95"] = list(interval(means))
-        worst = min(known, default=0.0)
-        rewards = known + [worst] * sum(row.failures for row in self.rows)  # a failure must not raise the mean
-        result["reward"] = mean(np.array(rewards)) if known else None
-        result["reward_failures"] = sum(row.failures for row in self.rows)
-        result["mean_length_tokens"] = sum(lengths) / len(lengths)
-        result["clipped_ratio"] = 1 - sum(finished) / len(finished)
-        if broken := sum(row.non_finite for row in self.rows):
-            result["non_finite_ratio"] = broken / len(lengths)
-        return result
+        failures = sum(row.failures for row in self.rows)
+        rewards = known + [min(known, default=0.0)] * failures  # a failure must not raise the mean
+        n_broken = sum(row.non_finite for row in self.rows)
+        broken: Broken = {"non_finite_ratio": n_broken / len(lengths)} if n_broken else {}
+        return {
+            "n": len(self.rows),
+            **self._accuracy(),
+            "reward": mean(np.array(rewards)) if known else None,
+            "reward_failures": failures,
+            "mean_length_tokens": sum(lengths) / len(lengths),
+            "clipped_ratio": 1 - sum(finished) / len(finished),
+            **broken,
+        }
+
+    def _accuracy(self) -> Accuracy:
+        if not self.rows or self.rows[0].accuracy is None:
+            return {}
+        means = [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
+        return {"accuracy": math.fsum(means) / len(means), "accuracy_ci95": list(interval(means))}
 
     def warning(self, dtype: str) -> str | None:
         """Return a warning about the summary in one sentence, or None.

@@ -12,7 +12,7 @@ from estune.console import warn
 from estune.es.fitness import mean, share_of_tied_prompts, weigh
 from estune.es.theta import Moved
 from estune.train.evaluation import Evaluation
-from estune.train.rollouts import Rollouts
+from estune.train.groups import Rollouts
 
 if TYPE_CHECKING:
     from estune.train.setup import Rewards
@@ -92,8 +92,8 @@ def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return an evaluation's metrics under their ``eval_`` names."""
     summary = evaluation.summary()
-    record = {"eval_rows": summary.pop("n"), "eval_reward": summary.pop("reward")}
-    return record | {f"eval_{name}": value for name, value in summary.items()}
+    others = {f"eval_{name}": value for name, value in summary.items() if name not in ("n", "reward")}
+    return {"eval_rows": summary["n"], "eval_reward": summary["reward"], **others}
 
 
 def warn_of_coarse_weights(cosines: dict[str, float]) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 from estune.config import ESConfig, ResolvedConfig
 from estune.console import is_terminal, note, say, warn
 from estune.data.batches import Batches
 from estune.data.columns import shared_prompts
-from estune.engines.base import Engine, LocalEngine
+from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.models.hub import open_repository, repository_of
@@ -30,19 +29,10 @@ from estune.train import setup
 from estune.train.request import TrainingRequest
 from estune.train.rollouts import Evaluator
 from estune.train.session import Session, run_so_far
+from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
 from estune.train.soundness import refuse_broken_theta
 from estune.train.step import plan_step, sampling_of
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The loaded engine, the configuration that it completed, and the tokenised rows."""
-
-    args: ResolvedConfig
-    engine: LocalEngine
-    train_prompts: list[Prompt]
-    eval_prompts: list[Prompt]
 
 
 @contextmanager
@@ -67,24 +57,20 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         pool, accuracy_pool = start_workers(stack, request, grades=bool(request.eval_rows))
         loaded = load_inputs(request, run, checks_model=run.is_new)
         args, engine = loaded.args, loaded.engine
+        if request.module is not None:
+            stack.callback(engine.load_theta)  # the user's model keeps theta, also if the run fails during a member
         batches = setup.batches_of(args, len(request.train_rows))
         monitors, panel = _begin(stack, request, run, loaded, batches)
         replayed, last_move = run.recover(engine)
         if run.steps_done:
             refuse_broken_theta(args, engine, loaded.train_prompts, run.steps_done)
         session = Session(
-            args=args,
+            **vars(loaded),
             run=run,
-            engine=engine,
             evaluator=_evaluator(loaded, pool, panel, stop),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,
-            rewards=request.rewards,
-            train_rows=request.train_rows,
-            train_prompts=loaded.train_prompts,
-            eval_rows=request.eval_rows,
-            eval_prompts=loaded.eval_prompts,
             batches=batches,
             monitors=monitors,
             checksum=engine.checksum(),
@@ -120,17 +106,15 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     if checks_model:
         engine.assets.check()
         refuse_broken_theta(args, engine, train_prompts, 0)
-    return Loaded(args, engine, train_prompts, eval_prompts)
+    return Loaded(args, engine, request.rewards, request.train_rows, train_prompts, request.eval_rows, eval_prompts)
 
 
 def _begin(
     stack: ExitStack, request: TrainingRequest, run: Run, loaded: Loaded, batches: Batches
 ) -> tuple[Monitors, PanelMonitor | None]:
     """Start the monitors, then write a new run's first files or compare an old run's files with the inputs."""
-    args, engine, train_prompts = loaded.args, loaded.engine, loaded.train_prompts
-    facts = setup.facts_of(
-        request.rewards, engine.assets, request.train_rows, train_prompts, request.eval_rows, loaded.eval_prompts
-    )
+    args, engine = loaded.args, loaded.engine
+    facts = setup.facts_of(loaded)
     old_files = run.files() if run.is_new else {}
     trackers = {} if run.is_new else read_trackers(run.path)
     monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
@@ -138,7 +122,7 @@ def _begin(
     if run.is_new:
         run.clear(old_files)  # all inputs have been checked by now
     _keep_base(request, run)
-    reproducible = check_reproducible(args, engine, batches, train_prompts) if run.is_new else None
+    reproducible = check_reproducible(args, engine, batches, loaded.train_prompts) if run.is_new else None
     run.begin(engine, engine.facts.header, reproducible, facts)
     write_trackers(run.path, {**trackers, **started})
     return monitors, panel

@@ -16,7 +16,7 @@ from estune.engines.base import LocalEngine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.run.checkpoint import BASE_DIRECTORY
-from estune.run.directory import refuse_rows_from_python
+from estune.run.saved_config import refuse_rows_from_python
 from estune.tasks import Task
 from estune.train import setup
 from estune.train.setup import Rewards

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from hashlib import blake2b
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,90 +22,13 @@ from estune.console import warn
 from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
-from estune.files import is_count, is_number
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 from estune.run.journal import Pending
+from estune.train.groups import Group, Rollouts, digest, known_groups, stack
 
 Completions = list[list[Completion]]  # (B, G)
 
 STOP_GRACE_S = 2.0  # seconds that a run waits for a score after it was asked to stop
-
-
-@dataclass
-class Group:
-    """The result of one member's rollouts; JSON stores it without loss."""
-
-    rewards: list[list[list[float | None]]]  # (B, G, F); None: not applicable, or failed
-    failed: list[list[int]]  # (b, g, f) of every failure
-    lengths: list[list[int]]  # (B, G), generated tokens
-    finished: list[list[bool]]  # (B, G); False: clipped
-    finite: list[list[bool]]  # (B, G); False: the logits were not finite, so every reward of the completion failed
-    digests: list[list[str]]  # (B, G), hashes of token ids
-    prompt_tokens: int
-    generate_s: float  # without perturb_s
-    perturb_s: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    completions: list[list[str]] | None = None  # (B, G); None unless the text is needed
-    extra: dict[str, list[Any]] | None = None  # log_extra columns, (B * G,) each
-
-
-@dataclass
-class Rollouts:
-    """The groups of a step, stacked."""
-
-    groups: list[Group]  # (N,)
-    rewards: np.ndarray  # (N, B, G, F), NaN: not applicable or failed
-    failed: np.ndarray  # (N, B, G, F), bool
-    score_wait_s: float  # seconds that the engine waited for scores
-    earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
-    started: float = 0.0  # seconds, clock reading at the step's start, moved back by ``earlier_s``
-
-    def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-        """Yield one record a completion: member, row, prompt, completion, rewards, and the log_extra columns."""
-        for member, group in enumerate(self.groups):
-            if group.completions is None:
-                continue
-            for b, (prompt, answers) in enumerate(zip(prompts, group.completions, strict=True)):
-                for g, text in enumerate(answers):
-                    extra = {name: values[b * len(answers) + g] for name, values in (group.extra or {}).items()}
-                    yield extra | {
-                        "member": member,
-                        "row": prompt.row_id,
-                        "prompt": prompt.text,
-                        "completion": text,
-                        "rewards": group.rewards[b][g],
-                    }
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Generated tokens per completion, (N, B, G)."""
-        return np.array([group.lengths for group in self.groups])
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and completion tokens of the step."""
-        return sum(group.prompt_tokens for group in self.groups) + int(self.lengths.sum())
-
-    @property
-    def modal_ratio(self) -> float:
-        """Share of completions that equal the most frequent completion of their prompt among all members.
-
-        A share near 1 means that the perturbations did not change the completions.
-        """
-        digests = np.array([group.digests for group in self.groups])  # (N, B, G)
-        most = [np.unique(digests[:, b, g], return_counts=True)[1].max() for b, g in np.ndindex(digests.shape[1:])]
-        return float(np.sum(most)) / digests.size
-
-    @property
-    def clipped_ratio(self) -> float:
-        """Share of completions that the length limit cut off."""
-        return 1.0 - float(np.mean([group.finished for group in self.groups]))
-
-    @property
-    def non_finite_ratio(self) -> float:
-        """Share of completions whose logits were not finite."""
-        return 1.0 - float(np.mean([group.finite for group in self.groups]))
 
 
 @dataclass
@@ -273,34 +195,50 @@ class Evaluator:
         n_members = len(perturbations)
         shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
         known = known_groups(pending.read(head), n_members, shape, keep_text)
-        groups: dict[int, Group] = dict(known)
+        scores = _Scores(self, sampling.num_generations, pending, head, dict(known))
         answered = set(known)
-        scoring: list[tuple[int, Group, Future[RewardResult]]] = []
         jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch)
-
-        def collect(wait: bool) -> None:
-            """Take finished scores in the order of submission; with ``wait``, wait for all of them."""
-            while scoring and (wait or scoring[0][2].done()):
-                index, group, future = scoring[0]
-                groups[index] = self.complete(group, scored(future, self.should_stop), sampling.num_generations)
-                scoring.pop(0)
-                pending.append(head, index, vars(groups[index]))
-
         try:
             for index, group, _, future in self.submit(jobs, lambda _: rows, trainer_state, keep_text):
                 answered.add(index)
-                scoring.append((index, group, future))
+                scores.waiting.append((index, group, future))
                 self.members_done(len(answered))
-                collect(wait=False)
+                scores.collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):
-                collect(wait=True)
+                scores.collect(wait=True)
             raise
         waiting_since = time.perf_counter()
-        collect(wait=True)
+        scores.collect(wait=True)
+        groups = scores.groups
         rollouts = stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
         rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
         return rollouts
+
+
+@dataclass
+class _Scores:
+    """The groups of a step, by member, and the members whose scores are awaited."""
+
+    evaluator: Evaluator
+    num_generations: int
+    pending: Pending  # stores each finished group
+    head: str  # the journal's head
+    groups: dict[int, Group]  # finished, by member
+    waiting: list[tuple[int, Group, Future[RewardResult]]] = field(default_factory=list)  # in the order of submission
+
+    def collect(self, wait: bool) -> None:
+        """Take finished scores in the order of submission; with ``wait``, wait for all of them.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        while self.waiting and (wait or self.waiting[0][2].done()):
+            index, group, future = self.waiting[0]
+            result = scored(future, self.evaluator.should_stop)
+            self.groups[index] = self.evaluator.complete(group, result, self.num_generations)
+            self.waiting.pop(0)
+            self.pending.append(self.head, index, vars(self.groups[index]))
 
 
 def missing_jobs(
@@ -333,73 +271,6 @@ def answers_of_theta(
     return answer.completions[0]
 
 
-def digest(token_ids: Sequence[int]) -> str:
-    """Return a short hash of a completion's tokens."""
-    return blake2b(np.asarray(token_ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
-
-
-def known_groups(
-    results: Mapping[int, dict[str, Any]], n_members: int, shape: tuple[int, int, int], keep_text: bool
-) -> dict[int, Group]:
-    """Return the stored groups that can be reused: whole ones, with text if text is needed.
-
-    Args:
-        results: values read from JSON, by member.
-        n_members: of the step.
-        shape: (B, G, F) of the step.
-        keep_text: whether the completions are needed as text.
-    """
-    return {
-        index: Group(**result)
-        for index, result in results.items()
-        if index < n_members and _is_group(result, shape) and not (keep_text and result["completions"] is None)
-    }
-
-
-def _is_group(result: Mapping[str, Any], shape: tuple[int, int, int]) -> bool:
-    """Return whether a value read from JSON holds all fields of a `Group` of shape (B, G, F)."""
-    if set(result) != {item.name for item in fields(Group)}:
-        return False
-    texts, extra, metrics, errors = (result[name] for name in ("completions", "extra", "metrics", "errors"))
-    return (
-        _is_array(result["rewards"], shape, lambda value: value is None or is_number(value))
-        and all(_is_array(result[name], shape[:2], is_it) for name, is_it in _PER_COMPLETION.items())
-        and is_count(result["prompt_tokens"])
-        and all(is_number(result[name]) for name in ("generate_s", "perturb_s"))
-        and isinstance(result["failed"], list)
-        and all(_is_place(place, shape) for place in result["failed"])
-        and isinstance(metrics, dict)
-        and all(is_number(value) for value in metrics.values())
-        and isinstance(errors, list)
-        and all(isinstance(error, str) for error in errors)
-        and (texts is None or _is_array(texts, shape[:2], lambda value: isinstance(value, str)))
-        and (extra is None or (isinstance(extra, dict) and all(_is_column(column, shape) for column in extra.values())))
-    )
-
-
-_PER_COMPLETION: dict[str, Callable[[Any], bool]] = {
-    "lengths": is_count,
-    "finished": lambda value: isinstance(value, bool),
-    "finite": lambda value: isinstance(value, bool),
-    "digests": lambda value: isinstance(value, str),
-}
-
-
-def _is_array(value: Any, shape: Sequence[int], is_item: Callable[[Any], bool]) -> bool:
-    """Return whether ``value`` is nested lists of this shape whose items satisfy ``is_item``."""
-    if not shape:
-        return is_item(value)
-    return isinstance(value, list) and len(value) == shape[0] and all(_is_array(v, shape[1:], is_item) for v in value)
-
-
-def _is_place(value: Any, shape: tuple[int, int, int]) -> bool:
-    return _is_array(value, (3,), is_count) and all(i < size for i, size in zip(value, shape, strict=True))
-
-
-def _is_column(value: Any, shape: tuple[int, int, int]) -> bool:
-    return isinstance(value, list) and len(value) == shape[0] * shape[1]
-
-
 def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:
     """Wait for a member's rewards and return them.
 
@@ -415,13 +286,3 @@ def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> Rew
     if not future.done():
         raise Interrupted
     return future.result()
-
-
-def stack(groups: list[Group], score_wait_s: float = 0.0) -> Rollouts:
-    """Stack groups into arrays: rewards and failures (N, B, G, F)."""
-    rewards = np.array([group.rewards for group in groups], dtype=np.float64)  # None becomes NaN
-    failed = np.zeros(rewards.shape, dtype=bool)
-    for index, group in enumerate(groups):
-        for b, g, f in group.failed:
-            failed[index, b, g, f] = True
-    return Rollouts(groups, rewards, failed, score_wait_s)

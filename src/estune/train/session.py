@@ -17,7 +17,6 @@ import numpy as np
 from estune.config import ResolvedConfig
 from estune.console import say, warn
 from estune.data.batches import Batches
-from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
 from estune.es.theta import Moved
@@ -30,12 +29,14 @@ from estune.rewards.pool import RewardPool
 from estune.run import records
 from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
-from estune.run.directory import Run, refuse_diverged
+from estune.run.directory import Run
 from estune.run.journal import step_record
+from estune.run.replay import refuse_diverged
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
-from estune.train.rollouts import Evaluator, Rollouts, answers_of_theta, digest
-from estune.train.setup import Rewards
+from estune.train.groups import Rollouts, digest
+from estune.train.rollouts import Evaluator, answers_of_theta
+from estune.train.setup import Loaded
 from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
 from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
 from estune.train.step import Step, evaluation_sampling, plan_step, sampling_of
@@ -44,19 +45,12 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass
-class OpenRun:
+class OpenRun(Loaded):
     """The parts of an open run that all methods share. The caller passes the number of steps done (``steps_done``)."""
 
-    args: ResolvedConfig
     run: Run
-    engine: Engine
     evaluator: Evaluator
     accuracy_pool: RewardPool | None
-    rewards: Rewards
-    train_rows: Rows
-    train_prompts: list[Prompt]
-    eval_rows: Rows
-    eval_prompts: list[Prompt]
     monitors: Monitors
     train_time_s: float  # spent in the steps done; evaluations and saving are not counted
 

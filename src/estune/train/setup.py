@@ -22,7 +22,7 @@ from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
-from estune.engines.base import Engine, EngineOptions, LocalEngine, ModelAssets
+from estune.engines.base import Engine, EngineOptions, LocalEngine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
@@ -31,6 +31,7 @@ from estune.rewards.loading import look_for_modules_in
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
 from estune.run.directory import refuse_unfinished
+from estune.run.origin import DataIdentity
 from estune.run.resume import Facts
 from estune.sandbox import host
 from estune.tasks import Task, get_task
@@ -292,7 +293,8 @@ def engine_class(name: str) -> Any:
     """
     where = ENGINES.get(name, name)
     module, _, attribute = where.partition(":")
-    look_for_modules_in([Path.cwd()])
+    if name not in ENGINES:
+        look_for_modules_in([Path.cwd()])
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, SyntaxError, ValueError) as error:
@@ -312,23 +314,30 @@ def _is_toy(model: str) -> bool:
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
-def facts_of(
-    rewards: Rewards,
-    assets: ModelAssets,
-    rows: Rows,
-    prompts: Sequence[Prompt],
-    held_out: Rows,
-    held_out_prompts: Sequence[Prompt],
-) -> Facts:
+@dataclass
+class Loaded:
+    """The loaded inputs of a run: its resolved configuration, engine, rewards, and rows with their prompts."""
+
+    args: ResolvedConfig
+    engine: Engine
+    rewards: Rewards
+    train_rows: Rows
+    train_prompts: list[Prompt]
+    eval_rows: Rows
+    eval_prompts: list[Prompt]
+
+
+def facts_of(loaded: Loaded) -> Facts:
     """Return the facts about data, rewards and model that a resume compares with the stored run.
 
     Raises:
         UserError: a value of a column cannot be hashed; the message names row, column and type.
     """
+    rewards, rows, prompts = loaded.rewards, loaded.train_rows, loaded.train_prompts
     identity = {
-        **assets.identity(),
+        **loaded.engine.assets.identity(),
         "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
-        "held_out": data_identity(held_out, held_out_prompts) if held_out else None,
+        "held_out": data_identity(loaded.eval_rows, loaded.eval_prompts) if loaded.eval_rows else None,
     }
     return Facts(
         data=data_identity(rows, prompts),
@@ -339,7 +348,7 @@ def facts_of(
     )
 
 
-def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> DataIdentity:
     """Return the number of rows, and a hash of all their values and of their prompts' tokens."""
     fingerprint = rows_digest(rows, (prompt.token_ids for prompt in prompts))
     return {"rows": len(rows), "fingerprint": fingerprint, "version": DATA_VERSION}

@@ -3,6 +3,8 @@
 By default glibc returns large freed blocks to the system, and the next allocation gets new pages, which the system
 zeroes one by one. A forward pass allocates the same activations again and again. On a CPU the page faults cost more
 than the arithmetic of an elementwise operation.
+
+The setting holds for the whole process, so the engine makes it only in processes of the command line.
 """
 
 from __future__ import annotations

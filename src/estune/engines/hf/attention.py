@@ -7,11 +7,14 @@ grouped heads together with a mask; this attention function passes them directly
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812 (its usual name)
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -50,9 +53,21 @@ def grouped_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A configuration within a model, and the names of two attention implementations."""
+
+    config: Any
+    own: str | None  # the model's own implementation
+    faster: str | None  # the implementation for the model's use by an engine
+
+
 @torch.inference_mode()
-def install(model: Any) -> bool:
-    """Set ``model`` to `grouped_attention` if a trial's logits stay equal to rounding; return whether it is set."""
+def find(model: Any) -> list[Choice]:
+    """Return the configurations in ``model`` that can name `grouped_attention`; the model does not change.
+
+    The list is empty if a trial's logits with `grouped_attention` are not equal to rounding.
+    """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None)
     if (
@@ -60,20 +75,44 @@ def install(model: Any) -> bool:
         or model.config._attn_implementation != "sdpa"
         or getattr(config, "num_key_value_heads", heads) == heads
     ):
-        return False
+        return []
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     ids = torch.tensor(_TRIAL) % config.vocab_size
     mask = torch.tensor([[1] * 5, [0] * 3 + [1] * 2])
     before = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
+    own = [(part, part._attn_implementation, dict(vars(part))) for part in _configurations(model)]
     try:
         model.set_attn_implementation(NAME)
         after = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):
-        model.set_attn_implementation("sdpa")
-        return False
+        return []
+    finally:
+        choices = [Choice(part, name, part._attn_implementation) for part, name, _ in own]
+        for part, _, values in own:
+            vars(part).clear()
+            vars(part).update(values)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    if (after - before).abs().max() <= tolerance * (before.abs().max() + 1e-6):
-        return True
-    model.set_attn_implementation("sdpa")
-    return False
+    if (after - before).abs().max() > tolerance * (before.abs().max() + 1e-6):
+        return []
+    return [choice for choice in choices if choice.faster != choice.own]
+
+
+@contextmanager
+def selected(choices: Sequence[Choice]) -> Iterator[None]:
+    """Let configurations name the faster implementation within the block, unless their own has changed since `find`."""
+    changed = [choice for choice in choices if choice.config._attn_implementation == choice.own]
+    try:
+        for choice in changed:  # the public attribute would also set the configurations nested in this one
+            choice.config._attn_implementation_internal = choice.faster
+        yield
+    finally:
+        for choice in changed:
+            choice.config._attn_implementation_internal = choice.own
+
+
+def _configurations(model: Any) -> list[Any]:
+    """Return every configuration that ``model.set_attn_implementation`` may change, once."""
+    parts: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    parts += [getattr(model.config, name, None) for name in model.config.sub_configs]
+    return list({id(part): part for part in parts if part is not None}.values())

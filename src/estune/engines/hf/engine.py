@@ -13,12 +13,20 @@ from typing import Any
 
 import torch
 
-from estune import environment
+from estune import console, environment
 from estune.console import warn
 from estune.engines.base import EngineFacts, EngineOptions
-from estune.engines.hf import allocator, attention, callers, decoding, identity, small_linear, trials
+from estune.engines.hf import allocator, callers, decoding, identity, small_linear, trials
 from estune.engines.hf.assets import HFAssets
-from estune.engines.hf.loading import files_of, load_model, load_tokenizer, make_theta, resolve_device
+from estune.engines.hf.loading import (
+    evaluation_mode,
+    files_of,
+    load_model,
+    load_tokenizer,
+    make_theta,
+    resolve_device,
+    torch_threads,
+)
 from estune.engines.hf.parameters import Binding, bindings
 from estune.engines.hf.saved_model import (
     TIED_OTHERWISE,
@@ -35,7 +43,6 @@ from estune.engines.lowrank.kinds import lowrank_names
 from estune.engines.lowrank.members import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row
 from estune.engines.lowrank.stand_ins import Uncovered
 from estune.engines.lowrank.trial import shared_forward
-from estune.engines.reproducibility import answers_repeat
 from estune.errors import UserError
 from estune.es.theta import HostTheta
 from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
@@ -63,7 +70,7 @@ class HFEngine(LocalBase):
 
         ``digests`` and ``is_mixed`` are arguments of `HFAssets`.
         """
-        self.model = model.eval()
+        self.model = model
         self.prompts_per_batch = prompts_per_batch
         self.device = model.device
         self.compute_dtype = _name(model.dtype)
@@ -78,15 +85,14 @@ class HFEngine(LocalBase):
         self.assets = HFAssets(model, tokenizer, self.compute_dtype, digests=digests, is_mixed=is_mixed)
         self._stop = decoding.StopStrings(tokenizer, ())
         self._attention = trials.uses_attention_caller(model)
-        small_linear.install(model)
-        attention.install(model)
-        self._wide_mask = self._attention and trials.takes_wide_mask(model)
-        self._batching = "padded" if self._attention else trials.safe_batching(model, self._caller)
         self._shared: SharedForward | None = None
         self._is_lowrank = any(spec.lowrank for spec in theta.specs)
-        if self._is_lowrank or self.working.is_theta:  # members of vectors alone share a forward pass, too
-            self._share_forward()
-        if self.device.type == "cpu":  # after loading, whose memory should return to the system
+        with self.working.in_use():
+            self._wide_mask = self._attention and trials.takes_wide_mask(model)
+            self._batching = "padded" if self._attention else trials.safe_batching(model, self._caller)
+            if self._is_lowrank or self.working.is_theta:  # members of vectors alone share a forward pass, too
+                self._share_forward()
+        if self.device.type == "cpu" and console.owns_process():  # after loading, whose memory should be released
             allocator.keep_freed_memory()
 
     @classmethod
@@ -156,21 +162,21 @@ class HFEngine(LocalBase):
         Raises:
             UserError: the model cannot be used; the message gives the reason.
         """
-        torch.set_num_threads(num_threads)
         place = resolve_device(device)
         uses_own_tokenizer = tokenizer is None
         if uses_own_tokenizer:
             tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-        working, bound, theta = load_model(
-            model,
-            dtype=dtype,
-            device=place,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            num_threads=num_threads,
-            trainable_parameters=trainable_parameters,
-            noise=noise,
-        )
+        with torch_threads(num_threads):
+            working, bound, theta = load_model(
+                model,
+                dtype=dtype,
+                device=place,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                num_threads=num_threads,
+                trainable_parameters=trainable_parameters,
+                noise=noise,
+            )
         commit = getattr(working.config, "_commit_hash", None) or revision
         digests = identity.directory_identity(
             files_of(model, commit), tokenizer=uses_own_tokenizer, code=trust_remote_code
@@ -195,12 +201,12 @@ class HFEngine(LocalBase):
     ) -> HFEngine:
         """Return an engine of a model in memory, with its dtype and device; its weights become theta.
 
-        The engine takes ownership of the model: every member overwrites its weights.
+        Every member overwrites the model's weights; `load_theta` writes theta. Nothing else of the model changes: the
+        engine restores its layers, modes and configuration after every call.
 
         Raises:
             UserError: the model cannot be used. `HFAssets.check` finds out whether it can be saved.
         """
-        torch.set_num_threads(num_threads)
         name = type(model).__name__
         if contradicts(model.config, tied_truth(model)):
             warn(f"the module {name}: {TIED_OTHERWISE}")
@@ -211,16 +217,17 @@ class HFEngine(LocalBase):
                 "none of them"
             )
         try:
-            bound, buffers = bindings(model)
-            theta = make_theta(
-                bound,
-                buffers,
-                trainable_parameters,
-                num_threads,
-                name,
-                lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
-                share=noise == "lowrank" and model.device.type == "cpu",
-            )
+            with torch_threads(num_threads), evaluation_mode(model, model.modules()):
+                bound, buffers = bindings(model)
+                theta = make_theta(
+                    bound,
+                    buffers,
+                    trainable_parameters,
+                    num_threads,
+                    name,
+                    lowrank=lowrank_names(model, bound) if noise == "lowrank" else (),
+                    share=noise == "lowrank" and model.device.type == "cpu",
+                )
             return cls(model, tokenizer, bound, theta, prompts_per_batch=prompts_per_batch, is_mixed=is_mixed)
         except UserError:
             raise
@@ -283,8 +290,9 @@ class HFEngine(LocalBase):
         if perturbation is not None and self._shared is not None:
             return self.generate_population([perturbation], prompts, sampling, should_stop)[0]
         self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
-        self._load(perturbation)
-        return self._answer(None, prompts, sampling, should_stop)[0]
+        with self.working.in_use():
+            self._load(perturbation)
+            return self._answer(None, prompts, sampling, should_stop)[0]
 
     def generate_population(
         self,
@@ -304,13 +312,14 @@ class HFEngine(LocalBase):
         if self._shared is None:
             return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
         self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
-        self._load(None)
-        started = time.perf_counter()
-        members = Members(self._shared, perturbations)
-        self.perturb_s += time.perf_counter() - started
         try:
-            with self._shared.installed(members.stand_ins):
-                return self._answer(members, prompts, sampling, should_stop)
+            with self.working.in_use():
+                self._load(None)
+                started = time.perf_counter()
+                members = Members(self._shared, perturbations)
+                self.perturb_s += time.perf_counter() - started
+                with self._shared.installed(members.stand_ins):
+                    return self._answer(members, prompts, sampling, should_stop)
         except Uncovered as error:  # fail rather than fall back to sequential members during a run
             raise UserError(
                 f"low-rank members cannot share a forward pass with these prompts, because of {error}; use noise full"
@@ -386,12 +395,13 @@ class HFEngine(LocalBase):
             UserError: a prompt is empty, or a prompt with its completion is longer than the model's context.
         """
         self._check_lengths(prompts, [len(completion) for completion in completions])
-        self._load(None)
         result: list[list[float]] = []
         size = 1 if self._batching == "single" else self.prompts_per_batch
-        for start in range(0, len(prompts), size):
-            end = start + size
-            result += self._batch_logprobs([p.token_ids for p in prompts[start:end]], completions[start:end])
+        with self.working.in_use():
+            self._load(None)
+            for start in range(0, len(prompts), size):
+                end = start + size
+                result += self._batch_logprobs([p.token_ids for p in prompts[start:end]], completions[start:end])
         return result
 
     def perturb_cosine(self, perturbation: Perturbation) -> dict[str, float]:
@@ -405,7 +415,7 @@ class HFEngine(LocalBase):
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
         """Return whether two answers to a batch are equal, the second under load; see `answers_repeat`."""
-        return answers_repeat(self, perturbations, prompts, sampling, small_linear.MAX_ROWS)
+        return trials.answers_repeat(self, perturbations, prompts, sampling, small_linear.MAX_ROWS)
 
     def _share_forward(self) -> None:
         """Find out whether low-rank members can share a forward pass; if not, warn and copy theta out of the model."""

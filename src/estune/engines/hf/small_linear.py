@@ -16,9 +16,11 @@ would compete for the cores. Without this library the kernel is used for one thr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -347,22 +349,29 @@ def _multiply(
     return y
 
 
-class SmallLinear(torch.nn.Linear):
-    """A linear layer that is fast for few rows; `install` makes it of a `torch.nn.Linear`."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """See `linear`; a stand-in for the weight is called directly, without torch's dispatch."""
-        weight: Any = self.weight
-        if isinstance(weight, torch.Tensor) and (self.bias is None or isinstance(self.bias, torch.Tensor)):
-            return linear(input, weight, self.bias)
-        if isinstance(weight, torch.Tensor):  # a trained bias beside a frozen weight
-            return torch.nn.functional.linear(input, weight, self.bias)
-        output: torch.Tensor = weight.linear(input, self.bias)
-        return output
+def _forward(layer: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    """See `linear`; a stand-in for the weight is called directly, without torch's dispatch."""
+    weight: Any = layer.weight
+    if isinstance(weight, torch.Tensor) and (layer.bias is None or isinstance(layer.bias, torch.Tensor)):
+        return linear(input, weight, layer.bias)
+    if isinstance(weight, torch.Tensor):  # a trained bias beside a frozen weight
+        return torch.nn.functional.linear(input, weight, layer.bias)
+    output: torch.Tensor = weight.linear(input, layer.bias)
+    return output
 
 
-def install(model: torch.nn.Module) -> None:
-    """Make every plain linear layer of ``model`` a `SmallLinear`; parameters and names do not change."""
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = SmallLinear
+def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that `installed` can change: of class `torch.nn.Linear`, without a forward of their own."""
+    return [each for each in model.modules() if type(each) is torch.nn.Linear and "forward" not in vars(each)]
+
+
+@contextmanager
+def installed(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let `plain_layers` compute by `linear` within the block; classes, parameters and names do not change."""
+    try:
+        for layer in layers:  # Python looks up a method among the instance's attributes before the class's
+            vars(layer)["forward"] = MethodType(_forward, layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)

@@ -3,19 +3,24 @@
 A member's weights are computed from theta and overwrite the working model's memory. They are never added to or
 subtracted from the weights in it, so theta cannot drift. If members share a forward pass (`lowrank.members`), no member
 is written, and the working model's memory may be theta itself.
+
+The model may be the user's. `WorkingModel.in_use` changes it for the time of one call, and then restores it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from estune.engines.hf import attention, small_linear
+from estune.engines.hf.loading import evaluation_mode, torch_threads
 from estune.engines.hf.parameters import Binding
 from estune.es.noise import lowrank_factors, noise_ints
 from estune.es.theta import HostTheta
@@ -47,7 +52,24 @@ class WorkingModel:
         self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=model.device.type == "cuda")
         self._held: tuple[Perturbation | None, int] | None = None  # the member in memory, and theta's version
         self._fixed_version = -1  # theta's version when the untrained parameters were written
+        self._threads = host.num_threads
+        self._modules = list(model.modules())
+        self._linear = small_linear.plain_layers(model)
+        self._attention: list[attention.Choice] = []
         self.hold(None)
+        with self.in_use():
+            self._attention = attention.find(model)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Make the model fast within the block: engine's threads, evaluation mode, own linear layers and attention."""
+        with (
+            torch_threads(self._threads),
+            evaluation_mode(self.model, self._modules),
+            small_linear.installed(self._linear),
+            attention.selected(self._attention),
+        ):
+            yield
 
     @torch.inference_mode()
     def hold(self, perturbation: Perturbation | None) -> float:

@@ -8,45 +8,42 @@ The hash itself is in `lanes`.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from estune.es.noise.lanes import (
     CACHE_LINE,
     LANES,
-    _address,
-    _bits_of,
-    _fence,
-    _mix,
-    _noise,
-    _perturb_lanes,
-    _plus,
-    _popcount,
-    _stream_lanes,
-    _sum_lanes,
+    address_of,
+    bits_of,
+    fence,
+    kernel,
+    mix,
+    noise_at,
+    perturb_lanes,
+    plus,
+    stream_lanes,
+    sum_lanes,
 )
-
-__all__ = ["_bits_of", "_mix", "_noise", "_popcount", "checksum_of", "noise_into", "perturb_into", "update_into"]
 
 TILE = 4 * LANES  # elements that an update works on at once; their sums (5 KiB) fit the first-level cache
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def noise_into(out, start, k0, k1, rademacher):  # type: ignore[no-untyped-def]
     """Write the noise integers of elements ``start + j`` (within one key block) to ``out``, int32 (count,)."""
     base = np.uint32(start)
     for j in range(out.size):
-        out[j] = _noise(_plus(base, j), k0, k1, rademacher)
+        out[j] = noise_at(plus(base, j), k0, k1, rademacher)
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def _perturb_singly(out, theta, first, last, base, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
     for j in range(first, last):
-        n = _noise(_plus(base, j), k0, k1, rademacher)
+        n = noise_at(plus(base, j), k0, k1, rademacher)
         # + 0.0 turns scale * 0 = -0.0 into 0.0: the sign of scale must not decide whether a theta of -0.0 stays -0.0.
         out[j] = theta[j] + (scale * np.float32(n) + np.float32(0.0))
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def perturb_into(out, theta, start, k0, k1, scale, rademacher, streamed=False):  # type: ignore[no-untyped-def]
     """Write ``theta + scale * n`` to ``out``; both float32 (count,). ``scale`` includes the member's sign.
 
@@ -55,30 +52,30 @@ def perturb_into(out, theta, start, k0, k1, scale, rademacher, streamed=False): 
     base = np.uint32(start)
     first = 0
     if streamed:
-        first = min(out.size, (-_address(out, 0) % CACHE_LINE) // 4)
+        first = min(out.size, (-address_of(out, 0) % CACHE_LINE) // 4)
         _perturb_singly(out, theta, 0, first, base, k0, k1, scale, rademacher)
     last = out.size - (out.size - first) % LANES
     if streamed:
         for j in range(first, last, LANES):
-            _stream_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
-        _fence()
+            stream_lanes(out, theta, j, plus(base, j), k0, k1, scale, rademacher)
+        fence()
     else:
         for j in range(first, last, LANES):
-            _perturb_lanes(out, theta, j, _plus(base, j), k0, k1, scale, rademacher)
+            perturb_lanes(out, theta, j, plus(base, j), k0, k1, scale, rademacher)
     _perturb_singly(out, theta, last, out.size, base, k0, k1, scale, rademacher)
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def checksum_of(theta, start):  # type: ignore[no-untyped-def]
     """Return ``sum_j mix(mix(start + j) + bits(theta_j))`` modulo 2^64; theta is float32 (count,)."""
     base = np.uint32(start)
     total = np.uint64(0)
     for j in range(theta.size):
-        total += np.uint64(_mix(_plus(_mix(_plus(base, j)), _bits_of(theta[j]))))
+        total += np.uint64(mix(plus(mix(plus(base, j)), bits_of(theta[j]))))
     return total
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def _move(theta, acc, start, a, decay, anchor, moved, size):  # type: ignore[no-untyped-def]
     """Apply the decay and ``a * acc`` to one tile of theta and return the tile's checksum sum.
 
@@ -98,13 +95,13 @@ def _move(theta, acc, start, a, decay, anchor, moved, size):  # type: ignore[no-
         if acc[j] != 0:
             value = np.float32(np.float64(value) + a * np.float64(acc[j]))
         theta[j] = value
-        total += np.uint64(_mix(_plus(_mix(_plus(start, j)), _bits_of(value))))
+        total += np.uint64(mix(plus(mix(plus(start, j)), bits_of(value))))
         moved[j] += (np.float64(value) - np.float64(before)) ** 2
         size[j] += np.float64(value) ** 2
     return total
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: ignore[no-untyped-def]
     """Move ``theta`` (float32 (count,)) in place by one step.
 
@@ -115,7 +112,7 @@ def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: i
     may be omitted. ``acc = sum_m q_m * n_m`` is exact in int32, so the order of members does not matter. ``decay`` is
     float32, 0 for no decay. ``anchor`` is float32 (count,), or (0,) for decay towards 0.
     """
-    table = np.empty((q.size, 3), dtype=np.uint32)  # (M, 3), see `_sum_lanes`
+    table = np.empty((q.size, 3), dtype=np.uint32)  # (M, 3), see `sum_lanes`
     for m in range(q.size):
         table[m, 0] = keys[m, 0] ^ (keys[m, 0] >> np.uint32(16))
         table[m, 1] = keys[m, 1]
@@ -126,8 +123,8 @@ def update_into(theta, start, keys, q, a, rademacher, decay, anchor):  # type: i
     total = np.uint64(0)
     for lo in range(0, theta.size, TILE):
         hi = min(theta.size, lo + TILE)
-        base = _plus(np.uint32(start), lo)
+        base = plus(np.uint32(start), lo)
         for j in range(0, hi - lo, LANES):  # sums beyond the end of theta are not read
-            _sum_lanes(acc, j, _plus(base, j), table, rademacher)
+            sum_lanes(acc, j, plus(base, j), table, rademacher)
         total += _move(theta[lo:hi], acc, base, a, decay, anchor[lo:hi], moved, size)
     return total, moved.sum(), size.sum()

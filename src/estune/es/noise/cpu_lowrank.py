@@ -14,14 +14,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from estune.es.noise.cpu import _bits_of, _mix, _noise
+from estune.es.noise.lanes import bits_of, kernel, mix, noise_at
 
 ROWS = 192  # rows of a tile, even; every tile of rows draws B again, every tile of columns draws A again
 COLS = 768  # columns of a tile at most
 FACTORS = 32  # factors in scratch memory at a time, a multiple of 4
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def _draw(out, count, start, first, last, keys, weights, rank, rademacher):  # type: ignore[no-untyped-def]
     """Write the integers of factors ``first .. last`` times the members' weights, for rows ``start + j`` of A (or B).
 
@@ -37,12 +37,12 @@ def _draw(out, count, start, first, last, keys, weights, rank, rademacher):  # t
         weight = weights[member]
         base = np.uint32(start * rank + f % rank)
         for j in range(count):
-            row[j] = np.int32(weight * _noise(np.uint32(base + np.uint32(np.uint32(j) * step)), k0, k1, rademacher))
+            row[j] = np.int32(weight * noise_at(np.uint32(base + np.uint32(np.uint32(j) * step)), k0, k1, rademacher))
     for f in range(last - first, (last - first + 3) // 4 * 4):
         out[f, :count] = 0
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def factors_into(out, keys, scales, rademacher):  # type: ignore[no-untyped-def]
     """Write A or B of M members to ``out``, float32 (M, r, d): element (m, k, j) is ``scale_m * n[j * r + k]``.
 
@@ -55,10 +55,10 @@ def factors_into(out, keys, scales, rademacher):  # type: ignore[no-untyped-def]
             row = out[m, k]
             for j in range(size):
                 i = np.uint32(np.uint32(k) + np.uint32(np.uint32(j) * np.uint32(rank)))
-                row[j] = scale * np.float32(_noise(i, k0, k1, rademacher))
+                row[j] = scale * np.float32(noise_at(i, k0, k1, rademacher))
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def _accumulate(acc, a, b, n_factors, n_rows, n_cols):  # type: ignore[no-untyped-def]
     """Add ``sum_f a_fi * b_fj`` to ``acc``, int32 (ROWS, COLS), for rows i < n_rows and columns j < n_cols.
 
@@ -82,7 +82,7 @@ def _accumulate(acc, a, b, n_factors, n_rows, n_cols):  # type: ignore[no-untype
                 lower[j] = np.int32(lower[j] + y)
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def _sum_tile(acc, a, b, row, n_rows, col, n_cols, keys_a, keys_b, q, ones, rank, rademacher):  # type: ignore[no-untyped-def]
     """Set ``acc[i, j] = sum_m q_m * sum_k A_m[row + i, k] * B_m[col + j, k]`` for a tile; ``a``, ``b`` are scratch."""
     acc[:n_rows, :n_cols] = 0
@@ -94,7 +94,7 @@ def _sum_tile(acc, a, b, row, n_rows, col, n_cols, keys_a, keys_b, q, ones, rank
         _accumulate(acc, a, b, last - first, n_rows, n_cols)
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def _tile_width(cols):  # type: ignore[no-untyped-def]
     """Return the width of equal tiles of at most COLS columns: a multiple of 16."""
     n_tiles = max(1, (cols + COLS - 1) // COLS)
@@ -108,7 +108,7 @@ def _stepped(value, a_scale, noise):  # type: ignore[no-untyped-def]
     return moved if noise != 0 else value
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def perturb_lowrank_into(out, theta, row, col, keys_a, keys_b, rank, scale, rademacher):  # type: ignore[no-untyped-def]
     """Write ``float32(float64(theta) + scale * (A B^T))`` to ``out``; both float32 (n, cols), rows of one matrix.
 
@@ -135,7 +135,7 @@ def perturb_lowrank_into(out, theta, row, col, keys_a, keys_b, rank, scale, rade
                     target[j] = np.float32(np.float64(source[j]) + (scale * np.float64(noise[j]) + 0.0))
 
 
-@njit(nogil=True, cache=True, boundscheck=False)
+@kernel
 def update_lowrank_into(theta, row, col, keys_a, keys_b, q, rank, a_scale, rademacher, decay, anchor):  # type: ignore[no-untyped-def]
     """Move ``theta`` (float32 (n, cols), rows of one matrix) in place by one step; see `cpu.update_into`.
 
@@ -190,6 +190,6 @@ def update_lowrank_into(theta, row, col, keys_a, keys_b, q, rank, a_scale, radem
                         size[j] += np.float64(value) ** 2
                 first = np.uint32((row + top + i) * cols + left)  # modulo 2^32, as all element indices
                 for j in range(n_cols):
-                    word = np.uint32(_mix(np.uint32(first + np.uint32(j))) + _bits_of(line[j]))
-                    total += np.uint64(_mix(word))
+                    word = np.uint32(mix(np.uint32(first + np.uint32(j))) + bits_of(line[j]))
+                    total += np.uint64(mix(word))
     return total, moved.sum(), size.sum()

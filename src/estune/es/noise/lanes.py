@@ -5,19 +5,19 @@ again. A loop that LLVM vectorises by itself computes one register after another
 multiplications. This module builds the hash for one word, or for a vector of `LANES` words. LLVM splits the vector
 into registers of the processor's width (AVX2, AVX-512, NEON) and interleaves their instructions.
 
-Functions with a ``builder`` take and return LLVM values, words or vectors. Kernels call the intrinsics. numba's cache
-on disk compares only the time of a kernel's own file; `_drop_stale_kernels` compares the other files of this folder.
+Functions with a ``builder`` take and return LLVM values, words or vectors. Kernels call the intrinsics, and `kernel`
+compiles them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
-from numba import extending, types
+from numba import extending, njit, types
 from numba.core import cgutils as _cgutils
 from numba.np import arrayobj as _arrayobj
 
@@ -27,20 +27,21 @@ cgutils: Any = _cgutils
 arrayobj: Any = _arrayobj
 
 
-def _drop_stale_kernels(directory: Path) -> None:
-    """Remove cached kernels that are older than any source file of the directory, because they may hold its old code.
+# Digest of this folder's source files, 8 hexadecimal digits.
+SOURCES = blake2b(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))), digest_size=4
+).hexdigest()
 
-    Caches in other places (``NUMBA_CACHE_DIR``, or the home directory if this directory is read-only) are left alone:
-    there the sources only change with a new installation, which has a new path.
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function with numba, without the GIL, and cache the machine code on disk.
+
+    A kernel holds the code of intrinsics and kernels of other files, but numba compares only the kernel's own file with
+    its cache. So the name of the cached file, which numba makes from the qualified name, includes `SOURCES`.
     """
-    changed = max(path.stat().st_mtime for path in directory.glob("*.py"))
-    for index in (directory / "__pycache__").glob("*.nbi"):
-        with suppress(OSError):  # another process removed the file, or another user owns it
-            if index.stat().st_mtime < changed:
-                index.unlink()
+    function.__qualname__ += f"_{SOURCES}"
+    return njit(nogil=True, cache=True, boundscheck=False)(function)
 
-
-_drop_stale_kernels(Path(__file__).parent)
 
 LANES = 64  # words per vector: four AVX-512 registers or eight AVX2 registers; 32 and 16 words are slower on both
 CACHE_LINE = 64  # bytes
@@ -158,7 +159,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: An
 
 
 @intrinsic
-def _mix(typingctx, x):  # type: ignore[no-untyped-def]
+def mix(typingctx, x):  # type: ignore[no-untyped-def]
     """Return the mixed uint32; see `reference.mix`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -168,17 +169,7 @@ def _mix(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _popcount(typingctx, x):  # type: ignore[no-untyped-def]
-    """Return the number of set bits of a uint32."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _ctpop(builder, args[0])
-
-    return types.uint32(types.uint32), codegen
-
-
-@intrinsic
-def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]
+def bits_of(typingctx, x):  # type: ignore[no-untyped-def]
     """Return the bit pattern of a float32 as uint32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -188,7 +179,7 @@ def _bits_of(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _plus(typingctx, x, j):  # type: ignore[no-untyped-def]
+def plus(typingctx, x, j):  # type: ignore[no-untyped-def]
     """Return ``x + j`` modulo 2^32 for a uint32 ``x`` and any integer ``j``."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -198,7 +189,7 @@ def _plus(typingctx, x, j):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _noise(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
+def noise_at(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
     """Return the noise integer (int32) of element ``i`` within a block of keys ``k0, k1``, all uint32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -209,7 +200,7 @@ def _noise(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
 
 
 def _perturbing(streamed: bool) -> Any:
-    """Return the intrinsic `_perturb_lanes`, or `_stream_lanes` if ``streamed``."""
+    """Return the intrinsic `perturb_lanes`, or `stream_lanes` if ``streamed``."""
 
     @intrinsic
     def lanes(typingctx, out, theta, j, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
@@ -235,12 +226,12 @@ def _perturbing(streamed: bool) -> Any:
     return lanes
 
 
-_perturb_lanes = _perturbing(streamed=False)  # out[j + l] = theta[j + l] + scale * n[start + l] for l < LANES
-_stream_lanes = _perturbing(streamed=True)  # the same, bypassing the caches; out[j] must start a cache line
+perturb_lanes = _perturbing(streamed=False)  # out[j + l] = theta[j + l] + scale * n[start + l] for l < LANES
+stream_lanes = _perturbing(streamed=True)  # the same, bypassing the caches; out[j] must start a cache line
 
 
 @intrinsic
-def _address(typingctx, array, j):  # type: ignore[no-untyped-def]
+def address_of(typingctx, array, j):  # type: ignore[no-untyped-def]
     """Return the address of ``array[j]``, int64."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -251,8 +242,8 @@ def _address(typingctx, array, j):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _fence(typingctx):  # type: ignore[no-untyped-def]
-    """Wait until the writes of `_stream_lanes` are in memory, because other threads read them next."""
+def fence(typingctx):  # type: ignore[no-untyped-def]
+    """Wait until the writes of `stream_lanes` are in memory, because other threads read them next."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         builder.fence("seq_cst")
@@ -262,7 +253,7 @@ def _fence(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-untyped-def]
+def sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-untyped-def]
     """Write ``acc[j + l] = sum_m q_m * n_m[start + l]`` (int32) for l < LANES, summed over all members.
 
     ``table`` is uint32 (M, 3): k0 after mix's first step, k1, and q in two's complement.

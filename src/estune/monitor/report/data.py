@@ -17,9 +17,9 @@ from typing import Any
 from estune.config import OF_METHODS
 from estune.errors import UserError
 from estune.run.checkpoint import read_state
-from estune.run.directory import CONFIG_FILE, JOURNAL_FILE, METHOD_FILE
-from estune.run.journal import Journal
+from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.records import is_right, read_metrics
+from estune.run.saved_config import CONFIG_FILE, METHOD_FILE
 
 MOST_ROWS = 24  # rows whose completions are shown side by side
 MOST_CHARACTERS = 2000  # characters of a completion that are shown

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from estune.run.directory import read_config
 from estune.run.records import read_metrics
+from estune.run.saved_config import read_config
 
 PLOT_FILE = Path("plots") / "curves.png"
 REWARD, SPREAD, HELD_OUT = "#1f5fa8", "#9dbfe3", "#c2571a"
@@ -66,6 +64,7 @@ def plot_runs(run_dirs: Sequence[Path], output_dir: Path) -> Path:
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(5 * count, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)  # attaches itself to the figure; no backend is chosen for the process
     return figure, list(figure.subplots(1, count))
 
 

@@ -1,4 +1,4 @@
-"""A rival's run: a directory like that of ES, and one that ends early and goes on to the same bits."""
+"""A baseline's run: its directory has the layout of an ES run, and a resumed run ends in the same bits."""
 
 import json
 import re
@@ -7,11 +7,25 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 import transformers
+from baseline_runs import (
+    FEW,
+    NO_GRADIENT,
+    SMALL,
+    TRL,
+    always_right,
+    easy_rows,
+    tensors,
+    train,
+    trl,
+    words_of,
+    write_few,
+)
 from command_line import Zygote, assert_same_tree, metrics, steps, tree, weights
-from rival_runs import FEW, NO_GRADIENT, SMALL, TRL, always_right, easy_rows, tensors, train, trl, words_of, write_few
 from safetensors.numpy import load_file
 from tiers import few, full
+from tiny_models import process_state
 
 from estune import ESConfig, ESTrainer
 from estune.baselines.session import BaselineSession
@@ -126,6 +140,18 @@ def test_a_run_is_quiet(whole, capfd):
     assert all(line.startswith(("estune: ", "step ")) for line in [*out.splitlines(), *err.splitlines()])
 
 
+def test_the_process_stays_as_it_was():
+    train("grpo", max_steps=0, output_dir="imports")  # imports of packages may change warnings and the environment
+    before, threads = process_state(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        train("grpo", max_steps=1)
+        now = process_state()
+    finally:
+        torch.set_num_threads(threads)
+    assert {name: value for name, value in now.items() if value != before[name]} == {"threads": 3}
+
+
 def test_a_run_whose_rewards_all_failed_says_so(capsys):
     train("grpo", max_steps=1, train_dataset=easy_rows(), reward_funcs=never_paid)
     assert "warning: every reward was None or failed" in capsys.readouterr().err
@@ -206,9 +232,9 @@ sys.exit(main(words))
 
 
 @pytest.fixture(scope="module")
-def rivals():
-    """A process that has the rivals' trainers imported, too."""
-    with Zygote(rivals=True) as process:
+def baseline_zygote():
+    """A forking process that has imported the trainers of the baselines."""
+    with Zygote(baselines=True) as process:
         yield process
 
 
@@ -229,20 +255,20 @@ KILLED = [
 
 
 @pytest.mark.parametrize(("method", "changes", "kills"), KILLED, ids=["grpo", "trl", "sft_rejection", "random_search"])
-def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, rivals, place):
+def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, baseline_zygote, place):
     """Killed again and again, in one run; SIGKILL, as the out-of-memory killer does it."""
     write_few(place)
     (place / "killer.py").write_text(KILLER)
     words = words_of(method, **changes)
-    assert rivals.run([*words, "--output_dir", "whole"], place).code == 0
+    assert baseline_zygote.run([*words, "--output_dir", "whole"], place).code == 0
     for where, step in kills:
-        done = rivals.run([where, step, *words, "--resume"], place, script=place / "killer.py")
+        done = baseline_zygote.run([where, step, *words, "--resume"], place, script=place / "killer.py")
         assert done.code == -signal.SIGKILL, done
-    done = rivals.run([*words, "--resume"], place)
+    done = baseline_zygote.run([*words, "--resume"], place)
     assert done.code == 0, done
     assert_same_run(place / "run", place / "whole")
     before = tree(place / "run")
-    done = rivals.run(["train", "--resume", "--output_dir", "run"], place)
+    done = baseline_zygote.run(["train", "--resume", "--output_dir", "run"], place)
     assert done.code == 0 and "is finished" in done.out, done
     assert_same_tree(tree(place / "run"), before)
 
@@ -512,7 +538,6 @@ def test_damaged_progress_is_no_state_to_go_on_from(search, place, searched, cha
 
 
 CONFIGS = {
-    "lost": (edited(seed=GONE), "seed"),
     "unknown": (edited(sigmb=1), "sigmb"),
     "a wrong type": (edited(logging_steps="x"), "logging_steps"),
     "out of range": (edited(sigma=-1), "sigma"),
@@ -531,6 +556,17 @@ def test_a_damaged_configuration_without_a_journal_is_one_sentence(search, place
     assert_one_sentence(search(), "es_config.json", word)
     assert_one_sentence(search("--max_steps", 3), "es_config.json", word)
     assert_same_tree(tree(place / "run"), before)
+
+
+def test_a_run_of_a_version_without_an_option_has_its_default(search, place, searched):
+    edited(response_prefix=GONE)(place / "run" / "es_config.json")
+    before = tree(place / "run")
+    assert search()[0] == 0
+    assert_same_tree(tree(place / "run"), before)
+    code, _, err = search("--response_prefix", "x")
+    assert code == 2 and "cannot change response_prefix from '' to 'x'" in err, err
+    assert search("--max_steps", 3)[0] == 0
+    assert weights(place / "run") == weights(searched / "long")
 
 
 def test_checkpoints_that_are_links_are_unlinked(search, place):

@@ -1,4 +1,4 @@
-"""What ES's rivals are given: the samples of ES's engine for ES's prompts, and their rewards."""
+"""What a baseline receives: the samples of ES's engine for ES's prompts, and their rewards."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from baseline_runs import NO_GRADIENT, SMALL, easy_rows, train, weights_of_base, write_few
 from command_line import PATIENCE_S, metrics, weights
-from rival_runs import NO_GRADIENT, SMALL, easy_rows, train, weights_of_base, write_few
 from tiers import few
 from tiny_models import save_tiny
 

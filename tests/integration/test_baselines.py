@@ -1,4 +1,4 @@
-"""ES's rivals are TRL's own trainers: their bits, their arguments, and what cannot work."""
+"""The baselines train with TRL's own trainers: their bits, their arguments, and what is refused."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from baseline_runs import NO_GRADIENT, SMALL, TRL, tensors, train, trl
 from command_line import metrics, write_rewards
 from datasets import Dataset
-from rival_runs import NO_GRADIENT, SMALL, TRL, tensors, train, trl
 from tiers import few, full
 
 from estune import ESConfig
@@ -25,7 +25,7 @@ from estune.train import setup
 pytestmark = [pytest.mark.miniature, pytest.mark.usefixtures("in_place")]
 
 
-# --- a rival is TRL's -------------------------------------------------------------------------------------------------
+# --- a baseline trains as TRL does -----------------------------------------------------------------------------------
 
 EXACT = [
     ("grpo", {}, {"loss_type": "grpo", "scale_rewards": "group"}),

@@ -1,4 +1,4 @@
-"""How the tests of ES's rivals run them; the fixtures are in `conftest.py`."""
+"""Helpers that run the baselines; the fixtures are in `conftest.py`."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from estune import ESConfig
 from estune.tasks import get_task
 
-trl = pytest.importorskip("trl", reason="the rivals' trainers")
+trl = pytest.importorskip("trl", reason="the baselines' trainers")
 
 from estune.baselines import BaselineTrainer  # noqa: E402
 

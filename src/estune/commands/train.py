@@ -1,0 +1,97 @@
+"""`estune train`: the configuration from flags, file, stored run or preset, and the trainer of its method.
+
+The configuration is checked before torch is imported, so that a wrong option is refused at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from estune.config import ESConfig, coerce, read_config_file
+from estune.console import print_result, say
+from estune.errors import UserError
+
+DEMO_PRESET = "demo"
+
+
+def train_command(values: dict[str, Any]) -> int:
+    """Train, or with ``dry_run`` print the resolved configuration; ``values`` holds the given options.
+
+    Raises:
+        UserError: an option, an input or the run directory is invalid.
+    """
+    args = train_config(values)
+    from estune.es.types import num_parameters
+    from estune.train import setup
+    from estune.train.request import BaseTrainer
+    from estune.train.trainer import ESTrainer
+
+    trainer: BaseTrainer
+    if args.method == "es":
+        trainer = ESTrainer(args=args)
+    else:
+        from estune.baselines import BaselineTrainer
+
+        trainer = BaselineTrainer(args=args)
+    if args.dry_run:
+        prompts = trainer.prepare()
+        print_result(setup.resolve_with_engine(trainer.args, trainer.engine, prompts).to_json().rstrip("\n"))
+        print_result(
+            f"estune: {num_parameters(trainer.engine.specs):,} parameters, {len(trainer.train_rows)} training rows, "
+            f"{len(trainer.eval_rows)} held out; nothing was written"
+        )
+        return 0
+    trainer.train()
+    return 0
+
+
+def train_config(values: dict[str, Any]) -> ESConfig:
+    """Return the configuration of `estune train`: flags over the run's own (resume), the file, or the preset."""
+    flags = dict(values)
+    file = flags.pop("config", None)
+    from_file = read_config_file(file) if file else {}
+    options = _merged(from_file, flags)
+    base: dict[str, Any] = {}
+    resuming = coerce("resume", options.get("resume", False)) and options.get("output_dir")
+    run_files = [Path(str(options.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
+    if resuming and any(file.exists() for file in run_files):
+        from estune.rewards.loading import look_for_modules_in
+        from estune.run.origin import located, module_directories, refuse_lost
+        from estune.run.saved_config import read_config
+
+        run_dir = Path(str(options["output_dir"]))
+        base = located(read_config(run_dir), run_dir)
+        refuse_lost(base, run_dir, options)
+        base["output_dir"] = str(run_dir)
+        look_for_modules_in(module_directories(run_dir))
+        stored_method, method = base.get("method", "es"), options.get("method", base.get("method", "es"))
+        if method != stored_method:  # checked first, else options of one method are compared with those of another
+            raise UserError(f"a resume cannot change method from {stored_method!r} to {method!r}")
+    elif file is None and not options.keys() & {"model", "task", "dataset_name", "engine"}:
+        if resuming:
+            raise UserError(
+                f"{options['output_dir']} holds no run to resume; to start a run there, give --task or a dataset"
+            )
+        if options.get("method", "es") != "es":
+            raise UserError(
+                f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
+                f"{options['method']}"
+            )
+        base = read_config_file(DEMO_PRESET)
+        say(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
+    args = ESConfig.from_mapping({**base, **options})
+    args.validate_training()
+    return args
+
+
+def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's values with the flags over them.
+
+    If the file's output_dir is ``runs/<run_name>``, another --output_dir also drops the file's run_name.
+    """
+    directory, name = (coerce(field, from_file.get(field)) for field in ("output_dir", "run_name"))
+    is_named_after_run = directory is not None and name is not None and Path(directory) == Path("runs") / name
+    if is_named_after_run and "output_dir" in flags and "run_name" not in flags:
+        return {**from_file, **flags, "run_name": None}
+    return {**from_file, **flags}
