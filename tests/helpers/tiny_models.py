@@ -112,15 +112,40 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build a family's random model; noise on its weights varies greedy answers and leaves no parameter constant."""
+    """Build a family's random model; weights are spread so that greedy answers vary and no parameter is constant."""
+    return _spread(FAMILIES[family], seed)
+
+
+def _spread(build: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval()
+    model = build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
     torch.set_rng_state(state)
     return model
+
+
+# vLLM's attention on CPUs needs heads of a multiple of 32.
+_WIDE: dict[str, Any] = {**_DECODER, "hidden_size": 128}
+_FOR_VLLM: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: _build("Llama", **_WIDE, tie_word_embeddings=False),
+    "qwen2": lambda: _build("Qwen2", **_WIDE, tie_word_embeddings=True),
+    "qwen3": lambda: _build("Qwen3", **_WIDE, head_dim=32),
+    "gemma3": lambda: _build("Gemma3Text", **_WIDE, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
+    "phi3": lambda: _build("Phi3", **_WIDE, original_max_position_embeddings=128),
+    "gpt2": lambda: _build("GPT2", n_embd=128, n_layer=2, n_head=4, n_positions=128),
+    "qwen3_moe": lambda: _build(
+        "Qwen3Moe", **_WIDE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+}
+
+
+def save_tiny_for_vllm(family: str, directory: Path) -> None:
+    """Write a family's model, in sizes that vLLM runs on a CPU, and a tokenizer to ``directory``."""
+    _spread(_FOR_VLLM[family]).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

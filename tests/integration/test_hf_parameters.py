@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from estune.engines.hf.engine import HFEngine
-from estune.engines.hf.parameters import _pieces_of, view_at, bindings
+from estune.engines.hf.parameters import _pieces_of, bindings, view_at
 from estune.errors import UserError
 from estune.es.noise import noise_ints, perturbation_scale
 from estune.es.types import Member, Noise, Perturbation, Prompt, Sampling

@@ -31,6 +31,7 @@ class LocalBase:
     assets: ModelAssets
     compute_dtype = "float32"  # or bfloat16, float16
     prompts_per_batch = 1  # prompts in one forward pass
+    max_context: int | None = None  # tokens of prompt and completion together; None: unlimited
     perturb_s = 0.0  # seconds spent on writing members' weights so far; 0 if the engine does not measure them
     _anchor: AnchorReader | None = None
     _checksum: tuple[int, str] | None = None  # theta's version and checksum
@@ -65,10 +66,24 @@ class LocalBase:
         """Return the completions (B, G) of one member, or of theta (None), for prompts (B)."""
         raise NotImplementedError
 
+    def generate_population(
+        self,
+        perturbations: Sequence[Perturbation],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[list[Completion]]]:
+        """Return the completions (M, B, G) of M members for prompts (B), one member after another."""
+        return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
+
     def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
-        """Answer one group, one member after another."""
+        """Answer one group; a group of members alone may share forward passes, see `generate_population`."""
         started, perturbed = time.perf_counter(), self.perturb_s
-        completions = [self.generate(each, job.prompts, job.sampling, should_stop) for each in job.perturbations]
+        members = [each for each in job.perturbations if each is not None]
+        if len(members) == len(job.perturbations):
+            completions = self.generate_population(members, job.prompts, job.sampling, should_stop)
+        else:
+            completions = [self.generate(each, job.prompts, job.sampling, should_stop) for each in job.perturbations]
         perturb_s = self.perturb_s - perturbed
         return GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
 
@@ -187,6 +202,18 @@ class LocalBase:
                     f"a job for theta {job.theta_checksum} reached a replica that holds {self.theta_checksum}"
                 )
             yield job
+
+    def check_lengths(self, prompts: Sequence[Prompt], new_tokens: Sequence[int]) -> None:
+        """Raise UserError for an empty prompt, or one that leaves no room for its ``new_tokens`` in the context."""
+        for prompt, new in zip(prompts, new_tokens, strict=True):
+            length = len(prompt.token_ids)
+            if not length:
+                raise UserError(f"the prompt of row {prompt.row_id} has no tokens")
+            if self.max_context is not None and length + new > self.max_context:
+                raise UserError(
+                    f"the prompt of row {prompt.row_id} has {length} tokens, which with {new} for the completion "
+                    f"exceeds the model's context of {self.max_context}"
+                )
 
     def stop(self) -> None:
         """Do nothing, because a local engine holds only memory."""

@@ -45,7 +45,7 @@ from estune.engines.lowrank.stand_ins import Uncovered
 from estune.engines.lowrank.trial import shared_forward
 from estune.errors import UserError
 from estune.es.theta import HostTheta
-from estune.es.types import Completion, GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, Perturbation, Prompt, Sampling
 from estune.models.names import local_directory
 
 
@@ -264,16 +264,6 @@ class HFEngine(LocalBase):
             header=header,
         )
 
-    def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
-        """Answer one group; low-rank members share every forward pass if the model allows it."""
-        members = [each for each in job.perturbations if each is not None]
-        if self._shared is None or len(members) < len(job.perturbations):
-            return super().answer(job, should_stop)
-        started, perturbed = time.perf_counter(), self.perturb_s
-        completions = self.generate_population(members, job.prompts, job.sampling, should_stop)
-        perturb_s = self.perturb_s - perturbed
-        return GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
-
     def generate(
         self,
         perturbation: Perturbation | None,
@@ -289,7 +279,7 @@ class HFEngine(LocalBase):
         """
         if perturbation is not None and self._shared is not None:
             return self.generate_population([perturbation], prompts, sampling, should_stop)[0]
-        self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
+        self.check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
         with self.working.in_use():
             self._load(perturbation)
             return self._answer(None, prompts, sampling, should_stop)[0]
@@ -311,7 +301,7 @@ class HFEngine(LocalBase):
         """
         if self._shared is None:
             return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
-        self._check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
+        self.check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
         try:
             with self.working.in_use():
                 self._load(None)
@@ -394,7 +384,7 @@ class HFEngine(LocalBase):
         Raises:
             UserError: a prompt is empty, or a prompt with its completion is longer than the model's context.
         """
-        self._check_lengths(prompts, [len(completion) for completion in completions])
+        self.check_lengths(prompts, [len(completion) for completion in completions])
         result: list[list[float]] = []
         size = 1 if self._batching == "single" else self.prompts_per_batch
         with self.working.in_use():
@@ -448,17 +438,6 @@ class HFEngine(LocalBase):
             return [[i] for i in indices]
         lengths = sorted({len(rows[i].token_ids) for i in indices})
         return [[i for i in indices if len(rows[i].token_ids) == length] for length in lengths]
-
-    def _check_lengths(self, prompts: Sequence[Prompt], new_tokens: Sequence[int]) -> None:
-        for prompt, new in zip(prompts, new_tokens, strict=True):
-            length = len(prompt.token_ids)
-            if not length:
-                raise UserError(f"the prompt of row {prompt.row_id} has no tokens")
-            if self.max_context is not None and length + new > self.max_context:
-                raise UserError(
-                    f"the prompt of row {prompt.row_id} has {length} tokens, which with {new} for the completion "
-                    f"exceeds the model's context of {self.max_context}"
-                )
 
     def _load(self, perturbation: Perturbation | None) -> None:
         """Write a member, or theta, into the working model, if the model does not hold it yet."""

@@ -32,44 +32,27 @@ if TYPE_CHECKING:
 COSINE_ELEMENTS = 1 << 16  # elements of each parameter that `perturb_cosine` reads
 
 
-class WorkingModel:
-    """A model, its theta, and a record of the weights in the model's memory.
+class ModelWeights:
+    """The weights of a model in memory: theta, a record of what the memory holds, and the way to write members.
 
     ``is_theta``: theta's arrays are the model's memory, so no member may be written into it.
     """
 
-    def __init__(self, model: Any, bound: Sequence[Binding], host: HostTheta) -> None:
-        """Write theta into ``model``. On CUDA theta may move to the device: use the attribute ``theta`` afterwards."""
-        self.model = model
+    def __init__(self, bound: Sequence[Binding], host: HostTheta, device: torch.device) -> None:
+        """Write theta through ``bound``. On CUDA theta may move to the device: use the attribute ``theta`` afterwards."""
         self.bindings = list(bound)
+        self.device = device
         self._trained = {spec.name for spec in host.specs if spec.perturbed}
         self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
         self.is_theta = any(np.shares_memory(host.arrays[name], live) for name, live in self._live.items())
-        self._on_device = _on_device(host, model.device)
+        self._on_device = _on_device(host, device)
         self.theta = host if self._on_device is None else self._on_device
         staged = [] if self._on_device is not None else [b for b in bound if b.name not in self._live]
         largest = max((max(b.pieces[0].parameter.numel(), math.prod(b.shape)) for b in staged), default=0)
-        self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=model.device.type == "cuda")
+        self._staging = torch.empty(largest, dtype=torch.float32, pin_memory=device.type == "cuda")
         self._held: tuple[Perturbation | None, int] | None = None  # the member in memory, and theta's version
         self._fixed_version = -1  # theta's version when the untrained parameters were written
-        self._threads = host.num_threads
-        self._modules = list(model.modules())
-        self._linear = small_linear.plain_layers(model)
-        self._attention: list[attention.Choice] = []
         self.hold(None)
-        with self.in_use():
-            self._attention = attention.find(model)
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Make the model fast within the block: engine's threads, evaluation mode, own linear layers and attention."""
-        with (
-            torch_threads(self._threads),
-            evaluation_mode(self.model, self._modules),
-            small_linear.installed(self._linear),
-            attention.selected(self._attention),
-        ):
-            yield
 
     @torch.inference_mode()
     def hold(self, perturbation: Perturbation | None) -> float:
@@ -134,7 +117,7 @@ class WorkingModel:
                 continue
             if self._on_device is not None:
                 direct = binding.direct
-                out = torch.empty(binding.shape, dtype=binding.dtype, device=self.model.device)
+                out = torch.empty(binding.shape, dtype=binding.dtype, device=self.device)
                 self._on_device.perturb_into(name, perturbation, out if direct is None else direct)
                 if direct is None:
                     binding.write(out)
@@ -148,7 +131,33 @@ class WorkingModel:
                 binding.write(self._staging[:size].view(binding.shape))
         self.theta.perturb_all(perturbation, live)
         if self._on_device is not None:
-            torch.cuda.current_stream(self.model.device).synchronize()  # kernels run asynchronously
+            torch.cuda.current_stream(self.device).synchronize()  # kernels run asynchronously
+
+
+class WorkingModel(ModelWeights):
+    """A transformers model with its weights, and what makes it fast while it computes."""
+
+    def __init__(self, model: Any, bound: Sequence[Binding], host: HostTheta) -> None:
+        """Write theta into ``model``; see `ModelWeights`."""
+        self.model = model
+        self._threads = host.num_threads
+        self._modules = list(model.modules())
+        self._linear = small_linear.plain_layers(model)
+        self._attention: list[attention.Choice] = []
+        super().__init__(bound, host, model.device)
+        with self.in_use():
+            self._attention = attention.find(model)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Make the model fast within the block: engine's threads, evaluation mode, own linear layers and attention."""
+        with (
+            torch_threads(self._threads),
+            evaluation_mode(self.model, self._modules),
+            small_linear.installed(self._linear),
+            attention.selected(self._attention),
+        ):
+            yield
 
 
 def _live_memory(binding: Binding) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,26 @@ import torch
 
 from estune.console import warn
 from estune.engines.base import EngineFacts, EngineOptions
-from estune.engines.hf import identity
+from estune.engines.hf import identity, trials
 from estune.engines.hf.assets import HFAssets
 from estune.engines.hf.decoding import StopStrings
-from estune.engines.hf.loading import files_of, load_model, load_tokenizer, resolve_device, resolve_dtype, resolve_model
+from estune.engines.hf.loading import (
+    files_of,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+    torch_threads,
+)
 from estune.engines.local import LocalBase
-from estune.engines.reproducibility import answers_repeat
 from estune.engines.vllm import launch, table
 from estune.engines.vllm.messages import MEMBER, ROW, message_of
 from estune.engines.vllm.shared_memory import SharedArrays
 from estune.errors import UserError
 from estune.es.population import derive_seed
 from estune.es.theta import HostTheta
-from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, Interrupted, Perturbation, Prompt, Sampling
 
 MOST_ROWS = 256  # requests that vLLM runs at a time
 
@@ -49,13 +57,13 @@ class VLLMEngine(LocalBase):
         """
         if options.module is not None:
             raise UserError("the engine vllm loads a model by name; it cannot take a module in memory")
-        return cls(options)
+        with torch_threads(options.num_threads):
+            return cls(options)
 
     def __init__(self, options: EngineOptions) -> None:
         """Load a model; see `open`."""
         version = launch.installed_version()
         place = resolve_device(options.device)
-        torch.set_num_threads(options.num_threads)
         is_given = options.tokenizer is not None
         tokenizer = options.tokenizer
         if not is_given:
@@ -73,7 +81,9 @@ class VLLMEngine(LocalBase):
             noise=options.noise,
         )
         config = module.config
-        self.compute_dtype = str(resolve_dtype(options.dtype, place, getattr(config, "dtype", None))).removeprefix("torch.")
+        self.compute_dtype = str(resolve_dtype(options.dtype, place, getattr(config, "dtype", None))).removeprefix(
+            "torch."
+        )
         commit = getattr(config, "_commit_hash", None) or options.revision
         digests = identity.directory_identity(
             files_of(options.model, commit), tokenizer=not is_given, code=options.trust_remote_code
@@ -88,6 +98,7 @@ class VLLMEngine(LocalBase):
         module.to("meta")  # the assets need its configuration and code only
         gc.collect()
         self.device = place
+        self._num_threads = options.num_threads
         self.model_type, self.architecture = config.model_type, type(module).__name__
         self.prompts_per_batch = options.prompts_per_batch
         self._llm = launch.start(
@@ -114,6 +125,8 @@ class VLLMEngine(LocalBase):
         for each in opened:
             if each["error"] is not None:
                 raise UserError(each["error"])
+        for path in {path for rank in self._call("estune_shared_files") for path in rank}:
+            Path(path).unlink(missing_ok=True)  # the ranks have it open; nothing is left if they are killed
         shapes = {spec.name: tuple(spec.shape) for spec in self.theta.specs}
         table.refuse_uncovered(shapes, [each["ranges"] for each in opened], self.architecture)
         self._stored_dtypes: dict[str, str] = {k: v for each in opened for k, v in each["dtypes"].items()}
@@ -153,16 +166,6 @@ class VLLMEngine(LocalBase):
             header=header,
         )
 
-    def answer(self, job: GroupJob, should_stop: Callable[[], bool]) -> GroupAnswer:
-        """Answer one group; low-rank members share vLLM's batches if every parameter has a rule."""
-        members = [each for each in job.perturbations if each is not None]
-        if not self._shares or len(members) < len(job.perturbations):
-            return super().answer(job, should_stop)
-        started, perturbed = time.perf_counter(), self.perturb_s
-        completions = self.generate_population(members, job.prompts, job.sampling, should_stop)
-        perturb_s = self.perturb_s - perturbed
-        return GroupAnswer(job.indices, completions, time.perf_counter() - started - perturb_s, perturb_s)
-
     def generate(
         self,
         perturbation: Perturbation | None,
@@ -173,10 +176,11 @@ class VLLMEngine(LocalBase):
         """Return the completions (B, G) of one member, or of theta, for prompts (B); see `LocalEngine.generate`."""
         if perturbation is not None and self._shares:
             return self.generate_population([perturbation], prompts, sampling, should_stop)[0]
-        self._check_lengths(prompts, sampling)
+        self.check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
         message = None if perturbation is None else message_of(perturbation)
-        self.perturb_s += max(self._call("estune_hold", message))
-        return self._answer(1, prompts, sampling, should_stop, are_members=False)[0]
+        with torch_threads(self._num_threads):
+            self.perturb_s += max(self._call("estune_hold", message))
+            return self._answer(1, prompts, sampling, should_stop, are_members=False)[0]
 
     def generate_population(
         self,
@@ -188,12 +192,13 @@ class VLLMEngine(LocalBase):
         """Return the completions (M, B, G) of M members for prompts (B)."""
         if not self._shares:
             return [self.generate(perturbation, prompts, sampling, should_stop) for perturbation in perturbations]
-        self._check_lengths(prompts, sampling)
-        self.perturb_s += max(self._call("estune_hold", None))
-        started = time.perf_counter()
-        self._call("estune_members", [message_of(perturbation) for perturbation in perturbations])
-        self.perturb_s += time.perf_counter() - started
-        return self._answer(len(perturbations), prompts, sampling, should_stop, are_members=True)
+        self.check_lengths(prompts, [sampling.max_completion_length] * len(prompts))
+        with torch_threads(self._num_threads):
+            self.perturb_s += max(self._call("estune_hold", None))
+            started = time.perf_counter()
+            self._call("estune_members", [message_of(perturbation) for perturbation in perturbations])
+            self.perturb_s += time.perf_counter() - started
+            return self._answer(len(perturbations), prompts, sampling, should_stop, are_members=True)
 
     def members_that_fit(self, members: int, rows: int, length: int, rank: int, sampled: bool = False) -> int:
         """Return how many members fill vLLM's batch; see `Generator.members_that_fit`."""
@@ -206,8 +211,8 @@ class VLLMEngine(LocalBase):
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Return whether members give the same tokens twice; see `estune.engines.reproducibility`."""
-        return answers_repeat(self, perturbations, prompts, sampling, MOST_ROWS)
+        """Return whether members give the same tokens twice; see `estune.engines.hf.trials`."""
+        return trials.answers_repeat(self, perturbations, prompts, sampling, MOST_ROWS)
 
     def forget(self) -> None:
         """Let the workers write theta again, because it has changed."""
@@ -302,17 +307,6 @@ class VLLMEngine(LocalBase):
     def _next_name(self) -> str:
         self._requests += 1
         return str(self._requests)
-
-    def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        for prompt in prompts:
-            length = len(prompt.token_ids)
-            if not length:
-                raise UserError(f"the prompt of row {prompt.row_id} has no tokens")
-            if length + sampling.max_completion_length > self.max_context:
-                raise UserError(
-                    f"the prompt of row {prompt.row_id} has {length} tokens, which with "
-                    f"{sampling.max_completion_length} for the completion exceeds the model's context of {self.max_context}"
-                )
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of `extension.WorkerExtension` in all workers; return their results."""

@@ -6,15 +6,18 @@ that they reach a worker in another process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from estune.engines.hf.working_model import WorkingModel
+from estune.engines.hf.working_model import ModelWeights
 from estune.engines.vllm import shared_memory, table
 from estune.engines.vllm.members import MemberBatch
 from estune.engines.vllm.messages import PerturbationMessage, perturbation_of
+
 
 class WorkerExtension:
     """Methods that vLLM adds to its worker; the engine calls them with ``collective_rpc``."""
@@ -47,7 +50,7 @@ class WorkerExtension:
             table.verify(model, bound, lambda name: torch.from_numpy(theta.arrays[name]), caches, architecture)
         except UserError as error:
             return {"error": str(error)}
-        self.estune_working = WorkingModel(_Placed(model), bound, theta)
+        self.estune_weights = ModelWeights(bound, theta, next(model.parameters()).device)
         self.estune_theta = theta
         self.estune_batch = MemberBatch(self.model_runner, bound, theta)
         return {
@@ -58,18 +61,18 @@ class WorkerExtension:
 
     def estune_hold(self, message: PerturbationMessage | None) -> float:
         """Write a member, or theta, into the weights; return the seconds that this took."""
-        return self.estune_working.hold(perturbation_of(message))
+        return self.estune_weights.hold(perturbation_of(message))
 
     def estune_moved(self) -> None:
         """Take note that theta has changed in its shared memory."""
         self.estune_theta.version += 1
-        self.estune_working.forget()
+        self.estune_weights.forget()
 
     def estune_cosine(self, message: PerturbationMessage) -> dict[str, float]:
-        """Return `WorkingModel.perturb_cosine`."""
+        """Return `ModelWeights.perturb_cosine`."""
         perturbation = perturbation_of(message)
         assert perturbation is not None
-        return self.estune_working.perturb_cosine(perturbation)
+        return self.estune_weights.perturb_cosine(perturbation)
 
     def estune_uncovered(self) -> list[str]:
         """Return why members cannot share a forward pass: the first parameters without a rule."""
@@ -79,13 +82,11 @@ class WorkerExtension:
         """Compute the factors of a group's members; a request's ``extra_args`` says which member answers it."""
         self.estune_batch.set_members([p for p in map(perturbation_of, messages) if p is not None])
 
+    def estune_shared_files(self) -> list[str]:
+        """Return the files in ``/dev/shm`` through which the ranks of this engine talk; all ranks have opened them."""
+        ident = os.environ.get("VLLM_DIST_IDENT", "")
+        return [str(path) for path in Path("/dev/shm").glob(f"vllm_dist_*{ident}*")] if ident else []
+
     def estune_unsound(self) -> list[int]:
         """Return the rows whose logits held NaN or infinity since the last call."""
         return self.estune_batch.take_unsound()
-
-
-class _Placed:
-    """A vLLM module with the attribute that `WorkingModel` reads: the device of its weights."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.device = next(model.parameters()).device

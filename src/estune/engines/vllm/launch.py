@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -82,6 +83,7 @@ def start(
     )
     with _starting():
         import vllm
+
         if not torch.cuda.is_available() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         try:
@@ -107,9 +109,11 @@ def _starting() -> Iterator[None]:
     try:
         for name, value in VARIABLES.items():
             os.environ.setdefault(name, value)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries that vLLM calls
+            yield
     finally:
         torch.set_num_threads = set_num_threads
-        for name, value in before.items():
-            if value is None:
+        for name, earlier in before.items():
+            if earlier is None:
                 os.environ.pop(name, None)

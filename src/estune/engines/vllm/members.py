@@ -32,23 +32,24 @@ class MemberBatch:
     """
 
     def __init__(self, runner: Any, bound: Sequence[Binding], theta: HostTheta) -> None:
-        """Find the layers of all trained parameters; ``uncovered`` names those without a rule."""
+        """Find the layers of low-rank members; ``uncovered`` names the parameters without a rule."""
         self.theta = theta
         self.uncovered: list[str] = []
         self.count = 0  # members, M
         self.idle = True  # no row of the batch belongs to a member
         self.rows = torch.empty(0, dtype=torch.int64)
+        self._requests: list[int] = []  # rows of the requests in the forward pass in progress
         self._unsound: set[int] = set()
         self._runner = runner
-        self._linears: list[_Layer] = []
-        self._norms: list[_Norm] = []
-        self._find_layers(runner.get_model(), bound)
+        self._layers: list[_Layer | _Norm] = []
+        if any(spec.lowrank for spec in theta.specs):
+            self._find_layers(runner.get_model(), bound)
         self._watch()
 
     def set_members(self, perturbations: Sequence[Perturbation]) -> None:
         """Compute the factors of M members, for the requests that follow; an empty list frees the memory."""
         self.count = len(perturbations)
-        for layer in [*self._linears, *self._norms]:
+        for layer in self._layers:
             layer.set_members(perturbations)
 
     def take_unsound(self) -> list[int]:
@@ -73,8 +74,7 @@ class MemberBatch:
                 self.uncovered.append(f"{name} ({type(module).__name__})")
                 continue
             found |= {id(module._parameters[attribute]) for attribute in own}
-            layer = rule(self, module, own)
-            (self._linears if isinstance(layer, _Layer) else self._norms).append(layer)  # type: ignore[arg-type]
+            self._layers.append(rule(self, module, own))
         missing = [pieces[0][0].name for key, pieces in by_parameter.items() if key not in found]
         self.uncovered.extend(missing[:1] if not self.uncovered else [])
 
@@ -106,7 +106,6 @@ class MemberBatch:
                     self._unsound |= {r for r, ok in zip(self._requests, sound.tolist(), strict=True) if not ok}
             return logits
 
-        self._requests: list[int] = []
         runner._model_forward = model_forward
         model.compute_logits = logits_of
 
@@ -128,7 +127,9 @@ class _Part:
     def __init__(self, binding: Binding, piece: Piece) -> None:
         self.binding, self.piece = binding, piece
         weight = piece.parameter
-        self.start, self.column = divmod(piece.view.storage_offset() - weight.data.storage_offset(), weight.shape[-1])
+        self.start, self.column = divmod(
+            int(piece.view.storage_offset()) - int(weight.data.storage_offset()), weight.shape[-1]
+        )
         self.output_dim = 1 if piece.view.stride()[-1] != 1 else 0  # dimension of the stored matrix
         self.size = piece.length if piece.dim == self.output_dim else binding.shape[self.output_dim]
         self.outer = self.inner = torch.empty(0)
@@ -207,7 +208,9 @@ class _Values:
                 stored = torch.from_numpy(self.theta.perturb(binding.name, perturbation))
                 part = stored.narrow(piece.dim, piece.start, piece.length)
                 offset = piece.view.storage_offset() - origin
-                target = values[index].as_strided(piece.view.shape, piece.view.stride(), values[index].storage_offset() + offset)
+                target = values[index].as_strided(
+                    piece.view.shape, piece.view.stride(), values[index].storage_offset() + offset
+                )
                 target.copy_(part.reshape(piece.view.shape))
         self.values = values
 

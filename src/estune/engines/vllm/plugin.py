@@ -19,13 +19,13 @@ def register() -> None:
     from vllm.triton_utils import dispatcher
 
     # vLLM reads the attributes of all objects of all modules, and llvmlite's library object answers any name.
-    dispatcher.vars = attributes_of  # type: ignore[attr-defined]
+    dispatcher.vars = attributes_of
     utils.dispatch_cpu_unquantized_gemm = keep_weight
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return an object's attributes as `vars` does; an empty dict if its ``__dict__`` is no dictionary."""
-    attributes = getattr(value, "__dict__", None)
+    attributes: Any = getattr(value, "__dict__", None)
     return dict(attributes) if hasattr(attributes, "items") else {}
 
 

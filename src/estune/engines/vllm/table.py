@@ -55,7 +55,9 @@ def bind(model: nn.Module, stored: Mapping[str, Stored], architecture: str) -> l
         addresses = _probe(model, {name: stored[name].shape for name in names}, targets, architecture)
         starts = _starts([stored[name].shape for name in names])
         for target, held in addresses.items():
-            for name, piece in _pieces(held.reshape(-1), names, starts, stored, parameters[target], target, architecture):
+            for name, piece in _pieces(
+                held.reshape(-1), names, starts, stored, parameters[target], target, architecture
+            ):
                 pieces[name].append(piece)
     return [
         Binding(name, stored[name].shape, tuple(pieces[name]), stored[name].requires_grad, stored[name].kind)
@@ -190,8 +192,8 @@ def verify(
     copies = list(_other_tensors(model, caches))
     if copies:
         raise UserError(
-            f"vLLM keeps {copies[0]} of {architecture} outside the model's parameters, so a member would not change it; "
-            "use --engine hf"
+            f"vLLM keeps {copies[0]} of {architecture} outside the model's parameters, so a member would not change "
+            "it; use --engine hf"
         )
 
 
