@@ -13,13 +13,19 @@ PPO := $(VENV)/lib/estune-ppo
 export PYTHONHASHSEED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-e2e test-real fuzz check docs format bench bench-check figures clean
+# vLLM needs other versions of common packages, hence an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM := $(VLLM_VENV)/.installed
+
+.PHONY: help install demo test test-e2e test-real vllm test-vllm fuzz check docs format bench bench-check figures clean
 
 help:
 	@echo "make demo    set up, train the embedded model, evaluate before and after"
 	@echo "make test    set up, run the unit and invariant tests and a miniature of every feature"
 	@echo "make test-e2e   comparisons end to end, every kill point, full products of parameters, a short fuzz run"
 	@echo "make test-real  real models, the package registry, trackers, a browser, lm-eval"
+	@echo "make vllm    an environment with vLLM on CPUs, in $(VLLM_VENV)"
+	@echo "make test-vllm  the vLLM engine's tests, in that environment"
 	@echo "make fuzz    1000 random cases against the real commands: data, models, kills, streams (about half an hour)"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as pages, in build/site"
@@ -57,6 +63,16 @@ test-e2e: $(DEV)
 
 test-real: $(DEV)
 	$(PYTEST) -m real tests/integration
+
+vllm: $(VLLM)
+
+$(VLLM): pyproject.toml requirements-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt -e .
+	touch $(VLLM)
+
+test-vllm: $(VLLM)
+	$(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/integration/test_vllm.py
 
 fuzz: $(DEV)
 	$(BIN)/python scripts/fuzz.py --cases 1000 --seed 0

@@ -60,7 +60,7 @@ ELSEWHERE = {
     "num_return_sequences": "; use --num_generations",
     "stop": "; use --stop_strings",
     "temp": "; use --temperature",
-    "use_vllm": "; this version has the engines hf and toy",
+    "use_vllm": "; use --engine vllm",
     "deepspeed": "; this version runs in one process on one device",
     "fsdp": "; this version runs in one process on one device",
 }

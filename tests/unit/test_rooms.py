@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "train baselines commands monitor compare", "__main__": "cli", "estune": "config environment errors train",
 }  # fmt: skip
 LIGHT = ("es", "run", "rewards", "sandbox", "tasks")  # rooms that load neither torch nor transformers
-TIERS = ("miniature", "e2e", "real")
+TIERS = ("miniature", "e2e", "real", "vllm")
 FILES = {".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): path
          for path in SRC.rglob("*.py")}  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_an_integration_file_names_its_tier(path: Path) -> None:
 
 def test_the_default_selection_is_what_make_test_runs() -> None:
     options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
-    assert "-m 'not e2e and not real'" in options["addopts"]
+    assert "-m 'not e2e and not real and not vllm'" in options["addopts"]
     assert {mark.partition(":")[0] for mark in options["markers"]} == {*TIERS, "xdist_group(name)"}
 
 

@@ -138,7 +138,7 @@ def _check_before_work(args: ESConfig, reference: str | None, rows: str | None) 
         if Path(rows).is_dir():
             raise UserError(f"rows {rows} is a directory, not a file to write")
         Path(rows).parent.mkdir(parents=True, exist_ok=True)
-    if args.engine == "hf":
+    if args.engine in ("hf", "vllm"):
         for model in (args.model, reference):
             if model is not None:
                 setup.check_model(model, args.revision)

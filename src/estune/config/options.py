@@ -39,7 +39,7 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
 RESUMABLE = frozenset(
     "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows eval_greedy logging_steps report_to "
     "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
-    "hub_private_repo".split()
+    "hub_private_repo tensor_parallel_size".split()
 )
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
@@ -48,7 +48,7 @@ EVALUATE_FIELDS = (
     "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
     "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
-    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads"
+    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads tensor_parallel_size"
 ).split()
 # `estune probe`: the options that decide the members' completions and their rewards.
 PROBE_FIELDS = (
@@ -56,7 +56,7 @@ PROBE_FIELDS = (
     "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
     "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
     "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
-    "prompts_per_batch members_per_batch num_threads"
+    "prompts_per_batch members_per_batch num_threads tensor_parallel_size"
 ).split()
 # `estune score`: the options that decide the rewards of given completions.
 SCORE_FIELDS = (
@@ -101,8 +101,9 @@ class ESConfig:
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
     engine: str = _option(
-        "hf", "Generation backend: hf (transformers), toy (a function of a vector), or package.module:Class."
+        "hf", "Generation backend: hf (transformers), vllm, toy (a function of a vector), or package.module:Class."
     )
+    tensor_parallel_size: int = _option(1, "Processes that share one model, with engine vllm.")
     trainable_parameters: list[str] | None = _option(
         None, "Regular expressions; only parameters whose stored name matches one of them are trained. Default: all."
     )
@@ -288,6 +289,7 @@ class ESConfig:
             "members_per_batch",
             "rank",
             "num_threads",
+            "tensor_parallel_size",
             "reward_workers",
             "top_p",
         )
@@ -372,6 +374,8 @@ class ESConfig:
         if self.engine not in ENGINES and ":" not in self.engine:
             raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, or package.module:Class"
                             f"{nearest(self.engine, ENGINES)}")  # fmt: skip
+        if self.tensor_parallel_size > 1 and self.engine != "vllm":
+            raise UserError(f"engine {self.engine} does not use tensor_parallel_size; engine vllm does")
         for pattern in self.trainable_parameters or []:
             try:
                 re.compile(pattern)
@@ -393,8 +397,8 @@ class ESConfig:
             raise UserError("max_time_s needs constant schedules: others depend on the number of steps")
         if self.method == "es":
             return
-        if self.engine == "toy":
-            raise UserError(f"method {self.method} trains a language model: it needs engine hf")
+        if self.engine in ("toy", "vllm"):
+            raise UserError(f"method {self.method} trains the model of transformers itself: it needs engine hf")
         if self.console == "panel":
             raise UserError(f"console panel shows a population: with method {self.method} use console lines")
         if self.log_completions:

@@ -273,6 +273,7 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
         prompts_per_batch=args.prompts_per_batch,
         trainable_parameters=args.trainable_parameters,
         noise=args.noise,
+        tensor_parallel_size=args.tensor_parallel_size,
     )
     is_toy = args.engine == "toy" or (args.engine == "hf" and module is None and _is_toy(args.model))
     if is_toy:

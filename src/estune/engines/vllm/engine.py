@@ -99,6 +99,7 @@ class VLLMEngine(LocalBase):
         gc.collect()
         self.device = place
         self._num_threads = options.num_threads
+        self._tensor_parallel_size = options.tensor_parallel_size
         self.model_type, self.architecture = config.model_type, type(module).__name__
         self.prompts_per_batch = options.prompts_per_batch
         self._llm = launch.start(
@@ -155,6 +156,7 @@ class VLLMEngine(LocalBase):
             "max_context": self.max_context,
             "prompts_per_batch": self.prompts_per_batch,
             "shared_forward": self._shares,
+            "tensor_parallel_size": self._tensor_parallel_size,
         }
         return EngineFacts(
             name="vllm",

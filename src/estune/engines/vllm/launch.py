@@ -18,7 +18,7 @@ from estune.engines.vllm.plugin import STARTED_BY
 from estune.errors import UserError
 
 TESTED = ("0.32.0",)  # versions of vLLM with which the tests ran
-INSTALL = "make vllm, or see the guide docs/vllm.md"
+INSTALL = "run `make vllm` in a clone of estune, or follow the page on vLLM"
 CPU_CACHE_BYTES = 1 << 30  # bytes of the key-value cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE is set
 # Variables that vLLM reads while it starts. Values that the user has set stay.
 VARIABLES = {
@@ -38,7 +38,7 @@ def installed_version() -> str:
         UserError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
-        raise UserError(f"the engine vllm needs vLLM, which is not installed: {INSTALL}")
+        raise UserError(f"engine vllm needs the package vllm: {INSTALL}")
     for package in ("vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             found = version(package)
