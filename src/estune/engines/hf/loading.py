@@ -6,7 +6,7 @@ import gc
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from estune.models.names import EMBEDDED_MODELS, local_directory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Ratio of the elements that a configuration describes to those in the files: above 1 for weights that layers share.
 MOST_MORE = 2
+Allocator = Callable[[Mapping[str, tuple[int, ...]]], dict[str, np.ndarray]]  # shapes -> arrays, by stored name
 _SLACK = 1 << 20  # elements; allowed in addition to this ratio
 
 
@@ -186,6 +187,7 @@ def load_model(
     num_threads: int,
     trainable_parameters: Sequence[str] | None,
     noise: str = "full",
+    allocate: Allocator | None = None,
 ) -> tuple[Any, list[Binding], HostTheta]:
     """Return the working model, its bindings, and theta (see `make_theta`).
 
@@ -223,7 +225,16 @@ def load_model(
     compute = resolve_dtype(dtype, device, _dtype_of(config))
     lowrank = lowrank_names(working, bound) if noise == "lowrank" else frozenset()
     share = noise == "lowrank" and compute == torch.float32 and device.type == "cpu"
-    theta = make_theta(bound, buffers, trainable_parameters, num_threads, model, lowrank=lowrank, share=share)
+    theta = make_theta(
+        bound,
+        buffers,
+        trainable_parameters,
+        num_threads,
+        model,
+        lowrank=lowrank,
+        share=share and allocate is None,
+        allocate=allocate,
+    )
     if compute != torch.float32:
         if is_corrected:  # the original configuration would tie weights that are equal after the cast
             options["config"] = working.config
@@ -246,6 +257,7 @@ def make_theta(
     *,
     lowrank: Collection[str] = (),
     share: bool = False,
+    allocate: Allocator | None = None,
 ) -> HostTheta:
     """Return theta: the stored parameters in float32.
 
@@ -258,18 +270,21 @@ def make_theta(
         lowrank: names of the parameters with low-rank noise.
         share: let theta's arrays be the working model's memory, if all parameters have the stored layout and are
             float32. Then no member may be written into the model.
+        allocate: returns float32 arrays of these shapes, by name, for theta; None: new memory.
 
     Raises:
         UserError: a weight is NaN or infinite, or a regex of ``trainable_parameters`` is invalid or matches nothing.
     """
     chosen = _select([binding.name for binding in bound if binding.requires_grad], trainable_parameters)
     arrays: dict[str, np.ndarray] = {}
+    allocated = {} if allocate is None else allocate({binding.name: binding.shape for binding in bound})
     share = share and all(b.direct is not None and b.dtype == torch.float32 for b in bound)  # all or nothing
     for binding in bound:
         if share and binding.direct is not None:
             array = binding.direct.numpy()
         else:
-            array = np.empty(binding.shape, dtype=np.float32)
+            new = allocated.get(binding.name)
+            array = np.empty(binding.shape, dtype=np.float32) if new is None else new
             torch.from_numpy(array).copy_(binding.direct if binding.direct is not None else binding.read())
         # Minimum and maximum show NaN and infinities without a temporary array of the tensor's size.
         if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):

@@ -38,14 +38,19 @@ class ModelWeights:
     ``is_theta``: theta's arrays are the model's memory, so no member may be written into it.
     """
 
-    def __init__(self, bound: Sequence[Binding], host: HostTheta, device: torch.device) -> None:
-        """Write theta through ``bound``. On CUDA theta may move to the device: use the attribute ``theta`` afterwards."""
+    def __init__(
+        self, bound: Sequence[Binding], host: HostTheta, device: torch.device, *, stays_on_host: bool = False
+    ) -> None:
+        """Write theta through ``bound``.
+
+        On CUDA theta may move to the device, unless ``stays_on_host``: use the attribute ``theta`` afterwards.
+        """
         self.bindings = list(bound)
         self.device = device
         self._trained = {spec.name for spec in host.specs if spec.perturbed}
         self._live = {b.name: live for b in bound if (live := _live_memory(b)) is not None}
         self.is_theta = any(np.shares_memory(host.arrays[name], live) for name, live in self._live.items())
-        self._on_device = _on_device(host, device)
+        self._on_device = None if stays_on_host else _on_device(host, device)
         self.theta = host if self._on_device is None else self._on_device
         staged = [] if self._on_device is not None else [b for b in bound if b.name not in self._live]
         largest = max((max(b.pieces[0].parameter.numel(), math.prod(b.shape)) for b in staged), default=0)

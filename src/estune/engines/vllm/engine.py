@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from estune.engines.vllm.messages import MEMBER, ROW, message_of
 from estune.engines.vllm.shared_memory import SharedArrays
 from estune.errors import UserError
 from estune.es.population import derive_seed
-from estune.es.theta import HostTheta
 from estune.es.types import Completion, Interrupted, Perturbation, Prompt, Sampling
 
 MOST_ROWS = 256  # requests that vLLM runs at a time
@@ -70,7 +69,7 @@ class VLLMEngine(LocalBase):
             tokenizer = load_tokenizer(
                 options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
             )
-        module, bound, host = load_model(
+        module, bound, theta = load_model(
             options.model,
             dtype="float32",
             device=torch.device("cpu"),
@@ -79,6 +78,7 @@ class VLLMEngine(LocalBase):
             num_threads=options.num_threads,
             trainable_parameters=options.trainable_parameters,
             noise=options.noise,
+            allocate=self._allocate,
         )
         config = module.config
         self.compute_dtype = str(resolve_dtype(options.dtype, place, getattr(config, "dtype", None))).removeprefix(
@@ -89,12 +89,9 @@ class VLLMEngine(LocalBase):
             files_of(options.model, commit), tokenizer=not is_given, code=options.trust_remote_code
         )
         self.assets = HFAssets(module, tokenizer, self.compute_dtype, digests=digests)
-        self._shared = SharedArrays({spec.name: spec.shape for spec in host.specs})
-        for name, array in self._shared.arrays.items():
-            array[...] = host.arrays[name]
-        self.theta = HostTheta(host.specs, self._shared.arrays, host.buffers, options.num_threads)
+        self.theta = theta
         kinds = {binding.name: binding.kind for binding in bound}
-        del host, bound
+        del bound
         module.to("meta")  # the assets need its configuration and code only
         gc.collect()
         self.device = place
@@ -118,6 +115,10 @@ class VLLMEngine(LocalBase):
             self.stop()
             raise
         self.max_context: int = self._llm.llm_engine.model_config.max_model_len
+
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        self._shared = SharedArrays(shapes)
+        return self._shared.arrays
 
     def _open_workers(self, kinds: dict[str, str], num_threads: int) -> None:
         """Let the workers map theta and find their tables; find out whether members can share a batch."""

@@ -50,7 +50,8 @@ class WorkerExtension:
             table.verify(model, bound, lambda name: torch.from_numpy(theta.arrays[name]), caches, architecture)
         except UserError as error:
             return {"error": str(error)}
-        self.estune_weights = ModelWeights(bound, theta, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.estune_weights = ModelWeights(bound, theta, device, stays_on_host=True)
         self.estune_theta = theta
         self.estune_batch = MemberBatch(self.model_runner, bound, theta)
         return {

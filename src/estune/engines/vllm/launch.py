@@ -97,8 +97,7 @@ def end(llm: Any) -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
-    with suppress(Exception):  # on a machine without an accelerator vLLM's clean-up may fail after it has ended
-        cleanup_dist_env_and_memory()
+    cleanup_dist_env_and_memory()
 
 
 @contextmanager
