@@ -86,7 +86,8 @@ class WorkerExtension:
     def estune_shared_files(self) -> list[str]:
         """Return the files in ``/dev/shm`` through which the ranks of this engine talk; all ranks have opened them."""
         ident = os.environ.get("VLLM_DIST_IDENT", "")
-        return [str(path) for path in Path("/dev/shm").glob(f"vllm_dist_*{ident}*")] if ident else []
+        is_ours = ident.startswith("vllm_dist_")
+        return [str(path) for path in Path("/dev/shm").iterdir() if is_ours and path.name.startswith(ident)]
 
     def estune_unsound(self) -> list[int]:
         """Return the rows whose logits held NaN or infinity since the last call."""

@@ -111,6 +111,8 @@ class MemberBatch:
 
 
 def _rule(module: nn.Module) -> Callable[..., _Layer | _Norm] | None:
+    if isinstance(module, nn.Embedding):
+        return _Table
     if isinstance(module, (LinearBase, VocabParallelEmbedding)):
         return _Layer
     if isinstance(module, (RMSNorm, GemmaRMSNorm, nn.LayerNorm)):
@@ -181,8 +183,10 @@ class _Layer:
     def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
         """Return the rows ``ids`` (T,) of the embedding, each of its own member's matrix."""
         y: torch.Tensor = self.base.embedding(layer, ids)
-        if self.batch.idle:
-            return y
+        return y if self.batch.idle else self.add_rows(y, ids)
+
+    def add_rows(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Return ``y`` (T, d), the rows ``ids`` (T,) of the weight, plus the rows of each member's noise."""
         rows = self.batch.rows
         for part in self.parts:
             inside = (ids >= part.start) & (ids < part.start + part.size)
@@ -190,6 +194,21 @@ class _Layer:
             inner = part.outer[rows, :, index] * inside[:, None]  # (T, r)
             y = y + torch.einsum("tr,trd->td", inner, part.inner[rows])
         return y
+
+
+class _Table(_Layer):
+    """Stands in the place of the ``forward`` of torch's own embedding, which has no ``quant_method``."""
+
+    def __init__(self, batch: MemberBatch, module: Any, own: dict[str, list[tuple[Binding, Piece]]]) -> None:
+        self.batch, self.base, self.bias = batch, self, None
+        self.parts = [_Part(binding, piece) for binding, piece in own["weight"]]
+        self.plain = module.forward
+        module.forward = self.forward
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows ``ids`` (T,), each of its own member's matrix."""
+        y: torch.Tensor = self.plain(ids)
+        return y if self.batch.idle else self.add_rows(y, ids)
 
 
 class _Values:
