@@ -18,8 +18,9 @@ from estune.baselines.random_search import random_search
 from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
 from estune.console import say, warn
-from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device, torch_threads
+from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
+from estune.engines.hf.working_model import torch_threads
 from estune.environment import environment
 from estune.errors import ExternalError, UserError
 from estune.es.types import Interrupted, num_parameters

@@ -67,7 +67,7 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         session = Session(
             **vars(loaded),
             run=run,
-            evaluator=_evaluator(loaded, pool, panel, stop),
+            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested, panel),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,
@@ -126,18 +126,6 @@ def _begin(
     run.begin(engine, engine.facts.header, reproducible, facts)
     write_trackers(run.path, {**trackers, **started})
     return monitors, panel
-
-
-def _evaluator(loaded: Loaded, pool: RewardPool, panel: PanelMonitor | None, stop: StopRequest) -> Evaluator:
-    """Return an `Evaluator` that updates the panel and asks ``stop`` after every token."""
-
-    def should_stop() -> bool:
-        if panel is not None:
-            panel.tick()
-        return stop.requested()
-
-    members_done = panel.members_done if panel else lambda done: None
-    return Evaluator(loaded.engine, pool, loaded.args.response_prefix, should_stop, members_done)
 
 
 def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, prompts: Sequence[Prompt]) -> bool:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from estune.console import warn
-from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.monitor.panel import PanelMonitor
+from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 from estune.run.journal import Pending
 from estune.train.groups import Group, Rollouts, digest, known_groups, stack
@@ -38,9 +39,15 @@ class Evaluator:
     engine: Engine
     pool: RewardPool
     response_prefix: str
-    should_stop: Callable[[], bool] = lambda: False  # called after every token
-    members_done: Callable[[int], None] = lambda done: None  # called with the number of members that have answered
+    stop_requested: Callable[[], bool] = lambda: False  # whether the run was asked to stop
+    panel: PanelMonitor | None = None  # shows the progress within a step
     warned: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
+
+    def should_stop(self) -> bool:
+        """Update the panel, and return whether the run was asked to stop; engines call this after every token."""
+        if self.panel is not None:
+            self.panel.tick()
+        return self.stop_requested()
 
     def submit(
         self,
@@ -202,7 +209,8 @@ class Evaluator:
             for index, group, _, future in self.submit(jobs, lambda _: rows, trainer_state, keep_text):
                 answered.add(index)
                 scores.waiting.append((index, group, future))
-                self.members_done(len(answered))
+                if self.panel is not None:
+                    self.panel.members_done(len(answered))
                 scores.collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):

@@ -31,7 +31,6 @@ from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
 from estune.run.directory import Run
 from estune.run.journal import step_record
-from estune.run.replay import refuse_diverged
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
 from estune.train.groups import Rollouts, digest
@@ -282,7 +281,7 @@ class Session(OpenRun):
         started = time.perf_counter()
         moved = self.engine.apply(update)
         self.checksum = moved.checksum
-        refuse_diverged(moved, self.run.steps_done)
+        self.run.refuse_diverged(moved)
         return Applied(moved, started, time.perf_counter())
 
     def log(self, measured: Measured, applied: Applied) -> None:

@@ -47,14 +47,14 @@ class Step:
 def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
     """Return the step with this index; the schedules set its sigma and learning rate."""
     sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
-    factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
+    learning_rate = args.learning_rate or 0.0  # None: random search, which makes no update
     return Step(
         index=index,
         rows=batches.rows_for_step(index),
         members=members_for_step(args.seed, index, args.population_size, args.antithetic),
         sigma=sigma,
         noise=noise_of(sigma, args.noise_distribution, args.rank if args.noise == "lowrank" else 0),
-        learning_rate=args.effective_learning_rate * factor,
+        learning_rate=learning_rate * scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps),
         weight_decay=args.weight_decay,
         anchored=args.weight_decay_anchor == "base",
     )
