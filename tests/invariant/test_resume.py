@@ -1,4 +1,4 @@
-"""Resume, stop, full disks and replay: what is on disk is always enough (DESIGN sections 3.5, 3.6 and 5)."""
+"""Resume, stop, full disks and replay: what is on disk is always enough."""
 
 import json
 import os

@@ -343,7 +343,7 @@ def test_every_field_has_help() -> None:
 
 
 def test_the_core_is_free_of_torch_and_transformers() -> None:
-    """DESIGN section 4; also what keeps `--help` fast and a crash test of the toy engine possible."""
+    """So `--help` is fast, and a crash test of the toy engine needs no torch."""
     modules = (
         "noise es.population es.fitness es.update es.theta run.journal models.tensor_files train.evaluation "
         "config files cli"

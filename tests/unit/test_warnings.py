@@ -22,12 +22,12 @@ def record(fitness: float | None = 1.0, **others: Any) -> dict[str, Any]:
 
 def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
     watch = SigmaWatch()
-    assert watch.wants_theta(0.95) and not watch.wants_theta(0.9)
+    assert watch.needs_theta(0.95) and not watch.needs_theta(0.9)
     watch.step(record(), ThetaAnswers(equal=0.2))  # the members agree on something that theta does not say
     watch.step(record(), NOBODY)
     assert capsys.readouterr().err == ""
     watch.step(record(), ThetaAnswers(equal=0.93))
-    assert not watch.wants_theta(1.0)
+    assert not watch.needs_theta(1.0)
     watch.step(record(), ThetaAnswers(equal=1.0))
     told = capsys.readouterr().err
     assert told.count("warning") == 1

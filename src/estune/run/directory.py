@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from estune.run.checkpoint import BASE_DIRECTORY, State
 from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
 from estune.run.origin import ORIGIN_FILE, keep_origin, located, same_names
 from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
-from estune.run.replay import check_base, check_parameters, refuse_diverged, replay_steps
+from estune.run.replay import check_base, check_parameters, replay_steps
 from estune.run.resume import (
     Facts,
     adopt,
@@ -182,8 +183,15 @@ class Run:
                 checkpoint.remove(self.path, step)
         moved = replay_steps(self.journal, replica, at, self.steps_done) or moved
         if moved is not None:
-            refuse_diverged(moved, self.steps_done)
+            self.refuse_diverged(moved)
         return self.steps_done - start, moved
+
+    def refuse_diverged(self, moved: Moved) -> None:
+        """Raise UserError if the last step's update made theta infinite or NaN."""
+        if not math.isfinite(moved.norm):
+            raise UserError(
+                f"theta diverged in step {self.steps_done}: lower learning_rate; earlier checkpoints are whole"
+            )
 
     def _newest_whole(self, replica: Replica) -> tuple[int, list[tuple[int, str]]]:
         """Load the newest undamaged checkpoint, if there is one. Damaged checkpoints leave theta untouched.

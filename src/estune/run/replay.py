@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from estune.errors import UserError
@@ -54,9 +53,3 @@ def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> M
     if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
         raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
     return moved
-
-
-def refuse_diverged(moved: Moved, steps_done: int) -> None:
-    """Raise UserError if an update made theta infinite or NaN."""
-    if not math.isfinite(moved.norm):
-        raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")

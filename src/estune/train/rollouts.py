@@ -19,28 +19,35 @@ from typing import Any
 import numpy as np
 
 from estune.console import warn
-from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.monitor.panel import PanelMonitor
+from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 from estune.run.journal import Pending
-from estune.train.groups import Group, Rollouts, digest, known_groups, stack
+from estune.train.groups import Group, Rollouts, known_groups, stack, tokens_digest
 
 Completions = list[list[Completion]]  # (B, G)
 
-STOP_GRACE_S = 2.0  # seconds that a run waits for a score after it was asked to stop
+STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to stop
 
 
 @dataclass
 class Evaluator:
-    """Generates and scores completions of members or theta, for training steps and held-out evaluations."""
+    """Generates completions with an engine and scores them with a reward pool, for training and for evaluations."""
 
     engine: Engine
     pool: RewardPool
     response_prefix: str
-    should_stop: Callable[[], bool] = lambda: False  # called after every token
-    members_done: Callable[[int], None] = lambda done: None  # called with the number of members that have answered
+    stop_requested: Callable[[], bool] = lambda: False  # whether the run was asked to stop
+    panel: PanelMonitor | None = None  # shows the progress within a step
     warned: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
+
+    def should_stop(self) -> bool:
+        """Update the panel, and return whether the run was asked to stop; engines call this after every token."""
+        if self.panel is not None:
+            self.panel.tick()
+        return self.stop_requested()
 
     def submit(
         self,
@@ -52,7 +59,7 @@ class Evaluator:
         """Generate the completions of jobs, and submit the completions of each member to the reward pool.
 
         Args:
-            jobs: jobs with distinct first indices.
+            jobs: any two jobs have different ``indices``.
             rows_of: returns the dataset rows (B,) of a job's prompts.
             trainer_state: for reward functions.
             keep_text: whether to keep completions as text.
@@ -70,7 +77,7 @@ class Evaluator:
                     lengths=[[len(c.token_ids) for c in row] for row in completions],
                     finished=[[c.finished for c in row] for row in completions],
                     finite=[[c.finite for c in row] for row in completions],
-                    digests=[[digest(c.token_ids) for c in row] for row in completions],
+                    digests=[[tokens_digest(c.token_ids) for c in row] for row in completions],
                     prompt_tokens=sum(len(prompt.token_ids) for prompt in job.prompts) * job.sampling.num_generations,
                     generate_s=answer.generate_s / n_members,
                     perturb_s=answer.perturb_s / n_members,
@@ -95,7 +102,7 @@ class Evaluator:
             yield submitted[answer.indices], answer
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
-        """Put the rewards into a group and return it; all rewards fail for a completion with non-finite logits."""
+        """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
         shape = (-1, num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
         failed = failed | ~np.array(group.finite, dtype=bool)[..., None]
@@ -110,7 +117,7 @@ class Evaluator:
         return group
 
     def warn_of_failures(self, errors: Sequence[str]) -> None:
-        """Show the first failure of each reward function; each error begins with the function's name and a colon."""
+        """Warn of the first failure of each reward function; an error begins with the function's name and a colon."""
         for error in errors:
             name = error.partition(":")[0]
             if name not in self.warned:
@@ -202,7 +209,8 @@ class Evaluator:
             for index, group, _, future in self.submit(jobs, lambda _: rows, trainer_state, keep_text):
                 answered.add(index)
                 scores.waiting.append((index, group, future))
-                self.members_done(len(answered))
+                if self.panel is not None:
+                    self.panel.members_done(len(answered))
                 scores.collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):
@@ -218,7 +226,7 @@ class Evaluator:
 
 @dataclass
 class _Scores:
-    """The groups of a step, by member, and the members whose scores are awaited."""
+    """The finished groups of a step, and the members whose rewards have not arrived yet."""
 
     evaluator: Evaluator
     num_generations: int
@@ -228,7 +236,7 @@ class _Scores:
     waiting: list[tuple[int, Group, Future[RewardResult]]] = field(default_factory=list)  # in the order of submission
 
     def collect(self, wait: bool) -> None:
-        """Take finished scores in the order of submission; with ``wait``, wait for all of them.
+        """Complete the groups whose rewards have arrived, in the order of submission; with ``wait``, all groups.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -249,7 +257,7 @@ def missing_jobs(
     sampling: Sampling,
     members_per_batch: int,
 ) -> Iterator[GroupJob]:
-    """Yield one job for each batch of members that are not all in ``known``, a set of member indices."""
+    """Yield one job for each batch of members, unless ``known`` (member indices) contains the whole batch."""
     n_members = len(perturbations)
     for first in range(0, n_members, members_per_batch):
         batch = tuple(range(first, min(first + members_per_batch, n_members)))

@@ -1,6 +1,6 @@
-"""From a configuration to a run's parts: resolved values, rows, reward functions and the engine.
+"""The parts of a run, made from its configuration: resolved values, rows, reward functions and the engine.
 
-The caller sets up the parts that need no torch first (rows, rewards, reward processes) and loads the engine last.
+Callers load the engine last, because only the engine needs torch. Mistakes in the other parts then show early.
 """
 
 from __future__ import annotations
