@@ -35,8 +35,7 @@ def _log(*words):
     """Append a line to the file named by CALLS; return the line's number, from 1, or 0 if CALLS is not set."""
     if "CALLS" not in os.environ:
         return 0
-    with open(os.environ["CALLS"], "ab", buffering=0) as file:  # one write a line, so that lines of several workers do
-    not mix
+    with open(os.environ["CALLS"], "ab", buffering=0) as file:  # one write a line: lines of workers do not mix
         file.write(" ".join(map(str, words)).encode() + b"\\n")
         end = file.tell()
     with open(os.environ["CALLS"], "rb") as file:
