@@ -164,3 +164,25 @@ def test_a_resume_compares_the_source_of_an_engine(bigram, capsys) -> None:
     del sys.modules["bigram"]
     assert bigram("as", "train", "--resume", "--output_dir", "run", "--max_steps", "6") == 2
     assert "the source of an engine outside estune: since the run began, file bigram" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("int(table[made[-1]].argmax())", "table[made[-1]].argmax()", "a token id is int64, not int"),
+        ("made[-1] == END)", "np.bool_(True))", "finished and finite must be bool"),
+        ("return answers", "return answers[1:]", "0 instead of 1 prompts"),
+        ("return answers", "return None", "NoneType instead of a list of 1 prompts"),
+        ("* sampling.num_generations", "* 3", "3 instead of 1 completions of a prompt"),
+        ("Completion(tuple(made[1:]), made[-1] == END)", "made", "list instead of Completion"),
+        ("self.assets =", "assets =", "has no assets"),
+        ("def __init__(self)", "def __init__(self, size)", "cannot be made without arguments"),
+    ],
+)
+def test_a_broken_engine_is_refused_in_one_sentence(bigram, old: str, new: str, why: str, capsys) -> None:
+    source = Path("bigram.py").read_text()
+    assert old in source
+    Path("bigram.py").write_text(source.replace(old, new))
+    assert bigram("--batch_size", "1") == 2
+    error = capsys.readouterr().err
+    assert why in error and "igram" in error and "Traceback" not in error
