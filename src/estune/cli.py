@@ -282,6 +282,12 @@ def _add_apply(add: AddCommand) -> None:
     apply.add_argument("patch", metavar="PATCH", type=Path, help="Seed patch, written by estune export.")
     apply.add_argument("--model", required=True, help="The patch's base model.")
     apply.add_argument("--output_dir", type=Path, help="Directory for the rebuilt model. Default: the patch's name.")
+    apply.add_argument(
+        "--engine",
+        dest="engine_name",
+        metavar="ENGINE",
+        help="Engine of the patch if it is outside estune: package.module:Class or file.py:Class.",
+    )
     apply.add_argument("--revision", help="Revision of the base model on the hub.")
     apply.add_argument("--trust_remote_code", action="store_true", help="Run the Python code that comes with the base.")
 
@@ -385,7 +391,7 @@ def _evaluate(values: dict[str, Any]) -> int:
     }
     run_dir = run_of(str(values.get("model", "")))
     inherited = inherited_settings(run_dir, values) if run_dir else {}
-    if run_dir and "reward_funcs" in inherited:
+    if run_dir:
         look_for_modules_in(module_directories(run_dir))
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
         warn(f"{own_data} has no splits, and the run trained on all its rows: give --dataset_name for other rows")
@@ -398,10 +404,24 @@ def _probe(values: dict[str, Any]) -> int:
     sigmas, as_json, file = values.pop("sigmas"), values.pop("json"), values.pop("config")
     from_file = canonical(read_config_file(file), file) if file else {}
     options = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
-    args = ESConfig.from_mapping({"task": _default_task(options), **options})
+    inherited = _engine_of_run(options)
+    args = ESConfig.from_mapping({"task": _default_task(options), **inherited, **options})
     from estune.commands.probe import SIGMAS, probe_command
 
     return probe_command(args, sigmas or SIGMAS, as_json)
+
+
+def _engine_of_run(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine of the run whose directory is the model, and look for modules where that run did."""
+    from estune.rewards.loading import look_for_modules_in
+    from estune.run.origin import located, module_directories
+    from estune.run.saved_config import read_config, run_of
+
+    run_dir = run_of(str(values.get("model", "")))
+    if run_dir is None or "engine" in values:
+        return {}
+    look_for_modules_in(module_directories(run_dir))
+    return {"engine": located(read_config(run_dir), run_dir).get("engine", "hf")}
 
 
 def _score(values: dict[str, Any]) -> int:

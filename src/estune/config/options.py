@@ -101,7 +101,8 @@ class ESConfig:
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
     engine: str = _option(
-        "hf", "Generation backend: hf (transformers), toy (a function of a vector), or package.module:Class."
+        "hf",
+        "Generation backend: hf (transformers), toy (a function of a vector), package.module:Class, or file.py:Class.",
     )
     trainable_parameters: list[str] | None = _option(
         None, "Regular expressions; only parameters whose stored name matches one of them are trained. Default: all."
@@ -370,8 +371,8 @@ class ESConfig:
             if not any(self.reward_weights):
                 raise UserError("reward_weights are all 0: nothing would be learned")
         if self.engine not in ENGINES and ":" not in self.engine:
-            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, or package.module:Class"
-                            f"{nearest(self.engine, ENGINES)}")  # fmt: skip
+            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, package.module:Class, or "
+                            f"file.py:Class{nearest(self.engine, ENGINES)}")  # fmt: skip
         for pattern in self.trainable_parameters or []:
             try:
                 re.compile(pattern)

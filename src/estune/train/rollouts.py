@@ -20,6 +20,7 @@ import numpy as np
 
 from estune.console import warn
 from estune.engines.base import Engine
+from estune.errors import UserError
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
 from estune.monitor.panel import PanelMonitor
 from estune.rewards.contract import reward_inputs
@@ -99,7 +100,10 @@ class Evaluator:
                 yield job
 
         for answer in self.engine.answers(recorded_jobs(), self.should_stop):
-            yield submitted[answer.indices], answer
+            job = submitted.get(getattr(answer, "indices", ()))
+            check_answer(self.engine, job, answer)
+            assert job is not None
+            yield job, answer
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
@@ -276,7 +280,50 @@ def answers_of_theta(
     """
     job = GroupJob((0,), (None,), engine.theta_checksum, tuple(prompts), sampling)
     [answer] = engine.answers([job], should_stop)
+    check_answer(engine, job, answer)
     return answer.completions[0]
+
+
+def check_answer(engine: Engine, job: GroupJob | None, answer: GroupAnswer) -> None:
+    """Check that an engine's answer has the shape (M, B, G) and the types of its job.
+
+    Raises:
+        UserError: it has not; the message names the engine and what is wrong.
+    """
+    if job is None or not isinstance(answer, GroupAnswer):
+        problem = "the answer is no GroupAnswer with the indices of a job"
+    else:
+        shape = (len(job.indices), len(job.prompts), job.sampling.num_generations)
+        problem = _problem(answer.completions, shape)
+    if problem:
+        raise UserError(
+            f"engine {engine.facts.name} breaks its contract: {problem} (see estune.engines.base, and Completion in "
+            "estune.es.types)"
+        )
+
+
+def _problem(completions: Any, shape: tuple[int, int, int]) -> str:
+    """Return what is wrong with completions that should have the shape (M, B, G); an empty string if nothing is."""
+    names = ("members", "prompts", "completions of a prompt")
+    level = [completions]
+    for name, size in zip(names, shape, strict=True):
+        for item in level:
+            if not isinstance(item, (list, tuple)):
+                return f"{type(item).__name__} instead of a list of {size} {name}"
+            if len(item) != size:
+                return f"{len(item)} instead of {size} {name}"
+        level = [part for item in level for part in item]
+    for completion in level:
+        if not isinstance(completion, Completion):
+            return f"{type(completion).__name__} instead of Completion"
+        if not isinstance(completion.token_ids, (list, tuple)):
+            return f"token_ids is {type(completion.token_ids).__name__}, not a tuple"
+        for token in completion.token_ids:
+            if type(token) is not int:
+                return f"a token id is {type(token).__name__}, not int"
+        if type(completion.finished) is not bool or type(completion.finite) is not bool:
+            return "finished and finite must be bool"
+    return ""
 
 
 def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:
