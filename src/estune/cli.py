@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from estune.config import (
+    ELSEWHERE,
     EVALUATE_FIELDS,
     FIELD_TYPES,
     FIELDS,
@@ -33,37 +34,6 @@ from estune.models.fetch import MODELS
 from estune.tasks import TASKS
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
-# Flag of TRL, transformers, verl or vLLM -> what to use here instead. An entry applies to a command only if that
-# command has every flag that the entry names.
-ELSEWHERE = {
-    "bf16": "; use --dtype bfloat16",
-    "fp16": "; use --dtype float16",
-    "torch_dtype": "; use --dtype",
-    "lr": "; did you mean --learning_rate?",
-    "beta": "; es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs",
-    "loss_type": "; give it in --method_kwargs",
-    "epsilon": "; give it in --method_kwargs",
-    "num_iterations": "; give it in --method_kwargs",
-    "scale_rewards": "; give it in --method_kwargs",
-    "gradient_checkpointing": "; es computes no gradients; for other methods give it in --method_kwargs",
-    "num_train_epochs": "; use --max_steps",
-    "gradient_accumulation_steps": "; use --batch_size",
-    "per_device_train_batch_size": "; use --batch_size",
-    "resume_from_checkpoint": "; use --resume with --output_dir",
-    "overwrite_output_dir": "; use --overwrite",
-    "dataset": "; use --dataset_name",
-    "chat_template": "; the tokenizer's is used, see --apply_chat_template",
-    "max_prompt_length": "; prompts are never cut",
-    "max_new_tokens": "; use --max_completion_length",
-    "max_tokens": "; use --max_completion_length",
-    "n": "; completions per prompt are --num_generations",
-    "num_return_sequences": "; use --num_generations",
-    "stop": "; use --stop_strings",
-    "temp": "; use --temperature",
-    "use_vllm": "; this version has the engines hf and toy",
-    "deepspeed": "; this version runs in one process on one device",
-    "fsdp": "; this version runs in one process on one device",
-}
 TAKING_RUNS = ("replay", "export", "report", "watch")  # commands that take RUN as a word or as --run RUN
 Handler = Callable[[dict[str, Any]], int]  # option values -> exit status
 AddCommand = Callable[..., argparse.ArgumentParser]  # (name, handler, help, operand) -> the command's parser
@@ -397,6 +367,7 @@ def _evaluate(values: dict[str, Any]) -> int:
         warn(f"{own_data} has no splits, and the run trained on all its rows: give --dataset_name for other rows")
     if inherited and not extras["json"]:
         note(f"prompt and sampling settings are those of the run {values['model']}; options on the command line win")
+        note(f"reward is {_reward_of({**inherited, **values})}")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
@@ -409,6 +380,14 @@ def _probe(values: dict[str, Any]) -> int:
     from estune.commands.probe import SIGMAS, probe_command
 
     return probe_command(args, sigmas or SIGMAS, as_json)
+
+
+def _reward_of(values: dict[str, Any]) -> str:
+    """Return the rewards of an evaluation as text: the reward functions, else the task's reward."""
+    funcs = values.get("reward_funcs")
+    if funcs:
+        return ", ".join([funcs] if isinstance(funcs, str) else funcs)
+    return f"that of task {values['task']}" if values.get("task") else "not known: give --task or --reward_funcs"
 
 
 def _engine_of_run(values: dict[str, Any]) -> dict[str, Any]:

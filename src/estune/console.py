@@ -57,6 +57,11 @@ def warn(text: str) -> None:
     LOGGER.warning("%s", text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 step`` or ``2 steps`` for the noun ``step``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def show_progress(text: str) -> None:
     """Replace the last line on stderr by ``text``; do nothing if stderr is not a terminal."""
     if is_terminal(_stream("stderr")):

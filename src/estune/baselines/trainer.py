@@ -17,7 +17,7 @@ from estune.baselines.arguments import method_arguments, sampling_arguments, trl
 from estune.baselines.random_search import random_search
 from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
-from estune.console import say, warn
+from estune.console import counted, say, warn
 from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device, torch_threads
 from estune.engines.hf.parameters import Binding, bindings
 from estune.environment import environment
@@ -107,7 +107,7 @@ class BaselineTrainer(BaseTrainer):
                 self.stopped = True
                 action = "start again" if self.args.method in RESTARTED else "continue"
                 say(
-                    f"estune: stopped after {session.steps_done} steps; "
+                    f"estune: stopped after {counted(session.steps_done, 'step')}; "
                     f"{action} with: estune train --resume --output_dir {run_dir}"
                 )
         return run_dir
@@ -329,7 +329,7 @@ def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[BaselineFact
     if done:
         check_run(run.path, fingerprint, facts)
     if done > max_steps:
-        raise ExternalError(f"{run.path} already has {done} steps, more than max_steps {max_steps}")
+        raise ExternalError(f"{run.path} already has {counted(done, 'step')}, more than max_steps {max_steps}")
     return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.stored()}, progress
 
 
@@ -368,7 +368,7 @@ def _announce(session: BaselineSession) -> None:
     else:
         size = f"{completions} of each, learning_rate {args.learning_rate:g}"
     say(
-        f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
+        f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {counted(args.max_steps, 'step')} into "
         f"{session.run.path}"
     )
     if session.steps_done:

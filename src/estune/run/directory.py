@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import ESConfig
-from estune.console import open_missing_descriptors, warn
+from estune.console import counted, open_missing_descriptors, warn
 from estune.environment import environment, processor, versions
 from estune.errors import ExternalError, UserError
 from estune.es.noise import NOISE_VERSION
@@ -294,7 +294,9 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given, has_sources(journal.header))
         if len(journal.steps) > args.max_steps:
-            raise ExternalError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
+            raise ExternalError(
+                f"{path} already has {counted(len(journal.steps), 'step')}, more than max_steps {args.max_steps}"
+            )
         return Run(path, args, lock, journal)
     except BaseException:
         os.close(lock)

@@ -19,7 +19,15 @@ from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.models.hub import open_repository, repository_of
 from estune.models.names import local_directory, public_name
-from estune.monitor.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor
+from estune.monitor.monitors import (
+    ConsoleMonitor,
+    JsonlMonitor,
+    MemberLines,
+    Monitor,
+    Monitors,
+    PlotMonitor,
+    ReportMonitor,
+)
 from estune.monitor.panel import PanelMonitor
 from estune.monitor.trackers import read_trackers, start_logger, write_trackers
 from estune.rewards.pool import INLINE_WARNING, RewardPool
@@ -67,7 +75,7 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         session = Session(
             **vars(loaded),
             run=run,
-            evaluator=_evaluator(loaded, pool, panel, stop),
+            evaluator=_evaluator(loaded, pool, panel, stop, run),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,
@@ -128,15 +136,16 @@ def _begin(
     return monitors, panel
 
 
-def _evaluator(loaded: Loaded, pool: RewardPool, panel: PanelMonitor | None, stop: StopRequest) -> Evaluator:
-    """Return an `Evaluator` that updates the panel and asks ``stop`` after every token."""
+def _evaluator(loaded: Loaded, pool: RewardPool, panel: PanelMonitor | None, stop: StopRequest, run: Run) -> Evaluator:
+    """Return an `Evaluator` that shows its progress and asks ``stop`` after every token."""
 
     def should_stop() -> bool:
         if panel is not None:
             panel.tick()
         return stop.requested()
 
-    members_done = panel.members_done if panel else lambda done: None
+    lines = MemberLines(loaded.args.max_steps, loaded.args.population_size, lambda: run.steps_done)
+    members_done = (panel or lines).members_done
     return Evaluator(loaded.engine, pool, loaded.args.response_prefix, should_stop, members_done)
 
 
