@@ -215,8 +215,13 @@ def _add_evaluate(add: AddCommand) -> None:
 
 
 def _add_score(add: AddCommand) -> None:
-    score = add("score", _score, "Score the completions of a file.")
-    score.add_argument("--completions", required=True, help="JSON lines with `completion` and the task's columns.")
+    score = add("score", _score, "Score the completions of a file.", "--completions FILE")
+    score.add_argument(
+        "--completions",
+        required=True,
+        metavar="FILE",
+        help="JSON lines with `completion` and the task's columns [required].",
+    )
     _add_json(score)
     _add_fields(score, SCORE_FIELDS)
 
@@ -234,23 +239,36 @@ def _add_probe(add: AddCommand) -> None:
 
 
 def _add_replay(add: AddCommand) -> None:
-    replay = add("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN")
+    replay = add(
+        "replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN --output_dir DIR"
+    )
     replay.add_argument("run", metavar="RUN", help="Run directory; --run RUN is the same.")
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
     replay.add_argument("--model", help="The base model, if it has moved. Default: where the run found it.")
-    replay.add_argument("--output_dir", required=True, help="Directory for the rebuilt model.")
+    replay.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="Directory for the rebuilt model [required]."
+    )
 
 
 def _add_export(add: AddCommand) -> None:
-    export = add("export", _export, "Write a run's whole change to its base as a seed patch of a few kilobytes.", "RUN")
+    export = add(
+        "export",
+        _export,
+        "Write a run's whole change to its base as a seed patch of a few kilobytes.",
+        "RUN --patch FILE",
+    )
     export.add_argument("run", metavar="RUN", type=Path, help="Run directory; --run RUN is the same.")
-    export.add_argument("--patch", type=Path, required=True, help="File to write, by convention *.estp.")
+    export.add_argument(
+        "--patch", type=Path, required=True, metavar="FILE", help="File to write, by convention *.estp [required]."
+    )
 
 
 def _add_apply(add: AddCommand) -> None:
-    apply = add("apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH")
+    apply = add(
+        "apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH --model MODEL"
+    )
     apply.add_argument("patch", metavar="PATCH", type=Path, help="Seed patch, written by estune export.")
-    apply.add_argument("--model", required=True, help="The patch's base model.")
+    apply.add_argument("--model", required=True, help="The patch's base model [required].")
     apply.add_argument("--output_dir", type=Path, help="Directory for the rebuilt model. Default: the patch's name.")
     apply.add_argument(
         "--engine",
@@ -323,9 +341,7 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
         shown = "" if default in (None, "") else f" [{str(default).lower() if default in (True, False) else default}]"
         text = spec.metadata["help"] + shown
         if name == "task":
-            known = [f"{task.name}: {task.description}" for task in TASKS.values()]
-            known += ["rg:NAME: the reasoning-gym task of that name", "NAME=2,NAME=1: a mixture with weights"]
-            text = f"{text} {'; '.join(known)}."
+            text = f"{text} One of {', '.join(TASKS)}, rg:NAME of reasoning-gym, or a mixture NAME=2,NAME=1."
         options["help"] = text.replace("%", "%%")
         options["metavar"] = "|".join(choices) if choices else name.split("_")[-1].upper()
         if FIELD_TYPES[name] is bool:

@@ -94,6 +94,15 @@ def print_result(text: str) -> None:
     _raise(error)
 
 
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Return a value with each float rounded to so many significant digits, in nested lists and dicts too."""
+    if isinstance(value, dict):
+        return {name: rounded(item, digits) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout; NaN and infinite numbers become null.
 

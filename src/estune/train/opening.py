@@ -29,7 +29,7 @@ from estune.monitor.monitors import (
     ReportMonitor,
 )
 from estune.monitor.panel import PanelMonitor
-from estune.monitor.trackers import read_trackers, start_logger, write_trackers
+from estune.monitor.trackers import check_packages, read_trackers, start_logger, write_trackers
 from estune.rewards.pool import INLINE_WARNING, RewardPool
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import Run, open_run
@@ -105,6 +105,7 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     Raises:
         UserError: the model does not load, or a row or the model fails a check.
     """
+    check_packages(run.args.report_to)
     say(f"estune: loading {run.args.model if request.module is None else 'the model'}")
     engine = request.engine
     train_prompts = request.prompts(request.train_rows)
