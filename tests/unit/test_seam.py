@@ -215,3 +215,16 @@ def test_arguments_have_the_order_of_trl(tmp_path: Path) -> None:
     rows = [{"prompt": "x"}, {"prompt": "y"}]
     trainer = ESTrainer("tiny", near_one, args, rows)
     assert trainer.train_rows == rows and trainer.request.rewards.funcs == [near_one]
+
+
+def test_a_run_may_have_the_name_of_its_engine(bigram, tmp_path: Path, monkeypatch) -> None:
+    assert bigram("--output_dir", "bigram") == 0
+    assert bigram("--output_dir", "bigram", "--overwrite") == 0
+    assert bigram("--output_dir", "second", "--model", "bigram/") == 0
+    Path("second").rename("weights")
+    assert bigram("--output_dir", "third", "--model", "weights") == 0
+    assert json.loads(Path("third/es_config.json").read_text())["model"] == "./weights"
+    monkeypatch.chdir(tmp_path)
+    for run in ("bigram", "third"):
+        assert main(["replay", f"own/{run}", "--output_dir", f"again-{run}"]) == 0
+        assert Path(f"again-{run}/model.safetensors").read_bytes() == Path(f"own/{run}/model.safetensors").read_bytes()

@@ -441,7 +441,7 @@ class ESConfig:
             raise UserError("max_time_s needs constant schedules: others depend on the number of steps")
         if self.method == "es":
             return
-        if self.engine == "toy":
+        if self.engine != "hf":
             raise UserError(f"method {self.method} trains a language model: it needs engine hf")
         if self.console == "panel":
             raise UserError(f"console panel shows a population: with method {self.method} use console lines")

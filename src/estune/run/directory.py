@@ -29,7 +29,7 @@ from estune.models.names import local_directory
 from estune.run import checkpoint
 from estune.run.checkpoint import BASE_DIRECTORY, State
 from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
-from estune.run.origin import ORIGIN_FILE, keep_origin, located, same_names
+from estune.run.origin import ORIGIN_FILE, is_engine_name, keep_origin, located, same_names
 from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
 from estune.run.replay import check_base, check_parameters, refuse_diverged, replay_steps
 from estune.run.resume import (
@@ -328,8 +328,10 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
     """Raise UserError if --overwrite would delete an input of the new run, or files that estune did not write."""
     if any(path.iterdir()) and not is_ours(path):
         raise UserError(f"output_dir {path} holds other files: give another --output_dir")
-    given = [("model", args.model), ("dataset_name", args.dataset_name)]
-    given += [("reward_funcs", func.rpartition(":")[0]) for func in args.reward_funcs or []]
+    model = None if is_engine_name(args.engine, args.model) else args.model
+    code = [("engine", args.engine), *(("reward_funcs", func) for func in args.reward_funcs or [])]
+    given = [("model", model), ("dataset_name", args.dataset_name)]
+    given += [(option, name.rpartition(":")[0]) for option, name in code if ".py:" in name or "/" in name]
     for option, value in given:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete {value}, which {option} names")
