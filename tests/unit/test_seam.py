@@ -13,7 +13,7 @@ from estune import ESConfig, ESTrainer, UserError
 from estune.cli import main
 from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step, noise_of
-from estune.es.types import GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
+from estune.es.types import GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
 from estune.train.setup import engine_class
 
@@ -129,6 +129,8 @@ def test_an_engine_of_ones_own_is_used_by_every_command(
     words += " --max_completion_length 16 --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels"
     assert main(words.split()) == 0
     assert json.loads(capsys.readouterr().out)["reward"] < trained
+    assert main("evaluate --model own/run --limit 1 --reward_isolation inline".split()) == 0
+    assert "vowels.py:vowels" in capsys.readouterr().err.partition("reward is ")[2]
     assert main("replay own/run --output_dir again".split()) == 0
     weights = [Path(where, "model.safetensors").read_bytes() for where in ("own/run", "again")]
     assert weights[0] == weights[1]
@@ -186,3 +188,43 @@ def test_a_broken_engine_is_refused_in_one_sentence(bigram, old: str, new: str, 
     assert bigram("--batch_size", "1") == 2
     error = capsys.readouterr().err
     assert why in error and "igram" in error and "Traceback" not in error
+
+
+def test_a_stopped_step_says_how_many_members_are_kept(tmp_path: Path, monkeypatch, capsys) -> None:
+    def stopped(self, jobs: Iterable[GroupJob], should_stop=lambda: False) -> Iterator[GroupAnswer]:
+        for job in jobs:
+            if job.indices[0] == 2:
+                raise Interrupted
+            yield self.answer(job, should_stop)
+
+    monkeypatch.setattr(ToyEngine, "answers", stopped)
+    args = ESConfig(engine="toy", task="quadratic", max_steps=1, population_size=4, report_to=["none"],
+                    reward_isolation="inline", output_dir=str(tmp_path / "run"))  # fmt: skip
+    ESTrainer(args=args).train()
+    assert "stopped after 0 steps, 2 of 4 members of step 1 kept; continue with" in capsys.readouterr().out
+
+
+def test_low_rank_noise_without_a_low_rank_parameter_is_warned_of(bigram, capsys) -> None:
+    assert bigram("--noise", "lowrank") == 0
+    said = capsys.readouterr()
+    assert "bigram has no parameter with low-rank noise" in said.err and "rank 1" not in said.out
+
+
+def test_arguments_have_the_order_of_trl(tmp_path: Path) -> None:
+    args = ESConfig(output_dir=str(tmp_path / "run"))
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    trainer = ESTrainer("tiny", near_one, args, rows)
+    assert trainer.train_rows == rows and trainer.request.rewards.funcs == [near_one]
+
+
+def test_a_run_may_have_the_name_of_its_engine(bigram, tmp_path: Path, monkeypatch) -> None:
+    assert bigram("--output_dir", "bigram") == 0
+    assert bigram("--output_dir", "bigram", "--overwrite") == 0
+    assert bigram("--output_dir", "second", "--model", "bigram/") == 0
+    Path("second").rename("weights")
+    assert bigram("--output_dir", "third", "--model", "weights") == 0
+    assert json.loads(Path("third/es_config.json").read_text())["model"] == "./weights"
+    monkeypatch.chdir(tmp_path)
+    for run in ("bigram", "third"):
+        assert main(["replay", f"own/{run}", "--output_dir", f"again-{run}"]) == 0
+        assert Path(f"again-{run}/model.safetensors").read_bytes() == Path(f"own/{run}/model.safetensors").read_bytes()

@@ -159,6 +159,7 @@ def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys:
         ({"completions/clipped_ratio": 1.0}, "was cut off at max_completion_length"),
         ({"completions/clipped_ratio": 0.0, "completions/mean_length": 1.0}, "ended with its first token"),
         ({"es/fitness_mean": None}, "every reward was None in this step"),
+        ({"es/fitness_mean": None, "es/reward_errors": 3}, "every reward failed or was None in this step"),
     ],
 )
 def test_a_warning_about_completions_is_printed_once(

@@ -17,7 +17,7 @@ from estune.baselines.arguments import method_arguments, sampling_arguments, trl
 from estune.baselines.random_search import random_search
 from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
-from estune.console import say, warn
+from estune.console import counted, say, warn
 from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
 from estune.engines.hf.working_model import torch_threads
@@ -108,7 +108,7 @@ class BaselineTrainer(BaseTrainer):
                 self.stopped = True
                 action = "start again" if self.args.method in RESTARTED else "continue"
                 say(
-                    f"estune: stopped after {session.steps_done} step{'s' * (session.steps_done != 1)}; "
+                    f"estune: stopped after {counted(session.steps_done, 'step')}; "
                     f"{action} with: estune train --resume --output_dir {run_dir}"
                 )
         return run_dir
@@ -330,7 +330,7 @@ def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[BaselineFact
     if done:
         check_run(run.path, fingerprint, facts)
     if done > max_steps:
-        raise ExternalError(f"{run.path} already has {done} steps, more than max_steps {max_steps}")
+        raise ExternalError(f"{run.path} already has {counted(done, 'step')}, more than max_steps {max_steps}")
     return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.stored()}, progress
 
 

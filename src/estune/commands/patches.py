@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import counted, say
 from estune.engines import ENGINES
 from estune.errors import UserError
 from estune.es.noise import NOISE_VERSION
@@ -71,8 +71,7 @@ def make_patch(run: Path) -> bytes:
     done = len(journal.steps)
     if done not in journal.checkpoints:
         raise UserError(
-            f"{run} was interrupted after {done} step{'s' * (done != 1)}: continue it with --resume to its end, then "
-            "export it"
+            f"{run} was interrupted after {counted(done, 'step')}: continue it with --resume to its end, then export it"
         )
     header = journal.header
     config = {name: header["config"][name] for name in KEPT}
@@ -229,8 +228,7 @@ def _engine_of(patch: Path, recorded: str, given: str | None) -> str:
 
 
 def _steps(content: Patch) -> str:
-    count = len(content["steps"])
-    return f"{count} step{'s' * (count != 1)}"
+    return counted(len(content["steps"]), "step")
 
 
 def _listed(specs: Sequence[ParameterSpec]) -> list[tuple[str, list[int], str | bool]]:

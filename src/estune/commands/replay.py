@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import counted, say
 from estune.errors import UserError
 from estune.models.names import local_directory
 from estune.rewards.loading import look_for_modules_in
@@ -49,5 +49,5 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     proven = step < len(journal.steps) or step in journal.checkpoints
     unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
     how = "replayed and verified" if proven else unproven
-    say(f"estune: {step} steps {how}, fingerprint {engine.fingerprint()}, in {output_dir}")
+    say(f"estune: {counted(step, 'step')} {how}, fingerprint {engine.fingerprint()}, in {output_dir}")
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import ESConfig
-from estune.console import open_missing_descriptors, warn
+from estune.console import counted, open_missing_descriptors, warn
 from estune.environment import environment, processor, versions
 from estune.errors import ExternalError, UserError
 from estune.es.noise import NOISE_VERSION
@@ -30,7 +30,7 @@ from estune.models.names import local_directory
 from estune.run import checkpoint
 from estune.run.checkpoint import BASE_DIRECTORY, State
 from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
-from estune.run.origin import ORIGIN_FILE, keep_origin, located, same_names
+from estune.run.origin import ORIGIN_FILE, is_engine_name, keep_origin, located, same_names
 from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
 from estune.run.replay import check_base, check_parameters, replay_steps
 from estune.run.resume import (
@@ -302,7 +302,9 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given, has_sources(journal.header))
         if len(journal.steps) > args.max_steps:
-            raise ExternalError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
+            raise ExternalError(
+                f"{path} already has {counted(len(journal.steps), 'step')}, more than max_steps {args.max_steps}"
+            )
         return Run(path, args, lock, journal)
     except BaseException:
         os.close(lock)
@@ -334,8 +336,10 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
     """Raise UserError if --overwrite would delete an input of the new run, or files that estune did not write."""
     if any(path.iterdir()) and not is_ours(path):
         raise UserError(f"output_dir {path} holds other files: give another --output_dir")
-    given = [("model", args.model), ("dataset_name", args.dataset_name)]
-    given += [("reward_funcs", func.rpartition(":")[0]) for func in args.reward_funcs or []]
+    model = None if is_engine_name(args.engine, args.model) else args.model
+    code = [("engine", args.engine), *(("reward_funcs", func) for func in args.reward_funcs or [])]
+    given = [("model", model), ("dataset_name", args.dataset_name)]
+    given += [(option, name.rpartition(":")[0]) for option, name in code if ".py:" in name or "/" in name]
     for option, value in given:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete {value}, which {option} names")

@@ -160,10 +160,15 @@ def _names(values: Mapping[str, Any]) -> list[str]:
     """
     model, engine = values.get("model"), str(values.get("engine") or "")
     engine_file, of_class = _split(engine)
-    if ":" in engine and isinstance(model, str) and not any(Path(model).expanduser().glob("*.safetensors")):
-        model = ""  # the engine's own name
+    if is_engine_name(engine, model):
+        model = ""
     given = [model, engine_file if of_class else "", values.get("dataset_name"), *(values.get("reward_funcs") or [])]
     return [_split(name)[0] for name in given if isinstance(name, str)]
+
+
+def is_engine_name(engine: str, model: Any) -> bool:
+    """Return whether a model is the name of an engine outside estune, which is never a path."""
+    return ":" in engine and isinstance(model, str) and "/" not in model
 
 
 def _path_of(name: str) -> str | None:

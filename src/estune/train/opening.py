@@ -19,9 +19,17 @@ from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.models.hub import open_repository, repository_of
 from estune.models.names import local_directory, public_name
-from estune.monitor.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor
+from estune.monitor.monitors import (
+    ConsoleMonitor,
+    JsonlMonitor,
+    MemberLines,
+    Monitor,
+    Monitors,
+    PlotMonitor,
+    ReportMonitor,
+)
 from estune.monitor.panel import PanelMonitor
-from estune.monitor.trackers import read_trackers, start_logger, write_trackers
+from estune.monitor.trackers import check_packages, read_trackers, start_logger, write_trackers
 from estune.rewards.pool import INLINE_WARNING, RewardPool
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import Run, open_run
@@ -64,10 +72,11 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
         replayed, last_move = run.recover(engine)
         if run.steps_done:
             refuse_broken_theta(args, engine, loaded.train_prompts, run.steps_done)
+        lines = MemberLines(args.max_steps, args.population_size, lambda: run.steps_done)
         session = Session(
             **vars(loaded),
             run=run,
-            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested, panel),
+            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested, panel or lines),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,
@@ -97,6 +106,7 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     Raises:
         UserError: the model does not load, or a row or the model fails a check.
     """
+    check_packages(run.args.report_to)
     say(f"estune: loading {run.args.model if request.module is None else 'the model'}")
     engine = request.engine
     train_prompts = request.prompts(request.train_rows)

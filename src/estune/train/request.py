@@ -125,7 +125,6 @@ class BaseTrainer:
 
     def __init__(
         self,
-        *,
         model: Any = None,
         reward_funcs: Any = None,
         args: ESConfig | None = None,

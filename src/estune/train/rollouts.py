@@ -22,6 +22,7 @@ from estune.console import warn
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.monitor.monitors import MemberLines
 from estune.monitor.panel import PanelMonitor
 from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
@@ -41,7 +42,7 @@ class Evaluator:
     pool: RewardPool
     response_prefix: str
     stop_requested: Callable[[], bool] = lambda: False  # whether the run was asked to stop
-    panel: PanelMonitor | None = None  # shows the progress within a step
+    panel: PanelMonitor | MemberLines | None = None  # shows the progress within a step
     warned: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
 
     def should_stop(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from estune.config import ResolvedConfig
-from estune.console import say, warn
+from estune.console import counted, say, warn
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
@@ -154,7 +154,9 @@ class Session(OpenRun):
             f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
             f"batch_size {args.batch_size}, seed {args.seed}, max_steps {args.max_steps}; run directory {run.path}"
         )
-        if args.noise == "lowrank":
+        if args.noise == "lowrank" and not any(spec.kind == "lowrank" for spec in self.engine.specs):
+            warn(f"engine {self.engine.facts.name} has no parameter with low-rank noise: all noise is full")
+        elif args.noise == "lowrank":
             shared = self.engine.facts.shared_forward
             together = f"{args.members_per_batch} in a forward pass" if shared else "one after another"
             say(f"estune: low-rank noise, rank {args.rank}; members {together}")
@@ -367,9 +369,16 @@ class Session(OpenRun):
         if run.steps_done and not checkpoint_path(run.path, run.steps_done).exists():
             run.save(self.engine, final=False)
         say(
-            f"estune: stopped after {run.steps_done} step{'s' * (run.steps_done != 1)}; "
+            f"estune: stopped after {counted(run.steps_done, 'step')}{self._kept()}; "
             f"continue with: estune train --resume --output_dir {run.path}"
         )
+
+    def _kept(self) -> str:
+        """Return how many members of the step in hand are stored, as text; an empty string if none is."""
+        kept = len(self.run.pending.read(self.run.journal.head))
+        if not kept:
+            return ""
+        return f", {kept} of {self.args.population_size} members of step {self.run.steps_done + 1} kept"
 
     def _measure_rounding(self, step: Step) -> None:
         """Measure how much of a perturbation the compute dtype rounds away: in step 1, and after sigma has halved."""

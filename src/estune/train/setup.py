@@ -194,10 +194,17 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
 
 
 def model_of(args: ESConfig) -> str:
-    """Return the model's name: the engine's own name if ``model`` has its default and the engine is not `hf`."""
-    if args.engine == "hf" or args.model != default_of("model"):
+    """Return the model's name: the engine's own name if ``model`` has its default and the engine is not `hf`.
+
+    With an engine outside estune, a name without ``/`` is the engine's own; a directory gets ``./`` before its name.
+    """
+    if args.engine == "hf":
         return args.model
-    return str(getattr(engine_class(args.engine), "name", args.engine))
+    name = str(getattr(engine_class(args.engine), "name", args.engine))
+    if args.model in (name, default_of("model")):
+        return name
+    is_plain = args.engine not in ENGINES and "/" not in args.model and Path(args.model).is_dir()
+    return f"./{args.model}" if is_plain else args.model
 
 
 def batches_of(args: ESConfig, n_rows: int) -> Batches:
@@ -267,8 +274,9 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
         UserError: the engine does not exist, or the model is missing or damaged.
     """
     assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
+    model = model_of(args) if module is None else args.model
     options = EngineOptions(
-        model=model_of(args) if module is None else args.model,
+        model=model,
         module=module,
         tokenizer=tokenizer,
         dtype=args.dtype,
@@ -285,7 +293,7 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
         for name, harmless in (("temperature", 0.0), ("stop_strings", [])):
             if getattr(args, name) != harmless:
                 raise UserError(f"the toy engine does not support {name}")
-    elif module is None:
+    if module is None and (args.engine == "hf" or model != getattr(engine_class(args.engine), "name", None)):
         refuse_unfinished(args.model)
     name = "toy" if is_toy else args.engine
     engine: LocalEngine = engine_class(name).open(options)

@@ -196,7 +196,8 @@ class SigmaWatch:
                     f"reward {name} has returned None for every completion so far, so it does not affect the fitness",
                 )
         if record["es/fitness_mean"] is None:
-            self._warn("nothing", "every reward was None in this step, so theta does not move")
+            what = "failed or was None" if record.get("es/reward_errors") else "was None"
+            self._warn("nothing", f"every reward {what} in this step, so theta does not move")
 
     def _members_lost_fitness(self, record: Mapping[str, Any]) -> bool:
         """Return whether the members' mean and best fitness are far below theta's on the same rows.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import counted, say
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.types import Interrupted
 from estune.models.hub import push
@@ -24,7 +24,7 @@ from estune.train.request import BaseTrainer
 class ESTrainer(BaseTrainer):
     """Fine-tunes all parameters of a language model with evolution strategies.
 
-    All arguments are keywords, as in TRL. If ``model``, ``reward_funcs`` or a dataset is omitted, the configuration
+    The arguments have TRL's names and order. If ``model``, ``reward_funcs`` or a dataset is omitted, the configuration
     ``args`` names it.
 
     Args:
@@ -79,7 +79,7 @@ def complete_finished_run(run_dir: Path, args: ESConfig) -> Path:
     Returns:
         The run directory.
     """
-    say(f"estune: {run_dir} is finished ({args.max_steps} steps); nothing to do")
+    say(f"estune: {run_dir} is finished ({counted(args.max_steps, 'step')}); nothing to do")
     if not (run_dir / CARD_FILE).exists():  # the run was killed between the last checkpoint and the card
         write_card(run_dir)
     if args.push_to_hub:
