@@ -36,6 +36,7 @@ from estune.train import setup
 
 HERE = Path(__file__).resolve().parent
 TIME_LIMIT_S = 3600.0
+REQUIRED = ("torch", "transformers", "numpy")  # installed into every environment before its package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,8 @@ def environment_of(peer: Peer, cache_dir: Path) -> Path:
     return make_environment(
         cache_dir / f"{peer.name}-{peer.version}",
         [
-            [*pinned, "-r", str(HERE / "peers" / "base.txt")],
-            [*pinned, *alone, "-r", str(HERE / "peers" / f"{peer.name}.txt")],
+            [*pinned, *REQUIRED],
+            [*pinned, *alone, f"{peer.name}=={peer.version}"],
         ],
     )
 

@@ -17,7 +17,8 @@ def row(action: argparse.Action) -> str:
     """Return a table row for one option."""
     flags = ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.metavar or action.dest}`"
     text = " ".join((action.help or "").replace("%%", "%").split()).replace("|", "\\|")
-    values = str(action.metavar or "").replace("|", "\\|")
+    takes_value = action.option_strings and action.nargs != 0
+    values = str(action.metavar or (action.dest.upper() if takes_value else "")).replace("|", "\\|")
     if action.choices and not action.metavar:
         values = "\\|".join(map(str, action.choices))
     return f"| {flags} | {values} | {text} |"

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +44,13 @@ def show_a_problem(run: Path) -> None:
             print(f"  base:       {old['completions'][0].strip()}")
             print("  fine-tuned: " + new["completions"][0].strip().replace("\n", "\n              "))
             return
+
+
+def command_name() -> str:
+    """Return ``estune`` if the shell finds it, else the path of the command beside this interpreter."""
+    if shutil.which("estune"):
+        return "estune"
+    return os.path.relpath(Path(sys.executable).with_name("estune"))
 
 
 def main() -> None:
@@ -77,7 +86,7 @@ def main() -> None:
     print(f"\nwritten to {run}/")
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         print(f"  {path.relative_to(run)!s:32} {path.stat().st_size:>10,} bytes")
-    print(f"\nThe journal rebuilds the model bit for bit: estune replay --run {run} --output_dir rebuilt")
+    print(f"\nThe journal rebuilds the model bit for bit: {command_name()} replay --run {run} --output_dir rebuilt")
 
 
 if __name__ == "__main__":

@@ -130,14 +130,18 @@ def spelled_out(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 class Log:
-    """Writes lines of JSON to the terminal and to pretrain_log.jsonl."""
+    """Writes lines of JSON, each with the base's name, to the terminal and to the end of pretrain_logs.jsonl.
+
+    The file is beside the base's ``directory``; it holds the lines of all bases.
+    """
 
     def __init__(self, directory: Path) -> None:
+        self._base = directory.name
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / "pretrain_log.jsonl").open("w", encoding="utf-8")
+        self._file = (directory.parent / "pretrain_logs.jsonl").open("a", encoding="utf-8")
 
     def __call__(self, **entry: Any) -> None:
-        line = json.dumps(entry)
+        line = json.dumps({"base": self._base, **entry})
         print(line, flush=True)
         self._file.write(line + "\n")
         self._file.flush()
@@ -171,7 +175,7 @@ def countdown_base(shape: str, directory: Path, steps: int) -> None:
     """Train one Countdown model, save it, and measure it on validation and test problems."""
     log, tokenizer = Log(directory), build_tokenizer()
     model = build_model(shape, tokenizer, SEEDS[shape])
-    log(base=shape, parameters=model.num_parameters(), seed=SEEDS[shape], steps=steps, torch=torch.__version__)
+    log(parameters=model.num_parameters(), seed=SEEDS[shape], steps=steps, torch=torch.__version__)
     held_out = held_out_problems()
     learning = batches(tokenizer, SEEDS[shape], BATCH_SIZE, held_out, PREFERENCE_LEARNING, 32, 0.0)
     preference = math.log(SHARE_THINKING / (1 - SHARE_THINKING))
@@ -189,7 +193,7 @@ def sudoku_base(directory: Path, steps: int) -> None:
     before, after = _sudoku_phrases()
     log, tokenizer = Log(directory), build_tokenizer([before, after])
     model = build_model("llama", tokenizer, SEEDS["sudoku"])
-    log(base="sudoku", parameters=model.num_parameters(), seed=SEEDS["sudoku"], torch=torch.__version__)
+    log(parameters=model.num_parameters(), seed=SEEDS["sudoku"], torch=torch.__version__)
     source = sudoku_batches(tokenizer, rows)
 
     def solved_enough(step: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from estune.config import (
+    ELSEWHERE,
     EVALUATE_FIELDS,
     FIELD_TYPES,
     FIELDS,
@@ -33,37 +34,6 @@ from estune.models.fetch import MODELS
 from estune.tasks import TASKS
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
-# Flag of TRL, transformers, verl or vLLM -> what to use here instead. An entry applies to a command only if that
-# command has every flag that the entry names.
-ELSEWHERE = {
-    "bf16": "; use --dtype bfloat16",
-    "fp16": "; use --dtype float16",
-    "torch_dtype": "; use --dtype",
-    "lr": "; did you mean --learning_rate?",
-    "beta": "; es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs",
-    "loss_type": "; give it in --method_kwargs",
-    "epsilon": "; give it in --method_kwargs",
-    "num_iterations": "; give it in --method_kwargs",
-    "scale_rewards": "; give it in --method_kwargs",
-    "gradient_checkpointing": "; es computes no gradients; for other methods give it in --method_kwargs",
-    "num_train_epochs": "; use --max_steps",
-    "gradient_accumulation_steps": "; use --batch_size",
-    "per_device_train_batch_size": "; use --batch_size",
-    "resume_from_checkpoint": "; use --resume with --output_dir",
-    "overwrite_output_dir": "; use --overwrite",
-    "dataset": "; use --dataset_name",
-    "chat_template": "; the tokenizer's is used, see --apply_chat_template",
-    "max_prompt_length": "; prompts are never cut",
-    "max_new_tokens": "; use --max_completion_length",
-    "max_tokens": "; use --max_completion_length",
-    "n": "; completions per prompt are --num_generations",
-    "num_return_sequences": "; use --num_generations",
-    "stop": "; use --stop_strings",
-    "temp": "; use --temperature",
-    "use_vllm": "; use --engine vllm",
-    "deepspeed": "; this version runs in one process on one device",
-    "fsdp": "; this version runs in one process on one device",
-}
 TAKING_RUNS = ("replay", "export", "report", "watch")  # commands that take RUN as a word or as --run RUN
 Handler = Callable[[dict[str, Any]], int]  # option values -> exit status
 AddCommand = Callable[..., argparse.ArgumentParser]  # (name, handler, help, operand) -> the command's parser
@@ -245,8 +215,13 @@ def _add_evaluate(add: AddCommand) -> None:
 
 
 def _add_score(add: AddCommand) -> None:
-    score = add("score", _score, "Score the completions of a file.")
-    score.add_argument("--completions", required=True, help="JSON lines with `completion` and the task's columns.")
+    score = add("score", _score, "Score the completions of a file.", "--completions FILE")
+    score.add_argument(
+        "--completions",
+        required=True,
+        metavar="FILE",
+        help="JSON lines with `completion` and the task's columns [required].",
+    )
     _add_json(score)
     _add_fields(score, SCORE_FIELDS)
 
@@ -264,24 +239,43 @@ def _add_probe(add: AddCommand) -> None:
 
 
 def _add_replay(add: AddCommand) -> None:
-    replay = add("replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN")
+    replay = add(
+        "replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN --output_dir DIR"
+    )
     replay.add_argument("run", metavar="RUN", help="Run directory; --run RUN is the same.")
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
     replay.add_argument("--model", help="The base model, if it has moved. Default: where the run found it.")
-    replay.add_argument("--output_dir", required=True, help="Directory for the rebuilt model.")
+    replay.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="Directory for the rebuilt model [required]."
+    )
 
 
 def _add_export(add: AddCommand) -> None:
-    export = add("export", _export, "Write a run's whole change to its base as a seed patch of a few kilobytes.", "RUN")
+    export = add(
+        "export",
+        _export,
+        "Write a run's whole change to its base as a seed patch of a few kilobytes.",
+        "RUN --patch FILE",
+    )
     export.add_argument("run", metavar="RUN", type=Path, help="Run directory; --run RUN is the same.")
-    export.add_argument("--patch", type=Path, required=True, help="File to write, by convention *.estp.")
+    export.add_argument(
+        "--patch", type=Path, required=True, metavar="FILE", help="File to write, by convention *.estp [required]."
+    )
 
 
 def _add_apply(add: AddCommand) -> None:
-    apply = add("apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH")
+    apply = add(
+        "apply", _apply, "Rebuild a tuned model from its base and a seed patch; verify, save.", "PATCH --model MODEL"
+    )
     apply.add_argument("patch", metavar="PATCH", type=Path, help="Seed patch, written by estune export.")
-    apply.add_argument("--model", required=True, help="The patch's base model.")
+    apply.add_argument("--model", required=True, help="The patch's base model [required].")
     apply.add_argument("--output_dir", type=Path, help="Directory for the rebuilt model. Default: the patch's name.")
+    apply.add_argument(
+        "--engine",
+        dest="engine_name",
+        metavar="ENGINE",
+        help="Engine of the patch if it is outside estune: package.module:Class or file.py:Class.",
+    )
     apply.add_argument("--revision", help="Revision of the base model on the hub.")
     apply.add_argument("--trust_remote_code", action="store_true", help="Run the Python code that comes with the base.")
 
@@ -347,9 +341,7 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
         shown = "" if default in (None, "") else f" [{str(default).lower() if default in (True, False) else default}]"
         text = spec.metadata["help"] + shown
         if name == "task":
-            known = [f"{task.name}: {task.description}" for task in TASKS.values()]
-            known += ["rg:NAME: the reasoning-gym task of that name", "NAME=2,NAME=1: a mixture with weights"]
-            text = f"{text} {'; '.join(known)}."
+            text = f"{text} One of {', '.join(TASKS)}, rg:NAME of reasoning-gym, or a mixture NAME=2,NAME=1."
         options["help"] = text.replace("%", "%%")
         options["metavar"] = "|".join(choices) if choices else name.split("_")[-1].upper()
         if FIELD_TYPES[name] is bool:
@@ -385,12 +377,13 @@ def _evaluate(values: dict[str, Any]) -> int:
     }
     run_dir = run_of(str(values.get("model", "")))
     inherited = inherited_settings(run_dir, values) if run_dir else {}
-    if run_dir and "reward_funcs" in inherited:
+    if run_dir:
         look_for_modules_in(module_directories(run_dir))
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):
         warn(f"{own_data} has no splits, and the run trained on all its rows: give --dataset_name for other rows")
     if inherited and not extras["json"]:
         note(f"prompt and sampling settings are those of the run {values['model']}; options on the command line win")
+        note(f"reward is {_reward_of({**inherited, **values})}")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
@@ -398,10 +391,32 @@ def _probe(values: dict[str, Any]) -> int:
     sigmas, as_json, file = values.pop("sigmas"), values.pop("json"), values.pop("config")
     from_file = canonical(read_config_file(file), file) if file else {}
     options = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
-    args = ESConfig.from_mapping({"task": _default_task(options), **options})
+    inherited = _engine_of_run(options)
+    args = ESConfig.from_mapping({"task": _default_task(options), **inherited, **options})
     from estune.commands.probe import SIGMAS, probe_command
 
     return probe_command(args, sigmas or SIGMAS, as_json)
+
+
+def _reward_of(values: dict[str, Any]) -> str:
+    """Return the rewards of an evaluation as text: the reward functions, else the task's reward."""
+    funcs = values.get("reward_funcs")
+    if funcs:
+        return ", ".join([funcs] if isinstance(funcs, str) else funcs)
+    return f"that of task {values['task']}" if values.get("task") else "not known: give --task or --reward_funcs"
+
+
+def _engine_of_run(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine of the run whose directory is the model, and look for modules where that run did."""
+    from estune.rewards.loading import look_for_modules_in
+    from estune.run.origin import located, module_directories
+    from estune.run.saved_config import read_config, run_of
+
+    run_dir = run_of(str(values.get("model", "")))
+    if run_dir is None or "engine" in values:
+        return {}
+    look_for_modules_in(module_directories(run_dir))
+    return {"engine": located(read_config(run_dir), run_dir).get("engine", "hf")}
 
 
 def _score(values: dict[str, Any]) -> int:

@@ -57,6 +57,11 @@ def warn(text: str) -> None:
     LOGGER.warning("%s", text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 step`` or ``2 steps`` for the noun ``step``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def show_progress(text: str) -> None:
     """Replace the last line on stderr by ``text``; do nothing if stderr is not a terminal."""
     if is_terminal(_stream("stderr")):
@@ -87,6 +92,15 @@ def print_result(text: str) -> None:
         _silence(sys.stdout)
         error = raised
     _raise(error)
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Return a value with each float rounded to so many significant digits, in nested lists and dicts too."""
+    if isinstance(value, dict):
+        return {name: rounded(item, digits) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def print_json(value: Any) -> None:

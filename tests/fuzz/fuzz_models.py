@@ -16,7 +16,7 @@ import hypothesis.strategies as st
 from fuzz_forks import Forks
 from fuzz_outcomes import Case, Fault, label, refusal, tail
 
-HERE = Path(__file__).resolve().parent
+PROGRAMS = Path(__file__).resolve().parent / "fuzz_programs.py"
 REWARD = "def spread(completions, **_):\n    return [len(t) + sum(map(ord, t)) % 7 / 10 for t in completions]\n"
 TOKEN_IDS = (None, -1, 0, 257, 299, 300, 10**6, 2**40, [257, 258], [], [300], [None], "x", 1.5, True)
 CONFIG: dict[str, tuple[Any, ...]] = {  # of config.json
@@ -121,7 +121,7 @@ cases = st.fixed_dictionaries(
 
 def check(case: Case, place: Path, forks: Forks) -> str:
     """Build the directory, train a step, replay the journal, load the saved model; return the outcome."""
-    built = forks.run([json.dumps(case["model"]), "model"], place, script=HERE / "fuzz_build_model.py")
+    built = forks.run(["build", json.dumps(case["model"]), "model"], place, script=PROGRAMS)
     if built.code:
         raise Fault(f"the model cannot be built: {tail(built)}")
     for file, key, *values in case["edits"]:
@@ -145,7 +145,7 @@ def check(case: Case, place: Path, forks: Forks) -> str:
     weights = "model.safetensors"
     if (place / "run" / weights).read_bytes() != (place / "replayed" / weights).read_bytes():
         raise Fault("the replay gives other weights than the run")
-    loaded = forks.run(["run"], place, script=HERE / "fuzz_load_model.py")
+    loaded = forks.run(["load", "run"], place, script=PROGRAMS)
     if loaded.code:
         raise Fault(f"from_pretrained does not give the run's weights: {tail(loaded)}")
     return f"{damaged}{', edited' * bool(case['edits'])}: trains"

@@ -17,7 +17,7 @@ from fuzz_forks import Forks
 from fuzz_outcomes import Case, Fault, contents, differing, label, refusal
 from fuzz_values import ARROW, JSON, PYTHON, arrow_array, rows_of, value
 
-HERE = Path(__file__).resolve().parent
+PROGRAMS = Path(__file__).resolve().parent / "fuzz_programs.py"
 REWARDS = '''
 """A reward that records its columns and depends on them, and a reward that ignores them."""
 
@@ -187,8 +187,8 @@ def train(case: Case, place: Path, forks: Forks, directory: str, max_steps: int)
     what = f"the {'resume' if resume else 'run'} on {case['source']} {case['quirks']}"
     if is_python(case):
         (place / "case.json").write_text(json.dumps(case | {"options": options}))
-        words = [directory, max_steps, *(["resume"] if resume else [])]
-        return refusal(forks.run(words, place, script=HERE / "fuzz_python_run.py"), what)
+        words = ["train", directory, max_steps, *(["resume"] if resume else [])]
+        return refusal(forks.run(words, place, script=PROGRAMS), what)
     words = [word for name, v in options.items() for word in (f"--{name}", *(v if isinstance(v, list) else [v]))]
     words += ["--dataset_name", path_of(case), "--max_steps", max_steps, "--output_dir", directory]
     return refusal(forks.run(["train", *words, *(["--resume"] if resume else [])], place), what)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -127,9 +126,10 @@ def test_a_task_takes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     module = re.findall(r"```python\n(# letters\.py\n.*?)```", text, flags=re.DOTALL)[0]
     (tmp_path / "letters.py").write_text(module, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
     line = re.findall(r"^(_built_in\(.*\)),$", text, flags=re.MULTILINE)[0]
-    task = eval(line, {**vars(tasks), "letters": importlib.import_module("letters")})
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])  # as if the file were in the package
+    task = eval(line, vars(tasks))
+    del tasks.letters, sys.modules["estune.tasks.letters"]
     splits = [task.load(split) for split in task.splits]
     assert list(map(len, splits)) == [200, 200, 1000]
     assert len({row["prompt"] for rows in splits for row in rows}) == 1400

@@ -43,7 +43,7 @@ def engine_of(family: str, edit: Callable[[Any], None] | None = None, **options:
 
 
 def exact_weights(engine: HFEngine, perturbation: Perturbation) -> dict[str, np.ndarray]:
-    """Return the member's weights by the definition of DESIGN section 2, in float64."""
+    """Return the member's weights by the definition in docs/reproducibility.md, in float64."""
     weights = {}
     sign = perturbation.member.sign
     for spec in engine.theta.specs:

@@ -145,7 +145,7 @@ def test_an_update_of_thirty_members_by_its_definition(antithetic: bool) -> None
     assert same_bits(moved.cpu().numpy(), expected)
     assert int(sums.checksum) % 2**64 == wide_checksum(expected, start)
     change = expected.astype(np.float64) - theta
-    assert float(sums.moved) == pytest.approx(float(change @ change), rel=1e-12)
+    assert float(sums.change_squares) == pytest.approx(float(change @ change), rel=1e-12)
 
 
 def test_a_scale_far_below_float32_reaches_the_kernel_as_float64() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_divergence import exact_kl
 from scipy import stats
 
 from estune.compare import changes
@@ -22,7 +21,7 @@ from estune.compare.statistics import (
     tango,
     two_level,
 )
-from estune.train.evaluation import interval, kl_k3
+from estune.train.evaluation import interval
 
 
 def test_quantiles_are_those_of_the_tables() -> None:
@@ -197,25 +196,6 @@ def test_tango_covers() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
-
-
-def test_exact_kl_by_hand_and_at_extremes() -> None:
-    p, q = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.25, 0.5]])
-    wanted = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    assert exact_kl(p + 7, q - 3) == pytest.approx([wanted])  # logits are known up to a constant
-    assert exact_kl(p, p) == pytest.approx([0.0], abs=1e-15)
-    assert exact_kl([0.0, -1e4], [0.0, 0.0]) == pytest.approx(math.log(2))  # a token that p never says
-    assert exact_kl(np.zeros((2, 3, 5)), np.zeros((2, 3, 5))).shape == (2, 3)
-
-
-def test_k3_on_samples_agrees_with_the_exact_divergence() -> None:
-    rng = np.random.default_rng(8)
-    p, q = rng.normal(0, 1, 40), rng.normal(0, 1, 40)
-    log_p, log_q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
-    tokens = rng.choice(40, 20_000, p=np.exp(log_p) / np.exp(log_p).sum())
-    gaps = log_q[tokens] - log_p[tokens]
-    error = np.std(np.expm1(gaps) - gaps) / math.sqrt(tokens.size)
-    assert abs(kl_k3([log_p[tokens].tolist()], [log_q[tokens].tolist()]) - exact_kl(p, q)) < 4 * error
 
 
 def model(rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -343,7 +343,7 @@ def test_every_field_has_help() -> None:
 
 
 def test_the_core_is_free_of_torch_and_transformers() -> None:
-    """DESIGN section 4; also what keeps `--help` fast and a crash test of the toy engine possible."""
+    """So `--help` is fast, and a crash test of the toy engine needs no torch."""
     modules = (
         "noise es.population es.fitness es.update es.theta run.journal models.tensor_files train.evaluation "
         "config files cli"
@@ -351,3 +351,17 @@ def test_the_core_is_free_of_torch_and_transformers() -> None:
     script = "import sys\n" + "\n".join(f"import estune.{module}" for module in modules)
     script += "\nassert not {'torch', 'transformers', 'vllm', 'ray'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("use_vllm", "package.module:Class"),
+        ("num_train_epochs", "use max_steps"),
+        ("sigam", "did you mean 'sigma'"),
+        ("model_name_or_path", "use model"),
+    ],
+)
+def test_an_unknown_option_from_python_has_the_command_lines_hint(name: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"ESConfig has an unknown option '{name}'; .*{hint}"):
+        ESConfig(**{name: 1})

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from estune.data.batches import Batches
-from estune.data.columns import check_columns, reward_inputs
+from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.errors import UserError
+from estune.rewards.contract import reward_inputs
 
 ROWS = [{"prompt": f"p{i}", "target": i, "numbers": [i, 1.5, None], "text": "é\u2028"} for i in range(5)]
 TEMPLATE = (

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from estune.baselines.session import combine
-from estune.monitor.monitors import ConsoleMonitor, failures
+from estune.monitor.monitors import ConsoleMonitor, MemberLines, failures
 from estune.monitor.panel import BLOCKS, PanelMonitor, sparkline, spread
 from estune.monitor.report.data import mark
 from estune.monitor.report.page import page
@@ -98,3 +98,14 @@ def test_sparklines() -> None:
     assert spread([1.0] * 5) == BLOCKS[-1]
     drawn = spread([0.0] * 8 + [1.0], bins=3)
     assert drawn == BLOCKS[-1] + " " + BLOCKS[0]
+
+
+def test_a_long_step_prints_at_most_one_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    times, steps_done = iter([0.0, 30.0, 61.0, 62.0, 200.0, 230.0, 259.0, 261.0]), 0
+    lines = MemberLines(2, 4, lambda: steps_done, lambda: next(times))
+    for done in (1, 2, 3, 4):
+        lines.members_done(done)
+    steps_done = 1
+    for done in (1, 2, 3):
+        lines.members_done(done)
+    assert capsys.readouterr().out == "step 1/2  2/4 members\nstep 2/2  3/4 members\n"

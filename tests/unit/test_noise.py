@@ -1,4 +1,4 @@
-"""The noise, bit for bit: DESIGN's check values, plain Python integers, the reference and the numba kernels."""
+"""The noise, bit for bit: check values, plain Python integers, the reference and the numba kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from plain_noise import (
 from estune.es.noise import NOISE_VERSION, block_name, cpu, noise_deviation, noise_ints, noise_key, perturbation_scale
 from estune.es.noise.reference import mix, noise_words, round_to_bits
 
-# DESIGN section 2: seed, name, key, n_0 .. n_15, n_1000000 .. n_1000007
+# Check values of noise version 1: seed, name, key, n_0 .. n_15, n_1000000 .. n_1000007
 CHECK_VALUES = [
     (0, "w", (0x4E621213, 0xD7B48FDC),
      [1, -5, -3, 3, 2, 8, 2, -1, 4, 5, -1, 1, 3, -1, -5, 2], [-1, 0, 4, -2, -5, -3, 1, -1]),

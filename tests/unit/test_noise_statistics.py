@@ -38,7 +38,7 @@ def standardised(seed: int, name: str, count: int) -> np.ndarray:
 def test_the_moments_theory_gives() -> None:
     assert exact_moment(1) == exact_moment(3) == 0
     assert exact_moment(2) == 8
-    assert exact_moment(4) / 64 == 3 - 2 / 32  # kurtosis 2.9375, the 2.94 of DESIGN
+    assert exact_moment(4) / 64 == 3 - 2 / 32  # kurtosis 2.9375, the 2.94 of docs/method.md
 
 
 @pytest.mark.parametrize(("seed", "name"), STREAMS)

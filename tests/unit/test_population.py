@@ -1,4 +1,4 @@
-"""Members and seeds: DESIGN's values, and no overlap between members, steps, run seeds or uses."""
+"""Members and seeds: check values, and no overlap between members, steps, run seeds or uses."""
 
 from __future__ import annotations
 

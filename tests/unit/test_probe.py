@@ -23,6 +23,12 @@ def test_the_largest_spread_without_harm() -> None:
     assert (proposal["sigma"], proposal["learning_rate"], proposal["population_size"]) == (1e-2, 5e-3, 30)
 
 
+def test_equal_spreads_are_named() -> None:
+    proposal = propose(THETA, {1e-3: members(10, 1.0), 1e-2: members(10, 1.0)})
+    assert proposal["sigma"] == 1e-3
+    assert proposal["reason"] == "the smallest of 2 sigmas at which members differ equally, without harm"
+
+
 def test_broken_completions_are_harm() -> None:
     found = {1e-3: members(10, 0.1), 1e-2: members(10, 1.0, clipped=0.16)}
     assert propose(THETA, found)["sigma"] == 1e-3

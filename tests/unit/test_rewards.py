@@ -18,9 +18,9 @@ import pytest
 from command_line import PATIENCE_S
 
 from estune.errors import UserError
+from estune.rewards.contract import read_reply
 from estune.rewards.loading import EXTRA_OF
 from estune.rewards.pool import RewardBatch, RewardPool, load_reward
-from estune.rewards.processes import read_reply
 
 pytestmark = pytest.mark.xdist_group("processes")
 

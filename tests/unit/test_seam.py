@@ -1,16 +1,19 @@
 """The seam between training and engines: jobs name their theta, answers come in any order, a class is an engine."""
 
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from estune import ESConfig, ESTrainer, UserError
+from estune.cli import main
 from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step, noise_of
-from estune.es.types import GroupAnswer, GroupJob, Perturbation, Prompt, Sampling
+from estune.es.types import GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
 from estune.train.setup import engine_class
 
@@ -76,3 +79,152 @@ def test_an_engine_of_ones_own_is_found_where_the_command_runs(tmp_path: Path, m
                       "broken_engine:X": "invalid syntax"}.items():  # fmt: skip
         with pytest.raises(UserError, match=why):
             engine_class(name)
+
+
+def block(name: str) -> str:
+    """Return a Python block of `docs/extending.md` by its first line."""
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    return re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", text, flags=re.DOTALL)[0]
+
+
+@pytest.fixture
+def bigram(tmp_path: Path, monkeypatch) -> Callable[..., Any]:
+    """The engine of `docs/extending.md` in a directory, and its reward; returns a function that starts commands."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "bigram.py").write_text(block("bigram.py"))
+    (tmp_path / "own" / "vowels.py").write_text(
+        "def vowels(completions, **_):\n    return [sum(c in 'aeiou' for c in text) / 16 for text in completions]\n"
+    )
+    rows = "".join(json.dumps({"prompt": letter}) + "\n" for letter in "abcdefgh")
+    (tmp_path / "own" / "rows.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path / "own")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.delitem(sys.modules, "bigram", raising=False)
+    settings = (
+        "--population_size 20 --sigma 0.1 --learning_rate 0.3 --max_completion_length 16 --max_steps 4 "
+        "--dataset_name rows.jsonl --reward_funcs vowels.py:vowels --reward_isolation inline --report_to none "
+        "--console lines --output_dir run"
+    )
+
+    def command(*words: str, engine: str = "bigram:BigramEngine") -> int:
+        given = ("train", "--engine", engine, *settings.split(), *words) if words[:1] != ("as",) else words[1:]
+        return main(list(given))
+
+    return command
+
+
+@pytest.mark.parametrize("engine", ["bigram:BigramEngine", "bigram.py:BigramEngine"])
+def test_an_engine_of_ones_own_is_used_by_every_command(
+    bigram, engine: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    assert bigram(engine=engine) == 0
+    said = capsys.readouterr()
+    assert "loading bigram" in said.out + said.err and "tiny" not in said.out + said.err
+    card = Path("run/README.md").read_text()
+    assert "`bigram`" in card and "transformers" not in card and "tiny" not in card
+    monkeypatch.chdir(tmp_path)  # every command below finds the engine, the reward and the rows where the run did
+    assert main("evaluate --model own/run --json --reward_isolation inline".split()) == 0
+    trained = json.loads(capsys.readouterr().out)["reward"]
+    words = f"evaluate --engine {engine.replace('bigram.py', 'own/bigram.py')} --json --reward_isolation inline"
+    words += " --max_completion_length 16 --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels"
+    assert main(words.split()) == 0
+    assert json.loads(capsys.readouterr().out)["reward"] < trained
+    assert main("evaluate --model own/run --limit 1 --reward_isolation inline".split()) == 0
+    assert "vowels.py:vowels" in capsys.readouterr().err.partition("reward is ")[2]
+    assert main("replay own/run --output_dir again".split()) == 0
+    weights = [Path(where, "model.safetensors").read_bytes() for where in ("own/run", "again")]
+    assert weights[0] == weights[1]
+    assert main("export own/run --patch run.estp".split()) == 0
+    assert main("apply run.estp --model bigram".split()) == 2
+    assert "name it with --engine" in capsys.readouterr().err
+    assert main("apply run.estp --model bigram --engine own/bigram.py:BigramEngine".split()) == 0
+    assert Path("run/model.safetensors").read_bytes() == weights[0]
+    assert main("train --resume --output_dir own/run --max_steps 5".split()) == 0
+    assert main("probe --model own/run --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels "
+                "--reward_isolation inline --sigmas 0.1 --json --max_completion_length 16".split()) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--model /nonexistent", "knows no model '/nonexistent'"),
+        ("--dtype bfloat16", "no use for dtype"),
+        ("--trainable_parameters table", "no use for trainable_parameters"),
+    ],
+)
+def test_an_engine_of_ones_own_refuses_what_it_ignores(bigram, words: str, why: str, capsys) -> None:
+    assert bigram(*words.split()) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_resume_compares_the_source_of_an_engine(bigram, capsys) -> None:
+    assert bigram() == 0
+    header = json.loads(Path("run/journal.jsonl").read_text().partition("\n")[0])
+    assert header["identity"]["engine_source"]["BigramEngine"]
+    source = Path("bigram.py")
+    source.write_text(source.read_text().replace("argmax()", "argmin()"))
+    del sys.modules["bigram"]
+    assert bigram("as", "train", "--resume", "--output_dir", "run", "--max_steps", "6") == 2
+    assert "the source of an engine outside estune: since the run began, file bigram" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("int(table[made[-1]].argmax())", "table[made[-1]].argmax()", "a token id is int64, not int"),
+        ("made[-1] == END)", "np.bool_(True))", "finished and finite must be bool"),
+        ("return answers", "return answers[1:]", "0 instead of 1 prompts"),
+        ("return answers", "return None", "NoneType instead of a list of 1 prompts"),
+        ("* sampling.num_generations", "* 3", "3 instead of 1 completions of a prompt"),
+        ("Completion(tuple(made[1:]), made[-1] == END)", "made", "list instead of Completion"),
+        ("self.assets =", "assets =", "has no assets"),
+        ("def __init__(self)", "def __init__(self, size)", "cannot be made without arguments"),
+    ],
+)
+def test_a_broken_engine_is_refused_in_one_sentence(bigram, old: str, new: str, why: str, capsys) -> None:
+    source = Path("bigram.py").read_text()
+    assert old in source
+    Path("bigram.py").write_text(source.replace(old, new))
+    assert bigram("--batch_size", "1") == 2
+    error = capsys.readouterr().err
+    assert why in error and "igram" in error and "Traceback" not in error
+
+
+def test_a_stopped_step_says_how_many_members_are_kept(tmp_path: Path, monkeypatch, capsys) -> None:
+    def stopped(self, jobs: Iterable[GroupJob], should_stop=lambda: False) -> Iterator[GroupAnswer]:
+        for job in jobs:
+            if job.indices[0] == 2:
+                raise Interrupted
+            yield self.answer(job, should_stop)
+
+    monkeypatch.setattr(ToyEngine, "answers", stopped)
+    args = ESConfig(engine="toy", task="quadratic", max_steps=1, population_size=4, report_to=["none"],
+                    reward_isolation="inline", output_dir=str(tmp_path / "run"))  # fmt: skip
+    ESTrainer(args=args).train()
+    assert "stopped after 0 steps, 2 of 4 members of step 1 kept; continue with" in capsys.readouterr().out
+
+
+def test_low_rank_noise_without_a_low_rank_parameter_is_warned_of(bigram, capsys) -> None:
+    assert bigram("--noise", "lowrank") == 0
+    said = capsys.readouterr()
+    assert "bigram has no parameter with low-rank noise" in said.err and "rank 1" not in said.out
+
+
+def test_arguments_have_the_order_of_trl(tmp_path: Path) -> None:
+    args = ESConfig(output_dir=str(tmp_path / "run"))
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    trainer = ESTrainer("tiny", near_one, args, rows)
+    assert trainer.train_rows == rows and trainer.request.rewards.funcs == [near_one]
+
+
+def test_a_run_may_have_the_name_of_its_engine(bigram, tmp_path: Path, monkeypatch) -> None:
+    assert bigram("--output_dir", "bigram") == 0
+    assert bigram("--output_dir", "bigram", "--overwrite") == 0
+    assert bigram("--output_dir", "second", "--model", "bigram/") == 0
+    Path("second").rename("weights")
+    assert bigram("--output_dir", "third", "--model", "weights") == 0
+    assert json.loads(Path("third/es_config.json").read_text())["model"] == "./weights"
+    monkeypatch.chdir(tmp_path)
+    for run in ("bigram", "third"):
+        assert main(["replay", f"own/{run}", "--output_dir", f"again-{run}"]) == 0
+        assert Path(f"again-{run}/model.safetensors").read_bytes() == Path(f"own/{run}/model.safetensors").read_bytes()

@@ -22,12 +22,12 @@ def record(fitness: float | None = 1.0, **others: Any) -> dict[str, Any]:
 
 def test_theta_is_asked_where_members_agree_and_the_warning_comes_once(capsys: pytest.CaptureFixture[str]) -> None:
     watch = SigmaWatch()
-    assert watch.wants_theta(0.95) and not watch.wants_theta(0.9)
+    assert watch.needs_theta(0.95) and not watch.needs_theta(0.9)
     watch.step(record(), ThetaAnswers(equal=0.2))  # the members agree on something that theta does not say
     watch.step(record(), NOBODY)
     assert capsys.readouterr().err == ""
     watch.step(record(), ThetaAnswers(equal=0.93))
-    assert not watch.wants_theta(1.0)
+    assert not watch.needs_theta(1.0)
     watch.step(record(), ThetaAnswers(equal=1.0))
     told = capsys.readouterr().err
     assert told.count("warning") == 1
@@ -159,6 +159,7 @@ def test_easy_and_hard_prompts_are_no_trend(prompts: int, solved: float, capsys:
         ({"completions/clipped_ratio": 1.0}, "was cut off at max_completion_length"),
         ({"completions/clipped_ratio": 0.0, "completions/mean_length": 1.0}, "ended with its first token"),
         ({"es/fitness_mean": None}, "every reward was None in this step"),
+        ({"es/fitness_mean": None, "es/reward_errors": 3}, "every reward failed or was None in this step"),
     ],
 )
 def test_a_warning_about_completions_is_printed_once(

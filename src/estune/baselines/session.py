@@ -129,7 +129,7 @@ class BaselineSession(OpenRun):
     @property
     def ended(self) -> bool:
         """Return whether the run has reached ``max_steps`` or ``max_time_s``."""
-        return self.has_ended(self.steps_done)
+        return self.ends_after(self.steps_done)
 
     def step_started(self) -> None:
         """Start the clock of a step."""

@@ -17,9 +17,10 @@ from estune.baselines.arguments import method_arguments, sampling_arguments, trl
 from estune.baselines.random_search import random_search
 from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
 from estune.config import RESUMABLE, ESConfig, ResolvedConfig
-from estune.console import say, warn
-from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device, torch_threads
+from estune.console import counted, say, warn
+from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
+from estune.engines.hf.working_model import torch_threads
 from estune.environment import environment
 from estune.errors import ExternalError, UserError
 from estune.es.types import Interrupted, num_parameters
@@ -40,7 +41,7 @@ from estune.train.request import BaseTrainer, TrainingRequest
 from estune.train.rollouts import Evaluator
 from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
-from estune.train.trainer import finish_again
+from estune.train.trainer import complete_finished_run
 
 
 def _policy_gradient(session: BaselineSession) -> None:
@@ -85,8 +86,8 @@ class BaselineTrainer(BaseTrainer):
         """Train (or resume) until ``max_steps``, write the model, and return the run directory."""
         request, self.stopped = self.request, False
         run_dir = request.make_run_directory()
-        if self.args.resume and is_finished(run_dir, self.args, request.unresolved):
-            return finish_again(run_dir, self.args)
+        if self.args.resume and is_finished(run_dir, self.args, request.given_args):
+            return complete_finished_run(run_dir, self.args)
         self._refuse_to_restart(run_dir)
         repository = hub_repository(self.args) if self.args.push_to_hub else None
         with open_baseline(request) as session:
@@ -107,7 +108,7 @@ class BaselineTrainer(BaseTrainer):
                 self.stopped = True
                 action = "start again" if self.args.method in RESTARTED else "continue"
                 say(
-                    f"estune: stopped after {session.steps_done} steps; "
+                    f"estune: stopped after {counted(session.steps_done, 'step')}; "
                     f"{action} with: estune train --resume --output_dir {run_dir}"
                 )
         return run_dir
@@ -118,7 +119,7 @@ class BaselineTrainer(BaseTrainer):
             return
         stored = read_config(run_dir)
         then = {name: stored[name] for name in ("max_steps", "max_time_s")}
-        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.request.unresolved):
+        if is_finished(run_dir, dataclasses.replace(self.args, **then), self.request.given_args):
             raise UserError(
                 f"{run_dir} is finished, and method {self.args.method} cannot continue a finished run: "
                 "train in another --output_dir"
@@ -148,13 +149,13 @@ def check_method(args: ESConfig, has_accuracy: bool = True) -> None:
         trl_config(args, "trainer", batch, 0, **(sampling_arguments(args) if sampled else {}))
 
 
-def is_finished(path: Path, args: ESConfig, unresolved: ESConfig) -> bool:
+def is_finished(path: Path, args: ESConfig, given_args: ESConfig) -> bool:
     """Return whether a directory holds this run and the run has reached ``max_steps`` or ``max_time_s``.
 
     Args:
         path: the run directory, which is only read.
         args: the configuration.
-        unresolved: the configuration with its `auto` values.
+        given_args: the configuration with its `auto` values.
 
     Raises:
         UserError: the options differ from the run's, or the model is damaged and cannot be written again.
@@ -168,7 +169,7 @@ def is_finished(path: Path, args: ESConfig, unresolved: ESConfig) -> bool:
     if state is None or leftovers(path):
         return False
     fixed = fixed_options(path)
-    adopt(args, fixed, unresolved)
+    adopt(args, fixed, given_args)
     if not same_names(located(fixed, path), args):
         return False
     used_up = bool(args.max_time_s and train_time_s(path) >= args.max_time_s)
@@ -274,12 +275,12 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         UserError: an input is invalid; a run that was to be overwritten is still intact.
     """
     with ExitStack() as stack:
-        run = open_run(request.args, request.unresolved)
+        run = open_run(request.args, request.given_args)
         stack.callback(run.close)
         args = run.args
         resumes = args.resume and (run.path / CONFIG_FILE).exists()
         if resumes:
-            args = adopt(args, fixed_options(run.path), request.unresolved)
+            args = adopt(args, fixed_options(run.path), request.given_args)
         restarts = resumes and args.method in RESTARTED
         if restarts:
             say(f"estune: {args.method} stores no state to continue from: starting again from step 0")
@@ -329,7 +330,7 @@ def _check_resume(run: Run, loaded: Loaded, resumes: bool) -> tuple[BaselineFact
     if done:
         check_run(run.path, fingerprint, facts)
     if done > max_steps:
-        raise ExternalError(f"{run.path} already has {done} steps, more than max_steps {max_steps}")
+        raise ExternalError(f"{run.path} already has {counted(done, 'step')}, more than max_steps {max_steps}")
     return {"base": {"model": loaded.args.model, "fingerprint": fingerprint}, **facts.stored()}, progress
 
 
@@ -368,8 +369,8 @@ def _announce(session: BaselineSession) -> None:
     else:
         size = f"{completions} of each, learning_rate {args.learning_rate:g}"
     say(
-        f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, {args.max_steps} steps into "
-        f"{session.run.path}"
+        f"estune: {args.batch_size} prompts a step, {size}, seed {args.seed}, max_steps {args.max_steps}; "
+        f"run directory {session.run.path}"
     )
     if session.steps_done:
         say(f"estune: resuming after step {session.steps_done}")

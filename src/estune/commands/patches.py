@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import counted, say
+from estune.engines import ENGINES
 from estune.errors import UserError
 from estune.es.noise import NOISE_VERSION
 from estune.es.population import members_for_step
@@ -70,8 +71,7 @@ def make_patch(run: Path) -> bytes:
     done = len(journal.steps)
     if done not in journal.checkpoints:
         raise UserError(
-            f"{run} was interrupted after {done} step{'s' * (done != 1)}: continue it with --resume to its end, then "
-            "export it"
+            f"{run} was interrupted after {counted(done, 'step')}: continue it with --resume to its end, then export it"
         )
     header = journal.header
     config = {name: header["config"][name] for name in KEPT}
@@ -162,12 +162,17 @@ def export_command(run: Path, patch: Path) -> int:
 
 
 def apply_command(
-    patch: Path, model: str, output_dir: Path | None, revision: str | None, trust_remote_code: bool
+    patch: Path,
+    model: str,
+    output_dir: Path | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    engine_name: str | None = None,
 ) -> int:
     """Rebuild a tuned model from its base and a patch, verify it, and save it.
 
-    The default ``output_dir`` is the patch's path without its suffix. The base's revision, and whether its own code may
-    run, come from the user, never from the patch.
+    The default ``output_dir`` is the patch's path without its suffix. The base's revision, whether its own code may
+    run, and the name of an engine outside estune come from the user, never from the patch.
 
     Raises:
         UserError: the base or the result does not have the patch's fingerprint; nothing is saved.
@@ -177,6 +182,7 @@ def apply_command(
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
     config = {**content["config"], "model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+    config["engine"] = _engine_of(patch, content["config"]["engine"], engine_name)
     args = setup.resolve_config(ESConfig.from_mapping(config, str(patch)), 1)
     say(f"estune: loading {model}, then {_steps(content)} of {args.population_size} members")
     engine = setup.load_engine(args)
@@ -207,9 +213,22 @@ def apply_command(
     return 0
 
 
+def _engine_of(patch: Path, recorded: str, given: str | None) -> str:
+    """Return the engine that applies a patch; raise UserError if the user must name it, or named another one."""
+    if recorded in ENGINES:
+        if given not in (None, recorded):
+            raise UserError(f"engine {given} has no effect: {patch} was made with engine {recorded}")
+        return recorded
+    if given is None:
+        raise UserError(
+            f"{patch} was made with {recorded}, an engine outside estune: name it with --engine, as "
+            "package.module:Class or file.py:Class"
+        )
+    return given
+
+
 def _steps(content: Patch) -> str:
-    count = len(content["steps"])
-    return f"{count} step{'s' * (count != 1)}"
+    return counted(len(content["steps"]), "step")
 
 
 def _listed(specs: Sequence[ParameterSpec]) -> list[tuple[str, list[int], str | bool]]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from estune.config import ESConfig
-from estune.console import note, print_json, print_result
+from estune.console import note, print_json, print_result, rounded
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
@@ -194,6 +194,8 @@ def propose(theta: Answers, found: dict[float, Answers]) -> dict[str, Any]:
     if both:
         sigma = max(both, key=lambda s: found[s].spread)
         reason = "members differ most there without harm"
+        if len(both) > 1 and is_tie([found[s].spread for s in both]):
+            reason = f"the smallest of {len(both)} sigmas at which members differ equally, without harm"
     elif effective:
         sigma = min(effective)
         reason = "the smallest that changes answers; it harms most members, so watch the first steps"
@@ -244,9 +246,9 @@ def probe_command(args: ESConfig, sigmas: Sequence[float], as_json: bool) -> int
     proposal = propose(theta, found)
     if as_json:
         points = [{"sigma": sigma, **answers.as_dict()} for sigma, answers in found.items()]
-        print_json({"model": args.model, "task": args.task or args.dataset_name, "members": MEMBERS,
+        print_json(rounded({"model": args.model, "task": args.task or args.dataset_name, "members": MEMBERS,
                     "rows": args.batch_size, "theta": theta.as_dict(), "sigmas": points,
-                    "proposal": proposal})  # fmt: skip
+                    "proposal": proposal}))  # fmt: skip
     else:
         print_result(table(theta, found, proposal))
     return 0

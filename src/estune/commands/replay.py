@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import counted, say
 from estune.errors import UserError
 from estune.models.names import local_directory
+from estune.rewards.loading import look_for_modules_in
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.journal import JOURNAL_FILE, Journal
-from estune.run.origin import located, refuse_lost
+from estune.run.origin import located, module_directories, refuse_lost
 from estune.run.replay import check_base, check_parameters, replay_steps
 from estune.train import setup
 
@@ -30,9 +31,10 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
     config = located({**journal.header["config"], "device": "auto"}, run)  # the bits are the same on every device
-    refuse_lost({"model": config["model"]}, run, () if model is None else ("model",))
+    refuse_lost({name: config[name] for name in ("model", "engine")}, run, () if model is None else ("model",))
     if model is not None:
         config["model"] = model
+    look_for_modules_in(module_directories(run))
     args = ESConfig.from_mapping(config, f"the journal of {run}")
     engine = setup.load_engine(args)
     check_base(journal, engine.fingerprint(), args.model)
@@ -47,5 +49,5 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     proven = step < len(journal.steps) or step in journal.checkpoints
     unproven = f"replayed (step {step} is not verified: the run stopped before it saved a fingerprint of it)"
     how = "replayed and verified" if proven else unproven
-    say(f"estune: {step} steps {how}, fingerprint {engine.fingerprint()}, in {output_dir}")
+    say(f"estune: {counted(step, 'step')} {how}, fingerprint {engine.fingerprint()}, in {output_dir}")
     return 0

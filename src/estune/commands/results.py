@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from estune.console import print_json, print_result
+from estune.console import print_json, print_result, rounded
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result's values, one line each, or the result as JSON."""
+    """Print a result's values, one line each, or the result as JSON; floats have six digits."""
     if as_json:
-        print_json(result)
+        print_json(rounded(result))
         return
     for name, value in result.items():
         if name == "accuracy":

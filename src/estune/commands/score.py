@@ -10,10 +10,11 @@ import numpy as np
 from estune.commands.results import or_none, print_values
 from estune.config import ESConfig
 from estune.console import note, print_json
-from estune.data.columns import check_columns, reward_inputs
+from estune.data.columns import check_columns
 from estune.data.datasets import load_rows
 from estune.errors import UserError
 from estune.es.fitness import mean, weigh
+from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch
 from estune.train import setup
 from estune.train.evaluation import interval

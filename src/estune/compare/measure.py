@@ -21,12 +21,12 @@ from estune.compare.plan import rows_of
 from estune.compare.results import DONE, Answers, Changes, Result, base_digest, read_json, read_result
 from estune.config import EVALUATE_FIELDS, ESConfig
 from estune.console import warn
-from estune.data.columns import reward_inputs
 from estune.engines.base import LocalEngine
 from estune.environment import code_digest
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.files import write_json
+from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool
 from estune.run.records import is_right, read_metrics
 from estune.tasks import get_task

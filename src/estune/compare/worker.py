@@ -119,7 +119,7 @@ def train(values: dict[str, Any]) -> None:
     trainer: BaseTrainer
     if args.method == "es":
         trainer = ESTrainer(args=args)
-        trainer.asks_theta_first = False  # it would use up completions of the budget; the base is measured anyway
+        trainer.theta_joins_first_step = False  # scoring theta would use up the budget; the base is measured anyway
     else:
         from estune.baselines import BaselineTrainer
 

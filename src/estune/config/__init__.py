@@ -1,6 +1,7 @@
 """The options of a run: meaning, allowed values, and reading them from files."""
 
 from estune.config.options import (
+    ELSEWHERE,
     EVALUATE_FIELDS,
     FIELD_TYPES,
     FIELDS,
@@ -20,6 +21,7 @@ from estune.config.options import (
 from estune.config.yaml_file import read_config_file
 
 __all__ = [
+    "ELSEWHERE",
     "EVALUATE_FIELDS",
     "FIELDS",
     "FIELD_TYPES",

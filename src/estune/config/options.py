@@ -13,7 +13,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from estune.config.coercion import convert, is_text
 from estune.engines import ENGINES
@@ -34,6 +34,38 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
                     tuple(method for method in METHODS if method != "random_search")),
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
 }  # fmt: skip
+
+# Flag of TRL, transformers, verl or vLLM -> what to use here instead. An entry applies to a command only if that
+# command has every flag that the entry names.
+ELSEWHERE = {
+    "bf16": "; use --dtype bfloat16",
+    "fp16": "; use --dtype float16",
+    "torch_dtype": "; use --dtype",
+    "lr": "; did you mean --learning_rate?",
+    "beta": "; es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs",
+    "loss_type": "; give it in --method_kwargs",
+    "epsilon": "; give it in --method_kwargs",
+    "num_iterations": "; give it in --method_kwargs",
+    "scale_rewards": "; give it in --method_kwargs",
+    "gradient_checkpointing": "; es computes no gradients; for other methods give it in --method_kwargs",
+    "num_train_epochs": "; use --max_steps",
+    "gradient_accumulation_steps": "; use --batch_size",
+    "per_device_train_batch_size": "; use --batch_size",
+    "resume_from_checkpoint": "; use --resume with --output_dir",
+    "overwrite_output_dir": "; use --overwrite",
+    "dataset": "; use --dataset_name",
+    "chat_template": "; the tokenizer's is used, see --apply_chat_template",
+    "max_prompt_length": "; prompts are never cut",
+    "max_new_tokens": "; use --max_completion_length",
+    "max_tokens": "; use --max_completion_length",
+    "n": "; completions per prompt are --num_generations",
+    "num_return_sequences": "; use --num_generations",
+    "stop": "; use --stop_strings",
+    "temp": "; use --temperature",
+    "use_vllm": "; use --engine vllm",
+    "deepspeed": "; this version runs in one process on one device",
+    "fsdp": "; this version runs in one process on one device",
+}
 
 # Options that a resume may change. All others define the trajectory and are written into the journal's header.
 RESUMABLE = frozenset(
@@ -87,6 +119,17 @@ def _option(
 class ESConfig:
     """The configuration of a run. Defaults are those of arXiv 2509.24372."""
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse an unknown option with a hint, where a dataclass would raise TypeError.
+
+        Raises:
+            UserError: an option is unknown, or given by an alias.
+        """
+        for name in options:
+            if (field_name := canonical_name(name, "ESConfig")) != name:
+                raise UserError(f"ESConfig has an unknown option {name!r}; use {field_name}")
+        return super().__new__(cls)
+
     # Model
     model: str = _option(
         "tiny", "Model id on the hub, a local directory, or the embedded `tiny`.", aliases=("model_name_or_path",)
@@ -101,7 +144,9 @@ class ESConfig:
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
     engine: str = _option(
-        "hf", "Generation backend: hf (transformers), vllm, toy (a function of a vector), or package.module:Class."
+        "hf",
+        "Generation backend: hf (transformers), vllm, toy (a function of a vector), package.module:Class, or "
+        "file.py:Class.",
     )
     tensor_parallel_size: int = _option(1, "Processes that share one model, with engine vllm.")
     trainable_parameters: list[str] | None = _option(
@@ -178,7 +223,11 @@ class ESConfig:
         "z_score", "How fitness becomes utilities.", ("z_score", "centered_rank", "per_prompt_z", "none")
     )
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate over max_steps.", SCHEDULES)
-    warmup_steps: int = _option(0, "Steps over which the learning rate rises to its full value.")
+    warmup_steps: int = _option(
+        0,
+        "Steps over which the learning rate rises to its full value, with every schedule (transformers: not with "
+        "constant).",
+    )
     sigma_scheduler_type: str = _option("constant", "Schedule of sigma over max_steps.", SIGMA_SCHEDULES)
     weight_decay: float = _option(
         0.0,
@@ -372,8 +421,8 @@ class ESConfig:
             if not any(self.reward_weights):
                 raise UserError("reward_weights are all 0: nothing would be learned")
         if self.engine not in ENGINES and ":" not in self.engine:
-            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, or package.module:Class"
-                            f"{nearest(self.engine, ENGINES)}")  # fmt: skip
+            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, package.module:Class, or "
+                            f"file.py:Class{nearest(self.engine, ENGINES)}")  # fmt: skip
         if self.tensor_parallel_size > 1 and self.engine != "vllm":
             raise UserError(f"engine {self.engine} does not use tensor_parallel_size; engine vllm does")
         for pattern in self.trainable_parameters or []:
@@ -397,7 +446,7 @@ class ESConfig:
             raise UserError("max_time_s needs constant schedules: others depend on the number of steps")
         if self.method == "es":
             return
-        if self.engine in ("toy", "vllm"):
+        if self.engine != "hf":
             raise UserError(f"method {self.method} trains the model of transformers itself: it needs engine hf")
         if self.console == "panel":
             raise UserError(f"console panel shows a population: with method {self.method} use console lines")
@@ -494,7 +543,8 @@ def canonical_name(name: str, source: str) -> str:
         if wanted == spec.name or wanted in spec.metadata["aliases"]:
             return spec.name
     known = [word for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
-    raise UserError(f"{source} has an unknown option {name!r}{nearest(wanted, known)}")
+    hint = ELSEWHERE.get(wanted, "").replace("--", "") or nearest(wanted, known)
+    raise UserError(f"{source} has an unknown option {name!r}{hint}")
 
 
 def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The columns of a dataset: the arguments of reward functions, and the check that no required column is missing."""
+"""Checks of a dataset's columns: the columns that reward functions require, and prompts in two splits."""
 
 from __future__ import annotations
 
@@ -8,27 +8,7 @@ from typing import Any
 from estune.data.datasets import Row
 from estune.errors import UserError
 from estune.identity import NoIdentityError, encode
-from estune.rewards.contract import TRL_KEYWORDS, required_keywords
-
-NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL, reward functions receive every other column
-
-
-def reward_inputs(
-    rows: Sequence[Row], completions_text: Sequence[str], response_prefix: str
-) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
-    """Return (prompts, completions, columns) for reward functions, one entry per completion.
-
-    ``rows[i]`` is the row of completion i. Prompts are the rows' own. Completions start with the response prefix. A
-    completion is a string if its prompt is one, and a list of one assistant message if its prompt is conversational.
-    A column that a row lacks is None for this row.
-    """
-    prompts = [row["prompt"] for row in rows]
-    completions: list[Any] = []
-    for prompt, text in zip(prompts, completions_text, strict=True):
-        whole = response_prefix + text
-        completions.append(whole if isinstance(prompt, str) else [{"role": "assistant", "content": whole}])
-    columns = {name: [row.get(name) for row in rows] for name in column_names(rows)}
-    return prompts, completions, columns
+from estune.rewards.contract import TRL_KEYWORDS, column_names, required_keywords
 
 
 def shared_prompts(trained: Sequence[Row], held_out: Sequence[Row]) -> int:
@@ -42,11 +22,6 @@ def shared_prompts(trained: Sequence[Row], held_out: Sequence[Row]) -> int:
 
     trained_keys = {key(row) for row in trained} - {b""}
     return sum(key(row) in trained_keys for row in held_out)
-
-
-def column_names(rows: Sequence[Row]) -> list[str]:
-    """Return the columns that reward functions receive, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS))
 
 
 def check_columns(rows: Sequence[Row], reward_funcs: Sequence[Callable[..., Any]], names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,12 +39,51 @@ class LocalBase:
 
     @classmethod
     def open(cls, options: EngineOptions) -> Self:
-        """Return an engine with these options; the base class ignores them.
+        """Return ``cls()`` with theta_0, or with the weights in the directory ``options.model``.
+
+        The base class reads ``model`` alone. A subclass whose constructor takes arguments overrides this method.
 
         Raises:
-            UserError: the model cannot be used.
+            UserError: the model cannot be used, or another option would have no effect.
         """
-        return cls()
+        try:
+            inspect.signature(cls).bind()
+        except TypeError:
+            raise UserError(
+                f"engine {cls.__name__} cannot be made without arguments: let its __init__ take none, or override open"
+            ) from None
+        engine = cls()
+        engine.take(options)
+        return engine
+
+    def take(self, options: EngineOptions) -> None:
+        """Read the weights in the directory ``options.model``, unless it is the engine's name.
+
+        Raises:
+            UserError: there are no such weights, or an option has no effect on this engine.
+        """
+        facts = self.facts
+        accepted: dict[str, tuple[Any, ...]] = {
+            "dtype": ("auto", facts.dtype),
+            "device": ("auto", facts.device),
+            "trainable_parameters": (None,),
+            "revision": (None,),
+            "trust_remote_code": (False,),
+        }
+        for name, values in accepted.items():
+            if getattr(options, name) not in values:
+                raise UserError(f"the {facts.name} engine has no use for {name}")
+        if options.module is not None or options.tokenizer is not None:
+            raise UserError(f"the {facts.name} engine takes no model or tokenizer in memory")
+        if options.model == facts.name:
+            return
+        directory = Path(options.model).expanduser()
+        if not (directory / WEIGHTS_FILE).is_file():
+            raise UserError(
+                f"the {facts.name} engine knows no model {options.model!r}: give a directory with {WEIGHTS_FILE}, or "
+                f"leave --model out"
+            )
+        self.load_weights(directory)
 
     @property
     def facts(self) -> EngineFacts:

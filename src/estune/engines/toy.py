@@ -11,14 +11,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from estune.engines.base import EngineFacts, EngineOptions
 from estune.engines.local import ByteAssets, LocalBase
-from estune.errors import UserError
 from estune.es.theta import HostTheta
 from estune.es.types import (
     Completion,
@@ -33,16 +30,6 @@ from estune.es.types import (
 
 SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
 MODEL_TYPE = "estune-toy"
-
-
-# Options that have no effect on the toy engine, and the values that it accepts for them.
-NO_USE: dict[str, tuple[Any, ...]] = {
-    "dtype": ("auto", "float32"),
-    "device": ("auto", "cpu"),
-    "trainable_parameters": (None,),
-    "revision": (None,),
-    "trust_remote_code": (False,),
-}
 
 
 class ToyEngine(LocalBase):
@@ -67,12 +54,8 @@ class ToyEngine(LocalBase):
         Raises:
             UserError: an option would have no effect, or the weights cannot be read.
         """
-        for name, accepted in NO_USE.items():
-            if getattr(options, name) not in accepted:
-                raise UserError(f"the toy engine has no use for {name}")
         engine = cls(options.num_threads, noise=options.noise)
-        if options.model != "toy":
-            engine.load_weights(Path(options.model))
+        engine.take(options)
         return engine
 
     @property

@@ -5,9 +5,8 @@
     fitness   (N,)          mean over prompts and completions, in row order, by `math.fsum`
     utilities (N,)          shaped fitness of zero mean; the update multiplies the noise with them
 
-A reward fails when its function raises, hangs, or returns a number that is not finite. A failed reward becomes the
-worst finite reward that the same function gave any member for the same row: the lowest one, or the highest one for a
-negative weight. A row without any finite reward of a failed function is dropped for all members (DESIGN section 1).
+A reward fails when its function raises, hangs, or returns a number that is not finite. `fill_failures` replaces it by
+the worst finite reward of its row, so that no member gains by failing (docs/method.md).
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-TIE_TOLERANCE = 1e-9  # relative to the largest absolute value, absolute below 1
-LARGEST_REWARD = 1e300  # absolute value of a weighted sum
+TIE_TOLERANCE = 1e-9  # values tie if they differ by at most this, times max(1, largest absolute value)
+LARGEST_REWARD = 1e300  # weighted rewards and their sums are clipped to this absolute value
 
 
 def fill_failures(rewards: np.ndarray, failed: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
     """Return rewards (N, B, G, F) in which a failure holds the worst finite reward of its row and function.
 
-    The worst reward is the lowest one, or the highest one for a function of negative weight. If a failed function gave
-    no member a finite reward for a row, the row becomes NaN for all members and functions. Failures of a function of
-    weight 0 are ignored.
+    The worst reward is the lowest one that any member got, or the highest one for a function of negative weight. If a
+    failed function gave no member a finite reward for a row, the row becomes NaN for all members and functions: the
+    step leaves it out. Failures of a function of weight 0 are ignored.
     """
     filled = np.where(failed, np.nan, rewards)  # (N, B, G, F)
     for b, f in zip(*np.nonzero(failed.any(axis=(0, 2))), strict=True):
@@ -42,10 +41,11 @@ def fill_failures(rewards: np.ndarray, failed: np.ndarray, weights: Sequence[flo
 
 
 def weigh(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Return the weighted sum over functions, (..., F) -> (...); the same as in TRL where every function applies.
+    """Return the weighted sum over functions, (..., F) -> (...). If every function applies, it equals TRL's sum.
 
-    Functions that do not apply (NaN) are left out. The other weights are scaled up to the same sum of absolute weights.
-    The result is NaN where no function applies. Sums are clipped to ±1e300, so no reward can overflow a step.
+    Functions that do not apply (NaN) are left out. The weights of the others are scaled so that their absolute values
+    sum to what all absolute weights sum to. The result is NaN where no function applies. Sums are clipped to ±1e300,
+    so that later sums and squares cannot overflow.
     """
     w = np.asarray(weights, dtype=np.float64)  # (F,)
     applies = ~np.isnan(rewards)  # (..., F)
@@ -58,7 +58,10 @@ def weigh(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def mean(values: np.ndarray) -> float:
-    """Return the mean of the values that are not NaN, or NaN if all are; the sum is exactly rounded."""
+    """Return the mean of the values that are not NaN, or NaN if all are NaN.
+
+    The sum is rounded only once, at its end.
+    """
     numbers = [float(value) for value in values.reshape(-1) if not math.isnan(value)]
     if not numbers:
         return math.nan
@@ -78,7 +81,7 @@ def population_fitness(rows: np.ndarray) -> np.ndarray:
 
 
 def is_tie(values: Sequence[float]) -> bool:
-    """Return whether the values are equal to rounding (`TIE_TOLERANCE`)."""
+    """Return whether the values are equal apart from rounding errors (`TIE_TOLERANCE`)."""
     lowest, highest = min(values), max(values)
     return highest - lowest <= TIE_TOLERANCE * max(1.0, abs(highest), abs(lowest))
 
@@ -111,7 +114,8 @@ def centered(values: Sequence[float]) -> list[float]:
     return [value - center for value in values]
 
 
-# Functions of one number per member. `shape_fitness` computes the scores per prompt that `per_prompt_z` starts from.
+# Each function maps one number per member to one utility per member. With `per_prompt_z` the numbers are means of
+# z-scores, which `shape_fitness` computes; otherwise they are the fitness.
 SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {
     "z_score": z_score,
     "centered_rank": centered_rank,
@@ -123,16 +127,16 @@ SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {
 def shape_fitness(rows: np.ndarray, shaping: str) -> tuple[np.ndarray, list[float]]:
     """Return ``(fitness, utilities)``, both (N,), of weighted rewards (N, B, G).
 
-    ``per_prompt_z`` computes the z-score over members for each prompt (0 for a tie), averages it over prompts, and
-    z-scores the averages. A member without rewards has fitness NaN and utility 0. If the others tie, all utilities
-    are 0.
+    ``per_prompt_z`` computes each member's z-score for each prompt (0 for a tie), averages a member's z-scores over
+    prompts, and returns the z-scores of the averages. A member without rewards has fitness NaN and utility 0. If the
+    other members tie, all utilities are 0.
     """
     fitness = population_fitness(rows)  # (N,)
-    signal = _per_prompt_z(rows) if shaping == "per_prompt_z" else fitness
-    rewarded = np.flatnonzero(~np.isnan(signal))  # members with a reward
+    shaped = _per_prompt_z(rows) if shaping == "per_prompt_z" else fitness  # (N,), what the shaping is applied to
+    rewarded = np.flatnonzero(~np.isnan(shaped))  # members with a reward
     utilities = [0.0] * len(fitness)
     if rewarded.size >= 2:
-        for m, value in zip(rewarded, SHAPINGS[shaping](signal[rewarded].tolist()), strict=True):
+        for m, value in zip(rewarded, SHAPINGS[shaping](shaped[rewarded].tolist()), strict=True):
             utilities[m] = value
     return fitness, utilities
 

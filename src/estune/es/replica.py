@@ -1,4 +1,4 @@
-"""The protocol of a replica of theta: in this process, on a GPU, or in a worker process."""
+"""`Replica`, the protocol of a full copy of theta: in this process, on a GPU, or in a worker process."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from estune.es.update import Update
 
 
 class Replica(Protocol):
-    """Owns a full float32 theta and applies the journal's updates to it."""
+    """A full copy of theta in float32 with its files; the journal's updates keep all copies equal.
+
+    An engine is a `Replica`. The engines of this package hold their parameters in an `estune.es.theta.Theta`.
+    """
 
     @property
     def specs(self) -> Sequence[ParameterSpec]:
         """Theta's parameters, in name order."""
 
     def open_anchor(self, directories: Sequence[Path]) -> bool:
-        """Take theta_0 of anchored weight decay from the first directory whose weights equal the current theta.
+        """Find theta_0, towards which anchored weight decay pulls; call this while theta still is theta_0.
 
-        Later updates read theta_0 from these files.
+        Later updates read theta_0 from the files of the first directory whose weights equal the current theta.
 
         Returns:
-            Whether a directory holds the current theta.
+            Whether one of the directories holds the current theta.
         """
 
     def apply(self, update: Update) -> Moved:
@@ -35,27 +38,27 @@ class Replica(Protocol):
         """
 
     def sums(self) -> dict[str, int]:
-        """Return the sum of every parameter; `estune.es.theta.digest` hashes the sums into the checksum."""
+        """Return one 64-bit checksum sum per parameter; `estune.es.theta.digest` hashes the sums into the checksum."""
 
     @property
     def theta_checksum(self) -> str:
-        """The checksum of theta since its last change; `checksum` computes it again from memory."""
+        """The checksum of theta, computed once after each change of theta and then stored."""
 
     def checksum(self) -> str:
-        """Return the checksum of theta."""
+        """Compute the checksum of theta again, from the numbers in memory; 128 bits in hex."""
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of theta."""
+        """Return the fingerprint of theta: a hash of all its bytes, which identifies saved weights."""
 
     def load_weights(self, directory: Path) -> None:
-        """Read theta from a directory that holds float32 weights.
+        """Overwrite theta with the float32 weights in a directory, as `save` writes them.
 
         Raises:
-            UserError: the file is missing or truncated, or lacks a parameter of the right shape.
+            UserError: the file is missing or truncated, or a parameter is absent or has another shape.
         """
 
     def save(self, directory: Path, *, float32: bool) -> None:
-        """Write the model as Hugging Face files: theta in float32, or cast once to the compute dtype.
+        """Write the model as Hugging Face files: theta in float32, or rounded to the compute dtype.
 
         Raises:
             UserError: the disk is full.

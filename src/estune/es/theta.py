@@ -1,8 +1,14 @@
 """theta, the float32 weights: members are perturbations of theta, and updates move theta.
 
 The arrays are NumPy arrays in the layout of ``save_pretrained``. So the same code serves language models, the toy
-engine, and a replay without a model. Threads work on pieces of `PIECE` elements. The number of threads changes no
-bit, because the update sums in integers (DESIGN section 2).
+engine, and a replay without a model. Threads work on pieces of `PIECE` elements. The result does not depend on the
+number of threads, because the update sums integers (docs/reproducibility.md).
+
+Three values identify theta:
+
+* The *sums* are one 64-bit integer per parameter. The pass that moves theta computes them piece by piece.
+* The *checksum* is a hash of the sums (`digest`). Every line of the journal holds it.
+* The *fingerprint* is a hash of theta's bytes. It needs a pass of its own, and identifies weights in files.
 """
 
 from __future__ import annotations
@@ -26,33 +32,36 @@ from estune.es.update import Update
 if TYPE_CHECKING:
     import torch
 
-STREAMED_BYTES = 128 << 20  # bytes of weights; larger outputs bypass the CPU caches
+STREAMED_BYTES = 128 << 20  # bytes of a member's weights; larger outputs bypass the CPU caches
 PIECE = 1 << 18  # elements of one unit of work: 1 MiB of float32
-LEAST_ROWS = 64  # rows of one unit of work in a low-rank matrix; each unit draws B again
+LEAST_ROWS = 64  # rows of one unit of work in a low-rank matrix at least, because each unit draws B again
 MASK_64 = (1 << 64) - 1  # modulo 2^64
 _NO_ANCHOR = np.empty(0, dtype=np.float32)
 
 AnchorReader = Callable[[str, int, int], np.ndarray]  # (name, start, count) -> float32 (count,) of theta_0
-Part = tuple[str, int, float, float]  # one piece's update: name, checksum, squares of the change, squares of theta
+Part = tuple[str, int, float, float]  # of one piece: name, checksum sum, sums of squares of the change and of theta
 Job = Callable[[], Part]
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The result of an update of theta, or of one shard of theta; the results of shards add up with ``+``.
+    """The result of an update of theta: theta's new checksum, and the norms of the change and of theta.
 
-    ``sums`` holds the checksum sum of every parameter after the update, modulo 2^64. ``moved`` and ``size`` hold one
-    sum of squares per piece: of the change, and of theta after the update. The pieces have no particular order.
+    ``sums`` holds one checksum sum per parameter after the update, modulo 2^64. ``change_squares`` and
+    ``theta_squares`` hold one sum of squares per piece, in any order: of the change, and of theta after the update.
+
+    An engine may split theta into parts (shards) that different processes update; ``+`` combines their results.
     """
 
     specs: tuple[ParameterSpec, ...]
     sums: Mapping[str, int]
-    moved: tuple[float, ...] = ()
-    size: tuple[float, ...] = ()
+    change_squares: tuple[float, ...] = ()
+    theta_squares: tuple[float, ...] = ()
 
     def __add__(self, other: Moved) -> Moved:
         sums = {name: (total + other.sums[name]) & MASK_64 for name, total in self.sums.items()}
-        return Moved(self.specs, sums, self.moved + other.moved, self.size + other.size)
+        change_squares = self.change_squares + other.change_squares
+        return Moved(self.specs, sums, change_squares, self.theta_squares + other.theta_squares)
 
     @property
     def checksum(self) -> str:
@@ -62,17 +71,20 @@ class Moved:
     @property
     def norm(self) -> float:
         """L2 norm of theta's change."""
-        return math.sqrt(math.fsum(self.moved))
+        return math.sqrt(math.fsum(self.change_squares))
 
     @property
     def ratio(self) -> float:
         """Norm of theta's change divided by theta's norm; 0 if theta is 0."""
-        size = math.sqrt(math.fsum(self.size))
-        return self.norm / size if size else 0.0
+        theta_norm = math.sqrt(math.fsum(self.theta_squares))
+        return self.norm / theta_norm if theta_norm else 0.0
 
 
 class Theta(Protocol):
-    """Theta in this process: on the host (`HostTheta`) or on a GPU (`estune.gpu.theta.DeviceTheta`)."""
+    """The parameters that an engine of this process holds: in host memory (`HostTheta`) or on a GPU (`DeviceTheta`).
+
+    `estune.gpu.theta` defines `DeviceTheta`. A `Theta` knows no files; `estune.es.replica.Replica` is theta with files.
+    """
 
     specs: list[ParameterSpec]
     buffers: dict[str, np.ndarray]
@@ -99,7 +111,7 @@ class Theta(Protocol):
         """Move theta by one step; see `HostTheta.apply`."""
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum sum of every parameter; `digest` hashes the sums into the checksum."""
+        """Return one checksum sum per parameter; `digest` hashes the sums into the checksum."""
 
     def checksum(self) -> str:
         """Return the checksum of theta."""
@@ -131,8 +143,8 @@ def pieces(size: int) -> Iterator[tuple[int, int, int]]:
 def row_pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """Yield pieces (row, rows, column) of a matrix (d0, d1) or a stack (E, d0, d1): whole rows of one matrix.
 
-    ``row`` is the first row's index in the whole stack. ``column`` is the index in B of the matrix's first column. A
-    piece has about `PIECE` elements, but at least `LEAST_ROWS` rows.
+    ``row`` is the first row's index in the whole stack. ``column`` is the row of B that belongs to the matrix's first
+    column. A piece has about `PIECE` elements, but at least `LEAST_ROWS` rows.
     """
     *experts, d0, d1 = shape
     if not d1:
@@ -156,9 +168,9 @@ def _factor_keys(seeds: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarra
 
 @dataclass
 class HostTheta:
-    """Float32 parameters in host memory, under their stored names and in name order.
+    """The `Theta` in host memory: float32 NumPy arrays under their stored names, in name order.
 
-    ``arrays[name]`` is C-contiguous float32 of the spec's shape. ``buffers`` holds the stored tensors that are no
+    ``arrays[name]`` is C-contiguous float32 of the spec's shape. ``buffers`` holds the stored tensors that are not
     parameters: they are saved with the model, and never perturbed or updated.
     """
 
@@ -190,11 +202,12 @@ class HostTheta:
 
         Args:
             name: the parameter.
-            perturbation: the member; ``None`` gives a copy of theta, as does a parameter that is not perturbed.
+            perturbation: the member; with ``None``, or for a parameter that is not perturbed, the result is a copy.
             out: C-contiguous float32 output of the same size; ``None`` allocates a new array.
 
         Raises:
-            ValueError: ``out`` has the wrong dtype, layout or size, or the member lacks the rank of low-rank noise.
+            ValueError: ``out`` has the wrong dtype, layout or size, or the member's rank is 0 or too large for a
+                parameter of low-rank noise.
         """
         if out is None:
             out = np.empty(self.arrays[name].shape, dtype=np.float32)
@@ -216,7 +229,7 @@ class HostTheta:
     ) -> Iterator[Callable[[], None]]:
         """Yield calls that write a member's weights piece by piece; they may run in any order.
 
-        ``streamed``: the writes bypass the CPU caches, because the whole output would not fit.
+        ``streamed`` makes the writes bypass the CPU caches, because the whole output does not fit them.
         """
         spec, theta = self._spec[name], self.flat[name]
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != theta.size:
@@ -230,14 +243,14 @@ class HostTheta:
             return
         member, rademacher = perturbation.member, perturbation.noise.distribution == "rademacher"
         if spec.lowrank:
-            rank, factor = perturbation.noise.rank, perturbation.noise.lowrank_scale * member.sign
+            rank, lowrank_scale = perturbation.noise.rank, perturbation.noise.lowrank_scale * member.sign
             factor_shapes(spec.shape, rank)  # raises for factors that are too large
             keys = _factor_keys([member.seed], name)
             perturb = cpu_lowrank.perturb_lowrank_into
             rows_out, rows_theta = _rows_of(spec, flat_out), _rows_of(spec, theta)
             for row, count, column in row_pieces(spec.shape):
-                rows = slice(row, row + count)
-                yield partial(perturb, rows_out[rows], rows_theta[rows], row, column, *keys, rank, factor, rademacher)
+                target, source = rows_out[row : row + count], rows_theta[row : row + count]
+                yield partial(perturb, target, source, row, column, *keys, rank, lowrank_scale, rademacher)
             return
         scale = np.float32(perturbation.noise.scale * member.sign)
         blocks = range(-(-theta.size // BLOCK_SIZE))
@@ -252,8 +265,8 @@ class HostTheta:
         """Move theta by one step, in place; the same pass computes theta's checksum and norms.
 
         Raises:
-            ValueError: the update decays towards theta_0 but ``anchor`` is None, or its rank is 0 or too large for the
-                parameters of low-rank noise. Theta is unchanged.
+            ValueError: the update decays towards theta_0 but ``anchor`` is None, or theta has parameters of low-rank
+                noise and the update's rank is 0 or too large. Theta is unchanged.
         """
         self.check_update(update, anchor)
         if update.is_zero:
@@ -263,46 +276,47 @@ class HostTheta:
         jobs = (job for spec in self.specs for job in self._update_jobs(spec, update, anchor))
         parts = self._run(lambda job: job(), jobs)
         self.version += 1
-        names, sums, moved, sizes = zip(*parts, strict=True) if parts else ((), (), (), ())
-        return Moved(tuple(self.specs), total_sums(self.specs, zip(names, sums, strict=True)), moved, sizes)
+        names, sums, change_squares, theta_squares = zip(*parts, strict=True) if parts else ((), (), (), ())
+        totals = total_sums(self.specs, zip(names, sums, strict=True))
+        return Moved(tuple(self.specs), totals, change_squares, theta_squares)
 
     def _update_jobs(self, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Iterator[Job]:
-        """Yield calls that update one parameter piece by piece and return (name, checksum, moved, size)."""
+        """Yield calls that update one parameter piece by piece; each returns a `Part`."""
         name, flat = spec.name, self.flat[spec.name]
         seeds = [member.seed for member, q in zip(update.members, update.q, strict=True) if q]
-        weights = [member.sign * q for member, q in zip(update.members, update.q, strict=True) if q]
-        q = np.array(weights, dtype=np.int32)  # (M,)
+        signed = [member.sign * q for member, q in zip(update.members, update.q, strict=True) if q]
+        q = np.array(signed, dtype=np.int32)  # (M,)
         decay = np.float32(update.decay)
         rademacher = update.distribution == "rademacher"
 
         def theta_0(start: int, count: int) -> np.ndarray:
             return _NO_ANCHOR if anchor is None else anchor(name, start, count)
 
-        def still(start: int, count: int) -> Part:
+        def unperturbed(start: int, count: int) -> Part:
             return name, int(cpu.checksum_of(flat[start : start + count], start % BLOCK_SIZE)), 0.0, 0.0
 
         def full(start: int, count: int, keys: np.ndarray) -> Part:
-            theta, base = flat[start : start + count], theta_0(start, count)
-            done = cpu.update_into(theta, start % BLOCK_SIZE, keys, q, update.a, rademacher, decay, base)
+            theta, towards = flat[start : start + count], theta_0(start, count)
+            done = cpu.update_into(theta, start % BLOCK_SIZE, keys, q, update.a, rademacher, decay, towards)
             return name, int(done[0]), done[1], done[2]
 
         def lowrank(row: int, count: int, column: int, keys_a: np.ndarray, keys_b: np.ndarray) -> Part:
             cols = spec.shape[-1]
-            theta, base = _rows_of(spec, flat)[row : row + count], theta_0(row * cols, count * cols)
+            theta, towards = _rows_of(spec, flat)[row : row + count], theta_0(row * cols, count * cols)
             done = cpu_lowrank.update_lowrank_into(
-                theta, row, column, keys_a, keys_b, q, update.rank, update.a_lowrank, rademacher, decay, base
+                theta, row, column, keys_a, keys_b, q, update.rank, update.a_lowrank, rademacher, decay, towards
             )
             return name, int(done[0]), done[1], done[2]
 
         if spec.lowrank:
-            pairs = _factor_keys(seeds, name)
+            keys_of_a_and_b = _factor_keys(seeds, name)
             for row, count, column in row_pieces(spec.shape):
-                yield partial(lowrank, row, count, column, *pairs)
+                yield partial(lowrank, row, count, column, *keys_of_a_and_b)
             return
         keys: dict[int, np.ndarray] = {}  # per block, (M, 2)
         for start, count, block in pieces(flat.size):
             if not spec.perturbed:
-                yield partial(still, start, count)
+                yield partial(unperturbed, start, count)
                 continue
             if block not in keys:
                 keys[block] = noise_keys(seeds, block_name(name, block))
@@ -323,7 +337,7 @@ class HostTheta:
             raise ValueError("an anchored update needs a reader of theta_0")
 
     def sums(self) -> dict[str, int]:
-        """Return the checksum sum of every parameter, modulo 2^64; the sums of shards add up."""
+        """Return one checksum sum per parameter, modulo 2^64."""
 
         def work(job: tuple[str, int, int]) -> tuple[str, int]:
             name, start, count = job
@@ -333,11 +347,11 @@ class HostTheta:
         return total_sums(self.specs, self._run(work, jobs))
 
     def checksum(self) -> str:
-        """Return the checksum of theta (DESIGN section 5): blake2b-128 in hex over names, shapes and `sums`."""
+        """Return the checksum of theta: blake2b-128, in hex, over names, shapes and `sums`."""
         return digest(self.specs, self.sums())
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of theta (DESIGN section 5): blake2b-128 in hex over names, shapes and raw bytes."""
+        """Return the fingerprint of theta: blake2b-128, in hex, over names, shapes and float32 bytes."""
         return fingerprint(self.specs, self.arrays)
 
     def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
@@ -368,7 +382,7 @@ class HostTheta:
     def _run(self, work: Callable, jobs: Iterable) -> list:  # type: ignore[type-arg]
         """Return the results of ``work`` for all jobs, in order; a single job runs on this thread.
 
-        The pool starts on the first jobs while the iterator still makes the others.
+        If ``jobs`` is an iterator, threads run the first jobs while it still makes the others.
         """
         if self._pool is None or (isinstance(jobs, list) and len(jobs) < 2):
             return [work(job) for job in jobs]
@@ -380,7 +394,7 @@ def _call(job: Callable[[], None]) -> None:
 
 
 def total_sums(specs: Sequence[ParameterSpec], parts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Return the checksum sum of every parameter from the pieces' (name, sum)."""
+    """Return one checksum sum per parameter from the pieces' (name, sum)."""
     totals = {spec.name: 0 for spec in specs}
     for name, part in parts:
         totals[name] = (totals[name] + part) & MASK_64
@@ -397,7 +411,7 @@ def digest(specs: Sequence[ParameterSpec], sums: Mapping[str, int]) -> str:
 
 
 def _label(spec: ParameterSpec) -> bytes:
-    """Return a parameter's name and shape as unambiguous bytes: each has its length in front."""
+    """Return a parameter's name and shape as bytes, preceded by their lengths: no two parameters have equal bytes."""
     name = spec.name.encode("utf-8")
     return struct.pack("<QQ", len(name), len(spec.shape)) + name + struct.pack(f"<{len(spec.shape)}Q", *spec.shape)
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-SAMPLE_PERSON = b"estune-samp-v1"  # blake2b's personalisation for the uniforms of sampled decoding in training
+SAMPLE_PERSON = b"estune-samp-v1"  # purpose of the random numbers that choose sampled tokens in training
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One perturbed model: ``theta + sigma * sign * eps(seed)``."""
+    """A seed and a sign: they identify the perturbed model ``theta + sigma * sign * eps(seed)`` of a step."""
 
     seed: int  # unsigned 64-bit
     sign: int  # +1 or -1
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; the current member's answers are discarded."""
+    """The run was asked to stop; answers of members that are not complete are discarded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One parameter as ``save_pretrained`` writes it; ``perturbed`` parameters are perturbed and updated.
+    """One parameter as ``save_pretrained`` writes it, and the kind of its noise.
 
     A ``lowrank`` parameter is a matrix (d0, d1), or a stack (E, d0, d1) of one matrix per expert. Its noise is a
     product ``A B^T``; full noise is one number per element.
@@ -31,12 +32,12 @@ class ParameterSpec:
 
     name: str
     shape: tuple[int, ...]
-    perturbed: bool
+    perturbed: bool  # False: members and updates leave the parameter as it is
     lowrank: bool = False
 
     @property
-    def kind(self) -> str | bool:
-        """The parameter's entry in the journal's header: ``full`` or ``lowrank`` noise, or False for no noise."""
+    def kind(self) -> Literal["full", "lowrank", False]:
+        """The kind of noise as the journal's header stores it; False: the parameter is not perturbed."""
         return ("lowrank" if self.lowrank else "full") if self.perturbed else False
 
 
@@ -47,9 +48,10 @@ def num_parameters(specs: Iterable[ParameterSpec]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """The noise of a step's members: scales, distribution, and rank of low-rank noise.
+    """What all members of a step share: the scales of their noise, its distribution, and its rank.
 
-    A scale is sigma divided by the standard deviation of the noise's integers, rounded as in DESIGN section 2.
+    A scale is sigma divided by the standard deviation of the noise's integers, rounded to 16 significant bits
+    (docs/reproducibility.md).
     """
 
     scale: float  # of parameters with full noise
@@ -60,7 +62,10 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Perturbation:
-    """One member of theta: ``theta + scale * sign * n``, and ``lowrank_scale * sign * (A B^T)`` for low-rank noise."""
+    """A member with its step's noise: all that an engine needs to compute the member's weights from theta.
+
+    The weights are ``theta + scale * sign * n``, or ``theta + lowrank_scale * sign * (A B^T)`` for low-rank noise.
+    """
 
     member: Member
     noise: Noise
@@ -68,12 +73,12 @@ class Perturbation:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row, tokenised."""
+    """The prompt of one dataset row, as text and as tokens."""
 
     row_id: int  # the row's index in its split
     text: str  # the model's whole input: template, system message, prompt, response prefix
     token_ids: tuple[int, ...]  # (P,), the tokens of ``text``
-    question: str = ""  # the row's own prompt, or the content of its last user message
+    question: str = ""  # the prompt in the dataset, or the content of its last user message
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +96,12 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     stop_strings: tuple[str, ...] = ()
-    person: bytes = SAMPLE_PERSON
+    person: bytes = SAMPLE_PERSON  # purpose of the random numbers; see `estune.es.population.derive_seed`
 
 
 @dataclass(frozen=True, slots=True)
 class GroupJob:
-    """Members that answer the same prompts together: the unit of dispatch, journaling and resume.
+    """A request to an engine: some members, and the prompts that all of them answer. It is answered as a whole.
 
     ``indices`` are the members' indices in the population. A perturbation of None means theta itself.
     ``theta_checksum`` names the theta that the members perturb; a replica that holds another theta raises ValueError.
@@ -115,15 +120,16 @@ class GroupAnswer:
 
     indices: tuple[int, ...]  # (M,)
     completions: list[list[list[Completion]]]  # (M, B, G)
-    generate_s: float  # seconds, without perturb_s
+    generate_s: float  # seconds spent on generation, without ``perturb_s``
     perturb_s: float  # seconds spent on writing the members' weights
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Generated tokens, with the end-of-sequence token; ``finished`` is false if the length limit cut them off.
+    """One generated answer: its tokens, including the end-of-sequence token.
 
-    ``finite`` is false if a token's logits held NaN or its own logit was infinite: its computation overflowed.
+    ``finished`` is false if the length limit cut the answer off. ``finite`` is false if the model's computation
+    overflowed: the logits of a step held NaN, or the chosen token's logit was infinite.
     """
 
     token_ids: tuple[int, ...]  # (T,)

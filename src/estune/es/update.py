@@ -2,9 +2,10 @@
 
     theta += learning_rate / N * sum_m utilities_m * sign_m * eps(seed_m)          (arXiv 2509.24372; 1/sigma folded in)
 
-The update is exact (DESIGN section 2). Utilities become integers ``q`` with a common exponent ``e``. The sum over
-members is int32. One scale ``a`` of 22 significant bits converts the sum into weights; low-rank matrices have their own
-scale. This module computes these scalars, the journal records them, and `estune.es.theta` applies them.
+The sum over members is exact, so its order does not matter (docs/reproducibility.md). Utilities become integers ``q``
+with a common exponent ``e``: ``utilities ~ q / 2^e``. The sum of ``q`` times noise fits int32. A scale ``a`` of 22
+significant bits converts the sum into a change of the weights; low-rank matrices have a scale of their own. This module
+computes these scalars, the journal records them, and `estune.es.theta` applies them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 from estune.es.noise.reference import lowrank_deviation, noise_deviation, round_to_bits
 from estune.es.types import Member
 
-MAX_Q = 32767  # |q|
-MAX_NOISE = 16  # |n| of the normal distribution; the same bound is used for Rademacher noise
+MAX_Q = 32767  # largest |q|, an integer utility
+MAX_NOISE = 16  # largest |n| of normal noise; Rademacher noise uses the same bound, although its |n| is 1
 SCALE_BITS = 22  # significant bits of `a`; the product with a 31-bit sum is exact in float64
 
 SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
@@ -42,7 +43,7 @@ class Update:
 
     @property
     def is_zero(self) -> bool:
-        """Whether all members tied; then theta is unchanged, and does not decay either."""
+        """Whether all utilities are 0. Theta then stays as it is: it does not decay either."""
         return not any(self.q)
 
 
@@ -106,11 +107,12 @@ def make_update(
 
 
 def scheduled(schedule: str, step: int, max_steps: int, warmup_steps: int = 0) -> float:
-    """Return the factor in [0, 1] on the base value at ``step`` (0-based) of ``max_steps``.
+    """Return the factor in [0, 1] by which ``step`` (0-based, of ``max_steps``) multiplies the configured value.
 
-    During warm-up the factor is ``(step + 1) / warmup_steps``, so the first step is not 0. After warm-up ``constant``
-    and ``constant_with_warmup`` stay at 1. ``linear`` and ``cosine`` fall to 0, which they would reach one step after
-    the last.
+    During warm-up the factor is ``(step + 1) / warmup_steps``, so that the first step moves theta. After warm-up,
+    ``constant`` and ``constant_with_warmup`` stay at 1. The two are the same here; transformers ignores warm-up for
+    ``constant``. ``linear`` and ``cosine`` fall towards 0 and would reach it at step ``max_steps``. So the last step,
+    ``max_steps - 1``, still moves theta.
 
     Raises:
         ValueError: the schedule is unknown.

@@ -138,16 +138,16 @@ def _lowrank_updates(device: torch.device, rademacher: bool) -> list[str]:
 def _update_stack(
     theta: np.ndarray, keys_a: np.ndarray, keys_b: np.ndarray, rademacher: bool, decay: float, anchor: np.ndarray | None
 ) -> tuple[int, float, float]:
-    """Move a stack (E, d0, d1) in place on the CPU, matrix by matrix; return (checksum, moved, size)."""
+    """Move a stack (E, d0, d1) in place on the CPU, matrix by matrix; return `cpu.update_into`'s sums."""
     n_matrices, d0, d1 = theta.shape
     bases = [NO_ANCHOR] * n_matrices if anchor is None else anchor.reshape(n_matrices, d0 * d1)
-    total, moved, size = 0, 0.0, 0.0
+    total, change_squares, theta_squares = 0, 0.0, 0.0
     for e, (matrix, base) in enumerate(zip(theta, bases, strict=True)):
         part = cpu_lowrank.update_lowrank_into(
             matrix, e * d0, e * d1, keys_a, keys_b, Q_LOWRANK, RANK, A, rademacher, np.float32(decay), base
         )
-        total, moved, size = total + int(part[0]), moved + part[1], size + part[2]
-    return total, moved, size
+        total, change_squares, theta_squares = total + int(part[0]), change_squares + part[1], theta_squares + part[2]
+    return total, change_squares, theta_squares
 
 
 def _to(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
@@ -162,4 +162,6 @@ def _same(out: torch.Tensor, expected: torch.Tensor) -> bool:
 def _near(sums: launch.Sums, wanted: tuple[int, float, float]) -> bool:
     """Return whether the checksums are equal and the sums of squares are equal to rounding."""
     same = int(sums.checksum) % 2**64 == int(wanted[0]) % 2**64
-    return same and bool(np.allclose([float(sums.moved), float(sums.size)], wanted[1:], rtol=1e-12, atol=0.0))
+    return same and bool(
+        np.allclose([float(sums.change_squares), float(sums.theta_squares)], wanted[1:], rtol=1e-12, atol=0.0)
+    )

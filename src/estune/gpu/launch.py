@@ -31,8 +31,8 @@ class Sums:
     """The sums of an update, as 0-d tensors on the device."""
 
     checksum: torch.Tensor  # int64, checksum sum of the new theta, modulo 2^64
-    moved: torch.Tensor  # float64, sum of squares of the change
-    size: torch.Tensor  # float64, sum of squares of the new theta
+    change_squares: torch.Tensor  # float64, sum of squares of the change
+    theta_squares: torch.Tensor  # float64, sum of squares of the new theta
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,11 +219,13 @@ class DeviceTheta:
         if self.resident:
             self._stale.update(spec.name for spec in self.specs if spec.perturbed)
         checksums = _to_list([sums.checksum for _, sums in done])
-        moved = tuple(_to_list([sums.moved for _, sums in done]))
-        sizes = tuple(_to_list([sums.size for _, sums in done]))
+        change_squares = tuple(_to_list([sums.change_squares for _, sums in done]))
+        theta_squares = tuple(_to_list([sums.theta_squares for _, sums in done]))
         self._wait()
         names = [part.spec.name for part, _ in done]
-        return Moved(tuple(self.specs), total_sums(self.specs, zip(names, checksums, strict=True)), moved, sizes)
+        return Moved(
+            tuple(self.specs), total_sums(self.specs, zip(names, checksums, strict=True)), change_squares, theta_squares
+        )
 
     def checksum(self) -> str:
         """Return the checksum of theta."""

@@ -6,6 +6,7 @@ A monitor that cannot start is an error. A monitor that fails later causes one w
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ class Monitor(Protocol):
 
     def close(self, failed: bool = False) -> None:
         """Finish; ``failed`` is True if an error ended the run."""
+
+
+PROGRESS_S = 60.0  # seconds between lines within a step
 
 
 class JsonlMonitor:
@@ -81,6 +85,41 @@ class ConsoleMonitor:
 
     def close(self, failed: bool = False) -> None:
         """Nothing is held open."""
+
+
+class MemberLines:
+    """Prints how many members of a long step have answered, at most one line a minute.
+
+    Args:
+        max_steps: of the run.
+        population_size: members of a step.
+        steps_done: returns the number of finished steps.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        population_size: int,
+        steps_done: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._of, self._population_size, self._steps_done, self._clock = max_steps, population_size, steps_done, clock
+        self._step = steps_done()
+        self._last_call = self._since = clock()  # seconds; since the step's start or its last line
+
+    def tick(self) -> None:
+        """Do nothing; a panel redraws itself."""
+
+    def members_done(self, done: int) -> None:
+        """Print a line if the step's start or its last line is `PROGRESS_S` ago."""
+        step, now = self._steps_done(), self._clock()
+        if step != self._step:
+            self._step, self._since = step, self._last_call
+        self._last_call = now
+        if now - self._since >= PROGRESS_S and done < self._population_size:
+            self._since = now
+            say(f"step {step + 1}/{self._of}  {done}/{self._population_size} members")
 
 
 class PlotMonitor:

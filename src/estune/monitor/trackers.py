@@ -16,7 +16,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -220,15 +220,22 @@ LOGGERS: dict[str, tuple[str, Callable[[Path, str, dict[str, Any], str | None], 
 }
 
 
+def check_packages(names: Iterable[str]) -> None:
+    """Raise UserError if the package of a tracker in ``names`` is missing; other names are ignored."""
+    for name in names:
+        package = LOGGERS[name][0] if name in LOGGERS else None
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"report_to {name} needs the package {package}: {install_command(package=package)}")
+
+
 def start_logger(tracker: str, run_dir: Path, name: str, config: dict[str, Any], known: str | None = None) -> Apart:
     """Start a tracker for a run named ``name``, or continue the tracker's run named ``known``.
 
     Raises:
         UserError: the tracker's package is missing, or the tracker cannot start.
     """
-    package, make = LOGGERS[tracker]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"report_to {tracker} needs the package {package}: {install_command(package=package)}")
+    check_packages([tracker])
+    make = LOGGERS[tracker][1]
     try:
         return Apart(tracker, lambda: make(run_dir, name, config, known))
     except Exception as error:  # third-party code, at the border of a run that has not begun

@@ -1,4 +1,4 @@
-"""TRL's reward contract: call a reward function on a batch, check its answer, and describe its errors.
+"""TRL's reward contract: a reward function's arguments, the call, its reply as JSON, and a description of its errors.
 
 Used inside a worker process, and inside the trainer if isolation is off. The file imports only the standard library,
 because the fork server loads it (`estune.rewards.fork_server`).
@@ -9,16 +9,46 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import os
 import types
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL, reward functions receive every other column
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+MAX_METRIC = 1e300  # a larger metric is dropped, so that sums of metrics do not overflow
+MAX_NAME_LENGTH = 200  # characters in the name of a metric or column
+MAX_ERROR_LENGTH = 1000  # characters
+MAX_LEVELS = 20  # nested lists and dicts within a value given to log_extra
 
 
 class AnswerError(Exception):
     """A reward function did not return one number or None per completion."""
+
+
+def reward_inputs(
+    rows: Sequence[dict[str, Any]], completions_text: Sequence[str], response_prefix: str
+) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+    """Return (prompts, completions, columns) for reward functions, one entry per completion.
+
+    ``rows[i]`` is the row of completion i. Prompts are the rows' own. Completions start with the response prefix. A
+    completion is a string if its prompt is one, and a list of one assistant message if its prompt is conversational.
+    A column that a row lacks is None for this row.
+    """
+    prompts = [row["prompt"] for row in rows]
+    completions: list[Any] = []
+    for prompt, text in zip(prompts, completions_text, strict=True):
+        whole = response_prefix + text
+        completions.append(whole if isinstance(prompt, str) else [{"role": "assistant", "content": whole}])
+    columns = {name: [row.get(name) for row in rows] for name in column_names(rows)}
+    return prompts, completions, columns
+
+
+def column_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns that reward functions receive, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS))
 
 
 def accepted_keywords(function: Callable[..., Any]) -> frozenset[str] | None:
@@ -125,6 +155,64 @@ def to_json(reply: dict[str, Any]) -> str:
             return str(value)
 
     return json.dumps(reply, default=plain)
+
+
+def read_reply(message: str | bytes | bytearray, call: int | None = None, n_rows: int | None = None) -> dict[str, Any]:
+    """Parse and check a worker's reply. Code that a model wrote may have sent it.
+
+    Returns:
+        ``error`` (a str); or, with ``n_rows``, ``rewards`` (a float or None per row), ``metrics`` (name -> finite
+        floats) and ``extra`` (column -> JSON values); otherwise nothing.
+
+    Raises:
+        ValueError: the message is not a reply, or the reply to another call.
+    """
+    try:
+        reply = json.loads(message)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(reply, dict) or reply.get("call") != call:
+        raise ValueError("not the reply to this call")
+    if "error" in reply:
+        return {"error": _writable(_checked(reply["error"], str)[:MAX_ERROR_LENGTH])}
+    if n_rows is None:
+        return {}
+    rewards = _checked(reply.get("rewards"), list)
+    if len(rewards) != n_rows or not all(value is None or type(value) is float for value in rewards):
+        raise ValueError("not one number or None per row")
+    metrics: dict[str, list[float]] = {}
+    for name, values in _checked(reply.get("metrics"), dict).items():
+        finite = [value for value in _checked(values, list) if abs(_checked(value, float)) <= MAX_METRIC]  # not NaN
+        if finite and len(name) <= MAX_NAME_LENGTH:
+            metrics[_writable(name)] = finite
+    extra: dict[str, list[Any]] = {}
+    for name, values in _checked(reply.get("extra"), dict).items():
+        if len(name) <= MAX_NAME_LENGTH:
+            extra[_writable(name)] = [_writable(value) for value in _checked(values, list)]
+    return {"rewards": rewards, "metrics": metrics, "extra": extra}
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{type(value).__name__} instead of {kind.__name__}")
+    return value
+
+
+def _writable(value: Any, levels: int = MAX_LEVELS) -> Any:
+    """Return a parsed JSON value with lone surrogates, NaN, huge integers and deep nesting replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):  # also bool
+        return value if value.bit_length() < 64 else str(value)
+    if isinstance(value, (list, dict)) and not levels:
+        return "..."
+    if isinstance(value, list):
+        return [_writable(item, levels - 1) for item in value]
+    if isinstance(value, dict):
+        return {_writable(name): _writable(item, levels - 1) for name, item in value.items()}
+    return value
 
 
 def describe(error: BaseException, function: Callable[..., Any]) -> str:

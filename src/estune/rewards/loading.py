@@ -1,4 +1,4 @@
-"""Load a reward function by its name, and pickle it for a worker process."""
+"""Load a reward function, or an engine, by its name; pickle reward functions for a worker process."""
 
 from __future__ import annotations
 
@@ -45,35 +45,50 @@ def load_reward(spec: str) -> Callable[..., Any]:
     Raises:
         UserError: the function does not exist, its module does not import, or it is not callable.
     """
-    where, _, name = spec.rpartition(":")
-    if not where or not name:
-        raise UserError(f"reward {spec!r} is neither package.module:function nor path/file.py:function")
-    is_file = where.endswith(".py") or os.sep in where
-    _add_to_path(Path(where).expanduser().resolve().parent if is_file else Path.cwd())
-    try:
-        module: Any = _load_file(where) if is_file else importlib.import_module(where)
-    except FileNotFoundError as error:
-        if not is_file or Path(where).expanduser().exists():
-            raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
-        raise UserError(f"reward {spec!r}: there is no file {where}") from None
-    except ModuleNotFoundError as error:
-        if not is_file and error.name and (where == error.name or where.startswith(f"{error.name}.")):
-            raise UserError(f"reward {spec!r}: there is no module {error.name!r}{_how_to_get(error.name)}") from None
-        raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward {spec!r} does not import: {_import_problem(error)}") from error
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            near = get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], n=1)
-            raise UserError(f"reward {spec!r}: {where} has no {part!r}" + (f"; it has {near[0]!r}" if near else ""))
-        found = getattr(found, part)
+    found = load_object("reward", spec)
     if not callable(found) or isinstance(found, type):
         raise UserError(
             f"reward {spec!r} is a {'class' if isinstance(found, type) else type(found).__name__}, not a function"
         )
     function: Callable[..., Any] = found
     return function
+
+
+def load_object(kind: str, spec: str) -> Any:
+    """Return the object that ``package.module:name`` or ``path/file.py:name`` names; see `load_reward`.
+
+    Args:
+        kind: the object's kind for messages, ``reward`` or ``engine``.
+        spec: the object's name.
+
+    Raises:
+        UserError: the object does not exist, or its module does not import.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        noun = {"reward": "function", "engine": "Class"}[kind]
+        raise UserError(f"{kind} {spec!r} is neither package.module:{noun} nor path/file.py:{noun}")
+    is_file = where.endswith(".py") or os.sep in where
+    _add_to_path(Path(where).expanduser().resolve().parent if is_file else Path.cwd())
+    try:
+        module: Any = _load_file(where) if is_file else importlib.import_module(where)
+    except FileNotFoundError as error:
+        if not is_file or Path(where).expanduser().exists():
+            raise UserError(f"{kind} {spec!r} does not import: {_import_problem(error)}") from error
+        raise UserError(f"{kind} {spec!r}: there is no file {where}") from None
+    except ModuleNotFoundError as error:
+        if not is_file and error.name and (where == error.name or where.startswith(f"{error.name}.")):
+            raise UserError(f"{kind} {spec!r}: there is no module {error.name!r}{_how_to_get(error.name)}") from None
+        raise UserError(f"{kind} {spec!r} does not import: {_import_problem(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{kind} {spec!r} does not import: {_import_problem(error)}") from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], n=1)
+            raise UserError(f"{kind} {spec!r}: {where} has no {part!r}" + (f"; it has {near[0]!r}" if near else ""))
+        found = getattr(found, part)
+    return found
 
 
 def source_digest(spec: str) -> str:

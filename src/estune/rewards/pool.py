@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 
 from estune.console import Unfailing, release_abandoned_descriptors
 from estune.errors import UserError
-from estune.rewards.contract import call_function, describe, to_json
+from estune.rewards.contract import call_function, describe, read_reply, to_json
 from estune.rewards.loading import INLINE_HINT, load_request, load_reward
-from estune.rewards.processes import ForkServer, Worker, read_reply
+from estune.rewards.processes import ForkServer, Worker
 
 __all__ = ["INLINE_WARNING", "RewardBatch", "RewardPool", "RewardResult", "load_reward", "score_batch"]
 
@@ -66,7 +66,7 @@ class RewardResult:
     errors: list[str] = field(default_factory=list)  # the first message per function
 
 
-# (function index, rows) -> the reply, as `processes.read_reply` returns it
+# (function index, rows) -> the reply, as `contract.read_reply` returns it
 _Call = Callable[[int, list[int]], dict[str, Any]]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import pickle
 import signal
@@ -18,6 +16,7 @@ from typing import Any
 
 from estune.console import open_missing_descriptors, pass_on
 from estune.errors import UserError
+from estune.rewards.contract import read_reply
 from estune.rewards.fork_server import COMMAND, PACKAGE, REPLY, START
 from estune.rewards.loading import INLINE_HINT
 from estune.rewards.worker import receive, send
@@ -25,72 +24,9 @@ from estune.rewards.worker import receive, send
 LOAD_LIMIT_S = 120.0  # seconds for a worker to load the reward functions, and to receive a batch
 SERVER_LIMIT_S = 30.0  # seconds; the fork server answers in milliseconds, and after this limit it counts as dead
 
-MAX_METRIC = 1e300  # a larger metric is dropped, so that sums of metrics do not overflow
-MAX_NAME_LENGTH = 200  # characters in the name of a metric or column
-MAX_ERROR_LENGTH = 1000  # characters
-MAX_LEVELS = 20  # nested lists and dicts within a value given to log_extra
-
 
 class CallError(Exception):
     """A worker gave no valid reply: it timed out, died, or sent other bytes."""
-
-
-def read_reply(message: str | bytes | bytearray, call: int | None = None, n_rows: int | None = None) -> dict[str, Any]:
-    """Parse and check a worker's reply. Code that a model wrote may have sent it.
-
-    Returns:
-        ``error`` (a str); or, with ``n_rows``, ``rewards`` (a float or None per row), ``metrics`` (name -> finite
-        floats) and ``extra`` (column -> JSON values); otherwise nothing.
-
-    Raises:
-        ValueError: the message is not a reply, or the reply to another call.
-    """
-    try:
-        reply = json.loads(message)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(reply, dict) or reply.get("call") != call:
-        raise ValueError("not the reply to this call")
-    if "error" in reply:
-        return {"error": _writable(_checked(reply["error"], str)[:MAX_ERROR_LENGTH])}
-    if n_rows is None:
-        return {}
-    rewards = _checked(reply.get("rewards"), list)
-    if len(rewards) != n_rows or not all(value is None or type(value) is float for value in rewards):
-        raise ValueError("not one number or None per row")
-    metrics: dict[str, list[float]] = {}
-    for name, values in _checked(reply.get("metrics"), dict).items():
-        finite = [value for value in _checked(values, list) if abs(_checked(value, float)) <= MAX_METRIC]  # not NaN
-        if finite and len(name) <= MAX_NAME_LENGTH:
-            metrics[_writable(name)] = finite
-    extra: dict[str, list[Any]] = {}
-    for name, values in _checked(reply.get("extra"), dict).items():
-        if len(name) <= MAX_NAME_LENGTH:
-            extra[_writable(name)] = [_writable(value) for value in _checked(values, list)]
-    return {"rewards": rewards, "metrics": metrics, "extra": extra}
-
-
-def _checked(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"{type(value).__name__} instead of {kind.__name__}")
-    return value
-
-
-def _writable(value: Any, levels: int = MAX_LEVELS) -> Any:
-    """Return a parsed JSON value with lone surrogates, NaN, huge integers and deep nesting replaced."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, int):  # also bool
-        return value if value.bit_length() < 64 else str(value)
-    if isinstance(value, (list, dict)) and not levels:
-        return "..."
-    if isinstance(value, list):
-        return [_writable(item, levels - 1) for item in value]
-    if isinstance(value, dict):
-        return {_writable(name): _writable(item, levels - 1) for name, item in value.items()}
-    return value
 
 
 class Worker:

@@ -49,10 +49,15 @@ STARTING = ("__init__", "__new__", "__post_init__", "__setstate__")  # methods t
 _first_hashes: dict[int, tuple[Any, str]] = {}
 
 
-def source_parts(function: Callable[..., Any]) -> dict[str, str]:
-    """Return a short hash of each part of a reward function, by the part's name."""
+def source_parts(function: Callable[..., Any], kind: str = "reward") -> dict[str, str]:
+    """Return a short hash of each part of a reward function, or of an engine's class, by the part's name.
+
+    Args:
+        function: a reward function or a class.
+        kind: the first word of names of parts that have no file, ``reward`` or ``engine``.
+    """
     sources = _Sources()
-    sources.add(function, "reward")
+    sources.add(function, kind)
     return dict(sorted(sources.parts.items()))
 
 

@@ -88,6 +88,8 @@ def card(run_dir: Path) -> str:
     share = _share_trained(header, config)
     tag = "evolution-strategies" if journal else config["method"].replace("_", "-")
     front = ["---", "library_name: transformers", f"tags: [estune, {tag}]"]
+    if ":" in config["engine"]:
+        front.remove("library_name: transformers")  # only the engine can load the model
     model = public_name(base["model"])
     if "/" in model:
         front.append(f"base_model: {model}")

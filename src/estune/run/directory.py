@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.config import ESConfig
-from estune.console import open_missing_descriptors, warn
+from estune.console import counted, open_missing_descriptors, warn
 from estune.environment import environment, processor, versions
 from estune.errors import ExternalError, UserError
 from estune.es.noise import NOISE_VERSION
@@ -29,9 +30,9 @@ from estune.models.names import local_directory
 from estune.run import checkpoint
 from estune.run.checkpoint import BASE_DIRECTORY, State
 from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
-from estune.run.origin import ORIGIN_FILE, keep_origin, located, same_names
+from estune.run.origin import ORIGIN_FILE, is_engine_name, keep_origin, located, same_names
 from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
-from estune.run.replay import check_base, check_parameters, refuse_diverged, replay_steps
+from estune.run.replay import check_base, check_parameters, replay_steps
 from estune.run.resume import (
     Facts,
     adopt,
@@ -182,8 +183,15 @@ class Run:
                 checkpoint.remove(self.path, step)
         moved = replay_steps(self.journal, replica, at, self.steps_done) or moved
         if moved is not None:
-            refuse_diverged(moved, self.steps_done)
+            self.refuse_diverged(moved)
         return self.steps_done - start, moved
+
+    def refuse_diverged(self, moved: Moved) -> None:
+        """Raise UserError if the last step's update made theta infinite or NaN."""
+        if not math.isfinite(moved.norm):
+            raise UserError(
+                f"theta diverged in step {self.steps_done}: lower learning_rate; earlier checkpoints are whole"
+            )
 
     def _newest_whole(self, replica: Replica) -> tuple[int, list[tuple[int, str]]]:
         """Load the newest undamaged checkpoint, if there is one. Damaged checkpoints leave theta untouched.
@@ -294,7 +302,9 @@ def open_run(args: ESConfig, given: ESConfig) -> Run:
             return Run(path, args, lock)
         args = adopt(args, journal.header["config"], given, has_sources(journal.header))
         if len(journal.steps) > args.max_steps:
-            raise ExternalError(f"{path} already has {len(journal.steps)} steps, more than max_steps {args.max_steps}")
+            raise ExternalError(
+                f"{path} already has {counted(len(journal.steps), 'step')}, more than max_steps {args.max_steps}"
+            )
         return Run(path, args, lock, journal)
     except BaseException:
         os.close(lock)
@@ -326,8 +336,10 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
     """Raise UserError if --overwrite would delete an input of the new run, or files that estune did not write."""
     if any(path.iterdir()) and not is_ours(path):
         raise UserError(f"output_dir {path} holds other files: give another --output_dir")
-    given = [("model", args.model), ("dataset_name", args.dataset_name)]
-    given += [("reward_funcs", func.rpartition(":")[0]) for func in args.reward_funcs or []]
+    model = None if is_engine_name(args.engine, args.model) else args.model
+    code = [("engine", args.engine), *(("reward_funcs", func) for func in args.reward_funcs or [])]
+    given = [("model", model), ("dataset_name", args.dataset_name)]
+    given += [(option, name.rpartition(":")[0]) for option, name in code if ".py:" in name or "/" in name]
     for option, value in given:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete {value}, which {option} names")

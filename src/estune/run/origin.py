@@ -16,7 +16,7 @@ from estune.models.names import EMBEDDED_MODELS, local_directory
 
 ORIGIN_FILE = "origin.json"
 TOY = "toy"  # the model name of the toy engine, never a directory
-LOCATED = ("model", "dataset_name", "reward_funcs")  # options that name a file, a directory, or a hub repository
+LOCATED = ("model", "dataset_name", "engine", "reward_funcs")  # options that can name a file, directory or repository
 
 
 class DataIdentity(TypedDict):
@@ -55,9 +55,9 @@ def keep_origin(
     """
     known = read_origin(run_dir)
     paths = {name: str(_moved(path, run_dir, known) or path) for name, path in known["paths"].items()} if known else {}
-    paths |= {name: path for name in _names(values) if (path := _path_of(name)) is not None}
+    paths |= {name: path for name in _names(values) if name and (path := _path_of(name)) is not None}
     for then, now in zip(_names(began or {}), _names(values), strict=False):
-        if now in paths:
+        if then and now in paths:
             paths[then] = paths[now]
     places = [str(_moved(place, run_dir, known) or place) for place in known["working_directories"]] if known else []
     with suppress(FileNotFoundError):  # the working directory was deleted
@@ -88,7 +88,7 @@ def read_origin(run_dir: Path) -> Origin | None:
 
 
 def located(values: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return a run's stored options with names of models, datasets and reward files that work in this directory.
+    """Return a run's stored options with names of models, datasets, and files of code that work in this directory.
 
     A name that still leads to the recorded path is kept. Otherwise it is replaced by the recorded path, or, if the run
     was moved together with its files, by the path at the same place relative to the run.
@@ -126,7 +126,7 @@ def refuse_lost(values: Mapping[str, Any], run_dir: Path, given: Container[str] 
 
 
 def module_directories(run_dir: Path) -> list[Path]:
-    """Return the working directories of the run's commands that still exist; reward modules are searched there."""
+    """Return the working directories of the run's commands that still exist, where its Python modules are searched."""
     origin = read_origin(run_dir)
     places = [_moved(place, run_dir, origin) for place in origin["working_directories"]] if origin else []
     return [place for place in places if place is not None]
@@ -154,8 +154,21 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _names(values: Mapping[str, Any]) -> list[str]:
-    given = [values.get("model"), values.get("dataset_name"), *(values.get("reward_funcs") or [])]
+    """Return the names that can be paths: of the model, the engine's file, the dataset, and the reward functions.
+
+    A name is empty if the option names no path; so the names of two configurations correspond.
+    """
+    model, engine = values.get("model"), str(values.get("engine") or "")
+    engine_file, of_class = _split(engine)
+    if is_engine_name(engine, model):
+        model = ""
+    given = [model, engine_file if of_class else "", values.get("dataset_name"), *(values.get("reward_funcs") or [])]
     return [_split(name)[0] for name in given if isinstance(name, str)]
+
+
+def is_engine_name(engine: str, model: Any) -> bool:
+    """Return whether a model is the name of an engine outside estune, which is never a path."""
+    return ":" in engine and isinstance(model, str) and "/" not in model
 
 
 def _path_of(name: str) -> str | None:
@@ -184,14 +197,16 @@ def _paths(values: Mapping[str, Any], option: str) -> list[Any]:
 def may_lead_to_the_same(option: str, then: Any, now: Any, then_has_sources: bool) -> bool:
     """Return whether an option may hold another name, because the content behind the name is compared after loading.
 
-    Reward functions must keep their names. Without a stored hash of their source, their file must keep its name too.
+    Reward functions and an engine's class must keep their names. Without a stored hash of their source, their file must
+    keep its name too.
     """
     if option not in LOCATED or then is None or now is None:
         return False
-    if option != "reward_funcs":
+    if option not in ("reward_funcs", "engine"):
         return True
-    return [_comparable(name, then_has_sources) for name in then] == [
-        _comparable(name, then_has_sources) for name in now
+    before, after = ([value] if isinstance(value, str) else value for value in (then, now))
+    return [_comparable(name, then_has_sources) for name in before] == [
+        _comparable(name, then_has_sources) for name in after
     ]
 
 

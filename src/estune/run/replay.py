@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from estune.console import counted
 from estune.errors import UserError
 from estune.es.replica import Replica
 from estune.es.theta import Moved
@@ -52,11 +52,7 @@ def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> M
         if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
             raise UserError(f"theta after step {record['step']} is not what the journal says it was")
     if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
-        raise UserError(f"theta after {stop} steps does not have the journal's fingerprint {journal.checkpoints[stop]}")
+        raise UserError(
+            f"theta after {counted(stop, 'step')} does not have the journal's fingerprint {journal.checkpoints[stop]}"
+        )
     return moved
-
-
-def refuse_diverged(moved: Moved, steps_done: int) -> None:
-    """Raise UserError if an update made theta infinite or NaN."""
-    if not math.isfinite(moved.norm):
-        raise UserError(f"theta diverged in step {steps_done}: lower learning_rate; earlier checkpoints are whole")

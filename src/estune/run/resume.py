@@ -47,6 +47,8 @@ RULES = {
         Rule("reward_sources", "the source of the reward functions", "the text of their file, and of the user's own "
              "modules that it imports, without comments; of a function in a script its text, closure and defaults",
              "refused"),
+        Rule("engine_source", "the source of an engine outside estune", "the text of its file, and of the user's own "
+             "modules that it imports, without comments", "refused"),
         Rule("held_out", "the held-out rows", "as the training data", "warned"),
         Rule("engine", "where and how completions are computed", "device, dtype, architecture, shared forward passes",
              "warned"),
@@ -78,7 +80,7 @@ class Facts:
     data: DataIdentity
     reward_funcs: list[str]  # (F,)
     reward_weights: list[float]  # (F,)
-    identity: dict[str, Any]  # by the names of `RULES`: config, code, tokenizer, end_tokens, reward_sources, held_out
+    identity: dict[str, Any]  # by the names of `RULES`: of model, engine, rewards and held-out rows
     unversioned_data: Callable[[], tuple[str, list[str]]]  # an older run's fingerprint, and the columns not in it
 
     def stored(self) -> StoredFacts:
@@ -148,7 +150,7 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
         return
     if rule.name == "end_tokens":
         raise ExternalError(f"a resume cannot change {rule.what} from {then} to {now}")
-    if rule.name == "reward_sources":
+    if rule.name in ("reward_sources", "engine_source"):
         changed = [_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name]]
         raise ExternalError(
             f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; undo the change, or start "
@@ -158,7 +160,7 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
 
 
 def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Return the parts of a reward's source that changed, as text."""
+    """Return the parts of a reward's or an engine's source that changed, as text."""
     changed = [part for part in {**then, **now} if then.get(part) != now.get(part)]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return f"{', '.join(changed[:3])}{more} of {name} changed"

@@ -47,7 +47,7 @@ class Method(Trainer, BaselineFacts):
 _INHERITED = (
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings max_completion_length "
 )
-_INHERITED += "prompts_per_batch num_threads"
+_INHERITED += "prompts_per_batch num_threads engine"
 _SAMPLING = "temperature top_p top_k num_generations seed"
 
 

@@ -1,25 +1,13 @@
 """The built-in tasks: one file each, and the dict `TASKS` of all of them."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from estune.errors import UserError
-from estune.tasks import (
-    arc_1d,
-    arc_agi,
-    chain,
-    conciseness,
-    countdown,
-    gsm_symbolic,
-    maths,
-    mixture,
-    quadratic,
-    reasoning,
-    sudoku,
-)
+from estune.tasks import arc_agi, chain, maths, mixture, reasoning, sudoku
 from estune.tasks.other_names import hint
 
 __all__ = ["TASKS", "Task", "get_task"]
@@ -55,10 +43,11 @@ class Task:
     """Whether right completions hold words, if `right_answer` gives none; expressions and grids hold none."""
 
 
-def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
-    """Return the task of a module of this package, named like the module."""
+def _built_in(name: str, description: str, *columns: str) -> Task:
+    """Return the task of the module ``estune.tasks.<name>``."""
+    module: Any = importlib.import_module(f"estune.tasks.{name}")
     return Task(
-        name=module.__name__.rpartition(".")[2],
+        name=name,
         description=description,
         load=module.load,
         prepare_row=module.prepare_row,
@@ -75,23 +64,23 @@ def _built_in(module: ModuleType, description: str, *columns: str) -> Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _built_in(arc_1d, "find the rule from three rows of digits and apply it to a fourth", "puzzle", "solution"),
-        _built_in(arc_agi, "ARC-AGI-1: find the rule from a few grids and apply it to another, or write it as a "
+        _built_in("arc_1d", "find the rule from three rows of digits and apply it to a fourth", "puzzle", "solution"),
+        _built_in("arc_agi", "ARC-AGI-1: find the rule from a few grids and apply it to another, or write it as a "
                   "program (arc_agi:python)", "inputs", "outputs"),
-        _built_in(chain, "carry out k = 1, 2, 4, 8 or 16 steps on one digit, each on the result of the one before "
+        _built_in("chain", "carry out k = 1, 2, 4, 8 or 16 steps on one digit, each on the result of the one before "
                   "(chain:K, chain:K:steps)", "results"),
-        _built_in(conciseness, "answer short questions in as few characters as the shortest right answer has",
+        _built_in("conciseness", "answer short questions in as few characters as the shortest right answer has",
                   "answer", "answers"),
-        _built_in(countdown, "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and parentheses",
-                  "numbers", "target"),
-        _built_in(gsm_symbolic, "solve a problem told as a short story; the answer is one number", "answer"),
+        _built_in("countdown", "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and "
+                  "parentheses", "numbers", "target"),
+        _built_in("gsm_symbolic", "solve a problem told as a short story; the answer is one number", "answer"),
         Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
              maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
              problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
              sudoku.accuracy, ("puzzle", "solution"), answers_hold_words=sudoku.ANSWERS_HOLD_WORDS),
-        _built_in(quadratic, "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
-        _built_in(sudoku, "complete a 9x9 grid", "puzzle", "solution"),
+        _built_in("quadratic", "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
+        _built_in("sudoku", "complete a 9x9 grid", "puzzle", "solution"),
     )
 }  # fmt: skip
 

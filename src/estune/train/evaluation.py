@@ -1,7 +1,7 @@
 """Held-out evaluation: accuracy with a 95 % interval, reward, length, pass@k and KL to a reference.
 
-Training runs and `estune evaluate` call the same function, so their results agree row by row. Sampled evaluations
-derive their random numbers from (seed, row, completion, position) and not from the step.
+Training runs and `estune evaluate` call the same function, so their results agree row by row. The random numbers of a
+sampled evaluation are a function of (seed, row, completion, position), so they are the same after every step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EvaluatedRow:
     lengths: list[int]  # (G,), tokens
     finished: list[bool]  # (G,)
     token_ids: list[list[int]]  # (G, T)
-    failures: int = 0  # completions whose reward failed
+    failures: int = 0  # completions for which a reward function failed
     non_finite: int = 0  # completions whose logits were not finite: their rewards fail, their accuracy is 0
     question: str = ""  # the row's question, without chat template and system message
 
@@ -228,7 +228,7 @@ def evaluate(
 
 
 def of_evaluations(sampling: Sampling) -> Sampling:
-    """Return the settings with the random numbers of evaluations, which are the same at every step."""
+    """Return the settings with the seed of evaluations, which is the same at every step."""
     return dataclasses.replace(sampling, step=0, person=EVAL_PERSON)
 
 

@@ -15,7 +15,7 @@ from estune.files import is_count, is_number
 
 @dataclass
 class Group:
-    """The result of one member's rollouts; JSON stores it without loss."""
+    """One member's completions of a step, in numbers and rewards; JSON stores it without loss."""
 
     rewards: list[list[list[float | None]]]  # (B, G, F); None: not applicable, or failed
     failed: list[list[int]]  # (b, g, f) of every failure
@@ -24,17 +24,17 @@ class Group:
     finite: list[list[bool]]  # (B, G); False: the logits were not finite, so every reward of the completion failed
     digests: list[list[str]]  # (B, G), hashes of token ids
     prompt_tokens: int
-    generate_s: float  # without perturb_s
-    perturb_s: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
+    generate_s: float  # seconds, without ``perturb_s``
+    perturb_s: float = 0.0  # seconds
+    metrics: dict[str, float] = field(default_factory=dict)  # means of the values given to log_metric
+    errors: list[str] = field(default_factory=list)  # the first failure of each reward function
     completions: list[list[str]] | None = None  # (B, G); None unless the text is needed
     extra: dict[str, list[Any]] | None = None  # log_extra columns, (B * G,) each
 
 
 @dataclass
 class Rollouts:
-    """The groups of a step, stacked."""
+    """The groups of all members of a step, and their rewards as arrays."""
 
     groups: list[Group]  # (N,)
     rewards: np.ndarray  # (N, B, G, F), NaN: not applicable or failed
@@ -100,19 +100,19 @@ def stack(groups: list[Group], score_wait_s: float = 0.0) -> Rollouts:
     return Rollouts(groups, rewards, failed, score_wait_s)
 
 
-def digest(token_ids: Sequence[int]) -> str:
-    """Return a short hash of a completion's tokens."""
+def tokens_digest(token_ids: Sequence[int]) -> str:
+    """Return a short hash of a completion's tokens; equal completions have equal hashes."""
     return blake2b(np.asarray(token_ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
 
 
 def known_groups(
     results: Mapping[int, dict[str, Any]], n_members: int, shape: tuple[int, int, int], keep_text: bool
 ) -> dict[int, Group]:
-    """Return the stored groups that can be reused: whole ones, with text if text is needed.
+    """Return the stored groups that a resume can reuse: those with all fields, and with text if it is needed.
 
     Args:
-        results: values read from JSON, by member.
-        n_members: of the step.
+        results: member -> value read from JSON.
+        n_members: number of members of the step.
         shape: (B, G, F) of the step.
         keep_text: whether the completions are needed as text.
     """

@@ -17,7 +17,7 @@ from estune.train.groups import Rollouts
 if TYPE_CHECKING:
     from estune.train.setup import Rewards
 
-COARSE_COSINE = 0.9  # cosine below which rounding has destroyed too much of a perturbation
+COARSE_COSINE = 0.9  # cosine; below it, rounding has changed a perturbation too much
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ def _free_name(name: str, record: dict[str, Any]) -> str:
 
 
 def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None) -> dict[str, Any]:
-    """Return the metrics of an update; ``timing`` is None for a step whose process was killed.
+    """Return the metrics of an update.
 
-    Without ``timing``, ``step_time`` is the sum of the times in ``measured``, in seconds.
+    ``timing`` is None if a resume logs a step of a killed process: ``step_time`` is then the sum of the times in
+    ``measured``, in seconds.
     """
     parts_s = measured["es/perturb_s"] + measured["es/generate_s"] + measured["es/score_s"]
     return {
@@ -97,7 +98,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def warn_of_coarse_weights(cosines: dict[str, float]) -> None:
-    """Warn about kinds of parameters whose perturbation the compute dtype rounds away."""
+    """Warn of kinds of parameters for which the compute dtype rounds too much of the perturbation away."""
     for kind, cosine in sorted(cosines.items()):
         if cosine < COARSE_COSINE:
             warn(

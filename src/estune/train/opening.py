@@ -1,7 +1,7 @@
-"""Open a training run: check everything that the user supplied before writing anything.
+"""Open a training run: check all of the user's input, and only then write.
 
 `open_session` locks the directory, starts trackers and reward workers, loads the engine, and brings theta to the
-journal's last step. It yields an `estune.train.session.Session`.
+journal's last step. It yields a `Session`, on which the training loop works.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.models.hub import open_repository, repository_of
 from estune.models.names import local_directory, public_name
-from estune.monitor.monitors import ConsoleMonitor, JsonlMonitor, Monitor, Monitors, PlotMonitor, ReportMonitor
+from estune.monitor.monitors import (
+    ConsoleMonitor,
+    JsonlMonitor,
+    MemberLines,
+    Monitor,
+    Monitors,
+    PlotMonitor,
+    ReportMonitor,
+)
 from estune.monitor.panel import PanelMonitor
-from estune.monitor.trackers import read_trackers, start_logger, write_trackers
+from estune.monitor.trackers import check_packages, read_trackers, start_logger, write_trackers
 from estune.rewards.pool import INLINE_WARNING, RewardPool
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import Run, open_run
 from estune.train import setup
 from estune.train.request import TrainingRequest
 from estune.train.rollouts import Evaluator
-from estune.train.session import Session, run_so_far
+from estune.train.session import Session, restored_fields
 from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
 from estune.train.soundness import refuse_broken_theta
@@ -36,20 +44,20 @@ from estune.train.step import plan_step, sampling_of
 
 
 @contextmanager
-def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> Iterator[Session]:
+def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = True) -> Iterator[Session]:
     """Open the directory, start the reward workers, load the engine, and bring theta to the journal's last step.
 
     The reward workers start first, so that they load their modules while the engine loads.
 
     Args:
         request: the run's inputs; ``request.args`` becomes the resolved configuration.
-        asks_theta_first: whether theta also answers the first step's rows, for warnings.
+        theta_joins_first_step: whether theta also answers the first step's rows, so that warnings can compare.
 
     Raises:
         UserError: an input is invalid; a run that was to be overwritten is still intact.
     """
     with ExitStack() as stack:
-        run = open_run(request.args, request.unresolved)
+        run = open_run(request.args, request.given_args)
         stack.callback(run.close)
         request.args = run.args
         repository = hub_repository(run.args) if run.args.push_to_hub else None
@@ -58,16 +66,17 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
         loaded = load_inputs(request, run, checks_model=run.is_new)
         args, engine = loaded.args, loaded.engine
         if request.module is not None:
-            stack.callback(engine.load_theta)  # the user's model keeps theta, also if the run fails during a member
+            stack.callback(engine.load_theta)  # the user's model then holds theta, even after an error in a member
         batches = setup.batches_of(args, len(request.train_rows))
         monitors, panel = _begin(stack, request, run, loaded, batches)
         replayed, last_move = run.recover(engine)
         if run.steps_done:
             refuse_broken_theta(args, engine, loaded.train_prompts, run.steps_done)
+        lines = MemberLines(args.max_steps, args.population_size, lambda: run.steps_done)
         session = Session(
             **vars(loaded),
             run=run,
-            evaluator=_evaluator(loaded, pool, panel, stop),
+            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested, panel or lines),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,
@@ -76,13 +85,13 @@ def open_session(request: TrainingRequest, *, asks_theta_first: bool = True) -> 
             checksum=engine.checksum(),
             tokens=run.tokens_before(),
             train_time_s=run.train_time_s(),
-            **run_so_far(args, run),
-            asks_theta_first=asks_theta_first,
+            **restored_fields(args, run),
+            theta_joins_first_step=theta_joins_first_step,
         )
         session.announce(replayed)
         unlogged = run.unlogged_step()
         if unlogged is not None and last_move is not None:
-            session.log_again(unlogged, last_move)
+            session.log_recovered_step(unlogged, last_move)
         yield session
 
 
@@ -97,6 +106,7 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     Raises:
         UserError: the model does not load, or a row or the model fails a check.
     """
+    check_packages(run.args.report_to)
     say(f"estune: loading {run.args.model if request.module is None else 'the model'}")
     engine = request.engine
     train_prompts = request.prompts(request.train_rows)
@@ -128,20 +138,8 @@ def _begin(
     return monitors, panel
 
 
-def _evaluator(loaded: Loaded, pool: RewardPool, panel: PanelMonitor | None, stop: StopRequest) -> Evaluator:
-    """Return an `Evaluator` that updates the panel and asks ``stop`` after every token."""
-
-    def should_stop() -> bool:
-        if panel is not None:
-            panel.tick()
-        return stop.requested()
-
-    members_done = panel.members_done if panel else lambda done: None
-    return Evaluator(loaded.engine, pool, loaded.args.response_prefix, should_stop, members_done)
-
-
 def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, prompts: Sequence[Prompt]) -> bool:
-    """Return whether members of the first step generate the same tokens twice."""
+    """Return whether the first step's members generate the same tokens when they answer again, under load."""
     first = plan_step(args, batches, 0)
     say("estune: checking that the same prompts give the same answers twice")
     members = first.perturbations[: args.members_per_batch]
@@ -205,11 +203,11 @@ def start_monitors(
     Args:
         args: the run's configuration.
         run: the open run.
-        known: the trackers' names of a run that is resumed, by tracker.
-        steps_done: from which the progress display begins.
+        known: on a resume, the name by which each tracker knows the run.
+        steps_done: number of steps at which the progress display begins.
 
     Returns:
-        The monitors, the terminal panel if there is one, and the trackers' names of the run, by tracker.
+        The monitors, the terminal panel if there is one, and the name by which each tracker knows the run.
 
     Raises:
         UserError: a tracker cannot start, or cannot continue the run that ``known`` names.

@@ -26,10 +26,10 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class TrainingRequest:
-    """A configuration, its rewards and its rows, and the engine, which is loaded on first use."""
+    """What a trainer was asked to do: a configuration, rewards and rows. The engine is loaded on first use."""
 
-    unresolved: ESConfig  # with its `auto` values: for those a resume takes the stored run's values
-    args: ESConfig  # `auto` values that depend on the rows are resolved; a ResolvedConfig once the run is open
+    given_args: ESConfig  # as the user gave it; a resume takes the stored run's value for every `auto` in it
+    args: ESConfig  # some `auto` values are resolved; a `ResolvedConfig` once the run is open
     task: Task | None
     rewards: Rewards
     train_rows: Rows
@@ -76,11 +76,11 @@ class TrainingRequest:
                 raise UserError("eval_steps needs an eval_dataset beside train_dataset")
             held_out = setup.resolve_rows(args, eval_dataset, task, "validation", rewards)
             eval_rows = held_out[: args.eval_rows or None]
-        # `make_run_directory` names the model of a module
-        unresolved = args if module is None else dataclasses.replace(args, model="auto")
+        # A model in memory has no name yet: `make_run_directory` chooses it.
+        given_args = args if module is None else dataclasses.replace(args, model="auto")
         args = setup.resolve_config(args, len(train_rows), module)
         setup.batches_of(args, len(train_rows))  # raises UserError if the batch is larger than the number of rows
-        return cls(unresolved, args, task, rewards, train_rows, eval_rows, module, processing_class)
+        return cls(given_args, args, task, rewards, train_rows, eval_rows, module, processing_class)
 
     @property
     def engine(self) -> LocalEngine:
@@ -106,7 +106,7 @@ class TrainingRequest:
         return Path(str(self.args.output_dir))
 
     def _new_directory(self) -> Path:
-        """Create a new directory named task-model-method-date-time; the method `es` is left out of the name."""
+        """Create a new directory below `runs`, named task-model-method-date-time; the name omits the method `es`."""
         args = self.args
         source = args.task or Path(args.dataset_name or "data").stem
         model = Path(args.model).name if self.module is None else type(self.module).__name__
@@ -125,7 +125,6 @@ class BaseTrainer:
 
     def __init__(
         self,
-        *,
         model: Any = None,
         reward_funcs: Any = None,
         args: ESConfig | None = None,

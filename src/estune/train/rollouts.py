@@ -19,28 +19,37 @@ from typing import Any
 import numpy as np
 
 from estune.console import warn
-from estune.data.columns import reward_inputs
 from estune.engines.base import Engine
+from estune.errors import UserError
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.monitor.monitors import MemberLines
+from estune.monitor.panel import PanelMonitor
+from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 from estune.run.journal import Pending
-from estune.train.groups import Group, Rollouts, digest, known_groups, stack
+from estune.train.groups import Group, Rollouts, known_groups, stack, tokens_digest
 
 Completions = list[list[Completion]]  # (B, G)
 
-STOP_GRACE_S = 2.0  # seconds that a run waits for a score after it was asked to stop
+STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to stop
 
 
 @dataclass
 class Evaluator:
-    """Generates and scores completions of members or theta, for training steps and held-out evaluations."""
+    """Generates completions with an engine and scores them with a reward pool, for training and for evaluations."""
 
     engine: Engine
     pool: RewardPool
     response_prefix: str
-    should_stop: Callable[[], bool] = lambda: False  # called after every token
-    members_done: Callable[[int], None] = lambda done: None  # called with the number of members that have answered
+    stop_requested: Callable[[], bool] = lambda: False  # whether the run was asked to stop
+    panel: PanelMonitor | MemberLines | None = None  # shows the progress within a step
     warned: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
+
+    def should_stop(self) -> bool:
+        """Update the panel, and return whether the run was asked to stop; engines call this after every token."""
+        if self.panel is not None:
+            self.panel.tick()
+        return self.stop_requested()
 
     def submit(
         self,
@@ -52,7 +61,7 @@ class Evaluator:
         """Generate the completions of jobs, and submit the completions of each member to the reward pool.
 
         Args:
-            jobs: jobs with distinct first indices.
+            jobs: any two jobs have different ``indices``.
             rows_of: returns the dataset rows (B,) of a job's prompts.
             trainer_state: for reward functions.
             keep_text: whether to keep completions as text.
@@ -70,7 +79,7 @@ class Evaluator:
                     lengths=[[len(c.token_ids) for c in row] for row in completions],
                     finished=[[c.finished for c in row] for row in completions],
                     finite=[[c.finite for c in row] for row in completions],
-                    digests=[[digest(c.token_ids) for c in row] for row in completions],
+                    digests=[[tokens_digest(c.token_ids) for c in row] for row in completions],
                     prompt_tokens=sum(len(prompt.token_ids) for prompt in job.prompts) * job.sampling.num_generations,
                     generate_s=answer.generate_s / n_members,
                     perturb_s=answer.perturb_s / n_members,
@@ -92,10 +101,13 @@ class Evaluator:
                 yield job
 
         for answer in self.engine.answers(recorded_jobs(), self.should_stop):
-            yield submitted[answer.indices], answer
+            job = submitted.get(getattr(answer, "indices", ()))
+            check_answer(self.engine, job, answer)
+            assert job is not None
+            yield job, answer
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
-        """Put the rewards into a group and return it; all rewards fail for a completion with non-finite logits."""
+        """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
         shape = (-1, num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
         failed = failed | ~np.array(group.finite, dtype=bool)[..., None]
@@ -110,7 +122,7 @@ class Evaluator:
         return group
 
     def warn_of_failures(self, errors: Sequence[str]) -> None:
-        """Show the first failure of each reward function; each error begins with the function's name and a colon."""
+        """Warn of the first failure of each reward function; an error begins with the function's name and a colon."""
         for error in errors:
             name = error.partition(":")[0]
             if name not in self.warned:
@@ -202,7 +214,8 @@ class Evaluator:
             for index, group, _, future in self.submit(jobs, lambda _: rows, trainer_state, keep_text):
                 answered.add(index)
                 scores.waiting.append((index, group, future))
-                self.members_done(len(answered))
+                if self.panel is not None:
+                    self.panel.members_done(len(answered))
                 scores.collect(wait=False)
         except Interrupted:
             with suppress(Interrupted):
@@ -218,7 +231,7 @@ class Evaluator:
 
 @dataclass
 class _Scores:
-    """The groups of a step, by member, and the members whose scores are awaited."""
+    """The finished groups of a step, and the members whose rewards have not arrived yet."""
 
     evaluator: Evaluator
     num_generations: int
@@ -228,7 +241,7 @@ class _Scores:
     waiting: list[tuple[int, Group, Future[RewardResult]]] = field(default_factory=list)  # in the order of submission
 
     def collect(self, wait: bool) -> None:
-        """Take finished scores in the order of submission; with ``wait``, wait for all of them.
+        """Complete the groups whose rewards have arrived, in the order of submission; with ``wait``, all groups.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -249,7 +262,7 @@ def missing_jobs(
     sampling: Sampling,
     members_per_batch: int,
 ) -> Iterator[GroupJob]:
-    """Yield one job for each batch of members that are not all in ``known``, a set of member indices."""
+    """Yield one job for each batch of members, unless ``known`` (member indices) contains the whole batch."""
     n_members = len(perturbations)
     for first in range(0, n_members, members_per_batch):
         batch = tuple(range(first, min(first + members_per_batch, n_members)))
@@ -268,7 +281,50 @@ def answers_of_theta(
     """
     job = GroupJob((0,), (None,), engine.theta_checksum, tuple(prompts), sampling)
     [answer] = engine.answers([job], should_stop)
+    check_answer(engine, job, answer)
     return answer.completions[0]
+
+
+def check_answer(engine: Engine, job: GroupJob | None, answer: GroupAnswer) -> None:
+    """Check that an engine's answer has the shape (M, B, G) and the types of its job.
+
+    Raises:
+        UserError: it has not; the message names the engine and what is wrong.
+    """
+    if job is None or not isinstance(answer, GroupAnswer):
+        problem = "the answer is no GroupAnswer with the indices of a job"
+    else:
+        shape = (len(job.indices), len(job.prompts), job.sampling.num_generations)
+        problem = _problem(answer.completions, shape)
+    if problem:
+        raise UserError(
+            f"engine {engine.facts.name} breaks its contract: {problem} (see estune.engines.base, and Completion in "
+            "estune.es.types)"
+        )
+
+
+def _problem(completions: Any, shape: tuple[int, int, int]) -> str:
+    """Return what is wrong with completions that should have the shape (M, B, G); an empty string if nothing is."""
+    names = ("members", "prompts", "completions of a prompt")
+    level = [completions]
+    for name, size in zip(names, shape, strict=True):
+        for item in level:
+            if not isinstance(item, (list, tuple)):
+                return f"{type(item).__name__} instead of a list of {size} {name}"
+            if len(item) != size:
+                return f"{len(item)} instead of {size} {name}"
+        level = [part for item in level for part in item]
+    for completion in level:
+        if not isinstance(completion, Completion):
+            return f"{type(completion).__name__} instead of Completion"
+        if not isinstance(completion.token_ids, (list, tuple)):
+            return f"token_ids is {type(completion.token_ids).__name__}, not a tuple"
+        for token in completion.token_ids:
+            if type(token) is not int:
+                return f"a token id is {type(token).__name__}, not int"
+        if type(completion.finished) is not bool or type(completion.finite) is not bool:
+            return "finished and finite must be bool"
+    return ""
 
 
 def scored(future: Future[RewardResult], should_stop: Callable[[], bool]) -> RewardResult:

@@ -1,6 +1,6 @@
-"""From a configuration to a run's parts: resolved values, rows, reward functions and the engine.
+"""The parts of a run, made from its configuration: resolved values, rows, reward functions and the engine.
 
-The caller sets up the parts that need no torch first (rows, rewards, reward processes) and loads the engine last.
+Callers load the engine last, because only the engine needs torch. Mistakes in the other parts then show early.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from estune import environment
-from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig
+from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig, default_of
 from estune.console import warn
 from estune.data.batches import Batches
 from estune.data.columns import check_columns
@@ -27,7 +27,7 @@ from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
 from estune.models.names import local_directory
-from estune.rewards.loading import look_for_modules_in
+from estune.rewards.loading import load_object
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
 from estune.run.directory import refuse_unfinished
@@ -189,9 +189,22 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
         auto["num_threads"] = default_threads(args, module)
     if args.reward_workers == "auto" and args.reward_isolation == "process":
         auto["reward_workers"] = min(4, max(1, environment.cores() - 1))
-    if args.engine == "toy" and args.model == "tiny":
-        auto["model"] = "toy"
+    auto["model"] = model_of(args)
     return dataclasses.replace(args, **auto)
+
+
+def model_of(args: ESConfig) -> str:
+    """Return the model's name: the engine's own name if ``model`` has its default and the engine is not `hf`.
+
+    With an engine outside estune, a name without ``/`` is the engine's own; a directory gets ``./`` before its name.
+    """
+    if args.engine == "hf":
+        return args.model
+    name = str(getattr(engine_class(args.engine), "name", args.engine))
+    if args.model in (name, default_of("model")):
+        return name
+    is_plain = args.engine not in ENGINES and "/" not in args.model and Path(args.model).is_dir()
+    return f"./{args.model}" if is_plain else args.model
 
 
 def batches_of(args: ESConfig, n_rows: int) -> Batches:
@@ -261,8 +274,9 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
         UserError: the engine does not exist, or the model is missing or damaged.
     """
     assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
+    model = model_of(args) if module is None else args.model
     options = EngineOptions(
-        model=args.model,
+        model=model,
         module=module,
         tokenizer=tokenizer,
         dtype=args.dtype,
@@ -280,26 +294,26 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
         for name, harmless in (("temperature", 0.0), ("stop_strings", [])):
             if getattr(args, name) != harmless:
                 raise UserError(f"the toy engine does not support {name}")
-    elif module is None:
+    if module is None and (args.engine == "hf" or model != getattr(engine_class(args.engine), "name", None)):
         refuse_unfinished(args.model)
-    engine: LocalEngine = engine_class("toy" if is_toy else args.engine).open(options)
+    name = "toy" if is_toy else args.engine
+    engine: LocalEngine = engine_class(name).open(options)
+    for attribute in ("theta", "assets", "facts", "specs", "answers", "generate"):
+        if getattr(engine, attribute, None) is None:
+            raise UserError(f"engine {name!r} has no {attribute}: its constructor must set it (see docs/extending.md)")
     return engine
 
 
 def engine_class(name: str) -> Any:
-    """Return the class of an engine: one of `ENGINES`, or ``package.module:Class``.
+    """Return the class of an engine: one of `ENGINES`, ``package.module:Class``, or ``path/file.py:Class``.
 
     Raises:
         UserError: the class cannot be imported, or it is no engine.
     """
-    where = ENGINES.get(name, name)
-    module, _, attribute = where.partition(":")
-    if name not in ENGINES:
-        look_for_modules_in([Path.cwd()])
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
-        raise UserError(f"engine {name!r} cannot be imported: {error}") from error
+    if name in ENGINES:
+        module, _, attribute = ENGINES[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    found = load_object("engine", name)
     if not hasattr(found, "open"):
         raise UserError(f"engine {name!r} is no engine: it has no method open (see estune.engines.local.LocalBase)")
     return found
@@ -340,6 +354,9 @@ def facts_of(loaded: Loaded) -> Facts:
         "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
         "held_out": data_identity(loaded.eval_rows, loaded.eval_prompts) if loaded.eval_rows else None,
     }
+    if loaded.args.engine not in ENGINES:
+        kind = type(loaded.engine)
+        identity["engine_source"] = {kind.__name__: source_parts(kind, "engine")}
     return Facts(
         data=data_identity(rows, prompts),
         reward_funcs=rewards.names,

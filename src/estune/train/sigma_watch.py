@@ -1,6 +1,6 @@
 """Warnings during training: perturbations without effect, broken members, falling fitness. Each is printed once.
 
-A resumed run reads its earlier steps again and does not repeat their warnings.
+A resumed run reads its earlier steps' metrics, and does not repeat warnings that these steps have caused.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from estune.console import warn
 from estune.es.fitness import mean
 
-SILENT = 0.9  # share of completions equal to theta's, above which sigma is too small
+SILENT = 0.9  # share of the members' completions that equal theta's; above it, sigma is too small
 LEAST_PROMPTS = 16  # prompts whose mean fitness shows a trend
 LEAST_ANSWERS = 16  # answers (N * B) that a comparison of the members with theta needs
 LEAST_HELD_OUT = 50  # rows of an evaluation that is compared with the first evaluation
-ENOUGH = 8  # members, prompts or steps that are enough for a conclusion
+ENOUGH = 8  # members, prompts or steps: with fewer, chance decides
 PROBE = "`estune probe` tries several sizes"
 
 
@@ -28,7 +28,7 @@ class ThetaAnswers:
     """Theta's answers to a step's rows, compared with the members'; NaN: not measured."""
 
     equal: float = math.nan  # share of the members' completions that equal theta's
-    fitness: float = math.nan
+    fitness: float = math.nan  # theta's fitness on the step's rows
     rank: int | None = None  # among theta and the N members; 1 is the best
     is_scored: bool = False  # whether theta's completions were scored; they then count as evaluations
 
@@ -44,9 +44,9 @@ class ThetaAnswers:
 class SigmaWatch:
     """Warns once about each problem that prevents learning: a wrong sigma, broken members, falling fitness.
 
-    The members are compared with theta if theta answered the same rows, as in step 1. Otherwise they are compared with
-    the best mean fitness so far. One step of few prompts shows no trend, so means are taken over as many steps as have
-    `LEAST_PROMPTS` prompts together.
+    If theta answered a step's rows too, as in step 1, the members are compared with theta. In other steps their mean
+    fitness is compared with the best mean so far. A mean covers as many steps as have `LEAST_PROMPTS` prompts together,
+    because a single step of few prompts shows no trend.
     """
 
     population_size: int = LEAST_ANSWERS
@@ -54,11 +54,14 @@ class SigmaWatch:
     theta_fitness: float = math.nan  # fitness of theta_0 on the first step's rows
     means: list[float] = field(default_factory=list)  # (steps,), the population's mean fitness
     jumps: list[float] = field(default_factory=list)  # (steps,), running sum of squared differences of ``means``
-    errors: tuple[int, float] = (0, 0.0)  # number of known standard errors over prompts, and the sum of their squares
-    best: dict[int, tuple[float, float]] = field(default_factory=dict)  # window in steps -> best mean, standard error
+    errors: tuple[int, float] = (
+        0,
+        0.0,
+    )  # steps with a known standard error over prompts, and the errors' squares, summed
+    best: dict[int, tuple[float, float]] = field(default_factory=dict)  # steps per mean -> best mean, standard error
     first_held_out: float | None = None  # reward of the first evaluation
     steps_seen: int = 0
-    never_paid: dict[str, int] = field(default_factory=dict)  # reward -> steps in which every value of it was None
+    steps_without_value: dict[str, int] = field(default_factory=dict)  # reward -> steps with None only
     warned: set[str] = field(default_factory=set)  # names of the warnings printed
     is_silent: bool = False  # True while a resumed run reads its earlier steps
 
@@ -84,9 +87,9 @@ class SigmaWatch:
                 watch.evaluation(record)
                 continue
             steps[record["step"]] = record
-            watch.know_theta(record)
+            watch.store_theta_fitness(record)
             watch._look_at_completions(record)
-            if watch._are_harmed(record):
+            if watch._members_lost_fitness(record):
                 watch.warned.add("sigma")
         for values in fitness:
             watch.steps_seen += 1
@@ -99,25 +102,28 @@ class SigmaWatch:
         watch.is_silent = False
         return watch
 
-    def know_theta(self, record: Mapping[str, Any]) -> None:
-        """Store theta_0's fitness if ``record`` holds the first step's metrics."""
+    def store_theta_fitness(self, record: Mapping[str, Any]) -> None:
+        """Store theta_0's fitness if ``record`` holds the first step's metrics and they include it."""
         if record["step"] == 1 and record.get("es/theta_fitness") is not None:
             self.theta_fitness = record["es/theta_fitness"]
 
-    def wants_theta(self, modal_ratio: float) -> bool:
-        """Return whether theta should answer a step's prompts, given the share of identical completions of members.
+    def needs_theta(self, modal_ratio: float) -> bool:
+        """Return whether theta should answer a step's prompts, to find out whether its completions equal the members'.
 
-        If members disagree with one another, most of them also differ from theta.
+        If members differ from one another, most of them also differ from theta.
+
+        Args:
+            modal_ratio: the members' `Rollouts.modal_ratio`.
         """
         return "silent" not in self.warned and modal_ratio > SILENT
 
-    def step(self, record: Mapping[str, Any], theta: ThetaAnswers, unpaid: Sequence[str] = ()) -> None:
-        """Check a training step and print the warnings that it gives rise to.
+    def step(self, record: Mapping[str, Any], theta: ThetaAnswers, without_value: Sequence[str] = ()) -> None:
+        """Check a training step and print its warnings.
 
         Args:
             record: the step's metrics with theta's, and its number (1-based).
             theta: theta's answers to the step's rows.
-            unpaid: names of the rewards that were None for all completions.
+            without_value: names of the reward functions that returned None for all completions.
         """
         if theta.equal > SILENT:
             self._warn(
@@ -126,12 +132,12 @@ class SigmaWatch:
                 f"small to change the completions; {PROBE}",
             )
         self._look_at_completions(record)
-        self._look_at_rewards(record, unpaid)
-        self.know_theta(record)
+        self._look_at_rewards(record, without_value)
+        self.store_theta_fitness(record)
         now = record["es/fitness_mean"]
         if now is None:
             return
-        if self._are_harmed(record):
+        if self._members_lost_fitness(record):
             self._warn(
                 "sigma",
                 f"sigma {record['es/sigma']:g} is too large: the members' mean fitness is {now:.3g}, "
@@ -179,40 +185,41 @@ class SigmaWatch:
                 "end as the model expects (chat template, --response_prefix)",
             )
 
-    def _look_at_rewards(self, record: Mapping[str, Any], unpaid: Sequence[str]) -> None:
+    def _look_at_rewards(self, record: Mapping[str, Any], without_value: Sequence[str]) -> None:
         self.steps_seen += 1
-        for name in unpaid:
-            self.never_paid[name] = self.never_paid.get(name, 0) + 1
-            is_never = self.never_paid[name] == self.steps_seen
+        for name in without_value:
+            self.steps_without_value[name] = self.steps_without_value.get(name, 0) + 1
+            is_never = self.steps_without_value[name] == self.steps_seen
             if is_never and self.steps_seen * self.rows_per_step >= LEAST_PROMPTS:
                 self._warn(
                     f"never {name}",
                     f"reward {name} has returned None for every completion so far, so it does not affect the fitness",
                 )
         if record["es/fitness_mean"] is None:
-            self._warn("nothing", "every reward was None in this step, so theta does not move")
+            what = "failed or was None" if record.get("es/reward_errors") else "was None"
+            self._warn("nothing", f"every reward {what} in this step, so theta does not move")
 
-    def _are_harmed(self, record: Mapping[str, Any]) -> bool:
+    def _members_lost_fitness(self, record: Mapping[str, Any]) -> bool:
         """Return whether the members' mean and best fitness are far below theta's on the same rows.
 
-        If the mean has lost most of theta's fitness over several prompts, a lucky best member is ignored. Measured on
-        Countdown with the embedded model, for first steps of 4 to 30 members and 1 to 32 prompts: the rule holds in
-        fewer than 1 of 100 steps at the demo's sigma, and in nearly all steps with several prompts at sigma 0.1, which
-        breaks that model.
+        If the mean has lost most of theta's fitness over several prompts, the best member does not count: it may
+        be above theta by luck. Measured on Countdown with the embedded model, for first steps of 4 to 30 members and 1
+        to 32 prompts: the rule holds in fewer than 1 of 100 steps at the demo's sigma, and in nearly all steps with
+        several prompts at sigma 0.1, which breaks that model.
         """
         theta, now, n_members = record.get("es/theta_fitness"), record["es/fitness_mean"], self.population_size
         if theta is None or now is None or n_members * self.rows_per_step < LEAST_ANSWERS:
             return False
         lost = theta - now
-        is_deep = lost > 3 / 4 * abs(theta)
-        is_best = record["es/fitness_best"] < theta
-        is_sure = (is_best and (is_deep or n_members >= ENOUGH)) or (is_deep and self.rows_per_step >= ENOUGH)
+        lost_most = lost > 3 / 4 * abs(theta)
+        all_below = record["es/fitness_best"] < theta
+        is_sure = (all_below and (lost_most or n_members >= ENOUGH)) or (lost_most and self.rows_per_step >= ENOUGH)
         return is_sure and lost > max(abs(theta) / 2, record["es/fitness_std"] or 0.0)
 
     def _look_at_trend(self, now: float, error: float, spread: float) -> None:
         """Compare the recent mean fitness with the best mean so far, and with theta_0's if one step is enough."""
         best = dict(self.best)
-        self._take(now, error)
+        self._add_step(now, error)
         for steps in self._windows:
             recent = self._recent(steps)
             if recent is None:
@@ -227,7 +234,7 @@ class SigmaWatch:
             if steps > 1 or len(self.means) == 1 or self.warned & {"sigma", "halved"}:
                 continue
             first, theta = (self.means[0], recent[1]), (self.theta_fitness, recent[1])
-            # if the first step's members were equally far below theta, the fitness has not fallen since
+            # If the first step's members were equally far below theta, the fitness has not fallen since then.
             if self._has_fallen(recent, theta, spread) and not self._has_fallen(first, theta, spread):
                 self._warn(
                     "fell",
@@ -248,14 +255,14 @@ class SigmaWatch:
 
     @property
     def _windows(self) -> tuple[int, int]:
-        """Two window lengths in steps: one with `LEAST_PROMPTS` prompts, and one `ENOUGH` times as long."""
+        """Two numbers of steps to average over: those with `LEAST_PROMPTS` prompts, and `ENOUGH` times as many."""
         least = -(-LEAST_PROMPTS // self.rows_per_step)
         return least, least * ENOUGH
 
-    def _take(self, now: float, error: float) -> None:
+    def _add_step(self, now: float, error: float) -> None:
         """Add a step's mean fitness and its standard error over prompts (NaN: unknown)."""
         jump = now - self.means[-1] if self.means else 0.0
-        self.jumps.append(jump * jump + (self.jumps[-1] if self.jumps else 0.0))  # infinite where rewards are huge
+        self.jumps.append(jump * jump + (self.jumps[-1] if self.jumps else 0.0))  # infinite if rewards are huge
         self.means.append(now)
         if error == error:
             self.errors = (self.errors[0] + 1, self.errors[1] + error * error)

@@ -1,7 +1,7 @@
 """Check that theta's logits are finite, before a run writes anything and before it writes its model.
 
 A weight that fits float32 may overflow in the compute dtype. The logits are then NaN or infinite and the completions
-are noise, which no reward reports.
+are meaningless, but no reward function reports it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
 
 
 def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
-    """Generate a few tokens with theta on the first step's prompts, and check the logits.
+    """Raise UserError if theta's logits are not finite on the first step's prompts.
 
     Args:
         args: the run's resolved configuration.

@@ -1,4 +1,4 @@
-"""The plan of one training step: rows, members and noise, as a pure function of the configuration and the index."""
+"""The plan of one training step: rows, members and noise, a pure function of the configuration and the step's index."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from estune.es.update import Update, make_update, scheduled
 
 @dataclass(frozen=True)
 class Step:
-    """The rows and members that a step evaluates, and the scale of its update."""
+    """A step before it is evaluated: its rows, its members, and the learning rate of its update."""
 
-    index: int  # from 0
+    index: int  # 0 for the first step
     rows: list[int]  # (B,), indices of training rows
     members: list[Member]  # (N,)
     sigma: float
     noise: Noise
-    learning_rate: float
+    learning_rate: float  # after the schedule
     weight_decay: float = 0.0
     anchored: bool = False  # True: weight decay pulls towards theta_0; False: towards 0
 
@@ -45,16 +45,19 @@ class Step:
 
 
 def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
-    """Return the step with this index; the schedules set its sigma and learning rate."""
+    """Return the step with this index; the schedules scale sigma and the learning rate.
+
+    ``args.learning_rate`` must be resolved; it is None for methods without updates.
+    """
     sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
-    factor = scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps)
+    learning_rate = args.learning_rate or 0.0
     return Step(
         index=index,
         rows=batches.rows_for_step(index),
         members=members_for_step(args.seed, index, args.population_size, args.antithetic),
         sigma=sigma,
         noise=noise_of(sigma, args.noise_distribution, args.rank if args.noise == "lowrank" else 0),
-        learning_rate=args.effective_learning_rate * factor,
+        learning_rate=learning_rate * scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps),
         weight_decay=args.weight_decay,
         anchored=args.weight_decay_anchor == "base",
     )
@@ -75,7 +78,7 @@ def sampling_of(args: ESConfig, step: int) -> Sampling:
 
 
 def evaluation_sampling(args: ESConfig) -> Sampling:
-    """Return the decoding settings of evaluations within a run: those of training, or greedy decoding."""
+    """Return the decoding settings of a run's evaluations: greedy, or with ``eval_greedy`` off those of training."""
     if args.method == "es" and not args.eval_greedy:
         return sampling_of(args, 0)
     return dataclasses.replace(sampling_of(args, 0), num_generations=1, temperature=0.0, top_p=1.0, top_k=0)

@@ -2,8 +2,8 @@
 
     theta += learning_rate / N * sum_m utilities_m * sign_m * eps(seed_m)
 
-`estune.train.session` holds the parts of an open run. `estune.run` writes the run's files. `estune.engines` generate
-completions, and `estune.rewards` score them.
+`estune.train.session` holds the parts of an open run. `estune.run` writes the run's files. An engine of
+`estune.engines` generates completions, and `estune.rewards` scores them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from estune.config import ESConfig
-from estune.console import say
+from estune.console import counted, say
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.types import Interrupted
 from estune.models.hub import push
@@ -24,7 +24,8 @@ from estune.train.request import BaseTrainer
 class ESTrainer(BaseTrainer):
     """Fine-tunes all parameters of a language model with evolution strategies.
 
-    All arguments are keywords, as in TRL. ``args`` supplies the value of every argument that is omitted.
+    The arguments have TRL's names and order. If ``model``, ``reward_funcs`` or a dataset is omitted, the configuration
+    ``args`` names it.
 
     Args:
         model: a directory, a hub id, ``tiny``, or an ``AutoModelForCausalLM`` in memory.
@@ -38,7 +39,8 @@ class ESTrainer(BaseTrainer):
         UserError: the input is invalid; the message gives the reason in one sentence.
     """
 
-    asks_theta_first = True  # theta also answers the first step's rows; warnings compare the members with theta
+    # Whether theta also answers the first step's rows, so that warnings can compare the members with theta.
+    theta_joins_first_step = True
 
     def train(self) -> Path:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory.
@@ -47,12 +49,12 @@ class ESTrainer(BaseTrainer):
         """
         request, self.stopped = self.request, False
         run_dir = request.make_run_directory()
-        if self.args.resume and is_finished(run_dir, self.args, request.unresolved):
-            return finish_again(run_dir, self.args)
-        with open_session(request, asks_theta_first=self.asks_theta_first) as session:
+        if self.args.resume and is_finished(run_dir, self.args, request.given_args):
+            return complete_finished_run(run_dir, self.args)
+        with open_session(request, theta_joins_first_step=self.theta_joins_first_step) as session:
             args, weights = session.args, request.rewards.weights
             try:
-                session.catch_up()  # evaluation or checkpoint still due after a crash
+                session.evaluate_and_save()  # what is due: before the first step, or after a crash
                 while not session.ended:
                     step = session.plan()  # rows (B,), members (N,), noise, learning rate
                     rollouts = session.evaluate_population(step)  # rewards (N, B, G, F)
@@ -62,8 +64,8 @@ class ESTrainer(BaseTrainer):
                     update = step.update(utilities)
                     measured = session.measure(step, rewards, fitness, rollouts, theta)  # metrics, warnings
                     session.journal(step, fitness, rollouts, update, measured)  # on disk before theta moves
-                    moved = session.apply(update)
-                    session.log(measured, moved)  # metrics; evaluation and checkpoint if due
+                    applied = session.apply(update)  # theta moves
+                    session.log(measured, applied)  # metrics; evaluation and checkpoint if due
                 session.finish()
             except Interrupted:
                 self.stopped = True
@@ -71,9 +73,13 @@ class ESTrainer(BaseTrainer):
         return run_dir
 
 
-def finish_again(run_dir: Path, args: ESConfig) -> Path:
-    """Write the model card of a finished run if it is missing, upload the model if asked to; return the directory."""
-    say(f"estune: {run_dir} is finished ({args.max_steps} steps); nothing to do")
+def complete_finished_run(run_dir: Path, args: ESConfig) -> Path:
+    """Write a finished run's model card if a kill prevented it, and upload the model with ``push_to_hub``.
+
+    Returns:
+        The run directory.
+    """
+    say(f"estune: {run_dir} is finished ({counted(args.max_steps, 'step')}); nothing to do")
     if not (run_dir / CARD_FILE).exists():  # the run was killed between the last checkpoint and the card
         write_card(run_dir)
     if args.push_to_hub:

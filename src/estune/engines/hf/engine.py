@@ -18,15 +18,7 @@ from estune.console import warn
 from estune.engines.base import EngineFacts, EngineOptions
 from estune.engines.hf import allocator, callers, decoding, identity, small_linear, trials
 from estune.engines.hf.assets import HFAssets
-from estune.engines.hf.loading import (
-    evaluation_mode,
-    files_of,
-    load_model,
-    load_tokenizer,
-    make_theta,
-    resolve_device,
-    torch_threads,
-)
+from estune.engines.hf.loading import files_of, load_model, load_tokenizer, make_theta, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
 from estune.engines.hf.saved_model import (
     TIED_OTHERWISE,
@@ -37,7 +29,7 @@ from estune.engines.hf.saved_model import (
     saved_config,
     tied_truth,
 )
-from estune.engines.hf.working_model import WorkingModel
+from estune.engines.hf.working_model import WorkingModel, evaluation_mode, torch_threads
 from estune.engines.local import LocalBase
 from estune.engines.lowrank.kinds import lowrank_names
 from estune.engines.lowrank.members import MEMORY_SHARE, MOST_ROWS, Members, MembersCaller, SharedForward, bytes_per_row

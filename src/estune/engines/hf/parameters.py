@@ -1,6 +1,6 @@
 """Bindings: the place of every stored tensor of a Hugging Face model in its in-memory parameters.
 
-estune names and indexes parameters as ``save_pretrained`` writes them (DESIGN section 2). The layout in memory may
+estune names and indexes parameters as ``save_pretrained`` writes them. The layout of the model in memory may
 differ in transformers 5: experts are stacked and fused, projections split or permuted, keys renamed, weights tied.
 `bindings` runs the reverse conversion of ``save_pretrained`` twice. On meta tensors it finds names, shapes, and all
 tensors that are only renamed or sliced; this needs no memory. On integer tags it traces the tensors that the conversion

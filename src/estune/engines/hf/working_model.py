@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from estune.engines.hf import attention, small_linear
-from estune.engines.hf.loading import evaluation_mode, torch_threads
 from estune.engines.hf.parameters import Binding
 from estune.es.noise import lowrank_factors, noise_ints
 from estune.es.theta import HostTheta
@@ -200,3 +199,27 @@ def _lowrank_part(binding: Binding, perturbation: Perturbation, count: int) -> n
     rows = -(-count // len(right))
     product: np.ndarray = (left[:rows].astype(np.float64) @ right.T.astype(np.float64)).reshape(-1)[:count]
     return perturbation.noise.lowrank_scale * member.sign * product
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads within the block, and the process's own number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Set a model to evaluation mode within the block, and each of its modules to the module's own mode afterwards."""
+    training = [module for module in modules if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

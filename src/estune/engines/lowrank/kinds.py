@@ -1,6 +1,6 @@
 """The stored tensors that take low-rank noise: the model uses them in matrix products or row lookups.
 
-These are linear layers, Conv1D, embeddings, output heads, and stacked experts with one matrix each (DESIGN section 2).
+These are linear layers, Conv1D, embeddings, output heads, and stacked experts with one matrix each.
 The module that owns a parameter usually tells its use. For a bare parameter (a router, an expert) the operations of one
 short forward pass are recorded instead.
 """

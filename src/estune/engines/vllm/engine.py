@@ -28,8 +28,8 @@ from estune.engines.hf.loading import (
     resolve_device,
     resolve_dtype,
     resolve_model,
-    torch_threads,
 )
+from estune.engines.hf.working_model import torch_threads
 from estune.engines.local import LocalBase
 from estune.engines.vllm import launch, table
 from estune.engines.vllm.messages import MEMBER, ROW, message_of

@@ -1,7 +1,7 @@
 """Noise version 1: integers that are a pure function of (member seed, parameter name, element index).
 
-`reference` defines the noise in NumPy. `cpu` computes the same bits at memory speed. `cpu_lowrank` does so for
-low-rank members.
+`reference` defines the noise in NumPy. `cpu` computes the same bits with compiled kernels, about as fast as memory can
+be written. `cpu_lowrank` does the same for low-rank members.
 """
 
 from estune.es.noise.reference import (

@@ -1,12 +1,13 @@
-"""The noise hash on vectors of 32-bit lanes, in LLVM instructions, for the kernels of `cpu`.
+"""The noise hash on vectors of 32-bit words, written in LLVM instructions, for the kernels of `cpu`.
 
-numba cannot express this hash efficiently. It widens uint32 arithmetic to 64 bits, and LLVM narrows only part of it
-again. A loop that LLVM vectorises by itself computes one register after another, and each waits for its own
-multiplications. This module builds the hash for one word, or for a vector of `LANES` words. LLVM splits the vector
-into registers of the processor's width (AVX2, AVX-512, NEON) and interleaves their instructions.
+numba cannot express this hash efficiently, for two reasons. It widens uint32 arithmetic to 64 bits, and LLVM narrows
+only part of it again. And if LLVM vectorises a loop by itself, the code computes one vector register after another, and
+each multiplication waits for the one before it. So this module builds the instructions itself: for one word, or for a
+vector of `LANES` words. LLVM splits the vector into registers of the processor's width (AVX2, AVX-512, NEON) and
+interleaves their instructions.
 
-Functions with a ``builder`` take and return LLVM values, words or vectors. Kernels call the intrinsics, and `kernel`
-compiles them.
+Functions with a ``builder`` emit instructions: their arguments and results are LLVM values, each a word or a vector of
+words. An intrinsic makes such instructions callable from a numba function; `kernel` compiles that function.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numba import extending, njit, types
 from numba.core import cgutils as _cgutils
 from numba.np import arrayobj as _arrayobj
 
-# numba has types for a part of its functions only, and the type of `intrinsic` is wrong for the functions it returns.
+# Most of numba has no types, and the type of `intrinsic` is wrong for the functions that it returns.
 intrinsic: Any = extending.intrinsic
 cgutils: Any = _cgutils
 arrayobj: Any = _arrayobj
@@ -36,8 +37,9 @@ SOURCES = blake2b(
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function with numba, without the GIL, and cache the machine code on disk.
 
-    A kernel holds the code of intrinsics and kernels of other files, but numba compares only the kernel's own file with
-    its cache. So the name of the cached file, which numba makes from the qualified name, includes `SOURCES`.
+    A kernel's machine code includes the intrinsics and kernels that it calls, also those of other files. numba discards
+    cached code only if the kernel's own file has changed. So `SOURCES` becomes a part of the qualified name, from which
+    numba makes the name of the cached file.
     """
     function.__qualname__ += f"_{SOURCES}"
     return njit(nogil=True, cache=True, boundscheck=False)(function)
@@ -66,7 +68,7 @@ def _xor_shift(builder: Any, x: Any, n: int) -> Any:
 
 
 def _mix_rest(builder: Any, x: Any) -> Any:
-    """Return ``mix`` without its first step, ``x ^= x >> 16``, which the caller has done."""
+    """Return `mix` of a word to which the caller has already applied the first step, ``x ^= x >> 16``."""
     x = _xor_shift(builder, builder.mul(x, _word(x, 0x21F0AAAD)), 15)
     return _xor_shift(builder, builder.mul(x, _word(x, 0xD35A2D97)), 15)
 
@@ -101,7 +103,7 @@ def _weighted_bits(builder: Any, words: Any, weight: Any) -> Any:
     look_up = intrinsic_of("pshuf.b", byte, byte)
     add_bytes, add_shorts = intrinsic_of("pmadd.ub.sw", short, byte), intrinsic_of("pmadd.wd", word, short)
     table = ir.Constant(byte, [value.bit_count() for value in range(16)] * 2)
-    half, ones = ir.Constant(byte, [15] * 32), ir.Constant(byte, [1] * 32)
+    low_half, ones = ir.Constant(byte, [15] * 32), ir.Constant(byte, [1] * 32)
     first = builder.insert_element(ir.Constant(short, ir.Undefined), weight, _I32(0))
     weights = builder.shuffle_vector(
         first, ir.Constant(short, ir.Undefined), ir.Constant(ir.VectorType(_I32, 16), [0] * 16)
@@ -110,8 +112,8 @@ def _weighted_bits(builder: Any, words: Any, weight: Any) -> Any:
     for start in range(0, LANES, 8):
         where = ir.Constant(word, list(range(start, start + 8)))
         part = builder.shuffle_vector(words, ir.Constant(words.type, ir.Undefined), where)
-        low = builder.and_(builder.bitcast(part, byte), half)
-        high = builder.and_(builder.bitcast(builder.lshr(part, ir.Constant(word, [4] * 8)), byte), half)
+        low = builder.and_(builder.bitcast(part, byte), low_half)
+        high = builder.and_(builder.bitcast(builder.lshr(part, ir.Constant(word, [4] * 8)), byte), low_half)
         counts = builder.add(builder.call(look_up, [table, low]), builder.call(look_up, [table, high]))
         pairs = builder.call(add_bytes, [counts, ones])
         parts.append(builder.call(add_shorts, [pairs, weights]))
@@ -127,10 +129,10 @@ def _joined(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _word_from(builder: Any, index: Any, k0: Any, k1: Any) -> Any:
-    """Return the mixed words of elements; the caller has applied mix's first step to ``index`` and ``k0``.
+    """Return the mixed words of elements, from ``index`` and ``k0`` after the first step of `mix`.
 
-    The first step is linear in xor, so the first step of ``i ^ k0`` is the xor of both results. All members share the
-    result for the index.
+    The hash begins with the first step of ``i ^ k0``. That equals the first step of ``i`` xor the first step of ``k0``.
+    So the caller applies the step once to an index and uses the result for all members.
     """
     word = _mix_rest(builder, builder.xor(index, k0))
     return _mix_rest(builder, _xor_shift(builder, builder.add(word, k1), 16))
@@ -147,7 +149,7 @@ def _noise_from(builder: Any, index: Any, k0: Any, k1: Any, rademacher: Any, by_
 
 
 def _indices(builder: Any, start: Any) -> Any:
-    """Return ``start .. start + LANES`` after mix's first step."""
+    """Return the indices ``start .. start + LANES`` after the first step of `mix`."""
     index = builder.add(_splat(builder, start), ir.Constant(_INTS, list(range(LANES))))
     return _xor_shift(builder, index, 16)
 
@@ -199,21 +201,21 @@ def noise_at(typingctx, i, k0, k1, rademacher):  # type: ignore[no-untyped-def]
     return types.int32(types.uint32, types.uint32, types.uint32, types.boolean), codegen
 
 
-def _perturbing(streamed: bool) -> Any:
+def _perturbation_intrinsic(streamed: bool) -> Any:
     """Return the intrinsic `perturb_lanes`, or `stream_lanes` if ``streamed``."""
 
     @intrinsic
     def lanes(typingctx, out, theta, j, start, k0, k1, scale, rademacher):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             out, theta, j, start, k0, k1, scale, rademacher = args
-            half = _splat(builder, _xor_shift(builder, k0, 16))
+            shifted_k0 = _splat(builder, _xor_shift(builder, k0, 16))
             by_bytes = _counts_by_bytes(context)
-            n = _noise_from(builder, _indices(builder, start), half, _splat(builder, k1), rademacher, by_bytes)
-            moved = builder.fmul(builder.sitofp(n, _FLOATS), _splat(builder, scale))
+            n = _noise_from(builder, _indices(builder, start), shifted_k0, _splat(builder, k1), rademacher, by_bytes)
+            change = builder.fmul(builder.sitofp(n, _FLOATS), _splat(builder, scale))
             # + 0.0 turns scale * 0 = -0.0 into 0.0; see `cpu._perturb_singly`.
-            moved = builder.fadd(moved, ir.Constant(_FLOATS, [0.0] * LANES))
+            change = builder.fadd(change, ir.Constant(_FLOATS, [0.0] * LANES))
             source = _pointer(context, builder, signature.args[1], theta, j, _FLOATS)
-            value = builder.fadd(builder.load(source, align=4), moved)
+            value = builder.fadd(builder.load(source, align=4), change)
             target = _pointer(context, builder, signature.args[0], out, j, _FLOATS)
             store = builder.store(value, target, align=CACHE_LINE if streamed else 4)
             if streamed:
@@ -226,8 +228,10 @@ def _perturbing(streamed: bool) -> Any:
     return lanes
 
 
-perturb_lanes = _perturbing(streamed=False)  # out[j + l] = theta[j + l] + scale * n[start + l] for l < LANES
-stream_lanes = _perturbing(streamed=True)  # the same, bypassing the caches; out[j] must start a cache line
+# Write out[j + l] = theta[j + l] + scale * n[start + l] for 0 <= l < LANES.
+perturb_lanes = _perturbation_intrinsic(streamed=False)
+# Write the same past the caches; out[j] must be the first element of a cache line.
+stream_lanes = _perturbation_intrinsic(streamed=True)
 
 
 @intrinsic
@@ -254,9 +258,10 @@ def fence(typingctx):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-untyped-def]
-    """Write ``acc[j + l] = sum_m q_m * n_m[start + l]`` (int32) for l < LANES, summed over all members.
+    """Write ``acc[j + l] = sum_m q_m * n_m[start + l]`` (int32) for 0 <= l < LANES: the sum over all members.
 
-    ``table`` is uint32 (M, 3): k0 after mix's first step, k1, and q in two's complement.
+    A row of ``table``, uint32 (M, 3), describes a member: k0 after the first step of `mix`, k1, and q in two's
+    complement.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -266,15 +271,16 @@ def sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-u
         total = cgutils.alloca_once(builder, _INTS)  # stays in registers
         builder.store(ir.Constant(_INTS, [0] * LANES), total)
 
-        weights = cgutils.alloca_once(builder, _I32)  # sum of q
+        sum_of_q = cgutils.alloca_once(builder, _I32)
 
-        def add_members(one: Callable[[Any, Any, Any], Any]) -> None:
-            builder.store(_I32(0), weights)
+        def add_members(contribution: Callable[[Any, Any, Any], Any]) -> None:
+            builder.store(_I32(0), sum_of_q)
             with cgutils.for_range(builder, cgutils.unpack_tuple(builder, members.shape)[0]) as loop:
                 row = builder.mul(loop.index, loop.index.type(3))
                 k0, k1, q = (builder.load(builder.gep(members.data, [builder.add(row, row.type(i))])) for i in range(3))
-                builder.store(builder.add(builder.load(total), one(_splat(builder, k0), _splat(builder, k1), q)), total)
-                builder.store(builder.add(builder.load(weights), q), weights)
+                added = contribution(_splat(builder, k0), _splat(builder, k1), q)
+                builder.store(builder.add(builder.load(total), added), total)
+                builder.store(builder.add(builder.load(sum_of_q), q), sum_of_q)
 
         def weighted_noise(k0: Any, k1: Any, q: Any) -> Any:
             return builder.mul(_noise_from(builder, index, k0, k1, rademacher), _splat(builder, q))
@@ -287,8 +293,9 @@ def sum_lanes(typingctx, acc, j, start, table, rademacher):  # type: ignore[no-u
                 with then:
                     add_members(weighted_noise)
                 with otherwise:
-                    add_members(weighted_bits)  # q * bits; the -16 * sum of q is the same for all elements
-                    sixteenfold = _splat(builder, builder.shl(builder.load(weights), _I32(4)))
+                    # sum_m q_m * (bits_m - 16) = sum_m q_m * bits_m - 16 * sum_m q_m
+                    add_members(weighted_bits)
+                    sixteenfold = _splat(builder, builder.shl(builder.load(sum_of_q), _I32(4)))
                     builder.store(builder.sub(builder.load(total), sixteenfold), total)
         else:
             add_members(weighted_noise)

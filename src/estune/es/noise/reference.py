@@ -1,15 +1,15 @@
 """The definition of the noise; every fast implementation must equal it bit for bit.
 
-`noise_key(seed, name)` hashes a member's seed and a parameter's stored name into two words. `mix` is a 32-bit integer
-hash with the constants of DESIGN section 2. The noise of element `i` of the full, unsharded tensor is the popcount of a
-mixed word minus 16: a sum of 32 fair bits, that is an integer in [-16, 16] of variance 8 (kurtosis 2.94). Rademacher
-noise is the top bit of the same word: -1 or +1, variance 1.
+`noise_key(seed, name)` hashes a member's seed and a parameter's stored name into two words, k0 and k1. `mix` is a
+32-bit integer hash. The word of element `i` of the whole stored tensor is `mix(mix(i ^ k0) + k1)`. The noise is the
+word's number of set bits, minus 16. That is a sum of 32 fair bits: an integer in [-16, 16] of variance 8, close to
+normal (kurtosis 2.94). Rademacher noise is the top bit of the same word: -1 or +1, variance 1.
 
-A key covers 2^32 elements. Later blocks draw their keys under the name `name#<block>`, block = index >> 32.
+A key serves a block of 2^32 elements. The keys of later blocks are those of the names `name#1`, `name#2` and so on.
 
 A low-rank member (EGGROLL, arXiv 2511.16652) perturbs a matrix (d0, d1) by `E = A B^T`. The integers A (d0, r) and B
-(d1, r) are drawn as above under the names `name#A` and `name#B`. Stacked experts (E, d0, d1) have one matrix each: A is
-(E, d0, r) and B is (E, d1, r). The elements of `A B^T` are integers of variance `lowrank_deviation`^2.
+(d1, r) are the noise of the names `name#A` and `name#B`. A stack (E, d0, d1) holds one matrix per expert: A is
+(E, d0, r) and B is (E, d1, r). The elements of `A B^T` are integers with standard deviation `lowrank_deviation`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DISTRIBUTIONS = ("normal", "rademacher")
 _VARIANCE = {"normal": 8.0, "rademacher": 1.0}
 
 
-@lru_cache(maxsize=1 << 16)  # a step's members and its update use the same keys
+@lru_cache(maxsize=1 << 16)  # a step uses each key twice: for the member, and for the update
 def noise_key(seed: int, name: str) -> tuple[int, int]:
     """Return the two 32-bit key words of one member's noise for one parameter, or for one block of a parameter."""
     message = seed.to_bytes(8, "little") + name.encode("utf-8")
@@ -99,7 +99,7 @@ def noise_ints(seed: int, name: str, start: int, count: int, distribution: str =
 
 
 def noise_deviation(distribution: str = "normal") -> float:
-    """Return the standard deviation of the noise integers, ``n_i / eps_i``."""
+    """Return the standard deviation of the noise integers; ``eps_i = n_i / noise_deviation`` has variance 1."""
     return math.sqrt(_VARIANCE[distribution])
 
 
@@ -135,7 +135,7 @@ def factor_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], t
 def lowrank_factors(
     seed: int, name: str, shape: tuple[int, ...], rank: int, distribution: str = "normal"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a member's factors ``(A, B)``: int32 of `factor_shapes`; noise indices are row-major in each factor."""
+    """Return a member's factors ``(A, B)``: int32 of `factor_shapes`, with the noise's elements in row-major order."""
     a, b = (
         noise_ints(seed, factor, 0, math.prod(extents), distribution).reshape(extents)
         for factor, extents in zip(factor_names(name), factor_shapes(shape, rank), strict=True)
@@ -154,23 +154,23 @@ def lowrank_ints(seed: int, name: str, shape: tuple[int, ...], rank: int, distri
 
 
 def lowrank_deviation(rank: int, distribution: str = "normal") -> float:
-    """Return the standard deviation of an element of ``A B^T``: a sum of ``rank`` products of two noise integers."""
+    """Return the standard deviation of an element of ``A B^T``, which is a sum of ``rank`` products of two integers."""
     return _VARIANCE[distribution] * math.sqrt(rank)
 
 
 def lowrank_scale(sigma: float, rank: int, distribution: str = "normal") -> float:
-    """Return the low-rank scale ``s``: sigma over `lowrank_deviation`, rounded to 16 significant bits.
+    """Return the low-rank scale ``s``: sigma / `lowrank_deviation`, rounded to 16 significant bits.
 
-    A member's weights are ``float32(float64(theta) + s * (A B^T))``. The product is exact in float64, so a fused
-    multiply-add gives the same bits.
+    A member's weights are ``float32(float64(theta) + s * (A B^T))``. The product is exact in float64, so a processor
+    that fuses the multiplication with the addition computes the same bits.
     """
     return round_to_bits(sigma / lowrank_deviation(rank, distribution), 16)
 
 
 def perturbation_scale(sigma: float, distribution: str = "normal") -> float:
-    """Return the scale ``s``: sigma over `noise_deviation`, rounded to 16 significant bits.
+    """Return the scale ``s``: sigma / `noise_deviation`, rounded to 16 significant bits.
 
-    With 16 bits ``s * n`` (|n| <= 16) is exact in float32, so a fused multiply-add gives the same bits of a member's
-    weights.
+    A member's weights are ``theta + s * n`` in float32. The product (|n| <= 16) is exact, so a processor that fuses the
+    multiplication with the addition computes the same bits.
     """
     return round_to_bits(sigma / noise_deviation(distribution), 16)

@@ -1,11 +1,20 @@
-"""`make bench-check`: when a figure counts as a regression, and the origin that result files record."""
+"""The programs in `benchmarks/`: regressions, fits of growth, and parts on which figures depend."""
 
 import importlib
 import json
 import sys
 
 import pytest
+import torch
 from script_loading import ROOT, loaded
+from transformers import AutoModelForCausalLM
+
+from estune.models.names import local_directory
+
+N_VALUES = [2.0**power for power in range(1, 10)]  # 2 to 512
+
+
+# --- bench.py: when a figure counts as a regression, and the origin that result files record --------------------------
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +190,121 @@ def test_memory_keeps_entries_as_they_were_recorded(scripts, tmp_path):
     for old in (noise, {"train": {"ratio": 2.0}}, {"noise": noise}):  # without a commit of their own
         path.write_text(json.dumps({"commit": "def", "models": {"1.5B": old}}))
         assert memory.recorded(path) == {}
+
+
+# --- growth.py: fits and verdicts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def growth():
+    with loaded("benchmarks/growth.py") as module:
+        yield module
+
+
+@pytest.mark.parametrize(
+    ("seconds", "verdict"),
+    [
+        (lambda n: 0.01 * n, "linear"),
+        (lambda n: 1.0 + 0.01 * n, "linear"),  # fixed costs of a forward pass
+        (lambda n: 9.0 if n == 2 else 0.01 * n, "linear"),  # the smallest is not judged
+        (lambda n: 0.01 * n**1.05, "linear"),
+        (lambda n: 0.01 * n * (2.0 if n < 16 else 1.0), "linear"),  # by its exponent
+        (lambda n: 0.01 * n**0.7, "less than linear"),
+        (lambda n: 0.01 * n**1.2, "MORE than linear"),
+        (lambda n: 0.01 * n**2, "MORE than linear"),
+        (lambda n: 0.3 + 0.01 * n + 0.01 * n**2 / 512, "MORE than linear"),  # at the end alone
+    ],
+)
+def test_verdicts(growth, seconds, verdict):
+    assert growth.fit(N_VALUES, [seconds(n) for n in N_VALUES], growth.JUDGED_FROM["members"]).verdict == verdict
+
+
+def test_a_line_has_no_negative_fixed_cost_and_is_exact_on_a_line(growth):
+    fitted = growth.fit(N_VALUES, [1.0 + 0.01 * n for n in N_VALUES])
+    assert (fitted.a_s, fitted.b_s, fitted.line_r2) == pytest.approx((1.0, 0.01, 1.0))
+    assert fitted.line_residual < 1e-9
+    assert growth.fit(N_VALUES, [0.01 * n - 0.01 for n in N_VALUES]).a_s == 0.0
+
+
+def test_the_exponent_is_judged_from_a_size_on_over_at_least_two_points(growth):
+    sizes, seconds = [0.6e6, 3.5e6, 20e6, 140e6], [5.0, 3.5, 20.0, 140.0]
+    fitted = growth.fit(sizes, seconds, growth.JUDGED_FROM["parameters"])
+    assert fitted.judged_from == 3.5e6
+    assert fitted.judged_exponent == pytest.approx(1.0)
+    assert growth.fit(sizes, seconds, 1e9).judged_from == 20e6
+
+
+def test_verdicts_exist_only_for_measured_parts(growth):
+    fits = {"update": {"verdict": "linear"}, "step": {"verdict": "less than linear"}}
+    bad = fits | {"step": {"verdict": "MORE than linear"}}
+    assert growth.verdicts({}) == {}
+    assert growth.verdicts({"models": {"fits": {}}}) == {}  # too few points
+    assert growth.verdicts({"population": {"fits": {"members": fits, "rank": bad}}}) == {"members": 1}
+    result = {"models": {"fits": bad}, "steps": {"nothing_else_grows": False}}
+    assert growth.verdicts(result) == {"parameters": 0, "steps": 0}
+
+
+@pytest.mark.parametrize("steps", ["0", "2"])
+def test_a_long_run_is_longer_than_the_short_one(growth, steps, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--long_run", steps])
+    with pytest.raises(SystemExit) as refused:
+        growth.main()
+    assert refused.value.code == 2
+    assert "not more than the 2 steps" in capsys.readouterr().err
+
+
+# --- paper_loop.py, scan_reasoning.py, paths.py -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop():
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(local_directory("tiny"), dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    with loaded("benchmarks/paper_loop.py") as module:
+        yield module.PaperLoop(model, ids, torch.ones_like(ids), 4)
+
+
+def test_the_papers_loop_perturbs_restores_and_moves(loop) -> None:
+    before = [parameter.detach().clone() for parameter in loop.parameters]
+    loop.add_noise(7, 0.01)
+    moved = [(a - b) / 0.01 for a, b in zip(loop.parameters, before, strict=True)]
+    everything = torch.cat([noise.flatten() for noise in moved])
+    assert abs(everything.std() - 1) < 0.01
+    assert abs(everything.mean()) < 0.01
+    shaped = [noise for noise in moved if noise.shape == moved[1].shape]
+    assert len(shaped) > 1
+    assert not torch.allclose(shaped[0], shaped[1])  # equal shapes have noise of their own
+    loop.add_noise(7, -0.01)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(loop.parameters, before, strict=True))
+    times = loop.time_member(7, 0.01, 0.5)
+    assert times["member"] == pytest.approx(sum(times[part] for part in ("perturb", "generate", "restore", "update")))
+    assert all(
+        torch.allclose(a - b, 0.5 * noise, atol=1e-3)
+        for a, b, noise in zip(loop.parameters, before, moved, strict=True)
+    )
+
+
+def test_the_papers_loop_refuses_completions_of_another_length(loop) -> None:
+    loop.new_tokens = 5
+    generate = loop.model.generate
+    loop.model.generate = lambda **kwargs: generate(**kwargs | {"max_new_tokens": 3})
+    with pytest.raises(RuntimeError, match=r"\(2, 3\) tokens, not \(2, 5\)"):
+        loop.time_member(0, 0.01, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("The answer is 6.", True), ("6", True), ("x = 6, so", True), ("16", False), ("6.5", False), ("-6", False),
+     ("6th", False), ("1.6", False), ("", False)],
+)  # fmt: skip
+def test_the_scan_looks_for_the_answer_as_a_separate_word(text: str, held: bool) -> None:
+    with loaded("benchmarks/scan_reasoning.py") as scan:
+        assert scan.holds(text, "6") is held
+
+
+def test_a_short_answer_is_rewarded_as_a_step_of_the_paths() -> None:
+    with loaded("benchmarks/paths.py") as paths:
+        assert paths.shorter(completions=["", "x" * 100]) == [1.0, 0.5]
+        assert paths.shorter(completions=[[{"role": "assistant", "content": "x" * 300}]]) == [0.25]
