@@ -382,8 +382,6 @@ def test_user_errors_come_before_anything_is_written(llama, place):
         )
         with pytest.raises(UserError, match=words):
             ESTrainer(**given).train()
-    with pytest.raises(TypeError):
-        ESTrainer(str(llama))  # keywords only
     for values, words in (
         (dict(sgima=1), "sigma"),
         (dict(sigma=-1), "sigma"),
