@@ -15,6 +15,7 @@ from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step, noise_of
 from estune.es.types import GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
+from estune.run.origin import refuse_foreign_engine
 from estune.train.setup import engine_class
 
 PROMPTS = tuple(Prompt(index, f"x[{index}]", (1,)) for index in range(4))
@@ -122,16 +123,17 @@ def test_an_engine_of_ones_own_is_used_by_every_command(
     assert "loading bigram" in said.out + said.err and "tiny" not in said.out + said.err
     card = Path("run/README.md").read_text()
     assert "`bigram`" in card and "transformers" not in card and "tiny" not in card
-    monkeypatch.chdir(tmp_path)  # every command below finds the engine, the reward and the rows where the run did
-    assert main("evaluate --model own/run --json --reward_isolation inline".split()) == 0
+    monkeypatch.chdir(tmp_path)  # every command below finds the reward and the rows where the run did
+    named = f"--engine {engine.replace('bigram.py', 'own/bigram.py')}"
+    assert main(f"evaluate --model own/run {named} --json --reward_isolation inline".split()) == 0
     trained = json.loads(capsys.readouterr().out)["reward"]
-    words = f"evaluate --engine {engine.replace('bigram.py', 'own/bigram.py')} --json --reward_isolation inline"
+    words = f"evaluate {named} --json --reward_isolation inline"
     words += " --max_completion_length 16 --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels"
     assert main(words.split()) == 0
     assert json.loads(capsys.readouterr().out)["reward"] < trained
-    assert main("evaluate --model own/run --limit 1 --reward_isolation inline".split()) == 0
+    assert main(f"evaluate --model own/run {named} --limit 1 --reward_isolation inline".split()) == 0
     assert "vowels.py:vowels" in capsys.readouterr().err.partition("reward is ")[2]
-    assert main("replay own/run --output_dir again".split()) == 0
+    assert main(f"replay own/run {named} --output_dir again".split()) == 0
     weights = [Path(where, "model.safetensors").read_bytes() for where in ("own/run", "again")]
     assert weights[0] == weights[1]
     assert main("export own/run --patch run.estp".split()) == 0
@@ -140,8 +142,44 @@ def test_an_engine_of_ones_own_is_used_by_every_command(
     assert main("apply run.estp --model bigram --engine own/bigram.py:BigramEngine".split()) == 0
     assert Path("run/model.safetensors").read_bytes() == weights[0]
     assert main("train --resume --output_dir own/run --max_steps 5".split()) == 0
-    assert main("probe --model own/run --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels "
+    assert main(f"probe --model own/run {named} --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels "
                 "--reward_isolation inline --sigmas 0.1 --json --max_completion_length 16".split()) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["bigram:BigramEngine", "bigram.py:BigramEngine"])
+def test_a_run_does_not_choose_the_code_that_runs(bigram, engine: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert bigram(engine=engine) == 0
+    source, journal = Path("bigram.py"), Path("run/journal.jsonl")
+    source.write_text(source.read_text() + "open('executed', 'w').close()\n")
+    sys.modules.pop("bigram", None)
+    capsys.readouterr()
+    refused = f"read the engine's code, then give --engine {engine}"
+    for words in ("evaluate --model run --reward_isolation inline", "replay run --output_dir again",
+                  "probe --model run --dataset_name rows.jsonl --reward_funcs vowels.py:vowels"):  # fmt: skip
+        assert main(words.split()) == 2
+        assert refused in capsys.readouterr().err
+    resume = "train --resume --output_dir run --max_steps 5".split()
+    assert main(resume) == 2
+    assert "the source of an engine outside estune: since the run began, file bigram" in capsys.readouterr().err
+    monkeypatch.setattr("estune.run.resume.check_engine_files", lambda *_: False)  # a header without the files' hashes
+    assert main(resume) == 2
+    assert refused in capsys.readouterr().err and journal.exists() and not Path("executed").exists()
+    assert main([*resume, "--engine", engine]) == 2
+    assert "the source of an engine outside estune: since" in capsys.readouterr().err and Path("executed").exists()
+
+
+def test_a_run_may_name_the_engines_of_estune() -> None:
+    for engine in ("hf", "toy", "estune.engines.toy:ToyEngine"):
+        refuse_foreign_engine(engine, Path("run"))
+    for engine in (
+        "evil.py:Base",
+        "estune.py:Base",
+        "estune.engines.toy.py:Base",
+        "estune/engines/toy:Base",
+        "evil:Base",
+    ):
+        with pytest.raises(UserError, match="must not choose the code"):
+            refuse_foreign_engine(engine, Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -226,5 +264,6 @@ def test_a_run_may_have_the_name_of_its_engine(bigram, tmp_path: Path, monkeypat
     assert json.loads(Path("third/es_config.json").read_text())["model"] == "./weights"
     monkeypatch.chdir(tmp_path)
     for run in ("bigram", "third"):
-        assert main(["replay", f"own/{run}", "--output_dir", f"again-{run}"]) == 0
+        words = ["replay", f"own/{run}", "--engine", "bigram:BigramEngine", "--output_dir", f"again-{run}"]
+        assert main(words) == 0
         assert Path(f"again-{run}/model.safetensors").read_bytes() == Path(f"own/{run}/model.safetensors").read_bytes()
