@@ -13,6 +13,7 @@ from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.origin import is_foreign_engine, located, module_directories, refuse_foreign_engine, refuse_lost
 from estune.run.replay import check_base, check_parameters, replay_steps
+from estune.run.resume import warn_of_engine_source
 from estune.train import setup
 
 
@@ -48,6 +49,7 @@ def replay_command(
     look_for_modules_in(module_directories(run))
     args = ESConfig.from_mapping(config, f"the journal of {run}")
     engine = setup.load_engine(args)
+    warn_of_engine_source(journal.header.get("identity", {}), setup.engine_source(args, engine))
     check_base(journal, engine.fingerprint(), args.model)
     check_parameters(journal, engine.specs)
     if args.weight_decay_anchor == "base":

@@ -180,7 +180,7 @@ def warn_of_engine_source(then: Mapping[str, Any], now: Mapping[str, Mapping[str
     """Warn if the source of an engine outside estune is not the one in a run's stored identity.
 
     Args:
-        then: the identity in the run's header or `method.json`.
+        then: the identity in the run's header.
         now: the parts of the engine's source, by the name of its class.
     """
     stored = then.get("engine_source")
