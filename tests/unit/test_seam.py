@@ -1,6 +1,9 @@
 """The seam between training and engines: jobs name their theta, answers come in any order, a class is an engine."""
 
+import dataclasses
 import json
+import math
+import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +16,10 @@ from estune import ESConfig, ESTrainer, UserError
 from estune.cli import main
 from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step, noise_of
-from estune.es.types import GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
-from estune.es.update import make_update
+from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.update import Update, make_update
 from estune.run.origin import refuse_foreign_engine
+from estune.train.rollouts import checked_answers
 from estune.train.setup import engine_class
 
 PROMPTS = tuple(Prompt(index, f"x[{index}]", (1,)) for index in range(4))
@@ -204,6 +208,14 @@ def test_a_resume_compares_the_source_of_an_engine(bigram, capsys) -> None:
     del sys.modules["bigram"]
     assert bigram("as", "train", "--resume", "--output_dir", "run", "--max_steps", "6") == 2
     assert "the source of an engine outside estune: since the run began, file bigram" in capsys.readouterr().err
+    changed = "engine outside estune is not the one that the run began with: file bigram of BigramEngine changed"
+    for words in ("evaluate --model run --reward_isolation inline", "replay run --output_dir again"):
+        assert main([*words.split(), "--engine", "bigram:BigramEngine"]) == 0
+        assert changed in capsys.readouterr().err
+    source.write_text(source.read_text().replace("argmin()", "argmax()") + "# a comment\n")
+    del sys.modules["bigram"]
+    assert main([*words.split()[:-1], "third", "--engine", "bigram:BigramEngine"]) == 0
+    assert "is not the one" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -211,6 +223,10 @@ def test_a_resume_compares_the_source_of_an_engine(bigram, capsys) -> None:
     [
         ("int(table[made[-1]].argmax())", "table[made[-1]].argmax()", "a token id is int64, not int"),
         ("made[-1] == END)", "np.bool_(True))", "finished and finite must be bool"),
+        ("tuple(made[1:])", "(2**70,)", "a token id is 1180591620717411303424, not in 0 .. 255"),
+        ("tuple(made[1:])", "(97, 256)", "a token id is 256, not in 0 .. 255"),
+        ("tuple(made[1:])", "(97, -1)", "a token id is -1, not in 0 .. 255"),
+        ("tuple(made[1:])", "tuple(made * 20)", "tokens, more than max_completion_length"),
         ("return answers", "return answers[1:]", "0 instead of 1 prompts"),
         ("return answers", "return None", "NoneType instead of a list of 1 prompts"),
         ("* sampling.num_generations", "* 3", "3 instead of 1 completions of a prompt"),
@@ -226,6 +242,132 @@ def test_a_broken_engine_is_refused_in_one_sentence(bigram, old: str, new: str, 
     assert bigram("--batch_size", "1") == 2
     error = capsys.readouterr().err
     assert why in error and "igram" in error and "Traceback" not in error
+
+
+class Breaking(ToyEngine):
+    """Breaks the contract of `answers` or `apply` in the way that ``how`` names."""
+
+    how = ""
+
+    def answers(self, jobs: Iterable[GroupJob], should_stop=lambda: False) -> Any:
+        made = list(super().answers(jobs, should_stop))
+        if self.how in ("generate_s", "perturb_s"):
+            return [dataclasses.replace(answer, **{self.how: self.seconds}) for answer in made]
+        changed = {
+            "none": None,
+            "dropped": made[1:],
+            "twice": [*made, made[0]],
+            "unasked": [],
+            "list": [dataclasses.replace(answer, indices=list(answer.indices)) for answer in made],
+            "other": [dataclasses.replace(answer, indices=(99,)) for answer in made],
+            "tuples": [dataclasses.astuple(answer) for answer in made],
+        }
+        return changed.get(self.how, made)
+
+    def apply(self, update: Update) -> Any:
+        moved = super().apply(update)
+        return None if self.how == "apply" else moved
+
+
+@pytest.mark.parametrize(
+    ("how", "seconds", "why"),
+    [
+        ("none", 0, "answers returned NoneType, not an iterator"),
+        ("dropped", 0, "the job with indices (0,) has no answer"),
+        ("unasked", 0, "the job with indices (0,) has no answer"),
+        ("twice", 0, "(0,) belongs to no job, or is a second answer"),
+        ("list", 0, "indices is list, not a tuple"),
+        ("other", 0, "(99,) belongs to no job"),
+        ("tuples", 0, "an answer is tuple, not GroupAnswer"),
+        ("generate_s", None, "generate_s is None, not a number of seconds"),
+        ("generate_s", math.nan, "generate_s is nan, not"),
+        ("perturb_s", -1.0, "perturb_s is -1.0, not"),
+        ("apply", 0, "apply returned NoneType, not Moved"),
+    ],
+)
+def test_a_breach_of_the_contract_is_one_error(how: str, seconds: Any, why: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Breaking, "how", how)
+    monkeypatch.setattr(Breaking, "seconds", seconds, raising=False)
+    with pytest.raises(UserError, match=f"engine toy breaks its contract: .*{re.escape(why)}"):
+        toy_run(tmp_path, "Breaking")
+
+
+def test_a_job_that_an_engine_never_takes_has_no_answer() -> None:
+    class Lazy(ToyEngine):
+        def answers(self, jobs: Iterable[GroupJob], should_stop=lambda: False) -> Iterator[GroupAnswer]:
+            return iter(list(super().answers([next(iter(jobs))], should_stop)))
+
+    engine = Lazy()
+    with pytest.raises(UserError, match=r"the job with indices \(1,\) has no answer"):
+        list(checked_answers(engine, jobs(engine.theta_checksum), lambda: False))
+
+
+class Random(ToyEngine):
+    """Answers with a random digit."""
+
+    def generate(self, *arguments: Any, **options: Any) -> list[list[Completion]]:
+        rows = super().generate(*arguments, **options)
+        return [[Completion((48 + random.randrange(10),), True)] * len(row) for row in rows]
+
+
+def test_an_engine_that_answers_at_random_is_not_reproducible(tmp_path: Path, capsys) -> None:
+    assert header_of(toy_run(tmp_path, "Random"))["rollouts"] == "not reproducible"
+    assert "rollouts are not reproducible here" in capsys.readouterr().err
+    engine = ToyEngine()
+    members = [job.perturbations[0] for job in jobs(engine.theta_checksum)]
+    assert engine.check_reproducible(members, PROMPTS, SAMPLING)
+
+
+class Moving(ToyEngine):
+    """Moves theta in `generate`: from the call with number ``first`` on."""
+
+    first = 0
+    calls = 0
+
+    def generate(self, *arguments: Any, **options: Any) -> list[list[Completion]]:
+        type(self).calls += 1
+        if self.calls > self.first:
+            self.theta.arrays["body.weight"][...] += 1
+        return super().generate(*arguments, **options)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_an_engine_that_moves_theta_by_itself_is_refused(first: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Moving, "first", first)
+    monkeypatch.setattr(Moving, "calls", 0)
+    with pytest.raises(UserError, match="engine toy changed theta outside apply"):
+        toy_run(tmp_path, "Moving")
+    journal = tmp_path / "Moving" / "journal.jsonl"
+    assert journal.exists() == bool(first) and (not first or len(journal.read_text().splitlines()) == 1)
+
+
+def toy_run(tmp_path: Path, engine: str) -> Path:
+    """Train one step with an engine of this file, and return the run's directory."""
+    args = ESConfig(
+        engine=f"{__name__}:{engine}", model="toy", output_dir=str(tmp_path / engine), max_steps=1, sigma=0.1,
+        population_size=4, num_threads=1, report_to=["none"], reward_isolation="inline",
+    )  # fmt: skip
+    return ESTrainer(args=args, reward_funcs=near_one, train_dataset=[{"prompt": f"x[{i}]"} for i in range(4)]).train()
+
+
+def header_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "journal.jsonl").read_text().partition("\n")[0])
+
+
+def test_threads_take_few_jobs_ahead() -> None:
+    engine, taken = ToyEngine(2), []
+
+    def counted() -> Iterator[GroupJob]:
+        for job in jobs(engine.theta_checksum):
+            taken.append(job.indices)
+            yield job
+
+    answers = engine.answers(counted())
+    next(answers)
+    assert len(taken) <= 4
+    engine.apply(make_update(members_for_step(0, 0, 2, False), [1.0, -1.0], 0.1))
+    with pytest.raises(ValueError, match="reached a replica"):
+        list(answers)
 
 
 def test_a_stopped_step_says_how_many_members_are_kept(tmp_path: Path, monkeypatch, capsys) -> None:
