@@ -27,8 +27,8 @@ REPEATED_PROMPTS = 4  # prompts of these members
 class LocalBase:
     """The base class of engines in this process; see `estune.engines.base.LocalEngine`.
 
-    A subclass sets ``theta`` and ``assets`` and implements `generate`. It overrides `forget` if it caches anything
-    derived from theta, and other methods for speed.
+    A subclass sets ``theta`` and ``assets`` and implements `generate`, which leaves theta as it is. It overrides
+    `forget` if it caches anything derived from theta, and other methods for speed.
     """
 
     name = "local"
