@@ -246,6 +246,12 @@ def _add_replay(add: AddCommand) -> None:
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
     replay.add_argument("--model", help="The base model, if it has moved. Default: where the run found it.")
     replay.add_argument(
+        "--engine",
+        dest="engine_name",
+        metavar="ENGINE",
+        help="Engine of the run if it is outside estune: package.module:Class or file.py:Class.",
+    )
+    replay.add_argument(
         "--output_dir", required=True, metavar="DIR", help="Directory for the rebuilt model [required]."
     )
 
@@ -409,14 +415,18 @@ def _reward_of(values: dict[str, Any]) -> str:
 def _engine_of_run(values: dict[str, Any]) -> dict[str, Any]:
     """Return the engine of the run whose directory is the model, and look for modules where that run did."""
     from estune.rewards.loading import look_for_modules_in
-    from estune.run.origin import located, module_directories
+    from estune.run.origin import located, module_directories, refuse_foreign_engine
     from estune.run.saved_config import read_config, run_of
 
     run_dir = run_of(str(values.get("model", "")))
-    if run_dir is None or "engine" in values:
+    if run_dir is None:
         return {}
+    inherited: dict[str, Any] = {}
+    if "engine" not in values:
+        inherited["engine"] = located(read_config(run_dir), run_dir).get("engine", "hf")
+        refuse_foreign_engine(str(inherited["engine"]), run_dir)
     look_for_modules_in(module_directories(run_dir))
-    return {"engine": located(read_config(run_dir), run_dir).get("engine", "hf")}
+    return inherited
 
 
 def _score(values: dict[str, Any]) -> int:
@@ -435,7 +445,8 @@ def _default_task(values: dict[str, Any]) -> str | None:
 def _replay(values: dict[str, Any]) -> int:
     from estune.commands.replay import replay_command
 
-    return replay_command(Path(values["run"]), values["step"], Path(values["output_dir"]), values["model"])
+    run, output_dir = Path(values["run"]), Path(values["output_dir"])
+    return replay_command(run, values["step"], output_dir, values["model"], values["engine_name"])
 
 
 def _fetch(values: dict[str, Any]) -> int:

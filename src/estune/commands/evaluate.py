@@ -72,6 +72,7 @@ def evaluate_command(
         if rewards.accuracy:
             grader = stack.enter_context(setup.reward_pool(args, [rewards.accuracy], ["accuracy"]))
         engine = setup.load_engine(args)
+        setup.warn_of_changed_engine(args, engine)
         prompts = setup.build_prompts(args, engine, data, task is not None)
         warn_of_inputs(args, engine, prompts)
         evaluator = Evaluator(engine, pool, args.response_prefix)

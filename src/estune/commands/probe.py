@@ -134,6 +134,7 @@ def probe(
         stop = stack_.enter_context(StopRequest())
         pool = stack_.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
         engine = setup.load_engine(args)
+        setup.warn_of_changed_engine(args, engine)
         chosen = batches.rows_for_step(0)
         rows = [rows[row] for row in chosen]
         prompts = setup.build_prompts(args, engine, rows, task is not None)

@@ -65,6 +65,8 @@ def train_config(values: dict[str, Any]) -> ESConfig:
         refuse_lost(base, run_dir, options)
         base["output_dir"] = str(run_dir)
         look_for_modules_in(module_directories(run_dir))
+        if "engine" not in options:
+            _check_engine(str(base.get("engine", "")), run_dir)
         stored_method, method = base.get("method", "es"), options.get("method", base.get("method", "es"))
         if method != stored_method:  # checked first, else options of one method are compared with those of another
             raise UserError(f"a resume cannot change method from {stored_method!r} to {method!r}")
@@ -83,6 +85,25 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     args = ESConfig.from_mapping({**base, **options})
     args.validate_training()
     return args
+
+
+def _check_engine(engine: str, run_dir: Path) -> None:
+    """Refuse a run's engine outside estune unless its files are those that the run began with; nothing is imported.
+
+    Raises:
+        UserError: a file differs from the journal's, or the journal has no hash of it.
+    """
+    from estune.rewards.sources import source_files
+    from estune.run.journal import JOURNAL_FILE, Journal
+    from estune.run.origin import is_foreign_engine, refuse_foreign_engine
+    from estune.run.resume import check_engine_files
+
+    if not is_foreign_engine(engine):
+        return
+    journal = Journal.open(run_dir / JOURNAL_FILE, repair=False)
+    identity = journal.header.get("identity", {}) if journal is not None else {}
+    if not check_engine_files(identity, engine.rpartition(":")[2], source_files(engine)):
+        refuse_foreign_engine(engine, run_dir)
 
 
 def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

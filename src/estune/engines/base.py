@@ -92,7 +92,9 @@ class Generator(Protocol):
     def answers(
         self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[GroupAnswer]:
-        """Yield each group's answers when they are complete, in any order.
+        """Yield one answer for each job when it is complete, in any order; `estune.train.rollouts` checks each answer.
+
+        A completion has at most ``max_completion_length`` tokens, which are smaller than `EngineFacts.vocab_size`.
 
         Raises:
             Interrupted: ``should_stop`` returned true between two tokens.

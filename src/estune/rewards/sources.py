@@ -36,7 +36,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from estune.identity import NoIdentityError, digest
-from estune.rewards.loading import loaded_source
+from estune.rewards.loading import loaded_source, look_for_modules_in
 
 PACKAGE = Path(__file__).parents[1]
 MOST_FILES = 300  # files of the user's that are followed from one reward
@@ -59,6 +59,25 @@ def source_parts(function: Callable[..., Any], kind: str = "reward") -> dict[str
     sources = _Sources()
     sources.add(function, kind)
     return dict(sorted(sources.parts.items()))
+
+
+def source_files(spec: str) -> dict[str, str]:
+    """Return the hashes of the files behind ``package.module:name`` or ``file.py:name``, without importing them.
+
+    They are those parts of `source_parts` that are files, or versions of installed packages. Files are searched as
+    `estune.rewards.loading.load_object` searches them.
+    """
+    where = spec.rpartition(":")[0]
+    sources = _Sources()
+    is_file = where.endswith(".py") or os.sep in where
+    path = Path(where).expanduser().resolve()
+    look_for_modules_in([path.parent if is_file else Path.cwd()])
+    if not is_file:
+        sources._add_module(where)
+        return sources.parts
+    with suppress(OSError, UnicodeDecodeError):
+        sources._add_text(path.stem, path.read_text("utf-8"), "")
+    return sources.parts
 
 
 class _Sources:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -31,8 +32,10 @@ from estune.rewards.loading import load_object
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
 from estune.run.directory import refuse_unfinished
+from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.origin import DataIdentity
-from estune.run.resume import Facts
+from estune.run.resume import Facts, warn_of_engine_source
+from estune.run.saved_config import run_of
 from estune.sandbox import host
 from estune.tasks import Task, get_task
 
@@ -353,9 +356,8 @@ def facts_of(loaded: Loaded) -> Facts:
         "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
         "held_out": data_identity(loaded.eval_rows, loaded.eval_prompts) if loaded.eval_rows else None,
     }
-    if loaded.args.engine not in ENGINES:
-        kind = type(loaded.engine)
-        identity["engine_source"] = {kind.__name__: source_parts(kind, "engine")}
+    if source := engine_source(loaded.args, loaded.engine):
+        identity["engine_source"] = source
     return Facts(
         data=data_identity(rows, prompts),
         reward_funcs=rewards.names,
@@ -363,6 +365,24 @@ def facts_of(loaded: Loaded) -> Facts:
         identity=identity,
         unversioned_data=lambda: unversioned_data(rows, prompts),
     )
+
+
+def engine_source(args: ESConfig, engine: Engine) -> dict[str, dict[str, str]]:
+    """Return the parts of the source of an engine outside estune by its class's name; empty for an engine of estune."""
+    kind = type(engine)
+    return {} if args.engine in ENGINES else {kind.__name__: source_parts(kind, "engine")}
+
+
+def warn_of_changed_engine(args: ESConfig, engine: Engine) -> None:
+    """Warn if the model is a run whose engine, outside estune, had another source."""
+    run_dir = run_of(args.model)
+    if run_dir is None or args.engine in ENGINES:
+        return
+    journal = None
+    with suppress(UserError):  # a damaged journal does not prevent an evaluation
+        journal = Journal.open(run_dir / JOURNAL_FILE, repair=False)
+    if journal is not None:
+        warn_of_engine_source(journal.header.get("identity", {}), engine_source(args, engine))
 
 
 def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> DataIdentity:

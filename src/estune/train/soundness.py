@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from estune.config import ESConfig
 from estune.console import warn
+from estune.engines import ENGINES
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Completion, Prompt
@@ -66,6 +67,25 @@ def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
             f"learning_rate{_or_wider(dtype)}; earlier checkpoints are intact"
         )
     raise UserError(broken_model(args.model, engine.facts.dtype))
+
+
+def refuse_moved_theta(args: ESConfig, engine: Engine, checksum: str) -> None:
+    """Raise UserError if an engine outside estune has changed theta by itself; engines of estune are not checked.
+
+    Args:
+        args: the run's configuration.
+        engine: holds theta.
+        checksum: theta's checksum after its last update, or when it was loaded.
+
+    Raises:
+        UserError: theta has another checksum; the journal could not rebuild it.
+    """
+    if args.engine in ENGINES or (found := engine.checksum()) == checksum:
+        return
+    raise UserError(
+        f"engine {engine.facts.name} changed theta outside apply: its checksum was {checksum}, now it is {found}; a "
+        "journal cannot rebuild such a theta (see Replica in estune.es.replica)"
+    )
 
 
 def broken_model(model: str, dtype: str) -> str:
