@@ -269,9 +269,9 @@ def test_stop_strings_in_yaml_keep_their_text_or_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sigma: 1\nseed: 2\nsigma: 3\n", "gives 'sigma' twice, once in line 3"),
-        ("chat_template_kwargs: {a: 1, a: 2}\n", "gives 'a' twice"),
-        ('"sigma": 1\nsigma: 1\n', "gives 'sigma' twice"),
+        ("sigma: 1\nseed: 2\nsigma: 3\n", "gives 'sigma' in line 1 and again in line 3"),
+        ("chat_template_kwargs: {a: 1, a: 2}\n", "gives 'a' in line 1 and again in line 1"),
+        ('"sigma": 1\nsigma: 1\n', "gives 'sigma' in line 1 and again in line 2"),
         ("run_name: 2026-99-99\n", "is not YAML"),
     ],
 )

