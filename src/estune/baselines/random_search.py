@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from estune.baselines.session import BaselineSession
-from estune.config import ESConfig
+from estune.config import SizedConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
@@ -37,20 +37,20 @@ class Best:
     fitness: float | None = None  # in its latest comparison
 
 
-def sizes(args: ESConfig) -> tuple[int, int]:
+def sizes(args: SizedConfig) -> tuple[int, int]:
     """Return the number of members that a step draws, and the number of prompts of its comparison.
 
     Both together cost at most the N * B * G evaluations of a step of ES; an odd number of prompts is rounded down. A
     comparison has at least one prompt.
     """
     members = args.population_size // 2
-    return members, max(1, (args.population_size - members) * int(args.batch_size) // 2)
+    return members, max(1, (args.population_size - members) * args.batch_size // 2)
 
 
-def evaluations_per_step(args: ESConfig) -> int:
-    """Return the number of completions that a step scores; the batch size is resolved."""
+def evaluations_per_step(args: SizedConfig) -> int:
+    """Return the number of completions that a step scores."""
     members, compared = sizes(args)
-    return (members * int(args.batch_size) + 2 * compared) * args.num_generations
+    return (members * args.batch_size + 2 * compared) * args.num_generations
 
 
 def random_search(session: BaselineSession) -> None:
@@ -136,7 +136,7 @@ def _fitness(
     checksum = session.engine.theta_checksum
     jobs = (
         GroupJob(tuple(batch), tuple(members[index] for index in batch), checksum, tuple(prompts), sampling)
-        for batch in _batches(members, session.args.members_per_batch)
+        for batch in _batches(members, session.args.group_size)
     )
     groups: dict[int, Group] = {}
     for member, group, _, future in evaluator.submit(jobs, lambda _: rows, session.state(), False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from estune.config import ESConfig
+from estune.config import SizedConfig
 from estune.console import counted, say
 from estune.errors import UserError
 from estune.models.names import local_directory
@@ -35,7 +35,7 @@ def replay_command(run: Path, step: int | None, output_dir: Path, model: str | N
     if model is not None:
         config["model"] = model
     look_for_modules_in(module_directories(run))
-    args = ESConfig.from_mapping(config, f"the journal of {run}")
+    args = SizedConfig.from_mapping(config, f"the journal of {run}")
     engine = setup.load_engine(args)
     check_base(journal, engine.fingerprint(), args.model)
     check_parameters(journal, engine.specs)
