@@ -384,7 +384,7 @@ def test_blocks_past_two_to_the_32_have_separate_keys(monkeypatch: pytest.Monkey
 
 def test_on_a_cpu_the_master_stays_where_it_is(tmp_path: Path) -> None:
     master = host_master()
-    assert gpu_master.on_device(master, CPU) is master
+    assert gpu_master.on_device(master, CPU, pytest.fail) is master
 
 
 @pytest.mark.skipif(INTERPRETED, reason="streams and pinned memory are a GPU's")

@@ -398,3 +398,22 @@ def test_a_resolved_configuration_has_numbers_and_does_not_change() -> None:
     copy = pickle.loads(pickle.dumps(es))
     assert copy == es and vars(copy) == dataclasses.asdict(es)
     assert es.to_json() == ESConfig(**sizes, members_per_batch=1).to_json()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run_name": "../../x"}, "no name of a directory below runs"),
+        ({"run_name": ""}, "no name of a directory below runs"),
+        ({"run_name": ".."}, "no name of a directory below runs"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"stop_strings": [""]}, "stop_strings has an empty string"),
+    ],
+)
+def test_a_directory_has_a_name_and_a_stop_string_has_text(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ESConfig(**options)
+
+
+def test_a_run_name_may_hold_a_slash_where_it_names_no_directory() -> None:
+    assert ESConfig(run_name="team/x", output_dir="runs/x").run_name == "team/x"

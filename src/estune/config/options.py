@@ -409,6 +409,14 @@ class ESConfig:
             raise UserError("hub_model_id and hub_private_repo need push_to_hub")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other")
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: give a directory, or . for the working directory")
+        name = "run" if self.output_dir is not None or self.run_name is None else self.run_name
+        if name in ("", ".", "..") or "/" in name:  # the name makes a directory if there is no output_dir
+            raise UserError(f"run_name {name!r} is no name of a directory below runs: give a name without /, or the "
+                            "directory as output_dir")  # fmt: skip
+        if "" in self.stop_strings:
+            raise UserError("stop_strings has an empty string, which would end no completion")
         if self.resume and self.output_dir is None:
             raise UserError("resume needs output_dir, the directory of the run to continue")
         if self.reward_weights is not None:
