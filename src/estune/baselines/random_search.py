@@ -92,11 +92,11 @@ def _step(session: BaselineSession, batches: Batches, index: int, best: Best) ->
     first = index * (batches.batch_size + compared)
     rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + compared)]
     drawn = step.perturbations[:members]
-    fitness = _fitness(session, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
+    fitness = members_fitness(session, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
     # without any reward the first member is the candidate
     candidate = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
     pair = [_perturbation(session, batches, best), drawn[candidate]]
-    old, new = _fitness(session, pair, rows[batches.batch_size :], 2 * index + 1).tolist()
+    old, new = members_fitness(session, pair, rows[batches.batch_size :], 2 * index + 1).tolist()
     if new > old or (np.isnan(old) and not np.isnan(new)):
         return Best(index, candidate, new)
     return Best(best.step, best.member, None if np.isnan(old) else old)
@@ -119,7 +119,7 @@ def _theta(session: BaselineSession, batches: Batches, best: Best) -> dict[str, 
     return {name: theta.perturb(name, perturbation) for name in theta.arrays}
 
 
-def _fitness(
+def members_fitness(
     session: BaselineSession, members: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
 ) -> np.ndarray:
     """Return the fitness (N,) of members on training rows; NaN where no reward applies.
