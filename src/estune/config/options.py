@@ -487,6 +487,11 @@ class ESConfig:
         rates = {"grpo": 1e-6, "dr_grpo": 1e-6, "rloo": 1e-6, "ppo": 3e-6, "sft_rejection": 2e-5}
         return rates.get(self.method, self.sigma / 2) if self.learning_rate is None else self.learning_rate
 
+    @property
+    def step_rate(self) -> float:
+        """The learning rate of the first update, before any schedule; 0 for a method that makes no updates."""
+        return self.effective_learning_rate if self.method in OF_METHODS["learning_rate"] else 0.0
+
     def trajectory(self) -> dict[str, Any]:
         """Return the fields that define the trajectory, for the journal's header."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
@@ -529,11 +534,6 @@ class SizedConfig(ESConfig):
 
     def __delattr__(self, name: str) -> None:
         raise dataclasses.FrozenInstanceError(f"cannot delete {name} of a resolved configuration")
-
-    @property
-    def step_rate(self) -> float:
-        """The learning rate of the first update, before any schedule; 0 for a method that makes no updates."""
-        return self.effective_learning_rate if self.method in OF_METHODS["learning_rate"] else 0.0
 
 
 class ResolvedConfig(SizedConfig):

@@ -21,7 +21,7 @@ from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
-from estune.engines.base import Engine, EngineOptions, LocalEngine
+from estune.engines.base import Engine, EngineClass, EngineOptions, LocalEngine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
@@ -292,14 +292,14 @@ def load_engine(args: SizedConfig, module: Any = None, tokenizer: Any = None) ->
     if module is None and (args.engine == "hf" or model != getattr(engine_class(args.engine), "name", None)):
         refuse_unfinished(args.model)
     name = "toy" if is_toy else args.engine
-    engine: LocalEngine = engine_class(name).open(options)
+    engine = engine_class(name).open(options)
     for attribute in ("theta", "assets", "facts", "specs", "answers", "generate"):
         if getattr(engine, attribute, None) is None:
             raise UserError(f"engine {name!r} has no {attribute}: its constructor must set it (see docs/extending.md)")
     return engine
 
 
-def engine_class(name: str) -> Any:
+def engine_class(name: str) -> EngineClass:
     """Return the class of an engine: one of `ENGINES`, ``package.module:Class``, or ``path/file.py:Class``.
 
     Raises:
@@ -307,8 +307,9 @@ def engine_class(name: str) -> Any:
     """
     if name in ENGINES:
         module, _, attribute = ENGINES[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    found = load_object("engine", name)
+        known: EngineClass = getattr(importlib.import_module(module), attribute)
+        return known
+    found: EngineClass = load_object("engine", name)
     if not hasattr(found, "open"):
         raise UserError(f"engine {name!r} is no engine: it has no method open (see estune.engines.local.LocalBase)")
     return found
