@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from estune.config import ESConfig
+from estune.config import SizedConfig
 from estune.console import counted, say
 from estune.errors import UserError
 from estune.models.names import local_directory
@@ -47,7 +47,7 @@ def replay_command(
     refuse_lost({name: config[name] for name in ("model", "engine")}, run, given)
     config |= given
     look_for_modules_in(module_directories(run))
-    args = ESConfig.from_mapping(config, f"the journal of {run}")
+    args = SizedConfig.from_mapping(config, f"the journal of {run}")
     engine = setup.load_engine(args)
     warn_of_engine_source(journal.header.get("identity", {}), setup.engine_source(args, engine))
     check_base(journal, engine.fingerprint(), args.model)

@@ -165,3 +165,14 @@ class LocalEngine(Engine, Protocol):
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return theta's natural log-probability of every token; ``completions`` holds one completion per prompt."""
+
+
+class EngineClass(Protocol):
+    """The class of a local engine, which `--engine` names. Its attribute ``name`` is optional: the model's default."""
+
+    def open(self, options: EngineOptions) -> LocalEngine:
+        """Return an engine with its model loaded.
+
+        Raises:
+            UserError: the model is missing or damaged, or an option cannot be used.
+        """

@@ -186,7 +186,7 @@ class _Sources:
             self._keep(name, "estune")
         elif owner:
             self._keep(name, f"{module}.{thing.__qualname__}")
-            self._keep(owner, _version(owner))
+            self._keep(owner, version_of(owner))
             self._add_file_of(module, follows=False)
         elif module != "__main__" and _file_of(module) is not None:
             self._add_module(module)
@@ -216,7 +216,7 @@ class _Sources:
         """Add a user's module with the files that it imports, or the version of an installed module."""
         owner = _owner(name)
         if owner and owner != "estune":
-            self._keep(owner, _version(owner))
+            self._keep(owner, version_of(owner))
         elif not owner:
             self._add_file_of(name, follows=True)
 
@@ -365,7 +365,7 @@ def _owner(module: str) -> str:
         return "python"
     file = _file_of(top)
     if file is None or not {"site-packages", "dist-packages"} & set(file.resolve().parts):
-        return "" if file is None or not _version(top) or _is_editable(top) else top
+        return "" if file is None or not version_of(top) or _is_editable(top) else top
     return top
 
 
@@ -378,7 +378,7 @@ def _is_editable(top: str) -> bool:
 
 
 @cache
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
     """Return the version of an installed distribution; an empty string if there is none."""
     with suppress(metadata.PackageNotFoundError, ValueError):
         return metadata.version(distribution)

@@ -12,13 +12,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from estune.config import FIELDS, RESUMABLE, ESConfig
 from estune.console import warn
 from estune.errors import ExternalError
 from estune.files import is_count
 from estune.run.origin import LOCATED, DataIdentity, may_lead_to_the_same, read_origin
+
+Config = TypeVar("Config", bound=ESConfig)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def has_sources(header: StoredFacts) -> bool:
     return "reward_sources" in header.get("identity", {})
 
 
-def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> ESConfig:
+def adopt(args: Config, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> Config:
     """Return ``args`` with the options that a resume must keep taken from the journal's header.
 
     A model, a dataset or a reward may have another name: its content is compared after loading.

@@ -150,7 +150,7 @@ def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, p
     """Return whether the first step's members generate the same tokens when they answer again, under load."""
     first = plan_step(args, batches, 0)
     say("estune: checking that the same prompts give the same answers twice")
-    members = first.perturbations[: args.members_per_batch]
+    members = first.perturbations[: args.group_size]
     return engine.check_reproducible(members, [prompts[row] for row in first.rows], sampling_of(args, 0))
 
 

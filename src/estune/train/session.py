@@ -193,7 +193,7 @@ class Session(OpenRun):
             sampling_of(self.args, step.index),
             self.trainer_state(step.index),
             theta_checksum=self.checksum,
-            members_per_batch=self.args.members_per_batch,
+            members_per_batch=self.args.group_size,
             pending=self.run.pending,
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.console import warn
 from estune.engines import ENGINES
 from estune.engines.base import Engine
@@ -28,7 +28,7 @@ def are_finite(answers: Sequence[Sequence[Completion]]) -> bool:
     return all(completion.finite for row in answers for completion in row)
 
 
-def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> bool:
+def theta_is_finite(args: SizedConfig, engine: Engine, prompts: Sequence[Prompt]) -> bool:
     """Return whether theta's logits are finite on the first step's prompts.
 
     Args:
@@ -46,7 +46,7 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
     return are_finite(answers_of_theta(engine, [prompts[row] for row in rows], greedy))
 
 
-def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
+def refuse_broken_theta(args: SizedConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
     """Raise UserError if theta's logits are not finite on the first step's prompts.
 
     Args:

@@ -187,15 +187,15 @@ def _bind_by_tags(
             addresses = converted.pop(name)
             if name not in stored or addresses.shape != stored[name].shape:
                 raise UserError(f"the parameters behind the stored tensor {name!r} are spread over several layers")
-            pieces[name] = _pieces_of(name, addresses.numpy(), spans)
+            pieces[name] = pieces_of(name, addresses.numpy(), spans)
     return pieces
 
 
-def _pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]) -> tuple[Piece, ...]:
+def pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]) -> tuple[Piece, ...]:
     """Return the pieces of a stored tensor with these addresses: one per parameter along one dimension."""
     for first, last, parameter in spans:
         if first <= addresses.flat[0] < last and addresses.min() >= first and addresses.max() < last:
-            view = _view_at(name, addresses, first, parameter)
+            view = view_at(name, addresses, first, parameter)
             return (Piece(parameter, view, 0, 0, addresses.shape[0] if addresses.ndim else 1),)
     # The tensor holds several parameters side by side: find the dimension along which they follow each other.
     starts = np.array([first for first, _, _ in spans])
@@ -210,13 +210,13 @@ def _pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int,
         for start, end in pairwise(cuts):
             part = addresses[tuple(slice(start, end) if d == dim else slice(None) for d in range(addresses.ndim))]
             first = int(owner[start])
-            view = _view_at(name, np.ascontiguousarray(part), first, by_start[first])
+            view = view_at(name, np.ascontiguousarray(part), first, by_start[first])
             pieces.append(Piece(by_start[first], view, dim, start, end - start))
         return tuple(pieces)
     raise UserError(f"the stored tensor {name!r} mixes several parameters in a way that no view expresses")
 
 
-def _view_at(name: str, addresses: np.ndarray, first: int, parameter: torch.Tensor) -> torch.Tensor:
+def view_at(name: str, addresses: np.ndarray, first: int, parameter: torch.Tensor) -> torch.Tensor:
     """Return the view of ``parameter`` whose elements, row-major, lie at ``addresses - first``.
 
     The function finds runs of a constant step, from the innermost dimension outwards. So the view may have more
