@@ -29,7 +29,7 @@ TASK, COMPARISON = "basic_arithmetic:easy", "compare_smollm2_basic_arithmetic"
 
 def old_rows() -> dict[str, list[str]]:
     """Return the questions of each split of the comparison, which are distinct by their text."""
-    code = f"import json; from estune.tasks import reasoning; print(json.dumps(reasoning._make({TASK!r}, str)))"
+    code = f"import json; from estune.tasks import reasoning; print(json.dumps(reasoning.make_rows({TASK!r}, str)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "0"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from estune.cli import _build
+from estune.cli import build_parsers
 
 HEAD = """# Command line
 
@@ -26,7 +26,7 @@ def row(action: argparse.Action) -> str:
 
 def main() -> None:
     """Print the page."""
-    _, commands = _build()
+    _, commands = build_parsers()
     parts = [HEAD]
     for name, parser in commands.items():
         parts.append(f"## estune {name}\n\n{parser.description}\n")

@@ -14,7 +14,8 @@ class ResultRow:
     """A row of the table: a comparison, a budget, the methods shown, and a verdict.
 
     A verdict may contain ``{constant}``, the accuracy of the best constant answer in per cent, and ``{NAME}``, the
-    seconds of training until the method with that shown name is half way (`evidence_tables.half_way`).
+    seconds of training until the method with that shown name has half of the gain that forcing the skill brings
+    (`evidence_tables.half_way`).
     """
 
     title: str
@@ -40,8 +41,8 @@ ROWS = (
         "time",
         {"full": "es-full", "low-rank": "es-lowrank"},
         {"GRPO": "grpo"},
-        "Low-rank ES is half way after {low-rank} s, GRPO after {GRPO} s. Then it loses much of its gain on two of "
-        "three models.",
+        "Low-rank ES has half of the gain that forced thinking brings after {low-rank} s, GRPO after {GRPO} s. Later "
+        "low-rank ES loses much of its gain on two of three models.",
     ),
     ResultRow(
         "4x4 Sudoku, equal time",
@@ -57,7 +58,7 @@ ROWS = (
         "time",
         {"": "es"},
         {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
-        "Only rejection sampling learned; a constant answer has {constant}.",
+        "Only rejection sampling learned. The best constant answer scores {constant}.",
     ),
     ResultRow(
         "SmolLM2-135M, one-digit arithmetic, 9 minutes",
@@ -65,7 +66,7 @@ ROWS = (
         "time",
         {"": "es"},
         {"rejection sampling": "sft_rejection", "GRPO": "grpo"},
-        "No method learned; a constant answer has {constant}.",
+        "No method learned. The best constant answer scores {constant}.",
     ),
 )
 

@@ -144,17 +144,16 @@ def differences(summary: dict[str, Any], budget: str) -> str:
     significant = [test for test in tests if test["p_holm"] < 0.05]
     better = [test for test in significant if test["difference"] > 0]
     others = collections.Counter(test["other"] for test in better).most_common()
-    over = f" ({', '.join(f'{count} over {name}' for name, count in others)})" if others else ""
+    beaten = f" ({', '.join(f'{count} against {name}' for name, count in others)})" if others else ""
     if len(tests) == 1:
         size = "more than chance" if significant else "within chance"
         return (
-            f"The one paired difference, of {tests[0]['es']} and {tests[0]['other']}, is {size} "
+            f"One pair is tested: the difference of {tests[0]['es']} and {tests[0]['other']} is {size} "
             f"({100 * tests[0]['difference']:+.1f} points, p {tests[0]['p_holm']:.2g}, Holm)."
         )
     return (
-        f"Of {len(tests)} paired differences between evolution strategies and another method, one for each base and "
-        f"kind of members, {len(better)} are in favour of evolution strategies{over} and "
-        f"{len(significant) - len(better)} against them, with p < 0.05 (Holm, within a base)."
+        f"Each ES method is paired with each other method on each base: {len(tests)} pairs. ES is better in "
+        f"{len(better)}{beaten} and worse in {len(significant) - len(better)}, with p < 0.05 (Holm, within a base)."
     )
 
 

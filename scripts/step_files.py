@@ -1,7 +1,8 @@
 """Lists the files of estune that one step with low-rank members executes: python scripts/step_files.py
 
-A run of three steps on the embedded model is traced, in all threads, during its second step. The first step is left
-out, because it also executes code that runs once, such as the compilation of the noise kernels.
+A run of three steps on the embedded model is traced during its second step: in all threads from Python 3.12 on, and
+in the main thread before. The first step is left out, because it also executes code that runs once, such as the
+compilation of the noise kernels. docs/architecture.md gives the reason for each file.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if owns_process:
         take_over_process()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv), owns_process)
+        return parse_and_run(list(sys.argv[1:] if argv is None else argv), owns_process)
     except UserError as error:
         note(f"error: {error}")
         return 2
@@ -78,8 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(words: list[str], owns_process: bool) -> int:
-    parser, commands = _build()
+def parse_and_run(words: list[str], owns_process: bool) -> int:
+    """Run the command that ``words`` name and return its exit status; an error propagates.
+
+    ``owns_process``: whether the process exists for this command alone.
+    """
+    parser, commands = build_parsers()
     if words and not words[0].startswith("-") and words[0] not in commands:
         hint = nearest(words[0], commands, least_prefix=3)
         raise UserError(f"unknown command {words[0]!r}{hint}; commands: {', '.join(commands)}")
@@ -131,8 +135,8 @@ def _without_run_flag(words: Sequence[str]) -> list[str]:
 
 def _unknown_options(words: Iterable[str], command: argparse.ArgumentParser) -> UserError:
     """Return the error that names all unknown options, each with its replacement if one is known."""
-    shown = _shown(command)
-    hints = {flag: _hint(flag, shown) for flag in (word.partition("=")[0] for word in words)}
+    shown = shown_flags(command)
+    hints = {flag: hint_for(flag, shown) for flag in (word.partition("=")[0] for word in words)}
     if len(hints) == 1:
         return UserError("unknown option " + "".join(f"{flag}{hint}" for flag, hint in hints.items()))
     named = [f"{flag} ({hint.removeprefix('; ')})" if hint else flag for flag, hint in hints.items()]
@@ -144,7 +148,7 @@ def _flags(command: argparse.ArgumentParser) -> set[str]:
     return {flag for action in command._actions for flag in action.option_strings}
 
 
-def _hint(flag: str, known: Collection[str]) -> str:
+def hint_for(flag: str, known: Collection[str]) -> str:
     """Return the replacement of an unknown flag, or the nearest known flag; an empty string if there is neither."""
     elsewhere = ELSEWHERE.get(flag.lstrip("-").replace("-", "_"))
     if elsewhere is None:
@@ -152,7 +156,7 @@ def _hint(flag: str, known: Collection[str]) -> str:
     return elsewhere if all(named in known for named in re.findall(r"--\w+", elsewhere)) else ""
 
 
-def _shown(command: argparse.ArgumentParser) -> list[str]:
+def shown_flags(command: argparse.ArgumentParser) -> list[str]:
     """Return the flags that a command's help shows: all but the `--no_...` forms of switches."""
     return [flag for action in command._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
 
@@ -164,7 +168,7 @@ def _normalised(word: str, known: Container[str]) -> str:
     return f"{flag}{equals}{value}" if name.startswith("--") and flag in known else word
 
 
-def _build() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+def build_parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     """Return the parser of the whole command line, and the parser of each command by its name."""
     about = "Fine-tune all parameters of a language model with evolution strategies."
     parser = _Parser(prog="estune", description=about, allow_abbrev=False)
@@ -245,6 +249,12 @@ def _add_replay(add: AddCommand) -> None:
     replay.add_argument("run", metavar="RUN", help="Run directory; --run RUN is the same.")
     replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
     replay.add_argument("--model", help="The base model, if it has moved. Default: where the run found it.")
+    replay.add_argument(
+        "--engine",
+        dest="engine_name",
+        metavar="ENGINE",
+        help="Engine of the run if it is outside estune: package.module:Class or file.py:Class.",
+    )
     replay.add_argument(
         "--output_dir", required=True, metavar="DIR", help="Directory for the rebuilt model [required]."
     )
@@ -409,14 +419,18 @@ def _reward_of(values: dict[str, Any]) -> str:
 def _engine_of_run(values: dict[str, Any]) -> dict[str, Any]:
     """Return the engine of the run whose directory is the model, and look for modules where that run did."""
     from estune.rewards.loading import look_for_modules_in
-    from estune.run.origin import located, module_directories
+    from estune.run.origin import located, module_directories, refuse_foreign_engine
     from estune.run.saved_config import read_config, run_of
 
     run_dir = run_of(str(values.get("model", "")))
-    if run_dir is None or "engine" in values:
+    if run_dir is None:
         return {}
+    inherited: dict[str, Any] = {}
+    if "engine" not in values:
+        inherited["engine"] = located(read_config(run_dir), run_dir).get("engine", "hf")
+        refuse_foreign_engine(str(inherited["engine"]), run_dir)
     look_for_modules_in(module_directories(run_dir))
-    return {"engine": located(read_config(run_dir), run_dir).get("engine", "hf")}
+    return inherited
 
 
 def _score(values: dict[str, Any]) -> int:
@@ -435,7 +449,8 @@ def _default_task(values: dict[str, Any]) -> str | None:
 def _replay(values: dict[str, Any]) -> int:
     from estune.commands.replay import replay_command
 
-    return replay_command(Path(values["run"]), values["step"], Path(values["output_dir"]), values["model"])
+    run, output_dir = Path(values["run"]), Path(values["output_dir"])
+    return replay_command(run, values["step"], output_dir, values["model"], values["engine_name"])
 
 
 def _fetch(values: dict[str, Any]) -> int:

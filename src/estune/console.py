@@ -32,10 +32,11 @@ class _Handler(logging.Handler):
 
 
 LOGGER = logging.getLogger("estune")
-LOGGER.setLevel(logging.INFO)
-LOGGER.propagate = False  # as in transformers: with a root handler every record would be printed twice
+if LOGGER.level == logging.NOTSET:  # a program may set level and handlers before it imports estune
+    LOGGER.setLevel(logging.INFO)
 if not LOGGER.handlers:
     LOGGER.addHandler(_Handler())
+    LOGGER.propagate = False  # as in transformers: with a root handler every record would be printed twice
 
 _json_descriptor: int | None = None  # descriptor that `print_json` writes to; None: sys.stdout
 _owns_process = False  # whether `take_over_process` was called

@@ -282,6 +282,7 @@ def test_missing_columns_are_named_with_the_reward(refused, place):
         ('{"completion": "1"\n', ("line 1", "JSON")),
         ('{"numbers": [1, 2], "target": 3}\n', ("row 0", "completion")),
         ('{"completion": "1", "target": 3}\n', ("numbers",)),
+        ('{"completion": 5, "numbers": [1, 2], "target": 3}\n', ("completion is 5", "not a string")),
         ('{"completion": "1", "numbers": [1, 2], "target": "x"}\n', ("target",)),
     ],
 )

@@ -232,7 +232,7 @@ def test_same_name_same_meaning_as_in_trl() -> None:
 
 def test_pages_name_no_other_option() -> None:
     """Options in running text are options of the program, those behind a script are that script's."""
-    known = {flag.lstrip("-") for parser in cli._build()[1].values() for flag in parser._option_string_actions}
+    known = {flag.lstrip("-") for parser in cli.build_parsers()[1].values() for flag in parser._option_string_actions}
     known |= {"source", "wheel", "completions", "run", "easy"}  # of scripts and of other programs
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

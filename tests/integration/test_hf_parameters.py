@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from estune.engines.hf.engine import HFEngine
-from estune.engines.hf.parameters import _pieces_of, bindings, view_at
+from estune.engines.hf.parameters import bindings, pieces_of, view_at
 from estune.errors import UserError
 from estune.es.noise import noise_ints, perturbation_scale
 from estune.es.types import Member, Noise, Perturbation, Prompt, Sampling
@@ -97,10 +97,10 @@ def test_a_saved_model_is_loaded_to_the_bit(family: str, tmp_path: Path) -> None
     model = save_tiny(family, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     engine = HFEngine.load(str(tmp_path))
-    master = engine.theta
-    assert {spec.name for spec in master.specs} | master.buffers.keys() == stored.keys()
+    host_theta = engine.theta
+    assert {spec.name for spec in host_theta.specs} | host_theta.buffers.keys() == stored.keys()
     for name, value in stored.items():
-        kept = master.arrays[name] if name in master.arrays else master.buffers[name]
+        kept = host_theta.arrays[name] if name in host_theta.arrays else host_theta.buffers[name]
         assert np.array_equal(kept, value.numpy()), name
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([[1, 2, 3]])
@@ -147,7 +147,7 @@ def test_a_regex_that_selects_nothing_is_an_error(pattern: str) -> None:
         HFEngine.from_model(tiny_model("llama"), tiny_tokenizer(), trainable_parameters=[pattern])
 
 
-def test_a_written_master_reaches_the_model() -> None:
+def test_a_written_theta_reaches_the_model() -> None:
     engine = HFEngine.from_model(tiny_model("mixtral"), tiny_tokenizer(), trainable_parameters=["experts"])
     engine.theta.load(lambda _, flat: np.add(flat, np.float32(1), out=flat))
     engine.generate(None, PROMPTS, Sampling(0, 0, 1))
@@ -173,8 +173,8 @@ def test_a_stored_tensor_may_span_parameters() -> None:
     parts = [torch.arange(12.0).reshape(3, 4), torch.arange(12.0, 20.0).reshape(2, 4)]
     spans = [(0, 12, parts[0]), (12, 20, parts[1])]
     rows = np.arange(20, dtype=np.int32).reshape(5, 4)
-    pieces = _pieces_of("w", rows, spans)
+    pieces = pieces_of("w", rows, spans)
     assert [(p.dim, p.start, p.length) for p in pieces] == [(0, 0, 3), (0, 3, 2)]
-    assert [(p.dim, p.start, p.length) for p in _pieces_of("w", rows.T.copy(), spans)] == [(1, 0, 3), (1, 3, 2)]
+    assert [(p.dim, p.start, p.length) for p in pieces_of("w", rows.T.copy(), spans)] == [(1, 0, 3), (1, 3, 2)]
     with pytest.raises(UserError, match="'w'"):
-        _pieces_of("w", rows.reshape(4, 5), spans)
+        pieces_of("w", rows.reshape(4, 5), spans)

@@ -8,12 +8,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
-from command_line import TOY, estune
+from command_line import PATIENCE_S, TOY, estune
 
 from estune.errors import UserError
+from estune.monitor import trackers
 from estune.monitor.monitors import Monitors
 from estune.monitor.trackers import LOGGERS, Apart, numbers, start_logger
 
@@ -187,15 +188,36 @@ def test_a_tracker_that_hangs_holds_nothing_up(monkeypatch, capsys):
 
 
 def test_a_slow_tracker_loses_nothing(monkeypatch, capsys):
-    """All records together take longer than the limits, but no single record does."""
-    monkeypatch.setattr("estune.monitor.trackers.BEHIND_S", 3.0)
-    monkeypatch.setattr("estune.monitor.trackers.CLOSE_S", 3.0)
-    odd = Odd(on_log=lambda: time.sleep(0.2))
-    monitors = Monitors([], [Apart("odd", lambda: odd)])
+    """All records together take longer than the limit, but no single record does: 0.9 of it on a false clock.
+
+    The tracker takes half of the records during the run. It takes the others in `close`, one for each wait.
+    """
+    now, gate = [0.0], threading.Semaphore(0)
+
+    def take() -> None:
+        gate.acquire()
+        now[0] += 0.9 * trackers.BEHIND_S
+
+    odd = Odd(on_log=take)
+    apart = Apart("odd", lambda: odd)
+    wait = Apart._wait
+    waits = []
+
+    def release_and_wait(self, future, limit_s):
+        waits.append(limit_s)
+        gate.release()
+        return wait(self, future, PATIENCE_S)
+
+    monkeypatch.setattr(trackers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Apart, "_wait", release_and_wait)
+    monitors = Monitors([], [apart])
     for step in range(20):
         monitors.log({"step": step})
+        if step < 10:
+            gate.release()
     monitors.close()
     assert len(odd.logged) == 20
+    assert len(waits) > 10 and set(waits[:-1]) == {trackers.BEHIND_S} and waits[-1] == trackers.CLOSE_S
     assert capsys.readouterr().err == ""
 
 

@@ -176,7 +176,7 @@ def test_rows_that_finish_leave_and_change_no_answer(family: str, sampling: Any)
 
 
 def test_an_update_moves_what_the_engine_answers() -> None:
-    """The master is the working model's own memory: nothing is copied, and theta is what answers."""
+    """Theta is the working model's own memory: nothing is copied, and theta is what answers."""
     from estune.es.update import make_update
 
     engine = engine_of("llama")

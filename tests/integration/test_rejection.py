@@ -190,7 +190,7 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     best = json.loads((run / "trainer" / "best.json").read_text())
     args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_search", "noise": noise})
     trainer = BaselineTrainer(args=args, train_dataset=easy_rows(8), reward_funcs=letters)
-    prompts, master = trainer.prepare(), trainer.engine.theta
+    prompts, host_theta = trainer.prepare(), trainer.engine.theta
     order = [row for epoch in range(2) for row in Batches(8, 8, 0).rows_for_step(epoch)]
 
     def fitness(perturbation, first, index):  # two prompts from a place of the run's order
@@ -210,8 +210,8 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
         fitnesses.append(max(then, now))
     assert (best["step"], best["member"]) == place_of != (-1, -1)
     stored = tensors(run)
-    for name in master.arrays:
-        assert np.array_equal(stored[name], master.perturb(name, holder))
+    for name in host_theta.arrays:
+        assert np.array_equal(stored[name], host_theta.perturb(name, holder))
     records = metrics(run)
     assert [record["num_evaluations"] for record in records] == [8, 16, 24]
     assert [record["es/fitness_best"] for record in records] == pytest.approx(fitnesses)
@@ -224,7 +224,7 @@ def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
                   [1.0, 0.5], [0.5, 0.5],  # no better
                   [0.5, 1.0], [0.5, 0.75],  # better
                   [1.0, nan], [0.25, nan], [nan, nan], [nan, nan]])  # fmt: skip
-    seen, plain = [], random_search._fitness
+    seen, plain = [], random_search.members_fitness
 
     def scripted(session, contestants, rows, index):
         plain(session, contestants, rows, index)
@@ -232,7 +232,7 @@ def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
         return np.array(next(looks))
 
     kept, write = [], random_search.write_json
-    monkeypatch.setattr(random_search, "_fitness", scripted)
+    monkeypatch.setattr(random_search, "members_fitness", scripted)
     monkeypatch.setattr(random_search, "write_json", lambda path, value: (kept.append({**value}), write(path, value)))
     train("random_search", max_steps=5, train_dataset=easy_rows(8), reward_funcs=letters, **NO_GRADIENT)
     assert [tuple(best.values()) for best in kept] == [

@@ -424,7 +424,7 @@ def test_a_signal_to_the_whole_group_saves(at, journals, number, phase):
     assert process.returncode == 0, err
     assert_quiet(err)
     assert err.count("send the signal again to quit without saving") == 1
-    assert f"estune: stopped after {'1 step' if phase == 'later' else '0 steps'};" in out
+    assert f"estune: stopped after {'1 step' if phase == 'later' else '0 steps'}" in out
     if phase == "later":
         assert estune(at, '"$@"', *words, "--resume")[0] == 0
         assert (at / "run" / "journal.jsonl").read_bytes() == journals(("slow",), steps=4)

@@ -7,13 +7,15 @@ without an entry fails `test_every_field_has_an_entry`.
 import dataclasses
 import json
 import shutil
-import time
+from types import SimpleNamespace
 
 import pytest
 from command_line import PATIENCE_S, TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
 
 from estune.config import FIELDS, ESConfig
 from estune.run.journal import Journal
+from estune.train import request
+from estune.train.trainer import ESTrainer
 
 RUN = (
     *TOY,
@@ -808,12 +810,12 @@ def test_watching_a_run_does_not_change_it(run, place, wanted, words):
     ]
 
 
-def test_two_runs_without_a_name_never_share_a_directory(zygote, place):
-    """Four in the same second."""
-    words = ("train", "--engine", "toy", "--task", "quadratic", "--max_steps", 0, "--report_to", "none")
-    time.sleep(1 - time.time() % 1)
+def test_two_runs_without_a_name_never_share_a_directory(place, monkeypatch):
+    """Four runs start in the same second, because the clock stands still."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(request, "time", SimpleNamespace(strftime=lambda _: "20260102-030405"))
     for _ in range(4):
-        assert zygote.run(words, place).code == 0
+        ESTrainer(args=ESConfig(engine="toy", task="quadratic", max_steps=0, report_to=["none"])).train()
     found = sorted((place / "runs").iterdir())
     assert len(found) == 4 and all((path / "model.safetensors").exists() for path in found)
     assert all(path.name.startswith("quadratic-toy-20") for path in found)

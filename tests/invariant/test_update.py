@@ -32,7 +32,7 @@ def theta_0() -> dict[str, np.ndarray]:
     return {n: np.asarray(rng.standard_normal(s) * 0.05, dtype=np.float32).reshape(s) for n, s in SHAPES.items()}
 
 
-def master_of(names: list[str], num_threads: int = 1, rank: int = 0) -> HostTheta:
+def theta_of(names: list[str], num_threads: int = 1, rank: int = 0) -> HostTheta:
     """With a rank, the matrices have low-rank noise."""
     arrays = theta_0()
     specs = [ParameterSpec(n, SHAPES[n], True, rank > 0 and len(SHAPES[n]) > 1) for n in names]
@@ -46,23 +46,23 @@ def some_update(weight_decay: float = 0.0, distribution: str = "normal", rank: i
 
 
 def moved_bytes(update: Update, names: list[str] | None = None, num_threads: int = 1) -> dict[str, bytes]:
-    master = master_of(names or list(SHAPES), num_threads, update.rank)
-    master.apply(update)
-    return {name: array.tobytes() for name, array in master.arrays.items()}
+    host_theta = theta_of(names or list(SHAPES), num_threads, update.rank)
+    host_theta.apply(update)
+    return {name: array.tobytes() for name, array in host_theta.arrays.items()}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_evaluations_leave_theta_bit_identical(rank: int) -> None:
-    """Invariant 1: members are rebuilt from the master; nothing is restored by subtraction."""
-    master = master_of(list(SHAPES), 2, rank)
-    before, checksum = master.fingerprint(), master.checksum()
+    """Invariant 1: members are rebuilt from theta; nothing is restored by subtraction."""
+    host_theta = theta_of(list(SHAPES), 2, rank)
+    before, checksum = host_theta.fingerprint(), host_theta.checksum()
     for member in members_for_step(0, 0, 30, antithetic=False):
         for name in SHAPES:
-            weights = master.perturb(
+            weights = host_theta.perturb(
                 name, Perturbation(member, Noise(perturbation_scale(1e-1), "normal", rank, 0.0125))
             )
-            assert not np.array_equal(weights, master.arrays[name]) or name == "model.scale"
-    assert master.fingerprint() == before and master.checksum() == checksum and master.version == 0
+            assert not np.array_equal(weights, host_theta.arrays[name]) or name == "model.scale"
+    assert host_theta.fingerprint() == before and host_theta.checksum() == checksum and host_theta.version == 0
 
 
 def test_noise_differs_between_tensors_members_steps_and_run_seeds() -> None:
@@ -116,8 +116,8 @@ def test_update_is_invariant_to_threads_and_to_the_split_of_the_tensors(
 def test_update_is_invariant_to_sharding_within_a_tensor() -> None:
     """Shards of one tensor, cut anywhere, move to the same bits, and their checksums add up."""
     update, name = some_update(), "lm_head.weight"
-    master = master_of([name])
-    whole = master.apply(update)
+    host_theta = theta_of([name])
+    whole = host_theta.apply(update)
     flat = theta_0()[name].reshape(-1)
     keys = np.array([noise_key(member.seed, name) for member in update.members], dtype=np.uint32)
     q = np.array([m.sign * q for m, q in zip(update.members, update.q, strict=True)], dtype=np.int32)
@@ -127,9 +127,9 @@ def test_update_is_invariant_to_sharding_within_a_tensor() -> None:
         none = np.empty(0, dtype=np.float32)
         part, _, _ = cpu.update_into(flat[lo:hi], lo, keys, q, update.a, False, np.float32(0.0), none)
         total += int(part)
-    assert flat.tobytes() == master.arrays[name].tobytes()
-    assert total % 2**64 == int(cpu.checksum_of(master.arrays[name].reshape(-1), 0))
-    assert whole.checksum == master.checksum()
+    assert flat.tobytes() == host_theta.arrays[name].tobytes()
+    assert total % 2**64 == int(cpu.checksum_of(host_theta.arrays[name].reshape(-1), 0))
+    assert whole.checksum == host_theta.checksum()
 
 
 def test_the_accumulated_sum_equals_the_sum_over_workers() -> None:
@@ -150,10 +150,10 @@ def test_the_update_points_where_the_paper_says() -> None:
     utilities = np.random.default_rng(1).standard_normal(N)
     members = members_for_step(5, 2, N, antithetic=True)
     learning_rate = 1.0  # large beside theta's rounding
-    master = master_of(["model.layers.0.mlp.weight"])
-    before = master.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1)
-    moved = master.apply(make_update(members, utilities.tolist(), learning_rate))
-    change = master.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1) - before
+    host_theta = theta_of(["model.layers.0.mlp.weight"])
+    before = host_theta.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1)
+    moved = host_theta.apply(make_update(members, utilities.tolist(), learning_rate))
+    change = host_theta.arrays["model.layers.0.mlp.weight"].astype(np.float64).reshape(-1) - before
     eps = np.stack(
         [m.sign * noise_ints(m.seed, "model.layers.0.mlp.weight", 0, before.size) / noise_deviation() for m in members]
     )  # (N, d)
@@ -167,10 +167,10 @@ def test_the_low_rank_update_points_where_the_paper_says() -> None:
     """The same with E = A B^T / (8 sqrt(r)) in the place of eps."""
     rank, name, utilities = 2, "model.layers.0.mlp.weight", np.random.default_rng(1).standard_normal(N)
     members = members_for_step(5, 2, N, antithetic=True)
-    master = master_of([name], rank=rank)
-    before = master.arrays[name].astype(np.float64)
-    master.apply(make_update(members, utilities.tolist(), 1.0, rank=rank))
-    change = master.arrays[name] - before
+    host_theta = theta_of([name], rank=rank)
+    before = host_theta.arrays[name].astype(np.float64)
+    host_theta.apply(make_update(members, utilities.tolist(), 1.0, rank=rank))
+    change = host_theta.arrays[name] - before
     noise = np.stack([m.sign * lowrank_ints(m.seed, name, before.shape, rank) for m in members])  # (N, d0, d1)
     wanted = 1.0 / N * np.tensordot(utilities, noise / (8 * math.sqrt(rank)), 1)
     assert np.linalg.norm(change - wanted) / np.linalg.norm(wanted) < 1e-3  # q has 18 bits less 8 + 1 + 4
@@ -179,15 +179,15 @@ def test_the_low_rank_update_points_where_the_paper_says() -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_many_steps_in_pieces_and_in_one_process_end_in_the_same_bits(rank: int) -> None:
-    """Ten steps with schedules of their own, one master against two that hold half of the tensors each."""
+    """Ten steps with schedules of their own, one host_theta against two that hold half of the tensors each."""
     names = list(SHAPES)
-    whole, left, right = master_of(names, 2, rank), master_of(names[:2], 1, rank), master_of(names[2:], 3, rank)
+    whole, left, right = theta_of(names, 2, rank), theta_of(names[:2], 1, rank), theta_of(names[2:], 3, rank)
     for step in range(10):
         utilities = np.random.default_rng(step).standard_normal(N).tolist()
         members = members_for_step(0, step, N, False)
         update = make_update(members, utilities, 1e-3 / (step + 1), weight_decay=0.1, rank=rank)
-        for master in (whole, left, right):
-            master.apply(update)
+        for host_theta in (whole, left, right):
+            host_theta.apply(update)
     assert all(whole.arrays[n].tobytes() == left.arrays[n].tobytes() for n in names[:2])
     assert all(whole.arrays[n].tobytes() == right.arrays[n].tobytes() for n in names[2:])
     assert all(np.isfinite(array).all() for array in whole.arrays.values())

@@ -1,4 +1,4 @@
-"""The GPU kernels and the device's master: on a GPU where there is one, or under Triton's interpreter on the CPU.
+"""The GPU kernels and the device's host_theta: on a GPU where there is one, or under Triton's interpreter on the CPU.
 
 `test_triton` runs this file in a child. ``TRITON_INTERPRET=1`` must be set before triton is imported, so nothing here
 is collected in the suite's own process.
@@ -23,7 +23,7 @@ from estune.es.types import Member, Noise, ParameterSpec, Perturbation
 from estune.es.update import Update, make_update
 from estune.gpu import check
 from estune.gpu import launch as gpu
-from estune.gpu import theta as gpu_master
+from estune.gpu import theta as gpu_theta
 from estune.gpu.check import theta_values
 from estune.gpu.theta import DeviceTheta
 
@@ -208,7 +208,7 @@ SPECS = [
 ]
 
 
-def host_master() -> HostTheta:
+def make_host_theta() -> HostTheta:
     return HostTheta(SPECS, {s.name: theta_values(int(np.prod(s.shape))).reshape(s.shape) for s in SPECS})
 
 
@@ -237,10 +237,10 @@ def members() -> list[Perturbation | None]:
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.e2e), 512])  # 0: theta lives on the device
-def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
+def test_theta_on_a_device_equals_theta_on_the_host(stage: int) -> None:
     """Members, updates, checksums and saves, whether theta is resident or streamed, in parts or whole."""
-    host = host_master()
-    device = DeviceTheta(host_master(), DEVICE, resident=not stage, stage=stage or 1 << 10)
+    host = make_host_theta()
+    device = DeviceTheta(make_host_theta(), DEVICE, resident=not stage, stage=stage or 1 << 10)
     base = {name: array.copy() for name, array in host.arrays.items()}
 
     def anchor(name: str, start: int, count: int) -> np.ndarray:
@@ -268,13 +268,13 @@ def test_the_master_on_a_device_equals_the_master(stage: int) -> None:
     perturbation = members()[1]
     assert all(same_bits(device.perturb(s.name, perturbation), host.perturb(s.name, perturbation)) for s in SPECS)
     device.load(lambda name, flat: np.copyto(flat, base[name].reshape(-1)))
-    assert device.checksum() == host_master().checksum() != host.checksum()
+    assert device.checksum() == make_host_theta().checksum() != host.checksum()
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
     """The host's copy is behind then, where theta lives on the device."""
-    host, device = host_master(), DeviceTheta(host_master(), DEVICE, resident=resident)
+    host, device = make_host_theta(), DeviceTheta(make_host_theta(), DEVICE, resident=resident)
     for update, perturbation in zip(updates(), members()[:2], strict=False):
         host.apply(update)
         device.apply(update)
@@ -287,13 +287,13 @@ def test_members_written_on_the_host_after_an_update(resident: bool) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_theta_assigned_from_tensors_of_the_device(resident: bool) -> None:
     """As a gradient method's weights are, between its steps."""
-    host, device = host_master(), DeviceTheta(host_master(), DEVICE, resident=resident)
-    arrays = {name: np.asarray(array * 2 + 1) for name, array in host_master().arrays.items()}
+    host, device = make_host_theta(), DeviceTheta(make_host_theta(), DEVICE, resident=resident)
+    arrays = {name: np.asarray(array * 2 + 1) for name, array in make_host_theta().arrays.items()}
     given = {name: torch.from_numpy(array).to(DEVICE) for name, array in arrays.items()}
-    for master in (host, device):
-        before = master.version
-        master.assign(given.__getitem__)
-        assert master.version == before + 1
+    for host_theta in (host, device):
+        before = host_theta.version
+        host_theta.assign(given.__getitem__)
+        assert host_theta.version == before + 1
     assert all(same_bits(host.arrays[name], array) for name, array in arrays.items())
     perturbation = members()[1]
     for spec in SPECS:
@@ -304,23 +304,23 @@ def test_theta_assigned_from_tensors_of_the_device(resident: bool) -> None:
     assert device.fingerprint() == host.fingerprint()
 
 
-def test_memory_of_its_own_is_what_a_device_master_reads_afterwards() -> None:
-    host, given = host_master(), host_master()
+def test_memory_of_its_own_is_what_theta_on_a_device_reads_afterwards() -> None:
+    host, given = make_host_theta(), make_host_theta()
     shared = dict(given.arrays)
     device = DeviceTheta(given, DEVICE, resident=True)
     device.unshare()
-    for master in (host, device):
-        master.apply(updates()[0])
+    for host_theta in (host, device):
+        host_theta.apply(updates()[0])
     assert device.fingerprint() == host.fingerprint()
-    assert all(same_bits(shared[name], array) for name, array in host_master().arrays.items())
+    assert all(same_bits(shared[name], array) for name, array in make_host_theta().arrays.items())
 
 
 def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
-    """The arrays given to the master are the host's copy: they show what was downloaded."""
-    host, given = host_master(), host_master()
+    """The arrays given to theta are the host's copy: they show what was downloaded."""
+    host, given = make_host_theta(), make_host_theta()
     device = DeviceTheta(given, DEVICE, resident=True)
-    for master in (host, device):
-        master.apply(updates()[0])
+    for host_theta in (host, device):
+        host_theta.apply(updates()[0])
     perturbation = members()[1]
     for out in (None, np.empty(513, dtype=np.float32)):
         found = device.perturb("norm.weight", perturbation, out)
@@ -331,10 +331,10 @@ def test_one_parameter_alone_is_downloaded_for_a_member() -> None:
 
 
 def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
-    host, given = host_master(), host_master()
+    host, given = make_host_theta(), make_host_theta()
     device = DeviceTheta(given, DEVICE, resident=True)
-    for master in (host, device):
-        master.apply(updates()[0])
+    for host_theta in (host, device):
+        host_theta.apply(updates()[0])
     model = torch.nn.ParameterDict(
         {"matrix": torch.zeros(12, 67, device=DEVICE), "vector": torch.zeros(513, device=DEVICE)}
     )
@@ -351,7 +351,7 @@ def test_members_that_share_a_forward_pass_download_vectors_alone() -> None:
 
 def check_downloaded(copy: HostTheta, current: HostTheta, names: set[str]) -> None:
     """Of the parameters that an update moved, ``names`` are current in a copy and the others are as they began."""
-    began = host_master().arrays
+    began = make_host_theta().arrays
     moved = {name for name, array in current.arrays.items() if not same_bits(array, began[name])}
     assert names < moved
     for name in moved:
@@ -359,8 +359,8 @@ def check_downloaded(copy: HostTheta, current: HostTheta, names: set[str]) -> No
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_what_a_device_master_refuses(resident: bool) -> None:
-    device = DeviceTheta(host_master(), DEVICE, resident=resident)
+def test_what_theta_on_a_device_refuses(resident: bool) -> None:
+    device = DeviceTheta(make_host_theta(), DEVICE, resident=resident)
     full = Perturbation(Member(1, 1), Noise(1e-3))
     with pytest.raises(ValueError, match="rank of at least 1"):
         device.perturb_into("one", full, torch.empty(1, device=DEVICE))
@@ -373,8 +373,8 @@ def test_what_a_device_master_refuses(resident: bool) -> None:
 
 
 def test_blocks_past_two_to_the_32_have_separate_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_master, "BLOCK_SIZE", 400)
-    device = DeviceTheta(host_master(), DEVICE, resident=True)
+    monkeypatch.setattr(gpu_theta, "BLOCK_SIZE", 400)
+    device = DeviceTheta(make_host_theta(), DEVICE, resident=True)
     out = torch.empty(513, device=DEVICE)
     device.perturb_into("norm.weight", Perturbation(Member(3, 1), Noise(0.25, rank=1)), out)
     theta = device.arrays["norm.weight"]
@@ -382,14 +382,14 @@ def test_blocks_past_two_to_the_32_have_separate_keys(monkeypatch: pytest.Monkey
     assert same_bits(out.cpu().numpy(), theta + np.float32(0.25) * np.concatenate(noise).astype(np.float32))
 
 
-def test_on_a_cpu_the_master_stays_where_it_is(tmp_path: Path) -> None:
-    master = host_master()
-    assert gpu_master.on_device(master, CPU) is master
+def test_on_a_cpu_theta_stays_where_it_is(tmp_path: Path) -> None:
+    host_theta = make_host_theta()
+    assert gpu_theta.on_device(host_theta, CPU, pytest.fail) is host_theta
 
 
 @pytest.mark.skipif(INTERPRETED, reason="streams and pinned memory are a GPU's")
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_a_master_streamed_from_pinned_memory(decay: float) -> None:
+def test_theta_streamed_from_pinned_memory(decay: float) -> None:
     """Parameters of many staging buffers: copies up, work and copies down overlap, also from one update to the next."""
     shapes = {"full": ((5 << 20) + 17,), "experts": (3, 700, 1100), "tall": (4096, 600)}
     specs = [ParameterSpec(name, shape, True, lowrank=len(shape) > 1) for name, shape in shapes.items()]

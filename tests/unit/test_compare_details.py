@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from estune.compare.report import _details_table, _labels, _tuning_table
+from estune.compare.report import details_table, retention_labels, tuning_table
 from estune.compare.statistics import two_level
-from estune.compare.tables import _method_row, _untrained_row
+from estune.compare.tables import method_row, untrained_row
 from estune.train.evaluation import interval, pass_at_k
 
 BASE: dict[str, Any] = {
@@ -33,10 +33,10 @@ def table(method: list[dict[str, Any]]) -> list[list[str]]:
     """Return the cells of the table's lines, without marks."""
     comparison = {"task": "countdown", "retention": {"other": {"task": "chain:1"}, "short": {"task": "countdown"}}}
     model = {
-        "base": _untrained_row("base", BASE, "results/base.json", 3),
-        "rows": {"time": [_method_row("es", method, BASE, 3)]},
+        "base": untrained_row("base", BASE, "results/base.json", 3),
+        "rows": {"time": [method_row("es", method, BASE, 3)]},
     }
-    page = _details_table(model, "time", _labels(comparison, model["base"]["retention_rows"]))
+    page = details_table(model, "time", retention_labels(comparison, model["base"]["retention_rows"]))
     lines = re.findall(r"<tr>(.*?)</tr>", page)
     return [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line)] for line in lines]
 
@@ -62,11 +62,11 @@ def test_unknown_changes_leave_empty_cells() -> None:
 
 def test_pass_at_k_is_of_the_first_rows_with_the_interval_of_one_model_or_of_seeds() -> None:
     values = [pass_at_k(2, right, 2) for right in (2, 1, 0)]
-    one = _untrained_row("base", BASE, "f", 3)["pass_at_k"]
+    one = untrained_row("base", BASE, "f", 3)["pass_at_k"]
     assert list(one) == ["1", "2"] and one["2"]["mean"] == pytest.approx(2 / 3)
     assert (one["2"]["low"], one["2"]["high"]) == interval(values)
     other = tuned(1) | {"right_of": [0, 0, 1]}
-    both = _method_row("es", [tuned(0), other], BASE, 3)["pass_at_k"]["1"]
+    both = method_row("es", [tuned(0), other], BASE, 3)["pass_at_k"]["1"]
     assert both["mean"] == pytest.approx((0.5 + 1 / 6) / 2)
     assert (both["low"], both["high"]) == pytest.approx(
         (two_level([[1, 0.5, 0], [0, 0, 0.5]]).low, two_level([[1, 0.5, 0], [0, 0, 0.5]]).high)
@@ -86,7 +86,7 @@ def test_the_tuning_table_marks_what_each_budget_chose() -> None:
     ]
     cost = {"evaluations": 1234, "train_time_s": 5.4}
     both = {"es": {"chosen": {"sigma": 0.1}, "chosen_time": {"sigma": 0.2}, "trials": trials, "cost": cost}}
-    page = _tuning_table(both)
+    page = tuning_table(both)
     assert re.findall(r"<b>(.*?)</b>", page) == [
         '<a href="evaluations-0.1">sigma 0.1 (equal evaluations): 50.0</a>',
         '<a href="time-0.2">sigma 0.2 (equal time): 75.0</a>',
@@ -94,4 +94,4 @@ def test_the_tuning_table_marks_what_each_budget_chose() -> None:
     assert re.findall(r"<span>(.*?)</span>", page) == ['<a href="time-0.1">sigma 0.1 (equal time): 25.0</a>']
     assert "<td>1,234</td><td>5</td>" in page
     one = {"es": {"chosen": {"sigma": 0.1}, "trials": trials[:1], "cost": cost}}
-    assert re.findall(r"<b>(.*?)</b>", _tuning_table(one)) == ['<a href="evaluations-0.1">sigma 0.1: 50.0</a>']
+    assert re.findall(r"<b>(.*?)</b>", tuning_table(one)) == ['<a href="evaluations-0.1">sigma 0.1: 50.0</a>']

@@ -94,7 +94,7 @@ def test_two_level_covers(seeds: int, problems: int, spread: float) -> None:
 @pytest.mark.parametrize("spread", [0.0, 0.3])
 def test_paired_difference_covers(seeds: int, others: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model alone, the base, has no spread over seeds. The p-value, slow, is tested elsewhere."""
-    monkeypatch.setattr("estune.compare.statistics._p_value", lambda *_: 1.0)
+    monkeypatch.setattr("estune.compare.statistics.p_value_of", lambda *_: 1.0)
     rng = np.random.default_rng([seeds, others, int(100 * spread)])
     own = spread if seeds > 1 else 0.0
     truth, hits = expected(0.4, own, 1.5, 0.6, 0.5) - expected(0.0, spread, 1.5, 0.6, 0.5), 0

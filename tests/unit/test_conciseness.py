@@ -83,4 +83,6 @@ def test_a_users_rows() -> None:
 
 
 def test_rows_are_json() -> None:
-    json.dumps([conciseness.load(split) for split in conciseness.SPLITS])
+    for split in conciseness.SPLITS:
+        rows = conciseness.load(split)
+        assert rows and json.loads(json.dumps(rows)) == rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -12,7 +13,18 @@ from typing import Any
 
 import pytest
 
-from estune.config import FIELDS, METHODS, RESUMABLE, ESConfig, canonical_name, coerce, default_of, read_config_file
+from estune.config import (
+    FIELDS,
+    METHODS,
+    RESUMABLE,
+    ESConfig,
+    ResolvedConfig,
+    SizedConfig,
+    canonical_name,
+    coerce,
+    default_of,
+    read_config_file,
+)
 from estune.errors import UserError
 from estune.train.setup import resolve_config
 
@@ -269,9 +281,9 @@ def test_stop_strings_in_yaml_keep_their_text_or_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sigma: 1\nseed: 2\nsigma: 3\n", "gives 'sigma' twice, once in line 3"),
-        ("chat_template_kwargs: {a: 1, a: 2}\n", "gives 'a' twice"),
-        ('"sigma": 1\nsigma: 1\n', "gives 'sigma' twice"),
+        ("sigma: 1\nseed: 2\nsigma: 3\n", "gives 'sigma' in line 1 and again in line 3"),
+        ("chat_template_kwargs: {a: 1, a: 2}\n", "gives 'a' in line 1 and again in line 1"),
+        ('"sigma": 1\nsigma: 1\n', "gives 'sigma' in line 1 and again in line 2"),
         ("run_name: 2026-99-99\n", "is not YAML"),
     ],
 )
@@ -365,3 +377,43 @@ def test_the_core_is_free_of_torch_and_transformers() -> None:
 def test_an_unknown_option_from_python_has_the_command_lines_hint(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=f"ESConfig has an unknown option '{name}'; .*{hint}"):
         ESConfig(**{name: 1})
+
+
+def test_a_resolved_configuration_has_numbers_and_does_not_change() -> None:
+    sizes = {"batch_size": 4, "prompts_per_batch": 8, "num_threads": 1}
+    with pytest.raises(UserError, match="batch_size must be a number in a resolved configuration, not 'auto'"):
+        SizedConfig(prompts_per_batch=8)
+    with pytest.raises(UserError, match="members_per_batch must be a number"):
+        ResolvedConfig(**sizes)
+    es = ResolvedConfig(**sizes, members_per_batch=1)
+    grpo = ResolvedConfig(**sizes, method="grpo", num_generations=4, temperature=1.0)
+    search = ResolvedConfig(**sizes, method="random_search", members_per_batch=1)
+    assert (es.group_size, es.step_rate) == (1, es.sigma / 2)
+    assert (grpo.group_size, grpo.members_per_batch, grpo.step_rate) == (1, "auto", 1e-6)
+    assert (search.step_rate, search.learning_rate) == (0.0, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        es.sigma = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del es.sigma
+    copy = pickle.loads(pickle.dumps(es))
+    assert copy == es and vars(copy) == dataclasses.asdict(es)
+    assert es.to_json() == ESConfig(**sizes, members_per_batch=1).to_json()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run_name": "../../x"}, "no name of a directory below runs"),
+        ({"run_name": ""}, "no name of a directory below runs"),
+        ({"run_name": ".."}, "no name of a directory below runs"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"stop_strings": [""]}, "stop_strings has an empty string"),
+    ],
+)
+def test_a_directory_has_a_name_and_a_stop_string_has_text(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ESConfig(**options)
+
+
+def test_a_run_name_may_hold_a_slash_where_it_names_no_directory() -> None:
+    assert ESConfig(run_name="team/x", output_dir="runs/x").run_name == "team/x"

@@ -216,3 +216,12 @@ os.write(1, b"lost")
 os.write(2, b"kept")
 assert os.read(kept, 100) == b"kept"
 """)
+
+
+def test_an_import_keeps_the_level_and_the_handlers_that_a_program_has_set() -> None:
+    program = (
+        "import logging; log = logging.getLogger('estune'); log.setLevel(logging.ERROR); mine = logging.NullHandler()\n"
+        "log.addHandler(mine)\nimport estune.console\n"
+        "assert log.level == logging.ERROR and log.handlers == [mine] and log.propagate\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -64,7 +64,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return theta
 
 
-def make_master(shapes: dict[str, tuple[int, ...]] = SHAPES, num_threads: int = 1) -> HostTheta:
+def make_theta(shapes: dict[str, tuple[int, ...]] = SHAPES, num_threads: int = 1) -> HostTheta:
     """Every parameter has low-rank noise but `full.*` and `frozen.*`."""
     specs = [
         ParameterSpec(name, shape, not name.startswith("frozen"), not name.startswith(("full", "frozen")))
@@ -229,27 +229,27 @@ def test_factors_have_fewer_than_2_to_the_32_elements() -> None:
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize(("rank", "sign"), [(1, 1), (1, -1), (3, -1), (4, 1), (16, 1), (33, -1)])
 def test_a_member_equals_the_float64_definition(rank: int, sign: int, num_threads: int, distribution: str) -> None:
-    master = make_master(num_threads=num_threads)
+    host_theta = make_theta(num_threads=num_threads)
     member = Member(0xDEADBEEF12345678, sign)
     scale = lowrank_scale(1e-2, rank, distribution)
     perturbation = Perturbation(member, Noise(perturbation_scale(1e-2, distribution), distribution, rank, scale))
     for name, shape in SHAPES.items():
-        theta = master.arrays[name].copy()
-        weights = master.perturb(name, perturbation)
+        theta = host_theta.arrays[name].copy()
+        weights = host_theta.perturb(name, perturbation)
         noise = product(member.seed, name, shape, rank, distribution)
         assert np.array_equal(noise, lowrank_ints(member.seed, name, shape, rank, distribution))
         expected = (theta.astype(np.float64) + scale * (sign * noise + 0.0)).astype(np.float32)
         assert same_bits(weights, expected), name
-        assert same_bits(master.arrays[name], theta) and not np.shares_memory(weights, master.arrays[name])
+        assert same_bits(host_theta.arrays[name], theta) and not np.shares_memory(weights, host_theta.arrays[name])
         if noise.any():
             assert not np.array_equal(weights, theta)
-    assert master.version == 0
+    assert host_theta.version == 0
 
 
 def test_a_member_is_rounded_as_documented_and_fusing_cannot_change_it() -> None:
-    master, rank, scale = make_master({"odd": (33, 65)}), 3, lowrank_scale(7e-4, 3)
-    weights = master.perturb("odd", Perturbation(Member(8, -1), Noise(0.0, "normal", rank, scale))).reshape(-1)
-    theta = master.arrays["odd"].reshape(-1)
+    host_theta, rank, scale = make_theta({"odd": (33, 65)}), 3, lowrank_scale(7e-4, 3)
+    weights = host_theta.perturb("odd", Perturbation(Member(8, -1), Noise(0.0, "normal", rank, scale))).reshape(-1)
+    theta = host_theta.arrays["odd"].reshape(-1)
     noise = product(8, "odd", (33, 65), rank).reshape(-1)
     for i in range(0, theta.size, 7):
         exact = Fraction(float(theta[i])) - Fraction(scale) * int(noise[i])
@@ -258,18 +258,18 @@ def test_a_member_is_rounded_as_documented_and_fusing_cannot_change_it() -> None
 
 def test_minus_zero_under_zero_noise_is_the_same_for_both_signs() -> None:
     """As with full noise: the noise is an integer, it has no -0."""
-    master = HostTheta([ParameterSpec("w", (30, 30), True, True)], {"w": np.full((30, 30), -0.0, dtype=np.float32)})
+    host_theta = HostTheta([ParameterSpec("w", (30, 30), True, True)], {"w": np.full((30, 30), -0.0, dtype=np.float32)})
     still = lowrank_ints(3, "w", (30, 30), 1) == 0
     assert 100 < still.sum() < 500
     for sign in (1, -1):
-        weights = master.perturb("w", Perturbation(Member(3, sign), Noise(1.0, "normal", 1, 0.5)))
+        weights = host_theta.perturb("w", Perturbation(Member(3, sign), Noise(1.0, "normal", 1, 0.5)))
         assert not np.signbit(weights[still]).any()
 
 
 def test_other_parameters_keep_full_noise() -> None:
     """A run of low-rank noise: vectors have full noise at the full scale, frozen ones none."""
     shapes = {"w": (9, 11), "full.norm": (50,), "full.w": (9, 11), "frozen.w": (4, 4)}
-    lowrank, full = make_master(shapes), make_master(shapes)
+    lowrank, full = make_theta(shapes), make_theta(shapes)
     full = HostTheta([ParameterSpec(s.name, s.shape, s.perturbed) for s in lowrank.specs], lowrank.arrays)
     member = Member(12, -1)
     with_rank = Perturbation(member, Noise(perturbation_scale(1e-2), "normal", 2, lowrank_scale(1e-2, 2)))
@@ -282,16 +282,16 @@ def test_other_parameters_keep_full_noise() -> None:
 
 
 def test_low_rank_parameters_need_a_rank() -> None:
-    master = make_master({"w": (9, 11), "full.norm": (50,)})
+    host_theta = make_theta({"w": (9, 11), "full.norm": (50,)})
     members = members_for_step(0, 0, 4, True)
     for name in ("w", "full.norm"):
         with pytest.raises(ValueError, match="rank of at least 1"):
-            master.perturb(name, Perturbation(members[0], Noise(1e-3)))
+            host_theta.perturb(name, Perturbation(members[0], Noise(1e-3)))
     for utilities in ([1.0, 0.5, 0.0, 0.0], [0.0] * 4):
         with pytest.raises(ValueError, match="rank of at least 1"):
-            master.apply(make_update(members, utilities, 1e-3))
-    assert same_bits(master.perturb("w", None), values((9, 11)))
-    assert master.version == 0
+            host_theta.apply(make_update(members, utilities, 1e-3))
+    assert same_bits(host_theta.perturb("w", None), values((9, 11)))
+    assert host_theta.version == 0
 
 
 # --- what a step hands to an engine -----------------------------------------------------------------------------------
@@ -342,28 +342,28 @@ def test_the_toy_engine_has_low_rank_matrices() -> None:
 def test_an_update_equals_one_float64_matrix_product(
     size: int, rank: int, antithetic: bool, num_threads: int, distribution: str
 ) -> None:
-    master = make_master(num_threads=num_threads)
-    before = {name: array.copy() for name, array in master.arrays.items()}
+    host_theta = make_theta(num_threads=num_threads)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
     members = members_for_step(1, 2, size, antithetic)
     utilities = np.random.default_rng(size).standard_normal(size).tolist()
     update = make_update(members, utilities, 5e-2, distribution=distribution, rank=rank)
-    moved = master.apply(update)
+    moved = host_theta.apply(update)
     squares = sizes = 0.0
     for name, theta in before.items():
         after = expected_update(name, theta, members, list(update.q), rank, update.a_lowrank, distribution)
-        assert same_bits(master.arrays[name], after), name
+        assert same_bits(host_theta.arrays[name], after), name
         squares += float(((after.astype(np.float64) - theta) ** 2).sum())
         sizes += float((after.astype(np.float64) ** 2).sum())
-    assert moved.checksum == master.checksum() != make_master().checksum()
+    assert moved.checksum == host_theta.checksum() != make_theta().checksum()
     assert moved.norm == pytest.approx(math.sqrt(squares), rel=1e-9)
     assert moved.ratio == pytest.approx(math.sqrt(squares / sizes), rel=1e-9)
-    assert master.version == 1
+    assert host_theta.version == 1
 
 
 @pytest.mark.parametrize("anchored", [False, True])
 def test_decay_comes_before_the_update_and_rounds_each_operation(anchored: bool) -> None:
-    master = make_master(num_threads=2)
-    before = {name: array.copy() for name, array in master.arrays.items()}
+    host_theta = make_theta(num_threads=2)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
     base = {name: values(shape, seed=9) for name, shape in SHAPES.items()}
     members = members_for_step(1, 2, 6, True)
     update = make_update(members, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3, weight_decay=10, anchored=anchored, rank=2)
@@ -373,14 +373,14 @@ def test_decay_comes_before_the_update_and_rounds_each_operation(anchored: bool)
         asked.append(count)
         return base[name].reshape(-1)[start : start + count]
 
-    moved = master.apply(update, anchor)
+    moved = host_theta.apply(update, anchor)
     for name, theta in before.items():
         origin = base[name] if anchored else None
         after = expected_update(
             name, theta, members, list(update.q), 2, update.a_lowrank, decay=update.decay, anchor=origin
         )
-        assert same_bits(master.arrays[name], after), name
-    assert moved.checksum == master.checksum()
+        assert same_bits(host_theta.arrays[name], after), name
+    assert moved.checksum == host_theta.checksum()
     assert bool(asked) == anchored and max(asked, default=0) <= 2 * PIECE  # never a resident copy
 
 
@@ -389,16 +389,17 @@ def test_full_and_frozen_parameters_move_as_without_low_rank_noise() -> None:
     shapes = {"w": (9, 11), "full.norm": (50,), "frozen.w": (4, 4)}
     members = members_for_step(0, 0, 4, False)
     update = make_update(members, [1.0, -0.25, 0.5, 0.75], 1e-2, rank=3)
-    master = make_master(shapes)
-    before = {name: array.copy() for name, array in master.arrays.items()}
-    moved = master.apply(update)
+    host_theta = make_theta(shapes)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
+    moved = host_theta.apply(update)
     acc = sum(q * wide_noise(plain_key(m.seed, "full.norm"), 0, 50) for m, q in zip(members, update.q, strict=True))
     theta = before["full.norm"].astype(np.float64)
     assert same_bits(
-        master.arrays["full.norm"], np.where(acc == 0, before["full.norm"], (theta + update.a * acc).astype(np.float32))
+        host_theta.arrays["full.norm"],
+        np.where(acc == 0, before["full.norm"], (theta + update.a * acc).astype(np.float32)),
     )
-    assert same_bits(master.arrays["frozen.w"], before["frozen.w"])
-    change = {name: master.arrays[name].astype(np.float64) - before[name] for name in shapes}
+    assert same_bits(host_theta.arrays["frozen.w"], before["frozen.w"])
+    change = {name: host_theta.arrays[name].astype(np.float64) - before[name] for name in shapes}
     norm = math.sqrt(sum(float((change[name] ** 2).sum()) for name in shapes))
     assert moved.norm == pytest.approx(norm, rel=1e-9)
 
@@ -406,16 +407,16 @@ def test_full_and_frozen_parameters_move_as_without_low_rank_noise() -> None:
 def test_where_the_sum_is_zero_theta_keeps_its_bits() -> None:
     """Also -0.0 and NaN payloads: equal utilities of a mirrored pair cancel everywhere."""
     bits = np.array([0x80000000, 0, 1, 0x7F7FFFFF, 0x80000001, 0x7FC00123] * 800, dtype=np.uint32).reshape(60, 80)
-    master = HostTheta([ParameterSpec("w", (60, 80), True, True)], {"w": bits.view(np.float32).copy()})
+    host_theta = HostTheta([ParameterSpec("w", (60, 80), True, True)], {"w": bits.view(np.float32).copy()})
     pair = members_for_step(0, 0, 2, antithetic=True)
-    master.apply(make_update(pair, [1.0, 1.0], 1.0, rank=2))
-    assert np.array_equal(master.arrays["w"].view(np.uint32), bits)
+    host_theta.apply(make_update(pair, [1.0, 1.0], 1.0, rank=2))
+    assert np.array_equal(host_theta.arrays["w"].view(np.uint32), bits)
     single = members_for_step(0, 0, 2, antithetic=False)
-    master.apply(make_update(single, [1.0, 0.0], 1.0, rank=1))
+    host_theta.apply(make_update(single, [1.0, 0.0], 1.0, rank=1))
     still = product(single[0].seed, "w", (60, 80), 1) == 0
     assert 800 < still.sum() < 1800  # P(A B = 0) is 26 %
-    assert np.array_equal(master.arrays["w"].view(np.uint32)[still], bits[still])
-    assert (master.arrays["w"].view(np.uint32)[~still] != bits[~still]).mean() > 0.6
+    assert np.array_equal(host_theta.arrays["w"].view(np.uint32)[still], bits[still])
+    assert (host_theta.arrays["w"].view(np.uint32)[~still] != bits[~still]).mean() > 0.6
 
 
 def test_the_largest_sums_do_not_overflow() -> None:
@@ -424,11 +425,11 @@ def test_the_largest_sums_do_not_overflow() -> None:
     members = [Member(7, 1)] * size
     update = make_update(members, [1.0] * size, 1.0, rank=rank)
     assert max(update.q) * 256 * size * rank < 2**31 <= 2 * max(update.q) * 256 * size * rank
-    master = HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
-    master.apply(update)
+    host_theta = HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.zeros(shape, dtype=np.float32)})
+    host_theta.apply(update)
     acc = sum(update.q) * product(7, "w", shape, rank)
     assert 2**28 < np.abs(acc).max() < 2**31
-    assert same_bits(master.arrays["w"], (update.a_lowrank * acc).astype(np.float32) + np.float32(0.0))
+    assert same_bits(host_theta.arrays["w"], (update.a_lowrank * acc).astype(np.float32) + np.float32(0.0))
 
 
 def kernel_arguments(members: list[Member], q: list[int], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -491,13 +492,13 @@ from estune.es.population import members_for_step
 def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
-def master(shape):
+def host_theta(shape):
     return HostTheta([ParameterSpec("w", shape, True, True)], {"w": np.ones(shape, dtype=np.float32)})
 
 members = members_for_step(3, 1, 64, True)
 update = make_update(members, np.arange(64.0).tolist(), 1e-2, rank=4)
-large = master((4096, 4096))  # 64 MiB
-master((8, 8)).apply(update)  # compiles, or loads what was
+large = host_theta((4096, 4096))  # 64 MiB
+host_theta((8, 8)).apply(update)  # compiles, or loads what was
 before = peak_kib()
 large.apply(update)
 print(peak_kib() - before)

@@ -7,7 +7,6 @@ import json
 import random
 import re
 import threading
-import time
 from fractions import Fraction
 from math import gcd, isqrt
 from pathlib import Path
@@ -131,7 +130,8 @@ def test_boxes_are_found_in_linear_time() -> None:
     """Python's work for each pair of braces would take hours."""
     for part in ("\\boxed{", "{", "}", "\\", "\\boxed", "\\boxed ", " ", "\\boxed{}", "\\{"):
         for text in (part * 10**5, "\\boxed{" + part * 10**5, part * 10**5 + "}" * 10**5):
-            last_boxed(text)
+            found = last_boxed(text)
+            assert found is None or len(found) < len(text)
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,9 @@ ENDLESS = "(x+1)^{9999}"
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: answer[:20])
-def test_hostile_answers_cost_little(answer: str) -> None:
+def test_hostile_answers_are_answered(answer: str) -> None:
     for reference in ("3", "x^2+2x+1"):
-        begin = time.process_time()
-        assert score(reference, answer) == 0.0
-        assert time.process_time() - begin < 60.0  # of the processor; without gate and limit it would be hours
+        assert score(reference, answer) == 0.0  # without gate and limit this takes hours, and pytest's limit ends it
 
 
 def test_large_powers_are_not_let_through() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from estune.compare import measure
 from estune.compare.config import Comparison, from_mapping
-from estune.compare.tables import _untrained_row
+from estune.compare.tables import untrained_row
 from estune.errors import UserError
 from estune.tasks import TASKS, get_task, reasoning
 from estune.train import setup
@@ -224,7 +224,7 @@ def test_the_best_constant_is_chosen_on_training_rows_and_reported_on_others(
     found = json.loads((tmp_path / "constant.json").read_text(encoding="utf-8"))
     assert (found["says"], found["correct"], found["accuracy"]) == ("<answer>3</answer>", "0001", 0.25)
     assert found["train_accuracy"] == 0.5 and found["n"] == 4 and found["length"] > 0
-    row = _untrained_row("always", found, "constant.json", 4)
+    row = untrained_row("always", found, "constant.json", 4)
     assert row["accuracy"]["mean"] == 0.25 and row["retention"] == {} and "pass_at_k" not in row
 
 

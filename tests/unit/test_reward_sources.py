@@ -415,6 +415,6 @@ def test_an_installed_package_counts_by_its_version_and_the_file_of_the_reward(t
     before = source_parts(function)
     (site / "judges" / "__init__.py").write_text("from judges.deep import K\ndef f(completions, **_): return [-K]\n")
     assert source_parts(function) != before
-    monkeypatch.setattr(sources, "_version", lambda name: "2.0")
+    monkeypatch.setattr(sources, "version_of", lambda name: "2.0")
     (site / "judges" / "__init__.py").write_text("from judges.deep import K\ndef f(completions, **_): return [K]\n")
     assert source_parts(function) != before

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tomllib
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -361,7 +362,7 @@ def test_what_left_a_killed_or_dead_worker_is_killed_with_it(hangs):
         return time.sleep(6000) if hangs else os._exit(1)
 
     with RewardPool([reward], ["r"], timeout_s=KILLED_AFTER_S, workers=2) as pool:
-        pool.wait_until_loaded()
+        wait(pool.loaded)
         before = set(ours())
         assert pool.submit(batch(["bb"])).result().failed.all()
         assert gone([pid for pid, words in ours().items() if "sleep" in words])
@@ -453,7 +454,7 @@ def test_big_payloads():
 
 def test_the_fork_server_can_die_too():
     with RewardPool([length], ["length"], timeout_s=GENEROUS_S, workers=2) as pool:
-        pool.wait_until_loaded()
+        wait(pool.loaded)
         before = ours()
         server = pool._server._process.pid
         os.kill(server, signal.SIGKILL)
@@ -536,7 +537,7 @@ class Unloadable:
 def test_a_reward_that_does_not_load_in_a_worker_is_reported():
     with RewardPool([Unloadable()], ["u"], timeout_s=GENEROUS_S, workers=1) as pool:
         with pytest.raises(UserError, match=r"do not load.*ValueError.*--reward_isolation inline"):
-            pool.wait_until_loaded()
+            pool.loaded[0].result()
         with pytest.raises(UserError, match="do not load"):
             pool.submit(batch()).result()
 

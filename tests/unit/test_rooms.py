@@ -5,6 +5,7 @@ Imports inside functions and for type checking count.
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -20,21 +21,23 @@ from estune.rewards.loading import EXTRA_OF
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "estune"
-BASE = "errors console files environment identity"
-CORE = f"{BASE} config es gpu rewards sandbox tasks data models engines run"
-MAY_IMPORT = {
-    "errors": "", "environment": "", "console": "errors", "files": "errors", "identity": "errors", "noise": "es",
-    "es": "errors", "gpu": "es", "config": "errors es engines", "rewards": BASE, "sandbox": "errors console files",
-    "tasks": "errors sandbox rewards", "data": "errors identity es rewards", "models": "errors console files",
-    "engines": f"{BASE} es gpu models", "run": f"{BASE} es config models", "monitor": f"{BASE} config models run",
-    "train": f"{CORE} monitor", "baselines": f"{CORE} monitor train", "compare": f"{CORE} monitor train baselines",
-    "commands": f"{CORE} monitor train baselines compare", "cli": f"{BASE} es config tasks models data rewards run "
-    "train baselines commands monitor compare", "__main__": "cli", "estune": "config environment errors train",
-}  # fmt: skip
 LIGHT = ("es", "run", "rewards", "sandbox", "tasks")  # rooms that load neither torch nor transformers
 TIERS = ("miniature", "e2e", "real", "vllm")
 FILES = {".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__"): path
          for path in SRC.rglob("*.py")}  # fmt: skip
+
+
+def allowed_imports() -> dict[str, set[str]]:
+    """Return the rules of docs/architecture.md: room or root module -> the names that it may import."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = page.split("## Allowed imports", 1)[1].split("```")[1]
+    groups: dict[str, set[str]] = {"nothing": set()}
+    rules = {}
+    for line in filter(None, block.splitlines()):
+        left, sign, right = re.split(r" *(=|->) *", line)
+        names = {name for word in right.split(", ") for name in groups.get(word, {word})}
+        (groups if sign == "=" else rules).update(dict.fromkeys(left.split(", "), names))
+    return rules
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -52,10 +55,22 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
+def may_import(module: str, other: str, rules: dict[str, set[str]]) -> bool:
+    """Return whether the rules allow an import; ``x.__init__`` stands for the package ``x`` without its modules."""
+    path = f"{other.partition('.')[2] or other}."
+    if FILES[other].name == "__init__.py":
+        path += "__init__."
+    return room(other) == room(module) or any(path.startswith(f"{name}.") for name in rules[room(module)])
+
+
 def test_rooms_import_what_they_may_and_no_circle() -> None:
     graph = {module: imported(ast.parse(path.read_text())) & FILES.keys() for module, path in FILES.items()}
-    wrong = {(module, other) for module, others in graph.items() for other in others
-             if room(other) not in (room(module), *MAY_IMPORT[room(module)].split())}  # fmt: skip
+    rules = allowed_imports()
+    assert may_import("estune.run.card", "estune.models.names", rules)
+    assert not may_import("estune.config.options", "estune.engines.base", rules)
+    assert not may_import("estune.tasks.maths", "estune.rewards.pool", rules)
+    assert rules.keys() == {room(module) for module in FILES}
+    wrong = {(module, other) for module in graph for other in graph[module] if not may_import(module, other, rules)}
     assert not wrong
     try:
         TopologicalSorter(graph).prepare()
@@ -64,7 +79,10 @@ def test_rooms_import_what_they_may_and_no_circle() -> None:
 
 
 def private_names(tree: ast.AST) -> set[str]:
-    """Return the names with an underscore that a file takes from others: ``from estune.x import _y``, and ``x._y``."""
+    """Return the names with an underscore that a file takes from others.
+
+    ``from estune.x import _y``, ``x._y``, and ``setattr(x, "_y", ...)``.
+    """
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     ours = {(alias.name, f"{node.module}.{alias.name}") for node in imports for alias in node.names
             if str(node.module).partition(".")[0] == "estune"}  # fmt: skip
@@ -73,13 +91,23 @@ def private_names(tree: ast.AST) -> set[str]:
         node.attr for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
     }  # fmt: skip
+    found |= {
+        str(node.args[1].value) for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) == 3 and getattr(node.args[0], "id", "") in modules
+        and isinstance(node.args[1], ast.Constant)
+    }  # fmt: skip
     return {name for name in found if name.startswith("_") and not name.endswith("__")}
 
 
 def test_no_file_takes_a_private_name_from_another() -> None:
-    assert private_names(ast.parse("from estune.es import _theta, theta\ntheta._a")) == {"_theta", "_a"}
-    for module, path in FILES.items():
-        assert not private_names(ast.parse(path.read_text())), module
+    assert private_names(ast.parse("from estune.es import _theta, theta\ntheta._a\nset(theta, '_b', 1)")) == {
+        "_theta",
+        "_a",
+        "_b",
+    }
+    for folder in ("src", "tests", "scripts", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not private_names(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
 def test_one_version() -> None:
@@ -113,6 +141,13 @@ def test_light_rooms_load_no_torch() -> None:
             top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
             names = {name.partition(".")[0] for node in top for name in imported(node)}
             assert not names & {"torch", "transformers"}, module
+
+
+def test_light_rooms_load_neither_torch_nor_transformers_through_others() -> None:
+    light = [module for module in FILES if room(module) in LIGHT and not module.startswith("estune.sandbox.child")]
+    program = f"import sys, {', '.join(light)}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_fork_server_needs_the_standard_library_alone() -> None:

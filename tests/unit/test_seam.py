@@ -1,6 +1,9 @@
 """The seam between training and engines: jobs name their theta, answers come in any order, a class is an engine."""
 
+import dataclasses
 import json
+import math
+import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +16,10 @@ from estune import ESConfig, ESTrainer, UserError
 from estune.cli import main
 from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step, noise_of
-from estune.es.types import GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
-from estune.es.update import make_update
+from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.update import Update, make_update
+from estune.run.origin import refuse_foreign_engine
+from estune.train.rollouts import checked_answers
 from estune.train.setup import engine_class
 
 PROMPTS = tuple(Prompt(index, f"x[{index}]", (1,)) for index in range(4))
@@ -122,16 +127,17 @@ def test_an_engine_of_ones_own_is_used_by_every_command(
     assert "loading bigram" in said.out + said.err and "tiny" not in said.out + said.err
     card = Path("run/README.md").read_text()
     assert "`bigram`" in card and "transformers" not in card and "tiny" not in card
-    monkeypatch.chdir(tmp_path)  # every command below finds the engine, the reward and the rows where the run did
-    assert main("evaluate --model own/run --json --reward_isolation inline".split()) == 0
+    monkeypatch.chdir(tmp_path)  # every command below finds the reward and the rows where the run did
+    named = f"--engine {engine.replace('bigram.py', 'own/bigram.py')}"
+    assert main(f"evaluate --model own/run {named} --json --reward_isolation inline".split()) == 0
     trained = json.loads(capsys.readouterr().out)["reward"]
-    words = f"evaluate --engine {engine.replace('bigram.py', 'own/bigram.py')} --json --reward_isolation inline"
+    words = f"evaluate {named} --json --reward_isolation inline"
     words += " --max_completion_length 16 --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels"
     assert main(words.split()) == 0
     assert json.loads(capsys.readouterr().out)["reward"] < trained
-    assert main("evaluate --model own/run --limit 1 --reward_isolation inline".split()) == 0
+    assert main(f"evaluate --model own/run {named} --limit 1 --reward_isolation inline".split()) == 0
     assert "vowels.py:vowels" in capsys.readouterr().err.partition("reward is ")[2]
-    assert main("replay own/run --output_dir again".split()) == 0
+    assert main(f"replay own/run {named} --output_dir again".split()) == 0
     weights = [Path(where, "model.safetensors").read_bytes() for where in ("own/run", "again")]
     assert weights[0] == weights[1]
     assert main("export own/run --patch run.estp".split()) == 0
@@ -140,8 +146,44 @@ def test_an_engine_of_ones_own_is_used_by_every_command(
     assert main("apply run.estp --model bigram --engine own/bigram.py:BigramEngine".split()) == 0
     assert Path("run/model.safetensors").read_bytes() == weights[0]
     assert main("train --resume --output_dir own/run --max_steps 5".split()) == 0
-    assert main("probe --model own/run --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels "
+    assert main(f"probe --model own/run {named} --dataset_name own/rows.jsonl --reward_funcs own/vowels.py:vowels "
                 "--reward_isolation inline --sigmas 0.1 --json --max_completion_length 16".split()) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["bigram:BigramEngine", "bigram.py:BigramEngine"])
+def test_a_run_does_not_choose_the_code_that_runs(bigram, engine: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert bigram(engine=engine) == 0
+    source, journal = Path("bigram.py"), Path("run/journal.jsonl")
+    source.write_text(source.read_text() + "open('executed', 'w').close()\n")
+    sys.modules.pop("bigram", None)
+    capsys.readouterr()
+    refused = f"read the engine's code, then give --engine {engine}"
+    for words in ("evaluate --model run --reward_isolation inline", "replay run --output_dir again",
+                  "probe --model run --dataset_name rows.jsonl --reward_funcs vowels.py:vowels"):  # fmt: skip
+        assert main(words.split()) == 2
+        assert refused in capsys.readouterr().err
+    resume = "train --resume --output_dir run --max_steps 5".split()
+    assert main(resume) == 2
+    assert "the source of an engine outside estune: since the run began, file bigram" in capsys.readouterr().err
+    monkeypatch.setattr("estune.run.resume.check_engine_files", lambda *_: False)  # a header without the files' hashes
+    assert main(resume) == 2
+    assert refused in capsys.readouterr().err and journal.exists() and not Path("executed").exists()
+    assert main([*resume, "--engine", engine]) == 2
+    assert "the source of an engine outside estune: since" in capsys.readouterr().err and Path("executed").exists()
+
+
+def test_a_run_may_name_the_engines_of_estune() -> None:
+    for engine in ("hf", "toy", "estune.engines.toy:ToyEngine"):
+        refuse_foreign_engine(engine, Path("run"))
+    for engine in (
+        "evil.py:Base",
+        "estune.py:Base",
+        "estune.engines.toy.py:Base",
+        "estune/engines/toy:Base",
+        "evil:Base",
+    ):
+        with pytest.raises(UserError, match="must not choose the code"):
+            refuse_foreign_engine(engine, Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +208,14 @@ def test_a_resume_compares_the_source_of_an_engine(bigram, capsys) -> None:
     del sys.modules["bigram"]
     assert bigram("as", "train", "--resume", "--output_dir", "run", "--max_steps", "6") == 2
     assert "the source of an engine outside estune: since the run began, file bigram" in capsys.readouterr().err
+    changed = "engine outside estune is not the one that the run began with: file bigram of BigramEngine changed"
+    for words in ("evaluate --model run --reward_isolation inline", "replay run --output_dir again"):
+        assert main([*words.split(), "--engine", "bigram:BigramEngine"]) == 0
+        assert changed in capsys.readouterr().err
+    source.write_text(source.read_text().replace("argmin()", "argmax()") + "# a comment\n")
+    del sys.modules["bigram"]
+    assert main([*words.split()[:-1], "third", "--engine", "bigram:BigramEngine"]) == 0
+    assert "is not the one" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -173,6 +223,10 @@ def test_a_resume_compares_the_source_of_an_engine(bigram, capsys) -> None:
     [
         ("int(table[made[-1]].argmax())", "table[made[-1]].argmax()", "a token id is int64, not int"),
         ("made[-1] == END)", "np.bool_(True))", "finished and finite must be bool"),
+        ("tuple(made[1:])", "(2**70,)", "a token id is 1180591620717411303424, not in 0 .. 255"),
+        ("tuple(made[1:])", "(97, 256)", "a token id is 256, not in 0 .. 255"),
+        ("tuple(made[1:])", "(97, -1)", "a token id is -1, not in 0 .. 255"),
+        ("tuple(made[1:])", "tuple(made * 20)", "tokens, more than max_completion_length"),
         ("return answers", "return answers[1:]", "0 instead of 1 prompts"),
         ("return answers", "return None", "NoneType instead of a list of 1 prompts"),
         ("* sampling.num_generations", "* 3", "3 instead of 1 completions of a prompt"),
@@ -188,6 +242,132 @@ def test_a_broken_engine_is_refused_in_one_sentence(bigram, old: str, new: str, 
     assert bigram("--batch_size", "1") == 2
     error = capsys.readouterr().err
     assert why in error and "igram" in error and "Traceback" not in error
+
+
+class Breaking(ToyEngine):
+    """Breaks the contract of `answers` or `apply` in the way that ``how`` names."""
+
+    how = ""
+
+    def answers(self, jobs: Iterable[GroupJob], should_stop=lambda: False) -> Any:
+        made = list(super().answers(jobs, should_stop))
+        if self.how in ("generate_s", "perturb_s"):
+            return [dataclasses.replace(answer, **{self.how: self.seconds}) for answer in made]
+        changed = {
+            "none": None,
+            "dropped": made[1:],
+            "twice": [*made, made[0]],
+            "unasked": [],
+            "list": [dataclasses.replace(answer, indices=list(answer.indices)) for answer in made],
+            "other": [dataclasses.replace(answer, indices=(99,)) for answer in made],
+            "tuples": [dataclasses.astuple(answer) for answer in made],
+        }
+        return changed.get(self.how, made)
+
+    def apply(self, update: Update) -> Any:
+        moved = super().apply(update)
+        return None if self.how == "apply" else moved
+
+
+@pytest.mark.parametrize(
+    ("how", "seconds", "why"),
+    [
+        ("none", 0, "answers returned NoneType, not an iterator"),
+        ("dropped", 0, "the job with indices (0,) has no answer"),
+        ("unasked", 0, "the job with indices (0,) has no answer"),
+        ("twice", 0, "(0,) belongs to no job, or is a second answer"),
+        ("list", 0, "indices is list, not a tuple"),
+        ("other", 0, "(99,) belongs to no job"),
+        ("tuples", 0, "an answer is tuple, not GroupAnswer"),
+        ("generate_s", None, "generate_s is None, not a number of seconds"),
+        ("generate_s", math.nan, "generate_s is nan, not"),
+        ("perturb_s", -1.0, "perturb_s is -1.0, not"),
+        ("apply", 0, "apply returned NoneType, not Moved"),
+    ],
+)
+def test_a_breach_of_the_contract_is_one_error(how: str, seconds: Any, why: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Breaking, "how", how)
+    monkeypatch.setattr(Breaking, "seconds", seconds, raising=False)
+    with pytest.raises(UserError, match=f"engine toy breaks its contract: .*{re.escape(why)}"):
+        toy_run(tmp_path, "Breaking")
+
+
+def test_a_job_that_an_engine_never_takes_has_no_answer() -> None:
+    class Lazy(ToyEngine):
+        def answers(self, jobs: Iterable[GroupJob], should_stop=lambda: False) -> Iterator[GroupAnswer]:
+            return iter(list(super().answers([next(iter(jobs))], should_stop)))
+
+    engine = Lazy()
+    with pytest.raises(UserError, match=r"the job with indices \(1,\) has no answer"):
+        list(checked_answers(engine, jobs(engine.theta_checksum), lambda: False))
+
+
+class Random(ToyEngine):
+    """Answers with a random digit."""
+
+    def generate(self, *arguments: Any, **options: Any) -> list[list[Completion]]:
+        rows = super().generate(*arguments, **options)
+        return [[Completion((48 + random.randrange(10),), True)] * len(row) for row in rows]
+
+
+def test_an_engine_that_answers_at_random_is_not_reproducible(tmp_path: Path, capsys) -> None:
+    assert header_of(toy_run(tmp_path, "Random"))["rollouts"] == "not reproducible"
+    assert "rollouts are not reproducible here" in capsys.readouterr().err
+    engine = ToyEngine()
+    members = [job.perturbations[0] for job in jobs(engine.theta_checksum)]
+    assert engine.check_reproducible(members, PROMPTS, SAMPLING)
+
+
+class Moving(ToyEngine):
+    """Moves theta in `generate`: from the call with number ``first`` on."""
+
+    first = 0
+    calls = 0
+
+    def generate(self, *arguments: Any, **options: Any) -> list[list[Completion]]:
+        type(self).calls += 1
+        if self.calls > self.first:
+            self.theta.arrays["body.weight"][...] += 1
+        return super().generate(*arguments, **options)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_an_engine_that_moves_theta_by_itself_is_refused(first: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Moving, "first", first)
+    monkeypatch.setattr(Moving, "calls", 0)
+    with pytest.raises(UserError, match="engine toy changed theta outside apply"):
+        toy_run(tmp_path, "Moving")
+    journal = tmp_path / "Moving" / "journal.jsonl"
+    assert journal.exists() == bool(first) and (not first or len(journal.read_text().splitlines()) == 1)
+
+
+def toy_run(tmp_path: Path, engine: str) -> Path:
+    """Train one step with an engine of this file, and return the run's directory."""
+    args = ESConfig(
+        engine=f"{__name__}:{engine}", model="toy", output_dir=str(tmp_path / engine), max_steps=1, sigma=0.1,
+        population_size=4, num_threads=1, report_to=["none"], reward_isolation="inline",
+    )  # fmt: skip
+    return ESTrainer(args=args, reward_funcs=near_one, train_dataset=[{"prompt": f"x[{i}]"} for i in range(4)]).train()
+
+
+def header_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "journal.jsonl").read_text().partition("\n")[0])
+
+
+def test_threads_take_few_jobs_ahead() -> None:
+    engine, taken = ToyEngine(2), []
+
+    def counted() -> Iterator[GroupJob]:
+        for job in jobs(engine.theta_checksum):
+            taken.append(job.indices)
+            yield job
+
+    answers = engine.answers(counted())
+    next(answers)
+    assert len(taken) <= 4
+    engine.apply(make_update(members_for_step(0, 0, 2, False), [1.0, -1.0], 0.1))
+    with pytest.raises(ValueError, match="reached a replica"):
+        list(answers)
 
 
 def test_a_stopped_step_says_how_many_members_are_kept(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -226,5 +406,6 @@ def test_a_run_may_have_the_name_of_its_engine(bigram, tmp_path: Path, monkeypat
     assert json.loads(Path("third/es_config.json").read_text())["model"] == "./weights"
     monkeypatch.chdir(tmp_path)
     for run in ("bigram", "third"):
-        assert main(["replay", f"own/{run}", "--output_dir", f"again-{run}"]) == 0
+        words = ["replay", f"own/{run}", "--engine", "bigram:BigramEngine", "--output_dir", f"again-{run}"]
+        assert main(words) == 0
         assert Path(f"again-{run}/model.safetensors").read_bytes() == Path(f"own/{run}/model.safetensors").read_bytes()

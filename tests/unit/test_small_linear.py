@@ -49,9 +49,9 @@ def test_equal_to_torch_to_rounding_and_to_itself_to_the_bit(shape: tuple[int, i
 
 def test_the_kernel_is_used_where_it_can_be_and_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    address, alone = small_linear._kernel()
+    address, alone = small_linear.kernel_address()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(small_linear, "_kernel", lambda: (address, lambda job: (calls.append(job), alone(job))))
+    monkeypatch.setattr(small_linear, "kernel_address", lambda: (address, lambda job: (calls.append(job), alone(job))))
     x, weight, bias = operands(3, (200, 600))
     for rows in (x, x[:, None], x[None].expand(2, 3, 600), x.repeat(1, 2)[:, 100:700]):
         assert torch.allclose(small_linear.linear(rows, weight, bias), F.linear(rows, weight, bias), atol=1e-4)

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from estune.es.types import ParameterSpec
 from estune.gpu import launch
-from estune.gpu import theta as gpu_master
+from estune.gpu import theta as gpu_theta
 from estune.gpu.staging import SLOTS, Staging
 from estune.gpu.theta import parts
 
@@ -352,7 +352,7 @@ def test_parts_cover_a_parameter_once(shape: tuple[int, ...], lowrank: bool, mos
 def test_parts_do_not_cross_a_key_block() -> None:
     spec = ParameterSpec("w", (2**32 + 5,), True)
     assert [(p.start, p.count, p.key_name) for p in parts(spec)] == [(0, 2**32, "w"), (2**32, 5, "w#1")]
-    staged = list(parts(spec, gpu_master.STAGE))
+    staged = list(parts(spec, gpu_theta.STAGE))
     assert len(staged) == 257 and staged[255].key_name == "w" and staged[256].key_name == "w#1"
 
 

@@ -7,7 +7,7 @@ import pytest
 from estune import cli
 from estune.errors import UserError, nearest
 
-COMMANDS = cli._build()[1]
+COMMANDS = cli.build_parsers()[1]
 TYPOS = {  # of the options of `estune train`
     "sigma": "sgima sigam sigm siggma SIGMA sigma-",
     "model": "modle modl mdoel odel",
@@ -66,24 +66,24 @@ FOREIGN = """
 
 @pytest.mark.parametrize(("option", "typos"), TYPOS.items(), ids=str)
 def test_a_typo_or_an_abbreviation_finds_its_option(option: str, typos: str) -> None:
-    known = cli._shown(COMMANDS["train"])
+    known = cli.shown_flags(COMMANDS["train"])
     found = {word: nearest(f"--{word}", known) for word in typos.split()}
     assert found == dict.fromkeys(typos.split(), f"; did you mean '--{option}'?")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_foreign_word_finds_nothing(command: str) -> None:
-    known = cli._shown(COMMANDS[command])
-    found = {word: hint for word in FOREIGN if (hint := cli._hint(f"--{word}", known))}
+    known = cli.shown_flags(COMMANDS[command])
+    found = {word: hint for word in FOREIGN if (hint := cli.hint_for(f"--{word}", known))}
     assert found == {}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_hint_names_only_flags_of_the_command(command: str) -> None:
     """`ELSEWHERE` gives a hint only if the command has every flag that the hint names; `train` has them all."""
-    known = cli._shown(COMMANDS[command])
+    known = cli.shown_flags(COMMANDS[command])
     for word in cli.ELSEWHERE:
-        hint = cli._hint(f"--{word}", known)
+        hint = cli.hint_for(f"--{word}", known)
         assert hint in ("", cli.ELSEWHERE[word]), (word, hint)
         assert hint == cli.ELSEWHERE[word] or command != "train", word
 
@@ -94,10 +94,10 @@ def test_hidden_flags_are_never_suggested() -> None:
               if flag.startswith("--no_")}  # fmt: skip
     assert "--no_antithetic" in hidden
     for command, parser in COMMANDS.items():
-        shown = cli._shown(parser)
+        shown = cli.shown_flags(parser)
         assert not hidden & set(shown), command
         for word in ("n", "no", "no_", "no_antithetc", "no_resum", "no_log_completion", "no_allow_unsandboxed"):
-            assert "--no_" not in cli._hint(f"--{word}", shown), (command, word)
+            assert "--no_" not in cli.hint_for(f"--{word}", shown), (command, word)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_hidden_flags_are_never_suggested() -> None:
 )
 def test_the_command_line_says_it(words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        cli._run(words, owns_process=False)
+        cli.parse_and_run(words, owns_process=False)
 
 
 @pytest.mark.parametrize(

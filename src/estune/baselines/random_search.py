@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from estune.baselines.session import BaselineSession
-from estune.config import ESConfig
+from estune.config import SizedConfig
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
@@ -37,20 +37,20 @@ class Best:
     fitness: float | None = None  # in its latest comparison
 
 
-def sizes(args: ESConfig) -> tuple[int, int]:
+def sizes(args: SizedConfig) -> tuple[int, int]:
     """Return the number of members that a step draws, and the number of prompts of its comparison.
 
     Both together cost at most the N * B * G evaluations of a step of ES; an odd number of prompts is rounded down. A
     comparison has at least one prompt.
     """
     members = args.population_size // 2
-    return members, max(1, (args.population_size - members) * int(args.batch_size) // 2)
+    return members, max(1, (args.population_size - members) * args.batch_size // 2)
 
 
-def evaluations_per_step(args: ESConfig) -> int:
-    """Return the number of completions that a step scores; the batch size is resolved."""
+def evaluations_per_step(args: SizedConfig) -> int:
+    """Return the number of completions that a step scores."""
     members, compared = sizes(args)
-    return (members * int(args.batch_size) + 2 * compared) * args.num_generations
+    return (members * args.batch_size + 2 * compared) * args.num_generations
 
 
 def random_search(session: BaselineSession) -> None:
@@ -92,11 +92,11 @@ def _step(session: BaselineSession, batches: Batches, index: int, best: Best) ->
     first = index * (batches.batch_size + compared)
     rows = [order.rows_for_step(first + place)[0] for place in range(batches.batch_size + compared)]
     drawn = step.perturbations[:members]
-    fitness = _fitness(session, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
+    fitness = members_fitness(session, drawn, rows[: batches.batch_size], 2 * index)  # (members,)
     # without any reward the first member is the candidate
     candidate = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
     pair = [_perturbation(session, batches, best), drawn[candidate]]
-    old, new = _fitness(session, pair, rows[batches.batch_size :], 2 * index + 1).tolist()
+    old, new = members_fitness(session, pair, rows[batches.batch_size :], 2 * index + 1).tolist()
     if new > old or (np.isnan(old) and not np.isnan(new)):
         return Best(index, candidate, new)
     return Best(best.step, best.member, None if np.isnan(old) else old)
@@ -119,7 +119,7 @@ def _theta(session: BaselineSession, batches: Batches, best: Best) -> dict[str, 
     return {name: theta.perturb(name, perturbation) for name in theta.arrays}
 
 
-def _fitness(
+def members_fitness(
     session: BaselineSession, members: Sequence[Perturbation | None], row_ids: Sequence[int], index: int
 ) -> np.ndarray:
     """Return the fitness (N,) of members on training rows; NaN where no reward applies.
@@ -136,7 +136,7 @@ def _fitness(
     checksum = session.engine.theta_checksum
     jobs = (
         GroupJob(tuple(batch), tuple(members[index] for index in batch), checksum, tuple(prompts), sampling)
-        for batch in _batches(members, session.args.members_per_batch)
+        for batch in _batches(members, session.args.group_size)
     )
     groups: dict[int, Group] = {}
     for member, group, _, future in evaluator.submit(jobs, lambda _: rows, session.state(), False):

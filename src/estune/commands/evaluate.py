@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.commands.results import print_values
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.console import show_progress, warn
 from estune.data.datasets import has_splits
 from estune.engines.base import LocalEngine
@@ -72,6 +72,7 @@ def evaluate_command(
         if rewards.accuracy:
             grader = stack.enter_context(setup.reward_pool(args, [rewards.accuracy], ["accuracy"]))
         engine = setup.load_engine(args)
+        setup.warn_of_changed_engine(args, engine)
         prompts = setup.build_prompts(args, engine, data, task is not None)
         warn_of_inputs(args, engine, prompts)
         evaluator = Evaluator(engine, pool, args.response_prefix)
@@ -91,7 +92,7 @@ def evaluate_command(
 
 
 def _answer_rows(
-    args: ESConfig,
+    args: SizedConfig,
     evaluator: Evaluator,
     data: list[dict[str, Any]],
     prompts: list[Prompt],
@@ -113,7 +114,7 @@ def _answer_rows(
         sampling_of(args, 0),
         weights,
         grader,
-        batch=int(args.prompts_per_batch),
+        batch=args.prompts_per_batch,
         trainer_state={"global_step": 0, "max_steps": 0},
         progress=progress,
     )
@@ -181,7 +182,7 @@ def _batch_check(
 
 
 def _divergence(
-    engine: LocalEngine, args: ESConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
+    engine: LocalEngine, args: SizedConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
 ) -> float | None:
     """Return KL(model || reference) per token, by the k3 estimator on the model's own completions.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from estune.config import ESConfig
+from estune.config import ESConfig, ResolvedConfig
 from estune.console import note, print_json, print_result, rounded
 from estune.data.batches import Batches
 from estune.errors import UserError
@@ -119,7 +119,7 @@ def summarise(
 
 def probe(
     args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int = MEMBERS
-) -> tuple[ESConfig, Answers, dict[float, Answers]]:
+) -> tuple[ResolvedConfig, Answers, dict[float, Answers]]:
     """Return the resolved configuration, theta's answers, and the answers of ``members`` members by sigma.
 
     Raises:
@@ -129,11 +129,12 @@ def probe(
     rewards = setup.resolve_rewards(args, None, task)
     rows = setup.resolve_rows(args, None, task, "train", rewards)
     args = setup.resolve_config(dataclasses.replace(args, population_size=members, antithetic=False), len(rows))
-    batches = Batches(len(rows), int(args.batch_size), args.seed)
+    batches = Batches(len(rows), args.batch_size, args.seed)
     with ExitStack() as stack_:
         stop = stack_.enter_context(StopRequest())
         pool = stack_.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
         engine = setup.load_engine(args)
+        setup.warn_of_changed_engine(args, engine)
         chosen = batches.rows_for_step(0)
         rows = [rows[row] for row in chosen]
         prompts = setup.build_prompts(args, engine, rows, task is not None)
@@ -163,8 +164,8 @@ def probe(
             for sigma in sigmas:
                 step = plan_step(dataclasses.replace(args, sigma=sigma), batches, 0)
                 groups, answers = [], []
-                for first in range(0, members, int(args.members_per_batch)):
-                    part = step.members[first : first + int(args.members_per_batch)]
+                for first in range(0, members, args.group_size):
+                    part = step.members[first : first + args.group_size]
                     scored_groups, completions = answer([Perturbation(member, step.noise) for member in part])
                     groups += scored_groups
                     answers += completions

@@ -33,7 +33,9 @@ def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
     for index, row in enumerate(rows):
         if "completion" not in row:
             raise UserError(f"row {index} of {completions} has no column 'completion'")
-    texts = [str(row["completion"]) for row in rows]
+        if not isinstance(row["completion"], str):
+            raise UserError(f"row {index} of {completions}: its completion is {row['completion']!r}, not a string")
+    texts: list[str] = [row["completion"] for row in rows]
     columns = [{name: value for name, value in row.items() if name != "completion"} for row in rows]
     if task is not None:
         columns = [task.prepare_row(row) for row in columns]

@@ -53,6 +53,7 @@ def train_config(values: dict[str, Any]) -> ESConfig:
     from_file = read_config_file(file) if file else {}
     options = _merged(from_file, flags)
     base: dict[str, Any] = {}
+    preset = None
     resuming = coerce("resume", options.get("resume", False)) and options.get("output_dir")
     run_files = [Path(str(options.get("output_dir"))) / name for name in ("es_config.json", "journal.jsonl")]
     if resuming and any(file.exists() for file in run_files):
@@ -65,6 +66,8 @@ def train_config(values: dict[str, Any]) -> ESConfig:
         refuse_lost(base, run_dir, options)
         base["output_dir"] = str(run_dir)
         look_for_modules_in(module_directories(run_dir))
+        if "engine" not in options:
+            _check_engine(str(base.get("engine", "")), run_dir)
         stored_method, method = base.get("method", "es"), options.get("method", base.get("method", "es"))
         if method != stored_method:  # checked first, else options of one method are compared with those of another
             raise UserError(f"a resume cannot change method from {stored_method!r} to {method!r}")
@@ -78,11 +81,31 @@ def train_config(values: dict[str, Any]) -> ESConfig:
                 f"the preset {DEMO_PRESET} is for es: give --task or --dataset_name for a run of method "
                 f"{options['method']}"
             )
-        base = read_config_file(DEMO_PRESET)
-        say(f"estune: preset {DEMO_PRESET} (give --task or --dataset_name for a run of your own)")
+        preset, base = DEMO_PRESET, read_config_file(DEMO_PRESET)
     args = ESConfig.from_mapping({**base, **options})
     args.validate_training()
+    if preset is not None:
+        say(f"estune: preset {preset} (give --task or --dataset_name for a run of your own)")
     return args
+
+
+def _check_engine(engine: str, run_dir: Path) -> None:
+    """Refuse a run's engine outside estune unless its files are those that the run began with; nothing is imported.
+
+    Raises:
+        UserError: a file differs from the journal's, or the journal has no hash of it.
+    """
+    from estune.rewards.sources import source_files
+    from estune.run.journal import JOURNAL_FILE, Journal
+    from estune.run.origin import is_foreign_engine, refuse_foreign_engine
+    from estune.run.resume import check_engine_files
+
+    if not is_foreign_engine(engine):
+        return
+    journal = Journal.open(run_dir / JOURNAL_FILE, repair=False)
+    identity = journal.header.get("identity", {}) if journal is not None else {}
+    if not check_engine_files(identity, engine.rpartition(":")[2], source_files(engine)):
+        refuse_foreign_engine(engine, run_dir)
 
 
 def _merged(from_file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def pack(directory: Path) -> Archive:
         "histogram_edges": edges,
         "rows": rows,
     }
-    return cast(Archive, {"format": FORMAT, "schema": SCHEMA, "digest": _digest(content), **content})
+    return cast(Archive, {"format": FORMAT, "schema": SCHEMA, "digest": content_digest(content), **content})
 
 
 def _read(directory: Path) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _without_edges(histogram: Histogram) -> Histogram:
     return cast(Histogram, {name: value for name, value in histogram.items() if name != "edges"})
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
     """Return the digest of a packed comparison's content, without the field ``digest``."""
     text = json.dumps({name: value for name, value in content.items() if name != "digest"}, sort_keys=True)
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
@@ -260,7 +260,7 @@ def read_archive(file: Path) -> Archive:
         raise UserError(f"{file} holds no comparison's results, as `estune compare` writes them to {ARCHIVE_FILE}")
     if content.get("schema") != SCHEMA:
         raise UserError(f"{file} has schema {content.get('schema')!r}; this estune reads schema {SCHEMA}")
-    if content.get("digest") != _digest(content):
+    if content.get("digest") != content_digest(content):
         raise UserError(f"{file} is damaged or was edited: its digest is not that of its content")
     complete = all(isinstance(content.get(name), kind) for name, kind in FIELD_TYPES.items())
     if not complete or not all(isinstance(row, dict) and _is_row(row) for row in content["rows"]):

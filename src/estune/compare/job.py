@@ -19,7 +19,7 @@ from estune.compare import worker
 from estune.compare.plan import EVALUATIONS, TIME, with_time
 from estune.compare.processes import Processes
 from estune.compare.results import DONE, FAILED, UNMEASURED, Result, read_json, read_result
-from estune.config import ESConfig
+from estune.config import SizedConfig
 from estune.console import say
 from estune.files import write_json
 from estune.run.directory import OF_RUN
@@ -48,7 +48,7 @@ class Job:
 
     name: str
     root: Path  # the comparison's directory
-    args: ESConfig  # with the run's directory, and as many steps as its budget of evaluations pays for
+    args: SizedConfig  # with the run's directory, and as many steps as its budget of evaluations pays for
     time_s: float  # seconds of training, the budget of time; unused if ``files`` has no such budget
     files: dict[str, Path]  # the result file of each budget
     snapshots: Path  # the snapshot of a budget is in the directory of this path with "-BUDGET" appended
@@ -106,7 +106,7 @@ class Job:
         }
         return any(over[budget] for budget in budgets)
 
-    def _train_and_measure(self, processes: Processes, args: ESConfig, budgets: Sequence[str]) -> bool:
+    def _train_and_measure(self, processes: Processes, args: SizedConfig, budgets: Sequence[str]) -> bool:
         """Train to the limits of ``args``, and measure the model for each of ``budgets`` that is reached.
 
         Returns:

@@ -19,7 +19,7 @@ from estune.compare.config import Comparison, Retained, bounds_of
 from estune.compare.hacking import AnswerSummary, asks_for_words, judge, summarise_answers
 from estune.compare.plan import rows_of
 from estune.compare.results import DONE, Answers, Changes, Result, base_digest, read_json, read_result
-from estune.config import EVALUATE_FIELDS, ESConfig
+from estune.config import EVALUATE_FIELDS, ESConfig, SizedConfig
 from estune.console import warn
 from estune.engines.base import LocalEngine
 from estune.environment import code_digest
@@ -125,7 +125,7 @@ def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path,
     write_json(file, result)
 
 
-def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> ESConfig:
+def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> SizedConfig:
     """Return the configuration of a greedy evaluation: the common settings that affect one, and ``changes``."""
     settings = {name: value for name, value in comparison.settings.items() if name in EVALUATE_FIELDS}
     for name in ("temperature", "top_p", "top_k", "num_generations", "seed"):
@@ -194,7 +194,7 @@ class Scorers:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def pools_of(self, args: ESConfig) -> tuple[Rewards, RewardPool, RewardPool]:
+    def pools_of(self, args: SizedConfig) -> tuple[Rewards, RewardPool, RewardPool]:
         """Return a task's reward functions, and the worker pools for the rewards and for the accuracy.
 
         Raises:
@@ -212,7 +212,7 @@ class Scorers:
             self._pools[key] = (rewards, pools[0], pools[1])
         return self._pools[key]
 
-    def grade(self, args: ESConfig, rows: Rows, text: str) -> list[bool]:
+    def grade(self, args: SizedConfig, rows: Rows, text: str) -> list[bool]:
         """Return for each row whether ``text`` is a right completion of it, (rows,)."""
         _, _, accuracy_pool = self.pools_of(args)
         prompts, completions, columns = reward_inputs(rows, [text] * len(rows), "")
@@ -221,7 +221,7 @@ class Scorers:
         )
         return [is_right(score) for score in scores]
 
-    def answer(self, args: ESConfig, engine: LocalEngine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
+    def answer(self, args: SizedConfig, engine: LocalEngine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
         """Answer rows with a model and score the completions, as `estune evaluate` does; return the prompts, too.
 
         Raises:
@@ -236,7 +236,7 @@ class Scorers:
             sampling_of(args, 0),
             rewards.weights,
             accuracy_pool,
-            batch=int(args.prompts_per_batch),
+            batch=args.prompts_per_batch,
             trainer_state={"global_step": 0, "max_steps": 0},
         )
         broken = evaluation.summary().get("non_finite_ratio", 0.0)
@@ -329,7 +329,7 @@ def greedy_result(evaluation: Evaluation) -> Result:
 
 
 def sample(
-    args: ESConfig,
+    args: SizedConfig,
     engine: LocalEngine,
     rows: Rows,
     count: int,
@@ -343,7 +343,7 @@ def sample(
 
 
 def never_solved(
-    comparison: Comparison, args: ESConfig, engine: LocalEngine, rows: Rows, result: Result, scorers: Scorers
+    comparison: Comparison, args: SizedConfig, engine: LocalEngine, rows: Rows, result: Result, scorers: Scorers
 ) -> list[int]:
     """Return which of `discovery_rows` the base solves neither greedily nor in any of `discovery_samples` samples.
 
@@ -368,7 +368,7 @@ def never_solved(
 
 
 def discovery(
-    comparison: Comparison, args: ESConfig, engine: LocalEngine, unsolved: Sequence[int], scorers: Scorers
+    comparison: Comparison, args: SizedConfig, engine: LocalEngine, unsolved: Sequence[int], scorers: Scorers
 ) -> list[int]:
     """Return how many of `samples` samples of each row in ``unsolved`` are right, (unsolved,).
 
@@ -391,7 +391,7 @@ def measure_retained(
     return greedy_result(scorers.answer(args, engine, rows)[0])
 
 
-def retained_config(comparison: Comparison, model: str, retained: Retained) -> ESConfig:
+def retained_config(comparison: Comparison, model: str, retained: Retained) -> SizedConfig:
     """Return the configuration of an evaluation on a retained task, with that task's own reward.
 
     The common setting ``allow_unsandboxed_code`` is passed on only to a task that runs code.

@@ -19,7 +19,7 @@ from typing import Any
 
 from estune.compare.config import RANDOM_SEARCH, Comparison, Entry
 from estune.compare.results import Result, Tuned
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.errors import UserError
 from estune.tasks import get_task
 from estune.train import setup
@@ -119,7 +119,7 @@ def rows_of(comparison: Comparison, split: str) -> list[dict[str, Any]]:
     return setup.resolve_rows(args, None, task, "train" if split == "train" else "test", rewards)
 
 
-def configuration(comparison: Comparison, model: str, method: str, trial: dict[str, Any], seed: int) -> ESConfig:
+def configuration(comparison: Comparison, model: str, method: str, trial: dict[str, Any], seed: int) -> SizedConfig:
     """Return a run's configuration with the settings of a trial, without the budget's limits.
 
     Raises:
@@ -141,7 +141,7 @@ def configuration(comparison: Comparison, model: str, method: str, trial: dict[s
     return dataclasses.replace(resolved, **{name: getattr(args, name) for name in ("num_threads", "reward_workers")})
 
 
-def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) -> ESConfig:
+def with_budget(args: SizedConfig, evaluations: int, n_rows: int, points: int = 0) -> SizedConfig:
     """Return a configuration with as many steps as a budget of evaluations pays for.
 
     `sft_rejection` spends the budget on samples before its first step, and its number of steps is a setting. At every
@@ -166,7 +166,7 @@ def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) 
     steps = int(evaluations // (per_step * iterations)) * iterations
     while steps > 0:
         every = max(1, steps // points) if points else 0
-        of_theta = steps // every * int(args.batch_size) * args.num_generations if every and args.method == "es" else 0
+        of_theta = steps // every * args.batch_size * args.num_generations if every and args.method == "es" else 0
         if steps * per_step + of_theta <= evaluations:
             return dataclasses.replace(args, max_steps=steps, eval_steps=every)
         steps -= iterations
@@ -176,7 +176,7 @@ def with_budget(args: ESConfig, evaluations: int, n_rows: int, points: int = 0) 
     )
 
 
-def with_time(args: ESConfig, limit: float) -> ESConfig:
+def with_time(args: SizedConfig, limit: float) -> SizedConfig:
     """Return a configuration whose only limit is a time, in seconds."""
     if args.method == "sft_rejection":
         kwargs = {name: value for name, value in args.method_kwargs.items() if name != "max_samples"}
@@ -184,9 +184,9 @@ def with_time(args: ESConfig, limit: float) -> ESConfig:
     return dataclasses.replace(args, max_steps=ENDLESS_STEPS, max_time_s=limit)
 
 
-def evaluations_per_step(args: ESConfig) -> float:
+def evaluations_per_step(args: SizedConfig) -> float:
     """Return how many completions one step of a resolved configuration scores."""
-    of_member = int(args.batch_size) * args.num_generations
+    of_member = args.batch_size * args.num_generations
     if args.method == RANDOM_SEARCH:
         from estune.baselines import random_search
 
@@ -227,7 +227,7 @@ def chosen_for(tuned: Tuned, budget: str) -> dict[str, Any]:
     return next(settings for each in (budget, *BUDGETS) if (settings := chosen[each]) is not None)
 
 
-def with_curve(args: ESConfig, trial: Result, limit: float, points: int) -> ESConfig:
+def with_curve(args: SizedConfig, trial: Result, limit: float, points: int) -> SizedConfig:
     """Return a configuration that evaluates about ``points`` times within a time limit, at the pace of a trial's run.
 
     If the trial made no step, its pace is unknown and the run does not evaluate.

@@ -142,9 +142,9 @@ def _model_part(name: str, model: ModelSummary, summary: Summary) -> list[str]:
         if model["rows"][budget]:
             parts.append(f"<h3>{BUDGET_NAMES[budget]}</h3>")
             parts.append(_main_table(model, budget, summary["established"]))
-            parts.append(_details_table(model, budget, _labels(comparison, model["base"]["retention_rows"])))
+            parts.append(details_table(model, budget, retention_labels(comparison, model["base"]["retention_rows"])))
             parts.append(_tests_table(model["tests"][budget]))
-    parts.append(_tuning_table(model["tuning"]))
+    parts.append(tuning_table(model["tuning"]))
     return parts
 
 
@@ -246,7 +246,7 @@ def _highest_pass_at_k(row: SummaryRow) -> str:
     return _interval(values[max(values, key=int)]) if values else ""
 
 
-def _labels(comparison: dict[str, Any], rows: dict[str, int]) -> dict[str, str]:
+def retention_labels(comparison: dict[str, Any], rows: dict[str, int]) -> dict[str, str]:
     """Return the labels of the retained tasks, with their numbers of problems ``rows``.
 
     The trained task under another prompt is labelled as a prompt variant.
@@ -258,7 +258,7 @@ def _labels(comparison: dict[str, Any], rows: dict[str, int]) -> dict[str, str]:
     }
 
 
-def _details_table(model: ModelSummary, budget: str, labels: dict[str, str]) -> str:
+def details_table(model: ModelSummary, budget: str, labels: dict[str, str]) -> str:
     """Return the table of pass@k, discovery, retention and parameter changes.
 
     The base's row shows how many of its never solved problems it solves in further samples.
@@ -327,7 +327,7 @@ def _tests_table(tests: Sequence[PairedTest]) -> str:
     return f"<details open><summary>paired tests</summary>{_table(head, body)}</details>"
 
 
-def _tuning_table(tuning: dict[str, TunedSummary]) -> str:
+def tuning_table(tuning: dict[str, TunedSummary]) -> str:
     """Return the table of every method's trials, the chosen ones in bold, and of their cost."""
     body = []
     for method, tuned in tuning.items():

@@ -147,7 +147,7 @@ def paired_difference(a: Any, b: Any) -> Difference:
     center = float(first.mean() - second.mean())
     half = half_width(seeds, by_problem, ALPHA)
     low, high = max(-1.0, center - half), min(1.0, center + half)
-    return Difference(center, low, high, _p_value(abs(center), seeds, by_problem), "crossed" if seeds else "paired t")
+    return Difference(center, low, high, p_value_of(abs(center), seeds, by_problem), "crossed" if seeds else "paired t")
 
 
 def half_width(seeds: Sequence[Component], problems: Component, alpha: float) -> float:
@@ -179,7 +179,7 @@ def half_width(seeds: Sequence[Component], problems: Component, alpha: float) ->
     return math.sqrt(total * square)
 
 
-def _p_value(distance: float, seeds: Sequence[Component], problems: Component) -> float:
+def p_value_of(distance: float, seeds: Sequence[Component], problems: Component) -> float:
     """Return the alpha at which `half_width` equals ``distance``."""
     if distance == 0:
         return 1.0

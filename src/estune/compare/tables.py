@@ -233,12 +233,12 @@ def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) ->
             files = sorted((folder / method).glob(f"seed-*-{budget}.json"), key=_number_in_name)
             results = [_read_linked(file, directory) for file in files]
             if results:
-                rows[budget].append(_method_row(method, results, base, sample_rows))
+                rows[budget].append(method_row(method, results, base, sample_rows))
                 curves[budget][method] = [result.get("curve", []) for result in results]
     model: ModelSummary = {
         "path": comparison["models"][folder.name],
         "fingerprint": base["fingerprint"],
-        "base": _untrained_row("base", base, _relative(folder / "base.json", directory), sample_rows),
+        "base": untrained_row("base", base, _relative(folder / "base.json", directory), sample_rows),
         "never_solved": len(base["never_solved"]),  # of the first `sought` rows of the test split
         "sought": min(comparison["measuring"].get("discovery_rows") or len(base["correct"]), len(base["correct"])),
         "rows": rows,
@@ -249,11 +249,11 @@ def _model_summary(directory: Path, folder: Path, comparison: dict[str, Any]) ->
     if (folder / "base-prefix.json").exists():
         prefixed = read_result(folder / "base-prefix.json")
         name = f"base, made to begin with {prefixed['response_prefix']}"
-        model["prefix"] = _untrained_row(name, prefixed, _relative(folder / "base-prefix.json", directory), sample_rows)
+        model["prefix"] = untrained_row(name, prefixed, _relative(folder / "base-prefix.json", directory), sample_rows)
     if (folder / "constant.json").exists():
         constant = read_result(folder / "constant.json")
         name = f"always {constant['says']}"
-        model["constant"] = _untrained_row(name, constant, _relative(folder / "constant.json", directory), sample_rows)
+        model["constant"] = untrained_row(name, constant, _relative(folder / "constant.json", directory), sample_rows)
     return model
 
 
@@ -292,7 +292,7 @@ def _number_in_name(file: Path) -> int:
     return int(file.stem.split("-")[1])
 
 
-def _untrained_row(name: str, result: Result, file: str, sample_rows: int) -> UntrainedRow:
+def untrained_row(name: str, result: Result, file: str, sample_rows: int) -> UntrainedRow:
     """Return the row of the base or of a constant answer, which have no seeds."""
     correct = _marks(result["correct"])[None]
     row: UntrainedRow = {
@@ -313,7 +313,7 @@ def _untrained_row(name: str, result: Result, file: str, sample_rows: int) -> Un
     return row
 
 
-def _method_row(method: str, results: Sequence[Linked], base: Result, sample_rows: int) -> MethodRow:
+def method_row(method: str, results: Sequence[Linked], base: Result, sample_rows: int) -> MethodRow:
     """Return the row of a method at a budget, over all its seeds.
 
     A failed seed counts as the base: with the base's greedy and sampled answers. A seed whose model could not be

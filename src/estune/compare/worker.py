@@ -118,13 +118,13 @@ def train(values: dict[str, Any]) -> None:
     args = ESConfig(**values)
     trainer: BaseTrainer
     if args.method == "es":
-        trainer = ESTrainer(args=args)
-        trainer.theta_joins_first_step = False  # scoring theta would use up the budget; the base is measured anyway
+        trainer = es = ESTrainer(args=args)
+        es.train(theta_joins_first_step=False)  # scoring theta would use up the budget; the base is measured anyway
     else:
         from estune.baselines import BaselineTrainer
 
         trainer = BaselineTrainer(args=args)
-    trainer.train()
+        trainer.train()
     if trainer.stopped:
         raise Interrupted
 

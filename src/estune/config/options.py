@@ -13,7 +13,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from estune.config.coercion import convert, is_text
 from estune.engines import ENGINES
@@ -412,6 +412,14 @@ class ESConfig:
             raise UserError("hub_model_id and hub_private_repo need push_to_hub")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other")
+        if self.output_dir == "":
+            raise UserError("output_dir is empty: give a directory, or . for the working directory")
+        name = "run" if self.output_dir is not None or self.run_name is None else self.run_name
+        if name in ("", ".", "..") or "/" in name:  # the name makes a directory if there is no output_dir
+            raise UserError(f"run_name {name!r} is no name of a directory below runs: give a name without /, or the "
+                            "directory as output_dir")  # fmt: skip
+        if "" in self.stop_strings:
+            raise UserError("stop_strings has an empty string, which would end no completion")
         if self.resume and self.output_dir is None:
             raise UserError("resume needs output_dir, the directory of the run to continue")
         if self.reward_weights is not None:
@@ -484,6 +492,11 @@ class ESConfig:
         rates = {"grpo": 1e-6, "dr_grpo": 1e-6, "rloo": 1e-6, "ppo": 3e-6, "sft_rejection": 2e-5}
         return rates.get(self.method, self.sigma / 2) if self.learning_rate is None else self.learning_rate
 
+    @property
+    def step_rate(self) -> float:
+        """The learning rate of the first update, before any schedule; 0 for a method that makes no updates."""
+        return self.effective_learning_rate if self.method in OF_METHODS["learning_rate"] else 0.0
+
     def trajectory(self) -> dict[str, Any]:
         """Return the fields that define the trajectory, for the journal's header."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
@@ -493,35 +506,64 @@ class ESConfig:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> ESConfig:
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
         """Build a configuration from names and values; an unknown name raises UserError with the nearest field."""
         return cls(**canonical(values, source))
 
 
-class ResolvedConfig(ESConfig):
-    """The configuration of an open run: each ``auto`` that its method uses is replaced by a number.
+class SizedConfig(ESConfig):
+    """A configuration whose batch sizes are numbers. It is immutable; its lists and dicts are shared with no other.
 
-    `estune.train.setup.resolve_with_engine` makes it once, when the engine is loaded. It is immutable.
+    `estune.train.setup.resolve_config` makes it from an `ESConfig` and the number of rows. The lists and dicts are
+    plain ones, because `es_config.json` and the journal's header store them.
     """
 
-    learning_rate: float
+    __slots__ = ("_is_frozen",)  # beside the fields' dict, which `vars` returns
+
     batch_size: int
     prompts_per_batch: int
-    members_per_batch: int
-    num_threads: int
+
+    _numbers: ClassVar[tuple[str, ...]] = ("batch_size", "prompts_per_batch")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "prompts_per_batch", "members_per_batch", "num_threads"):
-            is_used = self.method in OF_METHODS.get(name, METHODS)
-            if is_used and not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} is not resolved")
+        for name in self._numbers:
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"{name} must be a number in a resolved configuration, not {getattr(self, name)!r}")
         object.__setattr__(self, "_is_frozen", True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_is_frozen", False):
             raise dataclasses.FrozenInstanceError(f"cannot assign to {name} of a resolved configuration")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete {name} of a resolved configuration")
+
+
+class ResolvedConfig(SizedConfig):
+    """The configuration of an open run: each ``auto`` that its method uses is replaced by a number.
+
+    `estune.train.setup.resolve_with_engine` makes it once, when the engine is loaded. A field that the method does not
+    use keeps its default, which the run's files store: ``members_per_batch`` of a method without members, and
+    ``reward_workers`` with inline rewards, are ``auto``. Code reads `group_size` instead.
+    """
+
+    __slots__ = ()
+
+    num_threads: int
+
+    _numbers: ClassVar[tuple[str, ...]] = (*SizedConfig._numbers, "num_threads")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method in OF_METHODS["members_per_batch"] and self.members_per_batch == "auto":
+            raise UserError("members_per_batch must be a number in a resolved configuration, not 'auto'")
+
+    @property
+    def group_size(self) -> int:
+        """The number of members that share a forward pass, at most; 1 for a method without members."""
+        return 1 if self.members_per_batch == "auto" else self.members_per_batch
 
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(ESConfig)}

@@ -23,13 +23,14 @@ def read_config_file(name: str) -> dict[str, Any]:
         """Refuses a repeated key; YAML's own loader would drop the first value."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
+            seen: dict[str, int] = {}
             for key, _ in node.value:
+                line = key.start_mark.line + 1
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
                     raise UserError(
-                        f"config {name!r} gives {key.value!r} twice, once in line {key.start_mark.line + 1}"
+                        f"config {name!r} gives {key.value!r} in line {seen[key.value]} and again in line {line}"
                     )
-                seen.add(str(key.value))
+                seen[str(key.value)] = line
             return super().construct_mapping(node, deep)
 
     path = Path(name)

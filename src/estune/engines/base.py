@@ -93,7 +93,9 @@ class Generator(Protocol):
     def answers(
         self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[GroupAnswer]:
-        """Yield each group's answers when they are complete, in any order.
+        """Yield one answer for each job when it is complete, in any order; `estune.train.rollouts` checks each answer.
+
+        A completion has at most ``max_completion_length`` tokens, which are smaller than `EngineFacts.vocab_size`.
 
         Raises:
             Interrupted: ``should_stop`` returned true between two tokens.
@@ -164,3 +166,14 @@ class LocalEngine(Engine, Protocol):
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return theta's natural log-probability of every token; ``completions`` holds one completion per prompt."""
+
+
+class EngineClass(Protocol):
+    """The class of a local engine, which `--engine` names. Its attribute ``name`` is optional: the model's default."""
+
+    def open(self, options: EngineOptions) -> LocalEngine:
+        """Return an engine with its model loaded.
+
+        Raises:
+            UserError: the model is missing or damaged, or an option cannot be used.
+        """

@@ -19,12 +19,16 @@ from estune.es.update import Update
 from estune.files import writing
 from estune.models.tensor_files import WEIGHTS_FILE, TensorFile, open_model_files, write_tensors
 
+N_BYTES = 256  # token ids of an engine whose tokens are bytes
+REPEATED_MEMBERS = 2  # members that answer twice, to find out whether answers are reproducible
+REPEATED_PROMPTS = 4  # prompts of these members
+
 
 class LocalBase:
     """The base class of engines in this process; see `estune.engines.base.LocalEngine`.
 
-    A subclass sets ``theta`` and ``assets`` and implements `generate`. It overrides `forget` if it caches anything
-    derived from theta, and other methods for speed.
+    A subclass sets ``theta`` and ``assets`` and implements `generate`, which leaves theta as it is. It overrides
+    `forget` if it caches anything derived from theta, and other methods for speed.
     """
 
     name = "local"
@@ -89,7 +93,8 @@ class LocalBase:
     def facts(self) -> EngineFacts:
         """Properties of the engine that training reads."""
         header = {"engine": self.name, "model_type": self.name, "device": "cpu", "dtype": self.compute_dtype}
-        return EngineFacts(self.name, "cpu", self.compute_dtype, None, None, shared_forward=False, header=header)
+        vocab_size = N_BYTES if isinstance(getattr(self, "assets", None), ByteAssets) else None
+        return EngineFacts(self.name, "cpu", self.compute_dtype, None, vocab_size, shared_forward=False, header=header)
 
     @property
     def stored_dtypes(self) -> dict[str, str]:
@@ -145,8 +150,11 @@ class LocalBase:
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Return true, because one thread computes the same values every time."""
-        return True
+        """Return whether a few members answer a few prompts with the same tokens again, after `forget`."""
+        members, asked = perturbations[:REPEATED_MEMBERS], prompts[:REPEATED_PROMPTS]
+        first = [self.generate(member, asked, sampling) for member in members]
+        self.forget()
+        return first == [self.generate(member, asked, sampling) for member in members]
 
     def load_theta(self) -> None:
         """Do nothing, because there is no working model."""

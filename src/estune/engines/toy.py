@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from estune.es.types import (
 
 SHAPES = {"body.weight": (4, 8), "body.bias": (8,), "head.weight": (2, 3), "frozen.weight": (3,)}
 MODEL_TYPE = "estune-toy"
+JOBS_PER_THREAD = 2  # jobs that run or wait
 
 
 class ToyEngine(LocalBase):
@@ -97,10 +98,18 @@ class ToyEngine(LocalBase):
     def answers(
         self, jobs: Iterable[GroupJob], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[GroupAnswer]:
-        """Answer groups on ``num_threads`` threads and yield each when it is complete; see `Generator.answers`."""
+        """Answer groups on ``num_threads`` threads and yield each when it is complete; see `Generator.answers`.
+
+        At most `JOBS_PER_THREAD` jobs per thread are taken ahead.
+        """
         if self._num_threads == 1:
             yield from super().answers(jobs, should_stop)
             return
         with ThreadPoolExecutor(self._num_threads) as pool:
-            for done in as_completed([pool.submit(self.answer, job, should_stop) for job in self.checked(jobs)]):
-                yield done.result()
+            running: set[Future[GroupAnswer]] = set()
+            for job in self.checked(jobs):
+                running.add(pool.submit(self.answer, job, should_stop))
+                if len(running) == JOBS_PER_THREAD * self._num_threads:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (each.result() for each in done)
+            yield from (each.result() for each in as_completed(running))

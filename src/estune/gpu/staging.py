@@ -6,7 +6,6 @@ delays.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -75,24 +74,28 @@ class Staging:
         self._down.wait()
 
 
-def pin(tensors: Sequence[torch.Tensor], owner: object) -> None:
+def pin(tensors: Sequence[torch.Tensor], owner: object) -> bool:
     """Pin host memory in place until ``owner`` is garbage-collected, so that copies to a GPU are direct.
 
-    Small tensors are not pinned: they share memory pages with others, and their copies are cheap. If pinning fails, a
-    warning is given; copies are then slower and still correct.
+    Small tensors are not pinned: they share memory pages with others, and their copies are cheap. If pinning fails,
+    copies are slower and still correct.
+
+    Returns:
+        Whether every tensor that is not small was pinned.
     """
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    pinned = []
+    pinned, is_whole = [], True
     for tensor in tensors:
         if tensor.nbytes < PINNED_BYTES:
             continue
         if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
-            warnings.warn("theta's host memory could not be pinned: copies to the GPU are slower", stacklevel=3)
+            is_whole = False
             with suppress(RuntimeError):  # clears the call's error, which the next kernel would report as its own
                 torch.zeros(1, device="cuda")
             break
         pinned.append(tensor)
     weakref.finalize(owner, _unpin, pinned)
+    return is_whole
 
 
 def _unpin(tensors: Sequence[torch.Tensor]) -> None:

@@ -9,7 +9,6 @@ ring of `estune.gpu.staging` part by part. This module needs triton.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +29,15 @@ STAGE = 1 << 24  # elements of a staging buffer: 64 MiB
 RESIDENT_SHARE = 0.5  # share of the device's free memory that theta may take; caches and activations take the rest
 
 
-def on_device(host: HostTheta, device: torch.device, *, resident: bool | None = None) -> Theta:
+def on_device(
+    host: HostTheta, device: torch.device, report: Callable[[str], None], *, resident: bool | None = None
+) -> Theta:
     """Return theta on ``device``, or ``host`` itself if the device cannot compute the same bits.
 
     Args:
         host: theta; the result uses its arrays.
         device: the working model's device; the model is already loaded there.
+        report: is called with one sentence if the device cannot be used, or if copies to it are slow.
         resident: whether theta is stored on the device; None: if it takes at most half of the free device memory.
     """
     if device.type != "cuda":
@@ -43,18 +45,20 @@ def on_device(host: HostTheta, device: torch.device, *, resident: bool | None = 
     try:
         wrong = check.check(device)
         fault = f"computes other bits than the CPU for {wrong[0]}" if wrong else ""
-    except Exception as error:  # for example no C compiler for Triton's launcher, or a GPU unknown to Triton
+    except Exception as error:
+        # Without a C compiler, or on an unknown GPU, Triton raises errors of many types (KeyError, CalledProcessError,
+        # errors of LLVM). None of them may end the run, because the CPU computes the same bits; `report` gets them all.
         fault = f"cannot run the noise kernels ({type(error).__name__}: {error})"
     if fault:
-        warnings.warn(
-            f"{torch.cuda.get_device_name(device)} {fault}: the CPU computes members and updates instead, which is "
-            "slower and exact",
-            stacklevel=2,
-        )
+        name = torch.cuda.get_device_name(device)
+        report(f"{name} {fault}: the CPU computes members and updates instead, which is slower and exact")
         return host
     if resident is None:
         resident = 4 * host.num_parameters <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return DeviceTheta(host, device, resident=resident)
+    theta = DeviceTheta(host, device, resident=resident)
+    if not theta.is_pinned:
+        report("theta's host memory could not be pinned: copies to the GPU are slower")
+    return theta
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +120,14 @@ class DeviceTheta:
         self._host = {name: torch.from_numpy(flat) for name, flat in host.flat.items()}
         self._stage = stage
         self._staging: Staging | None = None
+        self.is_pinned = True  # whether all of theta that is streamed to a GPU lies in pinned memory
         if resident:
             self._theta = {name: flat.to(device, copy=True) for name, flat in self._host.items()}
         else:
             longest = max((spec.shape[-1] for spec in self.specs if spec.lowrank), default=0)
             self._staging = Staging(device, max(stage, longest))
             if device.type == "cuda":
-                pin(list(self._host.values()), self)
+                self.is_pinned = pin(list(self._host.values()), self)
 
     @property
     def version(self) -> int:

@@ -32,8 +32,8 @@ EXTRA_OF = {
 # Module -> its package's name on PyPI, where the two differ.
 PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "cv2": "opencv-python", "bs4": "beautifulsoup4"}
 
-# Reward files loaded by path: module name -> (path, text). Workers run this text even if the file has changed since. A
-# file that was edited and loaded again is another module.
+# Files of rewards and engines loaded by path: module name -> (path, text). Workers run a reward's text even if its file
+# has changed since. A file that was edited and loaded again is another module.
 _loaded_files: dict[str, tuple[str, str]] = {}
 
 
@@ -106,7 +106,7 @@ def source_digest(spec: str) -> str:
 
 
 def loaded_source(module: str) -> tuple[str, str]:
-    """Return path and text of the reward file behind a module; two empty strings for any other module."""
+    """Return path and text of the file that was loaded as a module; two empty strings for any other module."""
     return _loaded_files.get(module, ("", ""))
 
 
@@ -117,6 +117,11 @@ def look_for_modules_in(directories: Iterable[Path]) -> None:
 
 
 def _add_to_path(directory: Path) -> None:
+    """Append a directory to `sys.path` for the process's life.
+
+    Functions may import modules of their directory when they are called, not only when they are loaded, and workers get
+    a copy of `sys.path`. At the end of the path, the directory hides no installed module.
+    """
     if str(directory) not in sys.path:
         sys.path.append(str(directory))
 
@@ -124,6 +129,7 @@ def _add_to_path(directory: Path) -> None:
 def _load_file(where: str) -> Any:
     path = str(Path(where).expanduser().resolve())
     source = Path(path).read_text("utf-8")
+    # Stored hashes of values can hold this name (`estune.identity`), so its prefix never changes. Engines have it, too.
     name = f"reward_file_{blake2b(repr((path, source)).encode(), digest_size=6).hexdigest()}"
     if name not in _loaded_files:
         module_from_source(name, path, source)

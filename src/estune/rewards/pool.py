@@ -98,7 +98,8 @@ class RewardPool:
         self._queue: queue.SimpleQueue[tuple[RewardBatch, Future[RewardResult]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._workers: list[Worker] = []
-        self._loaded: list[Future[None]] = []
+        # Of each worker: done when it has loaded the functions; holds a UserError if it cannot.
+        self.loaded: list[Future[None]] = []
         self._server: ForkServer | None = None
         self._runner = asyncio.Runner()
         if isolation == "inline":
@@ -116,7 +117,7 @@ class RewardPool:
             thread = threading.Thread(target=self._work, args=(worker, loaded), name=f"reward-{index}", daemon=True)
             self._threads.append(thread)
             self._workers.append(worker)
-            self._loaded.append(loaded)
+            self.loaded.append(loaded)
             thread.start()
         atexit.register(self.close)
 
@@ -127,15 +128,6 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def wait_until_loaded(self) -> None:
-        """Wait until every worker has loaded the functions. Without this call, the first batch raises a load error.
-
-        Raises:
-            UserError: the functions do not load in a worker.
-        """
-        for loaded in self._loaded:
-            loaded.result()
 
     def submit(self, batch: RewardBatch) -> Future[RewardResult]:
         """Submit one member's completions for scoring; thread-safe. Inline, the future is done on return."""

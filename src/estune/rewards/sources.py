@@ -36,7 +36,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from estune.identity import NoIdentityError, digest
-from estune.rewards.loading import loaded_source
+from estune.rewards.loading import loaded_source, look_for_modules_in
 
 PACKAGE = Path(__file__).parents[1]
 MOST_FILES = 300  # files of the user's that are followed from one reward
@@ -59,6 +59,25 @@ def source_parts(function: Callable[..., Any], kind: str = "reward") -> dict[str
     sources = _Sources()
     sources.add(function, kind)
     return dict(sorted(sources.parts.items()))
+
+
+def source_files(spec: str) -> dict[str, str]:
+    """Return the hashes of the files behind ``package.module:name`` or ``file.py:name``, without importing them.
+
+    They are those parts of `source_parts` that are files, or versions of installed packages. Files are searched as
+    `estune.rewards.loading.load_object` searches them.
+    """
+    where = spec.rpartition(":")[0]
+    sources = _Sources()
+    is_file = where.endswith(".py") or os.sep in where
+    path = Path(where).expanduser().resolve()
+    look_for_modules_in([path.parent if is_file else Path.cwd()])
+    if not is_file:
+        sources._add_module(where)
+        return sources.parts
+    with suppress(OSError, UnicodeDecodeError):
+        sources._add_text(path.stem, path.read_text("utf-8"), "")
+    return sources.parts
 
 
 class _Sources:
@@ -167,7 +186,7 @@ class _Sources:
             self._keep(name, "estune")
         elif owner:
             self._keep(name, f"{module}.{thing.__qualname__}")
-            self._keep(owner, _version(owner))
+            self._keep(owner, version_of(owner))
             self._add_file_of(module, follows=False)
         elif module != "__main__" and _file_of(module) is not None:
             self._add_module(module)
@@ -197,7 +216,7 @@ class _Sources:
         """Add a user's module with the files that it imports, or the version of an installed module."""
         owner = _owner(name)
         if owner and owner != "estune":
-            self._keep(owner, _version(owner))
+            self._keep(owner, version_of(owner))
         elif not owner:
             self._add_file_of(name, follows=True)
 
@@ -346,7 +365,7 @@ def _owner(module: str) -> str:
         return "python"
     file = _file_of(top)
     if file is None or not {"site-packages", "dist-packages"} & set(file.resolve().parts):
-        return "" if file is None or not _version(top) or _is_editable(top) else top
+        return "" if file is None or not version_of(top) or _is_editable(top) else top
     return top
 
 
@@ -359,7 +378,7 @@ def _is_editable(top: str) -> bool:
 
 
 @cache
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
     """Return the version of an installed distribution; an empty string if there is none."""
     with suppress(metadata.PackageNotFoundError, ValueError):
         return metadata.version(distribution)

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.console import counted, open_missing_descriptors, warn
 from estune.environment import environment, processor, versions
 from estune.errors import ExternalError, UserError
@@ -73,7 +73,7 @@ class Run:
     """An open run directory; ``steps_done`` steps are in its journal."""
 
     path: Path
-    args: ESConfig
+    args: SizedConfig
     lock: int  # descriptor that holds the directory's lock
     found: Journal | None = None  # the journal as opened; None for a new run, until `begin` writes its header
     pending: Pending = field(init=False)
@@ -268,7 +268,7 @@ class Run:
         os.close(self.lock)
 
 
-def open_run(args: ESConfig, given: ESConfig) -> Run:
+def open_run(args: SizedConfig, given: ESConfig) -> Run:
     """Open ``args.output_dir`` for a new run, or with ``resume`` for the run in it.
 
     ``given`` is the configuration before its `auto` values were resolved; a resume keeps the run's resolved values.

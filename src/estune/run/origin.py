@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from estune.errors import ExternalError
+from estune.errors import ExternalError, UserError
 from estune.files import write_json
 from estune.models.names import EMBEDDED_MODELS, local_directory
 
@@ -169,6 +170,25 @@ def _names(values: Mapping[str, Any]) -> list[str]:
 def is_engine_name(engine: str, model: Any) -> bool:
     """Return whether a model is the name of an engine outside estune, which is never a path."""
     return ":" in engine and isinstance(model, str) and "/" not in model
+
+
+def is_foreign_engine(engine: str) -> bool:
+    """Return whether an engine's name leads to code outside estune: to a file, or to a module of another package."""
+    where = engine.rpartition(":")[0]
+    return where.endswith(".py") or (bool(where) and re.fullmatch(r"estune\.engines(\.\w+)+", where) is None)
+
+
+def refuse_foreign_engine(engine: str, run_dir: Path) -> None:
+    """Refuse an engine outside estune that a run names and the user does not: a run must not choose the code that runs.
+
+    Raises:
+        UserError: the engine is outside estune; the message names ``--engine``.
+    """
+    if is_foreign_engine(engine):
+        raise UserError(
+            f"{run_dir} names {engine}, an engine outside estune, and a run must not choose the code that runs: "
+            f"read the engine's code, then give --engine {engine}"
+        )
 
 
 def _path_of(name: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from estune.console import counted
 from estune.errors import UserError
-from estune.es.replica import Replica
+from estune.es.replica import Replica, apply_update
 from estune.es.theta import Moved
 from estune.es.types import ParameterSpec
 from estune.run.journal import Journal, recorded_update
@@ -47,7 +47,7 @@ def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> M
     for record in journal.steps[start:stop]:
         if checksum != record["checksum"]:
             raise UserError(f"theta before step {record['step']} is not what the journal says it was")
-        moved = replica.apply(recorded_update(record, journal.header["config"]))
+        moved = apply_update(replica, recorded_update(record, journal.header["config"]))
         checksum = moved.checksum
         if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
             raise UserError(f"theta after step {record['step']} is not what the journal says it was")

@@ -12,13 +12,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from estune.config import FIELDS, RESUMABLE, ESConfig
 from estune.console import warn
 from estune.errors import ExternalError
 from estune.files import is_count
 from estune.run.origin import LOCATED, DataIdentity, may_lead_to_the_same, read_origin
+
+Config = TypeVar("Config", bound=ESConfig)
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,49 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
     if rule.name == "end_tokens":
         raise ExternalError(f"a resume cannot change {rule.what} from {then} to {now}")
     if rule.name in ("reward_sources", "engine_source"):
-        changed = [_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name]]
         raise ExternalError(
-            f"a resume cannot change {rule.what}: since the run began, {'; '.join(changed)}; undo the change, or start "
-            "a new run from the run's weights with --model"
+            f"a resume cannot change {rule.what}: since the run began, {_changed_sources(then, now)}; undo the change, "
+            "or start a new run from the run's weights with --model"
         )
     raise ExternalError(f"a resume cannot change {rule.what}: it has changed since the run began")
+
+
+def check_engine_files(then: Mapping[str, Any], name: str, now: Mapping[str, str]) -> bool:
+    """Return whether a run's stored identity holds all files of an engine outside estune, before they are imported.
+
+    Args:
+        then: the identity in the run's header.
+        name: the name of the engine's class.
+        now: the hashes of the engine's present files, see `estune.rewards.sources.source_files`.
+
+    Raises:
+        ExternalError: a file has changed since the run began.
+    """
+    stored = then.get("engine_source", {}).get(name, {})
+    known = {part: value for part, value in now.items() if part in stored}
+    if any(stored[part] != value for part, value in known.items()):
+        _differs(RULES["engine_source"], {name: {part: stored[part] for part in known}}, {name: known})
+    return bool(now) and len(known) == len(now)
+
+
+def warn_of_engine_source(then: Mapping[str, Any], now: Mapping[str, Mapping[str, str]]) -> None:
+    """Warn if the source of an engine outside estune is not the one in a run's stored identity.
+
+    Args:
+        then: the identity in the run's header.
+        now: the parts of the engine's source, by the name of its class.
+    """
+    stored = then.get("engine_source")
+    if stored and now and stored != now:
+        warn(
+            f"{RULES['engine_source'].what} is not the one that the run began with: {_changed_sources(stored, now)}; "
+            "the answers may differ from the run's"
+        )
+
+
+def _changed_sources(then: Mapping[str, Any], now: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the changed parts of all sources, as text."""
+    return "; ".join(_changed_parts(name, then.get(name, {}), now[name]) for name in now if then.get(name) != now[name])
 
 
 def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -178,7 +217,7 @@ def has_sources(header: StoredFacts) -> bool:
     return "reward_sources" in header.get("identity", {})
 
 
-def adopt(args: ESConfig, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> ESConfig:
+def adopt(args: Config, stored: Mapping[str, Any], given: ESConfig, has_sources: bool = True) -> Config:
     """Return ``args`` with the options that a resume must keep taken from the journal's header.
 
     A model, a dataset or a reward may have another name: its content is compared after loading.

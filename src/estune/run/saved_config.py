@@ -12,7 +12,7 @@ from estune.console import warn
 from estune.errors import ExternalError, UserError
 from estune.files import read_json_object
 from estune.run.journal import JOURNAL_FILE, Base, Header, Journal
-from estune.run.origin import located, may_lead_to_the_same
+from estune.run.origin import located, may_lead_to_the_same, refuse_foreign_engine
 from estune.run.resume import StoredFacts, has_sources
 
 CONFIG_FILE = "es_config.json"
@@ -61,8 +61,13 @@ def inherited_settings(directory: Path, given: Collection[str]) -> dict[str, Any
 
     Task, data and rewards are inherited together: the run's rewards score other rows too, but another task has its own
     rewards.
+
+    Raises:
+        UserError: the run's engine is outside estune, and ``engine`` is not given.
     """
     stored = located(read_config(directory), directory)
+    if "engine" not in given:
+        refuse_foreign_engine(str(stored.get("engine", "")), directory)
     names = _INHERITED.split()
     es = stored.get("method", "es") == "es"  # other methods sample in training, and are evaluated greedily
     if es and not set(_SAMPLING.split()) & set(given):

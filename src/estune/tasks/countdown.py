@@ -171,7 +171,9 @@ def normalise_numbers(numbers: Any) -> list[int]:
         elif isinstance(item, int) and not isinstance(item, bool):
             value = item
         if value is None or value < 0:
-            raise UserError(f"The numbers of a countdown row must be whole and not negative, not {_short(item)}.")
+            raise UserError(
+                f"Each number of a countdown row must be an integer of at least 0, but one is {_short(item)}."
+            )
         normalised.append(value)
     return normalised
 

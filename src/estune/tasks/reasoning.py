@@ -133,7 +133,7 @@ def rows_of(name: str, timeout_s: float | None = None) -> dict[str, list[dict[st
 def made(name: str) -> str:
     """Return a generator's rows as JSON, ``{"rows": ...}`` or ``{"error": ...}``; see `rows_of`."""
     try:
-        return json.dumps({"rows": _make(name)})
+        return json.dumps({"rows": make_rows(name)})
     except UserError as error:
         return json.dumps({"error": str(error)})
 
@@ -143,7 +143,12 @@ def asked(question: str) -> str:
     return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(re.sub(r"[()]", " ", question).split()))
 
 
-def _make(name: str, asked: Callable[[str], str] = asked) -> dict[str, list[dict[str, Any]]]:
+def make_rows(name: str, asked: Callable[[str], str] = asked) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of every split of a task; two questions with one key, ``asked``, count as equal.
+
+    Raises:
+        UserError: the task has too few different questions for three splits.
+    """
     wanted = sum(SPLIT_SIZES.values())
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []

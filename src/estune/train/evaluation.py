@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -232,6 +233,17 @@ def of_evaluations(sampling: Sampling) -> Sampling:
     return dataclasses.replace(sampling, step=0, person=EVAL_PERSON)
 
 
+@contextmanager
+def _batches_of(engine: LocalEngine, size: int) -> Iterator[None]:
+    """Let an engine's forward passes hold at most ``size`` prompts within the context."""
+    kept = engine.prompts_per_batch
+    engine.prompts_per_batch = size
+    try:
+        yield
+    finally:
+        engine.prompts_per_batch = kept
+
+
 def check_batches(
     engine: LocalEngine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
 ) -> dict[str, Any] | None:
@@ -254,15 +266,12 @@ def check_batches(
     other = size // 2 if size > 1 else 2
     if len(prompts) < 2:
         return None
-    kept, engine.prompts_per_batch = engine.prompts_per_batch, other
-    try:
+    with _batches_of(engine, other):
         answers = [
             row
             for start in range(0, len(prompts), other)
             for row in engine.generate(None, prompts[start : start + other], of_evaluations(sampling))
         ]
-    finally:
-        engine.prompts_per_batch = kept
     changed = sum(
         [list(completion.token_ids) for completion in again] != row.token_ids
         for again, row in zip(answers, evaluation.rows, strict=True)

@@ -39,7 +39,7 @@ from estune.train.rollouts import Evaluator
 from estune.train.session import Session, restored_fields
 from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
-from estune.train.soundness import refuse_broken_theta
+from estune.train.soundness import refuse_broken_theta, refuse_moved_theta
 from estune.train.step import plan_step, sampling_of
 
 
@@ -71,7 +71,9 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
         monitors, panel = _begin(stack, request, run, loaded, batches)
         replayed, last_move = run.recover(engine)
         if run.steps_done:
+            checksum = engine.theta_checksum
             refuse_broken_theta(args, engine, loaded.train_prompts, run.steps_done)
+            refuse_moved_theta(args, engine, checksum)
         lines = MemberLines(args.max_steps, args.population_size, lambda: run.steps_done)
         session = Session(
             **vars(loaded),
@@ -115,7 +117,9 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     eval_prompts = request.prompts(request.eval_rows)
     if checks_model:
         engine.assets.check()
+        loaded_checksum = engine.theta_checksum
         refuse_broken_theta(args, engine, train_prompts, 0)
+        refuse_moved_theta(args, engine, loaded_checksum)
     return Loaded(args, engine, request.rewards, request.train_rows, train_prompts, request.eval_rows, eval_prompts)
 
 
@@ -132,7 +136,11 @@ def _begin(
     if run.is_new:
         run.clear(old_files)  # all inputs have been checked by now
     _keep_base(request, run)
-    reproducible = check_reproducible(args, engine, batches, loaded.train_prompts) if run.is_new else None
+    reproducible = None
+    if run.is_new:
+        checksum = engine.theta_checksum
+        reproducible = check_reproducible(args, engine, batches, loaded.train_prompts)
+        refuse_moved_theta(args, engine, checksum)
     run.begin(engine, engine.facts.header, reproducible, facts)
     write_trackers(run.path, {**trackers, **started})
     return monitors, panel
@@ -142,7 +150,7 @@ def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, p
     """Return whether the first step's members generate the same tokens when they answer again, under load."""
     first = plan_step(args, batches, 0)
     say("estune: checking that the same prompts give the same answers twice")
-    members = first.perturbations[: args.members_per_batch]
+    members = first.perturbations[: args.group_size]
     return engine.check_reproducible(members, [prompts[row] for row in first.rows], sampling_of(args, 0))
 
 

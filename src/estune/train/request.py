@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.console import warn
 from estune.engines.base import LocalEngine
 from estune.errors import UserError
@@ -29,7 +29,7 @@ class TrainingRequest:
     """What a trainer was asked to do: a configuration, rewards and rows. The engine is loaded on first use."""
 
     given_args: ESConfig  # as the user gave it; a resume takes the stored run's value for every `auto` in it
-    args: ESConfig  # some `auto` values are resolved; a `ResolvedConfig` once the run is open
+    args: SizedConfig  # a `ResolvedConfig` once the run is open
     task: Task | None
     rewards: Rewards
     train_rows: Rows
@@ -78,9 +78,9 @@ class TrainingRequest:
             eval_rows = held_out[: args.eval_rows or None]
         # A model in memory has no name yet: `make_run_directory` chooses it.
         given_args = args if module is None else dataclasses.replace(args, model="auto")
-        args = setup.resolve_config(args, len(train_rows), module)
-        setup.batches_of(args, len(train_rows))  # raises UserError if the batch is larger than the number of rows
-        return cls(given_args, args, task, rewards, train_rows, eval_rows, module, processing_class)
+        resolved = setup.resolve_config(args, len(train_rows), module)
+        setup.batches_of(resolved, len(train_rows))  # raises UserError if the batch is larger than the number of rows
+        return cls(given_args, resolved, task, rewards, train_rows, eval_rows, module, processing_class)
 
     @property
     def engine(self) -> LocalEngine:
@@ -140,7 +140,7 @@ class BaseTrainer:
         raise NotImplementedError
 
     @property
-    def args(self) -> ESConfig:
+    def args(self) -> SizedConfig:
         """The configuration; a `ResolvedConfig` once a run has been opened."""
         return self.request.args
 

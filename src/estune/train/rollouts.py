@@ -31,6 +31,7 @@ from estune.train.groups import Group, Rollouts, known_groups, stack, tokens_dig
 
 Completions = list[list[Completion]]  # (B, G)
 
+MAX_TOKEN = 2**31  # token ids of an engine without a vocabulary size are smaller
 STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to stop
 
 
@@ -70,7 +71,7 @@ class Evaluator:
             The member's index, its `Group` without rewards, its completions (B, G), and the future of its rewards.
             `complete` puts the rewards into the group. A job's times are divided evenly among its members.
         """
-        for job, answer in self._answers(jobs):
+        for job, answer in checked_answers(self.engine, jobs, self.should_stop):
             rows, n_members = rows_of(job), len(answer.indices)
             for index, completions in zip(answer.indices, answer.completions, strict=True):
                 group = Group(
@@ -90,21 +91,6 @@ class Evaluator:
                         for prompt, row in zip(job.prompts, completions, strict=True)
                     ]
                 yield index, group, completions, self.score(rows, job.prompts, completions, trainer_state)
-
-    def _answers(self, jobs: Iterable[GroupJob]) -> Iterator[tuple[GroupJob, GroupAnswer]]:
-        """Yield each answer with its job."""
-        submitted: dict[tuple[int, ...], GroupJob] = {}
-
-        def recorded_jobs() -> Iterator[GroupJob]:
-            for job in jobs:
-                submitted[job.indices] = job
-                yield job
-
-        for answer in self.engine.answers(recorded_jobs(), self.should_stop):
-            job = submitted.get(getattr(answer, "indices", ()))
-            check_answer(self.engine, job, answer)
-            assert job is not None
-            yield job, answer
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
@@ -280,50 +266,98 @@ def answers_of_theta(
         Interrupted: ``should_stop`` returned true after a token.
     """
     job = GroupJob((0,), (None,), engine.theta_checksum, tuple(prompts), sampling)
-    [answer] = engine.answers([job], should_stop)
-    check_answer(engine, job, answer)
+    [(_, answer)] = checked_answers(engine, [job], should_stop)
     return answer.completions[0]
 
 
-def check_answer(engine: Engine, job: GroupJob | None, answer: GroupAnswer) -> None:
-    """Check that an engine's answer has the shape (M, B, G) and the types of its job.
+def checked_answers(
+    engine: Engine, jobs: Iterable[GroupJob], should_stop: Callable[[], bool]
+) -> Iterator[tuple[GroupJob, GroupAnswer]]:
+    """Yield an engine's answers, each with its job, after a check that they keep the contract of `Generator.answers`.
+
+    Args:
+        engine: the engine.
+        jobs: any two jobs have different ``indices``.
+        should_stop: for the engine.
 
     Raises:
-        UserError: it has not; the message names the engine and what is wrong.
+        UserError: a job has no answer or two, or an answer has not the shape and the types of its job.
+        Interrupted: ``should_stop`` returned true.
     """
-    if job is None or not isinstance(answer, GroupAnswer):
-        problem = "the answer is no GroupAnswer with the indices of a job"
-    else:
-        shape = (len(job.indices), len(job.prompts), job.sampling.num_generations)
-        problem = _problem(answer.completions, shape)
-    if problem:
-        raise UserError(
-            f"engine {engine.facts.name} breaks its contract: {problem} (see estune.engines.base, and Completion in "
-            "estune.es.types)"
-        )
+    open_jobs: dict[tuple[int, ...], GroupJob] = {}
+
+    def recorded_jobs() -> Iterator[GroupJob]:
+        for job in jobs:
+            open_jobs[job.indices] = job
+            yield job
+
+    recorded = recorded_jobs()
+    answers = engine.answers(recorded, should_stop)
+    if not isinstance(answers, Iterable):
+        raise _breach(engine, f"answers returned {type(answers).__name__}, not an iterator")
+    for answer in answers:
+        if not isinstance(answer, GroupAnswer):
+            raise _breach(engine, f"an answer is {type(answer).__name__}, not GroupAnswer")
+        if not isinstance(answer.indices, tuple):
+            raise _breach(engine, f"indices is {type(answer.indices).__name__}, not a tuple")
+        job = open_jobs.pop(answer.indices, None)
+        if job is None:
+            raise _breach(engine, f"the answer with indices {answer.indices} belongs to no job, or is a second answer")
+        if problem := _problem_of(answer, job, engine.facts.vocab_size):
+            raise _breach(engine, problem)
+        yield job, answer
+    if open_jobs or next(recorded, None) is not None:
+        raise _breach(engine, f"the job with indices {next(iter(open_jobs))} has no answer")
 
 
-def _problem(completions: Any, shape: tuple[int, int, int]) -> str:
-    """Return what is wrong with completions that should have the shape (M, B, G); an empty string if nothing is."""
+def _breach(engine: Engine, problem: str) -> UserError:
+    """Return the error for an engine that breaks its contract."""
+    return UserError(
+        f"engine {engine.facts.name} breaks its contract: {problem} (see estune.engines.base, and Completion in "
+        "estune.es.types)"
+    )
+
+
+def _problem_of(answer: GroupAnswer, job: GroupJob, vocab_size: int | None) -> str:
+    """Return what is wrong with an answer; an empty string if nothing is."""
+    for name in ("generate_s", "perturb_s"):
+        seconds = getattr(answer, name)
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            return f"{name} is {seconds!r}, not a number of seconds"
     names = ("members", "prompts", "completions of a prompt")
-    level = [completions]
-    for name, size in zip(names, shape, strict=True):
+    level: list[Any] = [answer.completions]
+    for name, size in zip(names, (len(job.indices), len(job.prompts), job.sampling.num_generations), strict=True):
         for item in level:
             if not isinstance(item, (list, tuple)):
                 return f"{type(item).__name__} instead of a list of {size} {name}"
             if len(item) != size:
                 return f"{len(item)} instead of {size} {name}"
         level = [part for item in level for part in item]
-    for completion in level:
-        if not isinstance(completion, Completion):
-            return f"{type(completion).__name__} instead of Completion"
-        if not isinstance(completion.token_ids, (list, tuple)):
-            return f"token_ids is {type(completion.token_ids).__name__}, not a tuple"
-        for token in completion.token_ids:
-            if type(token) is not int:
-                return f"a token id is {type(token).__name__}, not int"
-        if type(completion.finished) is not bool or type(completion.finite) is not bool:
-            return "finished and finite must be bool"
+    length, bound = job.sampling.max_completion_length, MAX_TOKEN if vocab_size is None else vocab_size
+    return next(filter(None, (_problem_of_completion(each, length, bound) for each in level)), "")
+
+
+def _problem_of_completion(completion: Any, length: int, bound: int) -> str:
+    """Return what is wrong with a completion; an empty string if nothing is.
+
+    Args:
+        completion: of any type.
+        length: largest number of tokens.
+        bound: token ids are smaller.
+    """
+    if not isinstance(completion, Completion):
+        return f"{type(completion).__name__} instead of Completion"
+    token_ids = completion.token_ids
+    if not isinstance(token_ids, (list, tuple)):
+        return f"token_ids is {type(token_ids).__name__}, not a tuple"
+    if wrong := set(map(type, token_ids)) - {int}:
+        return f"a token id is {wrong.pop().__name__}, not int"
+    if len(token_ids) > length:
+        return f"a completion has {len(token_ids)} tokens, more than max_completion_length {length}"
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < bound:
+        return f"a token id is {min(token_ids) if min(token_ids) < 0 else max(token_ids)}, not in 0 .. {bound - 1}"
+    if type(completion.finished) is not bool or type(completion.finite) is not bool:
+        return "finished and finite must be bool"
     return ""
 
 

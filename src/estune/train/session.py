@@ -19,6 +19,7 @@ from estune.console import counted, say, warn
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
+from estune.es.replica import apply_update
 from estune.es.theta import Moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
@@ -37,7 +38,13 @@ from estune.train.groups import Rollouts, tokens_digest
 from estune.train.rollouts import Evaluator, answers_of_theta
 from estune.train.setup import Loaded
 from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
-from estune.train.soundness import broken_population, refuse_broken_theta, theta_is_finite, warn_of_inputs
+from estune.train.soundness import (
+    broken_population,
+    refuse_broken_theta,
+    refuse_moved_theta,
+    theta_is_finite,
+    warn_of_inputs,
+)
 from estune.train.step import Step, evaluation_sampling, plan_step, sampling_of
 
 Rows = list[dict[str, Any]]
@@ -186,7 +193,7 @@ class Session(OpenRun):
             sampling_of(self.args, step.index),
             self.trainer_state(step.index),
             theta_checksum=self.checksum,
-            members_per_batch=self.args.members_per_batch,
+            members_per_batch=self.args.group_size,
             pending=self.run.pending,
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,
@@ -264,7 +271,11 @@ class Session(OpenRun):
             rollouts: of the members.
             update: the update of theta that follows.
             measured: stored in `pending.jsonl`; if the process is killed before it logs the step, a resume logs it.
+
+        Raises:
+            UserError: an engine outside estune has changed theta by itself.
         """
+        refuse_moved_theta(self.args, self.engine, self.checksum)
         record = step_record(
             step.index,
             step.rows,
@@ -289,7 +300,7 @@ class Session(OpenRun):
             UserError: theta contains NaN or infinity after the update.
         """
         started = time.perf_counter()
-        moved = self.engine.apply(update)
+        moved = apply_update(self.engine, update)
         self.checksum = moved.checksum
         self.run.refuse_diverged(moved)
         return Applied(moved, started, time.perf_counter())
@@ -345,9 +356,11 @@ class Session(OpenRun):
         """Write the finished model to the run directory, with its card; upload it if asked to.
 
         Raises:
-            UserError: theta's logits are NaN or infinite; nothing is written.
+            UserError: theta's logits are NaN or infinite, or an engine outside estune has changed theta by itself;
+                nothing is written.
         """
         refuse_broken_theta(self.args, self.engine, self.train_prompts, self.run.steps_done)
+        refuse_moved_theta(self.args, self.engine, self.checksum)
         self.engine.load_theta()  # a model that the user passed in then holds theta instead of a member
         self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)

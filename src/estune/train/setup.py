@@ -5,24 +5,24 @@ Callers load the engine last, because only the engine needs torch. Mistakes in t
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from estune import environment
-from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig, default_of
+from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig, SizedConfig, default_of
 from estune.console import warn
 from estune.data.batches import Batches
 from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
-from estune.engines.base import Engine, EngineOptions, LocalEngine
+from estune.engines.base import Engine, EngineClass, EngineOptions, LocalEngine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
@@ -31,8 +31,10 @@ from estune.rewards.loading import load_object
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
 from estune.run.directory import refuse_unfinished
+from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.origin import DataIdentity
-from estune.run.resume import Facts
+from estune.run.resume import Facts, warn_of_engine_source
+from estune.run.saved_config import run_of
 from estune.sandbox import host
 from estune.tasks import Task, get_task
 
@@ -173,7 +175,7 @@ def _no_prompt(row: Mapping[str, Any], index: int, split: str, task: Task | None
     return problem
 
 
-def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
+def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConfig:
     """Return the configuration with ``auto`` resolved wherever the options and the number of rows suffice."""
     auto: dict[str, Any] = {}
     if args.method in OF_METHODS["learning_rate"]:
@@ -190,7 +192,7 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> ESConfig:
     if args.reward_workers == "auto" and args.reward_isolation == "process":
         auto["reward_workers"] = min(4, max(1, environment.cores() - 1))
     auto["model"] = model_of(args)
-    return dataclasses.replace(args, **auto)
+    return SizedConfig(**{name: getattr(args, name) for name in FIELDS} | auto)
 
 
 def model_of(args: ESConfig) -> str:
@@ -207,13 +209,12 @@ def model_of(args: ESConfig) -> str:
     return f"./{args.model}" if is_plain else args.model
 
 
-def batches_of(args: ESConfig, n_rows: int) -> Batches:
-    """Return the rows of every step; ``args.batch_size`` must be resolved.
+def batches_of(args: SizedConfig, n_rows: int) -> Batches:
+    """Return the rows of every step.
 
     Raises:
         UserError: the batch size is larger than the number of rows.
     """
-    assert isinstance(args.batch_size, int)
     return Batches(n_rows, args.batch_size, args.seed)
 
 
@@ -233,7 +234,7 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     return environment.cores() if size >= LARGE_BYTES else 1
 
 
-def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> ResolvedConfig:
+def resolve_with_engine(args: SizedConfig, engine: Engine, prompts: Sequence[Prompt]) -> ResolvedConfig:
     """Return the configuration with the values that need the loaded engine: dtype, device, ``members_per_batch``.
 
     ``members_per_batch`` depends on the memory that is free now. It is 1 for full-rank noise. With low-rank noise, as
@@ -241,7 +242,6 @@ def resolve_with_engine(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
     """
     most = 1
     if args.noise == "lowrank" and args.members_per_batch == "auto":
-        assert isinstance(args.batch_size, int) and isinstance(args.prompts_per_batch, int)
         wanted = min(args.batch_size, args.prompts_per_batch) * args.num_generations  # sequences per member
         longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
         sampled = args.temperature > 0
@@ -267,13 +267,12 @@ def check_model(model: str, revision: str | None = None) -> None:
     loading.check_model(model, revision)
 
 
-def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> LocalEngine:
-    """Load the engine; threads and batches of ``args`` must be resolved. ``module`` is a model in memory.
+def load_engine(args: SizedConfig, module: Any = None, tokenizer: Any = None) -> LocalEngine:
+    """Load the engine. ``module`` is a model in memory.
 
     Raises:
         UserError: the engine does not exist, or the model is missing or damaged.
     """
-    assert isinstance(args.num_threads, int) and isinstance(args.prompts_per_batch, int)
     model = model_of(args) if module is None else args.model
     options = EngineOptions(
         model=model,
@@ -283,7 +282,7 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
         device=args.device,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
-        num_threads=args.num_threads,
+        num_threads=default_threads(args, module) if args.num_threads == "auto" else args.num_threads,
         prompts_per_batch=args.prompts_per_batch,
         trainable_parameters=args.trainable_parameters,
         noise=args.noise,
@@ -297,14 +296,14 @@ def load_engine(args: ESConfig, module: Any = None, tokenizer: Any = None) -> Lo
     if module is None and (args.engine == "hf" or model != getattr(engine_class(args.engine), "name", None)):
         refuse_unfinished(args.model)
     name = "toy" if is_toy else args.engine
-    engine: LocalEngine = engine_class(name).open(options)
+    engine = engine_class(name).open(options)
     for attribute in ("theta", "assets", "facts", "specs", "answers", "generate"):
         if getattr(engine, attribute, None) is None:
             raise UserError(f"engine {name!r} has no {attribute}: its constructor must set it (see docs/extending.md)")
     return engine
 
 
-def engine_class(name: str) -> Any:
+def engine_class(name: str) -> EngineClass:
     """Return the class of an engine: one of `ENGINES`, ``package.module:Class``, or ``path/file.py:Class``.
 
     Raises:
@@ -312,8 +311,9 @@ def engine_class(name: str) -> Any:
     """
     if name in ENGINES:
         module, _, attribute = ENGINES[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    found = load_object("engine", name)
+        known: EngineClass = getattr(importlib.import_module(module), attribute)
+        return known
+    found: EngineClass = load_object("engine", name)
     if not hasattr(found, "open"):
         raise UserError(f"engine {name!r} is no engine: it has no method open (see estune.engines.local.LocalBase)")
     return found
@@ -354,9 +354,8 @@ def facts_of(loaded: Loaded) -> Facts:
         "reward_sources": dict(zip(rewards.names, map(source_parts, rewards.funcs), strict=True)),
         "held_out": data_identity(loaded.eval_rows, loaded.eval_prompts) if loaded.eval_rows else None,
     }
-    if loaded.args.engine not in ENGINES:
-        kind = type(loaded.engine)
-        identity["engine_source"] = {kind.__name__: source_parts(kind, "engine")}
+    if source := engine_source(loaded.args, loaded.engine):
+        identity["engine_source"] = source
     return Facts(
         data=data_identity(rows, prompts),
         reward_funcs=rewards.names,
@@ -364,6 +363,24 @@ def facts_of(loaded: Loaded) -> Facts:
         identity=identity,
         unversioned_data=lambda: unversioned_data(rows, prompts),
     )
+
+
+def engine_source(args: ESConfig, engine: Engine) -> dict[str, dict[str, str]]:
+    """Return the parts of the source of an engine outside estune by its class's name; empty for an engine of estune."""
+    kind = type(engine)
+    return {} if args.engine in ENGINES else {kind.__name__: source_parts(kind, "engine")}
+
+
+def warn_of_changed_engine(args: ESConfig, engine: Engine) -> None:
+    """Warn if the model is a run whose engine, outside estune, had another source."""
+    run_dir = run_of(args.model)
+    if run_dir is None or args.engine in ENGINES:
+        return
+    journal = None
+    with suppress(UserError):  # a damaged journal does not prevent an evaluation
+        journal = Journal.open(run_dir / JOURNAL_FILE, repair=False)
+    if journal is not None:
+        warn_of_engine_source(journal.header.get("identity", {}), engine_source(args, engine))
 
 
 def data_identity(rows: Rows, prompts: Sequence[Prompt]) -> DataIdentity:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.console import warn
+from estune.engines import ENGINES
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Completion, Prompt
@@ -27,7 +28,7 @@ def are_finite(answers: Sequence[Sequence[Completion]]) -> bool:
     return all(completion.finite for row in answers for completion in row)
 
 
-def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> bool:
+def theta_is_finite(args: SizedConfig, engine: Engine, prompts: Sequence[Prompt]) -> bool:
     """Return whether theta's logits are finite on the first step's prompts.
 
     Args:
@@ -45,7 +46,7 @@ def theta_is_finite(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -
     return are_finite(answers_of_theta(engine, [prompts[row] for row in rows], greedy))
 
 
-def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
+def refuse_broken_theta(args: SizedConfig, engine: Engine, prompts: Sequence[Prompt], steps_done: int) -> None:
     """Raise UserError if theta's logits are not finite on the first step's prompts.
 
     Args:
@@ -66,6 +67,25 @@ def refuse_broken_theta(args: ESConfig, engine: Engine, prompts: Sequence[Prompt
             f"learning_rate{_or_wider(dtype)}; earlier checkpoints are intact"
         )
     raise UserError(broken_model(args.model, engine.facts.dtype))
+
+
+def refuse_moved_theta(args: ESConfig, engine: Engine, checksum: str) -> None:
+    """Raise UserError if an engine outside estune has changed theta by itself; engines of estune are not checked.
+
+    Args:
+        args: the run's configuration.
+        engine: holds theta.
+        checksum: theta's checksum after its last update, or when it was loaded.
+
+    Raises:
+        UserError: theta has another checksum; the journal could not rebuild it.
+    """
+    if args.engine in ENGINES or (found := engine.checksum()) == checksum:
+        return
+    raise UserError(
+        f"engine {engine.facts.name} changed theta outside apply: its checksum was {checksum}, now it is {found}; a "
+        "journal cannot rebuild such a theta (see Replica in estune.es.replica)"
+    )
 
 
 def broken_model(model: str, dtype: str) -> str:

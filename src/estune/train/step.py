@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from estune.config import ESConfig
+from estune.config import ESConfig, SizedConfig
 from estune.data.batches import Batches
 from estune.es.population import members_for_step, noise_of
 from estune.es.types import Member, Noise, Perturbation, Sampling
@@ -44,20 +44,16 @@ class Step:
         )
 
 
-def plan_step(args: ESConfig, batches: Batches, index: int) -> Step:
-    """Return the step with this index; the schedules scale sigma and the learning rate.
-
-    ``args.learning_rate`` must be resolved; it is None for methods without updates.
-    """
+def plan_step(args: SizedConfig, batches: Batches, index: int) -> Step:
+    """Return the step with this index; the schedules scale sigma and the learning rate."""
     sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
-    learning_rate = args.learning_rate or 0.0
     return Step(
         index=index,
         rows=batches.rows_for_step(index),
         members=members_for_step(args.seed, index, args.population_size, args.antithetic),
         sigma=sigma,
         noise=noise_of(sigma, args.noise_distribution, args.rank if args.noise == "lowrank" else 0),
-        learning_rate=learning_rate * scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps),
+        learning_rate=args.step_rate * scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps),
         weight_decay=args.weight_decay,
         anchored=args.weight_decay_anchor == "base",
     )

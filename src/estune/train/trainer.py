@@ -39,11 +39,11 @@ class ESTrainer(BaseTrainer):
         UserError: the input is invalid; the message gives the reason in one sentence.
     """
 
-    # Whether theta also answers the first step's rows, so that warnings can compare the members with theta.
-    theta_joins_first_step = True
-
-    def train(self) -> Path:
+    def train(self, *, theta_joins_first_step: bool = True) -> Path:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory.
+
+        ``theta_joins_first_step``: whether theta also answers the first step's rows, so that warnings can compare the
+        members with theta.
 
         SIGINT, SIGTERM or SIGHUP stops the run early: it saves a checkpoint and returns the run directory.
         """
@@ -51,7 +51,7 @@ class ESTrainer(BaseTrainer):
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             return complete_finished_run(run_dir, self.args)
-        with open_session(request, theta_joins_first_step=self.theta_joins_first_step) as session:
+        with open_session(request, theta_joins_first_step=theta_joins_first_step) as session:
             args, weights = session.args, request.rewards.weights
             try:
                 session.evaluate_and_save()  # what is due: before the first step, or after a crash

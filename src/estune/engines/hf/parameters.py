@@ -189,11 +189,11 @@ def _bind_by_tags(
             addresses = converted.pop(name)
             if name not in stored or addresses.shape != stored[name].shape:
                 raise UserError(f"the parameters behind the stored tensor {name!r} are spread over several layers")
-            pieces[name] = _pieces_of(name, addresses.numpy(), spans)
+            pieces[name] = pieces_of(name, addresses.numpy(), spans)
     return pieces
 
 
-def _pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]) -> tuple[Piece, ...]:
+def pieces_of(name: str, addresses: np.ndarray, spans: Iterable[tuple[int, int, torch.Tensor]]) -> tuple[Piece, ...]:
     """Return the pieces of a stored tensor with these addresses: one per parameter along one dimension."""
     for first, last, parameter in spans:
         if first <= addresses.flat[0] < last and addresses.min() >= first and addresses.max() < last:

@@ -258,7 +258,7 @@ _Job = ctypes.c_int64 * 14
 
 
 @cache
-def _kernel() -> tuple[int, Callable[[int], None]]:
+def kernel_address() -> tuple[int, Callable[[int], None]]:
     """Compile `_work`, cached on disk; return its address, and a Python function that calls it."""
     signature = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
     address: Any = cfunc(signature, cache=True, nogil=True)(_work).address
@@ -340,7 +340,7 @@ def _multiply(
         scratch = x.new_empty(threads * rows * rank)
         job += [rank, groups, right.data_ptr(), left.data_ptr(), scratch.data_ptr()]
     fields = _Job(*job)
-    address, alone = _kernel()
+    address, alone = kernel_address()
     pool = _find_pool()
     if threads == 1 or pool is None:
         alone(ctypes.addressof(fields))

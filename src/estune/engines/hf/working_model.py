@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from estune.console import warn
 from estune.engines.hf import attention, small_linear
 from estune.engines.hf.parameters import Binding
 from estune.es.noise import lowrank_factors, noise_ints
@@ -176,7 +177,7 @@ def _on_device(host: HostTheta, device: torch.device) -> DeviceTheta | None:
         return None
     from estune.gpu.theta import DeviceTheta, on_device
 
-    theta = on_device(host, device)
+    theta = on_device(host, device, warn)
     return theta if isinstance(theta, DeviceTheta) else None
 
 

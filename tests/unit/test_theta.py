@@ -1,4 +1,4 @@
-"""The master: members and updates of whole models, against an independent noise and exact sums."""
+"""Theta in host memory: members and updates of whole models, against an independent noise and exact sums."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return theta
 
 
-def make_master(num_threads: int = 1, shapes: dict[str, tuple[int, ...]] = SHAPES) -> HostTheta:
+def make_theta(num_threads: int = 1, shapes: dict[str, tuple[int, ...]] = SHAPES) -> HostTheta:
     specs = [ParameterSpec(name, shape, name not in FROZEN) for name, shape in shapes.items()]
     return HostTheta(specs, {name: values(shape) for name, shape in shapes.items()}, {}, num_threads)
 
@@ -89,30 +89,30 @@ def expected_checksum(specs: list[ParameterSpec], arrays: dict[str, np.ndarray])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("member", MEMBERS[:2])
 def test_perturb_equals_the_definition(member: Member, num_threads: int, distribution: str) -> None:
-    master = make_master(num_threads)
-    before = {name: array.copy() for name, array in master.arrays.items()}
+    host_theta = make_theta(num_threads)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
     scale = perturbation_scale(1e-3, distribution)
     for name, shape in SHAPES.items():
-        weights = master.perturb(name, Perturbation(member, Noise(scale, distribution)))
+        weights = host_theta.perturb(name, Perturbation(member, Noise(scale, distribution)))
         assert weights.shape == shape and weights.dtype == np.float32
         noise = 0 if name in FROZEN else member_noise(member, name, before[name].size, distribution)
         expected = before[name].reshape(-1)
         if name not in FROZEN:
             expected = expected + np.float32(scale) * np.asarray(noise, dtype=np.float32)
         assert same_bits(weights, expected.reshape(shape))
-        assert not np.shares_memory(weights, master.arrays[name])
+        assert not np.shares_memory(weights, host_theta.arrays[name])
         out = np.full(shape, np.nan, dtype=np.float32)
-        assert master.perturb(name, Perturbation(member, Noise(scale, distribution)), out=out) is out
+        assert host_theta.perturb(name, Perturbation(member, Noise(scale, distribution)), out=out) is out
         assert same_bits(out, weights)
-    assert all(same_bits(master.arrays[name], before[name]) for name in SHAPES)
-    assert master.version == 0
+    assert all(same_bits(host_theta.arrays[name], before[name]) for name in SHAPES)
+    assert host_theta.version == 0
 
 
 def test_perturb_is_one_rounding_of_the_exact_sum() -> None:
-    master = make_master()
+    host_theta = make_theta()
     scale = perturbation_scale(7e-4)
-    weights = master.perturb("conv.weight", Perturbation(MEMBERS[1], Noise(scale))).reshape(-1)
-    theta = master.arrays["conv.weight"].reshape(-1)
+    weights = host_theta.perturb("conv.weight", Perturbation(MEMBERS[1], Noise(scale))).reshape(-1)
+    theta = host_theta.arrays["conv.weight"].reshape(-1)
     for i in range(theta.size):
         noise = MEMBERS[1].sign * plain_noise(MEMBERS[1].seed, "conv.weight", i)
         assert weights[i] == nearest_float32(Fraction(float(theta[i])) + Fraction(scale) * noise)
@@ -120,37 +120,37 @@ def test_perturb_is_one_rounding_of_the_exact_sum() -> None:
 
 def test_minus_zero_under_zero_noise_is_the_same_for_both_signs() -> None:
     """theta + s * (sign * 0) is -0.0 + 0.0 = 0.0 whatever the sign: the noise is an integer, it has no -0."""
-    master = HostTheta([ParameterSpec("w", (200,), True)], {"w": np.full(200, -0.0, dtype=np.float32)})
+    host_theta = HostTheta([ParameterSpec("w", (200,), True)], {"w": np.full(200, -0.0, dtype=np.float32)})
     seed = MEMBERS[0].seed
     still = np.array([plain_noise(seed, "w", i) == 0 for i in range(200)])
     assert still.any()
     for sign in (1, -1):
-        weights = master.perturb("w", Perturbation(Member(seed, sign), Noise(perturbation_scale(1e-3))))
+        weights = host_theta.perturb("w", Perturbation(Member(seed, sign), Noise(perturbation_scale(1e-3))))
         assert not np.signbit(weights[still]).any()
 
 
 def test_perturb_without_member_copies_theta_and_checks_its_output() -> None:
-    master = make_master()
-    copy = master.perturb("matrix", None)
-    assert same_bits(copy, master.arrays["matrix"]) and not np.shares_memory(copy, master.arrays["matrix"])
+    host_theta = make_theta()
+    copy = host_theta.perturb("matrix", None)
+    assert same_bits(copy, host_theta.arrays["matrix"]) and not np.shares_memory(copy, host_theta.arrays["matrix"])
     for bad in (np.empty(3, np.float32), np.empty((640, 1000), np.float64), np.empty((1000, 640), np.float32).T):
         with pytest.raises(ValueError, match="must be C-contiguous float32"):
-            master.perturb("matrix", None, out=bad)
+            host_theta.perturb("matrix", None, out=bad)
 
 
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_update_equals_the_definition(num_threads: int, distribution: str) -> None:
-    master = make_master(num_threads)
-    before = {name: array.copy() for name, array in master.arrays.items()}
+    host_theta = make_theta(num_threads)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
     update = make_update(MEMBERS, [1.3, -0.2, 0.0, 0.7, -2.1, 0.3], 5e-4, distribution=distribution)
-    moved = master.apply(update)
+    moved = host_theta.apply(update)
     after = {name: before[name] if name in FROZEN else expected_update(name, before[name], update) for name in SHAPES}
     for name in SHAPES:
-        assert same_bits(master.arrays[name], after[name]), name
-        assert np.isfinite(master.arrays[name]).all()
-    assert master.version == 1
-    assert moved.checksum == master.checksum() == expected_checksum(master.specs, after)
+        assert same_bits(host_theta.arrays[name], after[name]), name
+        assert np.isfinite(host_theta.arrays[name]).all()
+    assert host_theta.version == 1
+    assert moved.checksum == host_theta.checksum() == expected_checksum(host_theta.specs, after)
     trained = [name for name in SHAPES if name not in FROZEN]
     change = math.sqrt(sum(float(((after[n].astype("f8") - before[n]) ** 2).sum()) for n in trained))
     size = math.sqrt(sum(float((after[n].astype("f8") ** 2).sum()) for n in trained))
@@ -161,8 +161,8 @@ def test_update_equals_the_definition(num_threads: int, distribution: str) -> No
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_decay_rounds_each_operation_and_comes_before_the_es_term(num_threads: int, anchored: bool) -> None:
     shapes = {name: SHAPES[name] for name in ("w31", "piece_and_one", "matrix", "frozen.weight")}
-    master = make_master(num_threads, shapes)
-    before = {name: array.copy() for name, array in master.arrays.items()}
+    host_theta = make_theta(num_threads, shapes)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
     base = {name: values(shape, seed=9) for name, shape in shapes.items()}
     update = make_update(MEMBERS, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3, weight_decay=10.0, anchored=anchored)
     asked: list[tuple[str, int, int]] = []
@@ -171,22 +171,22 @@ def test_decay_rounds_each_operation_and_comes_before_the_es_term(num_threads: i
         asked.append((name, start, count))
         return base[name].reshape(-1)[start : start + count]
 
-    moved = master.apply(update, anchor if anchored else None)
+    moved = host_theta.apply(update, anchor if anchored else None)
     after = {n: expected_update(n, before[n], update, base[n] if anchored else None) for n in shapes}
     after["frozen.weight"] = before["frozen.weight"]
-    assert all(same_bits(master.arrays[name], after[name]) for name in shapes)
-    assert moved.checksum == expected_checksum(master.specs, after)
+    assert all(same_bits(host_theta.arrays[name], after[name]) for name in shapes)
+    assert moved.checksum == expected_checksum(host_theta.specs, after)
     assert max((count for _, _, count in asked), default=0) <= PIECE  # never a resident copy
     assert {name for name, _, _ in asked} == ({"w31", "piece_and_one", "matrix"} if anchored else set())
 
 
 def test_decay_by_exact_arithmetic() -> None:
     """The three roundings and the sum, element by element, in fractions."""
-    master = make_master(1, {"conv.weight": (3, 5, 7)})
-    theta = [Fraction(float(x)) for x in master.arrays["conv.weight"].reshape(-1)]
+    host_theta = make_theta(1, {"conv.weight": (3, 5, 7)})
+    theta = [Fraction(float(x)) for x in host_theta.arrays["conv.weight"].reshape(-1)]
     base = values((3, 5, 7), seed=4)
     update = make_update(MEMBERS, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3, weight_decay=3.0, anchored=True)
-    master.apply(update, lambda name, start, count: base.reshape(-1)[start : start + count])
+    host_theta.apply(update, lambda name, start, count: base.reshape(-1)[start : start + count])
     decay = Fraction(update.decay)
     for i, (own, anchor) in enumerate(zip(theta, base.reshape(-1), strict=True)):
         difference = Fraction(float(nearest_float32(own - Fraction(float(anchor)))))
@@ -195,25 +195,25 @@ def test_decay_by_exact_arithmetic() -> None:
         acc = sum(q * m.sign * plain_noise(m.seed, "conv.weight", i) for m, q in zip(MEMBERS, update.q, strict=True))
         if acc:
             value = np.float32(float(Fraction(float(value)) + Fraction(update.a) * acc))
-        assert master.arrays["conv.weight"].reshape(-1)[i] == value
+        assert host_theta.arrays["conv.weight"].reshape(-1)[i] == value
 
 
 def test_an_anchored_update_needs_theta_0() -> None:
     update = make_update(MEMBERS, [1.0, -1.0, 0.0, 0.0, 0.0, 0.0], 5e-4, weight_decay=1.0, anchored=True)
-    master = make_master()
-    before = master.fingerprint()
+    host_theta = make_theta()
+    before = host_theta.fingerprint()
     with pytest.raises(ValueError, match="theta_0"):
-        master.apply(update)
-    assert master.fingerprint() == before
+        host_theta.apply(update)
+    assert host_theta.fingerprint() == before
 
 
 def test_a_tie_moves_nothing_not_even_by_decay() -> None:
-    master = make_master(2)
-    before = {name: array.copy() for name, array in master.arrays.items()}
-    checksum = master.checksum()
-    moved = master.apply(make_update(MEMBERS, [0.0] * 6, 5e-4, weight_decay=10.0))
+    host_theta = make_theta(2)
+    before = {name: array.copy() for name, array in host_theta.arrays.items()}
+    checksum = host_theta.checksum()
+    moved = host_theta.apply(make_update(MEMBERS, [0.0] * 6, 5e-4, weight_decay=10.0))
     assert (moved.checksum, moved.norm, moved.ratio) == (checksum, 0.0, 0.0)
-    assert all(same_bits(master.arrays[name], before[name]) for name in SHAPES)
+    assert all(same_bits(host_theta.arrays[name], before[name]) for name in SHAPES)
 
 
 def test_where_acc_is_zero_theta_keeps_its_bits() -> None:
@@ -221,15 +221,15 @@ def test_where_acc_is_zero_theta_keeps_its_bits() -> None:
     bits = np.array([0x80000000, 0x00000000, 0x00000001, 0x7F7FFFFF, 0x80000001] * 1000, dtype=np.uint32)
     specs = [ParameterSpec("w", (5000,), True)]
     pair = members_for_step(0, 0, 2, antithetic=True)
-    master = HostTheta(specs, {"w": bits.view(np.float32).copy()})
-    master.apply(make_update(pair, [1.0, 1.0], 1.0))
-    assert np.array_equal(master.arrays["w"].view(np.uint32), bits)
+    host_theta = HostTheta(specs, {"w": bits.view(np.float32).copy()})
+    host_theta.apply(make_update(pair, [1.0, 1.0], 1.0))
+    assert np.array_equal(host_theta.arrays["w"].view(np.uint32), bits)
     single = members_for_step(0, 0, 2, antithetic=False)
-    master.apply(make_update(single, [1.0, 0.0], 1e-3))
+    host_theta.apply(make_update(single, [1.0, 0.0], 1e-3))
     still = np.array([plain_noise(single[0].seed, "w", i) == 0 for i in range(5000)])
     assert 500 < still.sum() < 900  # P(n = 0) is 14 %
-    assert np.array_equal(master.arrays["w"].view(np.uint32)[still], bits[still])
-    assert np.count_nonzero(master.arrays["w"].view(np.uint32)[~still] != bits[~still]) > 3000
+    assert np.array_equal(host_theta.arrays["w"].view(np.uint32)[still], bits[still])
+    assert np.count_nonzero(host_theta.arrays["w"].view(np.uint32)[~still] != bits[~still]) > 3000
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -237,17 +237,17 @@ def test_an_update_that_is_refused_moves_nothing(monkeypatch: pytest.MonkeyPatch
     """Not even parameters that come before the one with too large a factor."""
     specs = [ParameterSpec("a", (4, 4), True, lowrank=True), ParameterSpec("b", (64, 4), True, lowrank=True)]
     arrays = {spec.name: np.ones(spec.shape, dtype=np.float32) for spec in specs}
-    master = HostTheta(specs, arrays, num_threads=num_threads)
+    host_theta = HostTheta(specs, arrays, num_threads=num_threads)
     monkeypatch.setattr(estune.es.noise.reference, "BLOCK_SIZE", 128)
     update = make_update(members_for_step(0, 0, 4, False), [1.0, -1.0, 0.5, -0.5], 0.1, rank=2)
     with pytest.raises(ValueError, match=r"shape \(64, 4\) at rank 2"):
-        master.apply(update)
-    assert all((array == 1).all() for array in master.arrays.values())
-    assert master.version == 0
+        host_theta.apply(update)
+    assert all((array == 1).all() for array in host_theta.arrays.values())
+    assert host_theta.version == 0
 
 
 def test_members_of_zero_utility_are_skipped_without_a_trace() -> None:
-    one, other = make_master(), make_master()
+    one, other = make_theta(), make_theta()
     one.apply(make_update(MEMBERS, [1.0, 0.0, -0.5, 0.0, 0.0, 0.25], 5e-4))
     update = make_update(MEMBERS, [1.0, 0.0, -0.5, 0.0, 0.0, 0.25], 5e-4)
     kept = [0, 2, 5]
@@ -261,11 +261,11 @@ def test_the_largest_sums_do_not_overflow() -> None:
     members = [Member(7, 1)] * size
     update = make_update(members, [1.0] * size, 1.0)
     assert max(update.q) * 16 * size < 2**31 <= 2 * max(update.q) * 16 * size
-    master = HostTheta([ParameterSpec("w", (count,), True)], {"w": np.zeros(count, dtype=np.float32)})
-    master.apply(update)
+    host_theta = HostTheta([ParameterSpec("w", (count,), True)], {"w": np.zeros(count, dtype=np.float32)})
+    host_theta.apply(update)
     acc = sum(update.q) * wide_noise(plain_key(7, "w"), 0, count)  # int64
     assert 0.7 * 2**30 < np.abs(acc).max() < 2**31
-    assert same_bits(master.arrays["w"], (update.a * acc.astype(np.float64)).astype(np.float32))
+    assert same_bits(host_theta.arrays["w"], (update.a * acc.astype(np.float64)).astype(np.float32))
 
 
 @pytest.mark.parametrize("size", [1, PIECE - 1, PIECE, PIECE + 1, 2**32 - 1, 2**32, 2**32 + 3, 2 * 2**32 + PIECE + 1])
@@ -287,7 +287,7 @@ def test_a_tensor_of_several_key_blocks(monkeypatch: pytest.MonkeyPatch, num_thr
         monkeypatch.setattr(module, "BLOCK_SIZE", block)
     monkeypatch.setattr(estune.es.theta, "PIECE", 3000)
     theta = values((size,))
-    master = HostTheta([ParameterSpec("w", (size,), True)], {"w": theta.copy()}, {}, num_threads)
+    host_theta = HostTheta([ParameterSpec("w", (size,), True)], {"w": theta.copy()}, {}, num_threads)
 
     def noise(member: Member) -> np.ndarray:
         names = ["w", "w#1", "w#2", "w#3"]
@@ -295,19 +295,19 @@ def test_a_tensor_of_several_key_blocks(monkeypatch: pytest.MonkeyPatch, num_thr
         return member.sign * np.concatenate(whole)[:size]
 
     scale = perturbation_scale(1e-2)
-    weights = master.perturb("w", Perturbation(MEMBERS[1], Noise(scale)))
+    weights = host_theta.perturb("w", Perturbation(MEMBERS[1], Noise(scale)))
     assert same_bits(weights, theta + np.float32(scale) * noise(MEMBERS[1]).astype(np.float32))
     update = make_update(MEMBERS, [1.3, -0.2, 0.0, 0.7, -2.1, 0.3], 5e-4)
-    moved = master.apply(update)
+    moved = host_theta.apply(update)
     acc = sum(q * noise(member) for member, q in zip(MEMBERS, update.q, strict=True))
     expected = np.where(acc == 0, theta, (theta.astype("f8") + update.a * acc.astype("f8")).astype(np.float32))
-    assert same_bits(master.arrays["w"], expected)
+    assert same_bits(host_theta.arrays["w"], expected)
     total = sum(wide_checksum(expected[lo : lo + block]) for lo in range(0, size, block)) % 2**64
     parts = b"".join(x.to_bytes(8, "little") for x in (1, 1)) + b"w" + size.to_bytes(8, "little")
     assert moved.checksum == blake2b(parts + total.to_bytes(8, "little"), digest_size=16).hexdigest()
 
 
-def test_master_refuses_arrays_it_could_not_write_in_place() -> None:
+def test_theta_refuses_arrays_it_could_not_write_in_place() -> None:
     spec = [ParameterSpec("w", (4, 6), True)]
     good = np.zeros((4, 6), dtype=np.float32)
     for bad in (good.astype(np.float64), np.zeros((6, 4), np.float32).T, np.zeros(24, np.float32)):
@@ -317,30 +317,30 @@ def test_master_refuses_arrays_it_could_not_write_in_place() -> None:
 
 
 def test_load_writes_in_place() -> None:
-    master = make_master()
-    array = master.arrays["matrix"]
+    host_theta = make_theta()
+    array = host_theta.arrays["matrix"]
     other = {name: values(shape, seed=5) for name, shape in SHAPES.items()}
-    master.load(lambda name, flat: np.copyto(flat, other[name].reshape(-1)))
-    assert master.arrays["matrix"] is array and master.version == 1
-    assert all(same_bits(master.arrays[name], other[name]) for name in SHAPES)
+    host_theta.load(lambda name, flat: np.copyto(flat, other[name].reshape(-1)))
+    assert host_theta.arrays["matrix"] is array and host_theta.version == 1
+    assert all(same_bits(host_theta.arrays[name], other[name]) for name in SHAPES)
     assert not np.shares_memory(array, other["matrix"])
 
 
 def test_unshare_gives_theta_separate_memory() -> None:
     """An engine may hand over its model's own arrays, and later want to write members into them."""
-    master = make_master()
-    others = dict(master.arrays)
-    before = master.fingerprint()
-    master.unshare()
-    assert master.fingerprint() == before
+    host_theta = make_theta()
+    others = dict(host_theta.arrays)
+    before = host_theta.fingerprint()
+    host_theta.unshare()
+    assert host_theta.fingerprint() == before
     for name, array in others.items():
-        assert not np.shares_memory(master.arrays[name], array) and master.arrays[name].flags.c_contiguous
+        assert not np.shares_memory(host_theta.arrays[name], array) and host_theta.arrays[name].flags.c_contiguous
         array[...] = 7.0
-    assert master.fingerprint() == before == make_master().fingerprint()
+    assert host_theta.fingerprint() == before == make_theta().fingerprint()
     update = make_update(MEMBERS, [1.0, 0.5, -1.5, 0.1, 0.2, -0.3], 5e-3)
-    other = make_master()
-    assert master.apply(update) == other.apply(update)  # what is updated is what is saved
-    assert master.fingerprint() == other.fingerprint() != before
+    other = make_theta()
+    assert host_theta.apply(update) == other.apply(update)  # what is updated is what is saved
+    assert host_theta.fingerprint() == other.fingerprint() != before
     assert all((array == 7.0).all() for array in others.values())
 
 
@@ -348,8 +348,8 @@ def test_fingerprint_and_checksum_see_names_shapes_and_single_bits() -> None:
     array = values((6, 4))
 
     def marks(name: str, shape: tuple[int, ...], data: np.ndarray) -> tuple[str, str]:
-        master = HostTheta([ParameterSpec(name, shape, True)], {name: data.reshape(shape).copy()})
-        return master.fingerprint(), master.checksum()
+        host_theta = HostTheta([ParameterSpec(name, shape, True)], {name: data.reshape(shape).copy()})
+        return host_theta.fingerprint(), host_theta.checksum()
 
     plain = marks("w", (6, 4), array)
     assert marks("w", (6, 4), array) == plain
@@ -392,8 +392,8 @@ def test_the_core_needs_no_torch() -> None:
 def test_a_theta_that_was_written_half_is_another_version() -> None:
     """What holds weights of the version before must not take them for current."""
     specs = [ParameterSpec(name, (3,), True) for name in ("a", "b")]
-    master = HostTheta(specs, {spec.name: np.zeros(3, dtype=np.float32) for spec in specs})
-    before = master.version
+    host_theta = HostTheta(specs, {spec.name: np.zeros(3, dtype=np.float32) for spec in specs})
+    before = host_theta.version
 
     def read(name: str) -> torch.Tensor:
         if name == "b":
@@ -401,5 +401,5 @@ def test_a_theta_that_was_written_half_is_another_version() -> None:
         return torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
 
     with pytest.raises(ValueError, match="not finite"):
-        master.assign(read)
-    assert master.version != before and master.arrays["a"].tolist() == [1.0] * 3
+        host_theta.assign(read)
+    assert host_theta.version != before and host_theta.arrays["a"].tolist() == [1.0] * 3
