@@ -368,7 +368,7 @@ def test_the_core_is_free_of_torch_and_transformers() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("use_vllm", "use --engine vllm"),
+        ("use_vllm", "use engine vllm"),
         ("num_train_epochs", "use max_steps"),
         ("sigam", "did you mean 'sigma'"),
         ("model_name_or_path", "use model"),
