@@ -290,6 +290,7 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
         grades = bool(request.eval_rows) or args.method == "sft_rejection"
         pool, accuracy_pool = start_workers(stack, request, grades=grades)
         loaded = load_inputs(request, run, checks_model=not resumes)
+        request.args = run.args = loaded.args
         facts, progress = _check_resume(run, loaded, resumes)
         old_files = {} if resumes else run.files()
         if restarts:  # the old configuration stays until it is replaced, so that a kill leaves a resumable run

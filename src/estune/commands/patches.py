@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -33,13 +33,27 @@ from estune.train import setup
 MAGIC = b"estune patch 1\n"
 DIGEST_BYTES = 16
 MOST_BYTES = 1 << 30  # bytes of an unpacked patch: thousands of members for a hundred thousand steps
-# Options that an update, or loading the base, depends on. A patch holds only these.
-KEPT = (
-    "antithetic", "noise", "rank", "noise_distribution", "weight_decay", "weight_decay_anchor", "seed",
-    "population_size", "trainable_parameters", "dtype", "engine",
-)  # fmt: skip
 CONTENT = {"noise_version": int, "base": dict, "config": dict, "parameters": str, "steps": list, "fingerprint": str}
 STEP_FIELDS = {"q", "e", "a", "decay"}
+
+
+class KeptOptions(TypedDict):
+    """The options that an update, or loading the base, depends on. A patch holds only these, in this order."""
+
+    antithetic: bool
+    noise: str
+    rank: int
+    noise_distribution: str
+    weight_decay: float
+    weight_decay_anchor: str
+    seed: int
+    population_size: int
+    trainable_parameters: list[str] | None
+    dtype: str
+    engine: str
+
+
+KEPT = tuple(KeptOptions.__annotations__)
 
 
 class PatchStep(Coefficients):
@@ -53,7 +67,7 @@ class Patch(TypedDict):
 
     noise_version: int
     base: Base
-    config: dict[str, Any]  # the options in `KEPT`
+    config: KeptOptions
     parameters: str  # a hash, see `parameters_digest`
     steps: list[PatchStep]
     fingerprint: str  # of the result
@@ -74,7 +88,7 @@ def make_patch(run: Path) -> bytes:
             f"{run} was interrupted after {counted(done, 'step')}: continue it with --resume to its end, then export it"
         )
     header = journal.header
-    config = {name: header["config"][name] for name in KEPT}
+    config = cast(KeptOptions, {name: header["config"][name] for name in KEPT})
     content: Patch = {
         "noise_version": header["noise_version"],
         "base": {
@@ -90,7 +104,7 @@ def make_patch(run: Path) -> bytes:
     return MAGIC + blake2b(packed, digest_size=DIGEST_BYTES).digest() + packed
 
 
-def _step(record: StepRecord, config: Mapping[str, Any]) -> PatchStep:
+def _step(record: StepRecord, config: KeptOptions) -> PatchStep:
     kept: PatchStep = {"q": record["q"], "e": record["e"], "a": record["a"], "decay": record["decay"]}
     if "a_lowrank" in record:
         kept["a_lowrank"] = record["a_lowrank"]
@@ -99,7 +113,7 @@ def _step(record: StepRecord, config: Mapping[str, Any]) -> PatchStep:
     return kept
 
 
-def _seeds(config: Mapping[str, Any], step: int, count: int) -> list[str]:
+def _seeds(config: KeptOptions, step: int, count: int) -> list[str]:
     return [f"{member.seed:016x}" for member in members_for_step(config["seed"], step, count, config["antithetic"])]
 
 

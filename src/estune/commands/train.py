@@ -5,6 +5,7 @@ The configuration is checked before torch is imported, so that a wrong option is
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _check_engine(engine: str, run_dir: Path) -> None:
         return
     journal = Journal.open(run_dir / JOURNAL_FILE, repair=False)
     identity = journal.header.get("identity", {}) if journal is not None else {}
-    if not check_engine_files(identity, engine.rpartition(":")[2], source_files(engine)):
+    if not check_engine_files(identity, re.split("[:.]", engine)[-1], source_files(engine)):
         refuse_foreign_engine(engine, run_dir)
 
 

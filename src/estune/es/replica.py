@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from estune.errors import UserError
 from estune.es.theta import Moved
 from estune.es.types import ParameterSpec
 from estune.es.update import Update
@@ -64,19 +63,3 @@ class Replica(Protocol):
         Raises:
             UserError: the disk is full.
         """
-
-
-def apply_update(replica: Replica, update: Update) -> Moved:
-    """Move theta by one step; see `Replica.apply`.
-
-    Raises:
-        UserError: ``apply`` returned another type than `Moved`; the message names the engine.
-    """
-    moved: object = replica.apply(update)
-    if not isinstance(moved, Moved):
-        name = getattr(replica, "name", type(replica).__name__)
-        raise UserError(
-            f"engine {name} breaks its contract: apply returned {type(moved).__name__}, not Moved (see "
-            "estune.es.replica)"
-        )
-    return moved

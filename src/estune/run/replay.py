@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from estune.console import counted
 from estune.errors import UserError
-from estune.es.replica import Replica, apply_update
+from estune.es.replica import Replica
 from estune.es.theta import Moved
 from estune.es.types import ParameterSpec
+from estune.es.update import Update
 from estune.run.journal import Journal, recorded_update
 
 
@@ -54,5 +55,21 @@ def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> M
     if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
         raise UserError(
             f"theta after {counted(stop, 'step')} does not have the journal's fingerprint {journal.checkpoints[stop]}"
+        )
+    return moved
+
+
+def apply_update(replica: Replica, update: Update) -> Moved:
+    """Move theta by one step; see `Replica.apply`.
+
+    Raises:
+        UserError: ``apply`` returned another type than `Moved`; the message names the engine.
+    """
+    moved: object = replica.apply(update)
+    if not isinstance(moved, Moved):
+        name = getattr(replica, "name", type(replica).__name__)
+        raise UserError(
+            f"engine {name} breaks its contract: apply returned {type(moved).__name__}, not Moved (see "
+            "estune.es.replica)"
         )
     return moved

@@ -64,6 +64,7 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
         stop = stack.enter_context(StopRequest())
         pool, accuracy_pool = start_workers(stack, request, grades=bool(request.eval_rows))
         loaded = load_inputs(request, run, checks_model=run.is_new)
+        request.args = run.args = loaded.args
         args, engine = loaded.args, loaded.engine
         if request.module is not None:
             stack.callback(engine.load_theta)  # the user's model then holds theta, even after an error in a member
@@ -101,8 +102,8 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     """Load the engine, tokenise the rows, and resolve the configuration.
 
     Args:
-        request: ``request.args`` becomes the resolved configuration.
-        run: ``run.args`` becomes the resolved configuration.
+        request: the run's inputs.
+        run: the open run; ``run.args`` has the values that a resume keeps.
         checks_model: whether to check that the model's logits are finite and its assets can be saved.
 
     Raises:
@@ -113,7 +114,6 @@ def load_inputs(request: TrainingRequest, run: Run, *, checks_model: bool) -> Lo
     engine = request.engine
     train_prompts = request.prompts(request.train_rows)
     args = setup.resolve_with_engine(run.args, engine, train_prompts)
-    request.args = run.args = args
     eval_prompts = request.prompts(request.eval_rows)
     if checks_model:
         engine.assets.check()

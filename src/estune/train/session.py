@@ -19,7 +19,6 @@ from estune.console import counted, say, warn
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
-from estune.es.replica import apply_update
 from estune.es.theta import Moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
@@ -32,6 +31,7 @@ from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
 from estune.run.directory import Run
 from estune.run.journal import step_record
+from estune.run.replay import apply_update
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
 from estune.train.groups import Rollouts, tokens_digest
