@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -23,6 +23,8 @@ from estune.engines.lowrank.members import factors_of
 from estune.engines.vllm.messages import MEMBER, ROW
 from estune.es.theta import HostTheta
 from estune.es.types import Perturbation
+
+LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
 class MemberBatch:
@@ -115,7 +117,7 @@ def _rule(module: nn.Module) -> Callable[..., _Layer | _Norm] | None:
         return _Table
     if isinstance(module, (LinearBase, VocabParallelEmbedding)):
         return _Layer
-    if isinstance(module, (RMSNorm, GemmaRMSNorm, nn.LayerNorm)):
+    if isinstance(module, (RMSNorm, GemmaRMSNorm, *LAYER_NORMS)):
         return _Norm
     return None
 
@@ -256,7 +258,7 @@ class _Norm:
         if residual is not None:
             x = x + residual
             residual = x
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, LAYER_NORMS):
             y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
         else:
             wide = x.float()
