@@ -196,11 +196,11 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConf
 
 
 def model_of(args: ESConfig) -> str:
-    """Return the model's name: the engine's own name if ``model`` has its default and the engine is not `hf`.
+    """Return the model's name: the engine's own name if ``model`` has its default and the engine has a model of its own.
 
     With an engine outside estune, a name without ``/`` is the engine's own; a directory gets ``./`` before its name.
     """
-    if args.engine == "hf":
+    if args.engine in ("hf", "vllm"):
         return args.model
     name = str(getattr(engine_class(args.engine), "name", args.engine))
     if args.model in (name, default_of("model")):
@@ -293,7 +293,7 @@ def load_engine(args: SizedConfig, module: Any = None, tokenizer: Any = None) ->
         for name, harmless in (("temperature", 0.0), ("stop_strings", [])):
             if getattr(args, name) != harmless:
                 raise UserError(f"the toy engine does not support {name}")
-    if module is None and (args.engine == "hf" or model != getattr(engine_class(args.engine), "name", None)):
+    if module is None and (args.engine in ("hf", "vllm") or model != getattr(engine_class(args.engine), "name", None)):
         refuse_unfinished(args.model)
     name = "toy" if is_toy else args.engine
     engine = engine_class(name).open(options)
