@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
