@@ -340,6 +340,13 @@ def test_the_demo_preset_is_for_evolution_strategies(call):
     assert_refused(call("train", "--method", "rloo"), "preset demo is for es", "--task", "method rloo")
 
 
+def test_a_refused_run_names_no_preset(call):
+    for words, says in ((("--resume",), "resume needs output_dir"), (("--sigma", -1), "sigma must be greater than 0")):
+        done = call("train", *words)
+        assert_refused(done, says)
+        assert done.out == ""
+
+
 def test_train_without_arguments_is_the_demo_preset(run_model):
     """A dry run shows the preset's values and the embedded model."""
     done = run_model("train", "--dry_run")

@@ -16,6 +16,7 @@ from shells import Shell
 
 from estune import cli, config, tasks
 from estune.config import ESConfig
+from estune.errors import UserError
 
 pytestmark = pytest.mark.miniature
 
@@ -133,6 +134,9 @@ def test_a_task_takes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     splits = [task.load(split) for split in task.splits]
     assert list(map(len, splits)) == [200, 200, 1000]
     assert len({row["prompt"] for rows in splits for row in rows}) == 1400
+    for bad in ({"word": "abc"}, {"word": 5, "letter": "a"}):
+        with pytest.raises(UserError, match="columns word and letter, both text"):
+            task.prepare_row(bad)
     row = splits[0][0]
     answers = [task.right_answer(row), "<answer>9</answer>", "1"]
     columns = {name: [row[name]] * len(answers) for name in task.columns}

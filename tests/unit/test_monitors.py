@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,11 +102,11 @@ def test_sparklines() -> None:
 
 
 def test_a_long_step_prints_at_most_one_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
-    times, steps_done = iter([0.0, 30.0, 61.0, 62.0, 200.0, 230.0, 259.0, 261.0]), 0
-    lines = MemberLines(2, 4, lambda: steps_done, lambda: next(times))
+    times, run = iter([0.0, 30.0, 61.0, 62.0, 200.0, 230.0, 259.0, 261.0]), SimpleNamespace(steps_done=0)
+    lines = MemberLines(2, 4, run, lambda: next(times))
     for done in (1, 2, 3, 4):
         lines.members_done(done)
-    steps_done = 1
+    run.steps_done = 1
     for done in (1, 2, 3):
         lines.members_done(done)
     assert capsys.readouterr().out == "step 1/2  2/4 members\nstep 2/2  3/4 members\n"

@@ -87,13 +87,21 @@ class ConsoleMonitor:
         """Nothing is held open."""
 
 
+class HasSteps(Protocol):
+    """An open run."""
+
+    @property
+    def steps_done(self) -> int:
+        """The number of finished steps."""
+
+
 class MemberLines:
     """Prints how many members of a long step have answered, at most one line a minute.
 
     Args:
         max_steps: of the run.
         population_size: members of a step.
-        steps_done: returns the number of finished steps.
+        run: counts the finished steps.
         clock: returns seconds.
     """
 
@@ -101,11 +109,11 @@ class MemberLines:
         self,
         max_steps: int,
         population_size: int,
-        steps_done: Callable[[], int],
+        run: HasSteps,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._of, self._population_size, self._steps_done, self._clock = max_steps, population_size, steps_done, clock
-        self._step = steps_done()
+        self._of, self._population_size, self._run, self._clock = max_steps, population_size, run, clock
+        self._step = run.steps_done
         self._last_call = self._since = clock()  # seconds; since the step's start or its last line
 
     def tick(self) -> None:
@@ -113,7 +121,7 @@ class MemberLines:
 
     def members_done(self, done: int) -> None:
         """Print a line if the step's start or its last line is `PROGRESS_S` ago."""
-        step, now = self._steps_done(), self._clock()
+        step, now = self._run.steps_done, self._clock()
         if step != self._step:
             self._step, self._since = step, self._last_call
         self._last_call = now

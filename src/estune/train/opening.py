@@ -75,7 +75,7 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
             checksum = engine.theta_checksum
             refuse_broken_theta(args, engine, loaded.train_prompts, run.steps_done)
             refuse_moved_theta(args, engine, checksum)
-        lines = MemberLines(args.max_steps, args.population_size, lambda: run.steps_done)
+        lines = MemberLines(args.max_steps, args.population_size, run)
         session = Session(
             **vars(loaded),
             run=run,
