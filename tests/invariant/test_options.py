@@ -180,6 +180,7 @@ OTHERWISE = {  # field -> the test below that shows its effect
     "push_to_hub": "test_push_to_hub",
     "hub_model_id": "test_push_to_hub",
     "hub_private_repo": "test_push_to_hub",
+    "tensor_parallel_size": "test_ranks_belong_to_vllm",  # the effect: tests/integration/test_vllm.py
 }
 
 
@@ -537,6 +538,10 @@ def test_console(run, place):
     assert "step 2/2  reward" in lines.out and "this step" not in lines.out
     assert "members' fitness" in panel.out and "step 2/2  reward" not in panel.out
     assert run(*RUN, "--output_dir", "auto").out.replace("auto", "lines") != panel.out  # here is no terminal
+
+
+def test_ranks_belong_to_vllm(run):
+    assert_refused(run(*RUN, "--tensor_parallel_size", 2), "engine toy does not use tensor_parallel_size")
 
 
 def test_push_to_hub(run, place):

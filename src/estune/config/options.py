@@ -74,6 +74,9 @@ RESUMABLE = frozenset(
     "hub_private_repo tensor_parallel_size".split()
 )
 
+# Options that runs of older versions lack; they had the default's meaning.
+LATER_OPTIONS = frozenset({"tensor_parallel_size"})
+
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.
 EVALUATE_FIELDS = (

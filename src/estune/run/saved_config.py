@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from estune.config import FIELDS, RESUMABLE, ESConfig, coerce, default_of
+from estune.config import FIELDS, LATER_OPTIONS, RESUMABLE, ESConfig, coerce, default_of
 from estune.console import warn
 from estune.errors import ExternalError, UserError
 from estune.files import read_json_object
@@ -162,6 +162,8 @@ def _mended(values: Mapping[str, Any], header: Header) -> tuple[dict[str, Any], 
     wrong = [name for name in values if name not in FIELDS]
     for name in FIELDS:
         value = values.get(name)
+        if name not in values and name in LATER_OPTIONS:
+            continue
         if name not in values or not _fits(name, value):
             wrong.append(name)
         elif name not in truth or value == truth[name] or may_lead_to_the_same(

@@ -196,7 +196,7 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConf
 
 
 def model_of(args: ESConfig) -> str:
-    """Return the model's name: the engine's own name if ``model`` has its default and the engine has a model of its own.
+    """Return the model's name: the engine's own if ``model`` has its default and the engine has a model of its own.
 
     With an engine outside estune, a name without ``/`` is the engine's own; a directory gets ``./`` before its name.
     """
