@@ -95,7 +95,7 @@ def print_result(text: str) -> None:
     _raise(error)
 
 
-def rounded(value: Any, digits: int = 6) -> Any:
+def rounded(value: Any, digits: int = 12) -> Any:
     """Return a value with each float rounded to so many significant digits, in nested lists and dicts too."""
     if isinstance(value, dict):
         return {name: rounded(item, digits) for name, item in value.items()}

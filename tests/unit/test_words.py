@@ -47,7 +47,7 @@ TYPOS = {  # of the options of `estune train`
 # Options of TRL, transformers, verl and vLLM for which no option of any command stands.
 FOREIGN = """
     fsdp_config adam_beta1 adam_beta2 adam_epsilon beta1 kl_coef init_kl_coef kl_loss_coef use_kl_loss kl_ctrl gamma lam
-    tau eps delta epsilon_high gpu_memory_utilization tensor_parallel_size pipeline_parallel_size max_model_len
+    tau eps delta epsilon_high gpu_memory_utilization pipeline_parallel_size max_model_len
     max_num_seqs enforce_eager swap_space kv_cache_dtype quantization max_grad_norm optim optim_args warmup_ratio
     logging_dir logging_strategy eval_strategy evaluation_strategy save_strategy save_safetensors save_only_model
     save_freq test_freq eval_delay eval_on_start per_device_eval_batch_size dataloader_num_workers num_workers

@@ -8,7 +8,7 @@ from estune.console import print_json, print_result, rounded
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result's values, one line each, or the result as JSON; floats have six digits."""
+    """Print a result's values, one line each, or the result as JSON; floats have twelve significant digits."""
     if as_json:
         print_json(rounded(result))
         return
