@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from estune.errors import UserError
 from estune.es.noise import block_name, cpu, cpu_lowrank, factor_names, factor_shapes, noise_keys
 from estune.es.noise.reference import BLOCK_SIZE
 from estune.es.types import ParameterSpec, Perturbation
@@ -78,6 +79,21 @@ class Moved:
         """Norm of theta's change divided by theta's norm; 0 if theta is 0."""
         theta_norm = math.sqrt(math.fsum(self.theta_squares))
         return self.norm / theta_norm if theta_norm else 0.0
+
+
+def checked_moved(moved: object, replica: object) -> Moved:
+    """Return what a replica's ``apply`` returned.
+
+    Raises:
+        UserError: it is no `Moved`; the message names the engine.
+    """
+    if not isinstance(moved, Moved):
+        name = getattr(replica, "name", type(replica).__name__)
+        raise UserError(
+            f"engine {name} breaks its contract: apply returned {type(moved).__name__}, not Moved (see "
+            "estune.es.replica)"
+        )
+    return moved
 
 
 class Theta(Protocol):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from estune.console import counted
 from estune.errors import UserError
 from estune.es.replica import Replica
-from estune.es.theta import Moved
+from estune.es.theta import Moved, checked_moved
 from estune.es.types import ParameterSpec
-from estune.es.update import Update
 from estune.run.journal import Journal, recorded_update
 
 
@@ -48,28 +47,12 @@ def replay_steps(journal: Journal, replica: Replica, start: int, stop: int) -> M
     for record in journal.steps[start:stop]:
         if checksum != record["checksum"]:
             raise UserError(f"theta before step {record['step']} is not what the journal says it was")
-        moved = apply_update(replica, recorded_update(record, journal.header["config"]))
+        moved = checked_moved(replica.apply(recorded_update(record, journal.header["config"])), replica)
         checksum = moved.checksum
         if record["step"] + 1 < len(journal.steps) and checksum != journal.steps[record["step"] + 1]["checksum"]:
             raise UserError(f"theta after step {record['step']} is not what the journal says it was")
     if stop in journal.checkpoints and replica.fingerprint() != journal.checkpoints[stop]:
         raise UserError(
             f"theta after {counted(stop, 'step')} does not have the journal's fingerprint {journal.checkpoints[stop]}"
-        )
-    return moved
-
-
-def apply_update(replica: Replica, update: Update) -> Moved:
-    """Move theta by one step; see `Replica.apply`.
-
-    Raises:
-        UserError: ``apply`` returned another type than `Moved`; the message names the engine.
-    """
-    moved: object = replica.apply(update)
-    if not isinstance(moved, Moved):
-        name = getattr(replica, "name", type(replica).__name__)
-        raise UserError(
-            f"engine {name} breaks its contract: apply returned {type(moved).__name__}, not Moved (see "
-            "estune.es.replica)"
         )
     return moved

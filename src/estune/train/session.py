@@ -17,9 +17,10 @@ import numpy as np
 from estune.config import ResolvedConfig
 from estune.console import counted, say, warn
 from estune.data.batches import Batches
+from estune.engines import ENGINES
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
-from estune.es.theta import Moved
+from estune.es.theta import Moved, checked_moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
 from estune.models.hub import push
@@ -31,7 +32,6 @@ from estune.run.card import write_card
 from estune.run.checkpoint import checkpoint_path, prune
 from estune.run.directory import Run
 from estune.run.journal import step_record
-from estune.run.replay import apply_update
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, evaluate
 from estune.train.groups import Rollouts, tokens_digest
@@ -275,7 +275,8 @@ class Session(OpenRun):
         Raises:
             UserError: an engine outside estune has changed theta by itself.
         """
-        refuse_moved_theta(self.args, self.engine, self.checksum)
+        if self.args.engine not in ENGINES:
+            refuse_moved_theta(self.args, self.engine, self.checksum)
         record = step_record(
             step.index,
             step.rows,
@@ -300,7 +301,7 @@ class Session(OpenRun):
             UserError: theta contains NaN or infinity after the update.
         """
         started = time.perf_counter()
-        moved = apply_update(self.engine, update)
+        moved = checked_moved(self.engine.apply(update), self.engine)
         self.checksum = moved.checksum
         self.run.refuse_diverged(moved)
         return Applied(moved, started, time.perf_counter())
