@@ -20,8 +20,8 @@ from fuzz_outcomes import Case, Fault, contents, differing, label, refusal
 
 FILES = ("journal.jsonl", "*es_state.json", "*.safetensors", "*metrics.jsonl", "pending.jsonl", "eval/*",
          "completions/*", "es_config.json", "env.json", "README.md", "*config.json", "*")  # fmt: skip
-# Records of the past, from which nothing is computed. A damaged one may stay damaged, and the metrics lose the line of
-# an evaluation whose rows are missing.
+# Files that no command computes weights from. A resume may leave a damaged one as it is. If the rows of an evaluation
+# are missing, metrics.jsonl may lose the line of that evaluation.
 RECORDS = ("metrics.jsonl", "eval/*", "completions/*", "README.md", "env.json", "trackers.json")
 TINY = ("train", "--model", "tiny", "--task", "countdown", "--max_completion_length", 3, "--report_to", "none",
         "--output_dir", "run")  # fmt: skip
@@ -160,7 +160,7 @@ def compare(resumed: dict[str, Any], whole: dict[str, Any], damaged: str | None)
 
 
 def is_record(name: str) -> bool:
-    """Return whether a file is a record, from which nothing is computed."""
+    """Return whether a file is one of `RECORDS`."""
     return any(fnmatch(name, pattern) for pattern in RECORDS)
 
 

@@ -165,13 +165,30 @@ def test_a_stop_request_ends_the_call_and_leaves_no_request(llama: tuple[Path, A
     assert len(engine.generate(None, PROMPTS, GREEDY)) == len(PROMPTS)
 
 
-def test_non_finite_logits_are_reported(llama: tuple[Path, Any]) -> None:
+def test_non_finite_logits_are_reported_and_spoil_no_later_answer(llama: tuple[Path, Any]) -> None:
     _, engine = llama
-    members = perturbations(1, sigma=1e30)
-    members[0] = perturbations(1)[0]
-    noise = dataclasses.replace(members[0].noise, scale=members[1].noise.scale)
+    before = engine.generate(None, PROMPTS, GREEDY)
+    members = [*perturbations(1, 1), *perturbations(1, sigma=1e30)[1:]]
     answered = engine.generate_population(members, PROMPTS[:1], GREEDY)
-    assert [member[0][0].finite for member in answered] == [True, False, False] and noise
+    assert [member[0][0].finite for member in answered] == [True, False, False]
+    assert engine.generate(None, PROMPTS, GREEDY) == before
+
+
+def test_prompts_per_batch_bounds_the_requests_at_a_time(
+    llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = llama
+    whole = engine.generate(None, PROMPTS, GREEDY)
+    waiting: list[int] = []
+    step = engine._step
+
+    def counted(vllm: Any, names: dict[str, int], *rest: Any) -> None:
+        waiting.append(len(names))
+        step(vllm, names, *rest)
+
+    monkeypatch.setattr(engine, "_step", counted)
+    monkeypatch.setattr(engine, "prompts_per_batch", 3)
+    assert tokens(engine.generate(None, PROMPTS, GREEDY)) == tokens(whole) and set(waiting) == {3, 1}
 
 
 def test_a_job_for_another_theta_is_refused(llama: tuple[Path, Any]) -> None:

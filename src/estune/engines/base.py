@@ -169,7 +169,7 @@ class LocalEngine(Engine, Protocol):
 
 
 class EngineClass(Protocol):
-    """The class of a local engine, which `--engine` names. Its attribute ``name`` is optional: the model's default."""
+    """The class of a local engine, which `--engine` names. ``name`` is the model where ``--model`` is left out."""
 
     def open(self, options: EngineOptions) -> LocalEngine:
         """Return an engine with its model loaded.

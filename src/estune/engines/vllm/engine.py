@@ -99,17 +99,18 @@ class VLLMEngine(LocalBase):
         self._tensor_parallel_size = options.tensor_parallel_size
         self.model_type, self.architecture = config.model_type, type(module).__name__
         self.prompts_per_batch = options.prompts_per_batch
-        self._llm = launch.start(
-            resolve_model(options.model),
-            dtype=self.compute_dtype,
-            tensor_parallel_size=options.tensor_parallel_size,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
         self._version = version
         self._requests = 0
         self._stop = StopStrings(tokenizer, ())
+        self._llm: Any = None
         try:
+            self._llm = launch.start(
+                resolve_model(options.model),
+                dtype=self.compute_dtype,
+                tensor_parallel_size=options.tensor_parallel_size,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+            )
             self._open_workers(kinds, options.num_threads)
         except BaseException:
             self.stop()
@@ -230,9 +231,27 @@ class VLLMEngine(LocalBase):
         if self._llm is not None:
             launch.end(self._llm)
             self._llm = None
-            self._shared.close()
+        self._shared.close()
 
     def _answer(
+        self,
+        n_members: int,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        should_stop: Callable[[], bool],
+        *,
+        are_members: bool,
+    ) -> list[list[list[Completion]]]:
+        """Return completions (M, B, G), `prompts_per_batch` prompts at a time."""
+        answers: list[list[list[Completion]]] = [[] for _ in range(n_members)]
+        for start in range(0, len(prompts), self.prompts_per_batch):
+            batch = prompts[start : start + self.prompts_per_batch]
+            answered = self._answer_batch(n_members, batch, sampling, should_stop, are_members=are_members)
+            for member, completions in zip(answers, answered, strict=True):
+                member.extend(completions)
+        return answers
+
+    def _answer_batch(
         self,
         n_members: int,
         prompts: Sequence[Prompt],

@@ -17,6 +17,7 @@ from estune.engines.hf.working_model import ModelWeights
 from estune.engines.vllm import shared_memory, table
 from estune.engines.vllm.members import MemberBatch
 from estune.engines.vllm.messages import PerturbationMessage, perturbation_of
+from estune.errors import UserError
 
 
 class WorkerExtension:
@@ -39,8 +40,6 @@ class WorkerExtension:
             ``error``: the reason why the model cannot be used, or None; ``ranges``: which part of every stored tensor
             this rank holds; ``dtypes``: of every stored tensor.
         """
-        from estune.errors import UserError
-
         theta = shared_memory.attach(shared_memory.Address.of(address), num_threads)
         stored = {s.name: table.Stored(tuple(s.shape), kinds[s.name], s.perturbed) for s in theta.specs}
         model = self.model_runner.get_model()

@@ -55,8 +55,14 @@ class MemberBatch:
             layer.set_members(perturbations)
 
     def take_unsound(self) -> list[int]:
-        """Return the rows whose logits held NaN or infinity since the last call."""
+        """Return the rows whose logits held NaN or infinity since the last call.
+
+        Then the key-value cache is set to 0: attention reads unused places of a block with weight 0, and 0 * NaN is NaN.
+        """
         unsound, self._unsound = sorted(self._unsound), set()
+        if unsound:
+            for cache in self._runner.kv_caches:
+                cache.zero_()
         return unsound
 
     def _find_layers(self, model: nn.Module, bound: Sequence[Binding]) -> None:
