@@ -57,7 +57,7 @@ class MemberBatch:
     def take_unsound(self) -> list[int]:
         """Return the rows whose logits held NaN or infinity since the last call.
 
-        Then the key-value cache is set to 0: attention reads unused places of a block with weight 0, and 0 * NaN is NaN.
+        Then the key-value cache becomes 0: attention reads unused places of a block with weight 0, and 0 * NaN is NaN.
         """
         unsound, self._unsound = sorted(self._unsound), set()
         if unsound:
