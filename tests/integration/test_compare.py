@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -246,7 +247,8 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     [results] = [path for path in (out / "results").iterdir() if path.is_dir()]
     found = json.loads((results / "es" / "seed-0-time.json").read_text(encoding="utf-8"))
     every = json.loads((out / found["run"] / "es_config.json").read_text(encoding="utf-8"))["eval_steps"]
-    assert found["status"] == "done" and every >= 1 and len(found["curve"]) == 1 + found["steps"] // every
+    evaluations = 1 + math.ceil(found["steps"] / every)  # before the first step, every few steps, after the last
+    assert found["status"] == "done" and every >= 1 and len(found["curve"]) == evaluations
     assert sorted(path.name for path in (results / "es").iterdir()) == [
         "seed-0-time.json",
         "trial-0-time.json",
