@@ -13,7 +13,7 @@ from estune.commands.results import print_values
 from estune.config import ESConfig, SizedConfig
 from estune.console import show_progress, warn
 from estune.data.datasets import has_splits
-from estune.engines.base import LocalEngine
+from estune.engines.base import Engine
 from estune.errors import UserError, nearest
 from estune.es.types import Prompt
 from estune.rewards.pool import RewardPool
@@ -168,7 +168,7 @@ def _heading(args: ESConfig, split: str) -> dict[str, Any]:
 
 
 def _batch_check(
-    when: str, engine: LocalEngine, args: ESConfig, prompts: list[Prompt], evaluation: Evaluation
+    when: str, engine: Engine, args: ESConfig, prompts: list[Prompt], evaluation: Evaluation
 ) -> dict[str, Any]:
     """Return ``{"batch_check": ...}`` if the rows are answered again in batches of another size, else ``{}``."""
     if when == "never" or (when == "auto" and engine.facts.dtype not in NARROW):
@@ -182,7 +182,7 @@ def _batch_check(
 
 
 def _divergence(
-    engine: LocalEngine, args: SizedConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
+    engine: Engine, args: SizedConfig, reference: str, prompts: list[Prompt], evaluation: Evaluation
 ) -> float | None:
     """Return KL(model || reference) per token, by the k3 estimator on the model's own completions.
 

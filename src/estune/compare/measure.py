@@ -21,7 +21,7 @@ from estune.compare.plan import rows_of
 from estune.compare.results import DONE, Answers, Changes, Result, base_digest, read_json, read_result
 from estune.config import EVALUATE_FIELDS, ESConfig, SizedConfig
 from estune.console import warn
-from estune.engines.base import LocalEngine
+from estune.engines.base import Engine
 from estune.environment import code_digest
 from estune.errors import UserError
 from estune.es.types import Prompt
@@ -47,7 +47,7 @@ CONSTANTS, CONSTANT_ROWS = 10, 500  # candidates for the best constant answer, a
 class Base:
     """The base that a tuned model is measured against: its engine, and the parts of its measurement that are needed."""
 
-    engine: LocalEngine
+    engine: Engine
     judged: AnswerSummary
     never_solved: list[int]  # rows of the test split
 
@@ -82,7 +82,7 @@ def check_base(comparison: Comparison, model: str, fingerprint: str) -> None:
     Raises:
         UserError: it has another fingerprint.
     """
-    actual = setup.load_engine(evaluation_config(comparison, model)).theta.fingerprint()
+    actual = setup.load_engine(evaluation_config(comparison, model)).fingerprint()
     if actual != fingerprint:
         raise UserError(f"model {model} has fingerprint {actual}, and the results are of {fingerprint}")
 
@@ -221,7 +221,7 @@ class Scorers:
         )
         return [is_right(score) for score in scores]
 
-    def answer(self, args: SizedConfig, engine: LocalEngine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
+    def answer(self, args: SizedConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
         """Answer rows with a model and score the completions, as `estune evaluate` does; return the prompts, too.
 
         Raises:
@@ -248,7 +248,7 @@ class Scorers:
         return evaluation, prompts
 
 
-def measure(comparison: Comparison, model: str, engine: LocalEngine, base: Base | None, scorers: Scorers) -> Result:
+def measure(comparison: Comparison, model: str, engine: Engine, base: Base | None, scorers: Scorers) -> Result:
     """Return the measurements of a model.
 
     Args:
@@ -292,7 +292,7 @@ def measure(comparison: Comparison, model: str, engine: LocalEngine, base: Base 
     return result
 
 
-def measure_changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int) -> Changes:
+def measure_changes(base: Engine, tuned: Engine, run: Path, steps: int) -> Changes:
     """Return how far the parameters moved from the base's; see `estune.compare.changes`.
 
     Args:
@@ -330,7 +330,7 @@ def greedy_result(evaluation: Evaluation) -> Result:
 
 def sample(
     args: SizedConfig,
-    engine: LocalEngine,
+    engine: Engine,
     rows: Rows,
     count: int,
     temperature: float,
@@ -343,7 +343,7 @@ def sample(
 
 
 def never_solved(
-    comparison: Comparison, args: SizedConfig, engine: LocalEngine, rows: Rows, result: Result, scorers: Scorers
+    comparison: Comparison, args: SizedConfig, engine: Engine, rows: Rows, result: Result, scorers: Scorers
 ) -> list[int]:
     """Return which of `discovery_rows` the base solves neither greedily nor in any of `discovery_samples` samples.
 
@@ -368,7 +368,7 @@ def never_solved(
 
 
 def discovery(
-    comparison: Comparison, args: SizedConfig, engine: LocalEngine, unsolved: Sequence[int], scorers: Scorers
+    comparison: Comparison, args: SizedConfig, engine: Engine, unsolved: Sequence[int], scorers: Scorers
 ) -> list[int]:
     """Return how many of `samples` samples of each row in ``unsolved`` are right, (unsolved,).
 
@@ -383,7 +383,7 @@ def discovery(
 
 
 def measure_retained(
-    comparison: Comparison, model: str, engine: LocalEngine, retained: Retained, scorers: Scorers
+    comparison: Comparison, model: str, engine: Engine, retained: Retained, scorers: Scorers
 ) -> Answers:
     """Return the greedy accuracy on another task, or under another prompt, scored by that task's own reward."""
     args = retained_config(comparison, model, retained)
@@ -406,7 +406,7 @@ def retained_config(comparison: Comparison, model: str, retained: Retained) -> S
     return evaluation_config(comparison, model, **{**retained.settings, **changes})
 
 
-def divergence(engine: LocalEngine, base: LocalEngine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:
+def divergence(engine: Engine, base: Engine, prompts: Sequence[Prompt], sampled: Evaluation) -> float:
     """Return KL(model || base) in nats per token, by the k3 estimator on the first sample of each of ``prompts``.
 
     Args:

@@ -20,6 +20,7 @@ from estune.engines import ENGINES
 from estune.errors import UserError, nearest
 from estune.es.update import SCHEDULES, SIGMA_SCHEDULES
 
+RAY = "ray"  # a value of `engine`
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 
 # Training methods: `es`, and the baselines of `estune.baselines`, which share its tasks, rewards and evaluation.
@@ -71,11 +72,13 @@ ELSEWHERE = {
 RESUMABLE = frozenset(
     "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows eval_greedy logging_steps report_to "
     "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
-    "hub_private_repo tensor_parallel_size".split()
+    "hub_private_repo tensor_parallel_size num_workers worker_engine worker_resources worker_timeout_s".split()
 )
 
 # Options that runs of older versions lack; they had the default's meaning.
-LATER_OPTIONS = frozenset({"tensor_parallel_size"})
+LATER_OPTIONS = frozenset(
+    {"tensor_parallel_size", "num_workers", "worker_engine", "worker_resources", "worker_timeout_s"}
+)
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.
@@ -83,7 +86,8 @@ EVALUATE_FIELDS = (
     "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
     "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
-    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads tensor_parallel_size"
+    "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads tensor_parallel_size "
+    "num_workers worker_engine worker_resources worker_timeout_s"
 ).split()
 # `estune probe`: the options that decide the members' completions and their rewards.
 PROBE_FIELDS = (
@@ -91,7 +95,8 @@ PROBE_FIELDS = (
     "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
     "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
     "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
-    "prompts_per_batch members_per_batch num_threads tensor_parallel_size"
+    "prompts_per_batch members_per_batch num_threads tensor_parallel_size num_workers worker_engine worker_resources "
+    "worker_timeout_s"
 ).split()
 # `estune score`: the options that decide the rewards of given completions.
 SCORE_FIELDS = (
@@ -149,9 +154,19 @@ class ESConfig:
     engine: str = _option(
         "hf",
         "Generation backend: hf (transformers), vllm, toy (a function of a vector), package.module:Class, or "
-        "file.py:Class.",
+        "file.py:Class. ray: the worker_engine in Ray's workers, as with num_workers.",
     )
     tensor_parallel_size: int = _option(1, "Processes that share one model, with engine vllm.")
+    num_workers: int = _option(
+        0, "Ray workers, each with the engine and a replica of theta; 0: the engine runs in this process."
+    )
+    worker_engine: str | None = _option(None, "The workers' engine, with engine ray. Default: hf.")
+    worker_resources: dict[str, Any] = _option(
+        {},
+        'JSON object of what each worker takes of Ray\'s cluster, such as {"CPU": 4, "GPU": 1}. Default: num_threads '
+        "CPUs, and with a GPU tensor_parallel_size GPUs.",
+    )
+    worker_timeout_s: float = _option(600.0, "Seconds without progress after which a worker is replaced.")
     trainable_parameters: list[str] | None = _option(
         None, "Regular expressions; only parameters whose stored name matches one of them are trained. Default: all."
     )
@@ -307,6 +322,9 @@ class ESConfig:
             if value is None and "by_method" in spec.metadata:
                 value = default_of(spec.name, self.method)
             setattr(self, spec.name, coerce(spec.name, value))
+        if self.engine == RAY:  # another spelling: the engine says what computes the answers, num_workers says where
+            self.engine, self.worker_engine = self.worker_engine or "hf", None
+            self.num_workers = self.num_workers or 1
         self.validate()
 
     def validate(self) -> None:
@@ -343,6 +361,7 @@ class ESConfig:
             "num_threads",
             "tensor_parallel_size",
             "reward_workers",
+            "worker_timeout_s",
             "top_p",
         )
         for name in positive:
@@ -356,6 +375,7 @@ class ESConfig:
             "weight_decay",
             "temperature",
             "max_time_s",
+            "num_workers",
             "top_k",
             "eval_steps",
             "eval_rows",
@@ -432,10 +452,12 @@ class ESConfig:
             if not any(self.reward_weights):
                 raise UserError("reward_weights are all 0: nothing would be learned")
         if self.engine not in ENGINES and ":" not in self.engine:
-            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(ENGINES)}, package.module:Class, or "
-                            f"file.py:Class{nearest(self.engine, ENGINES)}")  # fmt: skip
+            known = (*ENGINES, RAY)
+            raise UserError(f"engine is {self.engine!r}; it can be {', '.join(known)}, package.module:Class, or "
+                            f"file.py:Class{nearest(self.engine, known)}")  # fmt: skip
         if self.tensor_parallel_size > 1 and self.engine != "vllm":
             raise UserError(f"engine {self.engine} does not use tensor_parallel_size; engine vllm does")
+        self._validate_workers()
         for pattern in self.trainable_parameters or []:
             try:
                 re.compile(pattern)
@@ -446,6 +468,18 @@ class ESConfig:
                 raise UserError(f"report_to has {name!r}; it can be {', '.join(REPORTS)}{nearest(name, REPORTS)}")
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError("report_to none stands alone")
+
+    def _validate_workers(self) -> None:
+        """Refuse options of Ray's workers that have no effect or are no amounts."""
+        if self.worker_engine is not None:
+            raise UserError("worker_engine needs engine ray; with num_workers, engine names what the workers run")
+        if not self.num_workers:
+            for name in ("worker_resources", "worker_timeout_s"):
+                if getattr(self, name) != default_of(name):
+                    raise UserError(f"{name} needs num_workers")
+        for name, amount in self.worker_resources.items():
+            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 < amount < math.inf:
+                raise UserError(f"worker_resources has {amount!r} for {name}; it must be a number greater than 0")
 
     def _validate_method(self) -> None:
         """Refuse options that the method would ignore, and values that it cannot use."""
@@ -459,6 +493,8 @@ class ESConfig:
             return
         if self.engine != "hf":
             raise UserError(f"method {self.method} trains the model of transformers itself: it needs engine hf")
+        if self.num_workers:
+            raise UserError(f"method {self.method} trains in this process: num_workers is for es")
         if self.console == "panel":
             raise UserError(f"console panel shows a population: with method {self.method} use console lines")
         if self.log_completions:

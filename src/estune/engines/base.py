@@ -1,7 +1,7 @@
 """The protocols between training and a generation backend.
 
 A `Generator` answers groups of members, in any order. A `Replica` (`estune.es.replica`) owns theta. An `Engine` is
-both. A `LocalEngine` also gives access to theta and to single prompts in this process. Training and engine exchange
+both. A `LocalEngine` also gives access to theta in this process. Training and engine exchange
 seeds, scalars and token ids only, so a remote engine differs from a local one in transport alone.
 """
 
@@ -121,12 +121,17 @@ class Generator(Protocol):
     ) -> bool:
         """Return whether members (M) answer prompts (B) with the same tokens twice, the second time under load."""
 
+    def take_metrics(self) -> dict[str, float]:
+        """Return the engine's own metrics of the time since the last call; they join those of the step."""
+
     def stop(self) -> None:
         """Release threads, processes and connections."""
 
 
 class Engine(Generator, Replica, Protocol):
-    """A backend that a run trains with."""
+    """A backend that a run trains with, and that evaluations use: in this process, or in workers."""
+
+    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may change between calls
 
     @property
     def assets(self) -> ModelAssets:
@@ -134,16 +139,6 @@ class Engine(Generator, Replica, Protocol):
 
     def load_theta(self) -> None:
         """Write theta, cast to the compute dtype, into the model in this process, if there is one."""
-
-
-class LocalEngine(Engine, Protocol):
-    """An engine in this process, with the methods that baselines, evaluations and comparisons need.
-
-    Its class method ``open(options: EngineOptions)`` returns an engine.
-    """
-
-    theta: Theta
-    prompts_per_batch: int  # prompts in one forward pass, each with all its completions; may change between calls
 
     def generate(
         self,
@@ -158,14 +153,23 @@ class LocalEngine(Engine, Protocol):
             Interrupted: ``should_stop`` returned true between two tokens.
         """
 
+    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return theta's natural log-probability of every token; ``completions`` holds one completion per prompt."""
+
+
+class LocalEngine(Engine, Protocol):
+    """An engine in this process, with access to theta, which baselines need.
+
+    Its class method ``open(options: EngineOptions)`` returns an engine.
+    """
+
+    theta: Theta
+
     def assign(self, read: Callable[[str], Any]) -> None:
         """Overwrite theta: ``read(name)`` returns a parameter's new value, of any floating dtype and device."""
 
     def assign_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Overwrite theta with float32 arrays, by stored name."""
-
-    def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return theta's natural log-probability of every token; ``completions`` holds one completion per prompt."""
 
 
 class EngineClass(Protocol):

@@ -238,6 +238,13 @@ class LocalBase:
         dtypes = dict.fromkeys(arrays, "float32") if float32 else self.stored_dtypes
         write_tensors(directory / WEIGHTS_FILE, arrays, self.theta.buffers, dtypes)
 
+    def saved(self, directory: Path) -> None:
+        """Do nothing, because a local engine has one replica."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return no metrics; see `Generator.take_metrics`."""
+        return {}
+
     def checked(self, jobs: Iterable[GroupJob]) -> Iterator[GroupJob]:
         """Yield the jobs, each after a check that it is meant for the current theta.
 

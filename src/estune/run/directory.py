@@ -240,6 +240,8 @@ class Run:
         steps_done = self.steps_done if steps_done is None else steps_done
         save = checkpoint.save_final if final else checkpoint.save_checkpoint
         save(self.path, replica, steps_done, self.args.max_steps)
+        if not final:
+            replica.saved(checkpoint.checkpoint_path(self.path, steps_done))
 
     def record_checkpoint(self, replica: Replica) -> None:
         """Write the checkpoint line of ``steps_done``, once."""

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from estune.engines.base import LocalEngine
+from estune.engines.base import Engine
 from estune.es.fitness import mean, weigh
 from estune.es.population import EVAL_PERSON
 from estune.es.types import GroupJob, Prompt, Sampling
@@ -234,7 +234,7 @@ def of_evaluations(sampling: Sampling) -> Sampling:
 
 
 @contextmanager
-def _batches_of(engine: LocalEngine, size: int) -> Iterator[None]:
+def _batches_of(engine: Engine, size: int) -> Iterator[None]:
     """Let an engine's forward passes hold at most ``size`` prompts within the context."""
     kept = engine.prompts_per_batch
     engine.prompts_per_batch = size
@@ -245,7 +245,7 @@ def _batches_of(engine: LocalEngine, size: int) -> Iterator[None]:
 
 
 def check_batches(
-    engine: LocalEngine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, evaluation: Evaluation
 ) -> dict[str, Any] | None:
     """Answer evaluated rows again in batches of another size, and count the rows whose tokens change.
 

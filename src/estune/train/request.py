@@ -12,7 +12,7 @@ from typing import Any
 
 from estune.config import ESConfig, SizedConfig
 from estune.console import warn
-from estune.engines.base import LocalEngine
+from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.run.checkpoint import BASE_DIRECTORY
@@ -36,7 +36,7 @@ class TrainingRequest:
     eval_rows: Rows
     module: Any = None  # a model in memory; None if ``args.model`` names the model
     tokenizer: Any = None  # replaces the model's own tokenizer
-    _engine: LocalEngine | None = field(default=None, repr=False)
+    _engine: Engine | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -83,7 +83,7 @@ class TrainingRequest:
         return cls(given_args, resolved, task, rewards, train_rows, eval_rows, module, processing_class)
 
     @property
-    def engine(self) -> LocalEngine:
+    def engine(self) -> Engine:
         """The engine; it is loaded on first use."""
         if self._engine is None:
             self._engine = setup.load_engine(self.args, self.module, self.tokenizer)
@@ -145,7 +145,7 @@ class BaseTrainer:
         return self.request.args
 
     @property
-    def engine(self) -> LocalEngine:
+    def engine(self) -> Engine:
         """The engine; it is loaded on first use."""
         return self.request.engine
 

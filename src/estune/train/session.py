@@ -253,7 +253,7 @@ class Session(OpenRun):
             self.first_step_scored_theta = theta.is_scored
         record = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
         record |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
-        record |= theta.record()
+        record |= theta.record() | self.engine.take_metrics()
         record["num_evaluations"] = self._completions_scored(step)
         self.watch.step({"step": step.index + 1, **record}, theta, self._rewards_without_value(rollouts))
         if step.index == 0:

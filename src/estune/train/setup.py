@@ -6,6 +6,7 @@ Callers load the engine last, because only the engine needs torch. Mistakes in t
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,8 +23,8 @@ from estune.data.columns import check_columns
 from estune.data.datasets import has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
-from estune.engines.base import Engine, EngineClass, EngineOptions, LocalEngine
-from estune.errors import UserError
+from estune.engines.base import Engine, EngineClass, EngineOptions
+from estune.errors import UserError, install_command
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
 from estune.models.names import local_directory
@@ -231,7 +232,10 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
     else:
         directory = local_directory(args.model)
         size = sum(path.stat().st_size for path in directory.glob("*.safetensors")) if directory else LARGE_BYTES
-    return environment.cores() if size >= LARGE_BYTES else 1
+    cores = environment.cores()
+    if args.num_workers and not args.worker_resources:  # the workers share this machine's cores
+        cores = max(1, cores // args.num_workers)
+    return cores if size >= LARGE_BYTES else 1
 
 
 def resolve_with_engine(args: SizedConfig, engine: Engine, prompts: Sequence[Prompt]) -> ResolvedConfig:
@@ -267,7 +271,7 @@ def check_model(model: str, revision: str | None = None) -> None:
     loading.check_model(model, revision)
 
 
-def load_engine(args: SizedConfig, module: Any = None, tokenizer: Any = None) -> LocalEngine:
+def load_engine(args: SizedConfig, module: Any = None, tokenizer: Any = None) -> Engine:
     """Load the engine. ``module`` is a model in memory.
 
     Raises:
@@ -296,11 +300,39 @@ def load_engine(args: SizedConfig, module: Any = None, tokenizer: Any = None) ->
     if module is None and (args.engine in ("hf", "vllm") or model != getattr(engine_class(args.engine), "name", None)):
         refuse_unfinished(args.model)
     name = "toy" if is_toy else args.engine
+    if args.num_workers:
+        return _in_workers(args, engine_class(name), options)
     engine = engine_class(name).open(options)
     for attribute in ("theta", "assets", "facts", "specs", "answers", "generate"):
         if getattr(engine, attribute, None) is None:
             raise UserError(f"engine {name!r} has no {attribute}: its constructor must set it (see docs/extending.md)")
     return engine
+
+
+def _in_workers(args: SizedConfig, engine: EngineClass, options: EngineOptions) -> Engine:
+    """Return an engine whose members answer in Ray's workers.
+
+    Raises:
+        UserError: Ray is not installed, or its cluster cannot be used, or the engine cannot be opened.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"num_workers needs the package ray: {install_command(extra='ray')}")
+    from estune.engines.ray.engine import RayEngine
+    from estune.engines.ray.pool import Limits
+
+    resources = dict(args.worker_resources)
+    if not resources:
+        resources["CPU"] = options.num_threads
+        if _has_gpu(args):
+            resources["GPU"] = args.tensor_parallel_size
+    return RayEngine(engine, options, Limits(args.num_workers, resources, args.worker_timeout_s))
+
+
+def _has_gpu(args: ESConfig) -> bool:
+    """Return whether workers need a GPU: with device cuda, or with device auto if this machine has one."""
+    import torch
+
+    return args.device == "cuda" or (args.device == "auto" and args.engine != "toy" and torch.cuda.is_available())
 
 
 def engine_class(name: str) -> EngineClass:
@@ -367,7 +399,7 @@ def facts_of(loaded: Loaded) -> Facts:
 
 def engine_source(args: ESConfig, engine: Engine) -> dict[str, dict[str, str]]:
     """Return the parts of the source of an engine outside estune by its class's name; empty for an engine of estune."""
-    kind = type(engine)
+    kind = getattr(engine, "engine_class", type(engine))  # of an engine in workers
     return {} if args.engine in ENGINES else {kind.__name__: source_parts(kind, "engine")}
 
 
@@ -418,7 +450,7 @@ def _is_json(value: Any) -> bool:
 
 
 def build_prompts(
-    args: ESConfig, engine: LocalEngine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
+    args: ESConfig, engine: Engine, rows: Sequence[dict[str, Any]], is_builtin_task: bool
 ) -> list[Prompt]:
     """Return the tokenised prompts of rows, (rows,); ``row_id`` is the row's index.
 

@@ -11,7 +11,18 @@ from estune.engines.hf.callers import Model
 from estune.engines.hf.saved_model import check_assets, save_assets
 
 
-class HFAssets:
+class TextAssets:
+    """The assets that turn token ids into text; unlike `HFAssets`, they can be sent to another process."""
+
+    def __init__(self, tokenizer: Any, end_tokens: frozenset[int]) -> None:
+        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+class HFAssets(TextAssets):
     """The assets of a model in memory; see `estune.engines.base.ModelAssets`."""
 
     def __init__(
@@ -29,14 +40,11 @@ class HFAssets:
         Raises:
             UserError: an end token or padding token is not an integer.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
         self.vocab_size = end_ids.vocabulary_rows(model)
-        self.end_tokens, self.pad = end_ids.end_ids(model, tokenizer, self.vocab_size)
+        end_tokens, self.pad = end_ids.end_ids(model, tokenizer, self.vocab_size)
+        super().__init__(tokenizer, end_tokens)
         self._dtype, self._digests, self._is_mixed = dtype, digests, is_mixed
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion's tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def save(self, directory: Path, dtype: str) -> None:
         """Write configuration, generation configuration, tokenizer and code; see `ModelAssets.save`."""
