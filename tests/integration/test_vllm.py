@@ -174,6 +174,27 @@ def test_non_finite_logits_are_reported_and_spoil_no_later_answer(llama: tuple[P
     assert engine.generate(None, PROMPTS, GREEDY) == before
 
 
+def test_non_finite_rows_spoil_no_row_that_gets_their_cache_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has room for a few rows, so that rows of one call get the blocks of rows that have ended."""
+    from estune.engines.vllm import launch
+
+    save_tiny_for_vllm("llama", tmp_path)
+    monkeypatch.setattr(launch, "CPU_CACHE_BYTES", 1 << 20)
+    engine = opened(tmp_path, noise="lowrank", prompts_per_batch=64)
+    try:
+        prompts = [dataclasses.replace(PROMPTS[i % 4], row_id=i) for i in range(60)]
+        sampling = dataclasses.replace(GREEDY, max_completion_length=40)
+        sound, [_, broken] = perturbations(1, 2), perturbations(1, 2, sigma=1e30)
+        wanted = engine.generate_population(sound, prompts, sampling)
+        assert all(each.finite for member in wanted for row in member for each in row)
+        first, *found = engine.generate_population([broken, *sound], prompts, sampling)
+        assert found == wanted and not any(each.finite for row in first for each in row)
+    finally:
+        engine.stop()
+
+
 def test_prompts_per_batch_bounds_the_requests_at_a_time(
     llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

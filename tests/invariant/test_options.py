@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from command_line import PATIENCE_S, TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
 
-from estune.config import FIELDS, ESConfig
+from estune.config import FIELDS, OF_WORKERS, ESConfig
 from estune.run.journal import Journal
 from estune.train import request
 from estune.train.trainer import ESTrainer
@@ -180,6 +180,7 @@ OTHERWISE = {  # field -> the test below that shows its effect
     "push_to_hub": "test_push_to_hub",
     "hub_model_id": "test_push_to_hub",
     "hub_private_repo": "test_push_to_hub",
+    **dict.fromkeys(OF_WORKERS, "test_options_of_workers"),  # their effect: tests/integration/test_ray.py
     "tensor_parallel_size": "test_ranks_belong_to_vllm",  # the effect: tests/integration/test_vllm.py
 }
 
@@ -538,6 +539,21 @@ def test_console(run, place):
     assert "step 2/2  reward" in lines.out and "this step" not in lines.out
     assert "members' fitness" in panel.out and "step 2/2  reward" not in panel.out
     assert run(*RUN, "--output_dir", "auto").out.replace("auto", "lines") != panel.out  # here is no terminal
+
+
+def test_options_of_workers(run):
+    assert_refused(run(*RUN, "--worker_engine", "hf"), "worker_engine needs engine ray")
+    assert_refused(run(*RUN, "--worker_resources", '{"CPU": 1}'), "worker_resources needs num_workers")
+    assert_refused(run(*RUN, "--worker_timeout_s", 5), "worker_timeout_s needs num_workers")
+    assert_refused(run(*RUN, "--num_workers", -1), "num_workers must not be negative")
+    assert_refused(
+        run(*RUN, "--num_workers", 1, "--worker_resources", '{"CPU": 0}'),
+        "worker_resources has 0 for CPU; it must be a number greater than 0",
+    )
+    given = ESConfig(engine="ray", worker_engine="vllm")
+    assert (given.engine, given.worker_engine, given.num_workers) == ("vllm", None, 1)
+    assert ESConfig(engine="ray", num_workers=3).engine == "hf"
+    assert ESConfig(engine="ray").trajectory() == ESConfig().trajectory()
 
 
 def test_ranks_belong_to_vllm(run):

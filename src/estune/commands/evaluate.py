@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.commands.results import print_values
-from estune.config import ESConfig, SizedConfig
+from estune.config import OF_WORKERS, ESConfig, SizedConfig, default_of
 from estune.console import show_progress, warn
 from estune.data.datasets import has_splits
 from estune.engines.base import Engine
@@ -194,7 +194,8 @@ def _divergence(
     repeated = [prompt for prompt, row in zip(prompts, evaluation.rows, strict=True) for _ in row.token_ids]
     token_ids = [ids for row in evaluation.rows for ids in row.token_ids]
     logprobs = engine.token_logprobs(repeated, token_ids)
-    reference_engine = setup.load_engine(dataclasses.replace(args, model=reference))
+    here: dict[str, Any] = {name: default_of(name) for name in OF_WORKERS}  # the workers hold the other model
+    reference_engine = setup.load_engine(dataclasses.replace(args, model=reference, **here))
     largest = max((token for ids in token_ids for token in ids), default=0)
     vocab_size = reference_engine.facts.vocab_size
     if vocab_size is not None and largest >= vocab_size:

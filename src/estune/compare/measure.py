@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from estune.compare.changes import parameter_changes, walk_ratio
 from estune.compare.config import Comparison, Retained, bounds_of
 from estune.compare.hacking import AnswerSummary, asks_for_words, judge, summarise_answers
 from estune.compare.plan import rows_of
 from estune.compare.results import DONE, Answers, Changes, Result, base_digest, read_json, read_result
-from estune.config import EVALUATE_FIELDS, ESConfig, SizedConfig
+from estune.config import EVALUATE_FIELDS, OF_WORKERS, ESConfig, SizedConfig, default_of
 from estune.console import warn
-from estune.engines.base import Engine
+from estune.engines.base import Engine, LocalEngine
 from estune.environment import code_digest
 from estune.errors import UserError
 from estune.es.types import Prompt
@@ -108,11 +108,17 @@ def measure_trial(comparison: Comparison, model: str, file: Path, facts: Result)
 def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: Result) -> None:
     """Measure a run's model, and write the result with the run's ``facts``."""
     of_base = read_result(base_file)
-    engine, base_engine = (setup.load_engine(evaluation_config(comparison, each)) for each in (model, of_base["model"]))
+    engine = setup.load_engine(evaluation_config(comparison, model))
+    base_engine = local_engine(comparison, of_base["model"])  # the workers hold the tuned model
     base = Base(base_engine, AnswerSummary(**of_base["judged"]), of_base["never_solved"])
     with Scorers() as scorers:
         measured = measure(comparison, model, engine, base, scorers)
-    measured["changes"] = measure_changes(base_engine, engine, comparison.directory / facts["run"], facts["steps"])
+    measured["changes"] = measure_changes(
+        base_engine,
+        local_engine(comparison, model) if comparison.settings.get("num_workers") else cast("LocalEngine", engine),
+        comparison.directory / facts["run"],
+        facts["steps"],
+    )
     state = read_json(Path(model) / "es_state.json")
     result: Result = {
         **facts,
@@ -132,6 +138,12 @@ def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> Siz
         settings.pop(name, None)
     args = ESConfig.from_mapping({**settings, "model": model, "task": comparison.task, "seed": SAMPLE_SEED, **changes})
     return setup.resolve_config(args, 1_000_000)
+
+
+def local_engine(comparison: Comparison, model: str) -> LocalEngine:
+    """Load a model into this process, also if the comparison has workers."""
+    here: dict[str, Any] = {name: default_of(name) for name in OF_WORKERS}
+    return cast("LocalEngine", setup.load_engine(evaluation_config(comparison, model, **here)))
 
 
 def held_out_rows(comparison: Comparison) -> Rows:
@@ -292,7 +304,7 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
     return result
 
 
-def measure_changes(base: Engine, tuned: Engine, run: Path, steps: int) -> Changes:
+def measure_changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int) -> Changes:
     """Return how far the parameters moved from the base's; see `estune.compare.changes`.
 
     Args:

@@ -68,17 +68,18 @@ ELSEWHERE = {
     "fsdp": "; this version runs in one process on one device",
 }
 
+# Options that say where an engine runs.
+OF_WORKERS = ("num_workers", "worker_engine", "worker_resources", "worker_timeout_s")
+
 # Options that a resume may change. All others define the trajectory and are written into the journal's header.
 RESUMABLE = frozenset(
     "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows eval_greedy logging_steps report_to "
     "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
-    "hub_private_repo tensor_parallel_size num_workers worker_engine worker_resources worker_timeout_s".split()
-)
+    "hub_private_repo tensor_parallel_size".split()
+) | frozenset(OF_WORKERS)
 
 # Options that runs of older versions lack; they had the default's meaning.
-LATER_OPTIONS = frozenset(
-    {"tensor_parallel_size", "num_workers", "worker_engine", "worker_resources", "worker_timeout_s"}
-)
+LATER_OPTIONS = frozenset(("tensor_parallel_size", *OF_WORKERS))
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.

@@ -274,6 +274,17 @@ class LocalBase:
         """Do nothing, because a local engine holds only memory."""
 
 
+class TextAssets:
+    """The assets that turn token ids into text; unlike a model's, they can be sent to another process."""
+
+    def __init__(self, tokenizer: Any, end_tokens: frozenset[int]) -> None:
+        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
 class ByteAssets:
     """Assets of a model whose tokens are bytes; see `estune.engines.base.ModelAssets`."""
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from estune.engines.hf import end_ids, identity
 from estune.engines.hf.callers import Model
 from estune.engines.hf.saved_model import check_assets, save_assets
-
-
-class TextAssets:
-    """The assets that turn token ids into text; unlike `HFAssets`, they can be sent to another process."""
-
-    def __init__(self, tokenizer: Any, end_tokens: frozenset[int]) -> None:
-        self.tokenizer, self.end_tokens = tokenizer, end_tokens
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a completion's tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+from estune.engines.local import TextAssets
 
 
 class HFAssets(TextAssets):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 OBJECT_STORE_BYTES = 80 << 20  # bytes; messages are small, and weights never travel
 REACH_S = 5.0  # seconds to wait for a connection to a cluster's address
 END_S = 10.0  # seconds in which the processes of a cluster must have ended
+TRACKER = b"resource_tracker"  # in the command of the process that multiprocessing starts to clean up
 MARK = "ESTUNE_RAY_DIRECTORY"  # variable that all processes of a cluster of ours have
 CURRENT = Path("/tmp/ray/ray_current_cluster")  # where `ray start` writes the address of this machine's cluster
 # Variables while a cluster starts; values that the user has set stay.
@@ -175,31 +176,39 @@ def watch(directory: str) -> None:
     sys.stdin.buffer.read()
     until = time.monotonic() + END_S
     while (left := _processes_of(directory)) and time.monotonic() < until:
-        for process in left:
+        has_time = time.monotonic() < until - END_S / 2
+        for process, command in left.items():
+            if has_time and TRACKER in command:
+                continue  # it removes the shared memory of the processes that it watches, then ends
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.1)
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _processes_of(directory: str) -> set[int]:
-    """Return the processes that have the cluster's directory in their environment or command, and their children."""
+def _processes_of(directory: str) -> dict[int, bytes]:
+    """Return the commands of processes with the cluster's directory in environment or command, and of their children.
+
+    The result has the process's number as key.
+    """
     parents: dict[int, int] = {}
+    commands: dict[int, bytes] = {}
     found: set[int] = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError, ValueError, IndexError):
-            texts = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+            command = (entry / "cmdline").read_bytes()
+            texts = (entry / "environ").read_bytes() + command
             stat = (entry / "stat").read_text().rpartition(")")[2].split()
             if stat[0] == "Z":
                 continue
-            parents[int(entry.name)] = int(stat[1])
+            parents[int(entry.name)], commands[int(entry.name)] = int(stat[1]), command
             if directory.encode() in texts:
                 found.add(int(entry.name))
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
-    return found
+    return {process: commands[process] for process in found}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from estune.console import counted, warn
 from estune.engines.base import EngineClass, EngineFacts, EngineOptions, ModelAssets
-from estune.engines.hf.assets import TextAssets
+from estune.engines.local import TextAssets
 from estune.engines.ray import cluster, messages
 from estune.engines.ray.pool import WAIT_S, Handle, Limits, Pool, reason_of, value_of
 from estune.errors import UserError
@@ -91,10 +91,15 @@ class RayEngine:
         if options.module is not None:
             raise UserError("workers load a model by name: a module in memory needs num_workers 0")
         self.engine_class = engine
-        self._cluster = cluster.connect(limits)
-        self._end = weakref.finalize(self, self._cluster.close)
-        self._pool = Pool(engine, options, limits)
+        connection = cluster.connect(limits)
+        try:
+            self._pool = Pool(engine, options, limits)
+        except BaseException:
+            connection.close()
+            raise
+        self._end = weakref.finalize(self, _end, self._pool, connection)  # at the latest when Python ends
         self.assets = RemoteAssets(self._pool.first.assets, self._pool)
+        self._has_text = not isinstance(self._pool.first.assets, TextAssets)  # whether the engine may read text
         self._prompts_per_batch = options.prompts_per_batch
         self._checksum = self._pool.first.checksum
         self._numbers: dict[Prompt, int] = {}  # of every prompt that was sent to a worker
@@ -308,7 +313,6 @@ class RayEngine:
 
     def stop(self) -> None:
         """End the workers, and the cluster if this process started it."""
-        self._pool.stop()
         self._end()
 
     def _issue(self, job: GroupJob) -> _Issue:
@@ -344,7 +348,7 @@ class RayEngine:
     def _send(self, issue: _Issue, handle: Handle) -> None:
         new = {self._numbers[p]: p for p in issue.job.prompts if self._numbers[p] not in handle.prompts}
         handle.prompts |= set(new)
-        prompts = messages.pack_prompts(new) if new else None
+        prompts = messages.pack_prompts(new, has_text=self._has_text) if new else None
         message = messages.pack_job(issue.job, self._numbers)
         self._traffic["es/bytes_sent"] += len(message) + len(prompts or b"")
         if not issue.calls:
@@ -396,6 +400,11 @@ class RayEngine:
             if handle in self._pool.handles:
                 handle.actor.interrupt.remote(issue.number)
         issue.calls.clear()
+
+
+def _end(pool: Pool, connection: cluster.Cluster) -> None:
+    pool.stop()
+    connection.close()
 
 
 def _cost(job: GroupJob) -> int:

@@ -30,9 +30,12 @@ from estune.es.update import Update
 PromptNumbers = Mapping[Prompt, int]
 
 
-def pack_prompts(prompts: Mapping[int, Prompt]) -> bytes:
-    """Return the message of prompts by number; a prompt's ``question`` is left out, because engines do not read it."""
-    rows = [[n, p.row_id, p.text, _ints(p.token_ids)] for n, p in prompts.items()]
+def pack_prompts(prompts: Mapping[int, Prompt], *, has_text: bool) -> bytes:
+    """Return the message of prompts by number: 4 bytes a token, and the text if ``has_text``.
+
+    The engines `hf` and `vllm` read tokens alone. No engine reads a prompt's ``question``.
+    """
+    rows = [[n, p.row_id, p.text if has_text else "", _ints(p.token_ids)] for n, p in prompts.items()]
     return _pack(rows)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from estune.es.types import Interrupted
 
 WAIT_S = 0.1  # seconds between two looks at the clock while calls run
 PULSE_S = 2.0  # seconds between two questions whether a worker lives
+GRACE_S = 10.0  # seconds in which workers end their engines
+START_S = 300.0  # seconds in which the first worker must have got its resources and started
 MOST_FAILURES = 3  # starts or calls that fail one after another, before the pool gives up
 
 Joining = Generator[Any, Reply, None]  # yields calls, receives their replies
@@ -219,7 +222,10 @@ class Pool:
         raise UserError(f"{counted(MOST_FAILURES, 'worker')} died one after another in the call of {method}")
 
     def stop(self) -> None:
-        """End all workers."""
+        """End all workers; those that answer within `GRACE_S` seconds end their engines' processes first."""
+        with suppress(RayError):
+            calls = [handle.actor.close.remote() for handle in self.handles]
+            ray.wait(calls, num_returns=len(calls), timeout=GRACE_S if calls else 0)
         for handle in self.handles:
             ray.kill(handle.actor)
         self.handles = []
@@ -234,7 +240,8 @@ class Pool:
             max_restarts=0,
             max_task_retries=0,
         )
-        actor: Any = ray.remote(concurrency_groups={CONTROL: 1})(Worker).options(**options).remote()
+        make: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
+        actor: Any = make(Worker).options(**options).remote()
         handle = Handle(self._n_started, actor, iter(()))  # type: ignore[arg-type]
         handle.joining = self._join(handle)
         handle.joining_call = next(handle.joining)
@@ -317,10 +324,10 @@ class Pool:
     def _refuse_starvation(self) -> None:
         """Raise UserError if no worker is ready, and none has been able to start within the time limit."""
         oldest = min((handle.pulse_at for handle in self.handles), default=0.0)
-        if any(handle.is_alive for handle in self.handles) or time.monotonic() - oldest < self._limits.silence_s:
+        if any(handle.is_alive for handle in self.handles) or time.monotonic() - oldest < START_S:
             return
         raise UserError(
-            f"no worker could start within {self._limits.silence_s:.0f} s: each needs {dict(self._limits.resources)}, "
+            f"no worker could start within {START_S:.0f} s: each needs {dict(self._limits.resources)}, "
             f"and the cluster has {free_resources()} free"
         )
 

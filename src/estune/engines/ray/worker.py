@@ -19,7 +19,7 @@ import ray
 
 from estune.console import LOGGER
 from estune.engines.base import EngineClass, EngineFacts, EngineOptions, LocalEngine, ModelAssets
-from estune.engines.hf.assets import HFAssets, TextAssets
+from estune.engines.local import TextAssets
 from estune.engines.ray import messages
 from estune.errors import UserError
 from estune.es.theta import Moved
@@ -75,6 +75,7 @@ class Worker:
         self._engine: LocalEngine | None = None
         self._beat = time.monotonic()  # when the engine last showed progress
         self._is_busy = False
+        self._is_loading = True
         self._interrupted: set[int] = set()  # numbers of the jobs to interrupt
         self._moved: Moved | None = None  # of the last update
 
@@ -90,12 +91,14 @@ class Worker:
         def load() -> Opened:
             self._engine = engine.open(options)
             assets = self.engine.assets
-            text = TextAssets(assets.tokenizer, assets.end_tokens) if isinstance(assets, HFAssets) else assets
+            text = TextAssets(assets.tokenizer, assets.end_tokens) if isinstance(assets, TextAssets) else assets
             where = f"{socket.gethostname()}, process {os.getpid()}"
             specs = tuple(self.engine.specs)
             return Opened(self.engine.facts, specs, self.engine.checksum(), text, assets.identity(), where)
 
-        return self._reply(load)
+        reply = self._reply(load)
+        self._is_loading = False
+        return reply
 
     def answer(self, number: int, message: bytes, prompts: bytes | None) -> Reply:
         """Answer a job; return the answer's message.
@@ -170,6 +173,11 @@ class Worker:
         """Write the model as Hugging Face files."""
         return self._reply(lambda: self.engine.save(Path(directory), float32=float32))
 
+    def close(self) -> None:
+        """End the engine and its processes."""
+        if self._engine is not None:
+            self._engine.stop()
+
     def set_prompts_per_batch(self, size: int) -> Reply:
         """Let forward passes hold at most ``size`` prompts."""
         self.engine.prompts_per_batch = size
@@ -177,8 +185,8 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)
     def pulse(self) -> float:
-        """Return the seconds since the last sign of progress; 0 without work."""
-        return time.monotonic() - self._beat if self._is_busy else 0.0
+        """Return the seconds since the last sign of progress; 0 without work, and while the engine loads."""
+        return time.monotonic() - self._beat if self._is_busy and not self._is_loading else 0.0
 
     @ray.method(concurrency_group=CONTROL)
     def interrupt(self, number: int) -> None:

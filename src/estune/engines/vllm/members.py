@@ -7,7 +7,7 @@ to which request. Layers keep their weights and products; a method object in fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ class MemberBatch:
         self.idle = True  # no row of the batch belongs to a member
         self.rows = torch.empty(0, dtype=torch.int64)
         self._requests: list[int] = []  # rows of the requests in the forward pass in progress
+        self._names: list[str] = []  # vLLM's names of these requests
         self._unsound: set[int] = set()
+        self._spoilt: dict[str, Any] = {}  # request with NaN in the key-value cache -> lists of its blocks
         self._runner = runner
         self._layers: list[_Layer | _Norm] = []
         if any(spec.lowrank for spec in theta.specs):
@@ -60,10 +62,20 @@ class MemberBatch:
         Then the key-value cache becomes 0: attention reads unused places of a block with weight 0, and 0 * NaN is NaN.
         """
         unsound, self._unsound = sorted(self._unsound), set()
+        self._spoilt = {}
         if unsound:
             for cache in self._runner.kv_caches:
                 cache.zero_()
         return unsound
+
+    def _clear_blocks(self, running: Collection[str]) -> None:
+        """Write 0 into the cache blocks of unsound requests that no longer run, before other requests get them."""
+        for name in self._spoilt.keys() - set(running):
+            blocks = sorted({block for group in self._spoilt.pop(name) for block in group})
+            index = torch.tensor(blocks, dtype=torch.int64)
+            for cache in self._runner.kv_caches:
+                dim = list(cache.shape).index(self._runner.kv_cache_config.num_blocks)
+                cache.index_fill_(dim, index.to(cache.device), 0)
 
     def _find_layers(self, model: nn.Module, bound: Sequence[Binding]) -> None:
         by_parameter: dict[int, list[tuple[Binding, Piece]]] = {}
@@ -93,7 +105,8 @@ class MemberBatch:
         compute_logits = model.compute_logits
 
         def model_forward(*args: Any, **kwargs: Any) -> Any:
-            requests = list(runner.input_batch.req_ids)
+            self._names = requests = list(runner.input_batch.req_ids)
+            self._clear_blocks(requests)
             extra = [runner.requests[r].sampling_params.extra_args or {} for r in requests]
             members = [each.get(MEMBER, self.count) for each in extra]
             self._requests = [each.get(ROW, -1) for each in extra]
@@ -111,7 +124,9 @@ class MemberBatch:
             if logits is not None and len(logits) == len(self._requests):
                 sound = logits.amax(-1).isfinite()
                 if not bool(sound.all()):
-                    self._unsound |= {r for r, ok in zip(self._requests, sound.tolist(), strict=True) if not ok}
+                    broken = [index for index, ok in enumerate(sound.tolist()) if not ok]
+                    self._unsound |= {self._requests[index] for index in broken}
+                    self._spoilt |= {(name := self._names[i]): runner.requests[name].block_ids for i in broken}
             return logits
 
         runner._model_forward = model_forward

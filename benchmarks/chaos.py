@@ -1,0 +1,175 @@
+"""Runs with Ray workers that are killed and stopped must end in the same bits as a run that nothing disturbs.
+
+    python benchmarks/chaos.py                  # 10 runs of 50 steps and one with a killed driver, about 40 minutes
+
+Every run has 3 workers. A worker is killed every few seconds (SIGKILL), and the one that replaces it joins late. One
+worker is stopped (SIGSTOP) once, and replaced after `SILENCE_S` seconds. In the last run the process that trains is
+killed `DRIVER_DEATHS` times and resumed, each time with another number of workers. A run passes if its journal is the
+quiet run's byte for byte, and if no process and no shared memory is left. The result is written to
+`benchmarks/results/chaos.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from record import write_result
+
+ESTUNE = [sys.executable, "-m", "estune"]
+SILENCE_S = 15.0  # seconds after which a stopped worker is replaced
+PAUSE_S = (4.0, 9.0)  # seconds between two kills
+DRIVER_DEATHS = 5
+LIMIT_S = 1800.0  # seconds after which a run has hung
+OPTIONS = dict(
+    model="tiny", task="countdown", noise="lowrank", population_size=12, members_per_batch=2, batch_size=32,
+    max_completion_length=48, save_steps=5, report_to="none", console="lines",
+)  # fmt: skip
+
+
+def command(run: Path, steps: int, workers: int, *more: str) -> list[str]:
+    """Return the command that trains with some workers; 0: in the process itself."""
+    flags = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
+    flags += ["--output_dir", str(run), "--max_steps", str(steps), *more]
+    if workers:
+        flags += ["--num_workers", str(workers), "--worker_resources", '{"CPU": 0.5}']
+        flags += ["--worker_timeout_s", str(SILENCE_S)]
+    return [*ESTUNE, "train", *flags]
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Return the parent and the command of every process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            status = (entry / "stat").read_text().rpartition(")")[2].split()
+            if status[0] != "Z":
+                found[int(entry.name)] = int(status[1]), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def workers_below(directory: Path) -> list[int]:
+    """Return the processes of the workers of the cluster whose files lie below a directory."""
+    table = processes()
+    raylets = {pid for pid, (_, text) in table.items() if "raylet" in text.split(" ")[0] and str(directory) in text}
+    return sorted(pid for pid, (parent, text) in table.items() if parent in raylets and text.startswith("ray::Worker"))
+
+
+def steps_of(run: Path) -> int:
+    """Return the number of steps in a run's journal."""
+    journal = run / "journal.jsonl"
+    return sum('"fitness"' in line for line in journal.read_text().splitlines()) if journal.exists() else 0
+
+
+def leftovers(directory: Path) -> list[str]:
+    """Return what is left of a run's cluster: processes, files, shared memory."""
+    left = [text for _, text in processes().values() if str(directory) in text]
+    left += [str(path) for path in directory.glob("estune-ray-*")]
+    return left + [str(path) for path in Path("/dev/shm").iterdir() if "plasma" in path.name or "ray" in path.name]
+
+
+def disturbed(run: Path, steps: int, temporary: Path, seed: int = 0) -> dict[str, Any]:
+    """Train with 3 workers that are killed and stopped; return what happened.
+
+    Raises:
+        RuntimeError: the run failed or hung.
+    """
+    rng, killed, stopped = random.Random(seed), 0, 0
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with open(run.with_suffix(".log"), "wb") as log:
+        process = subprocess.Popen(command(run, steps, 3), env=environment, stdout=log, stderr=subprocess.STDOUT)
+        until = time.monotonic() + LIMIT_S
+        while process.poll() is None:
+            time.sleep(rng.uniform(*PAUSE_S))
+            workers = workers_below(temporary)
+            if steps_of(run) and len(workers) > 1 and process.poll() is None:
+                victim = rng.choice(workers)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGSTOP if killed == 2 and not stopped else signal.SIGKILL)
+                stopped, killed = stopped + (killed == 2 and not stopped), killed + (killed != 2 or bool(stopped))
+            if time.monotonic() > until:
+                process.kill()
+                raise RuntimeError(f"run {run} hangs; see {log.name}")
+    if process.returncode:
+        raise RuntimeError(f"run {run} ended with status {process.returncode}; see {log.name}")
+    lost = len(re.findall(r"is lost:", run.with_suffix(".log").read_text()))
+    return {"seed": seed, "workers_killed": killed, "workers_stopped": stopped, "workers_replaced": lost}
+
+
+def driver_killed(run: Path, steps: int, temporary: Path) -> dict[str, Any]:
+    """Train, kill the process that trains several times, and resume with another number of workers each time.
+
+    Raises:
+        RuntimeError: a resume failed or hung.
+    """
+    deaths, environment = 0, {**os.environ, "TMPDIR": str(temporary)}
+    for workers in (2, 3, 1, 0, 2, 3):
+        is_last = deaths == DRIVER_DEATHS
+        wanted = steps if is_last else (deaths + 1) * steps // (DRIVER_DEATHS + 1)
+        with open(run.with_suffix(".log"), "ab") as log:
+            call = command(run, steps, workers, *(["--resume"] if deaths else []))
+            process = subprocess.Popen(call, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            until = time.monotonic() + LIMIT_S
+            while process.poll() is None and time.monotonic() < until and (is_last or steps_of(run) < wanted):
+                time.sleep(0.05)
+            if not is_last:
+                process.kill()
+                deaths += 1
+            process.wait()
+    if process.returncode:
+        raise RuntimeError(f"run {run} ended with status {process.returncode}; see {run.with_suffix('.log')}")
+    return {"driver_killed": deaths}
+
+
+def judge(run: Path, quiet: Path, temporary: Path) -> dict[str, Any]:
+    """Return whether a run's journal and model are those of the quiet run, and what it has left behind."""
+    until = time.monotonic() + 30
+    while (left := leftovers(temporary)) and time.monotonic() < until:
+        time.sleep(0.2)
+    names = ("journal.jsonl", "model.safetensors")
+    return {
+        "same_bytes": all((run / name).read_bytes() == (quiet / name).read_bytes() for name in names),
+        "left_behind": left,
+    }
+
+
+def main() -> None:
+    """Run all and write the result; exit with status 1 if a run differs or leaves something behind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--keep", type=Path, help="a directory for the runs; default: a temporary one")
+    values = parser.parse_args()
+    root = values.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
+    root.mkdir(parents=True, exist_ok=True)
+    quiet, temporary = root / "quiet", root / "t"
+    temporary.mkdir(exist_ok=True)
+    subprocess.run(command(quiet, values.steps, 0), check=True, stdout=subprocess.DEVNULL)
+    rows = []
+    for seed in range(values.runs):
+        row = disturbed(root / f"run-{seed}", values.steps, temporary, seed)
+        rows.append(row | judge(root / f"run-{seed}", quiet, temporary))
+        print(json.dumps(rows[-1]), flush=True)
+    rows.append(driver_killed(root / "driver", values.steps, temporary) | judge(root / "driver", quiet, temporary))
+    print(json.dumps(rows[-1]), flush=True)
+    passed = all(row["same_bytes"] and not row["left_behind"] for row in rows)
+    write_result("chaos", {"steps": values.steps, "workers": 3, "options": OPTIONS, "runs": rows, "passed": passed})
+    if values.keep is None:
+        shutil.rmtree(root)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Ray's workers: the journal is that of one process whatever happens to them; messages are small, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from script_loading import loaded
+
+from estune import ESConfig, ESTrainer
+from estune.engines.base import EngineOptions
+from estune.engines.toy import ToyEngine
+from estune.errors import UserError
+from estune.es.population import members_for_step, noise_of
+from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.update import Update, make_update
+from estune.train import setup
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.filterwarnings("ignore"),  # Ray leaves sockets and processes to the interpreter's end
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLING = Sampling(seed=0, step=0, max_completion_length=40)
+PROMPTS = tuple(Prompt(index, f"x[{index}]", (index, 7)) for index in range(4))
+SHARE = {"CPU": 0.5}
+TOY = dict(engine="toy", task="quadratic", population_size=8, sigma=0.05, max_steps=6, save_steps=2, report_to=["none"])
+TINY = dict(
+    model="tiny", task="countdown", population_size=6, batch_size=8, max_completion_length=24, max_steps=2,
+    eval_steps=2, eval_rows=16, report_to=["none"], num_threads=1,
+)  # fmt: skip
+
+
+class SlowToy(ToyEngine):
+    """Takes a while for each answer, and is stuck at the prompt ``x[9]`` until it is asked to stop."""
+
+    name = "slow"
+
+    def generate(self, perturbation: Any, prompts: Any, sampling: Any, should_stop: Any = lambda: False) -> Any:
+        time.sleep(0.1)
+        while any(prompt.text == "x[9]" for prompt in prompts):
+            if should_stop():
+                raise Interrupted
+            time.sleep(0.01)
+        return super().generate(perturbation, prompts, sampling, should_stop)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A cluster of this process, with room for all workers; yields its address."""
+    from estune.engines.ray import cluster as ours
+    from estune.engines.ray.pool import Limits
+
+    connection = ours.connect(Limits(1, {"CPU": 0.1}, 60.0))
+    import ray
+
+    yield ray.get_runtime_context().gcs_address
+    connection.close()
+
+
+@pytest.fixture
+def workers(cluster: str) -> Iterator[Any]:
+    """Return a function that opens an engine with workers, which end with the test."""
+    from estune.engines.ray.engine import RayEngine
+    from estune.engines.ray.pool import Limits
+
+    opened = []
+
+    def open_engine(engine: Any = ToyEngine, count: int = 2, **options: Any) -> Any:
+        given = EngineOptions(**{"model": engine.name, **options})
+        opened.append(RayEngine(engine, given, Limits(count, {"CPU": 0.1}, 30.0)))
+        return opened[-1]
+
+    yield open_engine
+    for engine in opened:
+        engine.stop()
+
+
+def jobs(engine: Any, prompts: tuple[Prompt, ...] = PROMPTS, count: int = 12) -> list[GroupJob]:
+    members = [Perturbation(member, noise_of(0.1)) for member in members_for_step(0, 0, count, False)]
+    return [GroupJob((i,), (member,), engine.theta_checksum, prompts, SAMPLING) for i, member in enumerate(members)]
+
+
+def update(step: int, **options: Any) -> Update:
+    return make_update(members_for_step(0, step, 4, False), [1.0, -1.0, 0.5, 0.25], 0.1, **options)
+
+
+def answered(engine: Any, asked: list[GroupJob]) -> dict[tuple[int, ...], Any]:
+    return {answer.indices: answer.completions for answer in engine.answers(asked)}
+
+
+def process_of(handle: Any) -> int:
+    return int(handle.opened.node.rpartition(" ")[2])
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("journal.jsonl", "model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        (TOY, (1, 2, 3)),
+        ({**TINY, "noise": "lowrank", "members_per_batch": 2}, (1, 2, 3)),
+        (TINY, (2,)),
+        ({**TINY, "temperature": 1.0, "num_generations": 2, "antithetic": True, "weight_decay": 0.1,
+          "weight_decay_anchor": "base"}, (2,)),
+    ],
+    ids=["toy", "low rank", "full rank", "sampled, anchored"],
+)  # fmt: skip
+def test_the_number_of_workers_changes_no_bit(
+    cluster: str, tmp_path: Path, options: dict[str, Any], counts: tuple[int, ...]
+) -> None:
+    ESTrainer(args=ESConfig(**options, output_dir=str(tmp_path / "0"))).train()
+    wanted = files_of(tmp_path / "0")
+    for count in counts:
+        args = ESConfig(**options, output_dir=str(tmp_path / str(count)), num_workers=count, worker_resources=SHARE)
+        trainer = ESTrainer(args=args)
+        assert files_of(trainer.train()) == wanted
+        trainer.engine.stop()
+    records = [json.loads(line) for line in (tmp_path / str(counts[-1]) / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "reward" in record]
+    assert all(record["es/workers"] == counts[-1] and record["es/bytes_received"] > 0 for record in steps)
+    assert all(0 <= record["es/idle_share"] <= 1 for record in steps)
+    if options is TOY:  # from its third step on, the workers know all prompts
+        assert all(record["es/bytes_sent"] < 500 * TOY["population_size"] for record in steps[2:])
+
+
+def test_a_resume_may_change_the_number_of_workers(cluster: str, tmp_path: Path) -> None:
+    ESTrainer(args=ESConfig(**TOY, output_dir=str(tmp_path / "whole"))).train()
+    for steps, count in ((2, 2), (3, 0), (5, 1), (6, 2)):
+        more = dict(num_workers=count, worker_resources=SHARE) if count else {}
+        args = ESConfig(**TOY | dict(max_steps=steps), output_dir=str(tmp_path / "parts"), resume=steps > 2, **more)
+        ESTrainer(args=args).train()
+    assert (tmp_path / "parts/journal.jsonl").read_bytes().splitlines()[-1] == (
+        (tmp_path / "whole/journal.jsonl").read_bytes().splitlines()[-1]
+    )
+    assert files_of(tmp_path / "parts")["model.safetensors"] == files_of(tmp_path / "whole")["model.safetensors"]
+
+
+def test_evaluate_and_probe_use_workers(cluster: str, tmp_path: Path) -> None:
+    commands = (
+        ["evaluate", "--model", "tiny", "--task", "countdown", "--limit", "24", "--json", "--batch_check", "always"],
+        ["probe", "--model", "tiny", "--task", "countdown", "--batch_size", "4", "--members", "3", "--sigmas", "0.01",
+         "--json"],
+    )  # fmt: skip
+    for command in commands:
+        found = []
+        for more in ([], ["--num_workers", "2", "--worker_resources", '{"CPU": 0.1}']):
+            done = subprocess.run(
+                [sys.executable, "-m", "estune", *command, "--num_threads", "1", *more],
+                capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": cluster}, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            found.append(json.loads(done.stdout))
+        assert found[0] == found[1]
+
+
+def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:
+    """A short form of `benchmarks/chaos.py`, with a cluster of the run's own."""
+    quiet, temporary = tmp_path / "quiet", tmp_path / "t"
+    temporary.mkdir()
+    with loaded("benchmarks/chaos.py") as chaos:
+        subprocess.run(chaos.command(quiet, 10, 0), check=True, capture_output=True)
+        for run, disturb in ((tmp_path / "a", chaos.disturbed), (tmp_path / "b", chaos.driver_killed)):
+            row = disturb(run, 10, temporary) | chaos.judge(run, quiet, temporary)
+            assert row["same_bytes"] and not row["left_behind"], row
+
+
+# --- workers that fail ------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_killed_while_it_answers_costs_no_answer(workers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = workers(SlowToy)
+    asked = jobs(engine)
+    found = {}
+    for number, answer in enumerate(engine.answers(asked)):
+        found[answer.indices] = answer.completions
+        if number == 1:
+            os.kill(process_of(engine._pool.ready[0]), signal.SIGKILL)
+    assert found == answered(ToyEngine(), asked)
+    assert "is lost: ActorDiedError" in capsys.readouterr().err
+
+
+def test_a_worker_that_joins_late_catches_up(workers: Any, tmp_path: Path) -> None:
+    engine, alone = workers(), ToyEngine()
+    for step in range(3):
+        assert engine.apply(update(step)).checksum == alone.apply(update(step)).checksum
+    alone.save(tmp_path / "saved", float32=True)
+    engine.saved(tmp_path / "saved")
+    engine.apply(update(3))
+    alone.apply(update(3))
+    for handle in list(engine._pool.ready):
+        os.kill(process_of(handle), signal.SIGKILL)
+    moved, wanted = engine.apply(update(4)), alone.apply(update(4))
+    assert (moved.checksum, moved.norm, moved.ratio) == (wanted.checksum, wanted.norm, wanted.ratio)
+    assert engine.fingerprint() == alone.fingerprint() and engine.checksum() == alone.checksum()
+    while len(engine._pool.ready) < 2:
+        engine._pool.tend(0.1)
+    assert engine._pool.history.start() == (3, tmp_path / "saved")
+
+
+def test_a_worker_whose_theta_differs_is_replaced(workers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    engine, alone = workers(count=3), ToyEngine()
+    ray.get(engine._pool.ready[0].actor.do.remote("apply", [update(9)]))
+    engine.apply(update(0))
+    assert engine.fingerprint() == (alone.apply(update(0)), alone.fingerprint())[1]
+    assert "its theta differs from that of other workers after the update" in capsys.readouterr().err
+    ray.get(engine._pool.ready[0].actor.do.remote("apply", [update(9)]))
+    assert engine.checksum() == alone.checksum()
+    assert "its theta has changed in memory" in capsys.readouterr().err
+
+
+def test_a_long_job_is_repeated_elsewhere_and_the_first_answer_counts(workers: Any) -> None:
+    engine = workers(SlowToy, 3)
+    asked = jobs(engine)
+    stopped = process_of(engine._pool.ready[0])
+    found = {}
+    for answer in engine.answers(asked):
+        if not found:
+            os.kill(stopped, signal.SIGSTOP)
+        assert answer.indices not in found
+        found[answer.indices] = answer.completions
+    os.kill(stopped, signal.SIGCONT)
+    assert found == answered(ToyEngine(), asked)
+
+
+def test_a_request_to_stop_ends_the_answers(workers: Any) -> None:
+    engine = workers(SlowToy)
+    asked = jobs(engine, (Prompt(9, "x[9]", (1,)),))
+    until = time.monotonic() + 1
+    with pytest.raises(Interrupted):
+        list(engine.answers(asked, lambda: time.monotonic() > until))
+    assert len(engine.generate(None, PROMPTS, SAMPLING)) == 4  # the workers are free again
+
+
+def test_an_error_of_the_user_in_a_worker_is_the_runs(workers: Any) -> None:
+    engine = workers(count=1)
+    with pytest.raises(UserError, match="the toy engine has no token probabilities"):
+        engine.token_logprobs(PROMPTS, [[1]] * 4)
+    with pytest.raises(UserError, match="the toy engine knows no model 'nowhere'"):
+        workers(model="nowhere")
+    with pytest.raises(ValueError, match="a job for theta 00"):
+        next(iter(engine.answers([dataclasses.replace(jobs(engine)[0], theta_checksum="00" * 16)])))
+
+
+def test_a_job_that_kills_its_workers_ends_the_run(workers: Any) -> None:
+    engine = workers(DeadlyToy)
+    with pytest.raises(UserError, match="3 workers died one after another while answering members 0"):
+        list(engine.answers(jobs(engine, count=1)))
+
+
+class DeadlyToy(ToyEngine):
+    """Ends its process instead of an answer."""
+
+    name = "deadly"
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        os._exit(9)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(args: ESConfig) -> str:
+    with pytest.raises(UserError) as error:
+        setup.load_engine(setup.resolve_config(args, 8))
+    return str(error.value)
+
+
+def test_more_workers_than_resources_are_refused(cluster: str) -> None:
+    text = refused(ESConfig(**TOY, num_workers=1000, worker_resources={"CPU": 1, "GPU": 2}))
+    assert "1000 workers need 1 CPU, 2 GPU each" in text and "it would need 1000 CPU for" in text
+
+
+def test_a_cluster_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "estune", "train", "--engine", "toy", "--task", "quadratic", "--num_workers", "1"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")],
+        capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Ray's cluster at 127.0.0.1:1 cannot be reached" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    text = refused(ESConfig(**TOY, num_workers=1))
+    assert "num_workers needs the package ray: python -m pip install" in text and "[ray]" in text
+
+
+def test_a_model_in_memory_needs_this_process(cluster: str) -> None:
+    from estune.engines.ray.engine import RayEngine
+    from estune.engines.ray.pool import Limits
+
+    with pytest.raises(UserError, match="a module in memory needs num_workers 0"):
+        RayEngine(ToyEngine, EngineOptions(model="toy", module=object()), Limits(1, SHARE, 30.0))
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_messages_say_the_same_in_few_bytes() -> None:
+    from estune.engines.ray import messages
+
+    members = [*(Perturbation(m, noise_of(0.1, "normal", 2)) for m in members_for_step(0, 0, 30, False)), None]
+    prompts = tuple(Prompt(i, f"text {i}", tuple(range(40))) for i in range(8))
+    numbers = {prompt: n for n, prompt in enumerate(prompts)}
+    sampling = dataclasses.replace(SAMPLING, seed=2**64 - 1, temperature=0.7, top_k=3, stop_strings=("a", "b"))
+    job = GroupJob(tuple(range(31)), tuple(members), "0f" * 16, prompts, sampling)
+    sent = messages.unpack_prompts(messages.pack_prompts({n: prompt for prompt, n in numbers.items()}, has_text=True))
+    assert messages.unpack_job(messages.pack_job(job, numbers), sent) == job
+    assert len(messages.pack_job(job, numbers)) < 150 + 31 * 20 + 8 * 4
+
+    rng = np.random.default_rng(0)
+    completions = [[[Completion(tuple(rng.integers(0, 9, length).tolist()), bool(length), bool(m))] * 2
+                    for length in range(8)] for m in range(31)]  # fmt: skip
+    answer = GroupAnswer(job.indices, completions, 1.5, 0.25)
+    assert messages.unpack_answer(messages.pack_answer(answer)) == answer
+
+    change = update(0, anchored=True, weight_decay=0.5, rank=3, distribution="rademacher")
+    assert messages.unpack_update(messages.pack_update(change)) == change
+    moved = ToyEngine().apply(update(0))
+    again = messages.unpack_moved(messages.pack_moved(moved), moved.specs)
+    assert (again.checksum, again.norm, again.ratio) == (moved.checksum, moved.norm, moved.ratio)
