@@ -4,7 +4,7 @@
 
 Every run has 3 workers. A worker is killed every few seconds (SIGKILL), and the one that replaces it joins late. One
 worker is stopped (SIGSTOP) once, and replaced after `SILENCE_S` seconds. In the last run the process that trains is
-killed `DRIVER_DEATHS` times and resumed, each time with another number of workers. A run passes if its journal is the
+killed five times and resumed, each time with another number of workers (`COUNTS`). A run passes if its journal is the
 quiet run's byte for byte, and if no process and no shared memory is left. The result is written to
 `benchmarks/results/chaos.json`.
 """
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from record import write_result
 ESTUNE = [sys.executable, "-m", "estune"]
 SILENCE_S = 15.0  # seconds after which a stopped worker is replaced
 PAUSE_S = (4.0, 9.0)  # seconds between two kills
-DRIVER_DEATHS = 5
+COUNTS = (2, 3, 1, 0, 2, 3)  # workers of the last run at first, and after each death of the process that trains
 LIMIT_S = 1800.0  # seconds after which a run has hung
 OPTIONS = dict(
     model="tiny", task="countdown", noise="lowrank", population_size=12, members_per_batch=2, batch_size=32,
@@ -108,16 +109,16 @@ def disturbed(run: Path, steps: int, temporary: Path, seed: int = 0) -> dict[str
     return {"seed": seed, "workers_killed": killed, "workers_stopped": stopped, "workers_replaced": lost}
 
 
-def driver_killed(run: Path, steps: int, temporary: Path) -> dict[str, Any]:
+def driver_killed(run: Path, steps: int, temporary: Path, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
     """Train, kill the process that trains several times, and resume with another number of workers each time.
 
     Raises:
         RuntimeError: a resume failed or hung.
     """
     deaths, environment = 0, {**os.environ, "TMPDIR": str(temporary)}
-    for workers in (2, 3, 1, 0, 2, 3):
-        is_last = deaths == DRIVER_DEATHS
-        wanted = steps if is_last else (deaths + 1) * steps // (DRIVER_DEATHS + 1)
+    for workers in counts:
+        is_last = deaths == len(counts) - 1
+        wanted = (deaths + 1) * steps // len(counts)
         with open(run.with_suffix(".log"), "ab") as log:
             call = command(run, steps, workers, *(["--resume"] if deaths else []))
             process = subprocess.Popen(call, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -154,8 +155,7 @@ def main() -> None:
     values = parser.parse_args()
     root = values.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     root.mkdir(parents=True, exist_ok=True)
-    quiet, temporary = root / "quiet", root / "t"
-    temporary.mkdir(exist_ok=True)
+    quiet, temporary = root / "quiet", Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     subprocess.run(command(quiet, values.steps, 0), check=True, stdout=subprocess.DEVNULL)
     rows = []
     for seed in range(values.runs):

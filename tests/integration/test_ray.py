@@ -6,9 +6,11 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,8 +48,6 @@ TINY = dict(
 
 class SlowToy(ToyEngine):
     """Takes a while for each answer, and is stuck at the prompt ``x[9]`` until it is asked to stop."""
-
-    name = "slow"
 
     def generate(self, perturbation: Any, prompts: Any, sampling: Any, should_stop: Any = lambda: False) -> Any:
         time.sleep(0.1)
@@ -148,16 +148,13 @@ def test_a_resume_may_change_the_number_of_workers(cluster: str, tmp_path: Path)
         more = dict(num_workers=count, worker_resources=SHARE) if count else {}
         args = ESConfig(**TOY | dict(max_steps=steps), output_dir=str(tmp_path / "parts"), resume=steps > 2, **more)
         ESTrainer(args=args).train()
-    assert (tmp_path / "parts/journal.jsonl").read_bytes().splitlines()[-1] == (
-        (tmp_path / "whole/journal.jsonl").read_bytes().splitlines()[-1]
-    )
     assert files_of(tmp_path / "parts")["model.safetensors"] == files_of(tmp_path / "whole")["model.safetensors"]
 
 
 def test_evaluate_and_probe_use_workers(cluster: str, tmp_path: Path) -> None:
     commands = (
         ["evaluate", "--model", "tiny", "--task", "countdown", "--limit", "24", "--json", "--batch_check", "always"],
-        ["probe", "--model", "tiny", "--task", "countdown", "--batch_size", "4", "--members", "3", "--sigmas", "0.01",
+        ["probe", "--model", "tiny", "--task", "countdown", "--batch_size", "4", "--sigmas", "0.01",
          "--json"],
     )  # fmt: skip
     for command in commands:
@@ -174,13 +171,15 @@ def test_evaluate_and_probe_use_workers(cluster: str, tmp_path: Path) -> None:
 
 def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:
     """A short form of `benchmarks/chaos.py`, with a cluster of the run's own."""
-    quiet, temporary = tmp_path / "quiet", tmp_path / "t"
-    temporary.mkdir()
+    quiet, temporary = tmp_path / "quiet", Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path
     with loaded("benchmarks/chaos.py") as chaos:
         subprocess.run(chaos.command(quiet, 10, 0), check=True, capture_output=True)
-        for run, disturb in ((tmp_path / "a", chaos.disturbed), (tmp_path / "b", chaos.driver_killed)):
-            row = disturb(run, 10, temporary) | chaos.judge(run, quiet, temporary)
-            assert row["same_bytes"] and not row["left_behind"], row
+        disturbed = chaos.disturbed(tmp_path / "a", 10, temporary) | chaos.judge(tmp_path / "a", quiet, temporary)
+        killed = chaos.driver_killed(tmp_path / "b", 10, temporary, counts=(2, 1))
+        killed |= chaos.judge(tmp_path / "b", quiet, temporary)
+    for row in (disturbed, killed):
+        assert row["same_bytes"] and not row["left_behind"], row
+    shutil.rmtree(temporary)
 
 
 # --- workers that fail ------------------------------------------------------------------------------------------------
@@ -270,8 +269,6 @@ def test_a_job_that_kills_its_workers_ends_the_run(workers: Any) -> None:
 
 class DeadlyToy(ToyEngine):
     """Ends its process instead of an answer."""
-
-    name = "deadly"
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         os._exit(9)

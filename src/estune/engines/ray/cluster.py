@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from estune.engines.ray.pool import Limits
 
 OBJECT_STORE_BYTES = 80 << 20  # bytes; messages are small, and weights never travel
+LONGEST_PLACE = 24  # characters; Ray's sockets lie 80 characters deeper, and their paths are limited to 107
 REACH_S = 5.0  # seconds to wait for a connection to a cluster's address
 END_S = 10.0  # seconds in which the processes of a cluster must have ended
 TRACKER = b"resource_tracker"  # in the command of the process that multiprocessing starts to clean up
@@ -113,7 +114,8 @@ def _start(limits: Limits) -> Cluster:
     from estune import environment
     from estune.errors import UserError
 
-    directory = tempfile.mkdtemp(prefix="estune-ray-")
+    place = tempfile.gettempdir()
+    directory = tempfile.mkdtemp(prefix="estune-ray-", dir=place if len(place) <= LONGEST_PLACE else "/tmp")
     watcher = subprocess.Popen(
         [sys.executable, "-I", __file__, directory],
         stdin=subprocess.PIPE,

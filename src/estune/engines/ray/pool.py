@@ -7,6 +7,7 @@ and applies the updates since; meanwhile the others go on. Ray itself restarts a
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -93,7 +95,7 @@ class Pool:
         Raises:
             UserError: the engine cannot be opened, workers differ, or workers die while they start.
         """
-        self._engine, self._options, self._limits = engine, options, limits
+        self._engine, self._options, self._limits = _by_value(engine), options, limits
         self.history = History()
         self.handles: list[Handle] = []
         self._failures = 0  # since a worker became ready
@@ -330,6 +332,20 @@ class Pool:
             f"no worker could start within {START_S:.0f} s: each needs {dict(self._limits.resources)}, "
             f"and the cluster has {free_resources()} free"
         )
+
+
+def _by_value(engine: EngineClass) -> bytes:
+    """Return a class for another process: one outside estune with its module's code, which a worker may lack."""
+    module = sys.modules.get(getattr(engine, "__module__", ""))
+    is_foreign = module is not None and not module.__name__.startswith("estune.")
+    if is_foreign:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        packed: bytes = cloudpickle.dumps(engine)
+    finally:
+        if is_foreign:
+            cloudpickle.unregister_pickle_by_value(module)
+    return packed
 
 
 def free_resources() -> dict[str, float]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import ray
 
 from estune.console import LOGGER
@@ -85,10 +86,11 @@ class Worker:
         assert self._engine is not None, "open comes first"
         return self._engine
 
-    def open(self, engine: EngineClass, options: EngineOptions) -> Reply:
-        """Load the engine; return `Opened`."""
+    def open(self, packed: bytes, options: EngineOptions) -> Reply:
+        """Load the engine; return `Opened`. ``packed`` is the engine's class in cloudpickle's format."""
 
         def load() -> Opened:
+            engine: EngineClass = cloudpickle.loads(packed)
             self._engine = engine.open(options)
             assets = self.engine.assets
             text = TextAssets(assets.tokenizer, assets.end_tokens) if isinstance(assets, TextAssets) else assets
