@@ -490,6 +490,6 @@ def _watch(values: dict[str, Any]) -> int:
 
 
 def _env(values: dict[str, Any]) -> int:
-    from estune.commands.env import env_command
+    from estune.commands.results import env_command
 
     return env_command(values["json"])

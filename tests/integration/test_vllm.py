@@ -58,7 +58,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def memory_equals_reference(worker: Any, names: list[str], message: Any) -> bool:
     """Runs in the worker: write a member in place, then load the reference's weights as vLLM loads files; compare."""
-    from estune.engines.vllm.messages import perturbation_of
+    from estune.engines.vllm.shared_memory import perturbation_of
 
     worker.estune_hold(message)
     model = worker.model_runner.get_model()
@@ -70,7 +70,7 @@ def memory_equals_reference(worker: Any, names: list[str], message: Any) -> bool
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_members_weights_in_vllm_are_the_references(family: Path, dtype: str) -> None:
-    from estune.engines.vllm.messages import message_of
+    from estune.engines.vllm.shared_memory import message_of
 
     engine = opened(family, dtype=dtype)
     try:

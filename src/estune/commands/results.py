@@ -1,10 +1,11 @@
-"""A command's result on stdout: lines for people, or one JSON object."""
+"""Results on stdout, as lines for people or as one JSON object; and `estune env`, which is no more than that."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from estune.console import print_json, print_result, rounded
+from estune.environment import environment
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
@@ -29,3 +30,18 @@ def print_values(result: dict[str, Any], as_json: bool) -> None:
 def or_none(value: float) -> float | None:
     """Return the value, or None for NaN."""
     return None if value != value else value
+
+
+def env_command(as_json: bool) -> int:
+    """Print versions and machine."""
+    facts = environment()
+    if as_json:
+        print_json(facts)
+        return 0
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            for package, version in value.items():
+                print_result(f"{package:20} {version}")
+        else:
+            print_result(f"{name:20} {value}")
+    return 0

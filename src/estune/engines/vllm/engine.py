@@ -32,8 +32,7 @@ from estune.engines.hf.loading import (
 from estune.engines.hf.working_model import torch_threads
 from estune.engines.local import LocalBase
 from estune.engines.vllm import launch, table
-from estune.engines.vllm.messages import MEMBER, ROW, message_of
-from estune.engines.vllm.shared_memory import SharedArrays
+from estune.engines.vllm.shared_memory import MEMBER, ROW, SharedArrays, message_of
 from estune.errors import UserError
 from estune.es.population import derive_seed
 from estune.es.types import Completion, Interrupted, Perturbation, Prompt, Sampling

@@ -16,7 +16,7 @@ import torch
 from estune.engines.hf.working_model import ModelWeights
 from estune.engines.vllm import shared_memory, table
 from estune.engines.vllm.members import MemberBatch
-from estune.engines.vllm.messages import PerturbationMessage, perturbation_of
+from estune.engines.vllm.shared_memory import PerturbationMessage, perturbation_of
 from estune.errors import UserError
 
 

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from estune.engines.hf.parameters import Binding, Piece
 from estune.engines.lowrank.members import factors_of
-from estune.engines.vllm.messages import MEMBER, ROW
+from estune.engines.vllm.shared_memory import MEMBER, ROW
 from estune.es.theta import HostTheta
 from estune.es.types import Perturbation
 

@@ -1,7 +1,7 @@
-"""Theta in anonymous memory that worker processes map: one float32 copy per machine, and nothing left behind.
+"""What vLLM's workers share with the process that trains: theta in anonymous memory, and the form of members.
 
-The memory belongs to a file descriptor (``memfd_create``) of the process that trains. Workers open it through
-``/proc``. The kernel frees it when the last process ends, however it ends.
+Theta is one float32 copy a machine. Its memory belongs to a file descriptor (``memfd_create``) of the process that
+trains. Workers open it through ``/proc``. The kernel frees it when the last process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import numpy as np
 
 from estune.errors import UserError
 from estune.es.theta import HostTheta
-from estune.es.types import ParameterSpec
+from estune.es.types import Member, Noise, ParameterSpec, Perturbation
+
+# Keys of a request's extra_args.
+MEMBER = "estune_member"  # index of the member that answers; M stands for theta
+ROW = "estune_row"  # index of the request among those of one call
+
+PerturbationMessage = Sequence[Any]  # seed, sign, distribution, rank, scale, lowrank_scale
 
 ALIGNMENT = 64  # bytes; the start of every array
 
@@ -100,3 +106,18 @@ def _arrays(memory: mmap.mmap, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         name: np.frombuffer(memory, np.float32, math.prod(shape), starts[name]).reshape(shape)
         for name, shape in sorted(shapes.items())
     }
+
+
+def message_of(perturbation: Perturbation) -> list[Any]:
+    """Return a perturbation as a list of numbers and strings."""
+    member, noise = perturbation.member, perturbation.noise
+    return [member.seed, member.sign, noise.distribution, noise.rank, noise.scale, noise.lowrank_scale]
+
+
+def perturbation_of(message: PerturbationMessage | None) -> Perturbation | None:
+    """Return the perturbation of a message; None stays None."""
+    if message is None:
+        return None
+    seed, sign, distribution, rank, scale, lowrank_scale = message
+    noise = Noise(distribution=distribution, rank=rank, scale=scale, lowrank_scale=lowrank_scale)
+    return Perturbation(Member(seed, sign), noise)
