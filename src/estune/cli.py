@@ -19,6 +19,7 @@ from estune.config import (
     EVALUATE_FIELDS,
     FIELD_TYPES,
     FIELDS,
+    PLAN_FIELDS,
     PROBE_FIELDS,
     SCORE_FIELDS,
     ESConfig,
@@ -185,7 +186,7 @@ def build_parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         return commands[name]
 
     for add_command in (
-        _add_train, _add_evaluate, _add_score, _add_probe, _add_replay, _add_export, _add_apply, _add_report,
+        _add_train, _add_evaluate, _add_score, _add_probe, _add_plan, _add_replay, _add_export, _add_apply, _add_report,
         _add_compare, _add_watch, _add_fetch, _add_env,
     ):  # fmt: skip
         add_command(add)
@@ -240,6 +241,18 @@ def _add_probe(add: AddCommand) -> None:
     probe.add_argument("--sigmas", type=float, nargs="+", help="Sigmas to try. Default: six from 3e-4 to 1e-1.")
     _add_json(probe)
     _add_fields(probe, PROBE_FIELDS)
+
+
+def _add_plan(add: AddCommand) -> None:
+    plan = add("plan", _plan, "Calibrate for half a minute; estimate a run's time, memory and price.")
+    plan.add_argument(
+        "--config",
+        help="YAML file of a run's options, or a preset (demo). The plan takes the options below from it. Flags "
+        "override it.",
+    )
+    plan.add_argument("--price", type=float, help="Price of an hour of all workers together.")
+    _add_json(plan)
+    _add_fields(plan, PLAN_FIELDS)
 
 
 def _add_replay(add: AddCommand) -> None:
@@ -406,6 +419,16 @@ def _probe(values: dict[str, Any]) -> int:
     from estune.commands.probe import SIGMAS, probe_command
 
     return probe_command(args, sigmas or SIGMAS, as_json)
+
+
+def _plan(values: dict[str, Any]) -> int:
+    price, as_json, file = values.pop("price"), values.pop("json"), values.pop("config")
+    from_file = canonical(read_config_file(file), file) if file else {}
+    options = {**{name: value for name, value in from_file.items() if name in PLAN_FIELDS}, **values}
+    args = ESConfig.from_mapping({"task": _default_task(options), **_engine_of_run(options), **options})
+    from estune.commands.plan import plan_command
+
+    return plan_command(args, price, as_json)
 
 
 def _reward_of(values: dict[str, Any]) -> str:

@@ -1,0 +1,246 @@
+"""`estune plan`: the time, memory and price of a run, from a calibration of half a minute on this machine.
+
+The calibration is a part of the run itself: members of the first steps answer those steps' rows and are scored, theta
+moves once, and theta answers held-out rows. A step then costs its N members' answers, the wait for the last rewards,
+and one update. Completions may become longer or shorter during a run. The plan assumes the lengths of its start, and
+also gives the time if every completion had the largest length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from estune.commands.results import print_values
+from estune.config import ESConfig, ResolvedConfig
+from estune.console import note
+from estune.data.batches import Batches
+from estune.engines.base import Engine
+from estune.errors import UserError
+from estune.es.types import GroupJob, Interrupted, Prompt, num_parameters
+from estune.train import setup
+from estune.train.evaluation import of_evaluations
+from estune.train.rollouts import Evaluator, answers_of_theta, missing_jobs, scored
+from estune.train.signals import StopRequest
+from estune.train.step import evaluation_sampling, plan_step, sampling_of
+
+CALIBRATION_S = 20.0  # seconds in which members answer
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured."""
+
+    load_s: float  # to load the engine, or to start the workers
+    group_s: float  # wall time of one group of members, with all workers at work
+    groups: int  # groups measured
+    score_wait_s: float  # after the last group's answers, until its rewards are there
+    update_s: float
+    row_s: float  # wall time of one held-out row that theta answers; 0 without evaluations
+    mean_length: float  # tokens of a completion
+    longest_share: float  # share of completions that max_completion_length cut off
+    prompt_tokens: float  # mean
+    engine_bytes: int  # largest memory of this process so far; with workers, of one worker
+
+
+def plan(args: ESConfig) -> tuple[ResolvedConfig, Calibration, Engine]:
+    """Load the engine, calibrate, and return the resolved configuration, the measurements and the engine.
+
+    Raises:
+        UserError: the configuration cannot work, or the calibration was stopped.
+    """
+    task = setup.task_of(args)
+    rewards = setup.resolve_rewards(args, None, task)
+    rows = setup.resolve_rows(args, None, task, "train", rewards)
+    held_out = setup.resolve_rows(args, None, task, "validation", rewards) if args.eval_steps else []
+    sized = setup.resolve_config(args, len(rows))
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        pool = stack.enter_context(setup.reward_pool(sized, rewards.funcs, rewards.names))
+        started = time.perf_counter()
+        engine = setup.load_engine(sized)
+        load_s = time.perf_counter() - started
+        prompts = setup.build_prompts(sized, engine, rows, task is not None)
+        eval_prompts = setup.build_prompts(sized, engine, held_out[: args.eval_rows or None], task is not None)
+        resolved = setup.resolve_with_engine(sized, engine, prompts)
+        evaluator = Evaluator(engine, pool, resolved.response_prefix, stop.requested)
+        note(f"calibrating for about {CALIBRATION_S:.0f} s")
+        try:
+            measured = _calibrate(resolved, evaluator, rows, prompts, eval_prompts)
+        except Interrupted:
+            raise UserError("the calibration was stopped") from None
+    return resolved, dataclasses.replace(measured, load_s=load_s), engine
+
+
+def _jobs(args: ResolvedConfig, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], GroupJob]]:
+    """Yield the groups of the first step, then of the second, ..., each with its rows; theta stays as it is."""
+    batches = Batches(len(prompts), args.batch_size, args.seed)
+    for index in itertools.count():
+        step = plan_step(args, batches, index)
+        asked = [prompts[row] for row in step.rows]
+        sampling = sampling_of(args, index)
+        for job in missing_jobs((), step.perturbations, engine.theta_checksum, asked, sampling, args.group_size):
+            yield step.rows, job
+
+
+def _calibrate(
+    args: ResolvedConfig,
+    evaluator: Evaluator,
+    rows: list[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    eval_prompts: Sequence[Prompt],
+) -> Calibration:
+    engine, state = evaluator.engine, {"global_step": 0, "max_steps": args.max_steps}
+    upcoming = _jobs(args, engine, prompts)
+    wave = max(1, args.num_workers)  # groups that are answered at once
+    per_step = math.ceil(args.population_size / args.group_size)
+    times: list[float] = []  # seconds a group
+    lengths: list[int] = []
+    finished: list[bool] = []
+    waits: list[float] = []
+
+    def answer(count: int) -> None:
+        asked = list(itertools.islice(upcoming, count))
+        numbered = [dataclasses.replace(job, indices=tuple(range(n * 10_000, n * 10_000 + len(job.indices))))
+                    for n, (_, job) in enumerate(asked)]  # fmt: skip
+        rows_of = {job.indices: [rows[row] for row in chosen]
+                   for job, (chosen, _) in zip(numbered, asked, strict=True)}  # fmt: skip
+        begun = time.perf_counter()
+        started = list(evaluator.submit(numbered, lambda job: rows_of[job.indices], state, False))
+        answered = time.perf_counter()
+        for _, group, _, future in started:
+            evaluator.complete(group, scored(future, evaluator.should_stop), args.num_generations)
+            lengths.extend(length for row in group.lengths for length in row)
+            finished.extend(done for row in group.finished for done in row)
+        times.append((answered - begun) / len(asked))
+        waits.append(time.perf_counter() - answered)
+
+    answer(wave)  # compiles kernels and fills caches; its time counts only if it is all that there is time for
+    until = time.perf_counter() + CALIBRATION_S - times[0] * wave
+    if time.perf_counter() < until:
+        times.clear()
+        waits.clear()
+    while not times or time.perf_counter() < until:
+        left = (until - time.perf_counter()) / max(times[-1] if times else 0.0, 1e-3)
+        answer(max(wave, min(per_step, int(left) // wave * wave)))
+    row_s = 0.0
+    if eval_prompts:
+        few = list(eval_prompts[: args.prompts_per_batch])
+        begun = time.perf_counter()
+        answers_of_theta(engine, few, of_evaluations(evaluation_sampling(args)), evaluator.should_stop)
+        row_s = (time.perf_counter() - begun) / len(few) / max(1, args.num_workers)
+    step = plan_step(args, Batches(len(prompts), args.batch_size, args.seed), 0)
+    update = step.update([1.0 if n % 2 else -1.0 for n in range(len(step.members))])
+    engine.apply(update)  # compiles
+    begun = time.perf_counter()
+    engine.apply(update)
+    update_s = time.perf_counter() - begun
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Calibration(
+        load_s=0.0,
+        group_s=statistics.median(times),
+        groups=len(times),
+        score_wait_s=statistics.median(waits),
+        update_s=update_s,
+        row_s=row_s,
+        mean_length=statistics.fmean(lengths),
+        longest_share=1 - statistics.fmean(finished),
+        prompt_tokens=statistics.fmean(len(prompt.token_ids) for prompt in prompts),
+        engine_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    )
+
+
+def estimate(args: ResolvedConfig, measured: Calibration, n_held_out: int) -> dict[str, float]:
+    """Return seconds per step, of all evaluations, of the run, and of a run with the longest completions.
+
+    Saving is not counted.
+
+    At its start a run answers one group twice, and theta answers the rows of the first step and of evaluation steps.
+
+    Args:
+        args: the run's configuration.
+        measured: the calibration.
+        n_held_out: held-out rows of one evaluation.
+    """
+    groups = math.ceil(args.population_size / args.group_size)
+    answer_s = groups * measured.group_s
+    step_s = answer_s + measured.score_wait_s + measured.update_s
+    longer = args.max_completion_length / max(measured.mean_length, 1.0)
+    evaluations = 1 + math.ceil(args.max_steps / args.eval_steps) if args.eval_steps else 0
+    evaluation_s = evaluations * (n_held_out + args.batch_size) * measured.row_s
+    return {
+        "step_s": step_s,
+        "evaluation_s": evaluation_s,
+        "run_s": (run_s := measured.load_s + 2 * measured.group_s + args.max_steps * step_s + evaluation_s),
+        "longest_run_s": run_s + max(0.0, longer - 1) * (args.max_steps * answer_s + evaluation_s),
+    }
+
+
+def halving(args: ResolvedConfig, measured: Calibration, times: dict[str, float]) -> list[str]:
+    """Return what would make the run about half as long, as sentences, the largest part of a step first."""
+    answer_s = times["step_s"] - measured.update_s - measured.score_wait_s
+    found = []
+    if measured.update_s > 0.5 * times["step_s"]:
+        found.append("the update takes most of a step: more num_threads, or a larger batch_size for the same steps")
+    if measured.score_wait_s > 0.25 * times["step_s"]:
+        found.append("rewards take longer than the answers: more reward_workers")
+    if answer_s > 0.5 * times["step_s"]:
+        workers = max(1, args.num_workers)
+        found.append(f"num_workers {2 * workers} on machines of their own: answers in half of the time")
+        if args.noise == "full":
+            found.append("noise lowrank: members share forward passes")
+        found.append(f"batch_size {max(1, args.batch_size // 2)} or population_size {args.population_size // 2}")
+        if measured.longest_share > 0.5 and args.num_generations:
+            found.append(
+                f"{measured.longest_share:.0%} of the completions end at max_completion_length: a lower limit, or "
+                "stop_strings"
+            )
+    return found
+
+
+def memory(args: ResolvedConfig, engine: Engine, measured: Calibration) -> dict[str, float]:
+    """Return GiB for each worker: theta and the model's weights; and, without workers, the peak of this process."""
+    n = num_parameters(engine.specs)
+    bytes_each = 4 if args.dtype == "float32" else 2
+    shared = args.noise == "lowrank" and args.dtype == "float32" and args.engine == "hf" and args.device == "cpu"
+    parts = {"theta_gib": 4 * n / GIB, "weights_gib": 0.0 if shared else bytes_each * n / GIB}
+    if not args.num_workers:
+        parts["peak_gib"] = measured.engine_bytes / GIB
+    return parts
+
+
+def plan_command(args: ESConfig, price: float | None, as_json: bool) -> int:
+    """Calibrate and print the plan; ``price`` is that of an hour of all workers."""
+    resolved, measured, engine = plan(args)
+    n_held_out = 0
+    if args.eval_steps:
+        task = setup.task_of(args)
+        rewards = setup.resolve_rewards(args, None, task)
+        n_held_out = len(setup.resolve_rows(args, None, task, "validation", rewards)[: args.eval_rows or None])
+    times = estimate(resolved, measured, n_held_out)
+    result: dict[str, Any] = {
+        "parameters": num_parameters(engine.specs),
+        "members_per_batch": resolved.group_size,
+        **memory(resolved, engine, measured),
+        "tokens_per_completion": measured.mean_length,
+        "group_s": measured.group_s,
+        "update_s": measured.update_s,
+        **times,
+        "hours": times["run_s"] / 3600,
+    }
+    if price is not None:
+        result["price"] = price * result["hours"]
+    for number, sentence in enumerate(halving(resolved, measured, times), 1):
+        result[f"faster_{number}"] = sentence
+    print_values(result, as_json)
+    return 0
