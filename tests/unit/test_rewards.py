@@ -653,7 +653,7 @@ def test_extras_install_the_packages_that_errors_name():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     brings = {
         re.match(r"[\w-]+", package)[0].replace("-", "_"): extra
-        for extra in ("baselines", "bench", "compare", "gpu", "trackers", "tasks")
+        for extra in ("baselines", "bench", "compare", "gpu", "ray", "trackers", "tasks")
         for package in extras[extra]
     }
     assert brings | {"latex2sympy2_extended": "tasks"} == EXTRA_OF  # that one comes with math-verify

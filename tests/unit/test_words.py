@@ -50,7 +50,7 @@ FOREIGN = """
     tau eps delta epsilon_high gpu_memory_utilization pipeline_parallel_size max_model_len
     max_num_seqs enforce_eager swap_space kv_cache_dtype quantization max_grad_norm optim optim_args warmup_ratio
     logging_dir logging_strategy eval_strategy evaluation_strategy save_strategy save_safetensors save_only_model
-    save_freq test_freq eval_delay eval_on_start per_device_eval_batch_size dataloader_num_workers num_workers
+    save_freq test_freq eval_delay eval_on_start per_device_eval_batch_size dataloader_num_workers
     num_processes remove_unused_columns group_by_length label_names hub_token hub_strategy push_to_hub_token ddp_backend
     local_rank tf32 fp8 use_cpu no_cuda gpus cpu cuda data_seed full_determinism torch_compile neftune_noise_alpha
     lora_r lora_alpha lora_dropout use_peft load_in_4bit load_in_8bit min_p top_n repetition_penalty length_penalty

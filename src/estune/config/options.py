@@ -100,7 +100,10 @@ PROBE_FIELDS = (
     "worker_timeout_s"
 ).split()
 # `estune plan`: the options that decide what a run costs.
-PLAN_FIELDS = (*PROBE_FIELDS, *"population_size antithetic sigma learning_rate max_steps eval_steps eval_rows eval_greedy".split())
+PLAN_FIELDS = (
+    *PROBE_FIELDS,
+    *"population_size antithetic sigma learning_rate max_steps eval_steps eval_rows eval_greedy".split(),
+)
 # `estune score`: the options that decide the rewards of given completions.
 SCORE_FIELDS = (
     "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
