@@ -244,6 +244,6 @@ def test_pages_name_no_other_option() -> None:
             source = (ROOT / script).read_text(encoding="utf-8")
             for name in re.findall(r"--(\w+)", options):
                 assert f'"--{name}"' in source, f"{page.name}: {script} --{name}"
-        text = re.sub(r"`python (?:benchmarks|scripts)/\w+\.py[^`]*`", "", text)
+        text = re.sub(r"`(?:python (?:benchmarks|scripts)/\w+\.py|ray )[^`]*`", "", text)
         for name in re.findall(r"--(\w+)", text):
             assert name in known, f"{page.name}: --{name}"
