@@ -15,7 +15,7 @@ from estune.tasks import TASKS
 
 pytestmark = pytest.mark.miniature
 
-COMMANDS = ("train", "evaluate", "score", "probe", "replay", "export", "apply", "report", "watch", "fetch", "env")
+COMMANDS = tuple("train evaluate score probe plan replay export apply report watch fetch env".split())
 
 
 def one_object(done):

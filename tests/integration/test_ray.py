@@ -62,7 +62,7 @@ class SlowToy(ToyEngine):
 def cluster() -> Iterator[str]:
     """A cluster of this process, with room for all workers; yields its address."""
     from estune.engines.ray import cluster as ours
-    from estune.engines.ray.pool import Limits
+    from estune.engines.ray.cluster import Limits
 
     connection = ours.connect(Limits(1, {"CPU": 0.1}, 60.0))
     import ray
@@ -74,8 +74,8 @@ def cluster() -> Iterator[str]:
 @pytest.fixture
 def workers(cluster: str) -> Iterator[Any]:
     """Return a function that opens an engine with workers, which end with the test."""
+    from estune.engines.ray.cluster import Limits
     from estune.engines.ray.engine import RayEngine
-    from estune.engines.ray.pool import Limits
 
     opened = []
 
@@ -140,6 +140,41 @@ def test_the_number_of_workers_changes_no_bit(
     assert all(0 <= record["es/idle_share"] <= 1 for record in steps)
     if options is TOY:  # from its third step on, the workers know all prompts
         assert all(record["es/bytes_sent"] < 500 * TOY["population_size"] for record in steps[2:])
+
+
+def test_rewards_in_workers_are_the_same(cluster: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"x[{i}]", "wanted": 0.0} for i in range(6)]
+    options = dict(engine="toy", task="quadratic", population_size=4, batch_size=6, max_steps=2, report_to=["none"])
+    done = {}
+    for name, more in (
+        ("here", {}),
+        ("there", dict(num_workers=2, worker_resources=SHARE, reward_placement="workers")),
+    ):
+        args = ESConfig(**options, output_dir=str(tmp_path / name), **more)
+        done[name] = ESTrainer("toy", _near_one, args, rows).train()
+    assert files_of(done["here"]) == files_of(done["there"])
+
+
+def _near_one(completions: list[str], **_: Any) -> list[float]:
+    return [-abs(float(text) - 1.0) for text in completions]
+
+
+def test_an_actor_of_rewards_that_dies_is_replaced(cluster: str) -> None:
+    from estune.engines.ray import cluster as ours
+    from estune.rewards.pool import RewardBatch
+    from estune.rewards.remote import RemotePool
+
+    connection = ours.connect(ours.Limits(1, {"CPU": 0.1}, 60.0))
+    batch = RewardBatch(["p"] * 3, ["1", "2", "x"], [[1]] * 3)
+    with RemotePool([_near_one], ["near"], timeout_s=30, workers=1, actors=2, connection=connection) as pool:
+        first = pool.submit(batch).result()
+        assert first.rewards[:2, 0].tolist() == [0.0, -1.0] and first.failed[:, 0].tolist() == [False, False, True]
+        import ray
+
+        for actor in pool._actors:
+            ray.kill(actor)
+        again = [pool.submit(batch).result() for _ in range(3)]
+        assert all(np.array_equal(each.failed, first.failed) for each in again)
 
 
 def test_a_resume_may_change_the_number_of_workers(cluster: str, tmp_path: Path) -> None:
@@ -305,8 +340,8 @@ def test_without_ray_the_message_says_how_to_install_it(monkeypatch: pytest.Monk
 
 
 def test_a_model_in_memory_needs_this_process(cluster: str) -> None:
+    from estune.engines.ray.cluster import Limits
     from estune.engines.ray.engine import RayEngine
-    from estune.engines.ray.pool import Limits
 
     with pytest.raises(UserError, match="a module in memory needs num_workers 0"):
         RayEngine(ToyEngine, EngineOptions(model="toy", module=object()), Limits(1, SHARE, 30.0))

@@ -550,6 +550,11 @@ def test_options_of_workers(run):
         run(*RUN, "--num_workers", 1, "--worker_resources", '{"CPU": 0}'),
         "worker_resources has 0 for CPU; it must be a number greater than 0",
     )
+    assert_refused(run(*RUN, "--reward_placement", "workers"), "reward_placement needs num_workers")
+    assert_refused(
+        run(*RUN, "--num_workers", 1, "--reward_placement", "workers", "--reward_isolation", "inline"),
+        "reward_isolation inline runs rewards in the process that trains",
+    )
     given = ESConfig(engine="ray", worker_engine="vllm")
     assert (given.engine, given.worker_engine, given.num_workers) == ("vllm", None, 1)
     assert ESConfig(engine="ray", num_workers=3).engine == "hf"

@@ -69,7 +69,7 @@ ELSEWHERE = {
 }
 
 # Options that say where an engine runs.
-OF_WORKERS = ("num_workers", "worker_engine", "worker_resources", "worker_timeout_s")
+OF_WORKERS = ("num_workers", "worker_engine", "worker_resources", "worker_timeout_s", "reward_placement")
 
 # Options that a resume may change. All others define the trajectory and are written into the journal's header.
 RESUMABLE = frozenset(
@@ -88,7 +88,7 @@ EVALUATE_FIELDS = (
     "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
     "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
     "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads tensor_parallel_size "
-    "num_workers worker_engine worker_resources worker_timeout_s"
+    "num_workers worker_engine worker_resources worker_timeout_s reward_placement"
 ).split()
 # `estune probe`: the options that decide the members' completions and their rewards.
 PROBE_FIELDS = (
@@ -97,7 +97,7 @@ PROBE_FIELDS = (
     "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
     "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
     "prompts_per_batch members_per_batch num_threads tensor_parallel_size num_workers worker_engine worker_resources "
-    "worker_timeout_s"
+    "worker_timeout_s reward_placement"
 ).split()
 # `estune plan`: the options that decide what a run costs.
 PLAN_FIELDS = (
@@ -173,6 +173,12 @@ class ESConfig:
         "CPUs, and with a GPU tensor_parallel_size GPUs.",
     )
     worker_timeout_s: float = _option(600.0, "Seconds without progress after which a worker is replaced.")
+    reward_placement: str = _option(
+        "driver",
+        "Where rewards run, with num_workers. driver: on the machine of the process that trains; workers: spread over "
+        "the cluster, reward_workers processes for each Ray worker.",
+        ("driver", "workers"),
+    )
     trainable_parameters: list[str] | None = _option(
         None, "Regular expressions; only parameters whose stored name matches one of them are trained. Default: all."
     )
@@ -480,9 +486,13 @@ class ESConfig:
         if self.worker_engine is not None:
             raise UserError("worker_engine needs engine ray; with num_workers, engine names what the workers run")
         if not self.num_workers:
-            for name in ("worker_resources", "worker_timeout_s"):
+            for name in ("worker_resources", "worker_timeout_s", "reward_placement"):
                 if getattr(self, name) != default_of(name):
                     raise UserError(f"{name} needs num_workers")
+        if self.reward_placement == "workers" and self.reward_isolation == "inline":
+            raise UserError(
+                "reward_isolation inline runs rewards in the process that trains: not with reward_placement workers"
+            )
         for name, amount in self.worker_resources.items():
             if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 < amount < math.inf:
                 raise UserError(f"worker_resources has {amount!r} for {name}; it must be a number greater than 0")

@@ -88,7 +88,12 @@ class RewardPool:
         timeout_s: float,
         workers: int,
         isolation: str = "process",
+        request: bytes | None = None,
     ) -> None:
+        """Start the workers.
+
+        ``request``, if given, is what `load_request` made of the functions in another process.
+        """
         if len(reward_funcs) != len(names):
             raise ValueError(f"{len(reward_funcs)} reward functions, {len(names)} names")
         self._functions, self._names = list(reward_funcs), list(names)
@@ -110,7 +115,7 @@ class RewardPool:
             raise UserError("this system cannot fork reward workers: use --reward_isolation inline")
         if not timeout_s > 0 or workers < 1:
             raise UserError(f"rewards need a time limit over 0 s and a worker, not {timeout_s} s and {workers} workers")
-        setup = load_request(reward_funcs, names)
+        setup = load_request(reward_funcs, names) if request is None else request
         self._server = ForkServer()
         for index in range(workers):
             worker, loaded = Worker(self._server, setup, timeout_s), Future[None]()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estune import environment
 from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig, SizedConfig, default_of
@@ -38,6 +38,9 @@ from estune.run.resume import Facts, warn_of_engine_source
 from estune.run.saved_config import run_of
 from estune.sandbox import host
 from estune.tasks import Task, get_task
+
+if TYPE_CHECKING:
+    from estune.engines.ray.cluster import Limits
 
 RewardFunc = Callable[..., Any]
 Rows = Sequence[dict[str, Any]]
@@ -112,9 +115,27 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
 
 
 def reward_pool(args: ESConfig, funcs: list[RewardFunc], names: list[str], workers: int | None = None) -> RewardPool:
-    """Start a pool for reward functions; ``workers`` defaults to the configuration's number."""
+    """Start a pool for reward functions; ``workers`` defaults to the configuration's number.
+
+    Raises:
+        UserError: a function cannot be sent to another process, or Ray's cluster cannot be used.
+    """
     if workers is None:
         workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
+    if args.reward_placement == "workers":
+        _require_ray()
+        from estune.engines.ray import cluster
+        from estune.rewards.remote import RemotePool
+
+        connection = cluster.connect(_limits(args))
+        return RemotePool(
+            funcs,
+            names,
+            timeout_s=args.reward_timeout_s,
+            workers=workers,
+            actors=args.num_workers,
+            connection=connection,
+        )
     return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers, isolation=args.reward_isolation)
 
 
@@ -315,17 +336,28 @@ def _in_workers(args: SizedConfig, engine: EngineClass, options: EngineOptions) 
     Raises:
         UserError: Ray is not installed, or its cluster cannot be used, or the engine cannot be opened.
     """
+    _require_ray()
+    from estune.engines.ray.engine import RayEngine
+
+    return RayEngine(engine, options, _limits(args))
+
+
+def _require_ray() -> None:
+    """Raise UserError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"num_workers needs the package ray: {install_command(extra='ray')}")
-    from estune.engines.ray.engine import RayEngine
-    from estune.engines.ray.pool import Limits
+
+
+def _limits(args: ESConfig) -> Limits:
+    """Return the number of workers and what each takes of the cluster."""
+    from estune.engines.ray.cluster import Limits
 
     resources = dict(args.worker_resources)
     if not resources:
-        resources["CPU"] = options.num_threads
+        resources["CPU"] = default_threads(args) if args.num_threads == "auto" else args.num_threads
         if _has_gpu(args):
             resources["GPU"] = args.tensor_parallel_size
-    return RayEngine(engine, options, Limits(args.num_workers, resources, args.worker_timeout_s))
+    return Limits(args.num_workers, resources, args.worker_timeout_s)
 
 
 def _has_gpu(args: ESConfig) -> bool:

@@ -16,13 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from estune.engines.ray.pool import Limits
+from typing import Any
 
 OBJECT_STORE_BYTES = 80 << 20  # bytes; messages are small, and weights never travel
 LONGEST_PLACE = 24  # characters; Ray's sockets lie 80 characters deeper, and their paths are limited to 107
@@ -35,17 +32,32 @@ CURRENT = Path("/tmp/ray/ray_current_cluster")  # where `ray start` writes the a
 VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "disabled"}
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The number of workers of a run, and what each may use."""
+
+    workers: int
+    resources: Mapping[str, float]  # of each worker, by Ray's names: CPU, GPU, ...
+    silence_s: float  # seconds without progress after which a worker is replaced
+
+
 @dataclass
 class Cluster:
     """A connection to a cluster; `close` ends it, and the cluster if this process started it."""
 
     is_connected_here: bool  # whether this connection is ours, and not the program's
     watcher: subprocess.Popen[bytes] | None = None  # of a cluster that this process started
+    users: int = 1  # callers of `connect` that have not closed it
 
     def close(self) -> None:
-        """End the connection, and wait until nothing is left of a cluster that this process started."""
+        """End the connection when its last user has closed it; then wait until nothing is left of our own cluster."""
         import ray
 
+        global _current
+        self.users -= 1
+        if self.users > 0:
+            return
+        _current = None
         if self.is_connected_here:
             ray.shutdown()
         if self.watcher is not None:
@@ -55,8 +67,13 @@ class Cluster:
                 self.watcher.wait(2 * END_S)
 
 
+_current: Cluster | None = None  # the connection of this process
+
+
 def connect(limits: Limits) -> Cluster:
     """Use the program's connection, else the cluster of RAY_ADDRESS or of this machine, else start a cluster.
+
+    Every caller must close the result.
 
     Raises:
         UserError: the cluster cannot be reached, or it lacks resources.
@@ -65,7 +82,11 @@ def connect(limits: Limits) -> Cluster:
 
     from estune.errors import UserError
 
-    if ray.is_initialized():
+    global _current
+    if ray.is_initialized() and _current is not None:
+        cluster = _current
+        cluster.users += 1
+    elif ray.is_initialized():
         cluster = Cluster(is_connected_here=False)
     elif address := os.environ.get("RAY_ADDRESS") or (CURRENT.exists() and CURRENT.read_text().strip()):
         _refuse_unreachable(address)
@@ -76,7 +97,8 @@ def connect(limits: Limits) -> Cluster:
                 raise UserError(f"Ray's cluster at {address} cannot be used: {str(error).splitlines()[0]}") from error
         cluster = Cluster(is_connected_here=True)
     else:
-        cluster = _start(limits)
+        cluster = _start()
+    _current = cluster
     try:
         refuse_missing(limits)
     except UserError:
@@ -107,7 +129,7 @@ def refuse_missing(limits: Limits) -> None:
     )
 
 
-def _start(limits: Limits) -> Cluster:
+def _start() -> Cluster:
     """Start a cluster on this machine."""
     import ray
 

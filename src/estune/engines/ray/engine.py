@@ -22,7 +22,8 @@ from estune.console import counted, warn
 from estune.engines.base import EngineClass, EngineFacts, EngineOptions, ModelAssets
 from estune.engines.local import TextAssets
 from estune.engines.ray import cluster, messages
-from estune.engines.ray.pool import WAIT_S, Handle, Limits, Pool, reason_of, value_of
+from estune.engines.ray.cluster import Limits
+from estune.engines.ray.pool import WAIT_S, Handle, Pool, reason_of, value_of
 from estune.errors import UserError
 from estune.es.theta import Moved
 from estune.es.types import (

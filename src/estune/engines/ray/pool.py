@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from estune.console import counted, warn
 from estune.engines.base import EngineClass, EngineOptions
+from estune.engines.ray.cluster import Limits
 from estune.engines.ray.worker import CONTROL, Opened, Reply, Worker
 from estune.errors import UserError
 from estune.es.types import Interrupted
@@ -32,15 +33,6 @@ START_S = 300.0  # seconds in which the first worker must have got its resources
 MOST_FAILURES = 3  # starts or calls that fail one after another, before the pool gives up
 
 Joining = Generator[Any, Reply, None]  # yields calls, receives their replies
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The number of workers of a run, and what each may use."""
-
-    workers: int
-    resources: Mapping[str, float]  # of each worker, by Ray's names: CPU, GPU, ...
-    silence_s: float  # seconds without progress after which a worker is replaced
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""Reward pools in actors of Ray, spread over the cluster: batches of completions travel to them as text.
+
+Each actor holds a `RewardPool` with worker processes of its own. An actor that dies is replaced, and its batch is
+scored again elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from estune.errors import UserError
+from estune.rewards.loading import load_request
+from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
+
+MOST_DEATHS = 3  # actors that may die of one batch
+
+
+class Scorer:
+    """The actor: scores batches with the workers of its own pool."""
+
+    def __init__(self, request: bytes, names: Sequence[str], timeout_s: float, workers: int) -> None:
+        functions = [_elsewhere] * len(names)
+        self._pool = RewardPool(functions, names, timeout_s=timeout_s, workers=workers, request=request)
+
+    def score(self, batch: RewardBatch) -> RewardResult | str:
+        """Return the rewards of a batch, or the text of a `UserError`."""
+        try:
+            return self._pool.submit(batch).result()
+        except UserError as error:
+            return str(error)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+
+class RemotePool(RewardPool):
+    """Scores batches in actors; a `RewardPool` without workers of its own."""
+
+    def __init__(
+        self,
+        reward_funcs: Sequence[Callable[..., Any]],
+        names: Sequence[str],
+        *,
+        timeout_s: float,
+        workers: int,
+        actors: int,
+        connection: Any,
+    ) -> None:
+        """Start the actors.
+
+        Args:
+            reward_funcs: (F,).
+            names: (F,).
+            timeout_s: limit of one call of one function.
+            workers: processes of each actor.
+            actors: their number.
+            connection: closed with the pool.
+
+        Raises:
+            UserError: a function cannot be sent to another process.
+        """
+        self.n_functions = len(reward_funcs)
+        self._connection = connection
+        self._arguments = (load_request(reward_funcs, names), list(names), timeout_s, workers)
+        self._n_processes = workers
+        self._lock = threading.Lock()
+        self._actors = [self._start() for _ in range(actors)]
+        self._turns = itertools.count()
+        self._executor = ThreadPoolExecutor(actors * workers, thread_name_prefix="remote-reward")
+
+    def submit(self, batch: RewardBatch) -> Future[RewardResult]:
+        """Submit one member's completions for scoring; thread-safe."""
+        return self._executor.submit(self._score, batch)
+
+    def close(self) -> None:
+        """End the actors with their processes, and cancel the futures of unscored batches."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        if ray.is_initialized():
+            calls = [actor.close.remote() for actor in self._actors]
+            ray.wait(calls, num_returns=len(calls), timeout=5.0)
+            for actor in self._actors:
+                ray.kill(actor)
+        self._connection.close()
+
+    def _start(self) -> Any:
+        options: dict[str, Any] = dict(num_cpus=0, max_concurrency=self._n_processes + 1, scheduling_strategy="SPREAD")
+        make: Any = ray.remote(**options)
+        return make(Scorer).remote(*self._arguments)
+
+    def _score(self, batch: RewardBatch) -> RewardResult:
+        """Return the rewards of a batch from the next actor; replace an actor that has died.
+
+        Raises:
+            UserError: several actors died of the batch, or a column cannot be sent to a reward worker.
+        """
+        for _ in range(MOST_DEATHS):
+            place = next(self._turns) % len(self._actors)
+            actor = self._actors[place]
+            try:
+                found: RewardResult | str = ray.get(actor.score.remote(batch))
+            except RayActorError:
+                with self._lock:
+                    if self._actors[place] is actor:
+                        self._actors[place] = self._start()
+                continue
+            if isinstance(found, str):
+                raise UserError(found)
+            return found
+        raise UserError(f"{MOST_DEATHS} actors that score rewards died one after another")
+
+
+def _elsewhere(*_: Any, **__: Any) -> Any:
+    """Stand in for a function that only the worker processes load."""
+    raise AssertionError("the function runs in a worker process")
