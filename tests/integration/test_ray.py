@@ -39,7 +39,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = Sampling(seed=0, step=0, max_completion_length=40)
 PROMPTS = tuple(Prompt(index, f"x[{index}]", (index, 7)) for index in range(4))
 SHARE = {"CPU": 0.5}
-TOY = dict(engine="toy", task="quadratic", population_size=8, sigma=0.05, max_steps=6, save_steps=2, report_to=["none"])
+TOY = dict(
+    engine="toy",
+    task="quadratic",
+    population_size=8,
+    sigma=0.05,
+    max_steps=6,
+    save_steps=2,
+    eval_steps=2,
+    report_to=["none"],
+)
 TINY = dict(
     model="tiny", task="countdown", population_size=6, batch_size=8, max_completion_length=24, max_steps=2,
     eval_steps=2, eval_rows=16, report_to=["none"], num_threads=1,
@@ -109,6 +118,10 @@ def process_of(handle: Any) -> int:
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in ("journal.jsonl", "model.safetensors")}
 
@@ -134,7 +147,9 @@ def test_the_number_of_workers_changes_no_bit(
         trainer = ESTrainer(args=args)
         assert files_of(trainer.train()) == wanted
         trainer.engine.stop()
-    records = [json.loads(line) for line in (tmp_path / str(counts[-1]) / "metrics.jsonl").read_text().splitlines()]
+    records, alone = (metrics_of(tmp_path / str(count)) for count in (counts[-1], 0))
+    assert [record for record in records if "eval_reward" in record] == [r for r in alone if "eval_reward" in r]
+    assert [(record["step"], "reward" in record) for record in records] == [(r["step"], "reward" in r) for r in alone]
     steps = [record for record in records if "reward" in record]
     assert all(record["es/workers"] == counts[-1] and record["es/bytes_received"] > 0 for record in steps)
     assert all(0 <= record["es/idle_share"] <= 1 for record in steps)

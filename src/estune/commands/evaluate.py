@@ -20,7 +20,7 @@ from estune.rewards.pool import RewardPool
 from estune.run.records import write_lines
 from estune.tasks import Task
 from estune.train import setup
-from estune.train.evaluation import Evaluation, check_batches, evaluate, kl_k3
+from estune.train.evaluation import Evaluation, HeldOut, check_batches, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
 from estune.train.soundness import warn_of_inputs
 from estune.train.step import sampling_of
@@ -107,7 +107,7 @@ def _answer_rows(
         if shows_progress:
             show_progress(f"estune: {done}/{len(data)} rows")
 
-    return evaluate(
+    held_out = HeldOut(
         evaluator,
         data,
         prompts,
@@ -116,8 +116,8 @@ def _answer_rows(
         grader,
         batch=args.prompts_per_batch,
         trainer_state={"global_step": 0, "max_steps": 0},
-        progress=progress,
     )
+    return evaluate(held_out, progress)
 
 
 def _with_samples(args: ESConfig, n_samples: int) -> ESConfig:

@@ -31,7 +31,7 @@ from estune.rewards.pool import RewardBatch, RewardPool
 from estune.run.records import is_right, read_metrics
 from estune.tasks import get_task
 from estune.train import setup
-from estune.train.evaluation import Evaluation, evaluate, kl_k3
+from estune.train.evaluation import Evaluation, HeldOut, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
 from estune.train.setup import Rewards
 from estune.train.soundness import broken_model
@@ -241,7 +241,7 @@ class Scorers:
         """
         rewards, pool, accuracy_pool = self.pools_of(args)
         prompts = setup.build_prompts(args, engine, rows, args.task is not None)
-        evaluation = evaluate(
+        held_out = HeldOut(
             Evaluator(engine, pool, args.response_prefix),
             rows,
             prompts,
@@ -251,6 +251,7 @@ class Scorers:
             batch=args.prompts_per_batch,
             trainer_state={"global_step": 0, "max_steps": 0},
         )
+        evaluation = evaluate(held_out)
         broken = evaluation.summary().get("non_finite_ratio", 0.0)
         if broken == 1.0:
             raise UserError(broken_model(args.model, engine.facts.dtype))

@@ -168,64 +168,100 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def evaluate(
-    evaluator: Evaluator,
-    rows: Sequence[dict[str, Any]],
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    weights: Sequence[float],
-    accuracy_pool: RewardPool | None,
-    *,
-    batch: int,
-    trainer_state: dict[str, Any],
-    progress: Callable[[int], None] = lambda done: None,
-) -> Evaluation:
+class HeldOut:
+    """Theta's answers to held-out rows, collected batch by batch in any order."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        weights: Sequence[float],
+        accuracy_pool: RewardPool | None,
+        *,
+        batch: int,
+        trainer_state: dict[str, Any],
+    ) -> None:
+        """Keep the parts of an evaluation.
+
+        Args:
+            evaluator: holds the engine and the reward pool.
+            rows: (rows,).
+            prompts: (rows,).
+            sampling: how completions are decoded.
+            weights: (F,), of the reward functions.
+            accuracy_pool: computes accuracy; None: no accuracy.
+            batch: prompts per batch.
+            trainer_state: for reward functions.
+        """
+        self.evaluator, self.rows, self.prompts = evaluator, rows, prompts
+        self.sampling, self.weights, self.batch = of_evaluations(sampling), weights, batch
+        self.trainer_state = trainer_state
+        pool = accuracy_pool
+        self._grader = Evaluator(evaluator.engine, pool, evaluator.response_prefix) if pool is not None else None
+        self._running: dict[int, tuple[Completions, Group, Future[RewardResult], Future[RewardResult] | None]] = {}
+        self.done = 0  # rows answered
+
+    def jobs(self, offset: int = 0) -> Iterator[GroupJob]:
+        """Yield the jobs; the index of a job is ``offset`` plus the number of its first row."""
+        checksum = self.evaluator.engine.theta_checksum
+        for start in range(0, len(self.rows), self.batch):
+            prompts = tuple(self.prompts[start : start + self.batch])
+            yield GroupJob((offset + start,), (None,), checksum, prompts, self.sampling)
+
+    def rows_of(self, start: int) -> Sequence[dict[str, Any]]:
+        """Return the rows of the job whose first row is ``start``."""
+        return self.rows[start : start + self.batch]
+
+    def take(self, start: int, group: Group, completions: Completions, future: Future[RewardResult]) -> None:
+        """Keep the answers of the job whose first row is ``start``, and submit them for their accuracy."""
+        part = slice(start, start + self.batch)
+        grader, state = self._grader, self.trainer_state
+        graded = grader.score(self.rows[part], self.prompts[part], completions, state) if grader else None
+        self._running[start] = completions, group, future, graded
+        self.done += len(completions)
+
+    def finish(self) -> Evaluation:
+        """Wait for all rewards, and return the evaluation.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        evaluated: list[EvaluatedRow] = []
+        evaluator = self.evaluator
+        for start, (completions, group, future, graded) in sorted(self._running.items(), key=lambda item: item[0]):
+            part_prompts = self.prompts[start : start + self.batch]
+            evaluator.complete(group, scored(future, evaluator.should_stop), self.sampling.num_generations)
+            accuracy = None
+            if graded is not None:
+                result = scored(graded, evaluator.should_stop)
+                accuracy = np.where(result.failed | np.isnan(result.rewards), 0.0, result.rewards)
+                accuracy = accuracy.reshape(len(part_prompts), self.sampling.num_generations)  # (b, G)
+                accuracy = np.where(np.array(group.finite), accuracy, 0.0)
+            evaluated += _rows(part_prompts, completions, group, self.weights, accuracy)
+        return Evaluation(evaluated)
+
+
+def evaluate(held_out: HeldOut, progress: Callable[[int], None] = lambda done: None) -> Evaluation:
     """Evaluate theta on held-out rows; rewards are computed while the engine answers the next batch of prompts.
 
     Args:
-        evaluator: holds the engine and the reward pool.
-        rows: (rows,).
-        prompts: (rows,).
-        sampling: how completions are decoded.
-        weights: (F,), of the reward functions.
-        accuracy_pool: computes accuracy; None: no accuracy.
-        batch: prompts per batch.
-        trainer_state: for reward functions.
+        held_out: what to evaluate.
         progress: called with the number of rows answered.
 
     Raises:
         Interrupted: the run was asked to stop.
     """
-    sampling, checksum = of_evaluations(sampling), evaluator.engine.theta_checksum
-    grader = Evaluator(evaluator.engine, accuracy_pool, evaluator.response_prefix) if accuracy_pool else None
-    jobs = (
-        GroupJob((start,), (None,), checksum, tuple(prompts[start : start + batch]), sampling)
-        for start in range(0, len(rows), batch)
-    )
 
     def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
-        return rows[job.indices[0] : job.indices[0] + len(job.prompts)]
+        return held_out.rows_of(job.indices[0])
 
-    running: dict[int, tuple[Completions, Group, Future[RewardResult], Future[RewardResult] | None]] = {}
-    done = 0
-    for start, group, completions, future in evaluator.submit(jobs, rows_of, trainer_state, True):
-        part = slice(start, start + batch)
-        graded = grader.score(rows[part], prompts[part], completions, trainer_state) if grader else None
-        running[start] = completions, group, future, graded
-        done += len(completions)
-        progress(done)
-    evaluated: list[EvaluatedRow] = []
-    for start, (completions, group, future, graded) in sorted(running.items(), key=lambda item: item[0]):
-        part_prompts = prompts[start : start + batch]
-        evaluator.complete(group, scored(future, evaluator.should_stop), sampling.num_generations)
-        accuracy = None
-        if graded is not None:
-            result = scored(graded, evaluator.should_stop)
-            accuracy = np.where(result.failed | np.isnan(result.rewards), 0.0, result.rewards)
-            accuracy = accuracy.reshape(len(part_prompts), sampling.num_generations)  # (b, G)
-            accuracy = np.where(np.array(group.finite), accuracy, 0.0)
-        evaluated += _rows(part_prompts, completions, group, weights, accuracy)
-    return Evaluation(evaluated)
+    submitted = held_out.evaluator.submit(held_out.jobs(), rows_of, held_out.trainer_state, True)
+    for start, group, completions, future in submitted:
+        held_out.take(start, group, completions, future)
+        progress(held_out.done)
+    return held_out.finish()
 
 
 def of_evaluations(sampling: Sampling) -> Sampling:

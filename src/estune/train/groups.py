@@ -41,6 +41,7 @@ class Rollouts:
     failed: np.ndarray  # (N, B, G, F), bool
     score_wait_s: float  # seconds that the engine waited for scores
     earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
+    beside_s: float = 0.0  # seconds after the last member's answer that an evaluation of theta took
     started: float = 0.0  # seconds, clock reading at the step's start, moved back by ``earlier_s``
 
     def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:

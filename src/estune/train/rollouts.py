@@ -8,13 +8,14 @@ only for batches of members that are complete: a batch is always generated as a 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,6 +34,19 @@ Completions = list[list[Completion]]  # (B, G)
 
 MAX_TOKEN = 2**31  # token ids of an engine without a vocabulary size are smaller
 STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to stop
+
+
+class Beside(Protocol):
+    """An evaluation of theta that shares the workers with a step's members; `estune.train.evaluation.HeldOut`."""
+
+    def jobs(self, offset: int) -> Iterator[GroupJob]:
+        """Yield the jobs; the index of a job is ``offset`` plus the number of its first row."""
+
+    def rows_of(self, start: int) -> Sequence[dict[str, Any]]:
+        """Return the rows of the job whose first row is ``start``."""
+
+    def take(self, start: int, group: Group, completions: Completions, future: Future[RewardResult]) -> None:
+        """Keep the answers of the job whose first row is ``start``."""
 
 
 @dataclass
@@ -172,6 +186,7 @@ class Evaluator:
         pending: Pending,
         head: str,
         keep_text: bool = False,
+        beside: Beside | None = None,
     ) -> Rollouts:
         """Generate and score the completions of all members of a step: (N, B, G) rollouts.
 
@@ -186,6 +201,7 @@ class Evaluator:
             pending: stores the finished members.
             head: the journal's head; it identifies the step in ``pending``.
             keep_text: whether to keep completions as text.
+            beside: an evaluation of theta, whose jobs workers take when no member's job is left.
 
         Raises:
             Interrupted: the run was asked to stop; ``pending`` holds the finished members.
@@ -196,8 +212,23 @@ class Evaluator:
         scores = _Scores(self, sampling.num_generations, pending, head, dict(known))
         answered = set(known)
         jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch)
+
+        def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
+            first = job.indices[0]
+            return rows if beside is None or first < n_members else beside.rows_of(first - n_members)
+
+        every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_members))
+        members_done = time.perf_counter()
         try:
-            for index, group, _, future in self.submit(jobs, lambda _: rows, trainer_state, keep_text):
+            for index, group, completions, future in self.submit(
+                every, rows_of, trainer_state, keep_text or beside is not None
+            ):
+                if beside is not None and index >= n_members:
+                    beside.take(index - n_members, group, completions, future)
+                    continue
+                if not keep_text:
+                    group.completions = None
+                members_done = time.perf_counter()
                 answered.add(index)
                 scores.waiting.append((index, group, future))
                 if self.panel is not None:
@@ -211,6 +242,7 @@ class Evaluator:
         scores.collect(wait=True)
         groups = scores.groups
         rollouts = stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
+        rollouts.beside_s = waiting_since - members_done if beside is not None else 0.0
         rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
         return rollouts
 

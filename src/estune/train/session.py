@@ -33,7 +33,7 @@ from estune.run.checkpoint import checkpoint_path, prune
 from estune.run.directory import Run
 from estune.run.journal import step_record
 from estune.train import metrics
-from estune.train.evaluation import Evaluation, evaluate
+from estune.train.evaluation import Evaluation, HeldOut, evaluate
 from estune.train.groups import Rollouts, tokens_digest
 from estune.train.rollouts import Evaluator, answers_of_theta
 from estune.train.setup import Loaded
@@ -76,7 +76,11 @@ class OpenRun(Loaded):
 
     def answer_held_out(self, steps_done: int) -> Evaluation:
         """Evaluate theta on the held-out rows."""
-        return evaluate(
+        return evaluate(self.held_out(steps_done))
+
+    def held_out(self, steps_done: int) -> HeldOut:
+        """Return an evaluation of theta after ``steps_done`` steps that has not begun."""
+        return HeldOut(
             self.evaluator,
             self.eval_rows,
             self.eval_prompts,
@@ -186,6 +190,7 @@ class Session(OpenRun):
         started = time.perf_counter()
         self._measure_rounding(step)
         rows, prompts = self._inputs(step)
+        beside = self.held_out(step.index) if self.is_evaluation_due(step.index) else None
         rollouts = self.evaluator.evaluate_population(
             step.perturbations,
             rows,
@@ -197,9 +202,15 @@ class Session(OpenRun):
             pending=self.run.pending,
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,
+            beside=beside,
         )
-        # The step's time includes the seconds that a killed process spent on members of this step.
-        rollouts.started = started - rollouts.earlier_s
+        # The step's time includes the seconds that a killed process spent on members of this step, and not those in
+        # which an evaluation alone was answered.
+        rollouts.started = started - rollouts.earlier_s + rollouts.beside_s
+        if beside is not None:
+            before = time.perf_counter()
+            self._write_evaluation(beside.finish())
+            rollouts.started += time.perf_counter() - before
         if rollouts.non_finite_ratio == 1.0:
             is_broken = not theta_is_finite(self.args, self.engine, self.train_prompts)
             raise UserError(broken_population(self.engine, step.index + 1, step.sigma, is_broken))
@@ -339,19 +350,26 @@ class Session(OpenRun):
             self.monitors.log({"step": done} | record)
 
     def evaluate_and_save(self) -> None:
-        """Evaluate theta and save a checkpoint if they are due after the steps done and do not exist."""
+        """Evaluate theta and save a checkpoint if they are due after the steps done and do not exist.
+
+        With several workers the evaluation is left to the next step, in which workers that have no member's job answer
+        the held-out rows (`evaluate_population`).
+        """
         args, done = self.args, self.run.steps_done
-        if self.is_evaluation_due(done):
-            evaluation = self.answer_held_out(done)
-            record = metrics.evaluation_record(evaluation)
-            self.watch.evaluation(record)
-            self.monitors.log({"step": done, **record})
-            records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
+        if self.is_evaluation_due(done) and (args.num_workers < 2 or self.ended):
+            self._write_evaluation(self.answer_held_out(done))
         if args.save_steps and done and done % args.save_steps == 0:
             if not self.run.has_checkpoint():
                 self.run.save(self.engine, final=False)
                 self.run.record_checkpoint(self.engine)
             prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
+
+    def _write_evaluation(self, evaluation: Evaluation) -> None:
+        """Pass an evaluation of the present theta to the monitors, and write its rows."""
+        done, record = self.run.steps_done, metrics.evaluation_record(evaluation)
+        self.watch.evaluation(record)
+        self.monitors.log({"step": done, **record})
+        records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
 
     def finish(self) -> None:
         """Write the finished model to the run directory, with its card; upload it if asked to.

@@ -133,15 +133,15 @@ class RayEngine:
     ) -> Iterator[GroupAnswer]:
         """Yield the answers in the order in which workers complete them; see `Generator.answers`.
 
-        The longest jobs are handed out first. A worker without work repeats a job that takes long elsewhere; the first
-        answer counts. A job whose worker is lost goes to another.
+        Members come before theta, and the longest jobs first. A worker without work repeats a job that takes long
+        elsewhere; the first answer counts. A job whose worker is lost goes to another.
 
         Raises:
             Interrupted: ``should_stop`` returned true.
             UserError: a worker raised one, or several workers died of one job.
         """
         waiting = [self._issue(job) for job in jobs]
-        waiting.sort(key=lambda issue: -_cost(issue.job))  # stable: equal jobs stay in order
+        waiting.sort(key=lambda issue: _order(issue.job))  # stable: equal jobs stay in order
         running: list[_Issue] = []
         durations: list[float] = []
         began, busy_s, n_workers = time.monotonic(), 0.0, len(self._pool.ready)
@@ -408,7 +408,8 @@ def _end(pool: Pool, connection: cluster.Cluster) -> None:
     connection.close()
 
 
-def _cost(job: GroupJob) -> int:
-    """Return a number that grows with the time that a job takes: the tokens that it reads and may write."""
+def _order(job: GroupJob) -> tuple[bool, int]:
+    """Return what jobs are sorted by: members before theta, then the tokens that a job reads and may write."""
     longest = job.sampling.max_completion_length * job.sampling.num_generations
-    return len(job.indices) * sum(len(prompt.token_ids) + longest for prompt in job.prompts)
+    tokens = len(job.indices) * sum(len(prompt.token_ids) + longest for prompt in job.prompts)
+    return job.perturbations[0] is None, -tokens
