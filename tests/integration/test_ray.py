@@ -40,6 +40,9 @@ SAMPLING = Sampling(seed=0, step=0, max_completion_length=40)
 PROMPTS = tuple(Prompt(index, f"x[{index}]", (index, 7)) for index in range(4))
 SHARE = {"CPU": 0.5}
 TOY = dict(
+    engine="toy", task="quadratic", population_size=8, sigma=0.05, max_steps=6, save_steps=2, eval_steps=2,
+    report_to=["none"],
+)  # fmt: skip
     engine="toy",
     task="quadratic",
     population_size=8,
