@@ -43,15 +43,6 @@ TOY = dict(
     engine="toy", task="quadratic", population_size=8, sigma=0.05, max_steps=6, save_steps=2, eval_steps=2,
     report_to=["none"],
 )  # fmt: skip
-    engine="toy",
-    task="quadratic",
-    population_size=8,
-    sigma=0.05,
-    max_steps=6,
-    save_steps=2,
-    eval_steps=2,
-    report_to=["none"],
-)
 TINY = dict(
     model="tiny", task="countdown", population_size=6, batch_size=8, max_completion_length=24, max_steps=2,
     eval_steps=2, eval_rows=16, report_to=["none"], num_threads=1,
