@@ -6,6 +6,7 @@ travels is seeds, scalars, token ids and checksums (`messages`). After every upd
 
 from __future__ import annotations
 
+import atexit
 import statistics
 import time
 import weakref
@@ -98,7 +99,9 @@ class RayEngine:
         except BaseException:
             connection.close()
             raise
-        self._end = weakref.finalize(self, _end, self._pool, connection)  # at the latest when Python ends
+        self._end = weakref.finalize(self, _end, self._pool, connection)
+        self._end.atexit = False
+        atexit.register(self._end)  # runs before Ray's own exit handler, which was registered earlier
         self.assets = RemoteAssets(self._pool.first.assets, self._pool)
         self._has_text = not isinstance(self._pool.first.assets, TextAssets)  # whether the engine may read text
         self._prompts_per_batch = options.prompts_per_batch
@@ -315,6 +318,7 @@ class RayEngine:
     def stop(self) -> None:
         """End the workers, and the cluster if this process started it."""
         self._end()
+        atexit.unregister(self._end)
 
     def _issue(self, job: GroupJob) -> _Issue:
         if job.theta_checksum != self._checksum:

@@ -217,6 +217,8 @@ class Pool:
 
     def stop(self) -> None:
         """End all workers; those that answer within `GRACE_S` seconds end their engines' processes first."""
+        if not ray.is_initialized():  # a call would start another cluster
+            return
         with suppress(RayError):
             calls = [handle.actor.close.remote() for handle in self.handles]
             ray.wait(calls, num_returns=len(calls), timeout=GRACE_S if calls else 0)
