@@ -254,8 +254,8 @@ def default_threads(args: ESConfig, module: Any = None) -> int:
         directory = local_directory(args.model)
         size = sum(path.stat().st_size for path in directory.glob("*.safetensors")) if directory else LARGE_BYTES
     cores = environment.cores()
-    if args.num_workers and not args.worker_resources:  # the workers share this machine's cores
-        cores = max(1, cores // args.num_workers)
+    if args.num_workers:  # without resources of their own the workers share this machine's cores
+        cores = max(1, int(args.worker_resources.get("CPU", cores // args.num_workers)))
     return cores if size >= LARGE_BYTES else 1
 
 

@@ -90,7 +90,7 @@ class Pool:
         self._engine, self._options, self._limits = _by_value(engine), options, limits
         self.history = History()
         self.handles: list[Handle] = []
-        self._failures = 0  # since a worker became ready
+        self._failures = 0  # starts that failed since a worker became ready, or since a ready one was lost
         self._n_started = 0
         self._first: Opened | None = None
         self._is_complete = False  # whether all workers were ready once; then errors of one are no longer the run's
@@ -144,16 +144,16 @@ class Pool:
         self._refuse_starvation()
 
     def lose(self, handle: Handle, reason: str) -> None:
-        """Drop a worker with a warning, and start another.
+        """Drop a worker with a warning, and start another, unless several starts have failed one after another.
 
         Raises:
-            UserError: workers fail one after another, and none is left.
+            UserError: starts fail one after another, and no worker is left.
         """
         if handle not in self.handles:
             return
         self.handles.remove(handle)
         ray.kill(handle.actor)
-        self._failures += not handle.is_ready
+        self._failures = 0 if handle.is_ready else self._failures + 1
         gives_up = self._failures >= MOST_FAILURES
         if gives_up and not self.handles:
             raise UserError(f"{handle} failed, the last of {self._failures} that failed one after another: {reason}")
