@@ -174,6 +174,24 @@ def test_non_finite_logits_are_reported_and_spoil_no_later_answer(llama: tuple[P
     assert engine.generate(None, PROMPTS, GREEDY) == before
 
 
+@pytest.mark.parametrize("float32", [True, False])
+def test_a_saved_model_is_the_one_that_transformers_saves(family: Path, tmp_path: Path, float32: bool) -> None:
+    """Of tied and untied families: the files load, and hold theta."""
+    engine = opened(family, dtype="bfloat16")
+    try:
+        engine.assets.check()
+        engine.save(tmp_path / "saved", float32=float32)
+        reference = HFEngine.load(str(family), dtype="bfloat16")
+        reference.save(tmp_path / "reference", float32=float32)
+        names = sorted(path.name for path in (tmp_path / "reference").iterdir())
+        assert names == sorted(path.name for path in (tmp_path / "saved").iterdir())
+        for name in names:
+            assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes(), name
+        assert HFEngine.load(str(tmp_path / "saved"), dtype="float32").specs == reference.specs
+    finally:
+        engine.stop()
+
+
 def test_non_finite_rows_spoil_no_row_that_gets_their_cache_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

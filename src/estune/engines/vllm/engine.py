@@ -29,6 +29,7 @@ from estune.engines.hf.loading import (
     resolve_dtype,
     resolve_model,
 )
+from estune.engines.hf.saved_model import tied_truth
 from estune.engines.hf.working_model import torch_threads
 from estune.engines.local import LocalBase
 from estune.engines.vllm import launch, table
@@ -91,7 +92,10 @@ class VLLMEngine(LocalBase):
         self.theta = theta
         kinds = {binding.name: binding.kind for binding in bound}
         del bound
+        is_tied = tied_truth(module)
         module.to("meta")  # the assets need its configuration and code only
+        if is_tied:
+            module.tie_weights()  # the move has made two tensors of one
         gc.collect()
         self.device = place
         self._num_threads = options.num_threads
