@@ -44,9 +44,9 @@ def command(run: Path, steps: int, workers: int, *more: str) -> list[str]:
     """Return the command that trains with some workers; 0: in the process itself."""
     flags = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
     flags += ["--output_dir", str(run), "--max_steps", str(steps), *more]
+    flags += ["--num_workers", str(workers)]
     if workers:
-        flags += ["--num_workers", str(workers), "--worker_resources", '{"CPU": 0.5}']
-        flags += ["--worker_timeout_s", str(SILENCE_S)]
+        flags += ["--worker_resources", '{"CPU": 0.5}', "--worker_timeout_s", str(SILENCE_S)]
     return [*ESTUNE, "train", *flags]
 
 

@@ -36,8 +36,8 @@ CASES: dict[str, tuple[str, ...]] = {
 
 def measure(options: tuple[str, ...], directory: Path) -> dict[str, Any]:
     """Return the planned and the actual seconds of a run."""
-    told = subprocess.run([*ESTUNE, "plan", *COMMON, *options, "--json"], check=True, stdout=subprocess.PIPE)
-    planned = json.loads(told.stdout)
+    answer = subprocess.run([*ESTUNE, "plan", *COMMON, *options, "--json"], check=True, stdout=subprocess.PIPE)
+    planned = json.loads(answer.stdout)
     started = time.monotonic()
     train = [*ESTUNE, "train", *COMMON, *options, "--output_dir", str(directory / "run"), "--report_to", "none"]
     subprocess.run(train, check=True, stdout=subprocess.DEVNULL)

@@ -226,6 +226,42 @@ def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(tmp_path: Pa
     shutil.rmtree(temporary)
 
 
+def command(place: Path, *options: str) -> list[str]:
+    flags = [part for name, value in TOY.items() if name != "report_to" for part in (f"--{name}", str(value))]
+    return [
+        sys.executable,
+        "-m",
+        "estune",
+        "train",
+        *flags,
+        "--report_to",
+        "none",
+        "--output_dir",
+        str(place),
+        *options,
+    ]
+
+
+def test_a_signal_saves_and_the_run_resumes_without_workers(cluster: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": cluster}
+    there = ("--num_workers", "2", "--worker_resources", '{"CPU": 0.1}', "--worker_timeout_s", "99")
+    slow = ("--max_steps", "2000", "--eval_steps", "0", "--save_steps", "0")
+    run = tmp_path / "run"
+    with subprocess.Popen(command(run, *there, *slow), env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate()
+    assert "stopped after" in output and list(run.glob("checkpoint-*")), output
+    steps = len((run / "metrics.jsonl").read_text().splitlines()) + 2
+    again = subprocess.run(
+        [sys.executable, "-m", "estune", "train", "--resume", "--output_dir", str(run), "--num_workers", "0",
+         "--max_steps", str(steps)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0 and "done; the model is in" in again.stdout, again.stderr
+
+
 # --- workers that fail ------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +306,40 @@ def test_a_worker_whose_theta_differs_is_replaced(workers: Any, capsys: pytest.C
     ray.get(engine._pool.ready[0].actor.do.remote("apply", [update(9)]))
     assert engine.checksum() == alone.checksum()
     assert "its theta has changed in memory" in capsys.readouterr().err
+
+
+def test_two_workers_that_differ_both_start_again(workers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    engine, alone = workers(count=2), ToyEngine()
+    ray.get(engine._pool.ready[0].actor.do.remote("apply", [update(9)]))
+    assert engine.apply(update(0)).checksum == alone.apply(update(0)).checksum
+    assert capsys.readouterr().err.count("its theta differs") == 2 and len(engine._pool.ready) == 2
+
+
+def test_a_start_that_is_gone_is_told(workers: Any, tmp_path: Path) -> None:
+    engine, alone = workers(count=1), ToyEngine()
+    alone.apply(update(0))
+    alone.save(tmp_path / "saved", float32=True)
+    engine.load_weights(tmp_path / "saved")
+    assert engine.checksum() == alone.checksum()
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    os.kill(process_of(engine._pool.ready[0]), signal.SIGKILL)
+    with pytest.raises(UserError, match="the checkpoint with which this process began is gone"):
+        engine.apply(update(1))
+
+
+def test_an_error_of_the_engine_is_shown(workers: Any) -> None:
+    engine = workers(FaultyToy)
+    with pytest.raises(UserError, match=r"worker \d .* failed: .*ZeroDivisionError"):
+        list(engine.answers(jobs(engine, count=2)))
+
+
+class FaultyToy(ToyEngine):
+    """Has a programming error."""
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        return 1 // 0
 
 
 def test_a_long_job_is_repeated_elsewhere_and_the_first_answer_counts(workers: Any) -> None:

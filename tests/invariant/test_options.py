@@ -13,6 +13,7 @@ import pytest
 from command_line import PATIENCE_S, TOY, assert_refused, estune, journal, metrics, steps, tree, weights, write_rewards
 
 from estune.config import FIELDS, OF_WORKERS, ESConfig
+from estune.errors import UserError
 from estune.run.journal import Journal
 from estune.train import request
 from estune.train.trainer import ESTrainer
@@ -555,6 +556,8 @@ def test_options_of_workers(run):
         run(*RUN, "--num_workers", 1, "--reward_placement", "workers", "--reward_isolation", "inline"),
         "reward_isolation inline runs rewards in the process that trains",
     )
+    with pytest.raises(UserError, match="worker_engine is the engine that runs in the workers"):
+        ESConfig(engine="ray", worker_engine="ray")
     given = ESConfig(engine="ray", worker_engine="vllm")
     assert (given.engine, given.worker_engine, given.num_workers) == ("vllm", None, 1)
     assert ESConfig(engine="ray", num_workers=3).engine == "hf"

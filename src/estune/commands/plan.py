@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from estune.commands.results import print_values
@@ -50,7 +50,7 @@ class Calibration:
     mean_length: float  # tokens of a completion
     longest_share: float  # share of completions that max_completion_length cut off
     prompt_tokens: float  # mean
-    engine_bytes: int  # largest memory of this process so far; with workers, of one worker
+    engine_bytes: int  # largest memory of this process so far
 
 
 def plan(args: ESConfig) -> tuple[ResolvedConfig, Calibration, Engine]:
@@ -93,6 +93,42 @@ def _jobs(args: ResolvedConfig, engine: Engine, prompts: Sequence[Prompt]) -> It
             yield step.rows, job
 
 
+@dataclass
+class _Answers:
+    """The times and lengths of groups that members have answered."""
+
+    group_s: list[float] = field(default_factory=list)  # seconds a group
+    wait_s: list[float] = field(default_factory=list)  # seconds from the last answer to its rewards
+    lengths: list[int] = field(default_factory=list)  # tokens
+    finished: list[bool] = field(default_factory=list)
+
+
+def _answer(
+    args: ResolvedConfig,
+    evaluator: Evaluator,
+    rows: list[dict[str, Any]],
+    asked: Sequence[tuple[list[int], GroupJob]],
+    into: _Answers,
+) -> None:
+    """Let members answer groups, as `_jobs` yields them, and score them; add times and lengths to ``into``."""
+    jobs, rows_of = [], {}
+    for number, (chosen, job) in enumerate(asked):
+        first = number * args.population_size  # groups of several steps have members of the same index
+        indices = tuple(range(first, first + len(job.indices)))
+        jobs.append(dataclasses.replace(job, indices=indices))
+        rows_of[indices] = [rows[row] for row in chosen]
+    state = {"global_step": 0, "max_steps": args.max_steps}
+    started = time.perf_counter()
+    submitted = list(evaluator.submit(jobs, lambda job: rows_of[job.indices], state, False))
+    answered = time.perf_counter()
+    for _, group, _, future in submitted:
+        evaluator.complete(group, scored(future, evaluator.should_stop), args.num_generations)
+        into.lengths.extend(length for row in group.lengths for length in row)
+        into.finished.extend(done for row in group.finished for done in row)
+    into.group_s.append((answered - started) / len(asked))
+    into.wait_s.append(time.perf_counter() - answered)
+
+
 def _calibrate(
     args: ResolvedConfig,
     evaluator: Evaluator,
@@ -100,64 +136,54 @@ def _calibrate(
     prompts: Sequence[Prompt],
     eval_prompts: Sequence[Prompt],
 ) -> Calibration:
-    engine, state = evaluator.engine, {"global_step": 0, "max_steps": args.max_steps}
+    """Measure members' answers, a held-out answer and an update; ``load_s`` is left at 0."""
+    engine = evaluator.engine
     upcoming = _jobs(args, engine, prompts)
     wave = max(1, args.num_workers)  # groups that are answered at once
     per_step = math.ceil(args.population_size / args.group_size)
-    times: list[float] = []  # seconds a group
-    lengths: list[int] = []
-    finished: list[bool] = []
-    waits: list[float] = []
-
-    def answer(count: int) -> None:
-        asked = list(itertools.islice(upcoming, count))
-        numbered = [dataclasses.replace(job, indices=tuple(range(n * 10_000, n * 10_000 + len(job.indices))))
-                    for n, (_, job) in enumerate(asked)]  # fmt: skip
-        rows_of = {job.indices: [rows[row] for row in chosen]
-                   for job, (chosen, _) in zip(numbered, asked, strict=True)}  # fmt: skip
-        begun = time.perf_counter()
-        started = list(evaluator.submit(numbered, lambda job: rows_of[job.indices], state, False))
-        answered = time.perf_counter()
-        for _, group, _, future in started:
-            evaluator.complete(group, scored(future, evaluator.should_stop), args.num_generations)
-            lengths.extend(length for row in group.lengths for length in row)
-            finished.extend(done for row in group.finished for done in row)
-        times.append((answered - begun) / len(asked))
-        waits.append(time.perf_counter() - answered)
-
-    answer(wave)  # compiles kernels and fills caches; its time counts only if it is all that there is time for
-    until = time.perf_counter() + CALIBRATION_S - times[0] * wave
-    if time.perf_counter() < until:
-        times.clear()
-        waits.clear()
-    while not times or time.perf_counter() < until:
-        left = (until - time.perf_counter()) / max(times[-1] if times else 0.0, 1e-3)
-        answer(max(wave, min(per_step, int(left) // wave * wave)))
-    row_s = 0.0
-    if eval_prompts:
-        few = list(eval_prompts[: args.prompts_per_batch])
-        begun = time.perf_counter()
-        answers_of_theta(engine, few, of_evaluations(evaluation_sampling(args)), evaluator.should_stop)
-        row_s = (time.perf_counter() - begun) / len(few) / max(1, args.num_workers)
-    step = plan_step(args, Batches(len(prompts), args.batch_size, args.seed), 0)
-    update = step.update([1.0 if n % 2 else -1.0 for n in range(len(step.members))])
-    engine.apply(update)  # compiles
-    begun = time.perf_counter()
-    engine.apply(update)
-    update_s = time.perf_counter() - begun
+    first, answers = _Answers(), _Answers()
+    began = time.perf_counter()
+    _answer(args, evaluator, rows, list(itertools.islice(upcoming, wave)), first)  # compiles kernels and fills caches
+    left_s = CALIBRATION_S
+    while left_s > 0 and (answers.group_s or time.perf_counter() - began < CALIBRATION_S):
+        expected_s = (answers.group_s or first.group_s)[-1]
+        count = max(wave, min(per_step, int(left_s / max(expected_s, 1e-3)) // wave * wave))
+        _answer(args, evaluator, rows, list(itertools.islice(upcoming, count)), answers)
+        left_s = CALIBRATION_S - (time.perf_counter() - began)
+    answers = answers if answers.group_s else first
     unit = 1 if sys.platform == "darwin" else 1024
     return Calibration(
         load_s=0.0,
-        group_s=statistics.median(times),
-        groups=len(times),
-        score_wait_s=statistics.median(waits),
-        update_s=update_s,
-        row_s=row_s,
-        mean_length=statistics.fmean(lengths),
-        longest_share=1 - statistics.fmean(finished),
+        group_s=statistics.median(answers.group_s),
+        groups=len(answers.group_s),
+        score_wait_s=statistics.median(answers.wait_s),
+        update_s=_update_s(args, engine, len(prompts)),
+        row_s=_row_s(args, evaluator, eval_prompts),
+        mean_length=statistics.fmean(answers.lengths),
+        longest_share=1 - statistics.fmean(answers.finished),
         prompt_tokens=statistics.fmean(len(prompt.token_ids) for prompt in prompts),
         engine_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     )
+
+
+def _row_s(args: ResolvedConfig, evaluator: Evaluator, prompts: Sequence[Prompt]) -> float:
+    """Return the seconds that theta takes for a held-out row; 0 without rows."""
+    few = list(prompts[: args.prompts_per_batch])
+    if not few:
+        return 0.0
+    started = time.perf_counter()
+    answers_of_theta(evaluator.engine, few, of_evaluations(evaluation_sampling(args)), evaluator.should_stop)
+    return (time.perf_counter() - started) / len(few) / max(1, args.num_workers)
+
+
+def _update_s(args: ResolvedConfig, engine: Engine, n_rows: int) -> float:
+    """Return the seconds of an update; theta moves, and nothing saves it."""
+    step = plan_step(args, Batches(n_rows, args.batch_size, args.seed), 0)
+    update = step.update([1.0 if n % 2 else -1.0 for n in range(len(step.members))])
+    engine.apply(update)  # compiles kernels
+    started = time.perf_counter()
+    engine.apply(update)
+    return time.perf_counter() - started
 
 
 def estimate(args: ResolvedConfig, measured: Calibration, n_held_out: int) -> dict[str, float]:

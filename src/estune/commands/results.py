@@ -1,4 +1,4 @@
-"""Results on stdout, as lines for people or as one JSON object; and `estune env`, which is no more than that."""
+"""Results on stdout, as lines for people or as one JSON object; and `estune env`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from estune.config import ESConfig, coerce, read_config_file
+from estune.config import OF_WORKERS, ESConfig, coerce, read_config_file
 from estune.console import print_result, say
 from estune.errors import UserError
 
@@ -83,6 +83,8 @@ def train_config(values: dict[str, Any]) -> ESConfig:
                 f"{options['method']}"
             )
         preset, base = DEMO_PRESET, read_config_file(DEMO_PRESET)
+    if "num_workers" in options and not coerce("num_workers", options["num_workers"]):
+        base = {name: value for name, value in base.items() if name not in OF_WORKERS}  # they need workers
     args = ESConfig.from_mapping({**base, **options})
     args.validate_training()
     if preset is not None:

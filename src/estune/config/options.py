@@ -334,6 +334,8 @@ class ESConfig:
             if value is None and "by_method" in spec.metadata:
                 value = default_of(spec.name, self.method)
             setattr(self, spec.name, coerce(spec.name, value))
+        if self.worker_engine == RAY:
+            raise UserError("worker_engine is the engine that runs in the workers, such as hf or vllm")
         if self.engine == RAY:  # another spelling: the engine says what computes the answers, num_workers says where
             self.engine, self.worker_engine = self.worker_engine or "hf", None
             self.num_workers = self.num_workers or 1
@@ -496,6 +498,8 @@ class ESConfig:
         for name, amount in self.worker_resources.items():
             if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 < amount < math.inf:
                 raise UserError(f"worker_resources has {amount!r} for {name}; it must be a number greater than 0")
+            if name == "object_store_memory":
+                raise UserError("worker_resources cannot have object_store_memory: workers keep nothing in Ray's store")
 
     def _validate_method(self) -> None:
         """Refuse options that the method would ignore, and values that it cannot use."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from estune.errors import UserError
 from estune.rewards.loading import load_request
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 
+START_S = 120.0  # seconds in which an actor and its workers have started
 MOST_DEATHS = 3  # actors that may die of one batch
 
 
@@ -72,6 +73,8 @@ class RemotePool(RewardPool):
         self._arguments = (load_request(reward_funcs, names), list(names), timeout_s, workers)
         self._n_processes = workers
         self._lock = threading.Lock()
+        self._is_closed = False
+        self._timeout_s = timeout_s
         self._actors = [self._start() for _ in range(actors)]
         self._turns = itertools.count()
         self._executor = ThreadPoolExecutor(actors * workers, thread_name_prefix="remote-reward")
@@ -82,6 +85,8 @@ class RemotePool(RewardPool):
 
     def close(self) -> None:
         """End the actors with their processes, and cancel the futures of unscored batches."""
+        with self._lock:
+            self._is_closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
         if ray.is_initialized():
             calls = [actor.close.remote() for actor in self._actors]
@@ -98,17 +103,31 @@ class RemotePool(RewardPool):
     def _score(self, batch: RewardBatch) -> RewardResult:
         """Return the rewards of a batch from the next actor; replace an actor that has died.
 
+        An actor that does not answer within the time that its own limits allow counts as dead.
+
         Raises:
             UserError: several actors died of the batch, or a column cannot be sent to a reward worker.
+            CancelledError: the pool was closed.
         """
+        # A call that times out is repeated row by row.
+        limit_s = self._timeout_s * self.n_functions * (1 + len(batch.completions)) + START_S
         for _ in range(MOST_DEATHS):
             place = next(self._turns) % len(self._actors)
-            actor = self._actors[place]
+            with self._lock:
+                if self._is_closed:
+                    raise CancelledError
+                actor = self._actors[place]
+                call = actor.score.remote(batch)
             try:
-                found: RewardResult | str = ray.get(actor.score.remote(batch))
-            except RayActorError:
+                found: RewardResult | str = ray.get(call, timeout=limit_s)
+            except RayTaskError as error:
+                raise UserError(f"rewards could not be scored in a Ray worker: {error}") from error
+            except (RayError, GetTimeoutError):
                 with self._lock:
+                    if self._is_closed:
+                        raise CancelledError from None
                     if self._actors[place] is actor:
+                        ray.kill(actor)
                         self._actors[place] = self._start()
                 continue
             if isinstance(found, str):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -354,7 +355,9 @@ def _limits(args: ESConfig) -> Limits:
 
     resources = dict(args.worker_resources)
     if not resources:
-        resources["CPU"] = default_threads(args) if args.num_threads == "auto" else args.num_threads
+        threads = default_threads(args) if args.num_threads == "auto" else args.num_threads
+        share = max(1, environment.cores() // args.num_workers)
+        resources["CPU"] = threads if os.environ.get("RAY_ADDRESS") else min(threads, share)
         if _has_gpu(args):
             resources["GPU"] = args.tensor_parallel_size
     return Limits(args.num_workers, resources, args.worker_timeout_s)

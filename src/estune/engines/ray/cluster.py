@@ -1,7 +1,8 @@
-"""Connect to a Ray cluster, or start one on this machine that ends with this process, however this process ends.
+"""Connect to a Ray cluster, or start one on this machine that ends with this process, also if it is killed.
 
 Ray leaves helper processes and a session directory behind when the process that started it is killed. A cluster that
-estune starts lives in a directory of its own, and a small process (`watch`, this file as a script) ends the rest.
+estune starts lives in a directory of its own. A small process (`watch`, this file as a script) kills the processes of
+the cluster that are left, and deletes the directory.
 """
 
 from __future__ import annotations
@@ -88,9 +89,8 @@ def connect(limits: Limits) -> Cluster:
         cluster.users += 1
     elif ray.is_initialized():
         cluster = Cluster(is_connected_here=False)
-    elif address := os.environ.get("RAY_ADDRESS") or (CURRENT.exists() and CURRENT.read_text().strip()):
-        _refuse_unreachable(address)
-        with _variables({"RAY_USAGE_STATS_ENABLED": "0"}):
+    elif address := _address():
+        with _variables({"RAY_USAGE_STATS_ENABLED": "0"}), _kept_handler():
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # ConnectionError, RuntimeError, ValueError: by version and transport
@@ -154,7 +154,7 @@ def _start() -> Cluster:
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=directory,
     )
-    with _variables({**VARIABLES, MARK: directory}):
+    with _variables({**VARIABLES, MARK: directory}), _kept_handler():
         try:
             ray.init(**options)
         except Exception as error:
@@ -163,20 +163,51 @@ def _start() -> Cluster:
     return cluster
 
 
-def _refuse_unreachable(address: str) -> None:
-    """Raise UserError if nothing listens at ``host:port``; other forms of addresses are Ray's to judge."""
+def _address() -> str | None:
+    """Return the address in RAY_ADDRESS, or that of the cluster that `ray start` has started on this machine; or None.
+
+    Raises:
+        UserError: nothing listens at the address in RAY_ADDRESS.
+    """
+    from estune.console import note
     from estune.errors import UserError
 
+    given = os.environ.get("RAY_ADDRESS")
+    if given:
+        if problem := _unreachable(given):
+            raise UserError(
+                f"Ray's cluster at {given} cannot be reached ({problem}): start it with `ray start --head`, or unset "
+                "RAY_ADDRESS to run on this machine"
+            )
+        return given
+    found = CURRENT.read_text().strip() if CURRENT.exists() else ""
+    if found and (problem := _unreachable(found)):
+        note(f"{CURRENT} names a cluster at {found} that cannot be reached ({problem}); a cluster of this run starts")
+        return None
+    return found or None
+
+
+def _unreachable(address: str) -> str | None:
+    """Return why nothing can be reached at ``host:port``, or None; Ray itself judges addresses of other forms."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
-        return
+        return None
     try:
         socket.create_connection((host, int(port)), REACH_S).close()
     except OSError as error:
-        raise UserError(
-            f"Ray's cluster at {address} cannot be reached ({error.strerror or error}): start it with `ray start "
-            "--head`, or unset RAY_ADDRESS to run on this machine"
-        ) from error
+        return error.strerror or str(error)
+    return None
+
+
+@contextlib.contextmanager
+def _kept_handler() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which ``ray.init`` replaces; outside the main thread nothing is replaced."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, TypeError):
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from estune.console import counted, warn
+from estune.console import counted
 from estune.engines.base import EngineClass, EngineFacts, EngineOptions, ModelAssets
 from estune.engines.local import TextAssets
 from estune.engines.ray import cluster, messages
@@ -103,7 +103,8 @@ class RayEngine:
         self._end.atexit = False
         atexit.register(self._end)  # runs before Ray's own exit handler, which was registered earlier
         self.assets = RemoteAssets(self._pool.first.assets, self._pool)
-        self._has_text = not isinstance(self._pool.first.assets, TextAssets)  # whether the engine may read text
+        is_foreign = not engine.__module__.startswith("estune.")
+        self._has_text = is_foreign or not isinstance(self._pool.first.assets, TextAssets)  # whether it may read text
         self._prompts_per_batch = options.prompts_per_batch
         self._checksum = self._pool.first.checksum
         self._numbers: dict[Prompt, int] = {}  # of every prompt that was sent to a worker
@@ -128,7 +129,7 @@ class RayEngine:
 
     @prompts_per_batch.setter
     def prompts_per_batch(self, size: int) -> None:
-        self._prompts_per_batch = size
+        self._prompts_per_batch = self._pool.prompts_per_batch = size
         self._pool.on_all("set_prompts_per_batch", size)
 
     def answers(
@@ -212,11 +213,13 @@ class RayEngine:
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
         """Return whether members answer with the same tokens twice in every worker, and alike in all workers."""
-        arguments = [list(perturbations), list(prompts), sampling]
-        repeats = [value_of(reply) for reply in self._pool.on_all("do", "check_reproducible", arguments).values()]
-        asked = [list(perturbations), list(prompts), sampling]
-        answers = [value_of(reply) for reply in self._pool.on_all("do", "generate_population", asked).values()]
-        return all(repeats) and all(each == answers[0] for each in answers)
+        repeats = self._pool.on_all("do", "check_reproducible", [list(perturbations), list(prompts), sampling])
+        job = GroupJob(tuple(range(len(perturbations))), tuple(perturbations), self._checksum, tuple(prompts), sampling)
+        numbers = {prompt: number for number, prompt in enumerate(prompts)}
+        sent = messages.pack_prompts({number: p for p, number in numbers.items()}, has_text=self._has_text)
+        packed = self._pool.on_all("answer", 0, messages.pack_job(job, numbers), sent)
+        answers = [messages.unpack_answer(each).completions for each in packed.values()]
+        return all(repeats.values()) and all(each == answers[0] for each in answers)
 
     def token_logprobs(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return theta's log-probability of every token; see `LocalEngine.token_logprobs`."""
@@ -228,8 +231,7 @@ class RayEngine:
     def open_anchor(self, directories: Sequence[Path]) -> bool:
         """Let every worker find theta_0; see `Replica.open_anchor`."""
         paths = tuple(path.absolute() for path in directories)
-        replies = self._pool.on_all("do", "open_anchor", [list(paths)])
-        is_open = all(value_of(reply) for reply in replies.values())
+        is_open = all(self._pool.on_all("do", "open_anchor", [list(paths)]).values())
         if is_open:
             self._pool.history.anchors = paths
         return is_open
@@ -237,10 +239,11 @@ class RayEngine:
     def apply(self, update: Update) -> Moved:
         """Move theta in every worker, and compare their checksums; see `Replica.apply`.
 
-        A worker whose checksum differs from that of most is replaced.
+        A worker whose checksum differs from that of most is replaced. If there is no majority, all workers start again
+        from the latest checkpoint or the base model and must then agree.
 
         Raises:
-            UserError: no worker is left.
+            UserError: no worker is left, or they still do not agree.
         """
         message, history = messages.pack_update(update), self._pool.history
         self._pool.wait_for_one()
@@ -254,10 +257,11 @@ class RayEngine:
         for handle in calls:
             if found.get(handle) != agreed or agreed is None:
                 self._pool.lose(handle, "its theta differs from that of other workers after the update")
-        self._pool.wait_for_one()
         if agreed is None:
-            agreed = history.checksums[-1]  # of the worker that has caught up
+            self._pool.wait_for_all()
+            agreed = history.checksums[-1]  # the first new worker set it, and the others have it, too
             assert agreed is not None
+        self._pool.wait_for_one()
         self._checksum = agreed
         packed = self._pool.on_one("moved")
         self._traffic["es/bytes_received"] += len(packed) + 32 * len(found)
@@ -278,8 +282,8 @@ class RayEngine:
         Raises:
             UserError: no worker is left.
         """
-        for handle, reply in self._pool.on_all("do", "checksum", []).items():
-            if value_of(reply) != self._checksum:
+        for handle, found in self._pool.on_all("do", "checksum", []).items():
+            if found != self._checksum:
                 self._pool.lose(handle, "its theta has changed in memory")
         self._pool.wait_for_one()
         return self._checksum
@@ -291,9 +295,11 @@ class RayEngine:
     def load_weights(self, directory: Path) -> None:
         """Let every worker read float32 weights; see `Replica.load_weights`."""
         path = directory.absolute()
-        for reply in self._pool.on_all("do", "load_weights", [path]).values():
-            value_of(reply)
-        self._checksum = str(self._pool.on_one("do", "checksum", []))
+        self._pool.on_all("do", "load_weights", [path])
+        found = set(self._pool.on_all("do", "checksum", []).values())
+        if len(found) > 1:
+            raise UserError(f"workers have read different weights from {path}")
+        self._checksum = str(found.pop())
         history = self._pool.history
         history.updates, history.checksums, history.saved, history.is_based = [], [self._checksum], {0: path}, False
 
@@ -369,12 +375,12 @@ class RayEngine:
         handle = issue.calls[call]
         try:
             reply = ray.get(call)
+        except RayTaskError as error:  # the worker lives, and the job would fail elsewhere, too
+            raise UserError(f"{handle} failed: {reason_of(error)}") from error
         except RayError as error:
             self._pool.lose(handle, reason_of(error))
             return None
-        for text in reply.warnings:
-            warn(text)
-        packed = value_of(reply)
+        packed = value_of(self._pool.shown(reply))
         self._traffic["es/bytes_received"] += len(packed)
         return messages.unpack_answer(packed)
 

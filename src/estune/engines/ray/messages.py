@@ -31,21 +31,22 @@ PromptNumbers = Mapping[Prompt, int]
 
 
 def pack_prompts(prompts: Mapping[int, Prompt], *, has_text: bool) -> bytes:
-    """Return the message of prompts by number: 4 bytes a token, and the text if ``has_text``.
+    """Return the message of prompts by number: 4 bytes a token, and the texts if ``has_text``.
 
-    The engines `hf` and `vllm` read tokens alone. No engine reads a prompt's ``question``.
+    The engines `hf` and `vllm` read tokens alone.
     """
-    rows = [[n, p.row_id, p.text if has_text else "", _ints(p.token_ids)] for n, p in prompts.items()]
+    texts = {n: (p.text, p.question) if has_text else ("", "") for n, p in prompts.items()}
+    rows = [[n, p.row_id, *texts[n], _ints(p.token_ids)] for n, p in prompts.items()]
     return _pack(rows)
 
 
 def unpack_prompts(message: bytes) -> dict[int, Prompt]:
     """Return the prompts of a message by number."""
-    return {n: Prompt(row_id, text, _tuple(tokens)) for n, row_id, text, tokens in _unpack(message)}
+    return {n: Prompt(row, text, _tuple(tokens), question) for n, row, text, question, tokens in _unpack(message)}
 
 
 def pack_job(job: GroupJob, numbers: PromptNumbers) -> bytes:
-    """Return the message of a job: about 150 bytes, 10 more a member, and 4 a prompt.
+    """Return the message of a job: about 150 bytes, 15 more a member, and 4 a prompt.
 
     Args:
         job: its perturbations share one noise, as those of a step do.

@@ -1,8 +1,8 @@
-"""The workers of a run: started, watched, replaced, and brought to the present.
+"""The workers of a run: the pool starts, watches and replaces them.
 
 A worker is an actor with one engine. It is *ready* once its theta equals that of the others. A worker that dies, or
 shows no progress for `Limits.silence_s` seconds, is replaced by a new one, which loads the base model or a checkpoint
-and applies the updates since; meanwhile the others go on. Ray itself restarts and retries nothing.
+and applies the missing updates; the other workers continue. Ray itself restarts and retries nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from estune.es.types import Interrupted
 
 WAIT_S = 0.1  # seconds between two looks at the clock while calls run
 PULSE_S = 2.0  # seconds between two questions whether a worker lives
+BACK_OFF_S = 60.0  # seconds after which the pool tries again to replace workers that failed to start
 GRACE_S = 10.0  # seconds in which workers end their engines
-START_S = 300.0  # seconds in which the first worker must have got its resources and started
+START_S = 300.0  # seconds in which workers must have got their resources
+NOTE_S = 15.0  # seconds without resources after which the user is told
+MOST_MISMATCHES = 2  # new workers, one after another, whose theta differs, before the run ends
 MOST_FAILURES = 3  # starts or calls that fail one after another, before the pool gives up
 
 Joining = Generator[Any, Reply, None]  # yields calls, receives their replies
@@ -37,7 +40,7 @@ Joining = Generator[Any, Reply, None]  # yields calls, receives their replies
 
 @dataclass
 class History:
-    """How theta became what it is: the updates since a start, and directories that hold theta after some of them."""
+    """The updates since a start, theta's checksum after each, and directories that hold theta after some of them."""
 
     updates: list[bytes] = field(default_factory=list)
     checksums: list[str | None] = field(default_factory=list)  # theta's after 0, 1, ... updates; None: not known yet
@@ -55,7 +58,7 @@ class History:
         if number is not None:
             return number, self.saved[number]
         if not self.is_based:
-            raise UserError(f"{self.saved[0]} is gone, from which a new worker would start")
+            raise UserError("the checkpoint with which this process began is gone, and a new worker cannot start")
         return 0, None
 
 
@@ -93,10 +96,24 @@ class Pool:
         self._failures = 0  # starts that failed since a worker became ready, or since a ready one was lost
         self._n_started = 0
         self._first: Opened | None = None
+        self._failed_at = 0.0  # clock reading of the last of them
+        self._mismatches = 0  # new workers, one after another, whose theta is not that of the others
+        self._starved_since: float | None = None  # clock reading since which workers lack resources
+        self._shown: set[str] = set()  # warnings of workers
+        self.prompts_per_batch = options.prompts_per_batch
         self._is_complete = False  # whether all workers were ready once; then errors of one are no longer the run's
         for _ in range(limits.workers):
             self._start()
-        while not all(handle.is_ready for handle in self.handles):
+        self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        """Wait until all workers are ready.
+
+        Raises:
+            UserError: a worker cannot start, or its theta is not that of the others.
+        """
+        self._is_complete = False
+        while not (self.handles and all(handle.is_ready for handle in self.handles)):
             self.tend(WAIT_S)
         self._is_complete = True
 
@@ -112,7 +129,7 @@ class Pool:
         return [handle for handle in self.handles if handle.is_ready]
 
     def tend(self, seconds: float, *, joins: bool = True) -> None:
-        """Wait at most ``seconds`` for news of workers that join or are asked for a pulse, and act on all news.
+        """Wait at most ``seconds`` for replies of workers that join or are asked for a pulse, and handle all replies.
 
         Args:
             seconds: at most.
@@ -130,17 +147,20 @@ class Pool:
                 time.sleep(seconds)
         for handle in list(self.handles):
             try:
-                problem = self._feel(handle, done)
+                problem = self._check_pulse(handle, done)
                 if problem is None and joins and handle.joining_call in done:
                     self._advance(handle, ray.get(handle.joining_call))
             except RayError as error:
                 problem = reason_of(error)
             except UserError as error:
-                if not self._is_complete:
+                if not self._is_complete or self._mismatches >= MOST_MISMATCHES:
                     raise
                 problem = str(error)
             if problem is not None:
                 self.lose(handle, problem)
+        is_short = self._is_complete and 0 < len(self.handles) < self._limits.workers
+        if is_short and time.monotonic() - self._failed_at > BACK_OFF_S:
+            self._start()
         self._refuse_starvation()
 
     def lose(self, handle: Handle, reason: str) -> None:
@@ -154,6 +174,7 @@ class Pool:
         self.handles.remove(handle)
         ray.kill(handle.actor)
         self._failures = 0 if handle.is_ready else self._failures + 1
+        self._failed_at = time.monotonic()
         gives_up = self._failures >= MOST_FAILURES
         if gives_up and not self.handles:
             raise UserError(f"{handle} failed, the last of {self._failures} that failed one after another: {reason}")
@@ -192,15 +213,28 @@ class Pool:
                 elif call in done:
                     del running[handle]
                     try:
-                        replies[handle] = ray.get(call)
+                        replies[handle] = self.shown(ray.get(call))
+                    except RayTaskError as error:  # the worker lives, and the call would fail elsewhere, too
+                        raise UserError(f"{handle} failed: {reason_of(error)}") from error
                     except RayError as error:
                         self.lose(handle, reason_of(error))
             self.tend(0, joins=joins)
         return replies
 
-    def on_all(self, method: str, *arguments: Any) -> dict[Handle, Reply]:
-        """Call a method of every ready worker; return the replies of those that live."""
-        return self.on_each(dict.fromkeys(self.ready, arguments), method)
+    def on_all(self, method: str, *arguments: Any) -> dict[Handle, Any]:
+        """Call a method of every ready worker; return the values of those that live, of one at least.
+
+        No worker joins meanwhile.
+
+        Raises:
+            UserError: a worker raised one, or workers die in this call one after another.
+        """
+        for _ in range(MOST_FAILURES):
+            self.wait_for_one()
+            replies = self.on_each(dict.fromkeys(self.ready, arguments), method, joins=False)
+            if replies:
+                return {handle: value_of(reply) for handle, reply in replies.items()}
+        raise UserError(f"all workers died {MOST_FAILURES} times in the call of {method}")
 
     def on_one(self, method: str, *arguments: Any) -> Any:
         """Call a method of one worker, and of another if that one is lost; return the reply's value.
@@ -215,6 +249,14 @@ class Pool:
                 return value_of(replies[handle])
         raise UserError(f"{counted(MOST_FAILURES, 'worker')} died one after another in the call of {method}")
 
+    def shown(self, reply: Reply) -> Reply:
+        """Give each warning of a worker once, and return the reply."""
+        for text in reply.warnings:
+            if text not in self._shown:
+                self._shown.add(text)
+                warn(text)
+        return reply
+
     def stop(self) -> None:
         """End all workers; those that answer within `GRACE_S` seconds end their engines' processes first."""
         if not ray.is_initialized():  # a call would start another cluster
@@ -227,17 +269,25 @@ class Pool:
         self.handles = []
 
     def _start(self) -> None:
-        """Start an actor, and let it join."""
+        """Start an actor, and let it join.
+
+        Raises:
+            UserError: Ray does not take an amount of a resource.
+        """
         resources = dict(self._limits.resources)
         options: dict[str, Any] = dict(
             num_cpus=resources.pop("CPU", 0),
             num_gpus=resources.pop("GPU", 0),
+            memory=resources.pop("memory", None),
             resources=resources,
             max_restarts=0,
             max_task_retries=0,
         )
         make: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
-        actor: Any = make(Worker).options(**options).remote()
+        try:
+            actor: Any = make(Worker).options(**options).remote()
+        except ValueError as error:
+            raise UserError(f"Ray does not take worker_resources {dict(self._limits.resources)}: {error}") from error
         handle = Handle(self._n_started, actor, iter(()))  # type: ignore[arg-type]
         handle.joining = self._join(handle)
         handle.joining_call = next(handle.joining)
@@ -246,7 +296,7 @@ class Pool:
         self.handles.append(handle)
 
     def _join(self, handle: Handle) -> Joining:
-        """Let a worker load its engine and bring theta to the present; yield each call and receive its reply.
+        """Let a worker load its engine and apply the run's updates; yield each call and receive its reply.
 
         Raises:
             UserError: the engine does not open, or the worker's model or theta is not that of the others.
@@ -254,18 +304,19 @@ class Pool:
         actor, history = handle.actor, self.history
         reply = yield actor.open.remote(self._engine, self._options)
         self._compare(handle, value_of(reply))
-        if handle.number == 0:
-            for text in reply.warnings:
-                warn(text)
+        if self.prompts_per_batch != self._options.prompts_per_batch:
+            yield actor.set_prompts_per_batch.remote(self.prompts_per_batch)
         if history.anchors is not None:
-            value_of((yield actor.do.remote("open_anchor", [list(history.anchors)])))
+            reply = yield actor.do.remote("open_anchor", [list(history.anchors)])
+            if not value_of(reply):
+                raise UserError("it does not find theta_0, towards which weight decay pulls")
         at, directory = history.start()
         done = 0 if directory is None else -1
         while done < len(history.updates):
             wanted, updates = history.checksums[at], history.updates[at:]
             start = None if directory is None else str(directory)
             reply = yield actor.catch_up.remote(start, wanted, updates)
-            if reply.error is not None and directory is not None:
+            if reply.error is not None and directory is not None and (at or history.is_based):
                 history.saved.pop(at, None)  # the next worker starts elsewhere
             checksum = value_of(reply)
             at = done = at + len(updates)
@@ -273,15 +324,19 @@ class Pool:
             if history.checksums[at] is None:
                 history.checksums[at] = checksum
             if checksum != history.checksums[at]:
-                raise UserError("its theta is not the run's after the same updates")
+                self._mismatches += 1
+                raise UserError(
+                    f"{handle}: theta has checksum {checksum} after the updates of the journal, and "
+                    f"{history.checksums[at]} in the other workers; the journal is right, so resume the run"
+                )
         handle.is_ready = True
-        self._failures = 0
+        self._failures = self._mismatches = 0
 
     def _advance(self, handle: Handle, reply: Reply) -> None:
         """Pass the reply of its call to a joining worker, and keep the next call."""
         handle.is_alive, handle.joining_call = True, None
         try:
-            handle.joining_call = handle.joining.send(reply)
+            handle.joining_call = handle.joining.send(self.shown(reply))
         except StopIteration:
             return
 
@@ -303,7 +358,7 @@ class Pool:
                 values = f": {here!r} and {there!r}" if isinstance(here, (str, int, float, type(None))) else ""
                 raise UserError(f"{handle} differs from worker 0 ({first.node}) in its model's {name}{values}")
 
-    def _feel(self, handle: Handle, done: set[Any]) -> str | None:
+    def _check_pulse(self, handle: Handle, done: set[Any]) -> str | None:
         """Ask a worker for its pulse every `PULSE_S` seconds; return why it must be taken for dead, or None."""
         now = time.monotonic()
         if handle.pulse is not None and handle.pulse in done:
@@ -318,14 +373,28 @@ class Pool:
         return f"no progress for {silent:.0f} s" if silent > self._limits.silence_s else None
 
     def _refuse_starvation(self) -> None:
-        """Raise UserError if no worker is ready, and none has been able to start within the time limit."""
-        oldest = min((handle.pulse_at for handle in self.handles), default=0.0)
-        if any(handle.is_alive for handle in self.handles) or time.monotonic() - oldest < START_S:
+        """Tell the user if workers wait for resources: at the start any of them, later if no worker is alive.
+
+        Raises:
+            UserError: they have waited for `START_S` seconds.
+        """
+        waiting = sum(not handle.is_alive for handle in self.handles)
+        if not waiting or (self._is_complete and waiting < len(self.handles)):
+            self._starved_since = None
             return
-        raise UserError(
-            f"no worker could start within {START_S:.0f} s: each needs {dict(self._limits.resources)}, "
-            f"and the cluster has {free_resources()} free"
+        now = time.monotonic()
+        if self._starved_since is None:
+            self._starved_since = now
+        waited = now - self._starved_since
+        if waited < NOTE_S:
+            return
+        text = (
+            f"{counted(waiting, 'worker')} cannot start for want of resources: each needs "
+            f"{dict(self._limits.resources)}, and the cluster has {free_resources()} free"
         )
+        if waited > START_S:
+            raise UserError(text)
+        self.shown(Reply(warnings=(f"waiting: {text}",)))
 
 
 def _by_value(engine: EngineClass) -> bytes:

@@ -7,10 +7,11 @@ and `interrupt` while the engine works.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from estune.errors import UserError
 from estune.es.theta import Moved
 from estune.es.types import Interrupted, ParameterSpec
 
+LONG_CALL = 10.0  # how much longer calls may take that show no progress: loading, updates, saving
 CONTROL = "control"  # concurrency group of the second thread
 
 
@@ -75,8 +77,7 @@ class Worker:
         self._prompts: dict[int, Any] = {}
         self._engine: LocalEngine | None = None
         self._beat = time.monotonic()  # when the engine last showed progress
-        self._is_busy = False
-        self._is_loading = True
+        self._patience = math.inf  # by which `pulse` divides the seconds since the last progress
         self._interrupted: set[int] = set()  # numbers of the jobs to interrupt
         self._moved: Moved | None = None  # of the last update
 
@@ -98,17 +99,15 @@ class Worker:
             specs = tuple(self.engine.specs)
             return Opened(self.engine.facts, specs, self.engine.checksum(), text, assets.identity(), where)
 
-        reply = self._reply(load)
-        self._is_loading = False
-        return reply
+        return self._reply(load)
 
     def answer(self, number: int, message: bytes, prompts: bytes | None) -> Reply:
         """Answer a job; return the answer's message.
 
         Args:
-            number: the job's number, by which `interrupt` names it.
+            number: the job's number, by which `interrupt` names it; 0: a job whose ``prompts`` are not kept.
             message: the job.
-            prompts: those that this worker has not received yet.
+            prompts: those that this worker has not received yet; None: none.
         """
 
         def should_stop() -> bool:
@@ -116,13 +115,14 @@ class Worker:
             return number in self._interrupted
 
         def work() -> bytes:
-            if prompts is not None:
-                self._prompts |= messages.unpack_prompts(prompts)
-            job = messages.unpack_job(message, self._prompts)
+            new = messages.unpack_prompts(prompts) if prompts is not None else {}
+            if number:
+                self._prompts |= new
+            job = messages.unpack_job(message, self._prompts if number else new)
             [answer] = list(self.engine.answers([job], should_stop))
             return messages.pack_answer(answer)
 
-        return self._reply(work)
+        return self._reply(work, patience=1.0)
 
     def apply(self, message: bytes, before: str) -> Reply:
         """Move theta by an update if it has the checksum ``before``; return theta's checksum, which the caller checks.
@@ -142,7 +142,7 @@ class Worker:
         return self._reply(lambda: messages.pack_moved(self._moved) if self._moved is not None else None)
 
     def catch_up(self, start: str | None, wanted: str | None, updates: Sequence[bytes]) -> Reply:
-        """Bring theta from a start to the present; return its checksum.
+        """Bring theta from a start to the run's present theta; return its checksum.
 
         Args:
             start: a directory with weights to load, or None: from theta as it is.
@@ -187,16 +187,16 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)
     def pulse(self) -> float:
-        """Return the seconds since the last sign of progress; 0 without work, and while the engine loads."""
-        return time.monotonic() - self._beat if self._is_busy and not self._is_loading else 0.0
+        """Return the seconds since the last progress; a tenth of them in calls that show none, and 0 without work."""
+        return (time.monotonic() - self._beat) / self._patience
 
     @ray.method(concurrency_group=CONTROL)
     def interrupt(self, number: int) -> None:
         """End the answer to a job before its next token."""
         self._interrupted.add(number)
 
-    def _reply(self, work: Any) -> Reply:
-        self._beat, self._is_busy = time.monotonic(), True
+    def _reply(self, work: Callable[[], Any], patience: float = LONG_CALL) -> Reply:
+        self._beat, self._patience = time.monotonic(), patience
         try:
             value = work()
         except UserError as error:
@@ -204,5 +204,5 @@ class Worker:
         except Interrupted:
             return Reply(is_interrupted=True)
         finally:
-            self._is_busy = False
+            self._patience = math.inf
         return Reply(value, warnings=self._warnings.take())
