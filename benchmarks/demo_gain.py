@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, write_result
+from record import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 ESTUNE = [sys.executable, "-m", "estune"]
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []  # of the first run: the values in the picture
     with tempfile.TemporaryDirectory() as directory:
         length = 0
         for seed in options.seeds:
@@ -59,7 +60,7 @@ def main() -> int:
                 images = ROOT / "docs" / "images"
                 images.mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / "plots" / "curves.png", images / "demo_curves.png")
-                shutil.copy(run / "metrics.jsonl", RESULTS / "demo_gain_metrics.jsonl")  # the values in the picture
+                metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
         base = evaluate("tiny", length)
         forced = evaluate("tiny", length, "--response_prefix", "<think>")
     print(f"base {base['accuracy']:.1%}, base made to think {forced['accuracy']:.1%} (test, {base['n']} problems)")
@@ -73,7 +74,8 @@ def main() -> int:
     slowest = max(run_result["seconds"] for run_result in runs)
     print(f"mean gain {mean:+.1f} points, least {min(gains):+.1f}, slowest {slowest:.0f} s")
     write_result("demo_gain", {"base": base, "base_forced": forced, "runs": runs, "mean_gain_points": mean,
-                               "least_gain_points": min(gains), "slowest_seconds": slowest})  # fmt: skip
+                               "least_gain_points": min(gains), "slowest_seconds": slowest,
+                               "metrics": metrics})  # fmt: skip
     return int(mean < LEAST_MEAN_POINTS or min(gains) < LEAST_EACH_POINTS or slowest > MOST_SECONDS)
 
 
