@@ -105,6 +105,45 @@ def test_answers_and_updates_are_those_of_transformers(family: Path, noise: str)
         engine.stop()
 
 
+@pytest.mark.parametrize("float32", [True, False])
+def test_a_saved_model_is_the_one_that_transformers_saves(family: Path, tmp_path: Path, float32: bool) -> None:
+    """Of tied and untied families: the files load, and hold theta."""
+    engine = opened(family, dtype="bfloat16")
+    try:
+        engine.assets.check()
+        engine.save(tmp_path / "saved", float32=float32)
+        reference = HFEngine.load(str(family), dtype="bfloat16")
+        reference.save(tmp_path / "reference", float32=float32)
+        names = sorted(path.name for path in (tmp_path / "reference").iterdir())
+        assert names == sorted(path.name for path in (tmp_path / "saved").iterdir())
+        for name in names:
+            assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes(), name
+        assert HFEngine.load(str(tmp_path / "saved"), dtype="float32").specs == reference.specs
+    finally:
+        engine.stop()
+
+
+def test_non_finite_rows_spoil_no_row_that_gets_their_cache_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has room for a few rows, so that rows of one call get the blocks of rows that have ended."""
+    from estune.engines.vllm import launch
+
+    save_tiny_for_vllm("llama", tmp_path)
+    monkeypatch.setattr(launch, "CPU_CACHE_BYTES", 1 << 20)
+    engine = opened(tmp_path, noise="lowrank", prompts_per_batch=64)
+    try:
+        prompts = [dataclasses.replace(PROMPTS[i % 4], row_id=i) for i in range(60)]
+        sampling = dataclasses.replace(GREEDY, max_completion_length=40)
+        sound, [_, broken] = perturbations(1, 2), perturbations(1, 2, sigma=1e30)
+        wanted = engine.generate_population(sound, prompts, sampling)
+        assert all(each.finite for member in wanted for row in member for each in row)
+        first, *found = engine.generate_population([broken, *sound], prompts, sampling)
+        assert found == wanted and not any(each.finite for row in first for each in row)
+    finally:
+        engine.stop()
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     directory: Path = tmp_path_factory.mktemp("llama-one")
@@ -172,45 +211,6 @@ def test_non_finite_logits_are_reported_and_spoil_no_later_answer(llama: tuple[P
     answered = engine.generate_population(members, PROMPTS[:1], GREEDY)
     assert [member[0][0].finite for member in answered] == [True, False, False]
     assert engine.generate(None, PROMPTS, GREEDY) == before
-
-
-@pytest.mark.parametrize("float32", [True, False])
-def test_a_saved_model_is_the_one_that_transformers_saves(family: Path, tmp_path: Path, float32: bool) -> None:
-    """Of tied and untied families: the files load, and hold theta."""
-    engine = opened(family, dtype="bfloat16")
-    try:
-        engine.assets.check()
-        engine.save(tmp_path / "saved", float32=float32)
-        reference = HFEngine.load(str(family), dtype="bfloat16")
-        reference.save(tmp_path / "reference", float32=float32)
-        names = sorted(path.name for path in (tmp_path / "reference").iterdir())
-        assert names == sorted(path.name for path in (tmp_path / "saved").iterdir())
-        for name in names:
-            assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "reference" / name).read_bytes(), name
-        assert HFEngine.load(str(tmp_path / "saved"), dtype="float32").specs == reference.specs
-    finally:
-        engine.stop()
-
-
-def test_non_finite_rows_spoil_no_row_that_gets_their_cache_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache has room for a few rows, so that rows of one call get the blocks of rows that have ended."""
-    from estune.engines.vllm import launch
-
-    save_tiny_for_vllm("llama", tmp_path)
-    monkeypatch.setattr(launch, "CPU_CACHE_BYTES", 1 << 20)
-    engine = opened(tmp_path, noise="lowrank", prompts_per_batch=64)
-    try:
-        prompts = [dataclasses.replace(PROMPTS[i % 4], row_id=i) for i in range(60)]
-        sampling = dataclasses.replace(GREEDY, max_completion_length=40)
-        sound, [_, broken] = perturbations(1, 2), perturbations(1, 2, sigma=1e30)
-        wanted = engine.generate_population(sound, prompts, sampling)
-        assert all(each.finite for member in wanted for row in member for each in row)
-        first, *found = engine.generate_population([broken, *sound], prompts, sampling)
-        assert found == wanted and not any(each.finite for row in first for each in row)
-    finally:
-        engine.stop()
 
 
 def test_prompts_per_batch_bounds_the_requests_at_a_time(
