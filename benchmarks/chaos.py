@@ -1,4 +1,4 @@
-"""Runs with Ray workers that are killed and stopped must end in the same bits as a run that nothing disturbs.
+"""Kills and stops Ray workers during runs, and compares these runs with an undisturbed one, byte by byte.
 
     python benchmarks/chaos.py                  # 10 runs of 50 steps and one with a killed driver, about 40 minutes
 

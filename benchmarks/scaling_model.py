@@ -1,4 +1,4 @@
-"""A model of step time and efficiency for 1 to 1024 workers: a simulation of the pool, not a measurement.
+"""Simulates step time and efficiency for 1 to 1024 workers; the result is a model, not a measurement.
 
     python benchmarks/scaling_model.py          # a few seconds
 

@@ -10,6 +10,7 @@ import pytest
 from estune.commands import plan
 from estune.commands.probe import Answers, fault, propose, table
 from estune.config import ESConfig, ResolvedConfig
+from estune.errors import UserError
 from estune.es.types import Completion
 
 THETA = Answers([10.0], 1.0, 0.0, {"empty": 0.0, "clipped": 0.1, "non_finite": 0.0}, 0)
@@ -77,7 +78,7 @@ def test_faults_exclude_each_other(completion: Completion, text: str, expected: 
 
 MEASURED = plan.Calibration(
     load_s=5.0, group_s=2.0, groups=9, score_wait_s=0.5, update_s=1.5, row_s=0.1, mean_length=10.0, longest_share=0.0,
-    prompt_tokens=30.0, engine_bytes=1 << 30,
+    n_held_out=20, engine_bytes=1 << 30,
 )  # fmt: skip
 
 
@@ -89,22 +90,22 @@ def resolved(**options: object) -> ResolvedConfig:
 def test_an_estimate_is_a_sum() -> None:
     args = resolved(population_size=10, noise="lowrank", members_per_batch=4, max_steps=100, max_completion_length=40,
                     eval_steps=50)  # fmt: skip
-    found = plan.estimate(args, MEASURED, 20)
+    found = plan.estimate(args, MEASURED)
     assert found["step_s"] == 3 * 2.0 + 0.5 + 1.5  # 10 members in 3 groups
     assert found["evaluation_s"] == pytest.approx(3 * (20 + 8) * 0.1)  # before step 1, after 50 and 100
     assert found["run_s"] == pytest.approx(5 + 2 * 2 + 100 * 8 + 8.4)
     assert found["longest_run_s"] == pytest.approx(found["run_s"] + 3 * (100 * 6 + 8.4))
-    assert plan.estimate(resolved(eval_steps=0), MEASURED, 20)["evaluation_s"] == 0
+    assert plan.estimate(resolved(eval_steps=0), MEASURED)["evaluation_s"] == 0
 
 
 def test_what_would_halve_a_run_is_its_largest_part() -> None:
     args = resolved(population_size=10)
-    found = plan.halving(args, MEASURED, plan.estimate(args, MEASURED, 0))
+    found = plan.halving(args, MEASURED, plan.estimate(args, MEASURED))
     assert found[0].startswith("num_workers 2") and "noise lowrank" in found[1] and "population_size 5" in found[2]
     slow = dataclasses.replace(MEASURED, update_s=100.0)
-    assert "update" in plan.halving(args, slow, plan.estimate(args, slow, 0))[0]
+    assert "update" in plan.halving(args, slow, plan.estimate(args, slow))[0]
     unpaid = dataclasses.replace(MEASURED, score_wait_s=30.0, longest_share=0.9)
-    assert any("reward_workers" in line for line in plan.halving(args, unpaid, plan.estimate(args, unpaid, 0)))
+    assert any("reward_workers" in line for line in plan.halving(args, unpaid, plan.estimate(args, unpaid)))
 
 
 def test_a_plan_answers_scores_and_moves_theta(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +115,9 @@ def test_a_plan_answers_scores_and_moves_theta(monkeypatch: pytest.MonkeyPatch) 
     assert before.group_size == 1 and measured.groups >= 1 and measured.group_s > 0 and measured.row_s > 0
     assert engine.checksum() != type(engine)().checksum()
     assert 1 <= measured.mean_length <= args.max_completion_length
+
+
+def test_a_price_that_is_no_amount_is_refused() -> None:
+    for price in (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="price must be a number from 0"):
+            plan.plan_command(ESConfig(engine="toy", task="quadratic"), price, False)

@@ -1,7 +1,7 @@
 """`estune plan`: the time, memory and price of a run, from a calibration of half a minute on this machine.
 
-The calibration is a part of the run itself: members of the first steps answer those steps' rows and are scored, theta
-moves once, and theta answers held-out rows. A step then costs its N members' answers, the wait for the last rewards,
+The calibration does what a run does: members of the first steps answer the rows of these steps, rewards are computed,
+theta answers held-out rows, and theta moves. A step then costs its N members' answers, the wait for the last rewards,
 and one update. Completions may become longer or shorter during a run. The plan assumes the lengths of its start, and
 also gives the time if every completion had the largest length.
 """
@@ -49,7 +49,7 @@ class Calibration:
     row_s: float  # wall time of one held-out row that theta answers; 0 without evaluations
     mean_length: float  # tokens of a completion
     longest_share: float  # share of completions that max_completion_length cut off
-    prompt_tokens: float  # mean
+    n_held_out: int  # rows of one evaluation
     engine_bytes: int  # largest memory of this process so far
 
 
@@ -161,7 +161,7 @@ def _calibrate(
         row_s=_row_s(args, evaluator, eval_prompts),
         mean_length=statistics.fmean(answers.lengths),
         longest_share=1 - statistics.fmean(answers.finished),
-        prompt_tokens=statistics.fmean(len(prompt.token_ids) for prompt in prompts),
+        n_held_out=len(eval_prompts),
         engine_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     )
 
@@ -186,7 +186,7 @@ def _update_s(args: ResolvedConfig, engine: Engine, n_rows: int) -> float:
     return time.perf_counter() - started
 
 
-def estimate(args: ResolvedConfig, measured: Calibration, n_held_out: int) -> dict[str, float]:
+def estimate(args: ResolvedConfig, measured: Calibration) -> dict[str, float]:
     """Return seconds per step, of all evaluations, of the run, and of a run with the longest completions.
 
     Saving is not counted.
@@ -196,14 +196,13 @@ def estimate(args: ResolvedConfig, measured: Calibration, n_held_out: int) -> di
     Args:
         args: the run's configuration.
         measured: the calibration.
-        n_held_out: held-out rows of one evaluation.
     """
     groups = math.ceil(args.population_size / args.group_size)
     answer_s = groups * measured.group_s
     step_s = answer_s + measured.score_wait_s + measured.update_s
     longer = args.max_completion_length / max(measured.mean_length, 1.0)
     evaluations = 1 + math.ceil(args.max_steps / args.eval_steps) if args.eval_steps else 0
-    evaluation_s = evaluations * (n_held_out + args.batch_size) * measured.row_s
+    evaluation_s = evaluations * (measured.n_held_out + args.batch_size) * measured.row_s
     return {
         "step_s": step_s,
         "evaluation_s": evaluation_s,
@@ -217,7 +216,7 @@ def halving(args: ResolvedConfig, measured: Calibration, times: dict[str, float]
     answer_s = times["step_s"] - measured.update_s - measured.score_wait_s
     found = []
     if measured.update_s > 0.5 * times["step_s"]:
-        found.append("the update takes most of a step: more num_threads, or a larger batch_size for the same steps")
+        found.append(f"the update takes most of a step: population_size {args.population_size // 2} or more num_threads")
     if measured.score_wait_s > 0.25 * times["step_s"]:
         found.append("rewards take longer than the answers: more reward_workers")
     if answer_s > 0.5 * times["step_s"]:
@@ -226,7 +225,7 @@ def halving(args: ResolvedConfig, measured: Calibration, times: dict[str, float]
         if args.noise == "full":
             found.append("noise lowrank: members share forward passes")
         found.append(f"batch_size {max(1, args.batch_size // 2)} or population_size {args.population_size // 2}")
-        if measured.longest_share > 0.5 and args.num_generations:
+        if measured.longest_share > 0.5:
             found.append(
                 f"{measured.longest_share:.0%} of the completions end at max_completion_length: a lower limit, or "
                 "stop_strings"
@@ -246,14 +245,15 @@ def memory(args: ResolvedConfig, engine: Engine, measured: Calibration) -> dict[
 
 
 def plan_command(args: ESConfig, price: float | None, as_json: bool) -> int:
-    """Calibrate and print the plan; ``price`` is that of an hour of all workers."""
+    """Calibrate and print the plan; ``price`` is that of an hour of all workers.
+
+    Raises:
+        UserError: the price is no amount, or the configuration cannot work.
+    """
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"price must be a number from 0, not {price}")
     resolved, measured, engine = plan(args)
-    n_held_out = 0
-    if args.eval_steps:
-        task = setup.task_of(args)
-        rewards = setup.resolve_rewards(args, None, task)
-        n_held_out = len(setup.resolve_rows(args, None, task, "validation", rewards)[: args.eval_rows or None])
-    times = estimate(resolved, measured, n_held_out)
+    times = estimate(resolved, measured)
     result: dict[str, Any] = {
         "parameters": num_parameters(engine.specs),
         "members_per_batch": resolved.group_size,

@@ -129,14 +129,18 @@ def reward_pool(args: ESConfig, funcs: list[RewardFunc], names: list[str], worke
         from estune.rewards.remote import RemotePool
 
         connection = cluster.connect(_limits(args))
-        return RemotePool(
-            funcs,
-            names,
-            timeout_s=args.reward_timeout_s,
-            workers=workers,
-            actors=args.num_workers,
-            connection=connection,
-        )
+        try:
+            return RemotePool(
+                funcs,
+                names,
+                timeout_s=args.reward_timeout_s,
+                workers=workers,
+                actors=args.num_workers,
+                connection=connection,
+            )
+        except UserError:
+            connection.close()
+            raise
     return RewardPool(funcs, names, timeout_s=args.reward_timeout_s, workers=workers, isolation=args.reward_isolation)
 
 

@@ -1,7 +1,7 @@
 """The engine whose members answer in Ray's workers; this process holds no weights.
 
-Each worker holds a whole replica of theta, in an engine of its own. Jobs go to workers as they become free. What
-travels is seeds, scalars, token ids and checksums (`messages`). After every update the workers' checksums are compared.
+Each worker has an engine with a whole replica of theta. A worker that becomes free takes the next job. Seeds, scalars,
+token ids and checksums travel (`messages`), weights never. After every update the workers' checksums are compared.
 """
 
 from __future__ import annotations
@@ -157,7 +157,6 @@ class RayEngine:
                 if should_stop():
                     raise Interrupted
                 self._pool.tend(0 if calls else WAIT_S)
-                self._drop_dead(waiting, running)
                 for call in done:
                     issue = next((each for each in running if call in each.calls), None)
                     if issue is None:

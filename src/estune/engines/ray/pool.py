@@ -32,7 +32,7 @@ BACK_OFF_S = 60.0  # seconds after which the pool tries again to replace workers
 GRACE_S = 10.0  # seconds in which workers end their engines
 START_S = 300.0  # seconds in which workers must have got their resources
 NOTE_S = 15.0  # seconds without resources after which the user is told
-MOST_MISMATCHES = 2  # new workers, one after another, whose theta differs, before the run ends
+MOST_MISMATCHES = 2  # the run ends if so many successive new workers have another theta
 MOST_FAILURES = 3  # starts or calls that fail one after another, before the pool gives up
 
 Joining = Generator[Any, Reply, None]  # yields calls, receives their replies

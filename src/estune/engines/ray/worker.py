@@ -1,4 +1,4 @@
-"""The actor: one engine with its replica of theta, in a process of Ray's.
+"""The Ray actor: a process that holds one engine and its replica of theta.
 
 A call returns a `Reply`, because an exception that crosses processes loses its class. A second thread answers `pulse`
 and `interrupt` while the engine works.

@@ -70,6 +70,8 @@ class MemberBatch:
 
     def _clear_blocks(self, running: Collection[str]) -> None:
         """Write 0 into the cache blocks of unsound requests that no longer run, before other requests get them."""
+        if not self._spoilt:
+            return
         for name in self._spoilt.keys() - set(running):
             blocks = sorted({block for group in self._spoilt.pop(name) for block in group})
             index = torch.tensor(blocks, dtype=torch.int64)
