@@ -216,7 +216,7 @@ def halving(args: ResolvedConfig, measured: Calibration, times: dict[str, float]
     answer_s = times["step_s"] - measured.update_s - measured.score_wait_s
     found = []
     if measured.update_s > 0.5 * times["step_s"]:
-        found.append(f"the update takes most of a step: population_size {args.population_size // 2} or more num_threads")
+        found.append(f"the update takes most of a step: N {args.population_size // 2} or more num_threads")
     if measured.score_wait_s > 0.25 * times["step_s"]:
         found.append("rewards take longer than the answers: more reward_workers")
     if answer_s > 0.5 * times["step_s"]:
