@@ -83,8 +83,8 @@ check: $(DEV)
 	$(BIN)/mypy
 
 docs: $(DEV)
-	$(BIN)/python scripts/cli_reference.py | cmp - docs/cli.md
-	$(BIN)/python scripts/resume_reference.py | cmp - docs/resuming.md
+	$(BIN)/python scripts/reference.py cli | cmp - docs/cli.md
+	$(BIN)/python scripts/reference.py resuming | cmp - docs/resuming.md
 	$(BIN)/python scripts/architecture.py --check
 	$(BIN)/python scripts/evidence.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -15,8 +15,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 from command_line import TOY
-from fuzz_forks import NEVER, Forks
-from fuzz_outcomes import Case, Fault, contents, differing, label, refusal
+from fuzz_forks import NEVER, Case, Fault, Forks, contents, differing, label, refusal
 
 FILES = ("journal.jsonl", "*es_state.json", "*.safetensors", "*metrics.jsonl", "pending.jsonl", "eval/*",
          "completions/*", "es_config.json", "env.json", "README.md", "*config.json", "*")  # fmt: skip

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-from fuzz_forks import Forks
-from fuzz_outcomes import Case, Fault, label, refusal, tail
+from fuzz_forks import Case, Fault, Forks, label, refusal, tail
 
 PROGRAMS = Path(__file__).resolve().parent / "fuzz_programs.py"
 REWARD = "def spread(completions, **_):\n    return [len(t) + sum(map(ord, t)) % 7 / 10 for t in completions]\n"

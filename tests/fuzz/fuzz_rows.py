@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-from fuzz_forks import Forks
-from fuzz_outcomes import Case, Fault, contents, differing, label, refusal
+from fuzz_forks import Case, Fault, Forks, contents, differing, label, refusal
 from fuzz_values import ARROW, JSON, PYTHON, arrow_array, rows_of, value
 
 PROGRAMS = Path(__file__).resolve().parent / "fuzz_programs.py"

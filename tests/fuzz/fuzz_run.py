@@ -19,8 +19,7 @@ import fuzz_models
 import fuzz_rows
 import fuzz_streams
 import hypothesis
-from fuzz_forks import Forks
-from fuzz_outcomes import Case
+from fuzz_forks import Case, Forks
 
 DOMAINS: dict[str, ModuleType] = {"A": fuzz_rows, "B": fuzz_models, "C": fuzz_kills, "D": fuzz_streams}
 MEMORY = Path("/dev/shm")  # fsync costs nothing there

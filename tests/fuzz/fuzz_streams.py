@@ -13,8 +13,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 from command_line import TOY
-from fuzz_forks import NEVER, STREAMS, Done, Forks
-from fuzz_outcomes import NOT_CLEAN, Case, Fault, refusal, tail
+from fuzz_forks import NEVER, NOT_CLEAN, STREAMS, Case, Done, Fault, Forks, refusal, tail
 
 REWARDS = '''
 """Rewards that write to streams, descriptors, warnings and logs; their values do not depend on it."""

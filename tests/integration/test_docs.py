@@ -96,9 +96,10 @@ def accuracy_on_knowledge(model: str, place: Path) -> float:
     return accuracy
 
 
-@pytest.mark.parametrize(("script", "page"), [("cli_reference", "cli"), ("resume_reference", "resuming")])
-def test_a_generated_page_equals_the_programs_output(script: str, page: str) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / f"{script}.py")], capture_output=True, text=True)
+@pytest.mark.parametrize("page", ["cli", "resuming"])
+def test_a_generated_page_equals_the_programs_output(page: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "reference.py"), page]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == done.stdout
 

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from estune.data.batches import Batches
-from estune.data.columns import check_columns
-from estune.data.datasets import has_splits, load_rows
+from estune.data.datasets import check_columns, has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.errors import UserError
 from estune.rewards.contract import reward_inputs

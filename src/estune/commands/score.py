@@ -10,8 +10,7 @@ import numpy as np
 from estune.commands.results import or_none, print_values
 from estune.config import ESConfig
 from estune.console import note, print_json
-from estune.data.columns import check_columns
-from estune.data.datasets import load_rows
+from estune.data.datasets import check_columns, load_rows
 from estune.errors import UserError
 from estune.es.fitness import mean, weigh
 from estune.rewards.contract import reward_inputs

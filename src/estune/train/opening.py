@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from estune.config import ESConfig, ResolvedConfig
 from estune.console import is_terminal, note, say, warn
 from estune.data.batches import Batches
-from estune.data.columns import shared_prompts
+from estune.data.datasets import shared_prompts
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt

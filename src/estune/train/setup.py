@@ -20,8 +20,7 @@ from estune import environment
 from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig, SizedConfig, default_of
 from estune.console import warn
 from estune.data.batches import Batches
-from estune.data.columns import check_columns
-from estune.data.datasets import has_splits, load_rows
+from estune.data.datasets import check_columns, has_splits, load_rows
 from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
 from estune.engines.base import Engine, EngineClass, EngineOptions

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, unless its user has set glibc's allocator."""
+"""The machine that a result records, and the setting of its allocator."""
 
 from __future__ import annotations
 
@@ -6,12 +6,48 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from estune import console
+from estune import console, environment
 from estune.engines.hf import allocator
 from estune.engines.hf.engine import HFEngine
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The only directory of the search path."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environment.gpus.cache_clear()
+    yield tmp_path
+    environment.gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [
+        ("echo 'NVIDIA H100 80GB HBM3'; echo 'NVIDIA T4'", ("NVIDIA H100 80GB HBM3", "NVIDIA T4")),
+        ("exit 9", ()),
+        ("", ()),
+    ],
+    ids=["two", "no driver", "none"],
+)
+def test_gpus_are_named_by_their_driver(place: Path, script: str, named: tuple[str, ...]) -> None:
+    tool = place / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    tool.chmod(0o755)
+    assert environment.gpus() == named
+    assert environment.environment()["gpus"] == list(named)
+    assert environment.machine().endswith(", ".join([f"{environment.cores()} cores", *named]))
+
+
+def test_without_a_driver_there_are_none(place: Path) -> None:
+    assert environment.gpus() == ()
+
+
+# --- freed memory stays with the process, unless its user has set glibc's allocator -----------------------------------
 
 PROGRAM = """
 import ctypes, torch
@@ -32,7 +68,7 @@ del x
 print(arena - mallinfo().arena)
 """
 
-pytestmark = pytest.mark.skipif(
+needs_mallinfo2 = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc of 2.33 or later, which says what it holds"
 )
 
@@ -45,10 +81,12 @@ def run(**environment: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
+@needs_mallinfo2
 def test_a_freed_tensor_stays_with_the_process() -> None:
     assert run() == [0, 0]
 
 
+@needs_mallinfo2
 def test_the_users_own_setting_stays() -> None:
     assert run(MALLOC_MMAP_THRESHOLD_="131072") == [1, 0]
 
