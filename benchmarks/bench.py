@@ -4,10 +4,11 @@
     python benchmarks/bench.py --peers ~/.cache/estune-peers      # also other packages: 40 minutes and 5 GB more
     python benchmarks/bench.py --check                     # `make bench-check`: only the fast ratios, 5 minutes
 
-The sections are `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d) and `help_time.py` (e). The
-result is written to `benchmarks/results/bench.json`. A whole run also writes the ratios that ``--check`` compares to
-`benchmarks/ratios.json`, one entry a processor. ``--check`` measures these ratios again with fewer repetitions. A ratio
-that is more than a fifth worse than in the entry of this processor is an error.
+The sections are `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d) and `help_time.py` (e). A
+run of all sections (peers aside) writes its result to `benchmarks/results/bench.json`. A run with the sections kernels
+and step writes the ratios that ``--check`` compares to `benchmarks/ratios.json`, one entry a processor. ``--check``
+measures these ratios again with fewer repetitions. A ratio that is more than a fifth worse than in the entry of this
+processor is an error.
 
 A ratio to a limit of the same machine (memory copies, generation alone) has a target on every machine. A ratio to other
 code (`torch.randn`, the paper's loop) depends on the processor. It has a target on the processors that `TARGETS` names,
@@ -413,7 +414,7 @@ def main() -> int:
 
 
 def write(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping[str, float]) -> None:
-    """Write the result file, and `ratios.json` if all its ratios were measured."""
+    """Write the result file if all sections of `TARGETS` were measured, and `ratios.json` if all its ratios were."""
     from record import commit, write_result
 
     here = processor()
@@ -426,7 +427,8 @@ def write(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping
         }
         for target in targets
     ]
-    print(f"written to {write_result('bench', {'targets': rows, **results})}")
+    if {target.section for target in TARGETS} <= results.keys():
+        print(f"written to {write_result('bench', {'targets': rows, **results})}")
     quick = [target.name for target in TARGETS if target.quick]
     if all(name in values for name in quick):
         recorded = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}

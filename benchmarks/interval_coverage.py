@@ -1,15 +1,14 @@
 """Measures the coverage of the comparisons' intervals on simulated answers, whose true accuracy is known.
 
-    python benchmarks/interval_coverage.py                   # about 10 minutes on one core python
-    benchmarks/interval_coverage.py --few             # hard cases: few problems, rare answers, two kinds of seeds; a
-    minute
+    python benchmarks/interval_coverage.py          # about 10 minutes on one core
+    python benchmarks/interval_coverage.py --few    # hard cases: few problems, rare answers, two kinds of seeds
 
 A logistic model decides whether an answer is right. It has normal effects of the seed, of the problem, and of the pair
 of both; for two methods also of the method on the problem. The true accuracy is the model's mean over seeds and
 problems, by quadrature. Each table of answers gets the interval of `two_level` and Student's t over seed means; every
 tenth of the smaller tables also gets a bootstrap over seeds and problems. The result is written to
-`benchmarks/results/interval_coverage.json`, that of the hard cases to `interval_coverage_few.json`. Shares are in per
-cent.
+`benchmarks/results/interval_coverage.json`, in two parts: ``common`` and ``few``, the hard cases.
+Shares are in per cent.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import math
 from typing import Any
 
 import numpy as np
-from record import write_result
+from record import write_part
 
 from estune.compare import statistics
 from estune.compare.statistics import over_seeds, paired_difference, tango, two_level
@@ -203,7 +202,7 @@ def main() -> None:
     error = round(100 * math.sqrt(0.95 * 0.05 / repeats), 2)
     if options.few:
         cases = hard(rng, repeats)
-        print(write_result("interval_coverage_few", {"repeats": repeats, "error_points": error, **cases}))
+        print(write_part("interval_coverage", "few", {"repeats": repeats, "error_points": error, **cases}))
         return
     levels = [one_level(rng, n, p, case, repeats) for n in (2, 3, 5) for p in PROBLEMS for case in TABLES]
     pairs = [pair(rng, n, p, case, repeats) for n in ((3, 3), (5, 5), (1, 3)) for p in PROBLEMS for case in PAIRS]
@@ -216,7 +215,7 @@ def main() -> None:
     for problems in (50, *PROBLEMS):
         print(f"one run against one, {problems} problems: {span(singles, problems=problems)}")
     values = {"repeats": repeats, "error_points": error, "two_level": levels, "pairs": pairs, "single": singles}
-    print(write_result("interval_coverage", values))
+    print(write_part("interval_coverage", "common", values))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,16 @@ def stamp() -> dict[str, Any]:
     return {"commit": commit(), "machine": environment()}
 
 
+def write_part(name: str, part: str, values: Mapping[str, Any]) -> Path:
+    """Write one part of ``benchmarks/results/<name>.json``, keep its other parts, and return the file's path.
+
+    Each part has the commit and the machine of its own measurement.
+    """
+    path = RESULTS / f"{name}.json"
+    parts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return write_result(name, {**parts, part: {**stamp(), **values}}, stamped=False)
+
+
 def write_result(
     name: str, values: Mapping[str, Any], *, stamped: bool = True, listed: Mapping[str, Sequence[Any]] | None = None
 ) -> Path:

@@ -22,8 +22,7 @@ No figure of a training run enters a ranking, but its rules changed between comp
 accuracy is subtracted since the comparison on `gcd`, and the first five tasks answer all rows since the comparison on
 `chain_sum:easy`.
 
-The result is written to `benchmarks/results/scan_reasoning.json`, that of the easy problems to
-`scan_reasoning_easy.json`.
+The result is written to `benchmarks/results/scan_reasoning.json`, in two parts: ``default`` and ``easy``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import write_part
 
 from estune.compare.measure import Scorers
 from estune.config import ESConfig
@@ -182,7 +181,7 @@ def main() -> None:
         "chosen": chosen,
         "tasks": tasks,
     }
-    path = write_result("scan_reasoning" + "_easy" * options.easy, result)
+    path = write_part("scan_reasoning", "easy" if options.easy else "default", result)
     print(f"chosen: {', '.join(chosen) or 'none'}; {path}")
 
 

@@ -18,7 +18,7 @@ from estune.compare.archive import Row, read_archive, summary_of
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
 SHOWN = 3  # tasks shown of a scan
-SCANS = {"scan_reasoning": "tasks at their default level", "scan_reasoning_easy": "tasks at their lowest level"}
+SCANS = {"default": "tasks at their default level", "easy": "tasks at their lowest level"}
 # comparison -> result file with its accuracies on the problems that were asked only once
 REPEATED = {"compare_smollm2_basic_arithmetic": "repeated_problems"}
 FEWEST_SEEDS = 3  # seeds a method; with fewer, no differences are counted
@@ -304,8 +304,8 @@ def scans(shown: int = SHOWN) -> str:
         "tokens",
     ]
     body = []
-    for name, label in SCANS.items():
-        scan = read(name)
+    for part, label in SCANS.items():
+        scan = read("scan_reasoning")[part]
         title = f"{len(scan['ranked'])} {label}, {len(scan['chosen']) or 'none'} chosen"
         body.append([f"**{title}**", *[""] * (len(head) - 1)])
         for rank, task in enumerate(scan["ranked"]):
@@ -453,7 +453,7 @@ def section(name: str) -> str:
 
 def phrases() -> list[str]:
     """Return the phrases that the hand-written text of `docs/evidence.md` must contain; their figures are results."""
-    coverage = read("interval_coverage_few")
+    coverage = read("interval_coverage")["few"]
     two_kinds = [case["coverage"] for case in coverage["groups"] if case["seeds"] == 3]
     far_apart = [case["two_level"] for case in coverage["rare"] if case["case"][1] == 1 and case["problems"] > 24]
     left = read("conciseness")["targets"]["share_left"]["value"]

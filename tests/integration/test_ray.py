@@ -21,6 +21,9 @@ import pytest
 from script_loading import loaded
 
 from estune import ESConfig, ESTrainer
+from estune.compare.config import from_mapping
+from estune.compare.measure import measure_trial
+from estune.compare.plan import configuration
 from estune.engines.base import EngineOptions
 from estune.engines.toy import ToyEngine
 from estune.errors import UserError
@@ -211,6 +214,23 @@ def test_evaluate_and_probe_use_workers(cluster: str, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             found.append(json.loads(done.stdout))
         assert found[0] == found[1]
+
+
+def test_a_comparison_measures_with_workers(cluster: str, tmp_path: Path) -> None:
+    """Other methods train in their own process, and what workers measure is what one process measures."""
+    tuning = {"evaluations": 32, "rows": 8}
+    given = {"output_dir": str(tmp_path), "task": "countdown", "models": {"tiny": "tiny"}, "seeds": [0],
+             "budget": {"evaluations": 64}, "tuning": tuning,
+             "methods": {name: {"method": name} for name in ("es", "grpo")}}  # fmt: skip
+    settings = {"max_completion_length": 16, "num_threads": 1}
+    measured = {}
+    for count in (0, 2):
+        more = {"num_workers": count, "worker_resources": SHARE} if count else {}
+        comparison = from_mapping({**given, "settings": {**settings, **more}})
+        assert [configuration(comparison, "tiny", name, {}, 0).num_workers for name in ("es", "grpo")] == [count, 0]
+        measure_trial(comparison, "tiny", tmp_path / f"{count}.json", {})
+        measured[count] = json.loads((tmp_path / f"{count}.json").read_text())
+    assert measured[0] == measured[2]
 
 
 def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:

@@ -161,8 +161,7 @@ def test_scans_paths_and_conciseness_have_a_table_each(monkeypatch: pytest.Monke
            "against_base": {"went": 1, "came": 2, "points": 0.5, "points_ci95": [-1.0, 2.0]}}  # fmt: skip
     brief = {"base": known, "runs": [run]}
     for name, value in (
-        ("scan_reasoning", scanned),
-        ("scan_reasoning_easy", {**scanned, "chosen": []}),
+        ("scan_reasoning", {"default": scanned, "easy": {**scanned, "chosen": []}}),
         ("paths", tried),
         ("conciseness", brief),
     ):

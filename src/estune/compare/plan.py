@@ -19,7 +19,7 @@ from typing import Any
 
 from estune.compare.config import RANDOM_SEARCH, Comparison, Entry
 from estune.compare.results import Result, Tuned
-from estune.config import ESConfig, SizedConfig
+from estune.config import OF_WORKERS, ESConfig, SizedConfig
 from estune.errors import UserError
 from estune.tasks import get_task
 from estune.train import setup
@@ -126,7 +126,10 @@ def configuration(comparison: Comparison, model: str, method: str, trial: dict[s
         UserError: the options cannot work together; the message names the method.
     """
     entry = entries(comparison)[method]
-    values = {**comparison.settings, **entry.settings, **trial}
+    common = comparison.settings
+    if entry.method != "es":  # the other methods train in their own process; workers still measure their models
+        common = {name: value for name, value in common.items() if name not in OF_WORKERS}
+    values = {**common, **entry.settings, **trial}
     values |= {"model": comparison.models[model], "task": comparison.task, "seed": seed, "method": entry.method}
     try:
         args = ESConfig.from_mapping(values, f"method {method}")

@@ -64,8 +64,8 @@ ELSEWHERE = {
     "stop": "; use --stop_strings",
     "temp": "; use --temperature",
     "use_vllm": "; use --engine vllm",
-    "deepspeed": "; this version runs in one process on one device",
-    "fsdp": "; this version runs in one process on one device",
+    "deepspeed": "; ES has no optimizer to shard: use --num_workers, or --engine vllm --tensor_parallel_size",
+    "fsdp": "; ES has no optimizer to shard: use --num_workers, or --engine vllm --tensor_parallel_size",
 }
 
 # Options that say where an engine runs.
