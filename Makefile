@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-e2e test-real vllm test-vllm fuzz check docs format bench bench-check figures clean
+.PHONY: help install demo test test-e2e test-real vllm test-vllm nightly fuzz check docs format bench bench-check figures clean
 
 help:
 	@echo "make demo    set up, train the embedded model, evaluate before and after"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-real  real models, the package registry, trackers, a browser, lm-eval"
 	@echo "make vllm    an environment with vLLM on CPUs, in $(VLLM_VENV)"
 	@echo "make test-vllm  the vLLM engine's tests, in that environment"
+	@echo "make nightly    the same, and records the result in benchmarks/results/nightly.json"
 	@echo "make fuzz    1000 random cases against the real commands: data, models, kills, streams (about half an hour)"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as pages, in build/site"
@@ -73,6 +74,12 @@ $(VLLM): pyproject.toml requirements-vllm.txt
 
 test-vllm: $(VLLM)
 	$(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/integration/test_vllm.py
+
+# What takes too long for every change; the last result is tracked in benchmarks/results/nightly.json.
+nightly: $(VLLM)
+	mkdir -p build
+	-$(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/integration/test_vllm.py --junitxml build/vllm.xml
+	$(VLLM_VENV)/bin/python benchmarks/record.py vllm build/vllm.xml
 
 fuzz: $(DEV)
 	$(BIN)/python scripts/fuzz.py --cases 1000 --seed 0

@@ -2,12 +2,17 @@
 
 The commit is read when this module is imported. Import the module before the first measurement, when the measured code
 is loaded.
+
+    python benchmarks/record.py NAME REPORT.xml    # records the counts of a JUnit report, as `make nightly` does
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,3 +81,24 @@ def write_result(
         parts.append(f" {json.dumps(key)}: [\n{lines}\n ]")
     path.write_text(",\n".join(parts) + "\n}\n", encoding="utf-8")
     return path
+
+
+def counts_of(report: Path) -> dict[str, Any]:
+    """Return how many tests of a JUnit report passed, failed and were skipped, and the names of those that failed."""
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases
+              if case.find("failure") is not None or case.find("error") is not None]  # fmt: skip
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
+
+
+def main() -> int:
+    """Record a report; return 1 if a test failed or none ran, else 0."""
+    name, report = sys.argv[1], Path(sys.argv[2])
+    found = counts_of(report)
+    print(write_part("nightly", name, {"date": datetime.date.today().isoformat(), **found}), found)
+    return int(bool(found["failed"]) or not found["passed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
