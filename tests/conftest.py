@@ -20,6 +20,8 @@ _CACHE = tempfile.mkdtemp(prefix="estune-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLCONFIGDIR=_CACHE)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # inherited from a background job of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # inherited from nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 HELPERS = Path(__file__).parent / "helpers"
 
 from command_line import Done, Zygote, write_rewards  # noqa: E402
