@@ -26,19 +26,16 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from command_line import tree
-
 HELPERS = str(Path(__file__).resolve().parents[1] / "helpers")
 if HELPERS not in sys.path:
     sys.path.insert(0, HELPERS)
 
-from command_line import count_writes, load_kernels  # noqa: E402
+from command_line import count_writes, load_kernels, tree  # noqa: E402
 from forked import ended, make_streams  # noqa: E402
 
 LIMIT_S = 300.0  # a command that takes longer hangs; a case takes about a second
-MEMORY_BYTES = (
-    6 << 30
-)  # address space beyond the server's, so that absurd sizes fail without using the machine's memory
+# Address space of a command beyond the server's, so that absurd sizes fail without using the machine's memory.
+MEMORY_BYTES = 6 << 30
 NEVER = 1 << 30  # number of a write that no command reaches
 STREAMS = ("file", "closed", "broken", "full", "pty")
 
