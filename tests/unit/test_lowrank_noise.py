@@ -324,9 +324,8 @@ def test_the_toy_engine_has_low_rank_matrices() -> None:
     job = GroupJob((0, 1, 2), tuple(members), engine.checksum(), tuple(prompts), sampling)
     [answers] = [answer.completions for answer in engine.answers([job])]  # (M, B, G)
     assert answers == [engine.generate(member, prompts, sampling) for member in members]
-    matrix = [
-        float(engine.assets.decode(answer[0].token_ids)) for answer in answers[1][8:40]
-    ]  # body.weight, behind the bias
+    texts = [engine.assets.decode(answer[0].token_ids) for answer in answers[1]]
+    matrix = [float(text) for text in texts[8:40]]  # body.weight, behind the bias
     noise = members[1].member.sign * lowrank_ints(members[1].member.seed, "body.weight", (4, 8), 2)
     assert np.array(matrix, dtype=np.float32).tolist() == (0.05 * noise.reshape(-1)).astype(np.float32).tolist()
 

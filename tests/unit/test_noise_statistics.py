@@ -207,9 +207,8 @@ def test_spectrum_of_a_rectangle_stays_within_its_edges() -> None:
     eigenvalues = np.linalg.eigvalsh(matrix @ matrix.T / columns)
     ratio = rows / columns
     low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
-    assert (
-        abs(eigenvalues[0] - low) < 0.05 and abs(eigenvalues[-1] - high) < 0.1
-    )  # both of order n^(-2/3) = 0.01 to 0.02
+    # Both differences are of order n^(-2/3) = 0.01 to 0.02.
+    assert abs(eigenvalues[0] - low) < 0.05 and abs(eigenvalues[-1] - high) < 0.1
     assert abs((eigenvalues**2).mean() - (1 + ratio)) < 10 / rows
 
 

@@ -110,7 +110,7 @@ def test_hidden_flags_are_never_suggested() -> None:
     ("words", "told"),
     [
         (["train", "--n", "4"], r"unknown option --n; completions per prompt are --num_generations$"),
-        (["train", "--deepspeed", "x.json"], "unknown option --deepspeed; ES has no optimizer to shard: use --num_workers"),
+        (["train", "--deepspeed", "x.json"], "unknown option --deepspeed; ES has no optimizer to shard: use"),
         (["fetch", "smollm2-135m", "--lr", "1"], "unknown option --lr$"),
         (["evaluate", "--max-new-tokens=9"], "unknown option --max-new-tokens; use --max_completion_length$"),
         (["report", "run", "--max_tokens", "9"], "unknown option --max_tokens$"),

@@ -71,9 +71,8 @@ def interesting_bits() -> np.ndarray:
     exponents = np.arange(256, dtype=np.uint32)[:, None] << np.uint32(23)
     patterns = (exponents | np.array(mantissas, dtype=np.uint32)).reshape(-1)
     patterns = np.concatenate([patterns, patterns | np.uint32(1 << 31)])
-    dense = np.arange(1 << 16, dtype=np.uint32) * np.uint32(0x10000 // 3) + np.uint32(
-        0x33000000
-    )  # float16's subnormals
+    subnormals = np.uint32(0x33000000)  # of float16
+    dense = np.arange(1 << 16, dtype=np.uint32) * np.uint32(0x10000 // 3) + subnormals
     drawn = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
     return np.concatenate([patterns, dense, drawn])
 

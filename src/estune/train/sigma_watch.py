@@ -54,10 +54,8 @@ class SigmaWatch:
     theta_fitness: float = math.nan  # fitness of theta_0 on the first step's rows
     means: list[float] = field(default_factory=list)  # (steps,), the population's mean fitness
     jumps: list[float] = field(default_factory=list)  # (steps,), running sum of squared differences of ``means``
-    errors: tuple[int, float] = (
-        0,
-        0.0,
-    )  # steps with a known standard error over prompts, and the errors' squares, summed
+    # Number of steps with a known standard error over prompts, and the sum of the errors' squares.
+    errors: tuple[int, float] = (0, 0.0)
     best: dict[int, tuple[float, float]] = field(default_factory=dict)  # steps per mean -> best mean, standard error
     first_held_out: float | None = None  # reward of the first evaluation
     steps_seen: int = 0
