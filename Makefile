@@ -17,17 +17,18 @@ export TOKENIZERS_PARALLELISM := false
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
 
-.PHONY: help install demo test test-e2e test-real vllm test-vllm nightly fuzz check docs format bench bench-check figures clean
+.PHONY: help install demo test test-e2e test-real test-all vllm test-vllm nightly fuzz check docs format bench bench-check figures clean
 
 help:
 	@echo "make demo    set up, train the embedded model, evaluate before and after"
 	@echo "make test    set up, run the unit and invariant tests and a miniature of every feature"
 	@echo "make test-e2e   comparisons end to end, every kill point, full products of parameters, a short fuzz run"
 	@echo "make test-real  real models, the package registry, trackers, a browser, lm-eval"
+	@echo "make test-all   the three tiers above in one call, as CI runs them"
 	@echo "make vllm    an environment with vLLM on CPUs, in $(VLLM_VENV)"
 	@echo "make test-vllm  the vLLM engine's tests, in that environment"
 	@echo "make nightly    the same, and records the result in benchmarks/results/nightly.json"
-	@echo "make fuzz    1000 random cases against the real commands: data, models, kills, streams (about half an hour)"
+	@echo "make fuzz    1000 random cases against the real commands: data, models, kills, streams (ten minutes or more)"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation as pages, in build/site"
 	@echo "make format  ruff format and fix"
@@ -65,6 +66,10 @@ test-e2e: $(DEV)
 test-real: $(DEV)
 	$(PYTEST) -m real tests/integration
 
+# The three tiers in one call: no core waits for the last test of a tier.
+test-all: $(DEV)
+	$(PYTEST) -m "not vllm"
+
 vllm: $(VLLM)
 
 $(VLLM): pyproject.toml requirements-vllm.txt
@@ -77,9 +82,7 @@ test-vllm: $(VLLM)
 
 # What takes too long for every change; the last result is tracked in benchmarks/results/nightly.json.
 nightly: $(VLLM)
-	mkdir -p build
-	-$(VLLM_VENV)/bin/python -m pytest -n 0 -m vllm tests/integration/test_vllm.py --junitxml build/vllm.xml
-	$(VLLM_VENV)/bin/python benchmarks/record.py vllm build/vllm.xml
+	$(VLLM_VENV)/bin/python benchmarks/record.py vllm -n 0 -m vllm tests/integration/test_vllm.py
 
 fuzz: $(DEV)
 	$(BIN)/python scripts/fuzz.py --cases 1000 --seed 0

@@ -37,7 +37,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def train(model: str, engine: str, seed: int, run: Path) -> dict[str, Any]:
-    """Train through an engine; return the held-out distances, theta's fingerprint and the journal's utilities."""
+    """Train through an engine; return held-out distances, theta's fingerprint, and the members' fitness."""
     command = [*ESTUNE, "train", "--config", str(CONFIG), "--model", model, "--engine", engine, "--dtype", "float32",
                "--seed", str(seed), "--output_dir", str(run), "--report_to", "none"]  # fmt: skip
     subprocess.run(command, check=True)

@@ -429,6 +429,9 @@ def write(results: Mapping[str, Any], targets: Sequence[Target], values: Mapping
     ]
     if {target.section for target in TARGETS} <= results.keys():
         print(f"written to {write_result('bench', {'targets': rows, **results})}")
+    else:
+        missing = sorted({target.section for target in TARGETS} - results.keys())
+        print(f"bench.json is not written: {', '.join(missing)} not measured")
     quick = [target.name for target in TARGETS if target.quick]
     if all(name in values for name in quick):
         recorded = json.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.is_file() else {}

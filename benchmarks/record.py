@@ -3,7 +3,7 @@
 The commit is read when this module is imported. Import the module before the first measurement, when the measured code
 is loaded.
 
-    python benchmarks/record.py NAME REPORT.xml    # records the counts of a JUnit report, as `make nightly` does
+    python benchmarks/record.py NAME ARGUMENTS    # runs pytest and records its counts, as `make nightly` does
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import json
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,16 @@ from typing import Any
 from estune.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CODE = ("../src", "../scripts", "../configs", "*.py", "peers", "../constraints.txt")  # files that can change a figure
+CODE = (
+    "../src",
+    "../scripts",
+    "../configs",
+    "*.py",
+    "peers",
+    "../tests",
+    "../constraints.txt",
+    "../requirements-vllm.txt",
+)  # files that can change a figure
 
 
 def _checkout() -> tuple[str, str] | None:
@@ -86,16 +96,22 @@ def write_result(
 def counts_of(report: Path) -> dict[str, Any]:
     """Return how many tests of a JUnit report passed, failed and were skipped, and the names of those that failed."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases
-              if case.find("failure") is not None or case.find("error") is not None]  # fmt: skip
+    failed = [
+        f"{c.get('classname')}::{c.get('name')}"
+        for c in cases
+        if c.find("failure") is not None or c.find("error") is not None
+    ]
     skipped = sum(case.find("skipped") is not None for case in cases)
     return {"passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed": failed}
 
 
 def main() -> int:
-    """Record a report; return 1 if a test failed or none ran, else 0."""
-    name, report = sys.argv[1], Path(sys.argv[2])
-    found = counts_of(report)
+    """Run pytest and record its counts; return 1 if a test failed or none ran, else 0."""
+    name, arguments = sys.argv[1], sys.argv[2:]
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        subprocess.run([sys.executable, "-m", "pytest", *arguments, "--junitxml", str(report)])
+        found = counts_of(report)
     print(write_part("nightly", name, {"date": datetime.date.today().isoformat(), **found}), found)
     return int(bool(found["failed"]) or not found["passed"])
 

@@ -22,9 +22,9 @@ This command continues a run that was stopped, killed, or finished with too few 
 
 The run ends in the same bytes as a run that was never interrupted. For that it has to be the same run: the same base
 weights, the same rows, the same rewards. These are compared **by what they are, not by their names**. A model may
-have moved, a dataset may be a copy, a reward file may have another comment. `origin.json` in the run directory keeps
-where every name led. So a run is resumed, replayed and evaluated from any directory, also after it was moved together
-with its files.
+have moved, a dataset may be a copy, a reward file may have another comment. `origin.json` in the run directory
+stores the absolute path behind every name. So a run is resumed, replayed and evaluated from any directory, also after
+it was moved together with its files.
 
 One warning names damaged files. They do not end the run while the journal and the base model are whole. The resume
 starts from the newest checkpoint whose fingerprint is right, the journal rebuilds the rest, and damaged checkpoints

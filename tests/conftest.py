@@ -37,6 +37,8 @@ if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
 
 # tier -> pattern in the files that hold its tests
 PATTERNS = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
+# Tests that take a minute or more and belong to no group; they begin first, so that no worker waits for one at the end.
+LONG = ("test_the_commands_on_a_real_model_run", "among_others_is_not_exact[sokoban]", "test_every_block_of_the_readme")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -57,6 +59,10 @@ def pytest_xdist_make_scheduler(config, log):
             return group_of(config.rootpath / nodeid.partition("::")[0]) or nodeid
 
     return Grouped(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
 
 
 def pytest_unconfigure():

@@ -220,7 +220,7 @@ def test_a_comparison_measures_with_workers(cluster: str, tmp_path: Path) -> Non
     """Other methods train in their own process, and what workers measure is what one process measures."""
     tuning = {"evaluations": 32, "rows": 8}
     given = {"output_dir": str(tmp_path), "task": "countdown", "models": {"tiny": "tiny"}, "seeds": [0],
-             "budget": {"evaluations": 64}, "tuning": tuning,
+             "budget": {"evaluations": 64, "time_s": 0}, "tuning": tuning,
              "methods": {name: {"method": name} for name in ("es", "grpo")}}  # fmt: skip
     settings = {"max_completion_length": 16, "num_threads": 1}
     measured = {}
@@ -237,9 +237,11 @@ def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(tmp_path: Pa
     """A short form of `benchmarks/chaos.py`, with a cluster of the run's own."""
     quiet, temporary = tmp_path / "quiet", Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path
     with loaded("benchmarks/chaos.py") as chaos:
-        subprocess.run(chaos.command(quiet, 10, 0), check=True, capture_output=True)
-        disturbed = chaos.disturbed(tmp_path / "a", 10, temporary) | chaos.judge(tmp_path / "a", quiet, temporary)
-        killed = chaos.driver_killed(tmp_path / "b", 10, temporary, counts=(2, 1))
+        chaos.SILENCE_S, chaos.PAUSE_S = 8.0, (2.0, 4.0)
+        chaos.OPTIONS.update(population_size=8, batch_size=16, max_completion_length=32, save_steps=3)
+        subprocess.run(chaos.command(quiet, 8, 0), check=True, capture_output=True)
+        disturbed = chaos.disturbed(tmp_path / "a", 8, temporary) | chaos.judge(tmp_path / "a", quiet, temporary)
+        killed = chaos.driver_killed(tmp_path / "b", 8, temporary, counts=(2, 1))
         killed |= chaos.judge(tmp_path / "b", quiet, temporary)
     for row in (disturbed, killed):
         assert row["same_bytes"] and not row["left_behind"], row

@@ -286,6 +286,11 @@ def _validate(comparison: Comparison) -> None:
     for name, value in vars(comparison.measuring).items():
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"{name} of measuring cannot be negative, not {value}")
+    if comparison.settings.get("num_workers") and comparison.budget.time_s:
+        raise UserError(
+            "num_workers in settings gives ES more processes than the other methods: leave time out of the budget "
+            "(time_s: 0)"
+        )
     bounds_of(comparison)
 
 
@@ -296,6 +301,8 @@ def _settings(given: Any, where: str) -> dict[str, Any]:
     for name in settings:
         if name in SET_BY_COMPARISON:
             raise UserError(f"{where} cannot hold {name}: the comparison sets it")
+        if where == "settings" and name in ("engine", "worker_engine"):
+            raise UserError(f"{where} cannot hold {name}: it belongs to a method es; measurements use engine hf")
         if where != "settings" and name in SHARED:
             raise UserError(f"{where} cannot hold {name}: it belongs in settings, the same for every method")
     return settings

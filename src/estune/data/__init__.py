@@ -1,1 +1,1 @@
-"""Rows: datasets, the rows of each step, prompts, and the columns that reward functions receive."""
+"""Rows: datasets and their checks, the rows of each step, and prompts."""

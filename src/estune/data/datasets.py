@@ -1,4 +1,7 @@
-"""Reading a dataset: files, directories, the hub, or rows in memory; a row is a dict with a ``prompt``. Its checks."""
+"""Reads datasets from files, directories, the hub or memory, and checks their rows and columns.
+
+A row is a dict with a ``prompt``.
+"""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Generator(Protocol):
     def check_reproducible(
         self, perturbations: Sequence[Perturbation], prompts: Sequence[Prompt], sampling: Sampling
     ) -> bool:
-        """Return whether members (M) answer prompts (B) with the same tokens twice, the second time under load."""
+        """Return whether members (M) answer prompts (B) with the same tokens twice; hf answers again under load."""
 
     def take_metrics(self) -> dict[str, float]:
         """Return the engine's own metrics of the time since the last call; they join those of the step."""

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,9 +29,6 @@ from estune.es.noise import block_name, cpu, cpu_lowrank, factor_names, factor_s
 from estune.es.noise.reference import BLOCK_SIZE
 from estune.es.types import ParameterSpec, Perturbation
 from estune.es.update import Update
-
-if TYPE_CHECKING:
-    import torch
 
 STREAMED_BYTES = 128 << 20  # bytes of a member's weights; larger outputs bypass the CPU caches
 PIECE = 1 << 18  # elements of one unit of work: 1 MiB of float32
@@ -138,7 +135,7 @@ class Theta(Protocol):
     def load(self, read_into: Callable[[str, np.ndarray], None]) -> None:
         """Overwrite theta from flat arrays; see `HostTheta.load`."""
 
-    def assign(self, read: Callable[[str], torch.Tensor]) -> None:
+    def assign(self, read: Callable[[str], Any]) -> None:
         """Overwrite theta from tensors; see `HostTheta.assign`."""
 
     def head(self, name: str, count: int) -> np.ndarray:
@@ -376,12 +373,11 @@ class HostTheta:
         for spec in self.specs:
             read_into(spec.name, self.flat[spec.name])
 
-    def assign(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Overwrite theta: ``read(name)`` returns a parameter's new value, of any floating dtype and device."""
-        import torch
+    def assign(self, read: Callable[[str], Any]) -> None:
+        """Overwrite theta: ``read(name)`` returns a parameter's new value, a torch tensor of any dtype and device."""
 
         def read_into(name: str, flat: np.ndarray) -> None:
-            torch.from_numpy(flat).copy_(read(name).detach().reshape(-1))
+            flat[...] = read(name).detach().reshape(-1).float().cpu().numpy()
 
         self.load(read_into)
 

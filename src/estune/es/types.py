@@ -19,7 +19,7 @@ class Member:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; answers of members that are not complete are discarded."""
+    """The run was asked to stop; the answers of incomplete members are discarded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """One run on disk: its directory, journal, checkpoints and metrics, opened for a new run or for a resume.
 
-The order of writes makes a kill at any instant harmless. A step writes: its step line (fsync), theta in memory, its
-metrics; then it deletes `pending.jsonl`. Evaluation, checkpoint and checkpoint line follow, each only if it is missing.
+The order of writes makes a kill at any instant harmless. A step writes its metrics to `pending.jsonl`, its completions,
+and its step line (fsync). Then theta moves in memory, the metrics are logged, and `pending.jsonl` is deleted.
+Evaluation, checkpoint and checkpoint line follow, each only if it is missing. With several workers the evaluation
+follows within the next step.
 `Run.recover` rebuilds theta from the newest checkpoint and the journal; the training loop then writes what is missing.
 """
 

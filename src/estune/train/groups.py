@@ -42,7 +42,7 @@ class Rollouts:
     score_wait_s: float  # seconds that the engine waited for scores
     earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
     beside_s: float = 0.0  # seconds after the last member's answer that an evaluation of theta took
-    started: float = 0.0  # seconds, clock reading at the step's start, moved back by ``earlier_s``
+    started: float = 0.0  # clock reading, in seconds: the step's start, moved so that only the step's own work counts
 
     def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
         """Yield one record a completion: member, row, prompt, completion, rewards, and the log_extra columns."""

@@ -147,7 +147,7 @@ def _begin(
 
 
 def check_reproducible(args: ResolvedConfig, engine: Engine, batches: Batches, prompts: Sequence[Prompt]) -> bool:
-    """Return whether the first step's members generate the same tokens when they answer again, under load."""
+    """Return whether the first step's members generate the same tokens when they answer again."""
     first = plan_step(args, batches, 0)
     say("estune: checking that the same prompts give the same answers twice")
     members = first.perturbations[: args.group_size]

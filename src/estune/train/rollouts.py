@@ -209,8 +209,7 @@ class Evaluator:
         n_members = len(perturbations)
         shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
         known = known_groups(pending.read(head), n_members, shape, keep_text)
-        scores = _Scores(self, sampling.num_generations, pending, head, dict(known))
-        answered = set(known)
+        scores = _Scores(self, sampling.num_generations, pending, head, n_members, keep_text, beside, dict(known))
         jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch)
 
         def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
@@ -218,22 +217,9 @@ class Evaluator:
             return rows if beside is None or first < n_members else beside.rows_of(first - n_members)
 
         every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_members))
-        members_done = time.perf_counter()
         try:
-            for index, group, completions, future in self.submit(
-                every, rows_of, trainer_state, keep_text or beside is not None
-            ):
-                if beside is not None and index >= n_members:
-                    beside.take(index - n_members, group, completions, future)
-                    continue
-                if not keep_text:
-                    group.completions = None
-                members_done = time.perf_counter()
-                answered.add(index)
-                scores.waiting.append((index, group, future))
-                if self.panel is not None:
-                    self.panel.members_done(len(answered))
-                scores.collect(wait=False)
+            for answer in self.submit(every, rows_of, trainer_state, keep_text or beside is not None):
+                scores.take(*answer)
         except Interrupted:
             with suppress(Interrupted):
                 scores.collect(wait=True)
@@ -242,7 +228,7 @@ class Evaluator:
         scores.collect(wait=True)
         groups = scores.groups
         rollouts = stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
-        rollouts.beside_s = waiting_since - members_done if beside is not None else 0.0
+        rollouts.beside_s = waiting_since - scores.members_done if beside is not None else 0.0
         rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
         return rollouts
 
@@ -255,8 +241,29 @@ class _Scores:
     num_generations: int
     pending: Pending  # stores each finished group
     head: str  # the journal's head
+    n_members: int
+    keep_text: bool  # whether groups keep completions as text
+    beside: Beside | None  # takes the answers with indices from ``n_members`` on
     groups: dict[int, Group]  # finished, by member
     waiting: list[tuple[int, Group, Future[RewardResult]]] = field(default_factory=list)  # in the order of submission
+    members_done: float = field(default_factory=time.perf_counter)  # clock reading of the last member's answer, seconds
+
+    def take(self, index: int, group: Group, completions: Completions, future: Future[RewardResult]) -> None:
+        """Keep a member's answers, or pass on those of the evaluation; `Evaluator.submit` yields the arguments.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        if self.beside is not None and index >= self.n_members:
+            self.beside.take(index - self.n_members, group, completions, future)
+            return
+        if not self.keep_text:
+            group.completions = None
+        self.members_done = time.perf_counter()
+        self.waiting.append((index, group, future))
+        if self.evaluator.panel is not None:
+            self.evaluator.panel.members_done(len(self.groups.keys() | {waiting[0] for waiting in self.waiting}))
+        self.collect(wait=False)
 
     def collect(self, wait: bool) -> None:
         """Complete the groups whose rewards have arrived, in the order of submission; with ``wait``, all groups.

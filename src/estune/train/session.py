@@ -111,7 +111,7 @@ class Measured:
     """The result of `Session.measure`: the step's metrics that are known before theta moves."""
 
     metrics: dict[str, Any]
-    started: float  # clock reading at which the step began, in seconds
+    started: float  # `Rollouts.started`
 
 
 def restored_fields(args: ResolvedConfig, run: Run) -> dict[str, Any]:
@@ -183,6 +183,8 @@ class Session(OpenRun):
     def evaluate_population(self, step: Step) -> Rollouts:
         """Generate and score every member's completions of the step's prompts: (N, B, G) rollouts.
 
+        With several workers it also answers the held-out rows that are due, and writes their evaluation.
+
         Raises:
             Interrupted: the run was asked to stop; `pending.jsonl` holds the finished members.
             UserError: the logits of all members are NaN or infinite.
@@ -204,8 +206,8 @@ class Session(OpenRun):
             keep_text=self._keeps_completions(step) or self.panel is not None,
             beside=beside,
         )
-        # The step's time includes the seconds that a killed process spent on members of this step, and not those in
-        # which an evaluation alone was answered.
+        # The start moves back by the seconds that a killed process spent on this step, and forward by the seconds in
+        # which only the evaluation was answered.
         rollouts.started = started - rollouts.earlier_s + rollouts.beside_s
         if beside is not None:
             before = time.perf_counter()
@@ -413,7 +415,10 @@ class Session(OpenRun):
         return f", {kept} of {self.args.population_size} members of step {self.run.steps_done + 1} kept"
 
     def _measure_rounding(self, step: Step) -> None:
-        """Measure how much of a perturbation the compute dtype rounds away: in step 1, and after sigma has halved."""
+        """Measure how much of a perturbation the compute dtype rounds away.
+
+        It is measured in the first step of a process, and again after sigma has halved.
+        """
         if step.noise.scale < self.perturb_cos_scale / 2:
             self.perturb_cos_scale = step.noise.scale
             self.perturb_cos = self.engine.perturb_cosine(step.perturbations[0])

@@ -177,6 +177,28 @@ def load_config(model: str, path: str, **options: Any) -> Any:
         raise _cannot_load(model, error, "configuration") from error
 
 
+def _in_float32(model: str, path: str, config: Any, stored: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Return the module of ``model`` in float32; ``stored`` holds the tensors of its files if it is a directory.
+
+    Raises:
+        UserError: the files are damaged or do not fit the configuration.
+    """
+    described: dict[str, tuple[int, ...]] = {}
+    if os.path.isdir(path):
+        described = _described(config, options["trust_remote_code"])
+        _refuse_absurd_sizes(model, Path(path), described, stored)
+    auto_model: Any = AutoModelForCausalLM
+    try:
+        with quiet():
+            working, report = auto_model.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # transformers, and code that comes with the model
+        raise _mismatch(model, described, stored) or _cannot_load(model, error, "model") from error
+    _check_report(model, report, type(working).__name__)
+    return working
+
+
 def load_model(
     model: str,
     *,
@@ -205,18 +227,7 @@ def load_model(
     config = load_config(model, path, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {model!r} is quantized; estune moves full weights, so dequantize it first")
-    described: dict[str, tuple[int, ...]] = {}
-    if os.path.isdir(path):
-        described = _described(config, trust_remote_code)
-        _refuse_absurd_sizes(model, Path(path), described, stored)
-    try:
-        with quiet():
-            working, report = auto_model.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-    except Exception as error:  # transformers, and code that comes with the model
-        raise _mismatch(model, described, stored) or _cannot_load(model, error, "model") from error
-    _check_report(model, report, type(working).__name__)
+    working = _in_float32(model, path, config, stored, options)
     bound, buffers = bindings(working)
     _refuse_other_types(model, bound, stored, working.base_model_prefix)
     is_corrected = set_tied(working.config, tied_truth(working))
