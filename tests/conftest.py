@@ -38,7 +38,7 @@ if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
 # tier -> pattern in the files that hold its tests
 PATTERNS = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
 # Tests that take a minute or more and belong to no group; they begin first, so that no worker waits for one at the end.
-LONG = ("test_the_commands_on_a_real_model_run", "among_others_is_not_exact[sokoban]", "test_every_block_of_the_readme")
+LONG = ("test_the_commands_on_a_real_model_run", "test_every_block_of_the_readme")
 
 
 def pytest_ignore_collect(collection_path, config):

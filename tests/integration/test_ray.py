@@ -127,7 +127,7 @@ def files_of(run: Path) -> dict[str, bytes]:
     ("options", "counts"),
     [
         (TOY, (1, 2, 3)),
-        ({**TINY, "noise": "lowrank", "members_per_batch": 2}, (1, 2, 3)),
+        ({**TINY, "noise": "lowrank", "members_per_batch": 2}, (1, 3)),
         (TINY, (2,)),
         ({**TINY, "temperature": 1.0, "num_generations": 2, "antithetic": True, "weight_decay": 0.1,
           "weight_decay_anchor": "base"}, (2,)),
