@@ -10,9 +10,9 @@ and step writes the ratios that ``--check`` compares to `benchmarks/ratios.json`
 measures these ratios again with fewer repetitions. A ratio that is more than a fifth worse than in the entry of this
 processor is an error.
 
-A ratio to a limit of the same machine (memory copies, generation alone) has a target on every machine. A ratio to other
-code (`torch.randn`, the paper's loop) depends on the processor. It has a target on the processors that `TARGETS` names,
-and no verdict on others.
+A ratio to a limit of the same machine (memory copies) has a target on every machine. A ratio to other code
+(`torch.randn`, the paper's loop, generation alone) depends on the processor. It has a target on the processors that
+`TARGETS` names, and no verdict on others.
 
 The section growth has verdicts, 1 or 0, instead of ratios. Only a whole run judges them: cost is at most linear in
 members and parameters, and only journal and metrics grow with steps.
@@ -81,13 +81,13 @@ TARGETS = (
         "step/pure_of_lowrank",
         (*CONCISENESS, "pure / lowrank"),
         "pure generation / low-rank step (N 30, 2 prompts, 32 tokens)",
-        0.90,
+        {"EPYC": 0.90, "Xeon": 0.80},
     ),
     Target(
         "step/pure_of_lowrank_countdown",
         (*COUNTDOWN, "pure / lowrank"),
         "pure generation / low-rank step (N 30, 24 prompts, 64 tokens)",
-        0.90,
+        {"EPYC": 0.90, "Xeon": 0.80},
         quick=False,
     ),
     Target(

@@ -81,20 +81,10 @@ def test_the_commands_on_a_real_model_run(tmp_path: Path) -> None:
         if "is the package registry reachable?" in done.stderr:
             pytest.skip(done.stderr.strip().splitlines()[-1])
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    assert float(re.search(r"^accuracy +([\d.]+)%", done.stdout, flags=re.MULTILINE)[1]) > 55  # the base: 60 %
     records = [json.loads(line) for line in (tmp_path / "runs/concise/metrics.jsonl").read_text().splitlines()]
     held_out = [record["eval_reward"] for record in records if "eval_reward" in record]
     assert held_out[-1] > held_out[0] / 2  # minus the distance in characters: at least halved
-    base, tuned = (accuracy_on_knowledge(model, tmp_path) for model in ("models/smollm2-135m", "runs/concise"))
-    assert base > 0.5
-    assert tuned > base - 0.05
-
-
-def accuracy_on_knowledge(model: str, place: Path) -> float:
-    command = ["estune", "evaluate", "--model", model, "--task", "conciseness", "--split", "knowledge",
-               "--max_completion_length", "40", "--num_threads", "1", "--json"]  # fmt: skip
-    done = subprocess.run(command, cwd=place, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    accuracy: float = json.loads(done.stdout)["accuracy"]
-    return accuracy
 
 
 @pytest.mark.parametrize("page", ["cli", "resuming"])

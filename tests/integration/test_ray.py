@@ -424,6 +424,13 @@ def test_more_workers_than_resources_are_refused(cluster: str) -> None:
     assert "1000 workers need 1 CPU, 2 GPU each" in text and "it would need 1000 CPU for" in text
 
 
+def test_this_process_keeps_its_print(cluster: str) -> None:
+    from ray.experimental import tqdm_ray
+
+    tqdm_ray.instance()
+    assert type(print).__name__ == "builtin_function_or_method"
+
+
 def test_a_cluster_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "estune", "train", "--engine", "toy", "--task", "quadratic", "--num_workers", "1"]
     done = subprocess.run(

@@ -90,7 +90,7 @@ def connect(limits: Limits) -> Cluster:
     elif ray.is_initialized():
         cluster = Cluster(is_connected_here=False)
     elif address := _address():
-        with _variables({"RAY_USAGE_STATS_ENABLED": "0"}), _kept_handler():
+        with _variables({"RAY_USAGE_STATS_ENABLED": "0"}), _unchanged_process():
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # ConnectionError, RuntimeError, ValueError: by version and transport
@@ -154,7 +154,7 @@ def _start() -> Cluster:
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=directory,
     )
-    with _variables({**VARIABLES, MARK: directory}), _kept_handler():
+    with _variables({**VARIABLES, MARK: directory}), _unchanged_process():
         try:
             ray.init(**options)
         except Exception as error:
@@ -200,8 +200,16 @@ def _unreachable(address: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _kept_handler() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which ``ray.init`` replaces; outside the main thread nothing is replaced."""
+def _unchanged_process() -> Iterator[None]:
+    """Keep what Ray would replace in this process: `print`, and the handler of SIGTERM.
+
+    ``ray.init`` replaces the handler in the main thread. `print` is replaced with the first output of a worker, unless
+    the object that shows such output exists before and was told not to.
+    """
+    from ray.experimental import tqdm_ray
+
+    with _variables({"RAY_TQDM_PATCH_PRINT": "0"}):
+        tqdm_ray.instance()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
