@@ -147,6 +147,7 @@ def test_several_rewards_with_weights(llama, place):
         "es/fitness_best",
         "es/fitness_mean",
         "es/fitness_std",
+        "es/reliability",
         "es/sigma",
         "es/update_norm",
         "es/update_ratio",

@@ -116,6 +116,7 @@ TOY_EFFECTS = {
     "rank": (("--noise", "lowrank"), ("--rank", 2), of_steps("fitness", "s_lowrank", "a_lowrank")),
     "noise_distribution": ((), ("--noise_distribution", "rademacher"), of_steps("s", "fitness")),
     "fitness_shaping": ((), ("--fitness_shaping", "centered_rank"), of_steps("q")),
+    "step_control": ((), ("--step_control", "reliability"), of_steps("a", "signal")),
     "lr_scheduler_type": ((), ("--lr_scheduler_type", "linear"), of_steps("a")),
     "warmup_steps": ((), ("--warmup_steps", 2), of_steps("a")),
     "sigma_scheduler_type": ((), ("--sigma_scheduler_type", "linear"), of_steps("s")),

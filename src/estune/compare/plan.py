@@ -169,7 +169,8 @@ def with_budget(args: SizedConfig, evaluations: int, n_rows: int, points: int = 
     steps = int(evaluations // (per_step * iterations)) * iterations
     while steps > 0:
         every = max(1, steps // points) if points else 0
-        of_theta = steps // every * args.batch_size * args.num_generations if every and args.method == "es" else 0
+        scores_theta = every and args.method == "es" and args.step_control != "drift"  # which counts it in per_step
+        of_theta = steps // every * args.batch_size * args.num_generations if scores_theta else 0
         if steps * per_step + of_theta <= evaluations:
             return dataclasses.replace(args, max_steps=steps, eval_steps=every)
         steps -= iterations
@@ -195,7 +196,7 @@ def evaluations_per_step(args: SizedConfig) -> float:
 
         return random_search.evaluations_per_step(args)
     if args.method == "es":
-        return of_member * args.population_size
+        return of_member * (args.population_size + (args.step_control == "drift"))
     return of_member / int(args.method_kwargs.get("num_iterations", 1))
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Self
 from estune.config.coercion import convert, is_text
 from estune.engines import ENGINES
 from estune.errors import UserError, nearest
-from estune.es.update import SCHEDULES, SIGMA_SCHEDULES
+from estune.es.update import SCHEDULES, SIGMA_SCHEDULES, STEP_CONTROLS
 
 RAY = "ray"  # a value of `engine`
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
@@ -30,7 +30,7 @@ SAMPLING_METHODS = ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection")  # train 
 OF_METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution",
                      "members_per_batch", "sigma_scheduler_type"), ("es", "random_search")),
-    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor"), ("es",)),
+    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor", "step_control"), ("es",)),
     **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
                     tuple(method for method in METHODS if method != "random_search")),
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
@@ -79,7 +79,7 @@ RESUMABLE = frozenset(
 ) | frozenset(OF_WORKERS)
 
 # Options that runs of older versions lack; they had the default's meaning.
-LATER_OPTIONS = frozenset(("tensor_parallel_size", *OF_WORKERS))
+LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS))
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.
@@ -252,6 +252,12 @@ class ESConfig:
     fitness_shaping: str = _option(
         "z_score", "How fitness becomes utilities.", ("z_score", "centered_rank", "per_prompt_z", "none")
     )
+    step_control: str = _option(
+        "none",
+        "Bound on each step's learning rate. reliability: times the share of the ranking that is no chance; drift: at "
+        "most what loses a twentieth of the step's gain to its random part (theta answers every step, too).",
+        STEP_CONTROLS,
+    )
     lr_scheduler_type: str = _option("constant", "Schedule of the learning rate over max_steps.", SCHEDULES)
     warmup_steps: int = _option(
         0,
@@ -406,6 +412,8 @@ class ESConfig:
             raise UserError(f"population_size must be at least 2, not {self.population_size}")
         if self.antithetic and self.population_size % 2:
             raise UserError(f"antithetic needs an even population_size, not {self.population_size}")
+        if self.step_control != "none" and self.population_size < (4 if self.antithetic else 2):
+            raise UserError(f"step_control {self.step_control} needs two or more members, or two or more pairs")
         if self.population_size >= 1 << 26:
             raise UserError("population_size must be below 2^26, where integer utilities would lose all precision")
         if self.noise == "full":

@@ -25,6 +25,7 @@ SCALE_BITS = 22  # significant bits of `a`; the product with a 31-bit sum is exa
 
 SCHEDULES = ("constant", "linear", "cosine", "constant_with_warmup")
 SIGMA_SCHEDULES = ("constant", "linear", "cosine")
+STEP_CONTROLS = ("none", "reliability", "drift")  # `estune.es.step_control`
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from estune.console import is_terminal, warn
+from estune.console import counted, is_terminal, warn
 from estune.monitor.monitors import duration, failures
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 REDRAW_S = 0.25  # seconds between two redraws within a step, at least
 SPARK_WIDTH, SPREAD_BINS = 32, 24  # characters
 MOST_CHARACTERS = 300  # characters of a completion that are shown
+NOISE, ENOUGH_STEPS = 0.15, 5  # mean reliability below which, and steps after which, a ranking counts as noise
 
 
 def sparkline(values: Sequence[float | None], width: int = SPARK_WIDTH) -> str:
@@ -98,6 +99,7 @@ class PanelMonitor:
         self.done = 0  # members of the current step that have answered
         self.tokens = 0  # tokens per completion generated in the current batch
         self._times: list[float] = []
+        self._reliable: list[float] = []  # reliability of the last steps' rankings
         self._drawn_at = 0.0
         self._broken = False
         self._closed = False
@@ -120,6 +122,8 @@ class PanelMonitor:
             self.steps_done = record["step"]
             self.rewards.append(record["reward"])
             self._times = [*self._times[-9:], record["step_time"]]
+            if record.get("es/reliability") is not None:
+                self._reliable = [*self._reliable[-9:], record["es/reliability"]]
             self.done = self.tokens = 0
         self.draw()
 
@@ -191,6 +195,8 @@ class PanelMonitor:
             low, high = min(self.fitness), max(self.fitness)
             strip = Text.assemble(f"{_number(low)} ", (spread(self.fitness), "blue"), f" {_number(high)}")
             rows.append(("members' fitness", strip))
+        if self._reliable:
+            rows.append(("ranking", Text(ranking(self._reliable))))
         if self.held_out:
             rows.append(("held-out", self._held_out()))
         if self.steps_done < self.max_steps:
@@ -226,6 +232,13 @@ class PanelMonitor:
         else:
             value = f"reward {_number(last[name])}"
         return Text.assemble((line, "green"), f"  {value} ({last['eval_rows']} rows, step {last['step']})")
+
+
+def ranking(reliable: Sequence[float]) -> str:
+    """Return what the reliability of the last steps says, as text; chance alone gives about a tenth."""
+    mean = sum(reliable) / len(reliable)
+    advice = ": mostly noise, raise N or the batch" if len(reliable) >= ENOUGH_STEPS and mean < NOISE else ""
+    return f"{mean:.0%} reliable in the last {counted(len(reliable), 'step')}{advice}"
 
 
 def _number(value: float | None) -> str:

@@ -86,6 +86,7 @@ class StepRecord(UpdateRecord):
     s: str
     checksum: str
     s_lowrank: NotRequired[str]
+    signal: NotRequired[dict[str, float]]  # with step control: the means after the step
 
 
 def canonical_json(value: Any) -> str:
@@ -215,6 +216,7 @@ def step_record(
     failures: int,
     tokens: int,
     lowrank_scale: float = 0.0,
+    signal: dict[str, float] | None = None,
 ) -> StepRecord:
     """Return the step line: the rows and members evaluated, their fitness, and the exact update to be applied.
 
@@ -228,6 +230,7 @@ def step_record(
         failures: failed rewards of the step.
         tokens: prompt and completion tokens of the step.
         lowrank_scale: the rounded scale of low-rank noise, if the update has a rank.
+        signal: with step control, the fields of `estune.es.step_control.Signal` after the step.
     """
     record: StepRecord = {
         "step": step,
@@ -245,6 +248,8 @@ def step_record(
     }
     if update.rank:
         record |= {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()}
+    if signal is not None:
+        record["signal"] = signal
     return record
 
 

@@ -44,18 +44,18 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
     perturb_s = sum(group.perturb_s for group in rollouts.groups)
     known = fitness[~np.isnan(fitness)]
     record: dict[str, Any] = {
-        "reward": _number(mean(weighed)),
-        "reward_std": _number(float(np.nanstd(weighed)) if np.isfinite(weighed).any() else np.nan),
-        **{f"rewards/{name}/mean": _number(mean(rewards[..., f])) for f, name in enumerate(spec.names)},
+        "reward": number(mean(weighed)),
+        "reward_std": number(float(np.nanstd(weighed)) if np.isfinite(weighed).any() else np.nan),
+        **{f"rewards/{name}/mean": number(mean(rewards[..., f])) for f, name in enumerate(spec.names)},
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": rollouts.clipped_ratio,
         "completions/non_finite_ratio": rollouts.non_finite_ratio,
         "es/frac_modal": rollouts.modal_ratio,
-        "es/fitness_best": _number(float(known.max()) if known.size else np.nan),
-        "es/fitness_mean": _number(mean(fitness)),
-        "es/fitness_std": _number(float(known.std()) if known.size else np.nan),
-        "es/fitness_error": _number(_error_over_prompts(weighed)),
+        "es/fitness_best": number(float(known.max()) if known.size else np.nan),
+        "es/fitness_mean": number(mean(fitness)),
+        "es/fitness_std": number(float(known.std()) if known.size else np.nan),
+        "es/fitness_error": number(_error_over_prompts(weighed)),
         "es/reward_errors": int(rollouts.failed.sum()),
         **{f"rewards/{name}/errors": int(rollouts.failed[..., f].sum()) for f, name in enumerate(spec.names)},
         "es/perturb_s": perturb_s,
@@ -118,6 +118,6 @@ def _error_over_prompts(weighed: np.ndarray) -> float:
     return error if math.isfinite(error) else math.nan
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """Return a JSON number, or None for NaN."""
     return None if value != value else value

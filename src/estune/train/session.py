@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from estune.data.batches import Batches
 from estune.engines import ENGINES
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
+from estune.es.step_control import Signal, evidence_of, rate_factor
 from estune.es.theta import Moved, checked_moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
@@ -115,13 +116,15 @@ class Measured:
 
 
 def restored_fields(args: ResolvedConfig, run: Run) -> dict[str, Any]:
-    """Return the fields of a `Session` that its earlier steps determine: ``watch`` and ``first_step_scored_theta``.
+    """Return the fields of a `Session` that its earlier steps determine.
 
     For a new run there are no earlier steps. A resume reads them from the journal and from `metrics.jsonl`.
     """
     logged = records.read_metrics(run.path)
-    fitness = (record["fitness"] for record in run.journal.steps)
+    steps = run.journal.steps
+    fitness = (record["fitness"] for record in steps)
     return {
+        "signal": Signal(**steps[-1]["signal"]) if steps and "signal" in steps[-1] else Signal(),
         "watch": SigmaWatch.of_run(args.population_size, args.batch_size, fitness, logged),
         "first_step_scored_theta": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
     }
@@ -138,6 +141,7 @@ class Session(OpenRun):
     perturb_cos_scale: float = math.inf  # noise scale at that measurement
     watch: SigmaWatch = field(default_factory=SigmaWatch)
     theta_joins_first_step: bool = True  # option: theta also answers the first step's rows
+    signal: Signal = field(default_factory=Signal)  # of the steps done
     panel: PanelMonitor | None = None
     repository: str | None = None  # hub repository to which the finished model is uploaded
     first_step_scored_theta: bool = False  # whether theta answered the first step's rows and was scored
@@ -221,8 +225,9 @@ class Session(OpenRun):
     def evaluate_theta(self, step: Step, rollouts: Rollouts) -> ThetaAnswers:
         """Let theta answer the step's prompts too, in some steps: in step 1, before an evaluation, or if members agree.
 
-        In step 1 and before an evaluation, theta's completions are also scored. Theta's failed rewards are filled as if
-        theta were one more member. The update does not depend on theta's completions.
+        In step 1 and before an evaluation, theta's completions are also scored; with ``step_control drift`` in every
+        step. Theta's failed rewards are filled as if theta were one more member. Only ``step_control drift`` lets the
+        update depend on theta's completions.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -231,7 +236,8 @@ class Session(OpenRun):
         sampling = sampling_of(self.args, step.index)
         digests = np.array([group.digests for group in rollouts.groups])  # (N, B, G)
         is_evaluation_step = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
-        if not is_evaluation_step and not (step.index == 0 and self.theta_joins_first_step):
+        joins = self.args.step_control == "drift" or (step.index == 0 and self.theta_joins_first_step)
+        if not is_evaluation_step and not joins:
             if not self.watch.needs_theta(rollouts.modal_ratio):
                 return ThetaAnswers()
             answers = answers_of_theta(self.engine, prompts, sampling, self.evaluator.should_stop)
@@ -249,6 +255,32 @@ class Session(OpenRun):
             is_scored=True,
         )
 
+    def control(
+        self, step: Step, weighed: np.ndarray, fitness: np.ndarray, utilities: Sequence[float], theta: ThetaAnswers
+    ) -> Step:
+        """Return the step with the factor of its learning rate that its evidence allows (`estune.es.step_control`).
+
+        Args:
+            step: the step.
+            weighed: weighted rewards (N, B, G).
+            fitness: (N,).
+            utilities: (N,).
+            theta: the result of `evaluate_theta`.
+        """
+        args = self.args
+        evidence = evidence_of(weighed, args.antithetic, theta.fitness)
+        self.signal = self.signal.after(evidence)
+        factor = rate_factor(
+            args.step_control,
+            self.signal,
+            fitness.tolist(),
+            utilities,
+            antithetic=args.antithetic,
+            sigma=step.sigma,
+            learning_rate=step.learning_rate,
+        )
+        return replace(step, factor=factor, evidence=evidence)
+
     def measure(
         self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, theta: ThetaAnswers
     ) -> Measured:
@@ -265,7 +297,16 @@ class Session(OpenRun):
         if step.index == 0:
             self.first_step_scored_theta = theta.is_scored
         record = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
-        record |= {"learning_rate": step.learning_rate, "es/sigma": step.sigma, "num_tokens": self.tokens}
+        record |= {
+            "learning_rate": step.learning_rate * step.factor,
+            "es/sigma": step.sigma,
+            "num_tokens": self.tokens,
+            "es/reliability": metrics.number(step.evidence.reliability),
+        }
+        if self.args.antithetic:
+            record["es/reliability_even"] = metrics.number(step.evidence.even)
+        if self.args.step_control != "none":
+            record["es/signal"] = metrics.number(self.signal.reliability)
         record |= theta.record() | self.engine.take_metrics()
         record["num_evaluations"] = self._completions_scored(step)
         self.watch.step({"step": step.index + 1, **record}, theta, self._rewards_without_value(rollouts))
@@ -300,6 +341,7 @@ class Session(OpenRun):
             failures=int(rollouts.failed.sum()),
             tokens=rollouts.tokens,
             lowrank_scale=step.noise.lowrank_scale,
+            signal=asdict(self.signal) if self.args.step_control != "none" else None,
         )
         self.run.pending.note(self.run.journal.head, measured.metrics)
         if self._keeps_completions(step):
@@ -433,6 +475,8 @@ class Session(OpenRun):
         done, args = step.index + 1, self.args
         theta_steps = done // args.eval_steps if args.eval_steps else 0  # steps in which theta was scored
         theta_steps += self.first_step_scored_theta and args.eval_steps != 1
+        if args.step_control == "drift":
+            theta_steps = done
         return (done * args.population_size + theta_steps) * len(step.rows) * args.num_generations
 
     def _rewards_without_value(self, rollouts: Rollouts) -> list[str]:

@@ -172,6 +172,8 @@ def resolve_rows(
         if task is not None:
             rows = [task.prepare_row(row) for row in rows]
     elif task is not None:
+        if split not in task.splits:
+            raise UserError(f"task {args.task} has no split {split!r}; it has {', '.join(task.splits)}")
         rows = task.load(split)
     else:
         raise UserError("give --task, or --dataset_name with --reward_funcs")
@@ -202,13 +204,22 @@ def _no_prompt(row: Mapping[str, Any], index: int, split: str, task: Task | None
 
 
 def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConfig:
-    """Return the configuration with ``auto`` resolved wherever the options and the number of rows suffice."""
+    """Return the configuration with ``auto`` resolved wherever the options and the number of rows suffice.
+
+    Raises:
+        UserError: step control cannot work with the batch size.
+    """
     auto: dict[str, Any] = {}
     if args.method in OF_METHODS["learning_rate"]:
         auto["learning_rate"] = args.effective_learning_rate
     if args.batch_size == "auto":
         wanted = {"es": DEFAULT_BATCH, "random_search": DEFAULT_BATCH, "ppo": 64}.get(args.method, DEFAULT_GROUPS)
         auto["batch_size"] = min(wanted, n_rows)
+    if args.step_control != "none" and auto.get("batch_size", args.batch_size) == 1:
+        raise UserError(
+            f"step_control {args.step_control} measures how the ranking of the members differs between prompts: it "
+            "needs batch_size 2 or more"
+        )
     if args.method in SAMPLING_METHODS and args.dtype == "auto":  # they train in float32, so they sample in float32
         auto["dtype"] = "float32"
     if args.prompts_per_batch == "auto":

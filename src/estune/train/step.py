@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from estune.config import ESConfig, SizedConfig
 from estune.data.batches import Batches
 from estune.es.population import members_for_step, noise_of
+from estune.es.step_control import UNKNOWN, Evidence
 from estune.es.types import Member, Noise, Perturbation, Sampling
 from estune.es.update import Update, make_update, scheduled
 
@@ -22,9 +23,11 @@ class Step:
     members: list[Member]  # (N,)
     sigma: float
     noise: Noise
-    learning_rate: float  # after the schedule
+    learning_rate: float  # after the schedule, before step control
     weight_decay: float = 0.0
     anchored: bool = False  # True: weight decay pulls towards theta_0; False: towards 0
+    factor: float = 1.0  # of the learning rate, by step control
+    evidence: Evidence = UNKNOWN  # what the step's rewards say about the ranking of its members
 
     @property
     def perturbations(self) -> list[Perturbation]:
@@ -32,11 +35,11 @@ class Step:
         return [Perturbation(member, self.noise) for member in self.members]
 
     def update(self, utilities: Sequence[float]) -> Update:
-        """Return the step's update from the members' utilities (N,)."""
+        """Return the step's update from the members' utilities (N,); with the factor 0, theta stays as it is."""
         return make_update(
             self.members,
-            utilities,
-            self.learning_rate,
+            utilities if self.factor else [0.0] * len(utilities),
+            self.learning_rate * self.factor,
             weight_decay=self.weight_decay,
             anchored=self.anchored,
             distribution=self.noise.distribution,

@@ -58,9 +58,11 @@ class ESTrainer(BaseTrainer):
                 while not session.ended:
                     step = session.plan()  # rows (B,), members (N,), noise, learning rate
                     rollouts = session.evaluate_population(step)  # rewards (N, B, G, F)
-                    theta = session.evaluate_theta(step, rollouts)  # if due; the update does not depend on it
+                    theta = session.evaluate_theta(step, rollouts)  # if due
                     rewards = fill_failures(rollouts.rewards, rollouts.failed, weights)  # (N, B, G, F)
-                    fitness, utilities = shape_fitness(weigh(rewards, weights), args.fitness_shaping)  # (N,), (N,)
+                    weighed = weigh(rewards, weights)  # (N, B, G)
+                    fitness, utilities = shape_fitness(weighed, args.fitness_shaping)  # (N,), (N,)
+                    step = session.control(step, weighed, fitness, utilities, theta)  # a smaller learning rate, or not
                     update = step.update(utilities)
                     measured = session.measure(step, rewards, fitness, rollouts, theta)  # metrics, warnings
                     session.journal(step, fitness, rollouts, update, measured)  # on disk before theta moves

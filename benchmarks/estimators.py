@@ -1,0 +1,152 @@
+"""Compares rules for the size of a step at equal evaluations: Countdown on three bases, conciseness on SmolLM2.
+
+    python benchmarks/estimators.py --cases llama qwen2 gpt2     # about 1 minute a run, two runs at a time
+    python benchmarks/estimators.py --cases smollm2              # about 6 minutes a run
+
+Each run is `estune train` with the settings of its case and the options of its rule; all runs of a case score the same
+number of completions in training, theta's included. Countdown: accuracy on 500 test problems after the last step, and
+on 100 validation problems on the way. Conciseness: distance in characters on the task's 8 held-out prompts (lower is
+better) on the way, and on the test split and correctness on 200 questions after the last step.
+
+Finished runs are kept in `benchmarks/results/estimators.json`, one line each, and are not repeated. Means and Student's
+intervals over seeds are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from record import RESULTS, stamp, write_result
+
+from estune.compare.statistics import over_seeds
+
+ESTUNE = [sys.executable, "-m", "estune"]
+BASES = Path(__file__).resolve().parent / "bases"
+COUNTDOWN: dict[str, Any] = dict(
+    task="countdown", population_size=30, batch_size=8, noise="lowrank", sigma=0.02, learning_rate=0.02, max_steps=56,
+    max_completion_length=64, eval_steps=14, eval_rows=100,
+)  # fmt: skip
+CONCISENESS: dict[str, Any] = dict(
+    task="conciseness", population_size=60, batch_size=2, noise="lowrank", sigma=0.01, learning_rate=0.01, max_steps=16,
+    max_completion_length=40, eval_steps=4,
+)  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (str(BASES / name), COUNTDOWN) for name in ("llama", "qwen2", "gpt2")},
+    "smollm2": ("models/smollm2-135m", CONCISENESS),
+}
+PAIRS = {"antithetic": "true"}
+# rule -> options
+RULES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "constant, pairs": PAIRS,
+    "cosine": {"lr_scheduler_type": "cosine"},
+    "cosine, pairs": {"lr_scheduler_type": "cosine", **PAIRS},
+    "reliability": {"step_control": "reliability"},
+    "reliability, pairs": {"step_control": "reliability", **PAIRS},
+    "drift": {"step_control": "drift"},
+    "drift, pairs": {"step_control": "drift", **PAIRS},
+    "anchored decay": {"weight_decay": 1.0, "weight_decay_anchor": "base"},
+    "half the rate": {"learning_rate": 0.5},  # times the case's
+    "twice N, half the steps": {"population_size": 2, "max_steps": 0.5},  # times the case's
+}
+SCALED = ("learning_rate", "population_size", "max_steps")
+
+
+def options_of(case: str, rule: str) -> dict[str, Any]:
+    """Return the options of a run; the number of steps pays for theta's completions with ``step_control drift``."""
+    _, settings = CASES[case]
+    options = dict(settings)
+    for name, value in RULES[rule].items():
+        scaled = settings.get(name, 0) * value if name in SCALED else value
+        options[name] = type(settings[name])(scaled) if name in SCALED else value
+    if options.get("step_control") == "drift":
+        n = options["population_size"]
+        options["max_steps"] = settings["max_steps"] * n // (n + 1)
+    return options
+
+
+def run(case: str, rule: str, seed: int, threads: int) -> dict[str, Any]:
+    """Train and evaluate; return the run's row."""
+    model, options = CASES[case][0], options_of(case, rule)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name) / "run"
+        flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+        train = [*ESTUNE, "train", "--model", model, "--seed", str(seed), "--num_threads", str(threads), "--report_to",
+                 "none", "--output_dir", str(place), *flags]  # fmt: skip
+        subprocess.run(train, check=True, capture_output=True, env=environment)
+        records = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        row: dict[str, Any] = {"case": case, "rule": rule, "seed": seed, "steps": options["max_steps"]}
+        which = "eval_accuracy" if options["task"] == "countdown" else "eval_reward"
+        row["curve"] = {str(record["step"]): record[which] for record in records if which in record}
+        steps = [record for record in records if "reward" in record]
+        row["evaluations"] = steps[-1]["num_evaluations"]
+        row["train_time_s"] = round(steps[-1]["train_time_s"], 1)
+        row["rate"] = [round(record["learning_rate"] / options["learning_rate"], 3) for record in steps]
+        row["reliability"] = [round(record["es/reliability"], 3) for record in steps]
+        for split, limit in (("test", 500),) if which == "eval_accuracy" else (("test", 0), ("knowledge", 0)):
+            evaluate = [*ESTUNE, "evaluate", "--model", str(place), "--split", split, "--limit", str(limit), "--json",
+                        "--task", options["task"], "--num_threads", str(threads),
+                        "--max_completion_length", str(options["max_completion_length"])]  # fmt: skip
+            done = subprocess.run(evaluate, check=True, capture_output=True, text=True, env=environment)
+            result = json.loads(done.stdout)
+            row[split] = {"accuracy": result["accuracy"], "reward": result["reward"]}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return means over seeds as text: accuracy in per cent, or the distance in characters."""
+    lines = []
+    for case in CASES:
+        for rule in RULES:
+            mine = [row for row in rows if (row["case"], row["rule"]) == (case, rule)]
+            if not mine:
+                continue
+            countdown = CASES[case][1]["task"] == "countdown"
+            values = [100 * row["test"]["accuracy"] if countdown else -row["test"]["reward"] for row in mine]
+            found = over_seeds(values)
+            low, high = found.interval
+            curve = {step: [row["curve"].get(step) for row in mine] for step in mine[0]["curve"]}
+            middle = "  ".join(f"{step}: {sum(v) / len(v):.3g}" for step, v in curve.items() if None not in v)
+            lines.append(f"{case:8} {rule:24} {found.mean:6.1f} [{low:.1f}, {high:.1f}] n {len(mine)}   {middle}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with one thread each")
+    options = parser.parse_args()
+    file = RESULTS / "estimators.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    done = {(row["case"], row["rule"], row["seed"]) for row in rows}
+    wanted = [(c, r, s) for s in options.seeds for c in options.cases for r in options.rules if (c, r, s) not in done]
+    lock = Lock()
+
+    def one(cell: tuple[str, str, int]) -> None:
+        row = run(*cell, threads=1) | {"stamp": stamp()["commit"]}
+        with lock:
+            rows.append(row)
+            rows.sort(key=lambda r: (list(CASES).index(r["case"]), list(RULES).index(r["rule"]), r["seed"]))
+            write_result("estimators", {}, listed={"rows": rows})
+            print(json.dumps({k: row[k] for k in ("case", "rule", "seed", "test", "train_time_s")}), flush=True)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(one, wanted))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
