@@ -307,3 +307,17 @@ def test_a_short_answer_is_rewarded_as_a_step_of_the_paths() -> None:
     with loaded("benchmarks/paths.py") as paths:
         assert paths.shorter(completions=["", "x" * 100]) == [1.0, 0.5]
         assert paths.shorter(completions=[[{"role": "assistant", "content": "x" * 300}]]) == [0.25]
+
+
+# --- record.py --------------------------------------------------------------------------------------------------------
+
+
+def test_counts_of_a_junit_report(tmp_path):
+    cases = '<testcase classname="a" name="x"/><testcase classname="a" name="y"><failure/></testcase>'
+    cases += (
+        '<testcase classname="b" name="z"><skipped/></testcase><testcase classname="b" name="w"><error/></testcase>'
+    )
+    (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
+    with loaded("benchmarks/record.py") as record:
+        found = record.counts_of(tmp_path / "report.xml")
+    assert found == {"passed": 1, "skipped": 1, "failed": ["a::y", "b::w"]}

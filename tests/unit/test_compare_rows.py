@@ -42,6 +42,15 @@ def planned(made: Comparison, method: str) -> Any:
     return configuration(made, "tiny", method, entries(made)[method].trials[0], 0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"num_workers": 2}, "leave time out of the budget"), ({"engine": "vllm"}, "settings cannot hold engine")],
+)
+def test_what_the_other_methods_cannot_have_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        comparison(settings=settings, budget={"evaluations": 64, "time_s": 1.0})
+
+
 def test_trials_that_are_equal_for_random_search_get_another_sigma() -> None:
     trials = [{"sigma": 0.02, "learning_rate": 0.01}, {"sigma": 0.02, "learning_rate": 0.02}, {"sigma": 0.04}]
     made = entries(comparison(methods={"es": {**ES, "trials": trials}}))["random_search"]

@@ -201,7 +201,7 @@ def judged(base: list[Any], tuned: list[Any], low: float = 0.0, high: float = 1.
 
 
 def verdict(tuned: list[str]) -> Verdict:
-    """Judge a run over a base that is right at length (600 characters off), on one question of the answer Paris."""
+    """Judge a run on one question, whose answer is Paris; its base answers rightly, with 600 characters too many."""
     base = ["The answer is Paris. " + "It is well known. " * 33 for _ in tuned]
     answers = [["Paris"]] * len(tuned)
     bounds = BOUNDS["conciseness"]

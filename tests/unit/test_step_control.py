@@ -25,12 +25,12 @@ def rewards(rng: np.random.Generator, members: np.ndarray, noise: float, prompts
 
 def test_mean_squares_are_those_of_a_two_way_analysis_of_variance() -> None:
     table = np.array([[1.0, 2.0, 4.0], [2.0, 2.0, 3.0], [5.0, 1.0, 9.0], [0.0, 4.0, 4.0]])
-    found = evidence_of(table[..., None], False, 3.5)
+    found = evidence_of(table[..., None], False, 0.25)
     rows, columns, grand = table.mean(1), table.mean(0), table.mean()
     residual = table - rows[:, None] - columns + grand
     assert found.members == pytest.approx(3 * ((rows - grand) ** 2).sum() / 3)
     assert found.residual == pytest.approx((residual**2).sum() / (3 * 2))
-    assert found.drop == pytest.approx(3.5 - grand) and math.isnan(found.even)
+    assert found.drop == 0.25 and math.isnan(found.even)
     assert found.reliability == pytest.approx(max(0, 1 - found.residual / found.members))
 
 
@@ -109,6 +109,14 @@ def test_factors() -> None:
     chance = Signal().after(Evidence(1.0, 2.0, drop=0.5))
     assert factor("drift", chance, fitness, utilities) == 0.0
     assert factor("drift", chance, fitness, utilities, antithetic=True) == 0.0
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_factors_of_the_largest_numbers_are_numbers(antithetic: bool) -> None:
+    fitness = [1e300, -1e300, 1e300, math.nan]
+    signal = Signal().after(Evidence(1e280, 0.0)).after(evidence_of(np.full((4, 2, 1), 1e300), antithetic, 2e300))
+    for utilities in ([1e300, -1e300, 1e300, 0.0], [1e-300, -1e-300, 1e-300, 0.0]):
+        assert 0 <= factor("drift", signal, fitness, utilities, antithetic=antithetic) <= 1
 
 
 def test_the_predicted_gain_and_drift_are_those_of_a_quadratic_fitness() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections import Counter
 
 import cloudpickle
 import pytest
 
-from estune import cli
+from estune import ESConfig, cli
 from estune.errors import UserError, nearest
 from estune.tasks import TASKS, get_task, mixture
 from estune.tasks.other_names import OTHER_NAMES
+from estune.train.setup import resolve_rewards, resolve_rows
 
 COMMANDS = cli.build_parsers()[1]
 TYPOS = {  # of the options of `estune train`
@@ -262,3 +264,9 @@ def test_what_does_not_mix() -> None:
         get_task("quadratic=1,countdown=1")
     with pytest.raises(UserError, match="did you mean 'countdown'"):
         get_task("countdwn=1,conciseness=1")
+
+
+def test_a_split_that_a_task_lacks_is_refused_by_name() -> None:
+    task = dataclasses.replace(get_task("countdown"), splits=("train",))
+    with pytest.raises(UserError, match="task countdown has no split 'validation'; it has train"):
+        resolve_rows(ESConfig(task="countdown"), None, task, "validation", resolve_rewards(ESConfig(), None, task))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 SMOOTHING = 0.8  # weight of the earlier steps in the running means
-LARGEST = 1e140  # rewards are clipped to this absolute value, so that sums of squares do not overflow
+LARGEST = 1e140  # rewards and utilities are clipped to this absolute value, so that sums of squares do not overflow
 DRIFT_SHARE = 0.05  # of a step's gain: how much the control ``drift`` lets its random part lose
 
 
@@ -88,22 +88,27 @@ def _share(members: float, residual: float) -> float:
     return max(0.0, 1.0 - residual / members) if members > 0 else 0.0
 
 
+def _clipped(value: float) -> float:
+    """Return the value within ±`LARGEST`; NaN stays NaN."""
+    return value if math.isnan(value) else max(-LARGEST, min(LARGEST, value))
+
+
 def _blend(mean: float, value: float) -> float:
     return SMOOTHING * mean + (1.0 - SMOOTHING) * value
 
 
-def evidence_of(rows: np.ndarray, antithetic: bool, theta_fitness: float = math.nan) -> Evidence:
+def evidence_of(rows: np.ndarray, antithetic: bool, drop: float = math.nan) -> Evidence:
     """Return the evidence of weighted rewards (N, B, G).
 
     Args:
         rows: rewards; a prompt without a reward for some member (NaN) is left out.
         antithetic: members are pairs (+, -). Half the difference of a pair holds the gradient's part of the fitness
             alone; the mean of a pair holds the curvature's, which is reliable and tells no direction.
-        theta_fitness: theta's fitness on the same prompts.
+        drop: theta's fitness minus the members' mean fitness, on the same prompts.
     """
     means = np.clip(rows, -LARGEST, LARGEST).mean(axis=2)
     table = _complete(means, 2 if antithetic else 1)  # (N, B)
-    drop = theta_fitness - _mean(table) if table.size else math.nan
+    drop = _clipped(drop)
     if table.shape[1] < 2 or table.shape[0] < (4 if antithetic else 2):
         return Evidence(drop=drop)
     if not antithetic:
@@ -196,10 +201,10 @@ def moves_of(fitness: Sequence[float], utilities: Sequence[float], antithetic: b
     The update is the learning rate times the sum of coefficient times noise. The effect is the member's fitness minus
     the mean; of a pair, half of the difference. A member without fitness (NaN) has no effect.
     """
-    known = [value for value in fitness if not math.isnan(value)]
+    known = [_clipped(value) for value in fitness if not math.isnan(value)]
     center = math.fsum(known) / len(known) if known else 0.0
-    effects = [0.0 if math.isnan(value) else value - center for value in fitness]
-    n = len(utilities)
+    effects = [0.0 if math.isnan(value) else _clipped(value) - center for value in fitness]
+    utilities, n = [_clipped(value) for value in utilities], len(utilities)
     if not antithetic:
         return [(utility / n, effect) for utility, effect in zip(utilities, effects, strict=True)]
     return [((utilities[m] - utilities[m + 1]) / n, (effects[m] - effects[m + 1]) / 2) for m in range(0, n, 2)]

@@ -19,7 +19,7 @@ from estune.console import counted, say, warn
 from estune.data.batches import Batches
 from estune.engines import ENGINES
 from estune.errors import UserError
-from estune.es.fitness import fill_failures, population_fitness, weigh
+from estune.es.fitness import fill_failures, mean, population_fitness, weigh
 from estune.es.step_control import Signal, evidence_of, rate_factor
 from estune.es.theta import Moved, checked_moved
 from estune.es.types import Prompt, num_parameters
@@ -268,7 +268,7 @@ class Session(OpenRun):
             theta: the result of `evaluate_theta`.
         """
         args = self.args
-        evidence = evidence_of(weighed, args.antithetic, theta.fitness)
+        evidence = evidence_of(weighed, args.antithetic, theta.fitness - mean(fitness))
         self.signal = self.signal.after(evidence)
         factor = rate_factor(
             args.step_control,
