@@ -8,6 +8,9 @@ number of completions in training, theta's included. Countdown: accuracy on 500 
 on 100 validation problems on the way. Conciseness: distance in characters on the task's 8 held-out prompts (lower is
 better) on the way, and on the test split and correctness on 200 questions after the last step.
 
+Some rules are variants of the method that estune does not have: steps by kind of parameter, and members that perturb a
+random half of the tensors. `patch` makes them, for the run's process alone.
+
 Finished runs are kept in `benchmarks/results/estimators.json`, one line each, and are not repeated. Means and Student's
 intervals over seeds are printed.
 """
@@ -16,18 +19,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from record import RESULTS, stamp, write_result
 
+from estune.cli import main as estune_main
 from estune.compare.statistics import over_seeds
+from estune.engines.lowrank import members as lowrank_members
+from estune.es.noise.reference import round_to_bits
+from estune.es.theta import AnchorReader, HostTheta
+from estune.es.types import ParameterSpec, Perturbation
+from estune.es.update import SCALE_BITS, Update
 
 ESTUNE = [sys.executable, "-m", "estune"]
 BASES = Path(__file__).resolve().parent / "bases"
@@ -57,8 +70,18 @@ RULES: dict[str, dict[str, Any]] = {
     "anchored decay": {"weight_decay": 1.0, "weight_decay_anchor": "base"},
     "half the rate": {"learning_rate": 0.5},  # times the case's
     "twice N, half the steps": {"population_size": 2, "max_steps": 0.5},  # times the case's
-}
-SCALED = ("learning_rate", "population_size", "max_steps")
+    "drift, twice the rate": {"step_control": "drift", "learning_rate": 2},
+    "drift, four times the rate": {"step_control": "drift", "learning_rate": 4},
+    "drift, cosine": {"step_control": "drift", "lr_scheduler_type": "cosine"},
+    "drift, per-prompt z": {"step_control": "drift", "fitness_shaping": "per_prompt_z"},
+    "drift, vectors 3 times": {"step_control": "drift", "variant": "vectors"},
+    "drift, matrices by size": {"step_control": "drift", "variant": "matrices"},
+    "drift, embeddings a third": {"step_control": "drift", "variant": "embeddings"},
+    "drift, half the tensors": {
+        "step_control": "drift", "variant": "subspace", "sigma": 2**0.5, "learning_rate": 2**0.5,
+    },
+}  # fmt: skip
+SCALED = ("sigma", "learning_rate", "population_size", "max_steps")
 
 
 def options_of(case: str, rule: str) -> dict[str, Any]:
@@ -74,14 +97,64 @@ def options_of(case: str, rule: str) -> dict[str, Any]:
     return options
 
 
+def step_scale(variant: str, name: str, shape: Sequence[int]) -> float:
+    """Return the factor of a parameter's step in a variant whose kinds of parameters move by different amounts."""
+    is_embedding = any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+    if variant == "vectors":
+        return 3.0 if len(shape) < 2 else 1.0
+    if variant == "embeddings":
+        return 1 / 3 if is_embedding else 1.0
+    if variant == "matrices":  # an element's initial size is 1 / sqrt(inputs): relative to the smallest width, 64
+        return 1.0 if len(shape) < 2 or is_embedding else math.sqrt(64 / shape[-1])
+    raise ValueError(f"unknown variant {variant!r}")
+
+
+def perturbs(seed: int, name: str) -> bool:
+    """Return whether a member perturbs a tensor in the variant ``subspace``: half of the tensors, chosen by a hash."""
+    return bool(blake2b(f"{seed} {name}".encode(), digest_size=1).digest()[0] & 1)
+
+
+def patch(variant: str) -> None:
+    """Change estune in this process into a variant, for `estune train` on CPUs."""
+    update_jobs = HostTheta._update_jobs
+
+    def scaled_jobs(self: HostTheta, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Any:
+        factor = step_scale(variant, spec.name, spec.shape)
+        a, a_lowrank = (round_to_bits(scale * factor, SCALE_BITS) for scale in (update.a, update.a_lowrank))
+        return update_jobs(self, spec, replace(update, a=a, a_lowrank=a_lowrank), anchor)
+
+    def masked_jobs(self: HostTheta, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Any:
+        used = zip(update.members, update.q, strict=True)
+        q = tuple(q * perturbs(member.seed, spec.name) for member, q in used)
+        return update_jobs(self, spec, replace(update, q=q), anchor)
+
+    def masked(name: str, perturbation: Perturbation) -> Perturbation:
+        member = perturbation.member
+        return replace(perturbation, member=replace(member, sign=member.sign * perturbs(member.seed, name)))
+
+    if variant != "subspace":
+        HostTheta._update_jobs = scaled_jobs  # type: ignore[method-assign]
+        return
+    factors_of, perturb = lowrank_members.factors_of, HostTheta.perturb
+    lowrank_members.factors_of = lambda name, shape, perturbations, *rest: factors_of(
+        name, shape, [masked(name, perturbation) for perturbation in perturbations], *rest
+    )
+    HostTheta.perturb = lambda self, name, perturbation, out=None: perturb(  # type: ignore[method-assign]
+        self, name, perturbation and masked(name, perturbation), out
+    )
+    HostTheta._update_jobs = masked_jobs  # type: ignore[method-assign]
+
+
 def run(case: str, rule: str, seed: int, threads: int) -> dict[str, Any]:
     """Train and evaluate; return the run's row."""
     model, options = CASES[case][0], options_of(case, rule)
+    variant = options.pop("variant", None)
+    program = ESTUNE if variant is None else [sys.executable, __file__, "variant", variant]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name) / "run"
         flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-        train = [*ESTUNE, "train", "--model", model, "--seed", str(seed), "--num_threads", str(threads), "--report_to",
+        train = [*program, "train", "--model", model, "--seed", str(seed), "--num_threads", str(threads), "--report_to",
                  "none", "--output_dir", str(place), *flags]  # fmt: skip
         subprocess.run(train, check=True, capture_output=True, env=environment)
         records = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -123,6 +196,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing, and print the table."""
+    if sys.argv[1:2] == ["variant"]:  # `run` starts this program instead of `estune`
+        patch(sys.argv[2])
+        sys.exit(estune_main(sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
