@@ -149,6 +149,15 @@ def test_answers_equal_those_of_replaced_weights(family: str) -> None:
     assert engine.generate(None, rows, GREEDY) == engine_of(family, prompts_per_batch=3).generate(None, rows, GREEDY)
 
 
+@pytest.mark.parametrize("family", few(FAMILIES, ("llama", "mamba")))
+def test_theta_answers_as_a_member_of_sign_0(family: str) -> None:
+    engine, rows = engine_of(family), prompts(5)
+    noise = members(1)[0].noise
+    of_members = engine.generate_population(members(1), rows, GREEDY)
+    [*others, theta] = engine.generate_population([*members(1), Perturbation(Member(0, 0), noise)], rows, GREEDY)
+    assert theta == engine.generate(None, rows, GREEDY) and others == of_members
+
+
 def ends_often(model: Any) -> None:
     model.generation_config.eos_token_id = list(range(0, 300, 5))
 

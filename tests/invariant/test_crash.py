@@ -229,6 +229,25 @@ def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
     assert len(journal(place / "run")[1]["fitness"]) == 8
 
 
+@pytest.mark.parametrize(("batch", "answered_again"), [(1, 1 + 3), (4, 4 + 1)])
+def test_theta_that_answers_with_the_members_is_stored_with_them(zygote, place, batch, answered_again):
+    """With batches of 4 of 8 members, theta belongs to the second batch; otherwise theta answers after all members."""
+    write_rewards(place)
+    options = (*TOY, *HELD, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--step_control", "drift",
+               "--noise", "lowrank", "--members_per_batch", batch)  # fmt: skip
+    first, second = place / "first", place / "second"
+    pid = zygote.start(options, place, env={"CALLS": str(first), "HOLD_AFTER": "5"})
+    pending = place / "run" / "pending.jsonl"
+    while lines_of(pending) < 5:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert zygote.wait().code == -signal.SIGKILL
+    assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
+    assert len(second.read_text().splitlines()) == answered_again
+    [record] = metrics(place / "run")
+    assert record["es/theta_fitness"] is not None and record["num_evaluations"] == 3 * 9
+
+
 def test_a_torn_line_of_metrics_costs_nothing(zygote, place):
     options = (*TOY, "--max_steps", 3, "--population_size", 4)
     assert zygote.run(options, place).code == 0
@@ -255,9 +274,10 @@ def test_a_checkpoint_of_a_step_that_the_journal_lost_is_not_believed(zygote, pl
 
 
 LOWRANK = ("--noise", "lowrank", "--rank", 2, "--members_per_batch", 3)
+CONTROLLED = (*LOWRANK, "--step_control", "drift")  # theta answers in the last batch of members
 
 
-@pytest.mark.parametrize("noise", [pytest.param((), marks=pytest.mark.e2e), LOWRANK], ids=str)
+@pytest.mark.parametrize("noise", [pytest.param((), marks=pytest.mark.e2e), LOWRANK, CONTROLLED], ids=str)
 @pytest.mark.parametrize("model", ["tiny"])
 def test_three_kills_of_a_language_model(torch_zygote, place, request, model, noise):
     if model == "tiny":

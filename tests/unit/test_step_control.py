@@ -14,6 +14,8 @@ from estune import ESConfig, ESTrainer
 from estune.errors import UserError
 from estune.es.fitness import z_score
 from estune.es.step_control import DRIFT_SHARE, Evidence, Signal, evidence_of, moves_of, rate_factor
+from estune.es.types import GroupJob, Member, Noise, Perturbation, Sampling
+from estune.train.rollouts import missing_jobs
 from estune.train.setup import resolve_config
 
 
@@ -181,6 +183,23 @@ def test_the_rate_of_the_journal_is_that_of_the_formula(tmp_path: Path) -> None:
     factor = float.fromhex(controlled["a"]) / float.fromhex(plain["a"])
     assert "signal" not in plain and controlled["q"] == plain["q"]
     assert factor == pytest.approx(signal.reliability, rel=1e-6) and 0 < factor < 1
+
+
+@pytest.mark.parametrize(("size", "batches"), [(1, [(0,), (1,), (2,), (3,), (4,), (5,)]), (2, [(0, 1), (2, 3), (4, 5)]),
+                                           (3, [(0, 1, 2), (3, 4, 5)]), (9, [(0, 1, 2, 3, 4, 5)])])  # fmt: skip
+def test_theta_joins_the_last_batch_of_members(size: int, batches: list[tuple[int, ...]]) -> None:
+    noise = Noise(0.1)
+    members = [Perturbation(Member(seed, 1), noise) for seed in range(5)]
+    sampling = Sampling(seed=0, step=0, max_completion_length=4)
+
+    def jobs(known: tuple[int, ...]) -> list[GroupJob]:
+        return list(missing_jobs(known, members, "", (), sampling, size, theta_joins=True))
+
+    assert [job.indices for job in jobs(())] == batches
+    last = jobs(())[-1].perturbations[-1]
+    assert last is None if size == 1 else last == Perturbation(Member(0, 0), noise)
+    assert [job.indices for job in jobs((0, 1, 2, 3, 4))] == batches[-1:]
+    assert jobs((0, 1, 2, 3, 4, 5)) == []
 
 
 def test_theta_answers_every_step_and_counts(tmp_path: Path) -> None:

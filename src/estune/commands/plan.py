@@ -89,8 +89,14 @@ def _jobs(args: ResolvedConfig, engine: Engine, prompts: Sequence[Prompt]) -> It
         step = plan_step(args, batches, index)
         asked = [prompts[row] for row in step.rows]
         sampling = sampling_of(args, index)
-        for job in missing_jobs((), step.perturbations, engine.theta_checksum, asked, sampling, args.group_size):
+        size, theta_joins = args.group_size, args.step_control == "drift"
+        for job in missing_jobs((), step.perturbations, engine.theta_checksum, asked, sampling, size, theta_joins):
             yield step.rows, job
+
+
+def _groups_per_step(args: ResolvedConfig) -> int:
+    """Return the number of groups that answer in a step; theta is one of its own if members answer one by one."""
+    return math.ceil(args.population_size / args.group_size) + (args.step_control == "drift" and args.group_size == 1)
 
 
 @dataclass
@@ -140,7 +146,7 @@ def _calibrate(
     engine = evaluator.engine
     upcoming = _jobs(args, engine, prompts)
     wave = max(1, args.num_workers)  # groups that are answered at once
-    per_step = math.ceil(args.population_size / args.group_size)
+    per_step = _groups_per_step(args)
     first, answers = _Answers(), _Answers()
     began = time.perf_counter()
     _answer(args, evaluator, rows, list(itertools.islice(upcoming, wave)), first)  # compiles kernels and fills caches
@@ -197,7 +203,7 @@ def estimate(args: ResolvedConfig, measured: Calibration) -> dict[str, float]:
         args: the run's configuration.
         measured: the calibration.
     """
-    groups = math.ceil(args.population_size / args.group_size)
+    groups = _groups_per_step(args)
     answer_s = groups * measured.group_s
     step_s = answer_s + measured.score_wait_s + measured.update_s
     longer = args.max_completion_length / max(measured.mean_length, 1.0)

@@ -15,7 +15,7 @@ class Member:
     """A seed and a sign: they identify the perturbed model ``theta + sigma * sign * eps(seed)`` of a step."""
 
     seed: int  # unsigned 64-bit
-    sign: int  # +1 or -1
+    sign: int  # +1 or -1; 0: theta itself, which answers in the same batch as members
 
 
 class Interrupted(Exception):

@@ -43,6 +43,7 @@ class Rollouts:
     earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
     beside_s: float = 0.0  # seconds after the last member's answer that an evaluation of theta took
     started: float = 0.0  # clock reading, in seconds: the step's start, moved so that only the step's own work counts
+    theta: Group | None = None  # theta's completions of the same prompts, if theta answered with the members
 
     def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
         """Yield one record a completion: member, row, prompt, completion, rewards, and the log_extra columns."""

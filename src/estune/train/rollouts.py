@@ -3,7 +3,8 @@
 `members_per_batch` members (1 with full-rank noise) answer all B prompts of the step together. The engine may split the
 prompts into several forward passes. The reward pool scores one member per call, while the engine generates for the next
 members. Each member's result (a `Group`) is appended to `pending.jsonl` at once. A resume reuses these results, but
-only for batches of members that are complete: a batch is always generated as a whole.
+only for batches of members that are complete: a batch is always generated as a whole. Theta can answer as the last
+member: in the last batch, at the price of one member more, or in a job of its own if members answer one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from estune.console import warn
 from estune.engines.base import Engine
 from estune.errors import UserError
-from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Member, Perturbation, Prompt, Sampling
 from estune.monitor.monitors import MemberLines
 from estune.monitor.panel import PanelMonitor
 from estune.rewards.contract import reward_inputs
@@ -186,6 +187,7 @@ class Evaluator:
         pending: Pending,
         head: str,
         keep_text: bool = False,
+        theta_joins: bool = False,
         beside: Beside | None = None,
     ) -> Rollouts:
         """Generate and score the completions of all members of a step: (N, B, G) rollouts.
@@ -201,22 +203,26 @@ class Evaluator:
             pending: stores the finished members.
             head: the journal's head; it identifies the step in ``pending``.
             keep_text: whether to keep completions as text.
+            theta_joins: whether theta answers the prompts too; `Rollouts.theta` holds its completions.
             beside: an evaluation of theta, whose jobs workers take when no member's job is left.
 
         Raises:
             Interrupted: the run was asked to stop; ``pending`` holds the finished members.
         """
         n_members = len(perturbations)
+        n_models = n_members + theta_joins
         shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
-        known = known_groups(pending.read(head), n_members, shape, keep_text)
-        scores = _Scores(self, sampling.num_generations, pending, head, n_members, keep_text, beside, dict(known))
-        jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch)
+        known = known_groups(pending.read(head), n_models, shape, keep_text)
+        scores = _Scores(
+            self, sampling.num_generations, pending, head, n_members, n_models, keep_text, beside, dict(known)
+        )
+        jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch, theta_joins)
 
         def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
             first = job.indices[0]
-            return rows if beside is None or first < n_members else beside.rows_of(first - n_members)
+            return rows if beside is None or first < n_models else beside.rows_of(first - n_models)
 
-        every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_members))
+        every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_models))
         try:
             for answer in self.submit(every, rows_of, trainer_state, keep_text or beside is not None):
                 scores.take(*answer)
@@ -229,6 +235,7 @@ class Evaluator:
         groups = scores.groups
         rollouts = stack([groups[index] for index in range(n_members)], time.perf_counter() - waiting_since)
         rollouts.beside_s = waiting_since - scores.members_done if beside is not None else 0.0
+        rollouts.theta = groups.get(n_members)
         rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
         return rollouts
 
@@ -241,9 +248,10 @@ class _Scores:
     num_generations: int
     pending: Pending  # stores each finished group
     head: str  # the journal's head
-    n_members: int
+    n_members: int  # N
+    n_models: int  # N, and 1 more if theta answers too
     keep_text: bool  # whether groups keep completions as text
-    beside: Beside | None  # takes the answers with indices from ``n_members`` on
+    beside: Beside | None  # takes the answers with indices from ``n_models`` on
     groups: dict[int, Group]  # finished, by member
     waiting: list[tuple[int, Group, Future[RewardResult]]] = field(default_factory=list)  # in the order of submission
     members_done: float = field(default_factory=time.perf_counter)  # clock reading of the last member's answer, seconds
@@ -254,15 +262,16 @@ class _Scores:
         Raises:
             Interrupted: the run was asked to stop.
         """
-        if self.beside is not None and index >= self.n_members:
-            self.beside.take(index - self.n_members, group, completions, future)
+        if self.beside is not None and index >= self.n_models:
+            self.beside.take(index - self.n_models, group, completions, future)
             return
         if not self.keep_text:
             group.completions = None
         self.members_done = time.perf_counter()
         self.waiting.append((index, group, future))
         if self.evaluator.panel is not None:
-            self.evaluator.panel.members_done(len(self.groups.keys() | {waiting[0] for waiting in self.waiting}))
+            done = self.groups.keys() | {waiting[0] for waiting in self.waiting}
+            self.evaluator.panel.members_done(len(done - {self.n_members}))
         self.collect(wait=False)
 
     def collect(self, wait: bool) -> None:
@@ -286,14 +295,28 @@ def missing_jobs(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     members_per_batch: int,
+    theta_joins: bool = False,
 ) -> Iterator[GroupJob]:
-    """Yield one job for each batch of members, unless ``known`` (member indices) contains the whole batch."""
+    """Yield one job for each batch of members, unless ``known`` (member indices) contains the whole batch.
+
+    With ``theta_joins``, theta has the index N. It is one more member of the last batch, or the last job if a batch is
+    one member.
+    """
     n_members = len(perturbations)
-    for first in range(0, n_members, members_per_batch):
-        batch = tuple(range(first, min(first + members_per_batch, n_members)))
+    models: list[Perturbation | None] = list(perturbations)
+    batches = [
+        tuple(range(first, min(first + members_per_batch, n_members)))
+        for first in range(0, n_members, members_per_batch)
+    ]
+    if theta_joins and members_per_batch == 1:
+        models.append(None)
+        batches.append((n_members,))
+    elif theta_joins:
+        models.append(Perturbation(Member(seed=0, sign=0), perturbations[0].noise))
+        batches[-1] += (n_members,)
+    for batch in batches:
         if not set(known) >= set(batch):
-            members = tuple(perturbations[m] for m in batch)
-            yield GroupJob(batch, members, theta_checksum, tuple(prompts), sampling)
+            yield GroupJob(batch, tuple(models[m] for m in batch), theta_checksum, tuple(prompts), sampling)
 
 
 def answers_of_theta(

@@ -35,7 +35,7 @@ from estune.run.directory import Run
 from estune.run.journal import step_record
 from estune.train import metrics
 from estune.train.evaluation import Evaluation, HeldOut, evaluate
-from estune.train.groups import Rollouts, tokens_digest
+from estune.train.groups import Rollouts, stack, tokens_digest
 from estune.train.rollouts import Evaluator, answers_of_theta
 from estune.train.setup import Loaded
 from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
@@ -208,6 +208,7 @@ class Session(OpenRun):
             pending=self.run.pending,
             head=self.run.journal.head,
             keep_text=self._keeps_completions(step) or self.panel is not None,
+            theta_joins=self.args.step_control == "drift",
             beside=beside,
         )
         # The start moves back by the seconds that a killed process spent on this step, and forward by the seconds in
@@ -225,9 +226,9 @@ class Session(OpenRun):
     def evaluate_theta(self, step: Step, rollouts: Rollouts) -> ThetaAnswers:
         """Let theta answer the step's prompts too, in some steps: in step 1, before an evaluation, or if members agree.
 
-        In step 1 and before an evaluation, theta's completions are also scored; with ``step_control drift`` in every
-        step. Theta's failed rewards are filled as if theta were one more member. Only ``step_control drift`` lets the
-        update depend on theta's completions.
+        In step 1 and before an evaluation, theta's completions are also scored. With ``step_control drift`` theta has
+        answered with the members in every step (`Rollouts.theta`). Theta's failed rewards are filled as if theta were
+        one more member. Only ``step_control drift`` lets the update depend on theta's completions.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -236,14 +237,17 @@ class Session(OpenRun):
         sampling = sampling_of(self.args, step.index)
         digests = np.array([group.digests for group in rollouts.groups])  # (N, B, G)
         is_evaluation_step = bool(self.args.eval_steps) and (step.index + 1) % self.args.eval_steps == 0
-        joins = self.args.step_control == "drift" or (step.index == 0 and self.theta_joins_first_step)
+        joins = rollouts.theta is not None or (step.index == 0 and self.theta_joins_first_step)
         if not is_evaluation_step and not joins:
             if not self.watch.needs_theta(rollouts.modal_ratio):
                 return ThetaAnswers()
             answers = answers_of_theta(self.engine, prompts, sampling, self.evaluator.should_stop)
             theta_digests = np.array([[tokens_digest(completion.token_ids) for completion in row] for row in answers])
             return ThetaAnswers(equal=float(np.mean(digests == theta_digests)))  # (N, B, G) == (B, G)
-        theta = self.evaluator.evaluate_theta(rows, prompts, sampling, self.trainer_state(step.index))
+        if rollouts.theta is not None:
+            theta = stack([rollouts.theta])
+        else:
+            theta = self.evaluator.evaluate_theta(rows, prompts, sampling, self.trainer_state(step.index))
         rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, theta.failed])
         weights = self.rewards.weights
@@ -451,7 +455,8 @@ class Session(OpenRun):
 
     def _kept(self) -> str:
         """Return how many members of the step in hand are stored, as text; an empty string if none is."""
-        kept = len(self.run.pending.read(self.run.journal.head))
+        stored = self.run.pending.read(self.run.journal.head)
+        kept = sum(index < self.args.population_size for index in stored)
         if not kept:
             return ""
         return f", {kept} of {self.args.population_size} members of step {self.run.steps_done + 1} kept"
