@@ -177,6 +177,19 @@ def test_a_resumed_run_takes_the_same_steps(control: str, antithetic: bool, shap
     assert all(set(line["signal"]) == {"members", "residual", "weight", "drop", "drop_weight"} for line in whole)
 
 
+def test_the_expected_gain_is_logged_whatever_the_setting(tmp_path: Path) -> None:
+    [line] = toy(tmp_path / "run", 1, antithetic=True)
+    [record] = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    half = (np.array(line["fitness"][0::2]) - np.array(line["fitness"][1::2])) / 2  # (P,)
+    z = z_score(line["fitness"])
+    moves = (np.array(z[0::2]) - np.array(z[1::2])) / 8
+    expected = record["learning_rate"] * record["es/reliability"] * float(moves @ half) / record["es/sigma"]
+    assert record["es/expected_gain"] == pytest.approx(expected) and expected > 0
+    drop = record["es/theta_fitness"] - record["es/fitness_mean"]
+    lost = (record["learning_rate"] / record["es/sigma"]) ** 2 * drop * float(moves @ moves)
+    assert record["es/expected_loss"] == pytest.approx(lost)
+
+
 def test_the_rate_of_the_journal_is_that_of_the_formula(tmp_path: Path) -> None:
     plain, controlled = (toy(tmp_path / c, 1, step_control=c)[0] for c in ("none", "reliability"))
     signal = Signal(**controlled["signal"])
@@ -209,6 +222,7 @@ def test_theta_answers_every_step_and_counts(tmp_path: Path) -> None:
     for record in records:
         assert record["es/theta_fitness"] is not None and 0 <= record["es/signal"] <= 1
         assert 0 <= record["learning_rate"] <= 0.05
+        assert record["es/expected_gain"] >= 0 and math.isfinite(record["es/expected_loss"])
 
 
 def test_without_evidence_theta_stays(tmp_path: Path) -> None:

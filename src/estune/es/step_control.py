@@ -153,6 +153,40 @@ def _columns(table: np.ndarray) -> np.ndarray:
     return np.array([[_mean(column) for column in table.T]])
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A step of learning rate a is expected to gain ``a * gain`` and to lose ``a^2 * drift``; NaN: unknown."""
+
+    gain: float
+    drift: float
+
+
+def forecast(
+    reliability: float,
+    drop: float,
+    fitness: Sequence[float],
+    utilities: Sequence[float],
+    *,
+    antithetic: bool,
+    sigma: float,
+) -> Forecast:
+    """Return what a step is expected to gain and to lose.
+
+    Args:
+        reliability: of the ranking.
+        drop: theta's fitness minus the members' mean fitness.
+        fitness: (N,).
+        utilities: (N,), before quantisation.
+        antithetic: whether members are pairs.
+        sigma: standard deviation of the perturbations.
+    """
+    moves = moves_of(fitness, utilities, antithetic)
+    return Forecast(
+        gain=reliability / sigma * math.fsum(move * effect for move, effect in moves),
+        drift=drop / sigma**2 * math.fsum(move**2 for move, _ in moves),
+    )
+
+
 def rate_factor(
     control: str,
     signal: Signal,
@@ -187,12 +221,10 @@ def rate_factor(
     drop = signal.mean_drop
     if not drop > 0:  # the members are as good as theta: a step loses nothing by drift
         return 1.0 if reliability > 0 else 0.0
-    moves = moves_of(fitness, utilities, antithetic)
-    gain = reliability / sigma * math.fsum(move * effect for move, effect in moves)
-    drift = drop / sigma**2 * math.fsum(move**2 for move, _ in moves)
-    if gain <= 0 or drift <= 0:
+    expected = forecast(reliability, drop, fitness, utilities, antithetic=antithetic, sigma=sigma)
+    if expected.gain <= 0 or expected.drift <= 0:
         return 0.0
-    return min(1.0, DRIFT_SHARE * gain / drift / learning_rate)
+    return min(1.0, DRIFT_SHARE * expected.gain / expected.drift / learning_rate)
 
 
 def moves_of(fitness: Sequence[float], utilities: Sequence[float], antithetic: bool) -> list[tuple[float, float]]:

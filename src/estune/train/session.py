@@ -20,7 +20,7 @@ from estune.data.batches import Batches
 from estune.engines import ENGINES
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, mean, population_fitness, weigh
-from estune.es.step_control import Signal, evidence_of, rate_factor
+from estune.es.step_control import Signal, evidence_of, forecast, rate_factor
 from estune.es.theta import Moved, checked_moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
@@ -283,7 +283,15 @@ class Session(OpenRun):
             sigma=step.sigma,
             learning_rate=step.learning_rate,
         )
-        return replace(step, factor=factor, evidence=evidence)
+        expected = forecast(
+            evidence.reliability,
+            evidence.drop,
+            fitness.tolist(),
+            utilities,
+            antithetic=args.antithetic,
+            sigma=step.sigma,
+        )
+        return replace(step, factor=factor, evidence=evidence, expected=expected)
 
     def measure(
         self, step: Step, rewards: np.ndarray, fitness: np.ndarray, rollouts: Rollouts, theta: ThetaAnswers
@@ -301,11 +309,14 @@ class Session(OpenRun):
         if step.index == 0:
             self.first_step_scored_theta = theta.is_scored
         record = metrics.step_metrics(rewards, self.rewards, fitness, rollouts)
+        rate = step.learning_rate * step.factor
         record |= {
-            "learning_rate": step.learning_rate * step.factor,
+            "learning_rate": rate,
             "es/sigma": step.sigma,
             "num_tokens": self.tokens,
             "es/reliability": metrics.number(step.evidence.reliability),
+            "es/expected_gain": metrics.number(rate * step.expected.gain),
+            "es/expected_loss": metrics.number(rate**2 * step.expected.drift),
         }
         if self.args.antithetic:
             record["es/reliability_even"] = metrics.number(step.evidence.even)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from estune.config import ESConfig, SizedConfig
 from estune.data.batches import Batches
 from estune.es.population import members_for_step, noise_of
-from estune.es.step_control import UNKNOWN, Evidence
+from estune.es.step_control import UNKNOWN, Evidence, Forecast
 from estune.es.types import Member, Noise, Perturbation, Sampling
 from estune.es.update import Update, make_update, scheduled
 
@@ -28,6 +29,7 @@ class Step:
     anchored: bool = False  # True: weight decay pulls towards theta_0; False: towards 0
     factor: float = 1.0  # of the learning rate, by step control
     evidence: Evidence = UNKNOWN  # what the step's rewards say about the ranking of its members
+    expected: Forecast = Forecast(math.nan, math.nan)  # by this step's evidence alone
 
     @property
     def perturbations(self) -> list[Perturbation]:
