@@ -22,7 +22,7 @@ from estune.engines.base import EngineOptions
 from estune.engines.hf.engine import HFEngine
 from estune.errors import UserError
 from estune.es.population import members_for_step, noise_of
-from estune.es.types import GroupJob, Interrupted, Perturbation, Prompt, Sampling
+from estune.es.types import GroupJob, Interrupted, Member, Perturbation, Prompt, Sampling
 from estune.es.update import make_update
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM and its libraries warn
@@ -94,8 +94,11 @@ def test_answers_and_updates_are_those_of_transformers(family: Path, noise: str)
         assert engine.facts.shared_forward == (noise == "lowrank")
         assert engine.fingerprint() == reference.fingerprint()
         for _ in range(2):  # the second time with the updated theta: no cached prefix may survive
-            assert tokens(engine.generate(None, PROMPTS, GREEDY)) == tokens(reference.generate(None, PROMPTS, GREEDY))
-            answered = engine.generate_population(members, PROMPTS, GREEDY)
+            of_theta = tokens(reference.generate(None, PROMPTS, GREEDY))
+            assert tokens(engine.generate(None, PROMPTS, GREEDY)) == of_theta
+            theta = Perturbation(Member(0, sign=0), members[0].noise)
+            *answered, beside = engine.generate_population([*members, theta], PROMPTS, GREEDY)
+            assert tokens(beside) == of_theta
             expected = reference.generate_population(members, PROMPTS, GREEDY)
             assert list(map(tokens, answered)) == list(map(tokens, expected))
             update = make_update([p.member for p in members], [1.0, -0.5, -0.5], 0.01, rank=rank)
