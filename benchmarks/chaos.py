@@ -151,19 +151,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--keep", type=Path, help="a directory for the runs; default: a temporary one")
+    parser.add_argument("--keep", type=Path, help="a directory for the runs, which a second call continues")
     values = parser.parse_args()
     root = values.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     root.mkdir(parents=True, exist_ok=True)
     quiet, temporary = root / "quiet", Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    subprocess.run(command(quiet, values.steps, 0), check=True, stdout=subprocess.DEVNULL)
-    rows = []
-    for seed in range(values.runs):
-        row = disturbed(root / f"run-{seed}", values.steps, temporary, seed)
-        rows.append(row | judge(root / f"run-{seed}", quiet, temporary))
+    if steps_of(quiet) != values.steps:
+        subprocess.run(command(quiet, values.steps, 0), check=True, stdout=subprocess.DEVNULL)
+    finished = root / "rows.jsonl"  # a kept directory continues after its last finished run
+    rows = [json.loads(line) for line in finished.read_text().splitlines()] if finished.exists() else []
+    for seed in range(len(rows), values.runs + 1):
+        run = root / (f"run-{seed}" if seed < values.runs else "driver")
+        shutil.rmtree(run, ignore_errors=True)
+        if seed < values.runs:
+            row = disturbed(run, values.steps, temporary, seed)
+        else:
+            row = driver_killed(run, values.steps, temporary)
+        rows.append(row | judge(run, quiet, temporary))
+        with finished.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
-    rows.append(driver_killed(root / "driver", values.steps, temporary) | judge(root / "driver", quiet, temporary))
-    print(json.dumps(rows[-1]), flush=True)
     passed = all(row["same_bytes"] and not row["left_behind"] for row in rows)
     write_result("chaos", {"steps": values.steps, "workers": 3, "options": OPTIONS, "runs": rows, "passed": passed})
     if values.keep is None:
