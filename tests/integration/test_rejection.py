@@ -222,24 +222,25 @@ def test_random_vote_is_the_same_search_and_names_its_best_members(noise, place)
     """A search that is stopped and continued names the same members."""
     changes = {"train_dataset": easy_rows(8), "task": "countdown", "noise": noise, **NO_GRADIENT, "max_steps": 3}
     alone = train("random_search", **changes, output_dir="alone")
-    votes = {"method_kwargs": {"vote_members": 5}}
+    votes = {"method_kwargs": {"vote_members": 4}}
     run = train("random_vote", **changes, **votes)
     assert weights(run) == weights(alone)
     record = json.loads((run / "method.json").read_text())
-    assert record["estune"] == {"vote_members": 5} and "vote" not in json.loads((alone / "method.json").read_text())
+    assert record["estune"] == {"vote_members": 4} and "vote" not in json.loads((alone / "method.json").read_text())
     state = json.loads((run / "trainer" / "best.json").read_text())
     best = json.loads((alone / "trainer" / "best.json").read_text())
-    assert {name: state[name] for name in best} == best and len(state["ranked"]) == 5
+    assert {name: state[name] for name in best} == best and len(state["ranked"]) == 4
     members = random_search.voting_members(record["vote"])
     args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_vote", "noise": noise})
     batches = Batches(8, 2, 0)
     places = [(each["step"], each["member"]) for each in record["vote"]["members"]]
     assert members == [plan_step(args, batches, step).perturbations[member] for step, member in places]
-    assert len(set(places)) == 5 and (best["step"] < 0 or places[0] == (best["step"], best["member"]))
+    assert len(set(places)) == 4 and (best["step"] < 0 or places[0] == (best["step"], best["member"]))
     parts = train("random_vote", **{**changes, "max_steps": 2}, **votes, output_dir="parts")
-    assert json.loads((parts / "method.json").read_text())["vote"]["fingerprint"] != record["vote"]["fingerprint"] or (
-        {each["step"] for each in record["vote"]["members"]} <= {0, 1}
-    )
+    early = json.loads((parts / "method.json").read_text())["vote"]
+    assert {each["step"] for each in early["members"]} == {0, 1} and early["fingerprint"] != record["vote"][
+        "fingerprint"
+    ]
     train("random_vote", **changes, **votes, output_dir="parts", resume=True)
     assert json.loads((parts / "method.json").read_text())["vote"] == record["vote"]
 

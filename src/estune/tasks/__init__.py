@@ -42,10 +42,12 @@ class Task:
     answers_hold_words: bool = True
     """Whether right completions hold words, if `right_answer` gives none; expressions and grids hold none."""
     final_answer: Callable[[Row, str], str | None] | None = None
-    """The answer in a completion of a row, as scoring reads it; None for a completion without a readable answer. Two
-    spellings of one answer give one text, unless `equal_answers` tells them apart. None: answers cannot be counted."""
+    """The answer in a completion of a row as text, the same for all its spellings; None if scoring cannot read one.
+
+    None instead of a function: the task has no answers that can be counted.
+    """
     equal_answers: Callable[[Row, str, str], bool] | None = None
-    """Whether two final answers to a row are equal; None: if their texts are."""
+    """Whether two final answers to a row are equal; needed only if equal answers can have different texts."""
 
 
 def _built_in(name: str, description: str, *columns: str) -> Task:
@@ -64,6 +66,7 @@ def _built_in(name: str, description: str, *columns: str) -> Task:
         right_answer=getattr(module, "right_answer", None),
         answers_hold_words=getattr(module, "ANSWERS_HOLD_WORDS", Task.answers_hold_words),
         final_answer=getattr(module, "final_answer", None),
+        equal_answers=getattr(module, "equal_answers", None),
     )
 
 
