@@ -100,9 +100,7 @@ class Measurement(Answers, total=False):
     retention: dict[str, Answers]
     kl: float
     curve: list[list[float | None]]  # evaluations, seconds, validation accuracy
-    vote: (
-        VoteFacts  # of random_vote, which has no fields that only a single model has (KL, samples, retention, changes)
-    )
+    vote: VoteFacts  # of random_vote; then the fields that only a single model has are absent
     hacking: dict[str, Any]  # the fields of `estune.compare.hacking.Verdict`
     judged: dict[str, Any]  # of a base: the fields of `estune.compare.hacking.AnswerSummary`
     changes: Changes
