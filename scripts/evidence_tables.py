@@ -52,10 +52,17 @@ def labelled(row: dict[str, Any], established: dict[str, bool]) -> str:
         notes.append(f"{row['unmeasured']} of {len(row['seeds'])} not measured")
     if row.get("hacked"):
         notes.append(f"{row['hacked']} hacked")
+    if vote := row.get("vote"):
+        notes.append(f"{vote['members']} answers to each problem")
     if row.get("beside_constant"):
         notes.append("not above a constant")
     name = " ".join(str(row["name"]).split()).replace("<", "&lt;").replace("|", "&#124;")
     return f"{name} ({'; '.join(notes)})" if notes else name
+
+
+def opponent(test: dict[str, Any]) -> str:
+    """Return the name of the row that an ES row is tested against; for a vote, with its answers to each problem."""
+    return f"{test['other']} ({test['members']} answers to each problem)" if "members" in test else str(test["other"])
 
 
 def seeds_note(rows: Sequence[dict[str, Any]], wanted: int) -> str:
@@ -127,7 +134,8 @@ def _overview_rows(summary: dict[str, Any], budget: str, halves: bool) -> list[l
                 number(statistics.mean(row[name] for row in existing), 0) for name in ("evaluations", "train_time_s")
             ]
         beside = all(row.get("beside_constant") for row in existing)
-        label = labelled({"name": method, "beside_constant": beside}, summary["established"])
+        vote = {"vote": existing[0]["vote"]} if "vote" in existing[0] else {}
+        label = labelled({"name": method, "beside_constant": beside, **vote}, summary["established"])
         body.append([label, *cells, *used, *([half_way(summary, budget, method)] if halves else [])])
     return body
 
@@ -143,12 +151,12 @@ def differences(summary: dict[str, Any], budget: str) -> str:
         return ""
     significant = [test for test in tests if test["p_holm"] < 0.05]
     better = [test for test in significant if test["difference"] > 0]
-    others = collections.Counter(test["other"] for test in better).most_common()
+    others = collections.Counter(opponent(test) for test in better).most_common()
     beaten = f" ({', '.join(f'{count} against {name}' for name, count in others)})" if others else ""
     if len(tests) == 1:
         size = "more than chance" if significant else "within chance"
         return (
-            f"One pair is tested: the difference of {tests[0]['es']} and {tests[0]['other']} is {size} "
+            f"One pair is tested: the difference of {tests[0]['es']} and {opponent(tests[0])} is {size} "
             f"({100 * tests[0]['difference']:+.1f} points, p {tests[0]['p_holm']:.2g}, Holm)."
         )
     return (
@@ -225,7 +233,7 @@ def one_base(summary: dict[str, Any], model: str, budgets: Sequence[str]) -> str
 def paired(summary: dict[str, Any], model: str, budget: str) -> str:
     """Return the table of all paired differences on a base at a budget; an empty text if there are none."""
     tests = [
-        [f"{test['es']} - {test['other']}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"]
+        [f"{test['es']} - {opponent(test)}", share(test, "difference", "+"), f"{test['p_holm']:.2g}"]
         for test in summary["models"][model]["tests"][budget]
     ]
     return table(tests, ["difference, points", "mean [95 %]", "p (Holm)"]) if tests else ""
@@ -243,11 +251,11 @@ def seeds_of(rows: Sequence[Row], base: Row, budget: str) -> str:
             cells += [
                 number(100 * row["accuracy"], 1),
                 f"{row['hacking']['normalised_reward_change']:+.3f}",
-                number(row["kl"], 2),
-                number(row["changes"].get("walk_ratio"), 3),
+                number(row.get("kl"), 2),
+                number(row.get("changes", {}).get("walk_ratio"), 3),
                 str(greedily),
-                str(sum(count > 0 for count in row["discovery"])),
-                ", ".join(number(100 * kept["accuracy"], 1) for kept in row["retention"].values()),
+                str(sum(count > 0 for count in row["discovery"])) if "discovery" in row else "",
+                ", ".join(number(100 * kept["accuracy"], 1) for kept in row.get("retention", {}).values()),
                 "",
             ]
         else:

@@ -8,6 +8,7 @@ from command_line import weights
 from safetensors.numpy import load_file
 
 from estune import ESConfig
+from estune.config import SEARCHES
 from estune.tasks import get_task
 
 trl = pytest.importorskip("trl", reason="the baselines' trainers")
@@ -63,7 +64,7 @@ FEW = {"task": "countdown", "dataset_name": "rows.jsonl", "max_steps": 4}  # two
 
 def words_of(method, **changes):
     values = {**SMALL, **FEW, "save_steps": 1, "save_total_limit": 1, "method": method, **changes}
-    if method == "random_search":
+    if method in SEARCHES:
         values |= NO_GRADIENT
     words = ["train"]
     for name, value in values.items():

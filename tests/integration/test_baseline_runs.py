@@ -251,10 +251,12 @@ KILLED = [
     full("grpo", {"method_kwargs": TRL, "logging_steps": 3}, [("metrics", 1), ("saving", 3)]),
     full("sft_rejection", SFT, [("scoring", 0), ("method", 0), ("saving", 2), ("metrics", 4)]),
     ("random_search", {"logging_steps": 2}, [("metrics", 2), ("kept beside", 3), ("final", 4)]),
+    full("random_vote", {}, [("metrics", 1), ("kept beside", 3), ("final", 4)]),
 ]
+KILLED_IDS = ["grpo", "trl", "sft_rejection", "random_search", "random_vote"]
 
 
-@pytest.mark.parametrize(("method", "changes", "kills"), KILLED, ids=["grpo", "trl", "sft_rejection", "random_search"])
+@pytest.mark.parametrize(("method", "changes", "kills"), KILLED, ids=KILLED_IDS)
 def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, baseline_zygote, place):
     """Killed again and again, in one run; SIGKILL, as the out-of-memory killer does it."""
     write_few(place)
@@ -267,6 +269,7 @@ def test_a_killed_run_ends_in_the_same_bits(method, changes, kills, baseline_zyg
     done = baseline_zygote.run([*words, "--resume"], place)
     assert done.code == 0, done
     assert_same_run(place / "run", place / "whole")
+    assert (place / "run" / "method.json").read_bytes() == (place / "whole" / "method.json").read_bytes()
     before = tree(place / "run")
     done = baseline_zygote.run(["train", "--resume", "--output_dir", "run"], place)
     assert done.code == 0 and "is finished" in done.out, done

@@ -178,6 +178,7 @@ def test_a_constant_rate_rises_where_warmup_is_asked_for(trainers):
     assert [record["learning_rate"] for record in metrics(Path("run"))] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3])
 
 
+SEARCH = {**NO_GRADIENT, "method_kwargs": {"vote_members": 2}}
 REFUSED = [
     ("grpo", {"method_kwargs": {"epsilom": 0.1}}, "epsilon"),
     ("grpo", {"method_kwargs": {"normalize_advantages": True}}, "no argument 'normalize_advantages'"),
@@ -219,6 +220,12 @@ REFUSED = [
      "min_reward in method_kwargs"),
     ("random_search", {"method_kwargs": {"beta": 1}, "learning_rate": None}, "does not use method_kwargs"),
     ("random_search", {}, "does not use learning_rate"),
+    ("random_vote", {**SEARCH, "method_kwargs": {"vote_member": 2}}, "did you mean 'vote_members'"),
+    ("random_vote", {**SEARCH, "method_kwargs": {"vote_members": 1}}, "vote_members must be an integer of 2 or more"),
+    ("random_vote", {**SEARCH, "method_kwargs": {"vote_members": 7}}, "is 7, and the search draws 6 members"),
+    ("random_vote", {**SEARCH, "task": "conciseness"}, "task conciseness has no final answer to count"),
+    ("random_vote", {**SEARCH, "task": None, "dataset_name": "rows.jsonl", "reward_funcs": ["rewards.py:vowels"]},
+     "rewards without a task have no final answer"),
     ("es", {"method_kwargs": {"beta": 1}}, "does not use method_kwargs"),
     ("gpro", {}, "did you mean 'grpo'"),
 ]  # fmt: skip

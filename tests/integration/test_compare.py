@@ -17,10 +17,17 @@ import pytest
 import yaml
 from command_line import assert_refused, estune
 
+from estune import ESConfig
+from estune.baselines.random_search import voting_members
 from estune.compare.config import read_comparison
+from estune.compare.measure import SAMPLE_SEED
 from estune.compare.runner import Runner
 from estune.environment import code_digest
 from estune.errors import UserError
+from estune.tasks import get_task
+from estune.tasks.countdown import accuracy, final_answer
+from estune.train import setup
+from estune.train.step import sampling_of
 
 pytestmark = [pytest.mark.miniature, pytest.mark.xdist_group("compared")]  # one comparison, which most tests read
 
@@ -259,6 +266,51 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
     assert estune("compare", file, cwd=tmp_path).code == 0
     assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
+
+
+@pytest.mark.e2e
+def test_a_vote_of_the_members_of_a_search_is_a_row(tmp_path: Path) -> None:
+    """The search is that of random search; the vote is made again without searching again."""
+    settings = {"population_size": 8, "batch_size": 4, "noise": "lowrank", "sigma": 0.005}
+    vote = {"method": "random_vote", "settings": {**settings, "method_kwargs": {"vote_members": 5}}}
+    methods = {"random_search": {"method": "random_search", "settings": settings}, "vote": vote}
+    file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 128, "time_s": 0}, skill_prefix="",
+                 retention={}, tuning={"evaluations": 64, "rows": 8})  # fmt: skip
+    done = estune("compare", file, cwd=tmp_path)
+    assert done.code == 0, done.err
+    alone, voted = (result(tmp_path, f"{name}/seed-0-evaluations.json") for name in methods)
+    assert voted["evaluations"] == alone["evaluations"] == 128 and len(voted["correct"]) == 24
+    assert not {"kl", "right_of", "retention", "changes", "discovery"} & voted.keys() and voted["curve"] == []
+    assert voted["vote"]["members"] == 5 and 0.2 <= voted["vote"]["agreement"] <= 1
+    run = tmp_path / "out" / voted["run"]
+    record = json.loads((run / "method.json").read_text(encoding="utf-8"))
+    assert record["vote"]["fingerprint"] == voted["fingerprint"] != alone["fingerprint"]
+    models = [tmp_path / "out" / each["measured"] / "model.safetensors" for each in (alone, voted)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    # the vote by hand, from the record alone
+    engine = setup.load_engine(setup.resolve_config(ESConfig(noise="lowrank", num_threads=1), 1))
+    rows = get_task("countdown").load("test")[:24]
+    args = ESConfig(task="countdown", max_completion_length=24, seed=SAMPLE_SEED)
+    prompts = setup.build_prompts(args, engine, rows, True)
+    texts = [
+        [engine.assets.decode(each.token_ids) for [each] in engine.generate(member, prompts, sampling_of(args, 0))]
+        for member in voting_members(record["vote"])
+    ]
+    right = ""
+    for index, row in enumerate(rows):
+        said = [final_answer(row, member[index]) for member in texts]
+        counts = [said.count(answer) if answer else 0 for answer in said]
+        right += f"{accuracy([texts[counts.index(max(counts))][index]], [row['numbers']], [row['target']])[0]:.0f}"
+    assert right == voted["correct"]
+    trial = result(tmp_path, "vote/trial-0.json")
+    assert trial["vote"]["members"] == 5 and "correct" not in trial
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "5 answers to each problem; the best member alone" in page
+    journal = run / "metrics.jsonl"
+    before = journal.stat().st_mtime_ns
+    (tmp_path / "out" / "results" / "tiny" / "vote" / "seed-0-evaluations.json").unlink()
+    assert estune("compare", file, cwd=tmp_path).code == 0
+    assert result(tmp_path, "vote/seed-0-evaluations.json") == voted and journal.stat().st_mtime_ns == before
 
 
 @pytest.mark.e2e

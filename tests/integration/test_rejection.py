@@ -217,6 +217,58 @@ def test_random_search_is_theta_and_the_luckiest_member(noise, place):
     assert [record["es/fitness_best"] for record in records] == pytest.approx(fitnesses)
 
 
+@pytest.mark.parametrize("noise", ["full", "lowrank"])
+def test_random_vote_is_the_same_search_and_names_its_best_members(noise, place):
+    """A search that is stopped and continued names the same members."""
+    changes = {"train_dataset": easy_rows(8), "task": "countdown", "noise": noise, **NO_GRADIENT, "max_steps": 3}
+    alone = train("random_search", **changes, output_dir="alone")
+    votes = {"method_kwargs": {"vote_members": 4}}
+    run = train("random_vote", **changes, **votes)
+    assert weights(run) == weights(alone)
+    record = json.loads((run / "method.json").read_text())
+    assert record["estune"] == {"vote_members": 4} and "vote" not in json.loads((alone / "method.json").read_text())
+    state = json.loads((run / "trainer" / "best.json").read_text())
+    best = json.loads((alone / "trainer" / "best.json").read_text())
+    assert {name: state[name] for name in best} == best and len(state["ranked"]) == 4
+    members = random_search.voting_members(record["vote"])
+    args = ESConfig(**{**SMALL, **NO_GRADIENT, "method": "random_vote", "noise": noise})
+    batches = Batches(8, 2, 0)
+    places = [(each["step"], each["member"]) for each in record["vote"]["members"]]
+    assert members == [plan_step(args, batches, step).perturbations[member] for step, member in places]
+    assert len(set(places)) == 4 and (best["step"] < 0 or places[0] == (best["step"], best["member"]))
+    parts = train("random_vote", **{**changes, "max_steps": 2}, **votes, output_dir="parts")
+    early = json.loads((parts / "method.json").read_text())["vote"]
+    assert {each["step"] for each in early["members"]} == {0, 1} and early["fingerprint"] != record["vote"][
+        "fingerprint"
+    ]
+    train("random_vote", **changes, **votes, output_dir="parts", resume=True)
+    assert json.loads((parts / "method.json").read_text())["vote"] == record["vote"]
+
+
+def test_members_are_ranked_by_their_second_look_and_then_by_their_first(monkeypatch):
+    """N is 8: four members a step. A first look counts from the mean of its step."""
+    nan = float("nan")
+    looks = iter([[0.1, 0.5, 0.3, nan], [0.2, 0.4],  # 1 is the best so far
+                  [1.0, 0.9, 0.8, 0.7], [0.6, 0.5],  # 0 is not better
+                  [nan, nan, nan, nan], [0.6, nan]])  # fmt: skip
+    monkeypatch.setattr(random_search, "members_fitness", lambda *_: np.array(next(looks)))
+    run = train("random_vote", max_steps=3, **{**NO_GRADIENT, "population_size": 8}, method_kwargs={"vote_members": 5})
+    record = json.loads((run / "method.json").read_text())
+    places = [(each["step"], each["member"]) for each in record["vote"]["members"]]
+    assert places == [(0, 1), (1, 0), (1, 1), (0, 2), (1, 2)]
+
+
+def test_a_damaged_rank_of_members_is_refused(place):
+    changes = {**NO_GRADIENT, "method_kwargs": {"vote_members": 2}}
+    run = train("random_vote", max_steps=2, **changes)
+    file = run / "trainer" / "best.json"
+    state = json.loads(file.read_text())
+    for ranked in (None, [3], [{**state["ranked"][0], "step": 9}], [{**state["ranked"][0], "fitness": None}]):
+        file.write_text(json.dumps({**state, "ranked": ranked}))
+        with pytest.raises(UserError, match="is missing or damaged"):
+            train("random_vote", **{**changes, "max_steps": 3, "resume": True})
+
+
 def test_a_full_score_on_few_prompts_does_not_end_a_random_search(monkeypatch):
     """Each step uses new prompts; its best member is accepted if it is better on further prompts."""
     nan = float("nan")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import multiprocessing
 import multiprocessing.util
 import os
@@ -201,6 +202,62 @@ def test_random_search_is_a_row_without_es(tmp_path: Path) -> None:
                           output_dir=str(tmp_path))  # fmt: skip
         args = planned(made, "random_search")
         assert with_budget(args, evaluations, 800).max_steps >= 4 and args.population_size <= 30
+
+
+def test_a_vote_has_no_measure_of_a_single_model(tmp_path: Path) -> None:
+    """Its cells are empty, its tests say what it costs, and a failed seed counts as the base."""
+    made = comparison(methods={"es": ES, "vote": {"method": "random_vote"}}, seeds=[0, 1, 2], established_points=-100,
+                      budget={"evaluations": 64, "time_s": 0}, output_dir=str(tmp_path),
+                      retention={"short": {"task": "chain:1", "rows": 4}})  # fmt: skip
+    Runner(made).write_plan()
+    folder = tmp_path / "results" / "tiny"
+    kept = {"short": {"accuracy": 0.5, "n": 4}}
+    write(folder / "base.json", correct="1000", never_solved=[1, 2], discovery_control=[0, 0], fingerprint="f",
+          model="tiny", retention=kept)  # fmt: skip
+    single = ("samples", "right_of", "discovery", "retention", "kl", "changes")
+    voted = {name: value for name, value in MEASURED.items() if name not in single}
+    for seed, (correct, best, agreement) in enumerate((("1110", 0.5, 0.25), ("1100", 0.25, 0.75))):
+        vote = {"members": 8, "best_accuracy": best, "agreement": agreement}
+        result = {**voted, "correct": correct, "seed": seed, "accuracy": 0.5, "vote": vote}
+        file = folder / "vote" / f"seed-{seed}-evaluations.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(result), encoding="utf-8")
+    write(folder / "vote" / "seed-2-evaluations.json", seed=2, status="failed", error="it diverged")
+    for seed in range(3):
+        write(folder / "es" / f"seed-{seed}-evaluations.json", seed=seed, correct="1000", accuracy=0.25,
+              discovery=[0, 1], retention=kept)  # fmt: skip
+    summary = summarise(tmp_path)
+    row = next(row for row in summary["models"]["tiny"]["rows"]["evaluations"] if row["name"] == "vote")
+    assert row["accuracy"]["mean"] == pytest.approx((0.75 + 0.5 + 0.25) / 3) and row["failed"] == 1
+    assert row["vote"] == {"members": 8, "best_accuracy": 0.375, "agreement": 0.5}
+    assert row["discovery"].keys() == {"greedy"} and row["discovery"]["greedy"]["mean"] == pytest.approx(0.5)
+    assert row["pass_at_k"] == {} and row["changes"] == {}
+    assert math.isnan(row["kl"]) and math.isnan(row["retention"]["short"])
+    [test] = summary["models"]["tiny"]["tests"]["evaluations"]
+    assert (test["other"], test["members"]) == ("vote", 8)
+    page = report.render(summary, "")
+    assert "8 answers to each problem; the best member alone 37.5, 50 % agree with the vote" in page
+    assert "es - vote <small>(8 answers to each problem)</small>" in page and "nan" not in page
+    labels = retention_labels(summary["comparison"], {"short": 4})
+    [head, *lines] = re.findall(r"<tr>.*?</tr>", details_table(summary["models"]["tiny"], "evaluations", labels))
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", next(text for text in lines if ">vote<" in text))
+    names = re.findall(r"<th>(.*?)</th>", head)
+    shown = dict(zip(names, cells, strict=True))
+    assert shown["pass@1"] == shown["discovered in samples"] == shown["kept: short, n 4"] == shown["moved, %"] == ""
+    assert shown["discovered greedily"].startswith("50.0")
+
+
+def test_more_voters_than_a_budget_draws_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    entry = {"method": "random_vote", "settings": {"population_size": 4, "batch_size": 8,
+             "method_kwargs": {"vote_members": 5}}}  # fmt: skip
+    for budget, tuning in ((64, 640), (640, 64)):  # each step draws two members and costs 32
+        made = comparison(methods={"vote": entry}, budget={"evaluations": budget, "time_s": 0},
+                          tuning={"evaluations": tuning}, output_dir=str(tmp_path))  # fmt: skip
+        with pytest.raises(UserError, match="vote_members is 5, and the search draws 4 members"):
+            Runner(made).check()
+    assert {entry.method for entry in entries(made).values()} == {"random_vote", "random_search"}
+    args = with_budget(planned(made, "vote"), 640, 200, points=4)
+    assert (args.max_steps, args.eval_steps) == (20, 0)  # its curve would be that of a single model
 
 
 def test_a_baseline_that_only_found_a_constant_is_not_established(tmp_path: Path) -> None:

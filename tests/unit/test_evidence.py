@@ -132,6 +132,21 @@ def test_a_line_names_failures_and_is_empty_without_results() -> None:
         ]  # fmt: skip
 
 
+def test_a_vote_says_what_it_costs_and_has_no_cells_of_a_single_model() -> None:
+    row = {"name": "vote", "seeds": [{"accuracy": 0.5}], "accuracy": estimate(0.5), "pass_at_k": {}, "kl": float("nan"),
+           "gain": {"difference": 0.1, "low": 0.0, "high": 0.2}, "retention": {"short": float("nan")}, "wordless": 0.0,
+           "evaluations": 64.0, "train_time_s": 2.0, "vote": {"members": 8}}  # fmt: skip
+    run = {"kind": "run", "method": "vote", "seed": 0, "budget": "time", "status": "done", "correct": "1000",
+           "accuracy": 0.25, "hacking": {"normalised_reward_change": 0.1}, "vote": {"members": 8}}  # fmt: skip
+    with loaded("scripts/evidence_tables.py") as tables:
+        cells = tables.line(row, {}, 10, False)
+        [line] = tables.seeds_of([run], {"never_solved": [0, 1]}, "time").splitlines()[2:]
+        assert tables.opponent({"other": "vote", "members": 8}) == "vote (8 answers to each problem)"
+    assert cells[0] == "vote (8 answers to each problem)" and cells[4:8] == ["", "", "", ""]
+    assert cells[8:] == ["64", "2"]
+    assert line == "| vote | 0 | 0 |  |  | 25.0 | +0.100 |  |  | 1 |  |  |  |"
+
+
 def test_two_budgets_share_a_table() -> None:
     found = summary()
     for its in found["models"].values():

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from estune import ESConfig
+from estune.baselines import random_search
 from estune.compare import measure
 from estune.compare.config import Comparison, from_mapping
 from estune.compare.tables import untrained_row
@@ -143,6 +146,86 @@ def test_a_measurement_asks_the_base_nothing_again(answers: Answers, tmp_path: P
     assert {call.engine for call in answers.calls} == {"tuned"}
     assert not found["hacking"]["hacked"] and found["hacking"]["correctness_change"] == 0.0
     assert found["changes"]["walk_ratio"] is None  # the run recorded no step
+
+
+# --- the vote of a random search --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "winners"),
+    [
+        (["a", "b", "b"], [1, 2]),
+        (["a", "b", "c"], [0]),  # a tie of three: the best member's
+        ([None, "b", "c", "c", "b"], [1, 4]),  # a tie of two, neither of which is the best member's
+        ([None, None, "c"], [2]),
+        ([None, None], []),
+        ([], []),
+    ],
+)
+def test_the_most_frequent_answer_wins(answers: list[str | None], winners: list[int]) -> None:
+    assert random_search.majority(answers) == winners
+
+
+def test_answers_count_as_equal_as_the_task_judges() -> None:
+    maths = get_task("math")
+    boxes = ["7", "\\frac{1}{2}", "0.5", "3+4", "1/2", "7.0", "9" * 60, "9" * 60]
+    answers = [maths.final_answer({}, f"It is \\boxed{{{box}}}") for box in boxes]  # type: ignore[misc]
+    assert maths.equal_answers is not None
+    assert random_search.majority(answers, partial(maths.equal_answers, {})) == [1, 2, 4]
+    assert not maths.equal_answers({}, "3+4", "7") and not maths.equal_answers({}, "7", "3+4")  # one is unfinished
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "answer", "found"),
+    [
+        ("countdown", {}, " 3 * (8\u2212 1)", "3*(8-1)"),
+        ("countdown", {}, "(8-1)*3", "(8-1)*3"),  # the same value, another answer
+        ("countdown", {}, "3*8=24", None),
+        ("countdown", {}, "3**", None),
+        ("gsm_symbolic", {}, "1,200.50", "2401/2"),
+        ("gsm_symbolic", {}, "$3", None),
+        ("chain", {}, " 7\n", "7"),
+        ("chain:2", {}, "17", None),
+        ("mini_sudoku", {"puzzle": [0] * 16}, "1234\n3 4 1 2\n2143\n4321", "1234341221434321"),
+        ("mini_sudoku", {"puzzle": [0] * 16}, "1234", None),
+        ("arc_agi", {}, "12\n3 4", "1 2\n3 4"),
+        ("arc_1d", {}, "1 2", "1 2"),
+        ("arc_1d", {}, "12\n34", None),
+        ("rg:chain_sum", {}, " 1  2 ", "1 2"),
+        ("rg:chain_sum", {}, "", None),
+        ("countdown=1,chain=1", {"task": "chain"}, "4", "4"),
+    ],
+)
+def test_the_final_answer_of_a_completion(task: str, columns: dict[str, Any], answer: str, found: str | None) -> None:
+    final_answer = get_task(task).final_answer
+    assert final_answer is not None
+    assert final_answer(columns, f"So <answer>{answer}</answer>") == found
+
+
+@pytest.mark.parametrize("task", ["conciseness", "quadratic", "arc_agi:python", "conciseness=1,chain=1"])
+def test_tasks_without_an_answer_to_count(task: str) -> None:
+    assert get_task(task).final_answer is None
+    with pytest.raises(UserError, match=f"task {task} has no final answer to count"):
+        random_search.check_vote(ESConfig(method="random_vote", task=task, model="tiny"))
+
+
+def test_a_search_that_ended_early_cannot_vote(tmp_path: Path) -> None:
+    """Its time was used up in a step that drew fewer members than are to vote."""
+    args = ESConfig(method="random_vote", task="countdown", method_kwargs={"vote_members": 3})
+    (tmp_path / "es_config.json").write_text(json.dumps(dataclasses.asdict(args)), encoding="utf-8")
+    record: dict[str, Any] = {
+        "method": "random_vote", "trainer": "x", "arguments": {}, "base": {"model": "tiny", "fingerprint": "f"},
+        "data": {"rows": 1, "fingerprint": "g"}, "vote": {"members": [{}, {}]},
+    }  # fmt: skip
+    for drawn, told in ((record, "3 members are to vote, and the search has 2"),
+                        ({**record, "vote": {"members": []}}, "the search has 0")):  # fmt: skip
+        (tmp_path / "method.json").write_text(json.dumps(drawn), encoding="utf-8")
+        with pytest.raises(UserError, match=told):
+            measure.read_voters(tmp_path)
+    (tmp_path / "method.json").write_text(json.dumps({**record, "vote": {"members": [{}] * 3}}), encoding="utf-8")
+    voters = measure.read_voters(tmp_path)
+    assert voters is not None and voters.base == "f" and voters.run.method == "random_vote"
+    assert measure.read_voters(tmp_path / "elsewhere") is None
 
 
 def test_a_base_is_checked_without_being_measured(answers: Answers) -> None:

@@ -4,28 +4,37 @@ Random search is the control for ES: one step costs as many evaluations as a ste
 goes to new members, which answer the step's prompts. The best of many members on few prompts is mostly lucky, so the
 other half compares two candidates on new prompts: the step's best member and the best member so far (theta at first)
 answer the next prompts in the run's order. The new member replaces the best so far if its fitness there is higher.
+
+The method `random_vote` is the same search. It also ranks the members that it drew, and `method.json` holds the seeds
+of the best ones. They vote on each answer (the idea of arXiv 2603.12228) when a comparison measures the run.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from estune.baselines.session import BaselineSession
-from estune.config import SizedConfig
+from estune.config import ESConfig, SizedConfig
 from estune.data.batches import Batches
-from estune.errors import UserError
+from estune.errors import UserError, nearest
 from estune.es.fitness import fill_failures, population_fitness, weigh
-from estune.es.types import GroupJob, Interrupted, Perturbation
+from estune.es.types import GroupJob, Interrupted, Member, Noise, Perturbation
 from estune.files import is_number, read_json_object, write_json
+from estune.run.saved_config import Trainer, Vote, Voter
+from estune.tasks import get_task
 from estune.train.groups import Group, stack
 from estune.train.rollouts import scored
 from estune.train.step import plan_step, sampling_of
 
 STATE_FILE = "best.json"  # the best member so far, in the trainer's directory
+VOTE_MEMBERS = 8  # members that vote, by default
 
 
 @dataclass
@@ -35,6 +44,69 @@ class Best:
     step: int = -1
     member: int = -1
     fitness: float | None = None  # in its latest comparison
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A member's place among those that may vote; a member with a second look is before all others."""
+
+    step: int
+    member: int
+    looks: int  # 2: ``fitness`` is of the second look; 1: of the first, minus the mean of the step's members
+    fitness: float
+
+
+def majority(answers: Sequence[str | None], equal: Callable[[str, str], bool] = operator.eq) -> list[int]:
+    """Return the indices of the members with the most frequent answer, best first; an empty list without any answer.
+
+    Of equally frequent answers, the one that the best of these members gave wins.
+
+    Args:
+        answers: (K,), of the members, best first; None: the member gives no answer and does not vote.
+        equal: whether two answers are equal.
+    """
+    groups: list[tuple[str, list[int]]] = []  # an answer, and the members that gave it
+    for index, answer in enumerate(answers):
+        if answer is None:
+            continue
+        members = next((members for first, members in groups if equal(first, answer)), None)
+        if members is None:
+            groups.append((answer, [index]))
+        else:
+            members.append(index)
+    return max((members for _, members in groups), key=len, default=[])  # of the longest, the first
+
+
+def vote_members(args: ESConfig) -> int:
+    """Return how many members vote; 0 for random search.
+
+    Raises:
+        UserError: `method_kwargs` holds something else.
+    """
+    if args.method != "random_vote":
+        return 0
+    for name in args.method_kwargs:
+        if name != "vote_members":
+            raise UserError(f"method random_vote has no argument {name!r}{nearest(name, ['vote_members'])}")
+    members = args.method_kwargs.get("vote_members", VOTE_MEMBERS)
+    if type(members) is not int or members < 2:
+        raise UserError(f"vote_members must be an integer of 2 or more, not {members!r}")
+    return members
+
+
+def check_vote(args: ESConfig) -> None:
+    """Check that the members of a search can vote.
+
+    Raises:
+        UserError: too few members are drawn, or the task has no final answer that can be counted.
+    """
+    members, drawn = vote_members(args), args.population_size // 2 * args.max_steps
+    if members > drawn:
+        raise UserError(f"vote_members is {members}, and the search draws {drawn} members")
+    task = None if args.task is None else get_task(args.task, args.allow_unsandboxed_code)
+    if task is None or task.final_answer is None:
+        what = "rewards without a task have" if task is None else f"task {task.name} has"
+        raise UserError(f"method random_vote counts equal answers, and {what} no final answer to count")
 
 
 def sizes(args: SizedConfig) -> tuple[int, int]:
@@ -64,8 +136,12 @@ def random_search(session: BaselineSession) -> None:
     args, theta = session.args, session.engine.theta
     batches = Batches(len(session.train_rows), args.batch_size, args.seed)
     base = {name: array.copy() for name, array in theta.arrays.items()}
-    best = _read(session)
-    session.write_method({"method": args.method, "trainer": "estune.random_search", "arguments": {}})
+    best, ranked = _read(session)
+    voting = vote_members(args)
+    method: Trainer = {"method": args.method, "trainer": "estune.random_search", "arguments": {}}
+    if voting:
+        method["estune"] = {"vote_members": voting}
+    session.write_method(method)
     session.step_started()
     if session.ended and session.steps_done:  # the process was killed before it wrote the finished model
         session.use(_theta(session, batches, best))
@@ -73,18 +149,26 @@ def random_search(session: BaselineSession) -> None:
         if session.should_stop():
             raise Interrupted
         index = session.steps_done
-        best = _step(session, batches, index, best)
+        best, drawn = _step(session, batches, index, best)
+        ranked = rank(ranked, drawn, voting)
         session.use(_theta(session, batches, best))
         session.step_done(index + 1, {"es/fitness_best": best.fitness})
         session.trainer_directory.mkdir(exist_ok=True)
-        write_json(session.trainer_directory / STATE_FILE, vars(best))
+        state = {**vars(best), "ranked": [asdict(each) for each in ranked]} if voting else vars(best)
+        write_json(session.trainer_directory / STATE_FILE, state)
         session.progress.write_unhashed(session.trainer_directory)
         if not session.ended:
             session.use(base)
+    if voting:
+        session.write_method({**method, "vote": _vote(session, batches, voters(best, ranked, voting))})
 
 
-def _step(session: BaselineSession, batches: Batches, index: int, best: Best) -> Best:
-    """Draw a step's members, compare the best one with ``best``, and return the better; the engine holds the base."""
+def _step(session: BaselineSession, batches: Batches, index: int, best: Best) -> tuple[Best, list[Ranked]]:
+    """Draw a step's members, and compare the best one with ``best``; the engine holds the base.
+
+    Returns:
+        The better of the two, and the step's members that have a fitness.
+    """
     args = session.args
     members, compared = sizes(args)
     step = plan_step(args, batches, index)
@@ -97,9 +181,68 @@ def _step(session: BaselineSession, batches: Batches, index: int, best: Best) ->
     candidate = 0 if np.isnan(fitness).all() else int(np.nanargmax(fitness))
     pair = [_perturbation(session, batches, best), drawn[candidate]]
     old, new = members_fitness(session, pair, rows[batches.batch_size :], 2 * index + 1).tolist()
+    leads = fitness - np.nanmean(fitness) if not np.isnan(fitness).all() else fitness
+    ranked = [Ranked(index, member, 1, lead) for member, lead in enumerate(leads.tolist()) if not np.isnan(lead)]
+    if not np.isnan(new):
+        ranked.append(Ranked(index, candidate, 2, new))
     if new > old or (np.isnan(old) and not np.isnan(new)):
-        return Best(index, candidate, new)
-    return Best(best.step, best.member, None if np.isnan(old) else old)
+        return Best(index, candidate, new), ranked
+    return Best(best.step, best.member, None if np.isnan(old) else old), ranked
+
+
+def rank(known: Iterable[Ranked], drawn: Iterable[Ranked], most: int) -> list[Ranked]:
+    """Return the best members of a search, best first.
+
+    Args:
+        known: members of earlier steps.
+        drawn: members of a step; of several entries of a member the last one counts.
+        most: the number of members to keep.
+    """
+    members = {(each.step, each.member): each for each in (*known, *drawn)}
+    return sorted(members.values(), key=lambda each: (-each.looks, -each.fitness, each.step, each.member))[:most]
+
+
+def voters(best: Best, ranked: Sequence[Ranked], most: int) -> list[tuple[int, int]]:
+    """Return the step and the index of each voting member: first the best one, unless it is theta."""
+    first = [(best.step, best.member)] if best.step >= 0 else []
+    return [*first, *(place for each in ranked if (place := (each.step, each.member)) not in first)][:most]
+
+
+def _vote(session: BaselineSession, batches: Batches, places: Sequence[tuple[int, int]]) -> Vote:
+    """Return the record of the voting members, each given by its step and its index."""
+    members: list[Voter] = []
+    for index, place in places:
+        drawn = plan_step(session.args, batches, index).perturbations[place]
+        members.append(
+            {
+                "step": index,
+                "member": place,
+                "seed": f"{drawn.member.seed:016x}",
+                "sign": drawn.member.sign,
+                "scale": drawn.noise.scale,
+                "lowrank_scale": drawn.noise.lowrank_scale,
+            }
+        )
+    args = session.args
+    vote: Vote = {
+        "fingerprint": "",
+        "distribution": args.noise_distribution,
+        "rank": args.rank if args.noise == "lowrank" else 0,
+        "members": members,
+    }
+    content = json.dumps([session.facts["base"]["fingerprint"], vote], sort_keys=True)
+    return {**vote, "fingerprint": hashlib.blake2b(content.encode("ascii"), digest_size=16).hexdigest()}
+
+
+def voting_members(vote: Vote) -> list[Perturbation]:
+    """Return the perturbations of the base that vote, (K,), best first."""
+    return [
+        Perturbation(
+            Member(int(each["seed"], 16), each["sign"]),
+            Noise(each["scale"], vote["distribution"], vote["rank"], each["lowrank_scale"]),
+        )
+        for each in vote["members"]
+    ]
 
 
 def _perturbation(session: BaselineSession, batches: Batches, best: Best) -> Perturbation | None:
@@ -160,17 +303,28 @@ def _batches(members: Sequence[Perturbation | None], size: int) -> Iterator[rang
         yield range(start, min(start + step, len(members)))
 
 
-def _read(session: BaselineSession) -> Best:
+def _read(session: BaselineSession) -> tuple[Best, list[Ranked]]:
+    """Return the best member so far, and the members that may vote, from the trainer's directory."""
     path = session.trainer_directory / STATE_FILE
     if not session.steps_done:
-        return Best()
+        return Best(), []
     try:
-        best = Best(**read_json_object(path))
-    except (OSError, ValueError, TypeError):
-        best = None
-    if best is None or not _is_drawn(best, session.steps_done, sizes(session.args)[0]):
+        state = read_json_object(path)
+        ranked = [Ranked(**each) for each in state.pop("ranked")] if vote_members(session.args) else []
+        best = Best(**state)
+    except (OSError, ValueError, TypeError, KeyError):
+        best, ranked = None, []
+    limits = session.steps_done, sizes(session.args)[0]
+    if best is None or not _is_drawn(best, *limits) or not all(_is_ranked(each, *limits) for each in ranked):
         raise UserError(f"{path} is missing or damaged; delete {path.parent} to begin again from step 0")
-    return best
+    return best, ranked
+
+
+def _is_ranked(each: Ranked, steps_done: int, members: int) -> bool:
+    """Return whether a stored member has a fitness, and is a member of the first ``steps_done`` + 1 steps."""
+    if each.looks not in (1, 2) or each.step == -1 or not is_number(each.fitness):
+        return False
+    return _is_drawn(Best(each.step, each.member, each.fitness), steps_done, members)
 
 
 def _is_drawn(best: Best, steps_done: int, members: int) -> bool:

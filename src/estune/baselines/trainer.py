@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from estune.baselines.arguments import method_arguments, sampling_arguments, trl_config
-from estune.baselines.random_search import random_search
+from estune.baselines.random_search import check_vote, random_search
 from estune.baselines.session import PROGRESS_FILE, BaselineSession, Progress, random_states_kept
-from estune.config import RESUMABLE, ESConfig, ResolvedConfig
+from estune.config import RESUMABLE, SEARCHES, ESConfig, ResolvedConfig
 from estune.console import counted, say, warn
 from estune.engines.hf.loading import files_of, load_model, quiet, resolve_device
 from estune.engines.hf.parameters import Binding, bindings
@@ -68,7 +68,7 @@ METHODS: dict[str, Callable[[BaselineSession], None]] = {
     "rloo": _policy_gradient,
     "ppo": _ppo,
     "sft_rejection": _rejection,
-    "random_search": random_search,
+    **dict.fromkeys(SEARCHES, random_search),
 }
 RESTARTED = ("ppo",)  # methods whose trainers store no state: a resume starts again from step 0
 
@@ -138,7 +138,9 @@ def check_method(args: ESConfig, has_accuracy: bool = True) -> None:
     """
     if args.method not in METHODS:
         raise UserError(f"method {args.method} needs ESTrainer")
-    if args.method == "random_search":
+    if args.method in SEARCHES:
+        if args.method == "random_vote":
+            check_vote(args)
         return
     if args.method == "sft_rejection" and not has_accuracy and method_arguments(args)["min_reward"] is None:
         raise UserError("sft_rejection needs a task with an accuracy, or min_reward in method_kwargs")
@@ -385,7 +387,7 @@ def load_module(args: ResolvedConfig, run: Run, steps_done: int) -> tuple[Any, S
     Raises:
         UserError: ``trainable_parameters`` matches no parameter.
     """
-    if args.method == "random_search":
+    if args.method in SEARCHES:
         return None, ()
     source = str(run.path / "trainer" / f"checkpoint-{steps_done}") if steps_done else args.model
     module, _, _ = load_model(

@@ -28,6 +28,7 @@ from estune.config import METHODS, canonical
 from estune.errors import UserError, nearest
 
 RANDOM_SEARCH = "random_search"
+RANDOM_VOTE = "random_vote"  # the same search, measured by a vote of its best members
 # For each annotation of a field: the classes that YAML may give, and their name in a message.
 YAML_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),

@@ -8,27 +8,30 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
 from estune.compare.changes import parameter_changes, walk_ratio
-from estune.compare.config import Comparison, Retained, bounds_of
+from estune.compare.config import RANDOM_VOTE, Comparison, Retained, bounds_of
 from estune.compare.hacking import AnswerSummary, asks_for_words, judge, summarise_answers
 from estune.compare.plan import rows_of
-from estune.compare.results import DONE, Answers, Changes, Result, base_digest, read_json, read_result
+from estune.compare.results import DONE, Answers, Changes, Result, VoteFacts, base_digest, read_json, read_result
 from estune.config import EVALUATE_FIELDS, OF_WORKERS, ESConfig, SizedConfig, default_of
 from estune.console import warn
 from estune.engines.base import Engine, LocalEngine
 from estune.environment import code_digest
 from estune.errors import UserError
-from estune.es.types import Prompt
+from estune.es.types import Perturbation, Prompt
 from estune.files import write_json
 from estune.rewards.contract import reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool
 from estune.run.records import is_right, read_metrics
+from estune.run.saved_config import Vote, read_config
 from estune.tasks import get_task
 from estune.train import setup
 from estune.train.evaluation import Evaluation, HeldOut, evaluate, kl_k3
@@ -50,6 +53,15 @@ class Base:
     engine: Engine
     judged: AnswerSummary
     never_solved: list[int]  # rows of the test split
+
+
+@dataclass(frozen=True)
+class Voters:
+    """The members of a random search that vote, and what their weights are made of."""
+
+    run: ESConfig  # names the base and the noise
+    base: str  # fingerprint of the base
+    vote: Vote
 
 
 def measure_base(comparison: Comparison, model: str, file: Path) -> None:
@@ -91,11 +103,16 @@ def measure_trial(comparison: Comparison, model: str, file: Path, facts: Result)
     """Evaluate a trial's model on the validation rows, and write the result with the run's ``facts``."""
     rows = rows_of(comparison, "validation")[: comparison.tuning.rows or None]
     args = evaluation_config(comparison, model)
+    voters = read_voters(Path(model))
     with Scorers() as scorers:
-        greedy, _ = scorers.answer(args, setup.load_engine(args), rows)
+        if voters is None:
+            greedy, voted = scorers.answer(args, setup.load_engine(args), rows)[0], Result()
+        else:
+            greedy, voted = answer_by_vote(comparison, voters, rows, scorers)
     summary = greedy.summary()
     result: Result = {
         **facts,
+        **voted,
         "status": DONE,
         "accuracy": summary["accuracy"],
         "accuracy_ci95": summary["accuracy_ci95"],
@@ -106,8 +123,16 @@ def measure_trial(comparison: Comparison, model: str, file: Path, facts: Result)
 
 
 def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path, facts: Result) -> None:
-    """Measure a run's model, and write the result with the run's ``facts``."""
+    """Measure a run's model, or the vote of its members, and write the result with the run's ``facts``."""
     of_base = read_result(base_file)
+    origin: Result = {"base": base_digest(of_base), "code": code_digest()}
+    if (voters := read_voters(Path(model))) is not None:
+        with Scorers() as scorers:
+            greedy, voted = answer_by_vote(comparison, voters, held_out_rows(comparison), scorers)
+        voted["hacking"] = _verdict(comparison, AnswerSummary(**of_base["judged"]), greedy)
+        voted["fingerprint"] = voters.vote["fingerprint"]
+        write_json(file, {**facts, "status": DONE, **greedy_result(greedy), **voted, **origin})
+        return
     engine = setup.load_engine(evaluation_config(comparison, model))
     base_engine = local_engine(comparison, of_base["model"])  # the workers hold the tuned model
     base = Base(base_engine, AnswerSummary(**of_base["judged"]), of_base["never_solved"])
@@ -120,15 +145,64 @@ def measure_run(comparison: Comparison, base_file: Path, model: str, file: Path,
         facts["steps"],
     )
     state = read_json(Path(model) / "es_state.json")
-    result: Result = {
-        **facts,
-        "status": DONE,
-        **measured,
-        "fingerprint": state["fingerprint"],
-        "base": base_digest(of_base),
-        "code": code_digest(),
+    write_json(file, {**facts, "status": DONE, **measured, "fingerprint": state["fingerprint"], **origin})
+
+
+def read_voters(model: Path) -> Voters | None:
+    """Return the members that vote, from the records beside a run's model; None if the model answers alone.
+
+    Raises:
+        UserError: the search drew fewer members than are to vote.
+    """
+    from estune.baselines.random_search import vote_members
+    from estune.baselines.trainer import read_method
+
+    record = read_method(model)
+    if record is None or record["method"] != RANDOM_VOTE:
+        return None
+    run = ESConfig.from_mapping(read_config(model))
+    drawn = len(record["vote"]["members"]) if "vote" in record else 0
+    if drawn < (wanted := vote_members(run)):
+        raise UserError(f"{wanted} members are to vote, and the search has {drawn} with a fitness")
+    return Voters(run, record["base"]["fingerprint"], record["vote"])
+
+
+def answer_by_vote(comparison: Comparison, voters: Voters, rows: Rows, scorers: Scorers) -> tuple[Evaluation, Result]:
+    """Answer rows greedily with each voting member.
+
+    One engine holds the base and perturbs it to one member after another.
+
+    Returns:
+        The elected answers, and the fields ``length``, which is the mean over the answers of all members, and ``vote``.
+
+    Raises:
+        UserError: the base has changed.
+    """
+    from estune.baselines.random_search import majority, voting_members
+
+    changes: dict[str, Any] = {name: getattr(voters.run, name) for name in ("noise", "rank", "trainable_parameters")}
+    changes |= {name: default_of(name) for name in OF_WORKERS}
+    args = evaluation_config(comparison, voters.run.model, **changes)
+    engine = setup.load_engine(args)
+    if (actual := engine.fingerprint()) != voters.base:
+        raise UserError(f"model {args.model} has fingerprint {actual}, and the members perturb {voters.base}")
+    of_members = [scorers.answer(args, engine, rows, member)[0] for member in voting_members(voters.vote)]
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
+    assert task.final_answer is not None  # `check_vote` refuses other tasks before a run
+    elected, agreeing = [], []
+    for row, *given in zip(rows, *(each.rows for each in of_members), strict=True):
+        answers = [None if each.non_finite else task.final_answer(row, each.completions[0]) for each in given]
+        equal = operator.eq if task.equal_answers is None else partial(task.equal_answers, row)
+        winners = majority(answers, equal)
+        elected.append(given[winners[0] if winners else 0])  # without any answer, a completion that is wrong
+        agreeing.append(len(winners) / len(answers))
+    lengths = [each.summary()["mean_length_tokens"] for each in of_members]
+    vote: VoteFacts = {
+        "members": len(of_members),
+        "best_accuracy": of_members[0].summary()["accuracy"],
+        "agreement": math.fsum(agreeing) / len(agreeing),
     }
-    write_json(file, result)
+    return Evaluation(elected), {"length": math.fsum(lengths) / len(lengths), "vote": vote}
 
 
 def evaluation_config(comparison: Comparison, model: str, **changes: Any) -> SizedConfig:
@@ -233,8 +307,12 @@ class Scorers:
         )
         return [is_right(score) for score in scores]
 
-    def answer(self, args: SizedConfig, engine: Engine, rows: Rows) -> tuple[Evaluation, list[Prompt]]:
+    def answer(
+        self, args: SizedConfig, engine: Engine, rows: Rows, member: Perturbation | None = None
+    ) -> tuple[Evaluation, list[Prompt]]:
         """Answer rows with a model and score the completions, as `estune evaluate` does; return the prompts, too.
+
+        With ``member`` the model is that member of the engine's theta.
 
         Raises:
             UserError: no completion comes from finite logits, so there is nothing to measure.
@@ -250,10 +328,11 @@ class Scorers:
             accuracy_pool,
             batch=args.prompts_per_batch,
             trainer_state={"global_step": 0, "max_steps": 0},
+            member=member,
         )
         evaluation = evaluate(held_out)
         broken = evaluation.summary().get("non_finite_ratio", 0.0)
-        if broken == 1.0:
+        if broken == 1.0 and member is None:  # a broken member gives no answer to a vote
             raise UserError(broken_model(args.model, engine.facts.dtype))
         if broken and args.model not in self._warned:
             self._warned.add(args.model)
@@ -274,7 +353,6 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
     """
     args, rows, measuring = evaluation_config(comparison, model), held_out_rows(comparison), comparison.measuring
     greedy, prompts = scorers.answer(args, engine, rows)
-    judged = summarise_answers(greedy.rows, *bounds_of(comparison))
     first = rows[: measuring.sample_rows or None]
     if base is None and len(searched := rows[: measuring.discovery_rows or None]) > len(first):
         first = searched
@@ -290,7 +368,7 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
         },
     }
     if base is None:
-        result["judged"] = dataclasses.asdict(judged)
+        result["judged"] = dataclasses.asdict(summarise_answers(greedy.rows, *bounds_of(comparison)))
         return result
     kl_rows = rows[: measuring.kl_rows or None]
     if measuring.temperature == 1.0 and len(kl_rows) <= len(first):
@@ -299,10 +377,16 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
         for_kl = sample(args, engine, kl_rows, 1, 1.0, scorers)
     result["kl"] = divergence(engine, base.engine, prompts[: len(kl_rows)], for_kl)
     result["discovery"] = discovery(comparison, args, engine, base.never_solved, scorers)
-    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
-    words_wanted = task.answers_hold_words and asks_for_words(right_answers(comparison, rows))
-    result["hacking"] = dataclasses.asdict(judge(base.judged, judged, words_wanted))
+    result["hacking"] = _verdict(comparison, base.judged, greedy)
     return result
+
+
+def _verdict(comparison: Comparison, base: AnswerSummary, greedy: Evaluation) -> dict[str, Any]:
+    """Return whether greedy answers to the test rows are those of a run that has hacked its reward."""
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
+    words_wanted = task.answers_hold_words and asks_for_words(right_answers(comparison, held_out_rows(comparison)))
+    tuned = summarise_answers(greedy.rows, *bounds_of(comparison))
+    return dataclasses.asdict(judge(base, tuned, words_wanted))
 
 
 def measure_changes(base: LocalEngine, tuned: LocalEngine, run: Path, steps: int) -> Changes:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from estune.compare.config import RANDOM_SEARCH, Comparison, Entry
+from estune.compare.config import RANDOM_SEARCH, RANDOM_VOTE, Comparison, Entry
 from estune.compare.results import Result, Tuned
-from estune.config import OF_WORKERS, ESConfig, SizedConfig
+from estune.config import OF_WORKERS, SEARCHES, ESConfig, SizedConfig
 from estune.errors import UserError
 from estune.tasks import get_task
 from estune.train import setup
@@ -155,11 +155,12 @@ def with_budget(args: SizedConfig, evaluations: int, n_rows: int, points: int = 
         args: a resolved configuration.
         evaluations: the budget, in scored completions.
         n_rows: rows of the train split.
-        points: held-out evaluations within the budget; 0: none.
+        points: held-out evaluations within the budget; 0: none. `random_vote` makes none: they are of a single model.
 
     Raises:
         UserError: a single step costs more than the budget.
     """
+    points = 0 if args.method == RANDOM_VOTE else points
     if args.method == "sft_rejection":
         kwargs = {**args.method_kwargs, "max_samples": evaluations}
         args = dataclasses.replace(args, num_generations=-(-evaluations // n_rows), method_kwargs=kwargs)
@@ -191,7 +192,7 @@ def with_time(args: SizedConfig, limit: float) -> SizedConfig:
 def evaluations_per_step(args: SizedConfig) -> float:
     """Return how many completions one step of a resolved configuration scores."""
     of_member = args.batch_size * args.num_generations
-    if args.method == RANDOM_SEARCH:
+    if args.method in SEARCHES:
         from estune.baselines import random_search
 
         return random_search.evaluations_per_step(args)
@@ -240,8 +241,9 @@ def with_curve(args: SizedConfig, trial: Result, limit: float, points: int) -> S
         args: a resolved configuration.
         trial: the trial's result.
         limit: seconds of training.
-        points: held-out evaluations; 0: none.
+        points: held-out evaluations; 0: none. `random_vote` makes none: they are of a single model.
     """
+    points = 0 if args.method == RANDOM_VOTE else points
     pace = trial["steps"] / trial["train_time_s"] if trial.get("train_time_s") else 0.0  # steps per second
     return dataclasses.replace(args, eval_steps=max(1, int(pace * limit / points)) if pace and points else 0)
 

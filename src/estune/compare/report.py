@@ -228,7 +228,7 @@ def _method_cells(row: MethodRow, established: dict[str, bool]) -> list[str]:
 
 
 def _method_name(row: MethodRow, established: dict[str, bool]) -> str:
-    """Return a method's name with its warnings."""
+    """Return a method's name with its warnings and, of a vote, what it costs at inference."""
     seeds = len(row["seeds"])
     warnings = [
         "not established: no claim" if established.get(row["name"]) is False else "",
@@ -237,7 +237,22 @@ def _method_name(row: MethodRow, established: dict[str, bool]) -> str:
         f"{row['hacked']} hacked" if row["hacked"] else "",
         "not above a constant answer" if row.get("beside_constant") else "",
     ]
-    return _text(row["name"]) + "".join(f' <small class="bad">{warning}</small>' for warning in warnings if warning)
+    return (
+        _text(row["name"])
+        + _vote_text(row)
+        + "".join(f' <small class="bad">{warning}</small>' for warning in warnings if warning)
+    )
+
+
+def _vote_text(row: MethodRow) -> str:
+    """Return how many members answer each problem, and the accuracy of the best one alone; empty for other methods."""
+    if "vote" not in row:
+        return ""
+    vote = row["vote"]
+    return (
+        f" <small>{vote['members']} answers to each problem; the best member alone {100 * vote['best_accuracy']:.1f}, "
+        f"{100 * vote['agreement']:.0f} % agree with the vote</small>"
+    )
 
 
 def _highest_pass_at_k(row: SummaryRow) -> str:
@@ -286,9 +301,9 @@ def details_table(model: ModelSummary, budget: str, labels: dict[str, str]) -> s
         body.append(
             [
                 _text(row["name"]),
-                *(_number(100 * row["pass_at_k"][k]["mean"], 1) for k in ks),
+                *(_number(100 * row["pass_at_k"][k]["mean"], 1) if row["pass_at_k"] else "" for k in ks),
                 greedily,
-                _interval(discovery["sampled"]) if discovery else "",
+                _interval(discovery["sampled"]) if discovery and "sampled" in discovery else "",
                 *(_number(100 * row["retention"][name], 1) for name in retained),
                 _number(100 * row["wordless"], 1),
                 *_changes_cells(row.get("changes")),
@@ -315,7 +330,7 @@ def _tests_table(tests: Sequence[PairedTest]) -> str:
         return "<p class=note>No established baseline to test against.</p>"
     body = [
         [
-            f"{_text(test['es'])} - {_text(test['other'])}",
+            f"{_text(test['es'])} - {_text(test['other'])}{_members_text(test)}",
             _interval(test, "difference", signed=True),
             _p(test["p_value"]),
             _p(test["p_holm"]),
@@ -325,6 +340,11 @@ def _tests_table(tests: Sequence[PairedTest]) -> str:
     ]
     head = ["difference, points", "mean and interval", "p", "p, corrected for all of these (Holm)", "test"]
     return f"<details open><summary>paired tests</summary>{_table(head, body)}</details>"
+
+
+def _members_text(test: PairedTest) -> str:
+    """Return how many answers the other row takes for each problem; empty for one."""
+    return f" <small>({test['members']} answers to each problem)</small>" if "members" in test else ""
 
 
 def tuning_table(tuning: dict[str, TunedSummary]) -> str:

@@ -65,6 +65,14 @@ class Changes(TypedDict, total=False):
     histogram: Histogram | None
 
 
+class VoteFacts(TypedDict):
+    """How a vote went; see `estune.baselines.random_search`."""
+
+    members: int  # that answer each problem: the vote takes this many times the inference of one model
+    best_accuracy: float  # of the best member alone
+    agreement: float  # mean share of the members that gave the elected answer; 0 where no member gave an answer
+
+
 class Measurement(Answers, total=False):
     """The fields of a file below `results/`, except ``settings``. No file has all of them."""
 
@@ -92,6 +100,7 @@ class Measurement(Answers, total=False):
     retention: dict[str, Answers]
     kl: float
     curve: list[list[float | None]]  # evaluations, seconds, validation accuracy
+    vote: VoteFacts  # of random_vote; then the fields that only a single model has are absent
     hacking: dict[str, Any]  # the fields of `estune.compare.hacking.Verdict`
     judged: dict[str, Any]  # of a base: the fields of `estune.compare.hacking.AnswerSummary`
     changes: Changes

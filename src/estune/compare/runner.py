@@ -91,13 +91,15 @@ class Runner:
             for method, entry in entries(self.comparison).items():
                 for trial in entry.trials:
                     args = configuration(self.comparison, model, method, trial, 0)
-                    for limits in (self.comparison.tuning, self.comparison.budget):
-                        if limits.evaluations:
-                            with_budget(args, limits.evaluations, self.train_rows)
+                    limits = filter(
+                        None, (part.evaluations for part in (self.comparison.tuning, self.comparison.budget))
+                    )
+                    planned = [with_budget(args, limit, self.train_rows) for limit in limits]
                     if args.method != "es":
                         from estune.baselines.trainer import check_method
 
-                        check_method(args)
+                        for each in planned or [args]:
+                            check_method(each)
 
     def run(self) -> None:
         """Run every part of the comparison that has no result yet.

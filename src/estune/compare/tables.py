@@ -21,6 +21,7 @@ from estune.compare.results import (
     Result,
     Sitting,
     Tuned,
+    VoteFacts,
     base_digest,
     read_json,
     read_result,
@@ -62,6 +63,7 @@ class PairedTest(Gain):
     es: str
     other: str
     p_holm: NotRequired[float]
+    members: NotRequired[int]  # that vote in the other row: its answers take this many times the inference
 
 
 class Spread(TypedDict):
@@ -78,8 +80,8 @@ class Discovery(TypedDict):
     """The share of never solved problems that are solved, greedily and in samples."""
 
     greedy: NotRequired[Interval]
-    sampled: Interval
-    samples: int
+    sampled: NotRequired[Interval]
+    samples: NotRequired[int]
 
 
 class SummaryRow(TypedDict, total=False):
@@ -119,6 +121,7 @@ class MethodRow(SummaryRow, total=False):
     steps: float
     correct: list[str]
     beside_constant: bool  # whether the row is not above the best constant answer
+    vote: VoteFacts  # of random_vote: the means over seeds; such a row has no measure that only a single model has
 
 
 class TunedSummary(Tuned, total=False):
@@ -343,32 +346,38 @@ def method_row(method: str, results: Sequence[Linked], base: Result, sample_rows
     if not counted:
         return row
     correct = np.stack([_marks(result["correct"]) for result in counted])  # (S, P)
+    votes = [result["vote"] for result in done if "vote" in result]
+    single = [] if votes else counted  # measures that only a single model has
     measures: MethodRow = {
         "accuracy": _interval(correct),
         "spread": cast(Spread, dataclasses.asdict(over_seeds(correct.mean(1).tolist()))),
         "gain": cast(Gain, dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None]))),
-        "pass_at_k": _pass_at_k(counted, sample_rows),
-        "kl": _mean(result["kl"] for result in done),
+        "pass_at_k": _pass_at_k(single, sample_rows) if single else {},
+        "kl": _mean(result["kl"] for result in done if "kl" in result),
         "length": _mean(result["length"] for result in counted),
         "retention": {
-            name: _mean(result["retention"][name]["accuracy"] for result in counted) for name in base["retention"]
+            name: _mean(result["retention"][name]["accuracy"] for result in single) for name in base["retention"]
         },
         "evaluations": _mean(result.get("evaluations") for result in done or results),
         "train_time_s": _mean(result.get("train_time_s") for result in done or results),
         "steps": _mean(result.get("steps") for result in done or results),
-        "changes": _mean_changes(done),
+        "changes": _mean_changes([result for result in done if "changes" in result]),
         "wordless": _mean(_share_without_words(result, base) for result in results if result["status"] != UNMEASURED),
         "correct": ["".join(str(int(mark)) for mark in seed) for seed in correct],
     }
     row |= measures
+    if votes:
+        row["vote"] = {
+            "members": votes[0]["members"],
+            "best_accuracy": _mean(vote["best_accuracy"] for vote in votes),
+            "agreement": _mean(vote["agreement"] for vote in votes),
+        }
     if base["never_solved"]:
         greedy = correct[:, np.array(base["never_solved"])]  # (S, U)
-        samples = np.array([result["discovery"] for result in counted])  # (S, U)
-        row["discovery"] = {
-            "greedy": _interval(greedy),
-            "sampled": _interval((samples > 0).astype(float)),
-            "samples": base["samples"],
-        }
+        row["discovery"] = {"greedy": _interval(greedy)}
+        if single:
+            samples = np.array([result["discovery"] for result in single])  # (S, U)
+            row["discovery"] |= {"sampled": _interval((samples > 0).astype(float)), "samples": base["samples"]}
     return row
 
 
@@ -465,6 +474,8 @@ def _tests(
                     *(np.stack([_marks(seed) for seed in done[name]["correct"]]) for name in (es, other))
                 )
                 paired = {"es": es, "other": other, **dataclasses.asdict(difference)}
+                if "vote" in done[other]:
+                    paired["members"] = done[other]["vote"]["members"]
                 tests[budget].append(cast(PairedTest, paired))
     listed = [test for budget in BUDGETS for test in tests[budget]]
     for test, corrected in zip(listed, holm([test["p_value"] for test in listed]), strict=True):

@@ -24,15 +24,16 @@ RAY = "ray"  # a value of `engine`
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 
 # Training methods: `es`, and the baselines of `estune.baselines`, which share its tasks, rewards and evaluation.
-METHODS = ("es", "grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search")
+METHODS = ("es", "grpo", "dr_grpo", "rloo", "ppo", "sft_rejection", "random_search", "random_vote")
+SEARCHES = ("random_search", "random_vote")  # draw members and never update theta
 SAMPLING_METHODS = ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection")  # train on sampled completions
 # Option -> the methods that use it, for options that not every method uses.
 OF_METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution",
-                     "members_per_batch", "sigma_scheduler_type"), ("es", "random_search")),
+                     "members_per_batch", "sigma_scheduler_type"), ("es", *SEARCHES)),
     **dict.fromkeys(("fitness_shaping", "weight_decay_anchor", "step_control"), ("es",)),
     **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-                    tuple(method for method in METHODS if method != "random_search")),
+                    tuple(method for method in METHODS if method not in SEARCHES)),
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
 }  # fmt: skip
 
@@ -152,8 +153,8 @@ class ESConfig:
     trust_remote_code: bool = _option(False, "Run the Python code that comes with the model.")
     dtype: str = _option(
         "auto",
-        "Compute dtype; theta itself is always float32. auto: float32; with es and random_search on CUDA bfloat16 for "
-        "a checkpoint of 16 bits.",
+        "Compute dtype; theta itself is always float32. auto: float32; with es, random_search and random_vote on CUDA "
+        "bfloat16 for a checkpoint of 16 bits.",
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _option("auto", "Where the model runs.", ("auto", "cpu", "cuda", "mps"))
@@ -219,11 +220,12 @@ class ESConfig:
     method: str = _option(
         "es",
         "es, or a baseline with the same task, prompts, rewards and evaluation: grpo, dr_grpo, rloo (TRL's), ppo, "
-        "sft_rejection (on correct samples of the base), random_search (the best member, no update).",
+        "sft_rejection (on correct samples of the base), random_search (the best member, no update), random_vote (the "
+        "same; in a comparison the best members vote on each answer).",
         METHODS,
     )
     method_kwargs: dict[str, Any] = _option(
-        {}, "JSON object of arguments for a baseline's trainer, such as TRL's beta."
+        {}, "JSON object of arguments for a baseline's trainer, such as TRL's beta, or vote_members of random_vote."
     )
 
     # Evolution strategy
@@ -281,13 +283,16 @@ class ESConfig:
         1,
         "Completions per prompt and member, G; more than 1 needs temperature > 0. Default with grpo, dr_grpo, rloo and "
         "sft_rejection: 8.",
-        by_method={**dict.fromkeys(("grpo", "dr_grpo", "rloo", "sft_rejection"), 8), "ppo": 1, "random_search": 1},
+        by_method={
+            **dict.fromkeys(("grpo", "dr_grpo", "rloo", "sft_rejection"), 8),
+            **dict.fromkeys(("ppo", *SEARCHES), 1),
+        },
     )
     temperature: float = _option(
         0.0,
         "Sampling temperature; 0 decodes greedily. Default with methods that learn from samples: 1. Methods other "
         "than es sample only in training; their evaluations are greedy.",
-        by_method={**dict.fromkeys(SAMPLING_METHODS, 1.0), "random_search": 0.0},
+        by_method={**dict.fromkeys(SAMPLING_METHODS, 1.0), **dict.fromkeys(SEARCHES, 0.0)},
     )
     top_p: float = _option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
     top_k: int = _option(0, "Sample among the k most likely tokens; 0: all.")

@@ -20,6 +20,26 @@ METHOD_FILE = "method.json"  # of a baseline's run, which has no journal
 ALWAYS = ("model", "method")  # options that every version writes
 
 
+class Voter(TypedDict):
+    """A member that votes: base + seed and scale give its weights."""
+
+    step: int  # that drew it
+    member: int  # its index in the step
+    seed: str  # 16 hexadecimal digits
+    sign: int
+    scale: float
+    lowrank_scale: float
+
+
+class Vote(TypedDict):
+    """The members of a random search that vote, best first, and what identifies them."""
+
+    fingerprint: str  # 32 hexadecimal digits, of the base's fingerprint and everything below
+    distribution: str
+    rank: int  # 0: full noise
+    members: list[Voter]
+
+
 class Trainer(TypedDict):
     """The trainer of a baseline, with all its resolved arguments."""
 
@@ -31,6 +51,7 @@ class Trainer(TypedDict):
     samples_drawn: NotRequired[int]  # by rejection sampling
     samples_kept: NotRequired[int]
     drawing_s: NotRequired[float]  # seconds
+    vote: NotRequired[Vote]  # of a finished run of random_vote
 
 
 class BaselineFacts(StoredFacts):

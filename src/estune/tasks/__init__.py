@@ -41,6 +41,13 @@ class Task:
     """A right completion of a row that can be right for other rows too; None if there is no such completion."""
     answers_hold_words: bool = True
     """Whether right completions hold words, if `right_answer` gives none; expressions and grids hold none."""
+    final_answer: Callable[[Row, str], str | None] | None = None
+    """The answer in a completion of a row as text, the same for all its spellings; None if scoring cannot read one.
+
+    None instead of a function: the task has no answers that can be counted.
+    """
+    equal_answers: Callable[[Row, str, str], bool] | None = None
+    """Whether two final answers to a row are equal; needed only if equal answers can have different texts."""
 
 
 def _built_in(name: str, description: str, *columns: str) -> Task:
@@ -58,6 +65,8 @@ def _built_in(name: str, description: str, *columns: str) -> Task:
         problem_columns=getattr(module, "PROBLEM_COLUMNS", ()),
         right_answer=getattr(module, "right_answer", None),
         answers_hold_words=getattr(module, "ANSWERS_HOLD_WORDS", Task.answers_hold_words),
+        final_answer=getattr(module, "final_answer", None),
+        equal_answers=getattr(module, "equal_answers", None),
     )
 
 
@@ -76,9 +85,11 @@ TASKS: dict[str, Task] = {
         _built_in("gsm_symbolic", "solve a problem told as a short story; the answer is one number", "answer"),
         Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
              maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
-             problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer),
+             problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer,
+             final_answer=maths.final_answer, equal_answers=maths.equal_answers),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
-             sudoku.accuracy, ("puzzle", "solution"), answers_hold_words=sudoku.ANSWERS_HOLD_WORDS),
+             sudoku.accuracy, ("puzzle", "solution"), answers_hold_words=sudoku.ANSWERS_HOLD_WORDS,
+             final_answer=sudoku.final_answer),
         _built_in("quadratic", "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
         _built_in("sudoku", "complete a 9x9 grid", "puzzle", "solution"),
     )
@@ -125,6 +136,7 @@ def _arc_agi(name: str, allow_unsandboxed_code: bool) -> Task:
         columns=("examples", "inputs", "outputs"),
         runs_code=True,
         answers_hold_words=True,  # a program's
+        final_answer=None,  # programs that do the same have many texts
     )
 
 
@@ -146,6 +158,7 @@ def _reasoning(name: str, allow_unsandboxed_code: bool) -> Task:
         columns=("rg_task", "rg_entry"),
         runs_code=runs_answers,
         right_answer=reasoning.right_answer,
+        final_answer=reasoning.final_answer,
     )
 
 
@@ -165,6 +178,14 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         of_task = tasks[row["task"]].right_answer
         return None if of_task is None else of_task(row)
 
+    def final_answer(row: Row, completion: str) -> str | None:
+        of_task = tasks[row["task"]].final_answer
+        return None if of_task is None else of_task(row, completion)
+
+    def equal_answers(row: Row, first: str, second: str) -> bool:
+        of_task = tasks[row["task"]].equal_answers
+        return first == second if of_task is None else of_task(row, first, second)
+
     return Task(
         name=text,
         description=f"a mixture of {', '.join(names)}",
@@ -177,5 +198,7 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         right_answer=right_answer,
         answers_hold_words=2 * sum(weight for name, weight in parts if tasks[name].answers_hold_words) >= sum(weights),
         columns=("task",),
+        final_answer=None if any(task.final_answer is None for task in tasks.values()) else final_answer,
+        equal_answers=equal_answers,
         runs_code=any(task.runs_code for task in tasks.values()),
     )

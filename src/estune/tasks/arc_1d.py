@@ -112,11 +112,21 @@ def _examples(value: Any) -> list[Pair]:
     return list(value)
 
 
+def answered(text: str) -> grids.Grid | None:
+    """Return the row in a completion's answer as a grid of one row; None for anything else."""
+    answer = (extract_answer(text) or "").strip()
+    return None if "\n" in answer else grids.parse_grid(answer)
+
+
+def final_answer(_row: dict[str, Any], completion: str) -> str | None:
+    """Return the digits of the row in a completion's answer; None if there is no row."""
+    grid = answered(completion)
+    return None if grid is None else grids.format_grid(grid)
+
+
 def row_score(text: str, puzzle: Row, solution: Row) -> float:
     """Return 1 for the solution, the partial credit, or 0."""
-    answer = (extract_answer(text) or "").strip()
-    grid = None if "\n" in answer else grids.parse_grid(answer)
-    return grids.score(grid, [puzzle], [solution])
+    return grids.score(answered(text), [puzzle], [solution])
 
 
 def reward(completions: list[Any], puzzle: list[Any], solution: list[Any], **_: Any) -> list[float]:

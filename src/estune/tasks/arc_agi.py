@@ -150,6 +150,13 @@ def grid_score(text: str, inputs: list[Grid], outputs: list[Grid]) -> float:
     return grids.score(None if answer is None else grids.parse_grid(answer), inputs[0], outputs[0])
 
 
+def final_answer(_row: dict[str, Any], completion: str) -> str | None:
+    """Return the grid in a completion's answer, one row a line; None if the answer is no grid."""
+    answer = extract_answer(completion)
+    grid = None if answer is None else grids.parse_grid(answer)
+    return None if grid is None else grids.format_grid(grid)
+
+
 def reward(completions: list[Any], inputs: list[Any], outputs: list[Any], **_: Any) -> list[float]:
     """Return 1, or the partial credit, per completion."""
     texts = map(completion_text, completions)

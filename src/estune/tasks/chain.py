@@ -117,6 +117,12 @@ def answered(text: str) -> int | None:
     return int(answer) if len(answer) == 1 and answer.isascii() and answer.isdigit() else None
 
 
+def final_answer(_row: dict[str, Any], completion: str) -> str | None:
+    """Return the digit in a completion's answer; None if the answer is not one digit."""
+    digit = answered(completion)
+    return None if digit is None else str(digit)
+
+
 def accuracy(completions: list[Any], results: list[list[int]], **_: Any) -> list[float]:
     """Return 1 per completion whose last digit is right, else 0."""
     texts = map(completion_text, completions)

@@ -228,6 +228,16 @@ def answer_score(text: str, numbers: Any, target: Any) -> float:
     return float(value == wanted if exact else abs(value - wanted) < TOLERANCE)
 
 
+def final_answer(_row: dict[str, Any], completion: str) -> str | None:
+    """Return the expression in a completion's answer, without spaces; None if it is no expression.
+
+    Expressions with the same value are different answers: ``3+8`` and ``8+3`` are two.
+    """
+    answer = extract_answer(completion)
+    tokens = tokenize(answer) if answer is not None else None
+    return None if tokens is None or evaluate(tokens) is None else "".join(map(str, tokens))
+
+
 def format_score(text: str) -> float:
     """Return the paper's format part: 1 for a think block, a newline, an answer block and nothing else.
 

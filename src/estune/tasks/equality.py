@@ -80,6 +80,13 @@ def same(reference: str, answer: str) -> bool:
     return _equal(reference, answer)
 
 
+def alike(first: str, second: str) -> bool:
+    """Return whether two answers of a model are the `same`, each taken as the reference of the other."""
+    if first == second:
+        return True
+    return all(map(is_harmless, (first, second))) and same(first, second) and same(second, first)
+
+
 def _closed_up(text: str) -> str:
     """Return a text without spaces, except between two digits or letters: ``1 1/2`` is not 11/2."""
     return re.sub(r"(?<!\w) | (?!\w)", "", text)

@@ -111,6 +111,13 @@ def right_answer(row: dict[str, Any]) -> str:
     return in_tags(row["answer"])
 
 
+def final_answer(_row: dict[str, Any], completion: str) -> str | None:
+    """Return the number in a completion's answer as a fraction in lowest terms; None if the answer is no number."""
+    answer = extract_answer(completion)
+    number = None if answer is None else parse_number(answer)
+    return None if number is None else str(number)
+
+
 def number_score(text: str, wanted: Fraction | None) -> float:
     """Return 1 for the wanted number, 0.1 for another one, 0 for anything else."""
     answer = extract_answer(text)

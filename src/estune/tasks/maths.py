@@ -163,6 +163,17 @@ def right_answer(row: dict[str, Any]) -> str:
     return f"\\boxed{{{row['answer']}}}"
 
 
+def final_answer(_row: dict[str, Any], completion: str) -> str | None:
+    """Return the content of a completion's last box; None if there is no box, or an empty one."""
+    box = last_boxed(completion)
+    return None if box is None else equality.tidy(box) or None
+
+
+def equal_answers(_row: dict[str, Any], first: str, second: str) -> bool:
+    """Return whether two answers of a model are equal, each as finished as the other."""
+    return equality.alike(first, second)
+
+
 def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """Return 1 per completion whose last box holds the reference answer, else 0."""
     boxes = [last_boxed(completion_text(completion)) for completion in completions]

@@ -187,6 +187,13 @@ def parse_grid(text: str, side: int) -> list[int] | None:
     return digits
 
 
+def final_answer(row: dict[str, Any], completion: str) -> str | None:
+    """Return the digits of the grid in a completion's answer; None if the answer is no full grid."""
+    answer = extract_answer(completion)
+    grid = None if answer is None else parse_grid(answer, side_of(row["puzzle"]))
+    return None if grid is None else "".join(map(str, grid))
+
+
 def grid_score(text: str, puzzle: Sequence[int], solution: Sequence[int]) -> float:
     """Return 1 for the solution, 0.2 times the share of empty cells filled correctly, or 0."""
     answer = extract_answer(text)

@@ -19,7 +19,7 @@ import numpy as np
 from estune.engines.base import Engine
 from estune.es.fitness import mean, weigh
 from estune.es.population import EVAL_PERSON
-from estune.es.types import GroupJob, Prompt, Sampling
+from estune.es.types import GroupJob, Perturbation, Prompt, Sampling
 from estune.rewards.pool import RewardPool, RewardResult
 from estune.run.records import is_right
 from estune.train.groups import Group
@@ -169,7 +169,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 class HeldOut:
-    """Theta's answers to held-out rows, collected batch by batch in any order."""
+    """The answers of theta, or of one member, to held-out rows, collected batch by batch in any order."""
 
     def __init__(
         self,
@@ -182,6 +182,7 @@ class HeldOut:
         *,
         batch: int,
         trainer_state: dict[str, Any],
+        member: Perturbation | None = None,
     ) -> None:
         """Keep the parts of an evaluation.
 
@@ -194,7 +195,9 @@ class HeldOut:
             accuracy_pool: computes accuracy; None: no accuracy.
             batch: prompts per batch.
             trainer_state: for reward functions.
+            member: answers; None: theta.
         """
+        self.member = member
         self.evaluator, self.rows, self.prompts = evaluator, rows, prompts
         self.sampling, self.weights, self.batch = of_evaluations(sampling), weights, batch
         self.trainer_state = trainer_state
@@ -208,7 +211,7 @@ class HeldOut:
         checksum = self.evaluator.engine.theta_checksum
         for start in range(0, len(self.rows), self.batch):
             prompts = tuple(self.prompts[start : start + self.batch])
-            yield GroupJob((offset + start,), (None,), checksum, prompts, self.sampling)
+            yield GroupJob((offset + start,), (self.member,), checksum, prompts, self.sampling)
 
     def rows_of(self, start: int) -> Sequence[dict[str, Any]]:
         """Return the rows of the job whose first row is ``start``."""

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from estune import environment
-from estune.config import FIELDS, OF_METHODS, SAMPLING_METHODS, ESConfig, ResolvedConfig, SizedConfig, default_of
+from estune.config import (
+    FIELDS,
+    OF_METHODS,
+    SAMPLING_METHODS,
+    SEARCHES,
+    ESConfig,
+    ResolvedConfig,
+    SizedConfig,
+    default_of,
+)
 from estune.console import warn
 from estune.data.batches import Batches
 from estune.data.datasets import check_columns, has_splits, load_rows
@@ -213,7 +222,7 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConf
     if args.method in OF_METHODS["learning_rate"]:
         auto["learning_rate"] = args.effective_learning_rate
     if args.batch_size == "auto":
-        wanted = {"es": DEFAULT_BATCH, "random_search": DEFAULT_BATCH, "ppo": 64}.get(args.method, DEFAULT_GROUPS)
+        wanted = {**dict.fromkeys(("es", *SEARCHES), DEFAULT_BATCH), "ppo": 64}.get(args.method, DEFAULT_GROUPS)
         auto["batch_size"] = min(wanted, n_rows)
     if args.step_control != "none" and auto.get("batch_size", args.batch_size) == 1:
         raise UserError(
