@@ -8,6 +8,7 @@ from typing import Any
 
 from estune.errors import UserError
 from estune.tasks import arc_agi, chain, maths, mixture, reasoning, sudoku
+from estune.tasks.answers import extract_answer, last_boxed
 from estune.tasks.other_names import hint
 
 __all__ = ["TASKS", "Task", "get_task"]
@@ -41,9 +42,21 @@ class Task:
     """A right completion of a row that can be right for other rows too; None if there is no such completion."""
     answers_hold_words: bool = True
     """Whether right completions hold words, if `right_answer` gives none; expressions and grids hold none."""
+    final_answer: Callable[[Row, str], str | None] | None = None
+    """The part of a completion that is scored as the answer, or None; without this field it is the whole completion."""
 
 
-def _built_in(name: str, description: str, *columns: str) -> Task:
+def _in_tags(row: Row, completion: str) -> str | None:
+    return extract_answer(completion)
+
+
+def _in_box(row: Row, completion: str) -> str | None:
+    return last_boxed(completion)
+
+
+def _built_in(
+    name: str, description: str, *columns: str, final_answer: Callable[[Row, str], str | None] | None = None
+) -> Task:
     """Return the task of the module ``estune.tasks.<name>``."""
     module: Any = importlib.import_module(f"estune.tasks.{name}")
     return Task(
@@ -58,29 +71,33 @@ def _built_in(name: str, description: str, *columns: str) -> Task:
         problem_columns=getattr(module, "PROBLEM_COLUMNS", ()),
         right_answer=getattr(module, "right_answer", None),
         answers_hold_words=getattr(module, "ANSWERS_HOLD_WORDS", Task.answers_hold_words),
+        final_answer=final_answer,
     )
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _built_in("arc_1d", "find the rule from three rows of digits and apply it to a fourth", "puzzle", "solution"),
+        _built_in("arc_1d", "find the rule from three rows of digits and apply it to a fourth", "puzzle", "solution",
+                  final_answer=_in_tags),
         _built_in("arc_agi", "ARC-AGI-1: find the rule from a few grids and apply it to another, or write it as a "
-                  "program (arc_agi:python)", "inputs", "outputs"),
+                  "program (arc_agi:python)", "inputs", "outputs", final_answer=_in_tags),
         _built_in("chain", "carry out k = 1, 2, 4, 8 or 16 steps on one digit, each on the result of the one before "
-                  "(chain:K, chain:K:steps)", "results"),
+                  "(chain:K, chain:K:steps)", "results", final_answer=_in_tags),
         _built_in("conciseness", "answer short questions in as few characters as the shortest right answer has",
                   "answer", "answers"),
         _built_in("countdown", "reach a target from 3 or 4 numbers, each used exactly once, with + - * / and "
-                  "parentheses", "numbers", "target"),
-        _built_in("gsm_symbolic", "solve a problem told as a short story; the answer is one number", "answer"),
+                  "parentheses", "numbers", "target", final_answer=_in_tags),
+        _built_in("gsm_symbolic", "solve a problem told as a short story; the answer is one number", "answer",
+                  final_answer=_in_tags),
         Task("math", "solve a problem and put the answer in \\boxed{}; with --dataset_name, problems of your own",
              maths.load, maths.prepare_row, maths.reward, maths.accuracy, ("answer",), maths.SPLITS,
-             problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer),
+             problem_columns=maths.PROBLEM_COLUMNS, right_answer=maths.right_answer, final_answer=_in_box),
         Task("mini_sudoku", "complete a 4x4 grid", sudoku.load_mini, sudoku.prepare_row, sudoku.reward,
-             sudoku.accuracy, ("puzzle", "solution"), answers_hold_words=sudoku.ANSWERS_HOLD_WORDS),
+             sudoku.accuracy, ("puzzle", "solution"), answers_hold_words=sudoku.ANSWERS_HOLD_WORDS,
+             final_answer=_in_tags),
         _built_in("quadratic", "the toy engine's: move every coordinate of a vector to a wanted value", "wanted"),
-        _built_in("sudoku", "complete a 9x9 grid", "puzzle", "solution"),
+        _built_in("sudoku", "complete a 9x9 grid", "puzzle", "solution", final_answer=_in_tags),
     )
 }  # fmt: skip
 
@@ -146,6 +163,7 @@ def _reasoning(name: str, allow_unsandboxed_code: bool) -> Task:
         columns=("rg_task", "rg_entry"),
         runs_code=runs_answers,
         right_answer=reasoning.right_answer,
+        final_answer=lambda row, completion: reasoning.answer_of(completion),
     )
 
 
@@ -165,6 +183,10 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         of_task = tasks[row["task"]].right_answer
         return None if of_task is None else of_task(row)
 
+    def final_answer(row: Row, completion: str) -> str | None:
+        of_task = tasks[row["task"]].final_answer
+        return completion if of_task is None else of_task(row, completion)
+
     return Task(
         name=text,
         description=f"a mixture of {', '.join(names)}",
@@ -175,6 +197,7 @@ def _mixture(text: str, allow_unsandboxed_code: bool) -> Task:
         reward=mixture.Dispatch({name: task.reward for name, task in tasks.items()}, "reward"),
         accuracy=mixture.Dispatch({name: task.accuracy for name, task in tasks.items()}, "accuracy"),
         right_answer=right_answer,
+        final_answer=final_answer if any(task.final_answer for task in tasks.values()) else None,
         answers_hold_words=2 * sum(weight for name, weight in parts if tasks[name].answers_hold_words) >= sum(weights),
         columns=("task",),
         runs_code=any(task.runs_code for task in tasks.values()),
