@@ -283,7 +283,7 @@ def _logprobs(engine: Engine, answers: _Answers) -> list[list[float]] | None:
     try:
         return engine.token_logprobs(*answers.own_tokens)
     except UserError as error:
-        warn(f"{error}: kl is unknown")
+        warn(f"kl is unknown: {error}")
         return None
 
 
@@ -316,7 +316,7 @@ def _divergence(engine: Engine, reference: str, model: _Answers) -> float | None
     try:
         logprobs = engine.token_logprobs(*model.own_tokens)
     except UserError as error:
-        warn(f"reference {reference}: {error}: kl is unknown")
+        warn(f"kl is unknown: reference {reference}: {error}")
         return None
     models = ((model.model, model.dtype, model.logprobs), (reference, engine.facts.dtype, logprobs))
     for name, dtype, values in models:

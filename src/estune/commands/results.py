@@ -39,7 +39,8 @@ def _value_text(name: str, value: Any, result: dict[str, Any]) -> str:
     """Return the text of one value of a result."""
     if name in ("accuracy", "mean_at_k"):
         low, high = result[f"{name}_ci95"]
-        return f"{value:.1%}  (95 % interval {low:.1%} to {high:.1%})"
+        how = f"  for k = {result['n_samples']}" if name == "mean_at_k" else "  greedily" * ("n_samples" in result)
+        return f"{value:.1%}{how}  (95 % interval {low:.1%} to {high:.1%})"
     if name == "pass_at_k":
         return ", ".join(f"{share:.1%} for k = {k}" for k, share in value.items())
     if name == "answer_entropy":
@@ -72,19 +73,19 @@ def _print_reference(result: dict[str, Any], reference: dict[str, Any], against:
             print_result(
                 f"{name:20} {found['progressions']} won (wrong to right), {found['regressions']} lost (right to "
                 f"wrong), {found['both_right']} right in both, {found['both_wrong']} wrong in both; "
-                f"p {found['p_value']:.2g} (McNemar, exact)"
+                f"p = {found['p_value']:.2g} (McNemar, exact)"
             )
         elif "wins" in found:
             print_result(
                 f"{name:20} higher in {found['wins']} rows, lower in {found['losses']}, equal in {found['ties']}; "
-                f"p {found['p_value']:.2g} (sign test, exact)"
+                f"p = {found['p_value']:.2g} (sign test, exact)"
             )
 
 
 def _cells(name: str, value: Any) -> list[tuple[str, str]]:
     """Return the labels and texts of a measure in the table: one, or for pass@k one for each k."""
     if isinstance(value, dict):
-        return [(f"pass@{k}", f"{share:.1%}") for k, share in value.items()]
+        return [(f"pass_at_k, k = {k}", f"{share:.1%}") for k, share in value.items() if k != "1"]  # 1: mean_at_k
     if value is None:
         return [(name, "none")]
     return [(name, f"{value:.1%}" if name in POINTS else f"{value:.4g}")]
