@@ -35,6 +35,7 @@ from estune.train.evaluation import (
     token_entropy,
 )
 from estune.train.rollouts import Evaluator
+from estune.train.setup import Rewards
 from estune.train.soundness import warn_of_inputs
 from estune.train.step import sampling_of
 
@@ -129,26 +130,18 @@ def evaluate_command(
     sized = setup.resolve_config(args, len(data))
     if reference is not None and args.engine not in ("hf", "vllm"):
         _open_once(sized, reference)
-    if n_samples and rewards.accuracy is None:
-        note("no task measures accuracy here, so there is no mean@k and no pass@k: the samples have rewards alone")
     with ExitStack() as stack:
-        grader = None
-        pool = stack.enter_context(setup.reward_pool(sized, rewards.funcs, rewards.names))
-        if rewards.accuracy:
-            grader = stack.enter_context(setup.reward_pool(sized, [rewards.accuracy], ["accuracy"]))
-        first, samples = _samplings(sized, n_samples)
-        asked = _Questions(sized, data, task, rewards.weights, pool, grader, first, samples, set(), not json)
+        asked = _questions(stack, sized, data, task, rewards, n_samples, shows_progress=not json)
         model, checked = _ask_model(asked, batch_check, with_logprobs=reference is not None)
         result = {**_heading(sized, split), **_values(asked, model), **checked}
         other = failure = None
         if reference is not None:
             try:
                 other, kl = _ask_reference(asked, reference, model)
-            except UserError as error:
-                failure = error  # raised below: the model's own result is complete
-            else:
                 result |= {"kl": kl, "reference": {"model": reference, **_values(asked, other)}}
                 result["against_reference"] = _against(model, other)
+            except UserError as error:  # raised below: the model's own result is complete
+                failure = error
         if rows:
             write_lines(Path(rows), _records(model, other))
     print_evaluation(result, json)
@@ -172,13 +165,28 @@ def _with_samples(args: ESConfig, n_samples: int) -> ESConfig:
     return dataclasses.replace(args, temperature=args.temperature or SAMPLE_TEMPERATURE)
 
 
-def _samplings(args: SizedConfig, n_samples: int) -> tuple[Sampling, Sampling | None]:
-    """Return the decoding of the accuracy, and of the samples if there are any; then the accuracy is greedy."""
-    configured = sampling_of(args, 0)
-    if not n_samples:
-        return configured, None
-    greedy = dataclasses.replace(configured, num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
-    return greedy, dataclasses.replace(configured, num_generations=n_samples)
+def _questions(
+    stack: ExitStack,
+    args: SizedConfig,
+    data: list[dict[str, Any]],
+    task: Task | None,
+    rewards: Rewards,
+    n_samples: int,
+    *,
+    shows_progress: bool,
+) -> _Questions:
+    """Start the reward workers, which end with ``stack``, and return what every model is asked."""
+    pool = stack.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
+    grader = None
+    if rewards.accuracy:
+        grader = stack.enter_context(setup.reward_pool(args, [rewards.accuracy], ["accuracy"]))
+    elif n_samples:
+        note("no task measures accuracy here, so there is no mean@k and no pass@k: the samples have rewards alone")
+    first, samples = sampling_of(args, 0), None
+    if n_samples:
+        samples = dataclasses.replace(first, num_generations=n_samples)
+        first = dataclasses.replace(first, num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
+    return _Questions(args, data, task, rewards.weights, pool, grader, first, samples, set(), shows_progress)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -367,7 +375,7 @@ def _against(model: _Answers, other: _Answers) -> dict[str, Any]:
         if (after := here.accuracies()) is not None and (before := there.accuracies()) is not None:
             is_greedy = accuracy == "accuracy" and len(here.rows[0].lengths) == 1
             found[accuracy] = _transitions(before, after) if is_greedy else _differences(before, after)
-        if values := _reward_differences(here, there):
+        if values := reward_differences(here, there):
             found[reward] = {"n": len(values), **dataclasses.asdict(signs(values)), **mean_difference(values)}
     if model.entropies is not None and other.entropies is not None:
         found["answer_entropy"] = _differences(other.entropies, model.entropies)
@@ -386,7 +394,7 @@ def _differences(before: Sequence[float], after: Sequence[float]) -> dict[str, A
     return mean_difference([b - a for a, b in zip(before, after, strict=True)])
 
 
-def _reward_differences(here: Evaluation, there: Evaluation) -> list[float]:
+def reward_differences(here: Evaluation, there: Evaluation) -> list[float]:
     """Return the differences of the mean rewards of the rows to which a reward applies in both evaluations.
 
     A failed reward counts as the lowest reward of the two evaluations.

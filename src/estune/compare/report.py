@@ -125,6 +125,11 @@ def _introduction(summary: Summary) -> list[str]:
         "run whose model could not be measured is left out. Each figure of a seed links to its result, and the arrow "
         "behind it to its run. The other figures of a row are over these seeds.</p>"
     )
+    parts.append(
+        "<p class=note>pass@1 is of greedy answers. Won: problems that the base answers wrong and the method right; "
+        "lost: the reverse; p is that of the paired difference. mean@k is the share of right samples. Answer entropy "
+        "is that of a problem's sampled answers, in nats; older results lack it.</p>"
+    )
     return parts
 
 
@@ -223,7 +228,7 @@ def _method_cells(row: MethodRow, established: dict[str, bool]) -> list[str]:
         name,
         _interval(row["accuracy"]),
         _interval(row["gain"], "difference", signed=True),
-        f"{row['moved']['progressions']:.4g} / {row['moved']['regressions']:.4g}",
+        f"{row['moved']['progressions']:.1f} / {row['moved']['regressions']:.1f}",
         _p(row["gain"]["p_value"]),
         seeds,
         "" if deviation is None else _number(100 * deviation, 1),
@@ -396,7 +401,10 @@ def _seed_link(seed: dict[str, Any]) -> str:
             f'<a class="bad" href="{_text(seed["file"])}" title="{_text(seed.get("error", ""))}">'
             f"{_text(seed['seed'])}: {_text(seed['status'])}</a>"
         )
-    title = f"seed {_text(seed['seed'])}, {_text(seed['run'])}"
+    title = (
+        f"seed {_text(seed['seed'])}, {_text(seed['run'])}: {seed['progressions']} won, {seed['regressions']} lost, "
+        f"p {_p(seed['mcnemar_p'])} (McNemar)"
+    )
     link = f'<a href="{_text(seed["file"])}" title="{title}">{100 * seed["accuracy"]:.1f}</a>'
     return link + (f'<a class="run" href="{_text(seed["page"])}" title="its run">\u2197</a>' if "page" in seed else "")
 

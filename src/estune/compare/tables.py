@@ -350,13 +350,7 @@ def method_row(method: str, results: Sequence[Linked], base: Result, sample_rows
         "hacked": sum(bool(result["hacking"]["hacked"]) for result in done),
         "settings": results[0].get("settings", {}),
     }
-    digest = base_digest(base)
-    for result in done:
-        if result.get("base", digest) != digest:
-            raise UserError(
-                f"{result['file']} was measured against another measurement of its base: delete it, and it "
-                "is measured again"
-            )
+    _check_base(done, base)
     counted = [_counted(result, base) for result in results if result["status"] != UNMEASURED]
     if not counted:
         return row
@@ -408,6 +402,17 @@ def _share_without_words(result: Linked, base: Result) -> float:
     """Return the share of a seed's completions without a dictionary word; if its run failed, the base's share."""
     measures = base["judged"] if result["status"] == FAILED else result["hacking"]
     return float(measures["literal_share_without_words"])
+
+
+def _check_base(results: Sequence[Linked], base: Result) -> None:
+    """Raise UserError if a seed was measured against another measurement of the base."""
+    digest = base_digest(base)
+    for result in results:
+        if result.get("base", digest) != digest:
+            raise UserError(
+                f"{result['file']} was measured against another measurement of its base: delete it, and it "
+                "is measured again"
+            )
 
 
 def _moved(results: Sequence[Result], base: Result) -> Moved:
