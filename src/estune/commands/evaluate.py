@@ -219,7 +219,7 @@ def _ask_model(asked: _Questions, batch_check: str, *, with_logprobs: bool) -> t
     args = asked.args
     with _opened(args) as engine:
         setup.warn_of_changed_engine(args, engine)
-        answers = _answers_of(asked, engine, args.model)
+        answers = _answers_of(asked, engine)
         checked = _batch_check(batch_check, engine, asked.first, answers)
         if with_logprobs:
             answers.pieces = _pieces(engine, answers)
@@ -235,7 +235,7 @@ def _ask_reference(asked: _Questions, reference: str, model: _Answers) -> tuple[
     gc.collect()
     asked = dataclasses.replace(asked, args=dataclasses.replace(asked.args, model=reference))
     with _opened(asked.args) as engine:
-        answers = _answers_of(asked, engine, reference)
+        answers = _answers_of(asked, engine, f"reference {reference}: ")
         kl = None
         if model.logprobs is not None:
             kl = _divergence(engine, reference, model)
@@ -244,9 +244,9 @@ def _ask_reference(asked: _Questions, reference: str, model: _Answers) -> tuple[
     return answers, kl
 
 
-def _answers_of(asked: _Questions, engine: Engine, model: str) -> _Answers:
-    """Return a model's answers to the rows, scored; warn if they are broken."""
-    args, label = asked.args, f"{model}: " if asked.args.model != model else ""
+def _answers_of(asked: _Questions, engine: Engine, label: str = "") -> _Answers:
+    """Return a model's answers to the rows, scored; a warning about them begins with ``label``."""
+    args = asked.args
     prompts = setup.build_prompts(args, engine, asked.data, asked.task is not None)
     warn_of_inputs(args, engine, prompts)
     evaluator = Evaluator(engine, asked.pool, args.response_prefix, warned=asked.warned)
@@ -258,7 +258,7 @@ def _answers_of(asked: _Questions, engine: Engine, model: str) -> _Answers:
             entropies = [answer_entropy(texts) for texts in samples.answers(asked.data, asked.final_answer)]
     if warning := Evaluation(first.rows + (samples.rows if samples else [])).warning(engine.facts.dtype):
         warn(f"{label}{warning}")
-    return _Answers(model, prompts, first, samples, engine.facts.dtype, entropies)
+    return _Answers(args.model, prompts, first, samples, engine.facts.dtype, entropies)
 
 
 def _evaluate(
