@@ -204,9 +204,18 @@ def _add_evaluate(add: AddCommand) -> None:
     evaluate.add_argument(
         "--split", help="Split of a built-in task: train, validation, test [test], or another split of that task."
     )
-    evaluate.add_argument("--n_samples", type=int, default=0, help="Samples per row for pass@k; needs temperature > 0.")
+    evaluate.add_argument(
+        "--n_samples",
+        type=int,
+        default=0,
+        help="Samples per row for mean@k, pass@k and the answer entropy, beside a greedy answer for the accuracy; "
+        "their temperature is 1 if --temperature is 0 [0: none].",
+    )
     evaluate.add_argument("--limit", type=int, default=0, help="Evaluate only this many rows, the first; 0: all.")
-    evaluate.add_argument("--reference", help="Reference model for the KL divergence, per token.")
+    evaluate.add_argument(
+        "--reference",
+        help="Reference model, the base for example: rows won and lost against it, and the KL divergence per token.",
+    )
     evaluate.add_argument("--rows", help="File to write the evaluated rows to, as JSON lines.")
     evaluate.add_argument(
         "--batch_check",
@@ -400,6 +409,8 @@ def _evaluate(values: dict[str, Any]) -> int:
     }
     run_dir = run_of(str(values.get("model", "")))
     inherited = inherited_settings(run_dir, values) if run_dir else {}
+    if extras["n_samples"]:  # the samples replace the run's completions per prompt
+        inherited.pop("num_generations", None)
     if run_dir:
         look_for_modules_in(module_directories(run_dir))
     if (own_data := inherited.get("dataset_name")) and not has_splits(own_data):

@@ -235,9 +235,10 @@ def test_evaluate_says_that_a_model_is_broken(
     done = run_model(*EVALUATE, *how, "--model", "broken", "--dtype", "float16", "--reference", "tiny", "--json")
     found = printed(done)
     assert 0.5 < found["non_finite_ratio"] <= 1.0
-    assert found["accuracy"] == 0.0 and found["reward_failures"] == round(
-        found["non_finite_ratio"] * 6 * (2 if how else 1)
-    )
+    assert found["accuracy"] == 0.0 and found["reward_failures"] == round(found["non_finite_ratio"] * 6)
+    if how:
+        assert found["sample_reward_failures"] == round(found["sample_non_finite_ratio"] * 12)
+    assert found["against_reference"]["accuracy"]["progressions"] == 0
     assert found["kl"] is None or part == "model.norm"
     assert done.err.count("completions are not finite in float16: these completions count as wrong") == 1, done.err
 
@@ -249,7 +250,10 @@ def test_evaluate_with_a_broken_reference(run_model: Any, place: Path) -> None:
     found = printed(done)
     assert found["kl"] is None and "non_finite_ratio" not in found
     assert done.err.count("log-probabilities of broken are not finite in float16, so kl is unknown") == 1, done.err
-    del found["kl"]
+    assert done.err.count("reference broken: the logits of") == 1, done.err
+    assert found["reference"]["accuracy"] == 0.0 and found["against_reference"]["accuracy"]["regressions"] == 0
+    for name in ("kl", "reference", "against_reference"):
+        del found[name]
     assert found == printed(run_model(*words, "--json"))
     text = run_model(*words, "--reference", "broken")
     assert text.code == 0 and "kl                   None" in text.out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -228,9 +229,56 @@ def test_evaluate_options(zygote, toy_run):
     assert len(rows_of(toy_run / "new" / "deep" / "rows.jsonl")) == 2
     text = zygote.run(words[:-1], toy_run)
     assert text.code == 0 and "accuracy" in text.out and "95 %" in text.out
-    assert_refused(zygote.run((*words, "--reference", "toy"), toy_run), "KL")
     for name in ("--limit", "--n_samples"):
         assert_refused(zygote.run((*words, name, -1), toy_run), name[2:])
+
+
+def test_evaluate_against_a_reference_without_token_probabilities(zygote, toy_run):
+    words = ("evaluate", "--engine", "toy", "--task", "quadratic", "--model", "run", "--json")
+    alone = one_object(zygote.run(words, toy_run))
+    base = one_object(zygote.run((*words, "--model", "toy"), toy_run))
+    done = zygote.run((*words, "--reference", "toy", "--rows", "rows.jsonl"), toy_run)
+    found = one_object(done)
+    assert found["kl"] is None and "kl is unknown: the toy engine has no token probabilities" in done.err
+    assert {name: found[name] for name in alone} == alone
+    assert {name: value for name, value in base.items() if name not in ("task", "split")} == (
+        found["reference"] | {"model": base["model"]}
+    )
+    rows = rows_of(toy_run / "rows.jsonl")
+    pairs = [(row["reference"]["accuracy"][0], row["accuracy"][0]) for row in rows]
+    moved = found["against_reference"]["accuracy"]
+    counts = [pairs.count(pair) for pair in ((1.0, 1.0), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0))]
+    assert [moved[name] for name in ("both_right", "both_wrong", "progressions", "regressions")] == counts
+    assert moved["difference"] == pytest.approx(alone["accuracy"] - base["accuracy"])
+    gains = [row["rewards"][0] - row["reference"]["rewards"][0] for row in rows]
+    reward = found["against_reference"]["reward"]
+    assert [reward["wins"], reward["losses"]] == [sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)]
+    assert reward["wins"] > reward["losses"] and reward["n"] == len(rows)
+    low, high = reward["difference_ci95"]
+    assert low < reward["difference"] < high
+    text = zygote.run((*words[:-1], "--reference", "toy"), toy_run)
+    assert text.code == 0 and f"{counts[2]} won (wrong to right), {counts[3]} lost" in text.out
+    assert_refused(zygote.run((*words, "--reference", "nowhere", "--rows", "new.jsonl"), toy_run), "nowhere")
+    assert not (toy_run / "new.jsonl").exists()
+
+
+def test_a_reward_without_accuracy_that_fails_is_compared_with_the_reference(zygote, toy_run):
+    (toy_run / "half.py").write_text(
+        "def half(completions, wanted, **_):\n    return [None if w < 0 else 1 / (w - 0.5) for w in wanted]\n"
+    )
+    (toy_run / "own.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"x[{i}]", "wanted": [0.5, -1.0, 1.0][i]}) + "\n" for i in range(3))
+    )
+    words = ("evaluate", "--engine", "toy", "--task", "quadratic", "--model", "run", "--dataset_name", "own.jsonl",
+             "--reward_funcs", "half.py:half", "--json", "--prompts_per_batch", 1, "--reference", "toy")  # fmt: skip
+    done = zygote.run(words, toy_run)
+    found = one_object(done)
+    assert found["reward_failures"] == found["reference"]["reward_failures"] == 1
+    assert done.err.count("ZeroDivisionError") == 1  # the same failure of both models is shown once
+    reward = found["against_reference"]["reward"]
+    assert (reward["n"], reward["ties"], reward["p_value"]) == (2, 2, 1.0)
+    one = one_object(zygote.run((*words, "--limit", 1), toy_run))
+    assert "reward" not in one["against_reference"] and one["reward"] is None
 
 
 def test_evaluate_with_a_users_data_and_rewards(zygote, toy_run):
@@ -320,17 +368,67 @@ def test_an_evaluation_of_a_language_model_in_a_run_is_that_of_its_checkpoint(to
     assert found["run"] | {"model": ""} == found["run/checkpoint-2"] | {"model": ""}
 
 
-def test_sampled_evaluation_and_divergence(torch_zygote, tiny_run):
+def test_greedy_answers_samples_and_a_reference(torch_zygote, tiny_run):
+    tiny_run, options = tiny_run
+    words = ("evaluate", "--model", "run", "--task", "countdown", "--limit", 6, "--json", *LENGTH)
+    greedy = one_object(torch_zygote.run((*words, "--temperature", 0), tiny_run))
+    done = torch_zygote.run((*words, "--n_samples", 4, "--reference", "tiny", "--rows", "rows.jsonl"), tiny_run)
+    found = one_object(done)
+    for name in ("n", "accuracy", "accuracy_ci95", "reward", "mean_length_tokens", "clipped_ratio"):
+        assert found[name] == greedy[name], name
+    sampled = "--temperature" in options  # the run's own temperature, or 1
+    assert (found["n_samples"], found["sample_temperature"]) == (4, 0.8 if sampled else 1.0)
+    assert list(found["pass_at_k"]) == ["1", "2", "4"]
+    assert found["pass_at_k"]["1"] <= found["pass_at_k"]["2"] <= found["pass_at_k"]["4"]
+    assert found["pass_at_k"]["1"] == pytest.approx(found["mean_at_k"])
+    low, high = found["mean_at_k_ci95"]
+    assert low <= found["mean_at_k"] <= high and 0 < found["answer_entropy"] <= math.log(4) + 1e-9
+    assert found["kl"] > 0 and ("token_entropy" in found) == (not sampled)  # a surprise is an entropy at temperature 1
+    rows = rows_of(tiny_run / "rows.jsonl")
+    assert all(len(row["completions"]) == 1 and len(row["samples"]["completions"]) == 4 for row in rows)
+    means = [sum(row["samples"]["accuracy"]) / 4 for row in rows]
+    before = [sum(row["reference"]["samples"]["accuracy"]) / 4 for row in rows]
+    assert found["mean_at_k"] == pytest.approx(sum(means) / 6)
+    moved = found["against_reference"]
+    assert moved["mean_at_k"]["difference"] == pytest.approx(sum(means) / 6 - sum(before) / 6)
+    assert moved["answer_entropy"]["difference"] == pytest.approx(
+        found["answer_entropy"] - found["reference"]["answer_entropy"]
+    )
+    assert sum(moved["accuracy"][name] for name in TRANSITIONS) == 6
+    again = ("--prompts_per_batch", 1, "--n_samples", 4)
+    assert one_object(torch_zygote.run((*words, *again), tiny_run))["mean_at_k"] == found["mean_at_k"]
+
+
+TRANSITIONS = ("both_right", "both_wrong", "progressions", "regressions")
+
+
+def test_a_model_differs_in_nothing_from_itself(torch_zygote, tiny_run):
     tiny_run, _ = tiny_run
-    words = ("evaluate", "--model", "run", "--task", "countdown", "--limit", 4, "--temperature", 1, "--json", *LENGTH)
-    result = one_object(torch_zygote.run((*words, "--n_samples", 4, "--reference", "tiny"), tiny_run))
-    assert list(result["pass_at_k"]) == ["1", "2", "4"]
-    assert result["pass_at_k"]["1"] <= result["pass_at_k"]["2"] <= result["pass_at_k"]["4"]
-    assert result["pass_at_k"]["1"] == pytest.approx(result["accuracy"])
-    assert result["kl"] > 0
-    again = one_object(torch_zygote.run((*words, "--n_samples", 4, "--prompts_per_batch", 1), tiny_run))
-    assert again["accuracy"] == result["accuracy"]
-    assert one_object(torch_zygote.run((*words, "--reference", "run"), tiny_run))["kl"] == 0
+    words = ("evaluate", "--model", "run", "--task", "countdown", "--json", *LENGTH, "--temperature", 1)
+    for more in (("--limit", 3, "--n_samples", 2), ("--limit", 1, "--n_samples", 1), ("--limit", 2)):
+        found = one_object(torch_zygote.run((*words, *more, "--reference", "run"), tiny_run))
+        assert found["kl"] == 0
+        assert found["against_reference"]["accuracy"]["p_value"] == 1.0
+        assert all(each["difference"] == 0 for each in found["against_reference"].values())
+        assert all(found[name] == value for name, value in found["reference"].items())
+        assert ("answer_entropy" in found) == ("2" in map(str, more[3:]))
+
+
+def test_a_reference_with_another_vocabulary_has_no_kl(torch_zygote, tiny_run, tmp_path):
+    """Every token that is no special one has the id of another."""
+    tiny_run, _ = tiny_run
+    other = tmp_path / "other"
+    shutil.copytree(tiny_run / "run", other, ignore=shutil.ignore_patterns("checkpoint-*", "*.jsonl", "es_*"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    ids = sorted(vocab.values())
+    tokenizer["model"]["vocab"] = {name: i if i < 2 else ids[2 + (i - 1) % (len(ids) - 2)] for name, i in vocab.items()}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ("evaluate", "--model", "run", "--task", "countdown", "--limit", 3, "--json", *LENGTH, "--temperature", 0)
+    done = torch_zygote.run((*words, "--reference", other), tiny_run)
+    found = one_object(done)
+    assert found["kl"] is None and "has another vocabulary than run, so kl is unknown" in done.err
+    assert sum(found["against_reference"]["accuracy"][name] for name in TRANSITIONS) == 3
 
 
 # --- train without arguments ------------------------------------------------------------------------------------------

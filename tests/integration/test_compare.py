@@ -84,6 +84,13 @@ def test_every_row_is_there(compared: Path) -> None:
         assert rows[name]["accuracy"]["low"] <= rows[name]["accuracy"]["mean"] <= rows[name]["accuracy"]["high"]
     base = summary["models"]["tiny"]["base"]
     assert rows["broken"]["failed"] == 2 and rows["broken"]["gain"]["difference"] == 0.0
+    assert rows["broken"]["moved"]["progressions"] == rows["broken"]["moved"]["regressions"] == 0
+    assert rows["broken"]["answer_entropy"] == base["answer_entropy"]
+    for row in rows.values():
+        assert row["mean_at_k"]["mean"] == pytest.approx(row["pass_at_k"]["1"]["mean"])
+        assert sum(row["moved"].values()) == 24
+        won = row["moved"]["progressions"] - row["moved"]["regressions"]
+        assert row["gain"]["difference"] == pytest.approx(won / 24)
     assert rows["broken"]["accuracy"]["mean"] == base["accuracy"]["mean"] and not rows["broken"]["changes"]
     assert "samples of the base was right" in rows["broken"]["seeds"][0]["error"]
     assert summary["established"] == {"grpo": False, "broken": False}
@@ -99,7 +106,7 @@ def test_results_name_their_runs_and_hold_the_measurements(compared: Path) -> No
         assert state["fingerprint"] == found["fingerprint"]
         assert json.loads((run / "es_config.json").read_text(encoding="utf-8"))["seed"] == seed == found["seed"]
         assert len(found["correct"]) == 24 and found["samples"] == 2
-        assert len(found["right_of"]) == 12
+        assert len(found["right_of"]) == 12 and 0 <= found["answer_entropy"] <= math.log(2) + 1e-9
         base = result(compared, "base.json")
         assert len(found["discovery"]) == len(base["never_solved"]) == len(base["discovery_control"])
         assert all(base["correct"][row] == "0" and not base["right_of"][row] for row in base["never_solved"])
@@ -132,6 +139,7 @@ def test_the_report_is_self_contained(compared: Path) -> None:
     page = (compared / "out" / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "not established: no claim" in page and "2 of 2 failed" in page
+    assert "won / lost" in page and "answer entropy" in page and "lost, p " in page
     assert "kept (prompt variant): at once" in page and "update norm / random walk" in page
     links = re.findall(r'href="((?:results|runs)/[^"]+)"', page)
     assert {link.split("/")[0] for link in links} == {"results", "runs"}

@@ -200,7 +200,8 @@ def test_a_resume_may_change_the_number_of_workers(cluster: str, tmp_path: Path)
 
 def test_evaluate_and_probe_use_workers(cluster: str, tmp_path: Path) -> None:
     commands = (
-        ["evaluate", "--model", "tiny", "--task", "countdown", "--limit", "24", "--json", "--batch_check", "always"],
+        ["evaluate", "--model", "tiny", "--task", "countdown", "--limit", "24", "--json", "--batch_check", "always",
+         "--n_samples", "2", "--reference", "tiny"],
         ["probe", "--model", "tiny", "--task", "countdown", "--batch_size", "4", "--sigmas", "0.01",
          "--json"],
     )  # fmt: skip

@@ -616,6 +616,27 @@ def test_pass_at_k_is_of_the_first_rows_with_the_interval_of_one_model_or_of_see
     )
 
 
+def test_won_and_lost_problems_and_samples_are_against_the_base() -> None:
+    """The second seed failed and counts as its base; entropy is absent unless every counted seed has it."""
+    failed = {"status": "failed", "seed": 1, "run": "runs/es", "file": "f", "error": "diverged"}
+    base = BASE | {"correct": "1100"}
+    row = method_row("es", [tuned(0) | {"correct": "1011"}, failed], base, 3)
+    assert row["moved"] == {"both_right": 1.5, "both_wrong": 1.0, "progressions": 1.0, "regressions": 0.5}
+    won = {name: row["seeds"][0][name] for name in ("progressions", "regressions", "mcnemar_p")}
+    assert won == {"progressions": 2, "regressions": 1, "mcnemar_p": 1.0} and "progressions" not in row["seeds"][1]
+    assert row["mean_at_k"]["mean"] == row["pass_at_k"]["1"]["mean"] == pytest.approx(0.5)
+    more = tuned(0) | {"right_of": [2, 2, 2]}
+    gain = method_row("es", [more], BASE, 3)["mean_at_k_gain"]
+    assert gain["difference"] == pytest.approx(0.5) and gain["low"] <= 0.5 <= gain["high"]
+    assert "answer_entropy" not in row
+    measured = [tuned(0) | {"answer_entropy": 0.25}, tuned(1) | {"answer_entropy": 0.75}]
+    assert method_row("es", measured, BASE, 3)["answer_entropy"] == 0.5
+    assert "answer_entropy" not in method_row("es", [*measured, failed], BASE, 3)
+    row = method_row("es", [*measured, failed], BASE | {"answer_entropy": 0.8}, 3)
+    assert row["answer_entropy"] == pytest.approx(0.6)
+    assert untrained_row("base", BASE | {"answer_entropy": 0.8}, "f", 3)["answer_entropy"] == 0.8
+
+
 def test_the_tuning_table_marks_what_each_budget_chose() -> None:
     trials = [
         {

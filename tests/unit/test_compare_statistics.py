@@ -13,12 +13,18 @@ from estune.compare import changes
 from estune.compare.changes import parameter_changes, walk_ratio
 from estune.compare.statistics import (
     ALPHA,
+    Signs,
+    Transitions,
+    binomial_p,
     half_width,
     holm,
+    mean_difference,
     over_seeds,
     paired_difference,
     quantile,
+    signs,
     tango,
+    transitions,
     two_level,
 )
 from estune.train.evaluation import interval
@@ -77,6 +83,39 @@ def expected(ability: float, *spreads: float) -> float:
 
 pytestmark = pytest.mark.miniature
 RUNS = 800  # the Monte-Carlo error of a coverage is 0.8 points
+
+
+def test_transitions_by_hand() -> None:
+    before = [True, True, False, False, False, False, False, True]
+    after = [True, False, True, True, True, False, True, True]
+    assert transitions(before, after) == Transitions(2, 1, 4, 1, 2 * (1 + 5) / 2**5)
+    assert transitions([True], [True]) == Transitions(1, 0, 0, 0, 1.0)
+    with pytest.raises(ValueError, match="shorter"):
+        transitions([True], [])
+
+
+def test_signs_by_hand() -> None:
+    assert signs([0.5, 0.25, 1e-9, -0.0, 0.0, -1.0]) == Signs(3, 1, 2, 2 * (1 + 4) / 2**4)
+    assert signs([]) == Signs(0, 0, 0, 1.0)
+
+
+def test_binomial_p_is_that_of_scipy() -> None:
+    for a in range(12):
+        for b in range(12):
+            wanted = stats.binomtest(a, a + b).pvalue if a + b else 1.0
+            assert binomial_p(a, b) == binomial_p(b, a) == pytest.approx(wanted)
+    assert 0 < binomial_p(3000, 2000) == pytest.approx(stats.binomtest(3000, 5000).pvalue, rel=1e-9, abs=0)
+    assert binomial_p(5000, 0) == 0.0  # below the smallest float64
+
+
+def test_mean_difference_is_near_the_paired_t_interval() -> None:
+    differences = np.random.default_rng(3).normal(0.2, 1, 300)
+    found = mean_difference(differences.tolist())
+    wanted = stats.ttest_1samp(differences, 0).confidence_interval()
+    assert found["difference"] == pytest.approx(differences.mean())
+    assert found["difference_ci95"] == pytest.approx([wanted.low, wanted.high], abs=0.02)
+    assert mean_difference([0.25] * 4) == {"difference": 0.25, "difference_ci95": [0.25, 0.25]}
+    assert mean_difference([0.25]) == {"difference": 0.25, "difference_ci95": None}
 
 
 @pytest.mark.parametrize(("seeds", "problems"), [(3, 200), (5, 200), (3, 1000), (5, 1000)])

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tiny_models import VOCAB_SIZE, tiny_model
 
+from estune.commands.evaluate import reward_differences
+from estune.commands.results import print_evaluation
 from estune.run.records import is_right
-from estune.train.evaluation import EvaluatedRow, Evaluation, interval, kl_k3, pass_at_k, pass_at_ks
+from estune.tasks import TASKS, get_task
+from estune.train.evaluation import (
+    EvaluatedRow,
+    Evaluation,
+    answer_entropy,
+    interval,
+    kl_k3,
+    pass_at_k,
+    pass_at_ks,
+    token_entropy,
+)
 
 
 # Newcombe (1998), Statistics in Medicine 17, table I, method 3 (Wilson's score interval)
@@ -46,6 +59,7 @@ def test_bootstrap_interval_of_graded_rows() -> None:
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.2 * half)
     assert interval(values.tolist()) == (low, high)
     assert interval([0.5] * 10) == (0.5, 0.5)
+    assert interval([0.5]) == (0.0, 1.0)  # one row says nothing about others
 
 
 def test_pass_at_k_equals_brute_force_over_subsets() -> None:
@@ -128,6 +142,98 @@ def test_only_a_whole_accuracy_is_right() -> None:
     """An accuracy is 1 or 0; a share that strays into it counts everywhere as what it is: not right."""
     assert [is_right(value) for value in (0.0, 0.6, 1.0)] == [False, False, True]
     assert Evaluation([row(0, [0.6, 1.0], [0.0] * 2, [1] * 2)]).right() == [1]
+
+
+# --- answer entropy and token entropy ---------------------------------------------------------------------------------
+
+
+def test_answer_entropy_by_hand_and_by_scipy() -> None:
+    assert answer_entropy(["a"] * 8) == 0.0 and math.copysign(1, answer_entropy(["a"])) == 1.0
+    assert answer_entropy(["a", "b", "c", "d"]) == pytest.approx(math.log(4))
+    assert answer_entropy(["a", "a", "b", None]) == pytest.approx(1.5 * math.log(2))  # None is an answer of its own
+    for counts in product(range(4), repeat=3):
+        if sum(counts):
+            answers = [name for name, count in zip("abc", counts, strict=True) for _ in range(count)]
+            assert answer_entropy(answers) == pytest.approx(stats.entropy(counts))
+
+
+def test_answer_entropy_is_biased_as_documented() -> None:
+    """Over all samples of K = 8 from three answers the mean is below the entropy, and close to Miller's correction."""
+    chances = {"a": 0.5, "b": 0.3, "c": 0.2}
+    mean = math.fsum(
+        math.prod(chances[name] for name in sample) * answer_entropy(sample) for sample in product(chances, repeat=8)
+    )
+    entropy = stats.entropy(list(chances.values()))
+    assert mean < entropy and mean == pytest.approx(entropy - (3 - 1) / (2 * 8), abs=0.02)
+
+
+def test_token_entropy_is_the_mean_surprise_per_token() -> None:
+    assert token_entropy([[math.log(0.5)], [], [math.log(0.25), 0.0]]) == pytest.approx((1 + 2 + 0) / 3 * math.log(2))
+    assert token_entropy([]) == 0.0 and math.isinf(token_entropy([[-math.inf, -1.0]]))
+    chances = np.array([0.5, 0.25, 0.125, 0.125])
+    tokens = [0] * 4 + [1] * 2 + [2, 3]  # 8 * chances
+    assert token_entropy([np.log(chances[tokens]).tolist()]) == pytest.approx(stats.entropy(chances))
+
+
+def test_answers_of_completions() -> None:
+    evaluated = row(0, None, [0.0] * 4, [1] * 4)
+    evaluated.completions = ["<answer> 3 +\n 4</answer>", "so <answer>3 + 4</answer>", "3 + 4", "<answer>7"]
+    rows = [{"numbers": [3, 4], "target": 7}]
+    countdown = TASKS["countdown"].final_answer
+    assert Evaluation([evaluated]).answers(rows, countdown) == [["3+4", "3+4", None, None]]
+    whole = [["<answer> 3 + 4</answer>", "so <answer>3 + 4</answer>", "3 + 4", "<answer>7"]]
+    assert Evaluation([evaluated]).answers(rows, None) == whole
+
+
+@pytest.mark.parametrize("name", ["chain:1", "gsm_symbolic", "math", "rg:gcd", "chain:1=1,math=1"])
+def test_a_tasks_final_answer_is_what_it_scores(name: str) -> None:
+    task = get_task(name)
+    assert task.right_answer is not None and task.final_answer is not None
+    for problem in task.load("test")[:20]:
+        right = task.right_answer(problem)
+        assert right is not None
+        answer = task.final_answer(problem, f"<answer>no</answer> \\boxed{{no}} then {right}")
+        assert answer is not None and answer == task.final_answer(problem, right)
+        assert task.final_answer(problem, "<answer>-1</answer> \\boxed{-1}") != answer
+
+
+def test_tasks_that_score_the_whole_completion_have_no_final_answer() -> None:
+    assert {name for name, task in TASKS.items() if task.final_answer is None} == {"conciseness", "quadratic"}
+    assert get_task("countdown=1,conciseness=1").final_answer is None
+    mixed = get_task("countdown=1,chain:1=1").final_answer
+    assert mixed is not None and mixed({"task": "countdown"}, "<answer>1 + 2</answer>") == "1+2"
+
+
+# --- paired rewards ---------------------------------------------------------------------------------------------------
+
+
+def test_paired_rewards_count_failures_as_the_lowest_and_leave_out_rows_without_a_reward() -> None:
+    here = Evaluation([row(0, None, [0.5], [1]), row(1, None, [None], [1]), row(2, None, [2.0], [1])])
+    there = Evaluation([row(0, None, [-1.0], [1]), row(1, None, [0.0], [1]), row(2, None, [None], [1])])
+    there.rows[2].failures = 0  # no reward applies
+    assert reward_differences(here, there) == [1.5, -1.0]
+    assert reward_differences(Evaluation([row(0, None, [None], [1])]), Evaluation([row(0, None, [None], [1])])) == []
+    several = Evaluation([row(0, None, [1.0, 0.0, None, 1.0], [1] * 4)])
+    assert several.mean_rewards(-2.0) == [0.0] and several.lowest_reward() == 0.0
+
+
+def test_a_result_is_printed_with_its_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    """Made-up figures; a measure that one model lacks has no line in the table."""
+    of_model = {"accuracy": 0.5, "accuracy_ci95": [0.25, 0.75], "reward": None, "mean_length_tokens": 3.0}
+    against = {
+        "accuracy": {"both_right": 1, "both_wrong": 2, "progressions": 4, "regressions": 3, "p_value": 1.0,
+                     "difference": 0.1, "difference_ci95": [-0.2, 0.4]},
+        "reward": {"n": 1, "wins": 1, "losses": 0, "ties": 0, "p_value": 1.0, "difference": 0.5,
+                   "difference_ci95": None},
+    }  # fmt: skip
+    found = {"n": 10, **of_model, "token_entropy": 0.5, "kl": None,
+             "reference": {"model": "base", **of_model, "accuracy": 0.4}, "against_reference": against}  # fmt: skip
+    print_evaluation(found, False)
+    text = capsys.readouterr().out
+    assert "kl                   None\n" in text and "against base, on the same rows" in text
+    assert "50.0%       40.0%  +10.0 points (-20.0 to +40.0)\n" in text
+    assert "none        none  +0.5\n" in text and text.count("token_entropy") == 1
+    assert "4 won (wrong to right), 3 lost (right to wrong), 1 right in both, 2 wrong in both; p = 1" in text
 
 
 # --- KL by the k3 estimator, on sampled tokens, against KL from full distributions ------------------------------------

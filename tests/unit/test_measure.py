@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,7 @@ def run(answers: Answers, of: Comparison, directory: Path) -> dict[str, Any]:
 def test_never_solved_excludes_what_the_base_solves_greedily(answers: Answers, tmp_path: Path) -> None:
     found = base(answers, comparison(), tmp_path)
     assert found["never_solved"] == sorted(set(range(ROWS)) - GREEDY - SAMPLED - LATE)
+    assert found["answer_entropy"] == 0.0  # no sample of these models has an answer
     assert found["judged"]["rows"] == ROWS and found["judged"]["correctness"] == pytest.approx(len(GREEDY) / ROWS)
 
 
@@ -139,6 +141,23 @@ def test_the_base_is_sampled_once_more_with_the_random_numbers_of_tuned_models(
     [sampled] = [call for call in answers.calls if call.args.num_generations > 1 and call is not own]
     assert sampled.places == list(range(5)) and sampled.args.seed == measure.SAMPLE_SEED
     assert tuned["right_of"] == [0, 0, 1, 1, 0]
+
+
+def test_answer_entropy_is_of_the_rows_that_every_model_is_sampled_on(
+    answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is sampled on all rows to find unsolved ones; its entropy is that of the first five rows."""
+    told = {"yes": 0}
+
+    def final_answer(row: dict[str, Any], completion: str) -> str:
+        told[completion] += 1
+        return str(told[completion]) if told[completion] <= 4 else "same"  # two rows of two different answers
+
+    monkeypatch.setitem(TASKS, "countdown", dataclasses.replace(TASKS["countdown"], final_answer=final_answer))
+    found = base(answers, comparison(), tmp_path)
+    assert len(found["right_of"]) == ROWS and found["answer_entropy"] == pytest.approx(2 * math.log(2) / 5)
+    (tmp_path / "one").mkdir()
+    assert "answer_entropy" not in base(answers, comparison(measuring={"samples": 1}), tmp_path / "one")
 
 
 def test_a_measurement_asks_the_base_nothing_again(answers: Answers, tmp_path: Path) -> None:

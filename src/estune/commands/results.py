@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from estune.console import print_json, print_result, rounded
 from estune.environment import environment
+
+POINTS = ("accuracy", "mean_at_k", "pass_at_k")  # measures that are printed in per cent
+# The measures of a model and of its reference that are printed side by side, and the singular of their unit.
+SIDE_BY_SIDE = (
+    "accuracy mean_at_k pass_at_k reward sample_reward answer_entropy token_entropy mean_length_tokens "
+    "sample_mean_length_tokens clipped_ratio sample_clipped_ratio"
+).split()
+NAME_WIDTH, VALUE_WIDTH = 26, 12  # characters of the columns
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
@@ -14,17 +23,84 @@ def print_values(result: dict[str, Any], as_json: bool) -> None:
         print_json(rounded(result))
         return
     for name, value in result.items():
-        if name == "accuracy":
-            low, high = result["accuracy_ci95"]
-            print_result(f"{name:20} {value:.1%}  (95 % interval {low:.1%} to {high:.1%})")
-        elif name == "batch_check":
-            size, other = value["prompts_per_batch"]
+        if not name.endswith("_ci95"):
+            print_result(f"{name:20} {_value_text(name, value, result)}")
+
+
+def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
+    """Print the result of an evaluation, as lines and a table of model and reference, or as JSON."""
+    nested = ("reference", "against_reference")
+    print_values(result if as_json else {name: value for name, value in result.items() if name not in nested}, as_json)
+    if "reference" in result and not as_json:
+        _print_reference(result, result["reference"], result["against_reference"])
+
+
+def _value_text(name: str, value: Any, result: dict[str, Any]) -> str:
+    """Return the text of one value of a result."""
+    if name in ("accuracy", "mean_at_k"):
+        low, high = result[f"{name}_ci95"]
+        how = f"  for k = {result['n_samples']}" if name == "mean_at_k" else "  greedily" * ("n_samples" in result)
+        return f"{value:.1%}{how}  (95 % interval {low:.1%} to {high:.1%})"
+    if name == "pass_at_k":
+        return ", ".join(f"{share:.1%} for k = {k}" for k, share in value.items())
+    if name == "answer_entropy":
+        most = math.log(result["n_samples"])
+        return f"{value:.4g} nats, of at most {most:.3g}"
+    if name == "batch_check":
+        size, other = value["prompts_per_batch"]
+        return (
+            f"in batches of {other} instead of {size} prompts, {value['changed']} of {value['rows']} rows have other "
+            "tokens"
+        )
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
+def _print_reference(result: dict[str, Any], reference: dict[str, Any], against: dict[str, Any]) -> None:
+    """Print the model and the reference side by side, and the rows won and lost."""
+    print_result(f"\nagainst {reference['model']}, on the same rows:\n")
+    print_result(f"{'':{NAME_WIDTH}}{'model':>{VALUE_WIDTH}}{'reference':>{VALUE_WIDTH}}  difference (95 % interval)")
+    for name in SIDE_BY_SIDE:
+        if name in result and name in reference:
+            both = zip(*(_cells(name, values[name]) for values in (result, reference)), strict=True)
+            for (label, here), (_, there) in both:
+                print_result(
+                    f"{label:{NAME_WIDTH}}{here:>{VALUE_WIDTH}}{there:>{VALUE_WIDTH}}"
+                    f"{_difference(name, against.get(name))}".rstrip()
+                )
+    print_result("")
+    for name, found in against.items():
+        if "progressions" in found:
             print_result(
-                f"{name:20} in batches of {other} instead of {size} prompts, {value['changed']} of {value['rows']} "
-                "rows have other tokens"
+                f"{name:20} {found['progressions']} won (wrong to right), {found['regressions']} lost (right to "
+                f"wrong), {found['both_right']} right in both, {found['both_wrong']} wrong in both; "
+                f"p = {found['p_value']:.2g} (McNemar, exact)"
             )
-        elif name != "accuracy_ci95":
-            print_result(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
+        elif "wins" in found:
+            print_result(
+                f"{name:20} higher in {found['wins']} rows, lower in {found['losses']}, equal in {found['ties']}; "
+                f"p = {found['p_value']:.2g} (sign test, exact)"
+            )
+
+
+def _cells(name: str, value: Any) -> list[tuple[str, str]]:
+    """Return the labels and texts of a measure in the table: one, or for pass@k one for each k."""
+    if isinstance(value, dict):
+        return [(f"pass_at_k, k = {k}", f"{share:.1%}") for k, share in value.items() if k != "1"]  # 1: mean_at_k
+    if value is None:
+        return [(name, "none")]
+    return [(name, f"{value:.1%}" if name in POINTS else f"{value:.4g}")]
+
+
+def _difference(name: str, found: dict[str, Any] | None) -> str:
+    """Return the text of a paired difference and its interval; empty if the measure has none."""
+    if found is None:
+        return ""
+    scale, form, unit = (100, "+.1f", " points") if name in POINTS else (1, "+.3g", "")
+    text = f"  {scale * found['difference']:{form}}{unit}"
+    if found["difference_ci95"] is None:
+        return text
+    low, high = found["difference_ci95"]
+    return f"{text} ({scale * low:{form}} to {scale * high:{form}})"
 
 
 def or_none(value: float) -> float | None:

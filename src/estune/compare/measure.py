@@ -1,4 +1,4 @@
-"""Measurements of a model on held-out rows: greedy pass@1, pass@k, KL to the base, length, discovery, retained tasks.
+"""Measurements of a model on held-out rows: greedy pass@1, pass@k, answer entropy, KL, length, discovery, retention.
 
 Completions are made and scored by the functions that `estune evaluate` uses.
 """
@@ -34,7 +34,7 @@ from estune.run.records import is_right, read_metrics
 from estune.run.saved_config import Vote, read_config
 from estune.tasks import get_task
 from estune.train import setup
-from estune.train.evaluation import Evaluation, HeldOut, evaluate, kl_k3
+from estune.train.evaluation import Evaluation, HeldOut, answer_entropy, evaluate, kl_k3
 from estune.train.rollouts import Evaluator
 from estune.train.setup import Rewards
 from estune.train.soundness import broken_model
@@ -357,6 +357,7 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
     if base is None and len(searched := rows[: measuring.discovery_rows or None]) > len(first):
         first = searched
     sampled = sample(args, engine, first, measuring.samples, measuring.temperature, scorers)
+    task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
     result: Result = {
         **greedy_result(greedy),
         "right_of": sampled.right(),  # (len(first),)
@@ -367,6 +368,9 @@ def measure(comparison: Comparison, model: str, engine: Engine, base: Base | Non
             for name, retained in comparison.retention.items()
         },
     }
+    if measuring.samples > 1:
+        answers = sampled.answers(first, task.final_answer)[: measuring.sample_rows or None]
+        result["answer_entropy"] = math.fsum(map(answer_entropy, answers)) / len(answers)
     if base is None:
         result["judged"] = dataclasses.asdict(summarise_answers(greedy.rows, *bounds_of(comparison)))
         return result

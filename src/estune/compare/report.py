@@ -125,6 +125,11 @@ def _introduction(summary: Summary) -> list[str]:
         "run whose model could not be measured is left out. Each figure of a seed links to its result, and the arrow "
         "behind it to its run. The other figures of a row are over these seeds.</p>"
     )
+    parts.append(
+        "<p class=note>pass@1 is of greedy answers. Won: problems that the base answers wrong and the method right; "
+        "lost: the reverse; p is that of the paired difference. mean@k is the share of right samples. Answer entropy "
+        "is that of a problem's sampled answers, in nats; older results lack it.</p>"
+    )
     return parts
 
 
@@ -171,14 +176,19 @@ def _cost_text(cost: dict[str, float] | None) -> str:
 
 def _main_table(model: ModelSummary, budget: str, established: dict[str, bool]) -> str:
     """Return the table of a model at a budget: the untrained rows, then a row a method."""
-    highest_k = max(model["base"]["pass_at_k"], key=int)
+    highest_k, samples = max(model["base"]["pass_at_k"], key=int), model["base"]["samples"]
     head = [
         "method",
         "pass@1, %",
         "gain, points",
+        "won / lost",
+        "p (gain)",
         "seeds",
         "spread (sd)",
+        f"mean@{samples}, %",
+        f"gain in mean@{samples}, points",
         f"pass@{highest_k}, %",
+        "answer entropy",
         "KL to base",
         "length",
         "evaluations",
@@ -195,10 +205,11 @@ def _untrained_cells(row: UntrainedRow) -> list[str]:
     return [
         f'<a href="{_text(row["file"])}">{_text(row["name"])}</a>',
         _interval(row["accuracy"]),
-        "",
-        "",
+        *[""] * 5,
+        _interval(row["mean_at_k"]) if "mean_at_k" in row else "",
         "",
         _highest_pass_at_k(row),
+        _number(row.get("answer_entropy"), 2),
         "",
         _number(row["length"], 1),
         "",
@@ -211,15 +222,20 @@ def _method_cells(row: MethodRow, established: dict[str, bool]) -> list[str]:
     name = _method_name(row, established)
     seeds = f"<td class=seeds>{' '.join(_seed_link(seed) for seed in row['seeds'])}</td>"
     if "accuracy" not in row:
-        return [name, "", "", seeds, *[""] * 6]
+        return [name, *[""] * 4, seeds, *[""] * 9]
     deviation = row["spread"]["standard_deviation"]
     return [
         name,
         _interval(row["accuracy"]),
         _interval(row["gain"], "difference", signed=True),
+        f"{row['moved']['progressions']:.1f} / {row['moved']['regressions']:.1f}",
+        _p(row["gain"]["p_value"]),
         seeds,
         "" if deviation is None else _number(100 * deviation, 1),
+        _interval(row["mean_at_k"]) if "mean_at_k" in row else "",
+        _interval(row["mean_at_k_gain"], "difference", signed=True) if "mean_at_k_gain" in row else "",
         _highest_pass_at_k(row),
+        _number(row.get("answer_entropy"), 2),
         _number(row["kl"], 3),
         _number(row["length"], 1),
         f"{row['evaluations']:,.0f}",
@@ -405,7 +421,10 @@ def _seed_link(seed: dict[str, Any]) -> str:
             f'<a class="bad" href="{_text(seed["file"])}" title="{_text(seed.get("error", ""))}">'
             f"{_text(seed['seed'])}: {_text(seed['status'])}</a>"
         )
-    title = f"seed {_text(seed['seed'])}, {_text(seed['run'])}"
+    title = (
+        f"seed {_text(seed['seed'])}, {_text(seed['run'])}: {seed['progressions']} won, {seed['regressions']} lost, "
+        f"p {_p(seed['mcnemar_p'])} (McNemar)"
+    )
     link = f'<a href="{_text(seed["file"])}" title="{title}">{100 * seed["accuracy"]:.1f}</a>'
     return link + (f'<a class="run" href="{_text(seed["page"])}" title="its run">\u2197</a>' if "page" in seed else "")
 

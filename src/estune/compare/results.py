@@ -97,6 +97,7 @@ class Measurement(Answers, total=False):
     right_of: list[int]  # how many of `samples` samples of each row are right
     samples: int
     sampled_length: float  # mean, tokens
+    answer_entropy: float  # nats, of a row's sampled answers, mean over the rows that every model is sampled on
     retention: dict[str, Answers]
     kl: float
     curve: list[list[float | None]]  # evaluations, seconds, validation accuracy

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from estune.errors import UserError, install_command
-from estune.train.evaluation import Z_95, interval
+from estune.train.evaluation import Z_95, bootstrap, interval
 
 ALPHA = 0.05
 LEAST_P = 1e-9  # smaller p-values are returned as this value
@@ -71,6 +71,59 @@ class Difference:
     high: float
     p_value: float
     test: str  # "crossed", "paired t" or "mcnemar exact"
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Problems by their answers before and after training, and the p-value of "as many were won as lost".
+
+    ``p_value`` is of McNemar's exact test, two-sided.
+    """
+
+    both_right: int
+    both_wrong: int
+    progressions: int  # wrong before, right after
+    regressions: int  # right before, wrong after
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Rows by the sign of a difference, and the p-value of "as many are positive as negative" (sign test, exact)."""
+
+    wins: int
+    losses: int
+    ties: int
+    p_value: float
+
+
+def transitions(before: Sequence[bool], after: Sequence[bool]) -> Transitions:
+    """Return how the answers to the same problems changed; ``before`` and ``after`` (P,) say whether each is right."""
+    pairs = list(zip(before, after, strict=True))
+    won, lost = pairs.count((False, True)), pairs.count((True, False))
+    return Transitions(pairs.count((True, True)), pairs.count((False, False)), won, lost, binomial_p(won, lost))
+
+
+def signs(differences: Sequence[float]) -> Signs:
+    """Return how many differences (rows,) are positive, negative and 0."""
+    wins, losses = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
+    return Signs(wins, losses, len(differences) - wins - losses, binomial_p(wins, losses))
+
+
+def binomial_p(a: int, b: int) -> float:
+    """Return the exact two-sided p-value of ``a`` heads and ``b`` tails of a fair coin; 1 without a throw."""
+    tail = sum(math.comb(a + b, i) for i in range(min(a, b) + 1))
+    return min(1.0, 2 * tail / (1 << (a + b)))  # exact: whole numbers, divided once
+
+
+def mean_difference(differences: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of paired differences (rows,) and its 95 % interval, a bootstrap over rows.
+
+    Returns:
+        ``difference`` and ``difference_ci95``, which is None for a single row.
+    """
+    ci95 = list(bootstrap(differences)) if len(differences) > 1 else None
+    return {"difference": math.fsum(differences) / len(differences), "difference_ci95": ci95}
 
 
 def over_seeds(values: Sequence[float]) -> OverSeeds:
@@ -192,11 +245,8 @@ def p_value_of(distance: float, seeds: Sequence[Component], problems: Component)
 
 def _mcnemar(a: np.ndarray, b: np.ndarray) -> Difference:
     gained, lost = int((a > b).sum()), int((a < b).sum())
-    split = gained + lost
-    tail = sum(math.comb(split, i) for i in range(min(gained, lost) + 1))
-    p_value = min(1.0, 2 * tail / 2**split)  # exact: whole numbers, divided once
     low, high = tango(gained, lost, a.size)
-    return Difference((gained - lost) / a.size, low, high, max(p_value, LEAST_P), "mcnemar exact")
+    return Difference((gained - lost) / a.size, low, high, max(binomial_p(gained, lost), LEAST_P), "mcnemar exact")
 
 
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from estune.compare.results import (
     read_json,
     read_result,
 )
-from estune.compare.statistics import holm, over_seeds, paired_difference, two_level
+from estune.compare.statistics import Transitions, holm, over_seeds, paired_difference, transitions, two_level
 from estune.errors import UserError
 from estune.train.evaluation import pass_at_ks
 
@@ -84,12 +84,24 @@ class Discovery(TypedDict):
     samples: NotRequired[int]
 
 
+class Moved(TypedDict):
+    """Test problems by the greedy answers of the base and of the tuned model, means over seeds."""
+
+    both_right: float
+    both_wrong: float
+    progressions: float  # wrong in the base, right in the tuned model
+    regressions: float
+
+
 class SummaryRow(TypedDict, total=False):
     """The fields that rows of all kinds may have."""
 
     name: str
     accuracy: Interval
     pass_at_k: dict[str, Interval]
+    samples: int  # of each problem, for pass@k and mean@k
+    mean_at_k: Interval  # accuracy of the samples
+    answer_entropy: float  # nats; absent in results of older versions
     length: float
     retention: dict[str, float]
     wordless: float  # share of completions without a dictionary word
@@ -114,7 +126,9 @@ class MethodRow(SummaryRow, total=False):
     hacked: int
     settings: dict[str, Any]
     spread: Spread
-    gain: Gain
+    gain: Gain  # its p-value is of the paired test against the base
+    moved: Moved
+    mean_at_k_gain: Gain
     kl: float
     evaluations: float
     train_time_s: float
@@ -309,7 +323,11 @@ def untrained_row(name: str, result: Result, file: str, sample_rows: int) -> Unt
     }
     if "right_of" in result:
         row["pass_at_k"] = _pass_at_k([result], sample_rows)
+        row["mean_at_k"] = _interval(_mean_at_k([result], sample_rows))
+        row["samples"] = result["samples"]
         row["wordless"] = result["judged"]["literal_share_without_words"]
+    if "answer_entropy" in result:
+        row["answer_entropy"] = result["answer_entropy"]
     if result.get("discovery_control"):  # further samples of the base, with the random numbers of tuned models
         solved = np.array(result["discovery_control"])[None] > 0  # (1, U)
         row["discovery"] = {"sampled": _interval(solved), "samples": result["samples"]}
@@ -329,19 +347,13 @@ def method_row(method: str, results: Sequence[Linked], base: Result, sample_rows
     unmeasured = sum(result["status"] == UNMEASURED for result in results)
     row: MethodRow = {
         "name": method,
-        "seeds": [_seed_summary(result) for result in results],
+        "seeds": [_seed_summary(result, base) for result in results],
         "failed": len(results) - len(done) - unmeasured,
         "unmeasured": unmeasured,
         "hacked": sum(bool(result["hacking"]["hacked"]) for result in done),
         "settings": results[0].get("settings", {}),
     }
-    digest = base_digest(base)
-    for result in done:
-        if result.get("base", digest) != digest:
-            raise UserError(
-                f"{result['file']} was measured against another measurement of its base: delete it, and it "
-                "is measured again"
-            )
+    _check_base(done, base)
     counted = [_counted(result, base) for result in results if result["status"] != UNMEASURED]
     if not counted:
         return row
@@ -352,6 +364,7 @@ def method_row(method: str, results: Sequence[Linked], base: Result, sample_rows
         "accuracy": _interval(correct),
         "spread": cast(Spread, dataclasses.asdict(over_seeds(correct.mean(1).tolist()))),
         "gain": cast(Gain, dataclasses.asdict(paired_difference(correct, _marks(base["correct"])[None]))),
+        "moved": _moved(counted, base),
         "pass_at_k": _pass_at_k(single, sample_rows) if single else {},
         "kl": _mean(result["kl"] for result in done if "kl" in result),
         "length": _mean(result["length"] for result in counted),
@@ -372,6 +385,16 @@ def method_row(method: str, results: Sequence[Linked], base: Result, sample_rows
             "best_accuracy": _mean(vote["best_accuracy"] for vote in votes),
             "agreement": _mean(vote["agreement"] for vote in votes),
         }
+    if single:
+        sampled = _mean_at_k(single, sample_rows)
+        row["samples"] = base["samples"]
+        row["mean_at_k"] = _interval(sampled)
+        row["mean_at_k_gain"] = cast(
+            Gain, dataclasses.asdict(paired_difference(sampled, _mean_at_k([base], sample_rows)))
+        )
+    entropies = [result["answer_entropy"] for result in single if "answer_entropy" in result]
+    if single and len(entropies) == len(single):
+        row["answer_entropy"] = _mean(entropies)
     if base["never_solved"]:
         greedy = correct[:, np.array(base["never_solved"])]  # (S, U)
         row["discovery"] = {"greedy": _interval(greedy)}
@@ -394,8 +417,36 @@ def _share_without_words(result: Linked, base: Result) -> float:
     return float(measures["literal_share_without_words"])
 
 
-def _seed_summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a seed's result that the report shows."""
+def _check_base(results: Sequence[Linked], base: Result) -> None:
+    """Raise UserError if a seed was measured against another measurement of the base."""
+    digest = base_digest(base)
+    for result in results:
+        if result.get("base", digest) != digest:
+            raise UserError(
+                f"{result['file']} was measured against another measurement of its base: delete it, and it "
+                "is measured again"
+            )
+
+
+def _moved(results: Sequence[Result], base: Result) -> Moved:
+    """Return the mean over seeds of the numbers of problems that were won, lost and neither."""
+    seeds = [dataclasses.asdict(_transitions(result, base)) for result in results]
+    return cast(Moved, {name: _mean(seed[name] for seed in seeds) for name in Moved.__annotations__})
+
+
+def _transitions(result: Mapping[str, Any], base: Result) -> Transitions:
+    """Return how the greedy answers of one seed's model differ from the base's."""
+    before, after = ([mark == "1" for mark in answers["correct"]] for answers in (base, result))
+    return transitions(before, after)
+
+
+def _mean_at_k(results: Sequence[Result], sample_rows: int) -> np.ndarray:
+    """Return the share of right samples of each problem, (S, P)."""
+    return np.array([result["right_of"][:sample_rows] for result in results]) / results[0]["samples"]
+
+
+def _seed_summary(result: Mapping[str, Any], base: Result) -> dict[str, Any]:
+    """Return the fields of a seed's result that the report shows, and the problems that it won and lost."""
     names = (
         "seed",
         "status",
@@ -409,8 +460,13 @@ def _seed_summary(result: Mapping[str, Any]) -> dict[str, Any]:
         "file",
         "page",
         "fingerprint",
+        "answer_entropy",
     )
-    return {name: result[name] for name in names if name in result}
+    summary = {name: result[name] for name in names if name in result}
+    if result["status"] == DONE:
+        moved = _transitions(result, base)
+        summary |= {"progressions": moved.progressions, "regressions": moved.regressions, "mcnemar_p": moved.p_value}
+    return summary
 
 
 def _pass_at_k(results: Sequence[Result], sample_rows: int) -> dict[str, Interval]:

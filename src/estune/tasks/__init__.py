@@ -44,7 +44,8 @@ class Task:
     final_answer: Callable[[Row, str], str | None] | None = None
     """The answer in a completion of a row as text, the same for all its spellings; None if scoring cannot read one.
 
-    None instead of a function: the task has no answers that can be counted.
+    None instead of a function: the task has no answers that can be counted. The entropy of answers then counts whole
+    completions.
     """
     equal_answers: Callable[[Row, str, str], bool] | None = None
     """Whether two final answers to a row are equal; needed only if equal answers can have different texts."""

@@ -1,4 +1,4 @@
-"""Held-out evaluation: accuracy with a 95 % interval, reward, length, pass@k and KL to a reference.
+"""Held-out evaluation: accuracy with a 95 % interval, reward, length, pass@k, answer entropy and KL to a reference.
 
 Training runs and `estune evaluate` call the same function, so their results agree row by row. The random numbers of a
 sampled evaluation are a function of (seed, row, completion, position), so they are the same after every step.
@@ -6,9 +6,10 @@ sampled evaluation are a function of (seed, row, completion, position), so they 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ from estune.train.rollouts import Completions, Evaluator, scored
 
 Z_95 = 1.959963984540054  # standard deviations: the normal distribution's 97.5 % quantile
 RESAMPLES = 2000  # resamples of the bootstrap
+Row = dict[str, Any]  # a row of the dataset
 LARGEST_EXPONENT = 700.0  # nats: exp of a larger float64 overflows
+
+
+FinalAnswer = Callable[[Row, str], str | None]  # a row and a completion -> the completion's answer, see `Task`
 
 
 @dataclass
@@ -100,10 +105,48 @@ class Evaluation:
         }
 
     def _accuracy(self) -> Accuracy:
-        if not self.rows or self.rows[0].accuracy is None:
+        means = self.accuracies()
+        if not means:
             return {}
-        means = [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
         return {"accuracy": math.fsum(means) / len(means), "accuracy_ci95": list(interval(means))}
+
+    def accuracies(self) -> list[float] | None:
+        """Return the mean accuracy of each row's completions, (rows,); None if nothing measures accuracy."""
+        if not self.rows or self.rows[0].accuracy is None:
+            return None
+        return [math.fsum(row.accuracy or []) / len(row.accuracy or [1]) for row in self.rows]
+
+    def lowest_reward(self) -> float:
+        """Return the lowest reward of all completions, which failed rewards count as; infinity if there is none."""
+        return min((reward for row in self.rows for reward in row.rewards if reward is not None), default=math.inf)
+
+    def mean_rewards(self, of_failed: float) -> list[float | None]:
+        """Return the mean reward of each row's completions, (rows,); None if no reward applies to a row.
+
+        Args:
+            of_failed: the reward that counts for a completion whose reward failed.
+        """
+        means: list[float | None] = []
+        for row in self.rows:
+            values = [reward for reward in row.rewards if reward is not None] + [of_failed] * row.failures
+            means.append(math.fsum(values) / len(values) if values else None)
+        return means
+
+    def answers(self, rows: Sequence[Row], final_answer: FinalAnswer | None) -> list[list[str | None]]:
+        """Return the answer in each completion, (rows, G), with every run of white space as one space.
+
+        Args:
+            rows: (rows,), of the dataset.
+            final_answer: the task's; None: the whole completion is the answer.
+
+        Returns:
+            Answers; None for a completion without an answer.
+        """
+        found = [
+            [final_answer(row, text) if final_answer else text for text in evaluated.completions]
+            for row, evaluated in zip(rows, self.rows, strict=True)
+        ]
+        return [[None if text is None else " ".join(text.split()) for text in texts] for texts in found]
 
     def warning(self, dtype: str) -> str | None:
         """Return a warning about the summary in one sentence, or None.
@@ -152,7 +195,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of the mean of per-row accuracies in [0, 1].
 
     This is Wilson's score interval if every value is 0 or 1. Otherwise (several samples a row) it is a percentile
-    bootstrap over rows with a fixed seed.
+    bootstrap over rows with a fixed seed; a single row says nothing about other rows, and the interval is [0, 1].
     """
     n = len(values)
     center = math.fsum(values) / n
@@ -161,11 +204,30 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         middle = center + Z_95**2 / (2 * n)
         denominator = 1 + Z_95**2 / n
         return max(0.0, (middle - spread) / denominator), min(1.0, (middle + spread) / denominator)
+    return bootstrap(values) if n > 1 else (0.0, 1.0)
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, a percentile bootstrap over ``values`` (rows,) with a fixed seed."""
     rng = np.random.default_rng(0)
-    array = np.asarray(values)
+    array, n = np.asarray(values), len(values)
     means = [array[rng.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def answer_entropy(answers: Sequence[Hashable]) -> float:
+    """Return the entropy of the distribution of a row's K answers, in nats.
+
+    This is the plug-in estimate: - sum of c/K ln(c/K) over the counts c of equal answers. It is at most ln K, and lower
+    than the entropy of the model's own distribution, on average by about (m - 1) / (2 K) for m possible answers (Miller
+    1955). So it compares models with the same K only.
+
+    Args:
+        answers: (K,), K > 0. None, a completion without an answer, counts as an answer of its own.
+    """
+    counts = collections.Counter(answers).values()
+    return max(0.0, -math.fsum(count / len(answers) * math.log(count / len(answers)) for count in counts))
 
 
 class HeldOut:
@@ -346,6 +408,22 @@ def _rows(
         )
         for b, prompt in enumerate(prompts)
     ]
+
+
+def token_entropy(logprobs: Sequence[Sequence[float]]) -> float:
+    """Return the mean surprise of the tokens, in nats: minus the log-probability that the model gave to its own token.
+
+    It estimates the entropy of the model's next-token distribution without bias if the model sampled the completions
+    from its whole distribution at temperature 1.
+
+    Args:
+        logprobs: log-probabilities in nats of sampled completions, under the model that sampled them.
+
+    Returns:
+        A number; NaN or infinite if a log-probability is not finite.
+    """
+    surprises = [-value for row in logprobs for value in row]
+    return math.fsum(surprises) / len(surprises) if surprises else 0.0
 
 
 def kl_k3(tuned: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> float:
