@@ -24,8 +24,7 @@ from estune.errors import UserError
 from estune.monitor import trackers
 from estune.monitor.monitors import Monitors
 from estune.monitor.report.data import read_runs
-from estune.monitor.report.page import page
-from estune.monitor.report.watch import serve
+from estune.monitor.report.page import page, serve
 from estune.monitor.trackers import LOGGERS, Apart, numbers, start_logger
 
 pytestmark = pytest.mark.miniature
