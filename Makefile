@@ -113,8 +113,8 @@ bench: $(BENCH)
 figures: $(BENCH)
 	$(BIN)/estune fetch smollm2-135m
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/demo_gain.py
-	$(BIN)/python benchmarks/demo_time.py
+	$(BIN)/python benchmarks/demo_gain.py whole
+	$(BIN)/python benchmarks/demo_gain.py time
 	$(BIN)/python benchmarks/equivalence.py
 	$(BIN)/python benchmarks/conciseness.py
 

@@ -4,11 +4,11 @@
     python benchmarks/bench.py --peers ~/.cache/estune-peers      # also other packages: 40 minutes and 5 GB more
     python benchmarks/bench.py --check                     # `make bench-check`: only the fast ratios, 5 minutes
 
-The sections are `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d) and `help_time.py` (e). A
-run of all sections (peers aside) writes its result to `benchmarks/results/bench.json`. A run with the sections kernels
-and step writes the ratios that ``--check`` compares to `benchmarks/ratios.json`, one entry a processor. ``--check``
-measures these ratios again with fewer repetitions. A ratio that is more than a fifth worse than in the entry of this
-processor is an error.
+The sections are `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d) and the time of `--help`
+(e). A run of all sections (peers aside) writes its result to `benchmarks/results/bench.json`. A run with the sections
+kernels and step writes the ratios that ``--check`` compares to `benchmarks/ratios.json`, one entry a processor.
+``--check`` measures these ratios again with fewer repetitions. A ratio that is more than a fifth worse than in the
+entry of this processor is an error.
 
 A ratio to a limit of the same machine (memory copies) has a target on every machine. A ratio to other code
 (`torch.randn`, the paper's loop, generation alone) depends on the processor. It has a target on the processors that
@@ -27,8 +27,10 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +40,8 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "models" / "smollm2-135m"
 RATIOS = HERE / "ratios.json"
 SECTIONS = ("kernels", "step", "peers", "growth", "help")
+BARE = [sys.executable, "-c", "import argparse, numpy"]
+HELP_COMMANDS = {"estune --help": ["--help"], "estune train --help": ["train", "--help"]}
 LEAST_KEPT = 0.8  # share of a recorded ratio that `--check` requires
 
 
@@ -255,12 +259,61 @@ def measure_growth(quick: bool) -> dict[str, Any]:
     return result
 
 
+def seconds_of(command: list[str]) -> float:
+    """Return the seconds from a command's start to its end.
+
+    Raises:
+        subprocess.CalledProcessError: the command failed.
+    """
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def time_help(repetitions: int) -> dict[str, Any]:
+    """Time `--help` and a bare interpreter in turns; the first turn warms the disk cache and is left out.
+
+    The bare interpreter imports numpy, because `--help` needs it. The ratio is that of the two medians: a slower
+    machine changes the seconds, but hardly the ratio.
+
+    Returns:
+        By command, ``help_s`` and ``bare_s`` (seconds of each turn), ``medians_s``, and ``bare_of_help`` (bare / help).
+        ``slowest_s`` and ``bare_of_help`` over all commands.
+    """
+    result: dict[str, Any] = {}
+    for name, words in HELP_COMMANDS.items():
+        turns = [
+            (seconds_of(BARE), seconds_of([sys.executable, "-m", "estune", *words])) for _ in range(repetitions + 1)
+        ]
+        bare, helped = (list(column) for column in zip(*turns[1:], strict=True))
+        medians = {"bare": statistics.median(bare), "help": statistics.median(helped)}
+        result[name] = {
+            "bare_s": bare,
+            "help_s": helped,
+            "medians_s": medians,
+            "bare_of_help": medians["bare"] / medians["help"],
+        }
+    result["slowest_s"] = max(result[name]["medians_s"]["help"] for name in HELP_COMMANDS)
+    result["bare_of_help"] = min(result[name]["bare_of_help"] for name in HELP_COMMANDS)
+    return result
+
+
+def help_table(result: dict[str, Any]) -> str:
+    """Return the medians of section (e) as text, one line a command."""
+    lines = []
+    for name in HELP_COMMANDS:
+        medians = result[name]["medians_s"]
+        lines.append(
+            f"{name:22s} {medians['help']:.3f} s, bare interpreter {medians['bare']:.3f} s, bare / help "
+            f"{result[name]['bare_of_help']:.2f}"
+        )
+    return "\n".join(lines)
+
+
 def measure_help(quick: bool) -> dict[str, Any]:
     """Measure section (e)."""
-    import help_time
-
-    result = help_time.measure(5 if quick else 15)
-    print(help_time.table(result))
+    result = time_help(5 if quick else 15)
+    print(help_table(result))
     return result
 
 

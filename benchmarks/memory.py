@@ -2,12 +2,15 @@
 
     python benchmarks/memory.py                 # about 15 minutes, needs 16 GiB of memory and 20 GB of disk
     python benchmarks/memory.py --model 0.5B    # about 5 minutes, 6 GiB, 12 GB
+    python benchmarks/memory.py --model 1.5B --save models/random-1.5b     # only write the random model
 
 The peak is the process's largest resident memory minus its resident memory after the imports. The unit is the size of
 the model's float32 weights. A measured process loads the model, takes a step of two members, updates and saves. For the
 small model, a second process resumes from the checkpoint for another step, and a third replays both steps from base
 model and journal. All processes run with full-rank and with low-rank noise. The result is written to
 `benchmarks/results/memory.json`, with commit and machine for each model. ``--model`` keeps the other model's entry.
+
+The random models have real shapes and the embedded tokenizer.
 """
 
 from __future__ import annotations
@@ -21,9 +24,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_models import MODELS, save_in_child
 from record import RESULTS, stamp, write_result
 
+MODELS: dict[str, dict[str, Any]] = {
+    "0.5B": dict(
+        model_type="llama",
+        hidden_size=1280,
+        num_hidden_layers=20,
+        intermediate_size=3456,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ),
+    "1.5B": dict(
+        model_type="qwen2",
+        hidden_size=1536,
+        num_hidden_layers=28,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+}
+TINY = Path(__file__).resolve().parents[1] / "src" / "estune" / "models" / "tiny"
 PROCESSES = {"0.5B": ("train", "resume", "replay"), "1.5B": ("train",)}
 LIMITS = {"full": 2.3, "lowrank": 1.3}  # noise -> peak memory / weights
 
@@ -56,6 +81,29 @@ print(json.dumps({"imported": imported, "peak": status("VmHWM")}))
 # All answers of a random model are wrong, and its tokens need not exist in the tokenizer. A reward computed from token
 # ids differs between members, so that theta moves.
 REWARD = "def numbers(completions, completion_ids, **_):\n    return [sum(ids) % 97 for ids in completion_ids]\n"
+
+
+def save(name: str, directory: Path) -> int:
+    """Write a model of ``MODELS`` with random float32 weights; return the number of its parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer: Any = AutoTokenizer
+    tokenizer = tokenizer.from_pretrained(TINY)
+    auto_config: Any = AutoConfig
+    auto_model: Any = AutoModelForCausalLM
+    config = auto_config.for_model(**MODELS[name], eos_token_id=tokenizer.eos_token_id)
+    model = auto_model.from_config(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_in_child(name: str, directory: Path) -> int:
+    """Call `save` in a child process, whose memory ends with it."""
+    command = [sys.executable, __file__, "--save", str(directory), "--model", name]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def measure(name: str, directory: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -102,7 +150,13 @@ def main() -> int:
     )
     parser.add_argument("--tmp", help="directory for models and runs (20 GB)")
     parser.add_argument("--no_record", action="store_true", help="print only")
+    parser.add_argument("--save", type=Path, metavar="DIRECTORY", help="only write the random model of --model")
     options = parser.parse_args()
+    if options.save:
+        if len(options.model or ()) != 1:
+            parser.error("--save needs one --model")
+        print(save(options.model[0], options.save))
+        return 0
     results = {}
     entries = recorded(RESULTS / "memory.json") if options.model else {}
     for name in options.model or MODELS:

@@ -24,7 +24,7 @@ members;
 Utilities are a fixed ramp, and the learning rate is so small that theta keeps its values although every update does its
 whole work. The result is written to `benchmarks/results/step.json`.
 
-    python benchmarks/random_models.py 1.5B models/random-1.5b     # on a GPU: a larger, random model in 16 bits
+    python benchmarks/memory.py --model 1.5B --save models/random-1.5b     # on a GPU: a larger, random model in 16 bits
     python benchmarks/step.py --model models/random-1.5b --device cuda --dtype bfloat16 --members_per_batch 30 \\
         --task countdown --name step_gpu
 

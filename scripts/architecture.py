@@ -1,25 +1,36 @@
-"""Writes the generated parts of `docs/architecture.md` from the imports and docstrings of all modules.
+"""Writes the generated parts of `docs/architecture.md` from all modules, and lists the files that a step executes.
 
     python scripts/architecture.py            # after a module, its docstring or its imports changed
     python scripts/architecture.py --check    # exit status 1 if the page differs from the code
+    python scripts/architecture.py --step     # the files that one step with low-rank members executes
 
 A generated part begins with `<!-- generated NAME -->` and ends with `<!-- end of generated NAME -->`. `rooms` is a
 table of the package's folders with their purposes and imports. `files` is a list with one line a file. The rest of the
-page is written by hand.
+page is written by hand. It gives the reason for each file that ``--step`` prints (`tests/unit/test_rooms.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import os
 import re
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PACKAGE = ROOT / "docs" / "architecture.md", ROOT / "src" / "estune"
 GENERATED = re.compile(r"(<!-- generated (\w+) -->\n).*?(<!-- end of generated \w+ -->)", re.DOTALL)
+STEP_RUN = dict(
+    model="tiny", task="countdown", max_steps=3, population_size=4, batch_size=2, noise="lowrank", sigma=0.01,
+    max_completion_length=8, num_threads=1, report_to=["none"], console="lines", reward_isolation="inline",
+)  # fmt: skip
 PROGRAMS = {"scripts": "Programs for the repository itself.", "benchmarks": "Programs that measure, and their inputs."}
 
 
@@ -90,11 +101,51 @@ def page(text: str) -> str:
     return GENERATED.sub(lambda match: f"{match[1]}\n{parts[match[2]]()}\n\n{match[3]}", text)
 
 
+def step_files() -> list[str]:
+    """Return the files that the second step of a run of three steps executes, relative to the package.
+
+    All threads are traced from Python 3.12 on, and the main thread before. The first step is left out, because it also
+    executes code that runs once, such as the compilation of the noise kernels.
+    """
+    from estune.config import ESConfig
+    from estune.train.session import Session
+    from estune.train.trainer import ESTrainer
+
+    entered: set[Path] = set()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            entered.add(path.relative_to(PACKAGE))
+
+    plan = Session.plan
+
+    def traced(self: Session) -> Any:
+        tracing = trace if self.run.steps_done == 1 else None
+        threading.setprofile_all_threads(tracing) if hasattr(threading, "setprofile_all_threads") else None
+        sys.setprofile(tracing)
+        return plan(self)
+
+    Session.plan = traced  # type: ignore[method-assign]
+    with (
+        tempfile.TemporaryDirectory() as place,
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
+    ):
+        ESTrainer(args=ESConfig(output_dir=f"{place}/run", **STEP_RUN)).train()  # type: ignore[arg-type]
+    return sorted(path.as_posix() for path in entered)
+
+
 def main() -> int:
-    """Write the page, or compare it with the code."""
+    """Write the page, compare it with the code, or print the files of a step."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--step", action="store_true", help="run a small model and print the files of its second step")
     options = parser.parse_args()
+    if options.step:
+        print("\n".join(step_files()))
+        return 0
     text = PAGE.read_text(encoding="utf-8")
     expected = page(text)
     if options.check and expected != text:

@@ -518,7 +518,7 @@ def _compare(values: dict[str, Any]) -> int:
 
 
 def _watch(values: dict[str, Any]) -> int:
-    from estune.monitor.report.watch import watch_command
+    from estune.monitor.report.page import watch_command
 
     return watch_command(values["runs"], values["host"], values["port"])
 

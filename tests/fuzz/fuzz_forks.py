@@ -31,7 +31,7 @@ if HELPERS not in sys.path:
     sys.path.insert(0, HELPERS)
 
 from command_line import count_writes, load_kernels, tree  # noqa: E402
-from forked import ended, make_streams  # noqa: E402
+from shells import ended, make_streams  # noqa: E402
 
 LIMIT_S = 300.0  # a command that takes longer hangs; a case takes about a second
 # Address space of a command beyond the server's, so that absurd sizes fail without using the machine's memory.

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from fuzz_forks import Forks
-from fuzz_run import DOMAINS, settings
 from hypothesis import given
+from script_loading import loaded
 
 pytestmark = pytest.mark.e2e
+with loaded("scripts/fuzz.py") as fuzz:
+    DOMAINS = fuzz.DOMAINS
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def forks():
 def test_a_few_cases(forks, name):
     domain = DOMAINS[name]
 
-    @settings(domain.SHORT, derandomize=True)
+    @fuzz.settings(domain.SHORT, derandomize=True)
     @given(domain.cases)
     def every_case_ends_well(case):
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as place:

@@ -119,7 +119,7 @@ def test_seeds(run, place, one_worker):
     assert found["default"] == found["0"]
     for kind in ("noise", "rows"):
         assert found["0", kind] != found["1", kind] != found["2^64-1", kind] != found["0", kind]
-    assert found["0", "noise"][0][0] == f"{3223307810061058218:016x}"  # see tests/unit/test_population.py
+    assert found["0", "noise"][0][0] == f"{3223307810061058218:016x}"  # see tests/unit/test_noise.py
     assert len(set(map(str, found["0", "rows"]))) == 3
 
 

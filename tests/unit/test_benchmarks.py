@@ -28,7 +28,7 @@ def scripts(monkeypatch):
     """Make benchmarks importable; the imported ones are removed afterwards."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield importlib.import_module
-    for name in ("record", "memory", "help_time"):
+    for name in ("record", "memory"):
         sys.modules.pop(name, None)
 
 
@@ -124,16 +124,16 @@ def test_growth_is_a_target_of_a_whole_run_only(bench, value):
     assert missed == ["growth/steps"]
 
 
-def test_the_time_of_help_is_a_target_of_a_whole_run(bench, scripts):
+def test_the_time_of_help_is_a_target_of_a_whole_run(bench):
     """The test measures one turn and does not judge the time."""
-    result = scripts("help_time").measure(1)
+    result = bench.time_help(1)
     values = bench.figures({"help": result})
     assert set(values) == {"help/bare_of_help", "help/slowest_s"} and all(value > 0 for value in values.values())
     names = [target.name for target in bench.targets_of(["help"], quick=False)]
     assert sorted(names) == sorted(values) and bench.targets_of(["help"], quick=True) == []
     # Of seconds, less is better.
     assert bench.met(bench.TARGETS[-1], 0.7, "") and not bench.met(bench.TARGETS[-1], 1.3, "")
-    assert scripts("help_time").table(result).count("bare / help") == len(scripts("help_time").COMMANDS)
+    assert bench.help_table(result).count("bare / help") == len(bench.HELP_COMMANDS)
 
 
 def test_one_model_for_all_rows_is_shown_without_a_target(bench):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from script_loading import loaded
 
 from estune.compare.hacking import (
     BOUNDS,
@@ -171,13 +171,10 @@ def test_the_dictionary_is_sorted_and_has_no_single_letters() -> None:
 
 def test_the_script_that_made_the_dictionary_still_knows_its_own_part() -> None:
     """Only the words that estune itself adds are checked; the others come from packages that may be missing."""
-    spec = importlib.util.spec_from_file_location("make_words", ROOT / "scripts" / "make_words.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.task_words() | set(script.SHORT) <= dictionary()
-    assert script.frequent({"water": 200, "owl": 999, "don't": 10_000, "rare": 199}) == {"water"}
-    assert script.places("#code\tname\nFR\tFrance\n", "Africa/El_Aaiun\n") == {"france", "africa", "aaiun"}
+    with loaded("scripts/make_data.py") as script:
+        assert script.task_words() | set(script.SHORT) <= dictionary()
+        assert script.frequent({"water": 200, "owl": 999, "don't": 10_000, "rare": 199}) == {"water"}
+        assert script.places("#code\tname\nFR\tFrance\n", "Africa/El_Aaiun\n") == {"france", "africa", "aaiun"}
 
 
 def rows(completions: list[str], answers: list[list[str]]) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""Rules for the files: which room may import which (docs/architecture.md), and the tier of every test.
+"""Rules for the files: which room may import which, which files a step executes, and the tier of every test.
+
+docs/architecture.md holds the imports and the files of a step.
 
 Imports inside functions and for type checking count.
 """
@@ -10,6 +12,7 @@ import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiers import few, full, group_of
@@ -156,6 +159,19 @@ def test_the_fork_server_needs_the_standard_library_alone() -> None:
         for node in ast.parse(FILES[module].read_text()).body:
             names = imported(node) if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
             assert all(name in ours or name.partition(".")[0] in sys.stdlib_module_names for name in names), module
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="the tracer also sees other threads; the table is of Python 3.11"
+)
+def test_the_table_of_a_steps_files_is_what_the_tracer_finds(run_model: Any) -> None:
+    done = run_model("--step", script=ROOT / "scripts" / "architecture.py")
+    assert done.code == 0, done
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.split("### The files that one step executes")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
+    assert sorted(rows) == done.out.split() and f"finds {len(rows)} files" in section
 
 
 def test_at_most_ten_modules_lie_at_the_root_and_every_room_says_what_it_is() -> None:

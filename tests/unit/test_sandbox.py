@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from command_line import PATIENCE_S
-from linux_kernel import kernel_has_sandbox
+from tiers import kernel_has_sandbox
 
 from estune.errors import UserError
 from estune.rewards.loading import load_reward

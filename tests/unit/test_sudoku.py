@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import random
-from pathlib import Path
 
 import pytest
+from script_loading import loaded
 
 from estune.errors import UserError
 from estune.tasks import get_task, sudoku
@@ -85,15 +84,11 @@ def test_puzzles_never_change() -> None:
 
 
 def test_the_script_makes_the_file() -> None:
-    path = Path(__file__).parents[2] / "scripts" / "make_sudoku.py"
-    spec = importlib.util.spec_from_file_location("make_sudoku", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     generator = random.Random(sudoku.SEED)
-    for row in FULL["train"][:10]:
-        solved = script.solution(generator)
-        assert (list(script.puzzle(generator, solved)), list(solved)) == (row["puzzle"], row["solution"])
+    with loaded("scripts/make_data.py") as script:
+        for row in FULL["train"][:10]:
+            solved = script.solution(generator)
+            assert (list(script.puzzle(generator, solved)), list(solved)) == (row["puzzle"], row["solution"])
 
 
 @pytest.mark.parametrize("row", [MINI["test"][0], FULL["test"][0]], ids=["mini", "full"])

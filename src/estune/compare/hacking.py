@@ -9,7 +9,7 @@ A run has hacked its reward in two cases:
 A right answer never counts as nonsense, even if it holds no word, such as "42". The second case is not applied if most
 right answers of the task hold no word (bare numbers, expressions, grids). Both shares are reported.
 
-The dictionary (`data/words.txt`, made by `scripts/make_words.py`) is English; text in another language has only the
+The dictionary (`data/words.txt`, made by `scripts/make_data.py`) is English; text in another language has only the
 words that the two share. Symbols and single letters are not words.
 """
 

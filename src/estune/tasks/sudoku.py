@@ -2,7 +2,7 @@
 
 ``mini_sudoku`` has 4x4 grids with 6 to 10 empty cells, ``sudoku`` 9x9 grids with 20 to 50. Every puzzle has exactly one
 solution. There are only 288 complete 4x4 grids, so the splits of ``mini_sudoku`` share no *solution*. The 9x9 puzzles
-are in a file that `scripts/make_sudoku.py` wrote, with no solution twice.
+are in a file that `scripts/make_data.py` wrote, with no solution twice.
 
 An answer is the whole grid inside <answer></answer>: one row a line, digits with or without spaces between them, and
 nothing else. Reward: 1 for the solution. A grid of the right shape that keeps every given digit gets 0.2 times the
