@@ -6,8 +6,8 @@
 Two tasks have equal prompts. `countdown` has its own reward. `liked_length` has a reward that prompts do not share: a
 hash of the prompt decides whether long or short completions are liked. A probe of N 30 and B 32 predicts, for each base
 and sigma, the gain of ten steps with N 30, B 8 and a learning rate of sigma. A run then takes these steps. Its gain is
-the difference of theta's mean reward on 500 test problems. `smollm2` is the task conciseness on SmolLM2-135M, with N 60
-and B 2, the settings of `configs/conciseness_smollm2.yaml`, measured on the task's test split.
+the difference of theta's mean reward on the 200 problems of the validation split. `smollm2` is the task conciseness on
+SmolLM2-135M, with N 60 and B 2, measured on the task's 8 validation prompts.
 
 Results are kept in `benchmarks/results/probe.json`; `scripts/evidence.py` draws them.
 """
@@ -18,9 +18,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,34 +29,20 @@ COUNTDOWN: dict[str, Any] = dict(task="countdown", noise="lowrank", max_completi
 CONCISENESS: dict[str, Any] = dict(task="conciseness", noise="lowrank", max_completion_length=40)
 SIGMAS = (0.005, 0.01, 0.02, 0.04)
 BASES = {name: str(HERE / "bases" / name) for name in ("llama", "qwen2", "gpt2")}
-# case -> models, options, sigmas, prompts of the probe, N and B of the runs, test rows
-CASES: dict[str, tuple[dict[str, str], dict[str, Any], tuple[float, ...], int, int, int, int]] = {
-    "countdown": (BASES, COUNTDOWN, SIGMAS, 32, 30, 8, 500),
-    "liked_length": (
-        BASES, {**COUNTDOWN, "reward_funcs": [f"{HERE / 'probe.py'}:liked_length"]}, SIGMAS, 32, 30, 8, 500,
-    ),
-    "smollm2": ({"smollm2": "models/smollm2-135m"}, CONCISENESS, (0.003, 0.01), 8, 60, 2, 0),
-}  # fmt: skip
+LIKED: dict[str, Any] = {**COUNTDOWN, "reward_funcs": [f"{HERE / 'probe.py'}:liked_length"]}
+# case -> models, options, sigmas, prompts of the probe, N and B of the runs
+CASES: dict[str, tuple[dict[str, str], dict[str, Any], tuple[float, ...], int, int, int]] = {
+    "countdown": (BASES, COUNTDOWN, SIGMAS, 32, 30, 8),
+    "liked_length": (BASES, LIKED, SIGMAS, 32, 30, 8),
+    "smollm2": ({"smollm2": "models/smollm2-135m"}, CONCISENESS, (0.003, 0.01), 8, 60, 2),
+}
 
 
 def liked_length(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Return 0 to 1 per completion: its length in hundreds of characters, or 1 minus that, as the prompt's hash says."""
+    """Return 0 to 1 per completion: its length in hundreds of characters, or 1 minus that by the prompt's hash."""
     lengths = [min(LONGEST, len(text)) / LONGEST for text in completions]
     longer = [hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0 for prompt in prompts]
     return [length if liked else 1 - length for length, liked in zip(lengths, longer, strict=True)]
-
-
-def estune(*words: str) -> str:
-    """Run a command of estune on one thread and return its stdout."""
-    command = [sys.executable, "-m", "estune", *words, "--num_threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-
-
-def flags_of(options: dict[str, Any]) -> list[str]:
-    """Return options as words of a command line."""
-    return [word for name, value in options.items() for word in
-            (f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)]))]  # fmt: skip
 
 
 def predict(case: str, model: str) -> list[dict[str, Any]]:
@@ -67,7 +50,7 @@ def predict(case: str, model: str) -> list[dict[str, Any]]:
     from estune.commands.probe import judge, probe, propose
     from estune.config import ESConfig
 
-    models, options, sigmas, batch, n, _, _ = CASES[case]
+    models, options, sigmas, batch, n, _ = CASES[case]
     args = ESConfig(model=models[model], **options, population_size=n, batch_size=batch, num_threads=1)
     found = probe(args, sigmas)
     proposal = propose(found)
@@ -83,26 +66,23 @@ def predict(case: str, model: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def evaluate(case: str, model: str) -> dict[str, float]:
-    """Return theta's mean reward on the case's test rows; ``model`` is a directory."""
-    _, options, _, _, _, _, limit = CASES[case]
-    shown = {name: value for name, value in options.items() if name != "noise"}
-    words = ["--model", model, *flags_of(shown), "--split", "test", "--limit", str(limit), "--json"]
-    result = json.loads(estune("evaluate", *words))
-    return {"reward": result["reward"], "rows": result["n"]}
-
-
 def train(case: str, model: str, sigma: float) -> dict[str, Any]:
-    """Run ten steps and return theta's reward after them."""
-    models, options, _, _, n, batch, _ = CASES[case]
+    """Run ten steps and return theta's reward on the held-out rows before and after them."""
+    from estune import ESConfig, ESTrainer
+
+    models, options, _, _, n, batch = CASES[case]
     with tempfile.TemporaryDirectory() as place:
-        run = f"{place}/run"
-        steps = {"sigma": sigma, "learning_rate": sigma, "population_size": n, "batch_size": batch, "max_steps": STEPS}
-        words = ["--model", models[model], *flags_of(options | steps), "--report_to", "none", "--output_dir", run]
-        estune("train", *words)
-        lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        curve = [record["es/fitness_mean"] for record in lines if "es/fitness_mean" in record]
-        return {"kind": "run", "case": case, "model": model, "sigma": sigma, "curve": curve, **evaluate(case, run)}
+        args = ESConfig(
+            model=models[model], **options, sigma=sigma, learning_rate=sigma, population_size=n, batch_size=batch,
+            max_steps=STEPS, eval_steps=STEPS, num_threads=1, report_to=["none"], output_dir=f"{place}/run",
+        )  # fmt: skip
+        ESTrainer(args=args).train()
+        lines = Path(place, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    before, after = (record["eval_reward"] for record in records if "eval_reward" in record)
+    curve = [round(record["es/fitness_mean"], 4) for record in records if "es/fitness_mean" in record]
+    return {"kind": "run", "case": case, "model": model, "sigma": sigma, "before": before, "after": after,
+            "fitness": curve}  # fmt: skip
 
 
 def main() -> None:
@@ -117,22 +97,24 @@ def main() -> None:
 
     def add(new: list[dict[str, Any]]) -> None:
         rows.extend(row | {"stamp": stamp()["commit"]} for row in new)
-        rows.sort(key=lambda row: (list(CASES).index(row["case"]), row["model"], row["kind"], row.get("sigma", 0)))
+        rows.sort(key=lambda row: (list(CASES).index(row["case"]), row["model"], row["kind"], row["sigma"]))
         write_result("probe", {}, listed={"rows": rows})
         for row in new:
-            print({key: row[key] for key in ("kind", "case", "model", "sigma", "reward") if key in row}, flush=True)
+            print(
+                {key: row[key] for key in ("kind", "case", "model", "sigma", "before", "after") if key in row},
+                flush=True,
+            )
 
-    done = {(row["kind"], row["case"], row["model"], row.get("sigma")) for row in rows}
-    for case in chosen:
-        models, _, sigmas, *_ = CASES[case]
-        for model, where in models.items():
-            if ("base", case, model, None) not in done:
-                add([{"kind": "base", "case": case, "model": model, **evaluate(case, where)}])
-            if ("probe", case, model, sigmas[0]) not in done:
-                add(predict(case, model))
-            for sigma in sigmas:
-                if ("run", case, model, sigma) not in done:
-                    add([train(case, model, sigma)])
+    done = {(row["kind"], row["case"], row["model"], row["sigma"]) for row in rows}
+    # cases and sigmas take turns, so that a part of the measurement is a whole picture
+    models = [(case, model) for model in (*BASES, "smollm2") for case in chosen if model in CASES[case][0]]
+    for case, model in models:
+        sigmas = CASES[case][2]
+        if ("probe", case, model, sigmas[0]) not in done:
+            add(predict(case, model))
+        for sigma in sigmas:
+            if ("run", case, model, sigma) not in done:
+                add([train(case, model, sigma)])
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ LEAST_CHANGED = 0.1  # share of completions: if fewer differ from theta's, a lar
 LOW_CORRELATION = 0.05  # correlation between prompts: a task that is surely below has no signal worth its price
 FEWEST_MEMBERS, FEWEST_PROMPTS = 16, 4  # least N and B of a proposal
 LARGEST_RATE = 1.0  # sigmas: the largest learning rate of a proposal, as theta should stay where the probe has looked
-CERTAIN = 2.5  # standard errors that a second probe should reach
+CERTAIN = 3.5  # standard errors between a correlation and the bound that a second probe should tell it from
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,8 @@ def propose(found: Probe) -> Proposal:
     """Return the settings with the largest predicted gain, among the sigmas without harm.
 
     Sigmas with significant agreement come first. B is the number of prompts at which the ranking reaches a reliability
-    of one half. N is what the largest sensible learning rate needs, and at most the probe's; the learning rate is what
-    the drift then allows. docs/choosing.md derives these rules.
+    of one half. N is what the largest sensible learning rate needs if the drop is two errors larger than measured, and
+    at most the probe's. The learning rate is what the drift then allows. docs/choosing.md derives these rules.
     """
     gains = {
         sigma: found.gain(sigma, STEPS)
@@ -322,7 +322,9 @@ def propose(found: Probe) -> Proposal:
     outlook = found.trials[best].outlook
     batch = min(found.n_rows, max(FEWEST_PROMPTS, math.ceil(outlook.agreement.prompts_needed)))
     wanted = LARGEST_RATE * best if found.learning_rate is None else found.learning_rate
-    needed = math.ceil(min(outlook.members_needed(wanted, batch), found.n_members))
+    error = 0.0 if math.isnan(outlook.drop_error) else outlook.drop_error
+    cautious = dataclasses.replace(outlook, drop=outlook.drop + 2 * error)
+    needed = math.ceil(min(cautious.members_needed(wanted, batch), found.n_members))
     members = max(needed + needed % 2, min(FEWEST_MEMBERS, found.n_members))
     rate = min(wanted, outlook.allowed_rate(members, batch))
     return Proposal(
@@ -352,6 +354,10 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
     below `LOW_CORRELATION`.
     """
     trials = found.trials
+    if all(value != value for trial in trials.values() for value in trial.answers.fitness):
+        return Verdict(
+            "cannot tell", "No reward applied to any answer of a member.", "Check the reward and its columns."
+        )
     if all(trial.outlook.is_flat for trial in trials.values()):
         return Verdict(
             "unlikely", "No member changed any reward, so no step would move theta.", _advice_for_ties(found)
@@ -371,8 +377,8 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
             "Use a reward or prompts that share a direction.",
         )
     if sure:
-        return Verdict("cannot tell", f"Members agree between prompts at sigma {_listed(sure)}, where they are far worse "
-                       "than theta.", "Probe again with --sigmas below.")  # fmt: skip
+        return Verdict("cannot tell", f"Members agree between prompts at sigma {_listed(sure)}, but they are far worse "
+                       "than theta there.", f"Probe again with --sigmas below {min(sure):g}.")  # fmt: skip
     prompts = _prompts_to_tell(found)
     advice = f"Probe again with --batch_size {prompts}."
     if prompts > found.n_rows:
@@ -399,8 +405,6 @@ def _yes(found: Probe, proposal: Proposal) -> Verdict:
 def _advice_for_ties(found: Probe) -> str:
     """Return what to try where no member changed a reward."""
     trials = found.trials.values()
-    if any(value != value for trial in trials for value in trial.answers.fitness):
-        return "Check the reward: it applied to no answer of some members."
     if max(trial.answers.changed for trial in trials) < LEAST_CHANGED:
         return f"Nearly all completions equal theta's: try --sigmas above {max(found.trials):g}."
     if not any(map(found.is_harmless, found.trials)):
@@ -411,15 +415,17 @@ def _advice_for_ties(found: Probe) -> str:
 def _prompts_to_tell(found: Probe) -> int:
     """Return the number of prompts with which a second probe should tell signal from none.
 
-    The standard error of a correlation falls as 1 / B. It should be small beside the correlation, or beside what is
-    left to `LOW_CORRELATION`.
+    The standard error of a correlation falls as 1 / B, and is at least that of independent effects. It should be small
+    beside the correlation, or beside what is left to `LOW_CORRELATION`.
     """
     needed = [2.0 * FEWEST_PROMPTS, found.n_prompts + 1.0]
+    least = math.sqrt(2 / (found.n_members // 2))  # times 1 / B
     for trial in found.trials.values():
         agreement = trial.outlook.agreement
-        if not math.isnan(agreement.error):
-            gap = max(agreement.correlation, LOW_CORRELATION - agreement.correlation)
-            needed.append(trial.outlook.n_prompts * CERTAIN * agreement.error / gap)
+        if not math.isnan(agreement.correlation):
+            gap = max(agreement.correlation, min(LOW_CORRELATION, LOW_CORRELATION - agreement.correlation))
+            error = 0.0 if math.isnan(agreement.error) else trial.outlook.n_prompts * agreement.error
+            needed.append(CERTAIN * max(error, least) / gap)
     return math.ceil(max(needed))
 
 
@@ -448,10 +454,9 @@ def answers_table(found: Probe) -> str:
 
 def outlook_table(found: Probe) -> str:
     """Return what the populations predict, as text, one line a sigma."""
-    reliable = f"reliable at B {found.n_prompts}"
     lines = [
-        f"{'sigma':>8} {'correlation':>19} {'p':>7} {reliable:>15} {'drop ± error':>17} {'rate':>8} "
-        f"{f'gain of {STEPS} steps':>23} {'N':>6} {'B':>6}"
+        f"{'sigma':>8} {'correlation':>19} {'p':>7} {'reliable':>8} {'drop ± error':>17} {'rate':>8} "
+        f"{f'gain of {STEPS} steps':>29} {'N':>6} {'B':>6}"
     ]
     for sigma, trial in found.trials.items():
         outlook, agreement = trial.outlook, trial.outlook.agreement
@@ -463,8 +468,8 @@ def outlook_table(found: Probe) -> str:
         rate = found.rate(sigma)
         lines.append(
             f"{sigma:>8g} {f'{agreement.correlation:.2f} {interval}':>19} {outlook.p_value:>7.2g} "
-            f"{agreement.reliability(found.n_prompts):>15.2f} {f'{outlook.drop:.2g} ± {outlook.drop_error:.1g}':>17} "
-            f"{rate:>8.2g} {f'{middle:.2g} [{low:.2g}, {high:.2g}]':>23} "
+            f"{agreement.reliability(found.n_prompts):>8.2f} {f'{outlook.drop:.2g} ± {outlook.drop_error:.1g}':>17} "
+            f"{rate:>8.2g} {f'{middle:.2g} [{low:.2g}, {high:.2g}]':>29} "
             f"{_count(outlook.members_needed(rate, found.n_prompts)):>6} {_count(agreement.prompts_needed):>6}"
         )
     return "\n".join(lines)
@@ -486,19 +491,21 @@ def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
         outlook_table(found),
         "",
         "correlation: of members' effects on two prompts, with its 95 % interval. p: that prompts which share nothing",
-        f"agree as much at any of {len(found.trials)} sigmas. drop: how far members lie below theta. rate: {given}.",
+        f"agree as much at any of {len(found.trials)} sigmas. reliable: share of the ranking that is no chance.",
+        f"drop: how far members lie below theta. rate: {given}.",
         "gain: of theta's reward, for the rate and this N and B; linear, up to the highest reward seen.",
         f"N: members with which drift loses {DRIFT_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",
         "",
     ]
+    told = [f"proposed: nothing ({proposal.reason})", str(verdict)]
     if proposal.sigma is not None:
-        lines.append(
+        told[0] = (
             f"proposed: --sigma {proposal.sigma:g} --learning_rate {proposal.learning_rate:.2g} "
             f"--population_size {proposal.population_size} --batch_size {proposal.batch_size} ({proposal.reason})"
         )
-    else:
-        lines.append(f"proposed: nothing ({proposal.reason})")
-    return "\n".join([*lines, *textwrap.wrap(str(verdict), 118, break_long_words=False, break_on_hyphens=False)])
+    for text in told:
+        lines += textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def outlook_values(found: Probe, sigma: float) -> dict[str, Any]:
