@@ -1,13 +1,11 @@
 """Compares what `estune probe` predicts with what runs of ten steps then do.
 
     python benchmarks/probe.py                   # about 1 minute a run; finished parts are not repeated
-    python benchmarks/probe.py --cases smollm2   # about 8 minutes a run
 
 Two tasks have equal prompts. `countdown` has its own reward. `liked_length` has a reward that prompts do not share: a
 hash of the prompt decides whether long or short completions are liked. A probe of N 30 and B 32 predicts, for each base
 and sigma, the gain of ten steps with N 30, B 8 and a learning rate of sigma. A run then takes these steps. Its gain is
-the difference of theta's mean reward on the 200 problems of the validation split. `smollm2` is the task conciseness on
-SmolLM2-135M, with N 60 and B 2, measured on the task's 8 validation prompts.
+the difference of theta's mean reward on the 200 problems of the validation split.
 
 Results are kept in `benchmarks/results/probe.json`; `scripts/evidence.py` draws them.
 """
@@ -26,16 +24,13 @@ HERE = Path(__file__).resolve().parent
 STEPS = 10
 LONGEST = 100  # characters
 COUNTDOWN: dict[str, Any] = dict(task="countdown", noise="lowrank", max_completion_length=64)
-CONCISENESS: dict[str, Any] = dict(task="conciseness", noise="lowrank", max_completion_length=40)
 SIGMAS = (0.005, 0.01, 0.02, 0.04)
-BASES = {name: str(HERE / "bases" / name) for name in ("llama", "qwen2", "gpt2")}
-LIKED: dict[str, Any] = {**COUNTDOWN, "reward_funcs": [f"{HERE / 'probe.py'}:liked_length"]}
-# case -> models, options, sigmas, prompts of the probe, N and B of the runs
-CASES: dict[str, tuple[dict[str, str], dict[str, Any], tuple[float, ...], int, int, int]] = {
-    "countdown": (BASES, COUNTDOWN, SIGMAS, 32, 30, 8),
-    "liked_length": (BASES, LIKED, SIGMAS, 32, 30, 8),
-    "smollm2": ({"smollm2": "models/smollm2-135m"}, CONCISENESS, (0.003, 0.01), 8, 60, 2),
+BASES = ("llama", "qwen2", "gpt2")
+CASES: dict[str, dict[str, Any]] = {
+    "countdown": COUNTDOWN,
+    "liked_length": {**COUNTDOWN, "reward_funcs": [f"{HERE / 'probe.py'}:liked_length"]},
 }
+MEMBERS, PROMPTS, PROBED_PROMPTS = 30, 8, 32  # N, B of the runs, B of the probes
 
 
 def liked_length(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -50,9 +45,14 @@ def predict(case: str, model: str) -> list[dict[str, Any]]:
     from estune.commands.probe import judge, probe, propose
     from estune.config import ESConfig
 
-    models, options, sigmas, batch, n, _ = CASES[case]
-    args = ESConfig(model=models[model], **options, population_size=n, batch_size=batch, num_threads=1)
-    found = probe(args, sigmas)
+    args = ESConfig(
+        model=str(HERE / "bases" / model),
+        **CASES[case],
+        population_size=MEMBERS,
+        batch_size=PROBED_PROMPTS,
+        num_threads=1,
+    )
+    found = probe(args, SIGMAS)
     proposal = propose(found)
     return [
         {
@@ -70,11 +70,11 @@ def train(case: str, model: str, sigma: float) -> dict[str, Any]:
     """Run ten steps and return theta's reward on the held-out rows before and after them."""
     from estune import ESConfig, ESTrainer
 
-    models, options, _, _, n, batch = CASES[case]
     with tempfile.TemporaryDirectory() as place:
         args = ESConfig(
-            model=models[model], **options, sigma=sigma, learning_rate=sigma, population_size=n, batch_size=batch,
-            max_steps=STEPS, eval_steps=STEPS, num_threads=1, report_to=["none"], output_dir=f"{place}/run",
+            model=str(HERE / "bases" / model), **CASES[case], sigma=sigma, learning_rate=sigma, population_size=MEMBERS,
+            batch_size=PROMPTS, max_steps=STEPS, eval_steps=STEPS, num_threads=1, report_to=["none"],
+            output_dir=f"{place}/run",
         )  # fmt: skip
         ESTrainer(args=args).train()
         lines = Path(place, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -90,7 +90,7 @@ def main() -> None:
     from record import RESULTS, stamp, write_result
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["countdown", "liked_length"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     chosen = parser.parse_args().cases
     file = RESULTS / "probe.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
@@ -106,15 +106,13 @@ def main() -> None:
             )
 
     done = {(row["kind"], row["case"], row["model"], row["sigma"]) for row in rows}
-    # cases and sigmas take turns, so that a part of the measurement is a whole picture
-    models = [(case, model) for model in (*BASES, "smollm2") for case in chosen if model in CASES[case][0]]
-    for case, model in models:
-        sigmas = CASES[case][2]
-        if ("probe", case, model, sigmas[0]) not in done:
-            add(predict(case, model))
-        for sigma in sigmas:
-            if ("run", case, model, sigma) not in done:
-                add([train(case, model, sigma)])
+    for model in BASES:  # cases take turns, so that a part of the measurement shows both
+        for case in chosen:
+            if ("probe", case, model, SIGMAS[0]) not in done:
+                add(predict(case, model))
+            for sigma in SIGMAS:
+                if ("run", case, model, sigma) not in done:
+                    add([train(case, model, sigma)])
 
 
 if __name__ == "__main__":

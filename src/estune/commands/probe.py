@@ -350,8 +350,8 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
     """Return the verdict.
 
     ``yes`` needs agreement between prompts that chance explains with probability `LEVEL` at most, at a sigma without
-    harm. ``unlikely`` needs, at every sigma, rewards that no member changed, or a correlation whose upper bound lies
-    below `LOW_CORRELATION`.
+    harm. ``unlikely`` needs, at every sigma, rewards that no member changed, or a correlation whose one-sided bound
+    lies below `LOW_CORRELATION`.
     """
     trials = found.trials
     if all(value != value for trial in trials.values() for value in trial.answers.fitness):
@@ -368,7 +368,7 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
     sure = [s for s, trial in trials.items() if trial.outlook.p_value <= LEVEL]
     if proposal.sigma in sure:
         return _yes(found, proposal)
-    bounds = [0.0 if trial.outlook.is_flat else trial.outlook.agreement.high for trial in trials.values()]
+    bounds = [0.0 if trial.outlook.is_flat else trial.outlook.agreement.upper for trial in trials.values()]
     if max(bounds) < LOW_CORRELATION:
         return Verdict(
             "unlikely",
@@ -515,7 +515,8 @@ def outlook_values(found: Probe, sigma: float) -> dict[str, Any]:
     interval = [agreement.low, agreement.high]
     return {
         "correlation": max(0.0, agreement.correlation), "correlation_estimate": agreement.correlation,
-        "correlation_error": agreement.error, "correlation_ci95": interval, "p_value": outlook.p_value,
+        "correlation_error": agreement.error, "correlation_ci95": interval, "correlation_bound": agreement.upper,
+        "p_value": outlook.p_value,
         "prompts": outlook.n_prompts, "reliability": agreement.reliability(b),
         "reliability_ci95": [spearman_brown(value, b) for value in interval],
         "reliability_even": outlook.even_reliability, "effect_variance": outlook.odd.shared,

@@ -17,7 +17,7 @@ import numpy as np
 
 from estune.es.step_control import DRIFT_SHARE, LARGEST
 
-LEVEL = 0.05  # probability of an error: of the test over all sigmas, and of an interval
+LEVEL = 0.05  # probability of an error: of the test over all sigmas, of an interval, and of a one-sided bound
 EXACT_PROMPTS = 12  # prompts up to which all sign patterns are tried
 PATTERNS = 10_000  # random sign patterns for more prompts
 CHUNK = 500  # sign patterns computed at a time
@@ -63,6 +63,7 @@ class Agreement:
     error: float = math.nan  # standard error over pairs and prompts
     low: float = 0.0  # interval of probability 1 - `LEVEL`, within [0, 1]
     high: float = 1.0
+    upper: float = 1.0  # one-sided bound: the correlation lies above with probability `LEVEL`
 
     def reliability(self, n_prompts: float) -> float:
         """Return the reliability of members' effects on this number of prompts (Spearman and Brown's formula)."""
@@ -105,8 +106,10 @@ def agreement_of(odd: np.ndarray) -> Agreement:
     between = total - 2 * rows + diagonal - left
     without_prompt = np.divide(between, (n_prompts - 2) * left, out=np.zeros(n_prompts), where=left > 0)
     error = math.sqrt(max(_jackknife(without_pair) + _jackknife(without_prompt), _coin_variance(gram)))
-    reach = student(1 - LEVEL / 2, min(n_pairs, n_prompts) - 1) * error
-    return Agreement(value, error, min(1.0, max(0.0, value - reach)), min(1.0, max(0.0, value + reach)))
+    freedom = min(n_pairs, n_prompts) - 1
+    reach, one_sided = (student(probability, freedom) * error for probability in (1 - LEVEL / 2, 1 - LEVEL))
+    low, high, upper = (min(1.0, max(0.0, value + way)) for way in (-reach, reach, one_sided))
+    return Agreement(value, error, low, high, upper)
 
 
 def _correlation(gram: np.ndarray) -> float:
