@@ -290,7 +290,7 @@ def probe(args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int | None 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings of a run; without a sigma that predicts a gain, the settings are None."""
+    """Settings of a run; they are None if no sigma predicts a gain."""
 
     reason: str
     sigma: float | None = None
@@ -304,32 +304,40 @@ class Proposal:
 def propose(found: Probe) -> Proposal:
     """Return the settings with the largest predicted gain, among the sigmas without harm.
 
-    Sigmas with significant agreement come first. B is the number of prompts at which the ranking reaches a reliability
-    of one half. N is what the largest sensible learning rate needs if the drop is two errors larger than measured, and
-    at most the probe's. The learning rate is what the drift then allows. docs/choosing.md derives these rules.
+    Sigmas with significant agreement come first.
     """
-    gains = {
-        sigma: found.gain(sigma, STEPS)
+    every = [
+        _settings(found, sigma)
         for sigma, trial in found.trials.items()
         if found.is_harmless(sigma) and trial.outlook.gain(found.n_prompts) > 0
-    }
-    sure = {s: gain for s, gain in gains.items() if found.trials[s].outlook.p_value <= LEVEL}
-    best = max(sure or gains, key=lambda s: gains[s], default=None)
-    if best is None or gains[best] <= 0:
-        if all(trial.outlook.is_flat for trial in found.trials.values()):
-            return Proposal("no member changed any reward")
-        return Proposal("no sigma predicts a gain without harm")
-    outlook = found.trials[best].outlook
+    ]
+    sure = [given for given in every if found.trials[given.sigma or 0.0].outlook.p_value <= LEVEL]
+    best = max(sure or every, key=lambda given: given.gain or 0.0, default=None)
+    if best is not None:
+        return best if sure else dataclasses.replace(best, reason=f"{best.reason}, not significant")
+    if all(trial.outlook.is_flat for trial in found.trials.values()):
+        return Proposal("no member changed any reward")
+    return Proposal("no sigma predicts a gain without harm")
+
+
+def _settings(found: Probe, sigma: float) -> Proposal:
+    """Return the settings for a sigma that predicts a gain; docs/choosing.md derives them.
+
+    B is the number of prompts at which the ranking reaches a reliability of one half. N is what the largest sensible
+    learning rate needs if the drop is two errors larger than measured, and at most the probe's. The learning rate is
+    what the drift then allows.
+    """
+    outlook = found.trials[sigma].outlook
     batch = min(found.n_rows, max(FEWEST_PROMPTS, math.ceil(outlook.agreement.prompts_needed)))
-    wanted = LARGEST_RATE * best if found.learning_rate is None else found.learning_rate
+    wanted = LARGEST_RATE * sigma if found.learning_rate is None else found.learning_rate
     error = 0.0 if math.isnan(outlook.drop_error) else outlook.drop_error
     cautious = dataclasses.replace(outlook, drop=outlook.drop + 2 * error)
     needed = math.ceil(min(cautious.members_needed(wanted, batch), found.n_members))
     members = max(needed + needed % 2, min(FEWEST_MEMBERS, found.n_members))
     rate = min(wanted, outlook.allowed_rate(members, batch))
     return Proposal(
-        "the largest gain without harm" + (", not significant" if not sure else ""),
-        best, rate, members, batch, found.capped(outlook.net(rate, members, batch, STEPS)),
+        "the largest gain without harm", sigma, rate, members, batch,
+        found.capped(outlook.net(rate, members, batch, STEPS)),
         STEPS * members * batch * found.args.num_generations,
     )  # fmt: skip
 

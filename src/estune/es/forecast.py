@@ -261,7 +261,7 @@ class Outlook:
 
     def drift(self, n_members: int, n_prompts: float) -> float:
         """Return a step's expected loss by its random part, per square of the learning rate."""
-        return self.drop / self.sigma**2 * self.randomness(n_members, n_prompts)
+        return self.drop / self.sigma / self.sigma * self.randomness(n_members, n_prompts)
 
     def net(self, rate: float, n_members: int, n_prompts: float, steps: int = 1) -> float:
         """Return the expected gain of steps, less what their random parts lose; linear in the steps."""
