@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from script_loading import loaded
 
 from estune.cli import main
 from estune.commands import plan
@@ -43,6 +44,7 @@ from estune.es.forecast import (
 )
 from estune.es.step_control import DRIFT_SHARE, Signal, evidence_of, moves_of, rate_factor
 from estune.es.types import Completion
+from estune.tasks import get_task
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 
@@ -438,6 +440,15 @@ def test_noise_and_rewards_of_every_kind(tmp_path: Path, capsys: pytest.CaptureF
         assert found["proposal"]["sigma"] is None
         assert main([*TOY, *few, "--reward_funcs", f"{tmp_path}/rewards.py:{name}"]) == 0
         assert f"verdict: {answer}" in capsys.readouterr().out
+
+
+def test_the_reward_without_a_shared_direction_likes_both_lengths_alike() -> None:
+    prompts = [row["prompt"] for row in get_task("countdown").load("validation")]
+    with loaded("benchmarks/probe.py") as benchmark:
+        short, long = (benchmark.liked_length(prompts, ["x" * n] * len(prompts)) for n in (20, 300))
+    assert set(short) == {0.2, 0.8} and set(long) == {0.0, 1.0}
+    assert all((a == 0.2) == (b == 1.0) for a, b in zip(short, long, strict=True))
+    assert 80 <= long.count(1.0) <= 120
 
 
 def test_members_of_the_call_win_over_the_configuration() -> None:

@@ -132,10 +132,7 @@ class Probe:
     def gain(self, sigma: float, steps: int, correlation: float | None = None) -> float:
         """Return the net gain of steps with the probe's N and B, at most up to the highest reward that was seen."""
         outlook, rate = self.trials[sigma].outlook, self.rate(sigma)
-        missing = (
-            0.0 if correlation is None else outlook.gain(self.n_prompts, correlation) - outlook.gain(self.n_prompts)
-        )
-        return self.capped(outlook.net(rate, self.n_members, self.n_prompts, steps) + steps * rate * missing)
+        return self.capped(outlook.net(rate, self.n_members, self.n_prompts, steps, correlation))
 
 
 def fault(completion: Completion, text: str) -> str | None:
@@ -298,6 +295,7 @@ class Proposal:
     population_size: int | None = None
     batch_size: int | None = None
     gain: float | None = None  # of the first `STEPS` steps with these settings
+    gain_ci95: tuple[float, float] | None = None
     completions: int | None = None  # that these steps cost
 
 
@@ -335,11 +333,13 @@ def _settings(found: Probe, sigma: float) -> Proposal:
     needed = math.ceil(min(cautious.members_needed(wanted, batch), found.n_members))
     members = max(needed + needed % 2, min(FEWEST_MEMBERS, found.n_members))
     rate = min(wanted, outlook.allowed_rate(members, batch))
-    return Proposal(
-        "the largest gain without harm", sigma, rate, members, batch,
-        found.capped(outlook.net(rate, members, batch, STEPS)),
-        STEPS * members * batch * found.args.num_generations,
-    )  # fmt: skip
+    middle, low, high = (
+        found.capped(outlook.net(rate, members, batch, STEPS, correlation))
+        for correlation in (None, outlook.agreement.low, outlook.agreement.high)
+    )
+    completions = STEPS * members * batch * found.args.num_generations
+    reason = "the largest gain without harm"
+    return Proposal(reason, sigma, rate, members, batch, middle, (low, high), completions)
 
 
 @dataclass(frozen=True)
@@ -398,15 +398,15 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
 
 def _yes(found: Probe, proposal: Proposal) -> Verdict:
     """Return the verdict of a significant sigma, with the price of the first steps."""
-    sigma = proposal.sigma or math.nan
+    sigma, (low, high) = proposal.sigma or math.nan, proposal.gain_ci95 or (math.nan, math.nan)
     outlook = found.trials[sigma].outlook
     agreement, tried = outlook.agreement, f"{len(found.trials)} sigma{'s' * (len(found.trials) != 1)}"
     return Verdict(
         "yes",
         f"At sigma {sigma:g} the effects on two prompts correlate by {agreement.correlation:.2g} "
         f"[{agreement.low:.2g}, {agreement.high:.2g}] (p {outlook.p_value:.2g} among {tried}).",
-        f"{STEPS} steps as proposed cost {proposal.completions:,} completions and should gain about "
-        f"{proposal.gain:.2g} of reward.",
+        f"{STEPS} steps as proposed cost {proposal.completions:,} completions and should gain {proposal.gain:.2g} "
+        f"[{low:.2g}, {high:.2g}] of reward.",
     )
 
 
@@ -474,11 +474,12 @@ def outlook_table(found: Probe) -> str:
         interval = f"[{agreement.low:.2f}, {agreement.high:.2f}]"
         low, middle, high = (found.gain(sigma, STEPS, value) for value in (agreement.low, None, agreement.high))
         rate = found.rate(sigma)
+        needed = _count(outlook.members_needed(rate, found.n_prompts)) if outlook.drop > 0 else "any"
         lines.append(
             f"{sigma:>8g} {f'{agreement.correlation:.2f} {interval}':>19} {outlook.p_value:>7.2g} "
             f"{agreement.reliability(found.n_prompts):>8.2f} {f'{outlook.drop:.2g} ± {outlook.drop_error:.1g}':>17} "
             f"{rate:>8.2g} {f'{middle:.2g} [{low:.2g}, {high:.2g}]':>29} "
-            f"{_count(outlook.members_needed(rate, found.n_prompts)):>6} {_count(agreement.prompts_needed):>6}"
+            f"{needed:>6} {_count(agreement.prompts_needed):>6}"
         )
     return "\n".join(lines)
 

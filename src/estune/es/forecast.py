@@ -263,10 +263,12 @@ class Outlook:
         """Return a step's expected loss by its random part, per square of the learning rate."""
         return self.drop / self.sigma / self.sigma * self.randomness(n_members, n_prompts)
 
-    def net(self, rate: float, n_members: int, n_prompts: float, steps: int = 1) -> float:
+    def net(
+        self, rate: float, n_members: int, n_prompts: float, steps: int = 1, correlation: float | None = None
+    ) -> float:
         """Return the expected gain of steps, less what their random parts lose; linear in the steps."""
         loss = self.drift(n_members, n_prompts) if not math.isnan(self.drop) else 0.0
-        return steps * (rate * self.gain(n_prompts) - rate**2 * loss)
+        return steps * (rate * self.gain(n_prompts, correlation) - rate * rate * loss)
 
     def allowed_rate(self, n_members: int, n_prompts: float) -> float:
         """Return the learning rate at which drift loses `DRIFT_SHARE` of a step's gain; infinite without a drop."""
