@@ -75,6 +75,8 @@ def predicted_and_measured(name: str) -> Figure:
     for case, colour, marker in (("countdown", "tab:blue", "o"), ("liked_length", "tab:orange", "s")):
         for sure in (True, False):
             rows = [r for r in found if r["case"] == case and (r["probe"]["outlook"]["p_value"] <= 0.05) == sure]
+            if not rows:
+                continue
             label = f"{tables.TASKS_OF_PROBE[case]}, {'agreement found' if sure else 'none found'}"
             panel.scatter([r["predicted"] for r in rows], [r["gain"] for r in rows], s=34, marker=marker,
                           edgecolors=colour, facecolors=colour if sure else "none", label=label)  # fmt: skip

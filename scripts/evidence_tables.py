@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.compare.archive import Row, read_archive, summary_of
-from estune.es.forecast import Agreement, Outlook, Parts
+from estune.es.forecast import LEVEL, Agreement, Outlook, Parts
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
@@ -456,13 +456,17 @@ def predictions(name: str) -> list[dict[str, Any]]:
     for run in (row for row in rows if row["kind"] == "run"):
         probe = probes[run["case"], run["model"], run["sigma"]]
         values = probe["outlook"]
-        parts = {"agreement": Agreement(**values["agreement"])}
-        parts |= {name: Parts(**values[name]) for name in ("odd", "even")}
-        outlook = Outlook(**{**values, **parts})
+        parts: dict[str, Any] = {part: Parts(**values[part]) for part in ("odd", "even")}
+        outlook = Outlook(**{**values, **parts, "agreement": Agreement(**values["agreement"])})
         gain = outlook.net(run["sigma"], probe["members"], PROBED_PROMPTS, PROBED_STEPS)
         predicted = min(gain, probe["highest"] - probe["theta"])
         found.append({**run, "probe": probe, "predicted": predicted, "gain": run["after"] - run["before"]})
     return found
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign and two digits; 0.00 has no sign."""
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
 
 
 def rank_correlation(found: Sequence[dict[str, Any]]) -> float:
@@ -481,17 +485,20 @@ def probed(name: str) -> str:
         best = min(runs, key=lambda row: row["probe"]["outlook"]["p_value"])
         values = best["probe"]["outlook"]
         agreement = values["agreement"]
-        gains = ", ".join(f"{row['gain']:+.2f}" for row in runs)
+        gains = ", ".join(signed(row["gain"]) for row in runs)
         lines.append([
             TASKS_OF_PROBE[case], model, best["probe"]["verdict"], f"{best['sigma']:g}",
-            f"{agreement['correlation']:.2f} [{agreement['low']:.2f}, {agreement['high']:.2f}]",
-            f"{values['p_value']:.2g}", f"{best['predicted']:+.2f}", f"{best['gain']:+.2f}", gains,
+            f"{max(0, agreement['correlation']):.2f} [{agreement['low']:.2f}, {agreement['high']:.2f}]",
+            f"{values['p_value']:.2g}", signed(best["predicted"]), signed(best["gain"]), gains,
         ])  # fmt: skip
     head = ["task", "base", "verdict", "sigma", "correlation", "p", "predicted", "measured", "measured, each sigma"]
     sigmas = ", ".join(f"{sigma:g}" for sigma in sorted({row["sigma"] for row in found}))
+    sure = [row["gain"] for row in found if row["probe"]["outlook"]["p_value"] <= LEVEL]
+    rest = [row["gain"] for row in found if row["probe"]["outlook"]["p_value"] > LEVEL]
     told = (
-        f"{len(found)} runs of {PROBED_STEPS} steps, at sigma {sigmas}. Spearman's rank correlation of predicted and "
-        f"measured gain: {rank_correlation(found):.2f}."
+        f"{len(found)} runs of {PROBED_STEPS} steps, at sigma {sigmas}. In the {len(sure)} settings where the probe "
+        f"found agreement, theta gained {min(sure):.2f} to {max(sure):.2f}; in the {len(rest)} others "
+        f"{min(rest):.2f} to {max(rest):.2f}. Spearman's rank correlation of predicted and measured gain: {rank_correlation(found):.2f}."
     )
     return f"{table(lines, head)}\n{told}\n"
 

@@ -476,7 +476,7 @@ def outlook_table(found: Probe) -> str:
         rate = found.rate(sigma)
         needed = _count(outlook.members_needed(rate, found.n_prompts)) if outlook.drop > 0 else "any"
         lines.append(
-            f"{sigma:>8g} {f'{agreement.correlation:.2f} {interval}':>19} {outlook.p_value:>7.2g} "
+            f"{sigma:>8g} {f'{max(0, agreement.correlation):.2f} {interval}':>19} {outlook.p_value:>7.2g} "
             f"{agreement.reliability(found.n_prompts):>8.2f} {f'{outlook.drop:.2g} ± {outlook.drop_error:.1g}':>17} "
             f"{rate:>8.2g} {f'{middle:.2g} [{low:.2g}, {high:.2g}]':>29} "
             f"{needed:>6} {_count(agreement.prompts_needed):>6}"
