@@ -498,7 +498,8 @@ def probed(name: str) -> str:
     told = (
         f"{len(found)} runs of {PROBED_STEPS} steps, at sigma {sigmas}. In the {len(sure)} settings where the probe "
         f"found agreement, theta gained {min(sure):.2f} to {max(sure):.2f}; in the {len(rest)} others "
-        f"{min(rest):.2f} to {max(rest):.2f}. Spearman's rank correlation of predicted and measured gain: {rank_correlation(found):.2f}."
+        f"{min(rest):.2f} to {max(rest):.2f}. Spearman's rank correlation of predicted and measured gain: "
+        f"{rank_correlation(found):.2f}."
     )
     return f"{table(lines, head)}\n{told}\n"
 

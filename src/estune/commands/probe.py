@@ -117,12 +117,11 @@ class Probe:
         lowest = theta.mean - MOST_HARM * answers.spread - 1e-9 * abs(theta.mean)
         return answers.broken_share <= theta.broken_share + MORE_BROKEN and not answers.mean < lowest
 
-    def rate(self, sigma: float, n_members: int | None = None, n_prompts: int | None = None) -> float:
+    def rate(self, sigma: float) -> float:
         """Return the configured learning rate, or else the one that the drift allows, at most `LARGEST_RATE` sigmas."""
         if self.learning_rate is not None:
             return self.learning_rate
-        allowed = self.trials[sigma].outlook.allowed_rate(n_members or self.n_members, n_prompts or self.n_prompts)
-        return min(LARGEST_RATE * sigma, allowed)
+        return min(LARGEST_RATE * sigma, self.trials[sigma].outlook.allowed_rate(self.n_members, self.n_prompts))
 
     def capped(self, gain: float) -> float:
         """Return a gain of theta, at most up to the highest reward that was seen."""
