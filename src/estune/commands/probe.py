@@ -262,6 +262,8 @@ def probe(args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int | None 
         resolved = setup.resolve_with_engine(sized, engine, prompts)
         warn_of_inputs(resolved, engine, prompts)
         evaluator = Evaluator(engine, pool, resolved.response_prefix, stop.requested)
+        total = (1 + len(sigmas) * resolved.population_size) * len(chosen) * resolved.num_generations
+        note(f"{resolved.population_size} members at each sigma and theta: {total:,} completions")
         asker = _Asker(resolved, evaluator, chosen, prompts, rewards.weights)
         try:
             own = asker.answer([None])
