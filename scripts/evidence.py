@@ -67,16 +67,41 @@ def conciseness_curves(name: str) -> Figure:
     return figure
 
 
+def predicted_and_measured(name: str) -> Figure:
+    """Return a plot of the gains that a probe predicted against those that runs then had."""
+    found = tables.predictions(name)
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    panel = figure.subplots()
+    ends = [min(0.0, *(row["predicted"] for row in found)), max(row["predicted"] for row in found)]
+    panel.plot(ends, ends, color="0.7", linewidth=1, label="as predicted")
+    for case, colour, marker in (("countdown", "tab:blue", "o"), ("liked_length", "tab:orange", "s")):
+        for sure in (True, False):
+            rows = [r for r in found if r["case"] == case and (r["probe"]["outlook"]["p_value"] <= 0.05) == sure]
+            if not rows:
+                continue
+            label = f"{tables.TASKS_OF_PROBE[case]}, {'agreement found' if sure else 'none found'}"
+            panel.scatter([r["predicted"] for r in rows], [r["gain"] for r in rows], s=34, marker=marker,
+                          edgecolors=colour, facecolors=colour if sure else "none", label=label)  # fmt: skip
+    panel.set(xlabel="predicted gain of ten steps", ylabel="measured gain, held out")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def has_picture(name: str) -> bool:
     """Return whether a result file has a picture."""
-    return name.startswith("compare_") or name == "conciseness"
+    return name.startswith("compare_") or name in DRAWINGS
 
 
 def drawing(name: str) -> Figure:
     """Return the picture of a result file."""
-    if name == "conciseness":
-        return conciseness_curves(name)
+    if name in DRAWINGS:
+        return DRAWINGS[name](name)
     return curves(tables.read_summary(tables.RESULTS / f"{name}.json"))
+
+
+DRAWINGS = {"conciseness": conciseness_curves, "probe": predicted_and_measured}  # beside those of comparisons
 
 
 def drawn_from(name: str) -> str:

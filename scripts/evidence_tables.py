@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from estune.compare.archive import Row, read_archive, summary_of
+from estune.es.forecast import LEVEL, Agreement, Outlook, Parts
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
@@ -21,6 +22,7 @@ SHOWN = 3  # tasks shown of a scan
 SCANS = {"default": "tasks at their default level", "easy": "tasks at their lowest level"}
 # comparison -> result file with its accuracies on the problems that were asked only once
 REPEATED = {"compare_smollm2_basic_arithmetic": "repeated_problems"}
+PROBED_STEPS, PROBED_PROMPTS = 10, 8  # steps and B of the runs in the file `probe`
 FEWEST_SEEDS = 3  # seeds a method; with fewer, no differences are counted
 
 
@@ -448,8 +450,70 @@ def everything(name: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
+TASKS_OF_PROBE = {"countdown": "Countdown", "liked_length": "liked length"}
+
+
+def predictions(name: str) -> list[dict[str, Any]]:
+    """Return the rows of runs, each with ``gain``, ``predicted``, and the ``probe`` of its model and sigma.
+
+    The prediction is for the run's N, B, steps and learning rate, and goes up to the highest reward that was seen.
+    """
+    rows = read(name)["rows"]
+    probes = {(row["case"], row["model"], row["sigma"]): row for row in rows if row["kind"] == "probe"}
+    found = []
+    for run in (row for row in rows if row["kind"] == "run"):
+        probe = probes[run["case"], run["model"], run["sigma"]]
+        values = probe["outlook"]
+        parts: dict[str, Any] = {part: Parts(**values[part]) for part in ("odd", "even")}
+        outlook = Outlook(**{**values, **parts, "agreement": Agreement(**values["agreement"])})
+        gain = outlook.net(run["sigma"], probe["members"], PROBED_PROMPTS, PROBED_STEPS)
+        predicted = min(gain, probe["highest"] - probe["theta"])
+        found.append({**run, "probe": probe, "predicted": predicted, "gain": run["after"] - run["before"]})
+    return found
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign and two digits; 0.00 has no sign."""
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
+
+
+def rank_correlation(found: Sequence[dict[str, Any]]) -> float:
+    """Return Spearman's rank correlation of predicted and measured gains."""
+    from scipy import stats
+
+    return float(stats.spearmanr([row["predicted"] for row in found], [row["gain"] for row in found]).statistic)
+
+
+def probed(name: str) -> str:
+    """Return a table of a probe's verdicts and of what the runs then did, one line for a task and model."""
+    found = predictions(name)
+    lines = []
+    for case, model in dict.fromkeys((row["case"], row["model"]) for row in found):
+        runs = [row for row in found if (row["case"], row["model"]) == (case, model)]
+        best = min(runs, key=lambda row: row["probe"]["outlook"]["p_value"])
+        values = best["probe"]["outlook"]
+        agreement = values["agreement"]
+        gains = ", ".join(signed(row["gain"]) for row in runs)
+        lines.append([
+            TASKS_OF_PROBE[case], model, best["probe"]["verdict"], f"{best['sigma']:g}",
+            f"{max(0, agreement['correlation']):.2f} [{agreement['low']:.2f}, {agreement['high']:.2f}]",
+            f"{values['p_value']:.2g}", signed(best["predicted"]), signed(best["gain"]), gains,
+        ])  # fmt: skip
+    head = ["task", "base", "verdict", "sigma", "correlation", "p", "predicted", "measured", "measured, each sigma"]
+    sigmas = ", ".join(f"{sigma:g}" for sigma in sorted({row["sigma"] for row in found}))
+    sure = [row["gain"] for row in found if row["probe"]["outlook"]["p_value"] <= LEVEL]
+    rest = [row["gain"] for row in found if row["probe"]["outlook"]["p_value"] > LEVEL]
+    told = (
+        f"{len(found)} runs of {PROBED_STEPS} steps, at sigma {sigmas}. In the {len(sure)} settings where the probe "
+        f"found agreement, theta gained {min(sure):.2f} to {max(sure):.2f}; in the {len(rest)} others "
+        f"{min(rest):.2f} to {max(rest):.2f}. Spearman's rank correlation of predicted and measured gain: "
+        f"{rank_correlation(found):.2f}."
+    )
+    return f"{table(lines, head)}\n{told}\n"
+
+
 # name -> function, for sections that are neither scans nor comparisons
-SECTIONS: dict[str, Callable[[str], str]] = {"paths": paths, "conciseness": conciseness}
+SECTIONS: dict[str, Callable[[str], str]] = {"paths": paths, "conciseness": conciseness, "probe": probed}
 
 
 def section(name: str) -> str:

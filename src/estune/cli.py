@@ -241,7 +241,11 @@ def _add_score(add: AddCommand) -> None:
 
 
 def _add_probe(add: AddCommand) -> None:
-    probe = add("probe", _probe, "Try six sigmas with eight members each; propose sigma, learning_rate and N.")
+    probe = add(
+        "probe",
+        _probe,
+        "Try several sigmas with one population each; predict whether a run learns, and propose its settings.",
+    )
     probe.add_argument(
         "--config",
         help="YAML file of a run's options, or a preset (demo). The probe takes the options below from it. Flags "

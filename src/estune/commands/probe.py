@@ -1,19 +1,19 @@
-"""`estune probe`: measure the effect of several sigmas on a model and a task, before a run.
+"""`estune probe`: predict, before a run is paid for, whether evolution strategies will learn, and at which sigma.
 
-Theta and eight members at each of six sigmas answer the rows of a run's first step. If sigma is too small, no answer
-changes: all members tie, and there is nothing to learn from. If sigma is too large, the model breaks: answers are empty
-or never end, or the fitness of the whole population falls. Between the two, members differ in their answers. `propose`
-chooses the sigma at which members differ most without harm. This is a rule of thumb: eight members are few, so check
-the proposal in a short run.
+Theta and one population of pairs at each of several sigmas answer the rows of a run's first step. The pairs' rewards
+show three things (`estune.es.forecast`, docs/choosing.md): whether the effects of a perturbation agree between prompts,
+what a step gains by that, and what it loses by its random part. From them follow a proposal of sigma, learning rate, N
+and B, and a verdict: yes, unlikely, or cannot tell.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,27 @@ from estune.config import ESConfig, ResolvedConfig
 from estune.console import note, print_json, print_result, rounded
 from estune.data.batches import Batches
 from estune.errors import UserError
-from estune.es.fitness import fill_failures, is_tie, population_fitness, weigh
-from estune.es.types import Completion, GroupJob, Interrupted, Perturbation
+from estune.es.fitness import fill_failures, population_fitness, share_of_tied_prompts, weigh
+from estune.es.forecast import LEVEL, Outlook, Split, outlook_of, p_values, spearman_brown, split_pairs
+from estune.es.step_control import DRIFT_SHARE
+from estune.es.types import Completion, GroupJob, Interrupted, Perturbation, Prompt
 from estune.train import setup
-from estune.train.groups import Group, stack
+from estune.train.groups import Rollouts, stack
 from estune.train.rollouts import Completions, Evaluator, scored
 from estune.train.signals import StopRequest
 from estune.train.soundness import are_finite, broken_model, warn_of_inputs
 from estune.train.step import plan_step, sampling_of
 
-MEMBERS = 8
 SIGMAS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+STEPS = 10  # steps whose gain is predicted
+WALK_STEPS = 100  # steps whose random movement is predicted
 MOST_HARM = 1.0  # standard deviations of the members' fitness: how far their mean may lie below theta's fitness
 MORE_BROKEN = 0.05  # share of completions: how many more than theta's may be broken
-LEAST_CHANGED = 0.1  # share of completions: how many must differ from theta's
-FEW_DISTINCT = 0.5  # share of members: if more of them have equal fitness, a larger population is proposed
-USUAL_N, LARGER_N = 30, 60
+LEAST_CHANGED = 0.1  # share of completions: if fewer differ from theta's, a larger sigma is the advice
+LOW_CORRELATION = 0.05  # correlation between prompts: a task that is surely below has no signal worth its price
+FEWEST_MEMBERS, FEWEST_PROMPTS = 16, 4  # least N and B of a proposal
+LARGEST_RATE = 1.0  # sigmas: the largest learning rate of a proposal, as theta should stay where the probe has looked
+CERTAIN = 3.5  # standard errors between a correlation and the bound that a second probe should tell it from
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,63 @@ class Answers:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         return {
-            "fitness_mean": _plain(self.mean), "fitness_std": _plain(self.spread),
-            "fitness_best": _plain(max(self.fitness, default=math.nan)), "fitness": [_plain(v) for v in self.fitness],
-            "tied_prompts": self.tied_prompts, "changed": self.changed, "broken": self.broken,
+            "fitness_mean": self.mean, "fitness_std": self.spread, "fitness_best": max(self.fitness, default=math.nan),
+            "fitness": self.fitness, "tied_prompts": self.tied_prompts, "changed": self.changed, "broken": self.broken,
             "reward_failures": self.failures,
         }  # fmt: skip
 
 
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+@dataclass(frozen=True)
+class Trial:
+    """One sigma: what its members answered, and what that predicts."""
+
+    answers: Answers
+    outlook: Outlook
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of a probe."""
+
+    args: ResolvedConfig  # population_size and antithetic are those of the members that answered
+    learning_rate: float | None  # as configured; None: to be proposed
+    n_rows: int  # training rows
+    d: int  # trainable parameters
+    theta: Answers
+    trials: dict[float, Trial]  # by sigma, ascending
+    highest: float  # highest reward of a completion, theta's or a member's
+
+    @property
+    def n_members(self) -> int:
+        """N."""
+        return self.args.population_size
+
+    @property
+    def n_prompts(self) -> int:
+        """B."""
+        return self.args.batch_size
+
+    def is_harmless(self, sigma: float) -> bool:
+        """Return whether members break few more answers than theta, and are not far worse than theta."""
+        answers, theta = self.trials[sigma].answers, self.theta
+        lowest = theta.mean - MOST_HARM * answers.spread - 1e-9 * abs(theta.mean)
+        return answers.broken_share <= theta.broken_share + MORE_BROKEN and not answers.mean < lowest
+
+    def rate(self, sigma: float) -> float:
+        """Return the configured learning rate, or else the one that the drift allows, at most `LARGEST_RATE` sigmas."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return min(LARGEST_RATE * sigma, self.trials[sigma].outlook.allowed_rate(self.n_members, self.n_prompts))
+
+    def capped(self, gain: float) -> float:
+        """Return a gain of theta, at most up to the highest reward that was seen."""
+        headroom = self.highest - self.theta.mean
+        return gain if math.isnan(headroom) else min(gain, headroom)
+
+    def gain(self, sigma: float, steps: int, correlation: float | None = None) -> float:
+        """Return the net gain of steps with the probe's N and B, at most up to the highest reward that was seen."""
+        outlook, rate = self.trials[sigma].outlook, self.rate(sigma)
+        return self.capped(outlook.net(rate, self.n_members, self.n_prompts, steps, correlation))
 
 
 def fault(completion: Completion, text: str) -> str | None:
@@ -90,17 +143,36 @@ def fault(completion: Completion, text: str) -> str | None:
     return None if completion.finished else "clipped"
 
 
-def summarise(
-    evaluator: Evaluator, groups: Sequence[Group], answers: Sequence[Completions], theta: Completions,
-    prompts: Sequence[Any], weights: Sequence[float],
-) -> Answers:  # fmt: skip
-    """Return the statistics of M members' scored groups and completions (M, B, G), compared with theta's (B, G)."""
-    rollouts = stack(list(groups))
-    rewards = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (M, B, G)
-    per_prompt = [column[~np.isnan(column)].tolist() for column in rewards.swapaxes(0, 1)]  # B of (M * G,)
-    tied = [is_tie(values) for values in per_prompt if values]
+@dataclass
+class Population:
+    """Members' rollouts and completions; theta alone is a population of one."""
+
+    rollouts: Rollouts  # (M, B, G, F)
+    completions: list[Completions]  # (M, B, G)
+    weights: Sequence[float]  # (F,)
+    rows: np.ndarray = field(init=False)  # (M, B, G), weighted rewards
+
+    def __post_init__(self) -> None:
+        filled = fill_failures(self.rollouts.rewards, self.rollouts.failed, self.weights)
+        self.rows = weigh(filled, self.weights)
+
+    @property
+    def highest(self) -> float:
+        """Highest reward; NaN without rewards."""
+        return float(np.fmax.reduce(self.rows, axis=None))
+
+    def rewards_of(self, theta: Population) -> np.ndarray:
+        """Return theta's weighted rewards (B, G); failures are filled as if theta were one more member."""
+        rewards = np.concatenate([self.rollouts.rewards, theta.rollouts.rewards])
+        failed = np.concatenate([self.rollouts.failed, theta.rollouts.failed])
+        own: np.ndarray = weigh(fill_failures(rewards, failed, self.weights), self.weights)[-1]
+        return own
+
+
+def summarise(evaluator: Evaluator, members: Population, theta: Completions, prompts: Sequence[Any]) -> Answers:
+    """Return the statistics of M members' answers, compared with theta's completions (B, G)."""
     theta_ids = [completion.token_ids for row in theta for completion in row]  # (B * G,)
-    flat = [[completion for row in member for completion in row] for member in answers]  # (M, B * G)
+    flat = [[completion for row in member for completion in row] for member in members.completions]  # (M, B * G)
     changed = [done.token_ids != before for member in flat for done, before in zip(member, theta_ids, strict=True)]
     repeated = [prompt for prompt, row in zip(prompts, theta, strict=True) for _ in row]
     faults = [
@@ -109,18 +181,66 @@ def summarise(
         for prompt, done in zip(repeated, member, strict=True)
     ]
     return Answers(
-        fitness=population_fitness(rewards).tolist(),
-        tied_prompts=sum(tied) / len(tied) if tied else 1.0,
+        fitness=population_fitness(members.rows).tolist(),
+        tied_prompts=share_of_tied_prompts(members.rows),
         changed=sum(changed) / len(changed),
         broken={name: faults.count(name) / len(faults) for name in ("empty", "clipped", "non_finite")},
-        failures=int(rollouts.failed.sum()),
+        failures=int(members.rollouts.failed.sum()),
     )
 
 
-def probe(
-    args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int = MEMBERS
-) -> tuple[ResolvedConfig, Answers, dict[float, Answers]]:
-    """Return the resolved configuration, theta's answers, and the answers of ``members`` members by sigma.
+def outlooks(splits: dict[float, Split], antithetic: bool) -> dict[float, Outlook]:
+    """Return the outlook of each sigma; the test of agreement counts all sigmas."""
+    tables = []
+    for split in splits.values():
+        table = np.zeros((len(split.odd), len(split.known)))
+        table[:, split.known] = split.odd
+        tables.append(table)
+    probabilities = p_values(tables)
+    return {
+        sigma: outlook_of(split, sigma, antithetic, p_value)
+        for (sigma, split), p_value in zip(splits.items(), probabilities, strict=True)
+    }
+
+
+@dataclass
+class _Asker:
+    """Lets theta or members answer the rows of a probe."""
+
+    args: ResolvedConfig
+    evaluator: Evaluator
+    rows: list[dict[str, Any]]  # (B,)
+    prompts: Sequence[Prompt]  # (B,)
+    weights: Sequence[float]  # (F,)
+
+    def answer(self, perturbations: Sequence[Perturbation | None]) -> Population:
+        """Return the scored answers of members, in order; None is theta.
+
+        Raises:
+            Interrupted: the probe was asked to stop.
+        """
+        sampling, size, state = sampling_of(self.args, 0), self.args.group_size, {"global_step": 0, "max_steps": 0}
+        checksum, evaluator = self.evaluator.engine.theta_checksum, self.evaluator
+        groups = [tuple(range(m, min(m + size, len(perturbations)))) for m in range(0, len(perturbations), size)]
+        jobs = [
+            GroupJob(group, tuple(perturbations[m] for m in group), checksum, tuple(self.prompts), sampling)
+            for group in groups
+        ]
+        started = sorted(evaluator.submit(jobs, lambda _: self.rows, state, False), key=lambda answer: answer[0])
+        done = [
+            evaluator.complete(group, scored(future, evaluator.should_stop), sampling.num_generations)
+            for _, group, _, future in started
+        ]
+        return Population(stack(done), [completions for _, _, completions, _ in started], self.weights)
+
+
+def probe(args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int | None = None) -> Probe:
+    """Let theta and a population at each sigma answer the first step's rows, and return what that shows.
+
+    Args:
+        args: the run's configuration.
+        sigmas: ascending.
+        members: N, default the configuration's; an odd number becomes the next even one.
 
     Raises:
         UserError: the configuration cannot work, or the probe was stopped.
@@ -128,128 +248,316 @@ def probe(
     task = setup.task_of(args)
     rewards = setup.resolve_rewards(args, None, task)
     rows = setup.resolve_rows(args, None, task, "train", rewards)
-    args = setup.resolve_config(dataclasses.replace(args, population_size=members, antithetic=False), len(rows))
-    batches = Batches(len(rows), args.batch_size, args.seed)
+    n_members = members or args.population_size
+    pairs = dataclasses.replace(args, population_size=n_members + n_members % 2, antithetic=True)
+    sized = setup.resolve_config(pairs, len(rows))
+    batches = Batches(len(rows), sized.batch_size, sized.seed)
     with ExitStack() as stack_:
         stop = stack_.enter_context(StopRequest())
-        pool = stack_.enter_context(setup.reward_pool(args, rewards.funcs, rewards.names))
-        engine = setup.load_engine(args)
-        setup.warn_of_changed_engine(args, engine)
-        chosen = batches.rows_for_step(0)
-        rows = [rows[row] for row in chosen]
-        prompts = setup.build_prompts(args, engine, rows, task is not None)
-        args = setup.resolve_with_engine(args, engine, prompts)
-        warn_of_inputs(args, engine, prompts)
-        evaluator = Evaluator(engine, pool, args.response_prefix, stop.requested)
-        sampling = sampling_of(args, 0)
-        state = {"global_step": 0, "max_steps": 0}
-
-        def answer(perturbations: Sequence[Perturbation | None]) -> tuple[list[Group], list[Completions]]:
-            job = GroupJob(
-                tuple(range(len(perturbations))), tuple(perturbations), engine.theta_checksum, tuple(prompts), sampling
-            )
-            started = list(evaluator.submit([job], lambda _: rows, state, False))
-            done = [
-                evaluator.complete(group, scored(future, stop.requested), sampling.num_generations)
-                for _, group, _, future in started
-            ]
-            return done, [completions for _, _, completions, _ in started]
-
+        pool = stack_.enter_context(setup.reward_pool(sized, rewards.funcs, rewards.names))
+        engine = setup.load_engine(sized)
+        setup.warn_of_changed_engine(sized, engine)
+        chosen = [rows[row] for row in batches.rows_for_step(0)]
+        prompts = setup.build_prompts(sized, engine, chosen, task is not None)
+        resolved = setup.resolve_with_engine(sized, engine, prompts)
+        warn_of_inputs(resolved, engine, prompts)
+        evaluator = Evaluator(engine, pool, resolved.response_prefix, stop.requested)
+        total = (1 + len(sigmas) * resolved.population_size) * len(chosen) * resolved.num_generations
+        note(f"{resolved.population_size} members at each sigma and theta: {total:,} completions")
+        asker = _Asker(resolved, evaluator, chosen, prompts, rewards.weights)
         try:
-            groups, [own] = answer([None])
-            if not are_finite(own):
+            own = asker.answer([None])
+            if not are_finite(own.completions[0]):
                 raise UserError(broken_model(args.model, engine.facts.dtype))
-            theta = summarise(evaluator, groups, [own], own, prompts, rewards.weights)
-            found: dict[float, Answers] = {}
+            theta = summarise(evaluator, own, own.completions[0], prompts)
+            found, splits, highest = {}, {}, own.highest
             for sigma in sigmas:
-                step = plan_step(dataclasses.replace(args, sigma=sigma), batches, 0)
-                groups, answers = [], []
-                for first in range(0, members, args.group_size):
-                    part = step.members[first : first + args.group_size]
-                    scored_groups, completions = answer([Perturbation(member, step.noise) for member in part])
-                    groups += scored_groups
-                    answers += completions
-                found[sigma] = summarise(evaluator, groups, answers, own, prompts, rewards.weights)
+                step = plan_step(dataclasses.replace(resolved, sigma=sigma), batches, 0)
+                population = asker.answer(step.perturbations)
+                found[sigma] = summarise(evaluator, population, own.completions[0], prompts)
+                splits[sigma] = split_pairs(population.rows, population.rewards_of(own))
+                highest = float(np.fmax(highest, population.highest))
                 note(f"sigma {sigma:g} tried")
         except Interrupted:
             raise UserError("the probe was stopped") from None
-    return args, theta, found
+        d = sum(math.prod(spec.shape) for spec in engine.specs if spec.perturbed)
+        predicted = outlooks(splits, args.antithetic)
+    trials = {sigma: Trial(found[sigma], predicted[sigma]) for sigma in sigmas}
+    return Probe(resolved, args.learning_rate, len(rows), d, theta, trials, highest)
 
 
-def propose(theta: Answers, found: dict[float, Answers]) -> dict[str, Any]:
-    """Return a sigma, a learning rate (sigma / 2, the paper's rule) and N, with the reason in a sentence.
+@dataclass(frozen=True)
+class Proposal:
+    """Settings of a run; they are None if no sigma predicts a gain."""
 
-    A sigma is harmless if at most 5 percentage points more completions are broken than theta's, and the members' mean
-    fitness lies at most one of their standard deviations below theta's. It has an effect if at least a tenth of the
-    completions changed and not all members tie. Of the sigmas with both properties, the one with the largest spread of
-    fitness is proposed.
+    reason: str
+    sigma: float | None = None
+    learning_rate: float | None = None
+    population_size: int | None = None
+    batch_size: int | None = None
+    gain: float | None = None  # of the first `STEPS` steps with these settings
+    gain_ci95: tuple[float, float] | None = None
+    completions: int | None = None  # that these steps cost
+
+
+def propose(found: Probe) -> Proposal:
+    """Return the settings with the largest predicted gain, among the sigmas without harm.
+
+    Sigmas with significant agreement come first.
     """
-    harmless = [
-        sigma
-        for sigma, members in found.items()
-        if members.broken_share <= theta.broken_share + MORE_BROKEN
-        and members.mean >= theta.mean - MOST_HARM * members.spread - 1e-9 * abs(theta.mean)
+    every = [
+        _settings(found, sigma)
+        for sigma, trial in found.trials.items()
+        if found.is_harmless(sigma) and trial.outlook.gain(found.n_prompts) > 0
     ]
-    effective = [s for s, members in found.items() if members.changed >= LEAST_CHANGED and not _all_tie(members)]
-    both = [sigma for sigma in harmless if sigma in effective]
-    if both:
-        sigma = max(both, key=lambda s: found[s].spread)
-        reason = "members differ most there without harm"
-        if len(both) > 1 and is_tie([found[s].spread for s in both]):
-            reason = f"the smallest of {len(both)} sigmas at which members differ equally, without harm"
-    elif effective:
-        sigma = min(effective)
-        reason = "the smallest that changes answers; it harms most members, so watch the first steps"
-    else:
-        sigma = max(harmless, default=min(found))
-        reason = "no sigma made members differ: easier prompts, more of them, or a finer reward would help more"
-        if not harmless:
-            reason = "every sigma tried breaks the members: try smaller ones with --sigmas"
-    values = found[sigma].fitness
-    most_common = max(sum(is_tie([value, other]) for other in values) for value in values)
-    n = LARGER_N if most_common / len(values) > FEW_DISTINCT else USUAL_N
-    return {"sigma": sigma, "learning_rate": sigma / 2, "population_size": n, "reason": reason}
+    sure = [given for given in every if found.trials[given.sigma or 0.0].outlook.p_value <= LEVEL]
+    best = max(sure or every, key=lambda given: given.gain or 0.0, default=None)
+    if best is not None:
+        return best if sure else dataclasses.replace(best, reason=f"{best.reason}, not significant")
+    if all(trial.outlook.is_flat for trial in found.trials.values()):
+        return Proposal("no member changed any reward")
+    return Proposal("no sigma predicts a gain without harm")
 
 
-def _all_tie(members: Answers) -> bool:
-    known = [value for value in members.fitness if value == value]
-    return not known or is_tie(known)
+def _settings(found: Probe, sigma: float) -> Proposal:
+    """Return the settings for a sigma that predicts a gain; docs/choosing.md derives them.
+
+    B is the number of prompts at which the ranking reaches a reliability of one half. N is what the largest sensible
+    learning rate needs if the drop is two errors larger than measured, and at most the probe's. The learning rate is
+    what the drift then allows.
+    """
+    outlook = found.trials[sigma].outlook
+    batch = min(found.n_rows, max(FEWEST_PROMPTS, math.ceil(outlook.agreement.prompts_needed)))
+    wanted = LARGEST_RATE * sigma if found.learning_rate is None else found.learning_rate
+    error = 0.0 if math.isnan(outlook.drop_error) else outlook.drop_error
+    cautious = dataclasses.replace(outlook, drop=outlook.drop + 2 * error)
+    needed = math.ceil(min(cautious.members_needed(wanted, batch), found.n_members))
+    members = max(needed + needed % 2, min(FEWEST_MEMBERS, found.n_members))
+    rate = min(wanted, outlook.allowed_rate(members, batch))
+    middle, low, high = (
+        found.capped(outlook.net(rate, members, batch, STEPS, correlation))
+        for correlation in (None, outlook.agreement.low, outlook.agreement.high)
+    )
+    completions = STEPS * members * batch * found.args.num_generations
+    reason = "the largest gain without harm"
+    return Proposal(reason, sigma, rate, members, batch, middle, (low, high), completions)
 
 
-def table(theta: Answers, found: dict[float, Answers], proposal: dict[str, Any]) -> str:
-    """Return the result as text, one line a sigma."""
-    head = (
+@dataclass(frozen=True)
+class Verdict:
+    """Whether evolution strategies will learn, why, and what to do."""
+
+    answer: str  # yes, unlikely, cannot tell
+    reason: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (f"verdict: {self.answer}.", self.reason, self.advice)))
+
+
+def judge(found: Probe, proposal: Proposal) -> Verdict:
+    """Return the verdict.
+
+    ``yes`` needs agreement between prompts that chance explains with probability `LEVEL` at most, at a sigma without
+    harm. ``unlikely`` needs, at every sigma, rewards that no member changed, or a correlation whose one-sided bound
+    lies below `LOW_CORRELATION`.
+    """
+    trials = found.trials
+    if all(value != value for trial in trials.values() for value in trial.answers.fitness):
+        return Verdict(
+            "cannot tell", "No reward applied to any answer of a member.", "Check the reward and its columns."
+        )
+    if all(trial.outlook.is_flat for trial in trials.values()):
+        return Verdict(
+            "unlikely", "No member changed any reward, so no step would move theta.", _advice_for_ties(found)
+        )
+    if all(trial.outlook.n_prompts < 2 for trial in trials.values()):
+        return Verdict("cannot tell", "Agreement between prompts needs two or more prompts with rewards.",
+                       f"Probe again with --batch_size {_prompts_to_tell(found)}.")  # fmt: skip
+    sure = [s for s, trial in trials.items() if trial.outlook.p_value <= LEVEL]
+    if proposal.sigma in sure:
+        return _yes(found, proposal)
+    bounds = [0.0 if trial.outlook.is_flat else trial.outlook.agreement.upper for trial in trials.values()]
+    if max(bounds) < LOW_CORRELATION:
+        return Verdict(
+            "unlikely",
+            f"At every sigma the effects on two prompts correlate by at most {max(bounds):.2g}: what helps on "
+            "one prompt says nothing about others.",
+            "Use a reward or prompts that share a direction.",
+        )
+    if sure:
+        return Verdict("cannot tell", f"Members agree between prompts at sigma {_listed(sure)}, but they are far worse "
+                       "than theta there.", f"Probe again with --sigmas below {min(sure):g}.")  # fmt: skip
+    prompts = _prompts_to_tell(found)
+    advice = f"Probe again with --batch_size {prompts}."
+    if prompts > found.n_rows:
+        members = math.ceil(found.n_members * (prompts / found.n_rows) ** 2 / 2) * 2
+        advice = f"Probe again with more than the {found.n_rows} rows ({prompts}), or --population_size {members}."
+    return Verdict("cannot tell", f"The effects on two prompts may correlate by up to {max(bounds):.2g}, and no sigma "
+                   "shows agreement that chance does not explain.", advice)  # fmt: skip
+
+
+def _yes(found: Probe, proposal: Proposal) -> Verdict:
+    """Return the verdict of a significant sigma, with the price of the first steps."""
+    sigma, (low, high) = proposal.sigma or math.nan, proposal.gain_ci95 or (math.nan, math.nan)
+    outlook = found.trials[sigma].outlook
+    agreement, tried = outlook.agreement, f"{len(found.trials)} sigma{'s' * (len(found.trials) != 1)}"
+    return Verdict(
+        "yes",
+        f"At sigma {sigma:g} the effects on two prompts correlate by {agreement.correlation:.2g} "
+        f"[{agreement.low:.2g}, {agreement.high:.2g}] (p {outlook.p_value:.2g} among {tried}).",
+        f"{STEPS} steps as proposed cost {proposal.completions:,} completions and should gain {proposal.gain:.2g} "
+        f"[{low:.2g}, {high:.2g}] of reward.",
+    )
+
+
+def _advice_for_ties(found: Probe) -> str:
+    """Return what to try where no member changed a reward."""
+    trials = found.trials.values()
+    if max(trial.answers.changed for trial in trials) < LEAST_CHANGED:
+        return f"Nearly all completions equal theta's: try --sigmas above {max(found.trials):g}."
+    if not any(map(found.is_harmless, found.trials)):
+        return f"All members are broken: try --sigmas below {min(found.trials):g}."
+    return "Completions change, and their rewards do not: use a finer reward, easier prompts, or more of them."
+
+
+def _prompts_to_tell(found: Probe) -> int:
+    """Return the number of prompts with which a second probe should tell signal from none.
+
+    The standard error of a correlation falls as 1 / B, and is at least that of independent effects. It should be small
+    beside the correlation, or beside what is left to `LOW_CORRELATION`.
+    """
+    needed = [2.0 * FEWEST_PROMPTS, found.n_prompts + 1.0]
+    least = math.sqrt(2 / (found.n_members // 2))  # times 1 / B
+    for trial in found.trials.values():
+        agreement = trial.outlook.agreement
+        if not math.isnan(agreement.correlation):
+            gap = max(agreement.correlation, min(LOW_CORRELATION, LOW_CORRELATION - agreement.correlation))
+            error = 0.0 if math.isnan(agreement.error) else trial.outlook.n_prompts * agreement.error
+            needed.append(CERTAIN * max(error, least) / gap)
+    return math.ceil(max(needed))
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:g}" for sigma in sigmas)
+
+
+def answers_table(found: Probe) -> str:
+    """Return what theta and the members answered, as text, one line a sigma."""
+    lines = [
         f"{'sigma':>8} {'fitness':>10} {'± spread':>9} {'best':>10} {'ties':>6} {'changed':>8} {'empty':>6} "
         f"{'clipped':>8} {'not finite':>10}"
-    )
-    lines = [head]
-    for name, answers in [("theta", theta), *((f"{sigma:g}", answers) for sigma, answers in found.items())]:
+    ]
+    named = [("theta", found.theta), *((f"{sigma:g}", trial.answers) for sigma, trial in found.trials.items())]
+    for name, answers in named:
         most = max(answers.fitness, default=math.nan)
         broken = answers.broken
         of_members = [f"{answers.spread:.3g}", f"{most:.4g}", f"{answers.tied_prompts:.0%}", f"{answers.changed:.0%}"]
-        spread, best, ties, changed = of_members if answers is not theta else ["-"] * 4  # theta is no population
+        spread, best, ties, changed = of_members if answers is not found.theta else ["-"] * 4  # theta is no population
         lines.append(
             f"{name:>8} {answers.mean:>10.4g} {spread:>9} {best:>10} {ties:>6} {changed:>8} {broken['empty']:>6.0%} "
             f"{broken['clipped']:>8.0%} {broken['non_finite']:>10.0%}"
         )
-    lines.append(
-        f"proposed: --sigma {proposal['sigma']:g} --learning_rate {proposal['learning_rate']:g} "
-        f"--population_size {proposal['population_size']} ({proposal['reason']})"
-    )
     return "\n".join(lines)
 
 
+def outlook_table(found: Probe) -> str:
+    """Return what the populations predict, as text, one line a sigma."""
+    lines = [
+        f"{'sigma':>8} {'correlation':>19} {'p':>7} {'reliable':>8} {'drop ± error':>17} {'rate':>8} "
+        f"{f'gain of {STEPS} steps':>29} {'N':>6} {'B':>6}"
+    ]
+    for sigma, trial in found.trials.items():
+        outlook, agreement = trial.outlook, trial.outlook.agreement
+        if outlook.is_flat or math.isnan(agreement.correlation):
+            lines.append(f"{sigma:>8g}   {'no member changed a reward' if outlook.is_flat else 'too few prompts'}")
+            continue
+        interval = f"[{agreement.low:.2f}, {agreement.high:.2f}]"
+        low, middle, high = (found.gain(sigma, STEPS, value) for value in (agreement.low, None, agreement.high))
+        rate = found.rate(sigma)
+        needed = _count(outlook.members_needed(rate, found.n_prompts)) if outlook.drop > 0 else "any"
+        lines.append(
+            f"{sigma:>8g} {f'{max(0, agreement.correlation):.2f} {interval}':>19} {outlook.p_value:>7.2g} "
+            f"{agreement.reliability(found.n_prompts):>8.2f} {f'{outlook.drop:.2g} ± {outlook.drop_error:.1g}':>17} "
+            f"{rate:>8.2g} {f'{middle:.2g} [{low:.2g}, {high:.2g}]':>29} "
+            f"{needed:>6} {_count(agreement.prompts_needed):>6}"
+        )
+    return "\n".join(lines)
+
+
+def _count(value: float) -> str:
+    """Return a number of members or prompts as text, rounded up."""
+    return f"{max(1, math.ceil(value)):,}" if value < 1e5 else "many"
+
+
+def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
+    """Return the whole result as text."""
+    given = "as configured" if found.learning_rate is not None else f"what drift allows, at most {LARGEST_RATE:g} sigma"
+    lines = [
+        f"{found.n_members} members ({found.n_members // 2} pairs) answered {found.n_prompts} prompts at each sigma.",
+        "",
+        answers_table(found),
+        "",
+        outlook_table(found),
+        "",
+        "correlation: of members' effects on two prompts, with its 95 % interval. p: that prompts which share nothing",
+        f"agree as much at any of {len(found.trials)} sigmas. reliable: share of the ranking that is no chance.",
+        f"drop: how far members lie below theta. rate: {given}.",
+        "gain: of theta's reward, for the rate and this N and B; linear, up to the highest reward seen.",
+        f"N: members with which drift loses {DRIFT_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",
+        "",
+    ]
+    told = [f"proposed: nothing ({proposal.reason})", str(verdict)]
+    if proposal.sigma is not None:
+        told[0] = (
+            f"proposed: --sigma {proposal.sigma:g} --learning_rate {proposal.learning_rate:.2g} "
+            f"--population_size {proposal.population_size} --batch_size {proposal.batch_size} ({proposal.reason})"
+        )
+    for text in told:
+        lines += textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def outlook_values(found: Probe, sigma: float) -> dict[str, Any]:
+    """Return a sigma's predictions as plain values, for JSON."""
+    outlook, n, b = found.trials[sigma].outlook, found.n_members, found.n_prompts
+    agreement, rate = outlook.agreement, found.rate(sigma)
+    interval = [agreement.low, agreement.high]
+    return {
+        "correlation": max(0.0, agreement.correlation), "correlation_estimate": agreement.correlation,
+        "correlation_error": agreement.error, "correlation_ci95": interval, "correlation_bound": agreement.upper,
+        "p_value": outlook.p_value,
+        "prompts": outlook.n_prompts, "reliability": agreement.reliability(b),
+        "reliability_ci95": [spearman_brown(value, b) for value in interval],
+        "reliability_even": outlook.even_reliability, "effect_variance": outlook.odd.shared,
+        "prompt_noise": outlook.odd.noise, "drop": outlook.drop, "drop_error": outlook.drop_error,
+        "drop_is_significant": abs(outlook.drop) > 2 * outlook.drop_error,
+        "learning_rate": rate, "allowed_learning_rate": outlook.allowed_rate(n, b),
+        "gain_per_rate": outlook.gain(b), "loss_per_squared_rate": outlook.drift(n, b),
+        "gain_of_1_step": found.gain(sigma, 1), f"gain_of_{STEPS}_steps": found.gain(sigma, STEPS),
+        f"gain_of_{STEPS}_steps_ci95": [found.gain(sigma, STEPS, value) for value in interval],
+        "members_needed": outlook.members_needed(rate, b), "prompts_needed": agreement.prompts_needed,
+        f"random_norm_of_{WALK_STEPS}_steps": outlook.walk(rate, n, b, WALK_STEPS) * sigma * math.sqrt(found.d),
+        f"random_perturbations_of_{WALK_STEPS}_steps": outlook.walk(rate, n, b, WALK_STEPS),
+        "is_harmless": found.is_harmless(sigma),
+    }  # fmt: skip
+
+
 def probe_command(args: ESConfig, sigmas: Sequence[float], as_json: bool) -> int:
-    """Probe, and print the answers' statistics and the proposal."""
+    """Probe, and print the answers' statistics, the predictions, the proposal and the verdict."""
     if not sigmas or not all(math.isfinite(sigma) and sigma > 0 for sigma in sigmas):
         raise UserError("sigmas must be positive numbers")
-    args, theta, found = probe(args, sorted(set(sigmas)))
-    proposal = propose(theta, found)
+    found = probe(args, sorted(set(sigmas)))
+    proposal = propose(found)
+    verdict = judge(found, proposal)
     if as_json:
-        points = [{"sigma": sigma, **answers.as_dict()} for sigma, answers in found.items()]
-        print_json(rounded({"model": args.model, "task": args.task or args.dataset_name, "members": MEMBERS,
-                    "rows": args.batch_size, "theta": theta.as_dict(), "sigmas": points,
-                    "proposal": proposal}))  # fmt: skip
+        args = found.args
+        points = [{"sigma": sigma, **trial.answers.as_dict(), **outlook_values(found, sigma)}
+                  for sigma, trial in found.trials.items()]  # fmt: skip
+        print_json(rounded({"model": args.model, "task": args.task or args.dataset_name, "members": found.n_members,
+                    "rows": args.batch_size, "parameters": found.d, "highest_reward": found.highest,
+                    "theta": found.theta.as_dict(), "sigmas": points, "proposal": dataclasses.asdict(proposal),
+                    "verdict": dataclasses.asdict(verdict)}))  # fmt: skip
     else:
-        print_result(table(theta, found, proposal))
+        print_result(report(found, proposal, verdict))
     return 0
