@@ -17,7 +17,10 @@ from estune.engines.base import Engine
 from estune.errors import UserError, nearest
 from estune.es.types import Prompt
 from estune.rewards.pool import RewardPool
+from estune.run.best import described
+from estune.run.checkpoint import read_state
 from estune.run.records import write_lines
+from estune.run.saved_config import CONFIG_FILE, read_stored, run_of
 from estune.tasks import Task
 from estune.train import setup
 from estune.train.evaluation import Evaluation, HeldOut, check_batches, evaluate, kl_k3
@@ -64,6 +67,7 @@ def evaluate_command(
     split = _split_of(args, task, split)
     if n_samples and rewards.accuracy is None:
         raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
+    _warn_of_chosen_rows(args, split)
     data = setup.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
     args = setup.resolve_config(args, len(data))
     with ExitStack() as stack:
@@ -155,6 +159,23 @@ def _split_of(args: ESConfig, task: Task | None, split: str | None) -> str:
             f"task {task.name} has no split {split!r}{nearest(split, task.splits)}; it has {', '.join(task.splits)}"
         )
     return split
+
+
+def _warn_of_chosen_rows(args: ESConfig, split: str) -> None:
+    """Warn if the model is a run whose step was chosen on the rows that are evaluated now."""
+    state, run_dir = read_state(Path(args.model)), run_of(args.model)
+    if state is None or "best" not in state or run_dir is None:
+        return
+    stored = read_stored(run_dir / CONFIG_FILE) or {}
+    if stored.get("dataset_name") is not None:
+        is_same = args.dataset_name is not None and args.dataset_test_split == stored.get("dataset_test_split")
+    else:
+        is_same = args.dataset_name is None and args.task == stored.get("task") and split == "validation"
+    if is_same:
+        warn(
+            f"{args.model} was chosen on these rows ({described(state['best'])}), so the result is too high: evaluate "
+            "another split"
+        )
 
 
 def _heading(args: ESConfig, split: str) -> dict[str, Any]:
