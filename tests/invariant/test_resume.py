@@ -688,3 +688,198 @@ def test_a_run_in_which_no_reward_applied_goes_on(run, place):
     assert all(value is None for step in steps(place / "run") for value in step["fitness"])
     assert run("train", "--output_dir", "run", "--resume", "--max_steps", 3).code == 0
     assert len(steps(place / "run")) == 3
+
+
+# --- the best step ----------------------------------------------------------------------------------------------------
+
+# Held-out accuracies: 4, 5, 4, 1, 5, 2, 7, 7, 1 of 46 rows; the best step is 6.
+UNEVEN = (*TOY, "--population_size", 4, "--batch_size", 4, "--sigma", 0.1, "--learning_rate", 0.2, "--num_threads", 1,
+          "--reward_isolation", "inline", "--eval_steps", 1, "--max_steps", 8)  # fmt: skip
+BEST = (*UNEVEN, "--load_best_model_at_end")
+
+
+def state(directory, name="es_state.json"):
+    return json.loads((directory / name).read_text())
+
+
+def evaluated(run_dir):
+    return {record["step"]: record for record in metrics(run_dir) if "eval_reward" in record}
+
+
+@pytest.fixture(scope="module")
+def best_run(zygote, tmp_path_factory):
+    """A finished run whose model is its best step, 6 of 8."""
+    place = tmp_path_factory.mktemp("best")
+    done = zygote.run(BEST, place)
+    assert done.code == 0 and "the model is step 6 of 8, the best by eval_accuracy" in done.out, done
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def last_run(zygote, tmp_path_factory):
+    """The same run with its last step as its model."""
+    place = tmp_path_factory.mktemp("last")
+    assert zygote.run(UNEVEN, place).code == 0
+    return place / "run"
+
+
+def test_the_best_step_is_the_model_for_every_command(run, place, best_run, last_run):
+    shutil.copytree(best_run, place / "run")
+    assert (best_run / "journal.jsonl").read_bytes() == (last_run / "journal.jsonl").read_bytes()
+    assert metrics(best_run) == metrics(last_run)
+    accuracies = {step: record["eval_accuracy"] for step, record in evaluated(best_run).items()}
+    assert max(accuracies.values()) == accuracies[6] == accuracies[7] > accuracies[8]
+    best = {"step": 6, "metric": "eval_accuracy", "value": accuracies[6], "greater_is_better": True, "global_step": 8}
+    assert state(best_run)["best"] == best and state(best_run)["step"] == 6
+    trainer_state = state(best_run, "trainer_state.json")
+    assert (trainer_state["best_global_step"], trainer_state["best_metric"]) == (6, accuracies[6])
+    assert trainer_state["global_step"] == 8
+    before = stamps(place / "run")
+    done = run(*BEST, "--resume")
+    assert done.code == 0 and "is finished (8 steps); the model is step 6 of 8" in done.out, done
+    for words, directory in (((), "default"), (("--step", 6), "six"), (("--step", 8), "eight")):
+        done = run("replay", "--run", "run", *words, "--output_dir", directory)
+        assert done.code == 0 and "verified" in done.out, done
+    assert weights(place / "default") == weights(place / "six") == weights(best_run) != weights(place / "eight")
+    assert weights(place / "eight") == weights(last_run)
+    assert run("export", "--run", "run", "--patch", "run.estp").code == 0
+    done = run("apply", "run.estp", "--model", "toy", "--engine", "toy", "--output_dir", "applied")
+    assert done.code == 0 and state(best_run)["fingerprint"] in done.out, done
+    assert weights(place / "applied") == weights(best_run)
+    done = run("evaluate", "--model", "run", "--split", "validation", "--json")
+    assert json.loads(done.out)["accuracy"] == pytest.approx(accuracies[6]), done
+    assert "was chosen on these rows" in done.err, done
+    done = run("evaluate", "--model", "run", "--json")
+    assert done.code == 0 and "was chosen" not in done.err, done
+    card = (best_run / "README.md").read_text()
+    for text in ("6 steps of 4 members", "--step 6", state(best_run)["fingerprint"], "| after | 6 |",
+                 "--max_steps 8", "--load_best_model_at_end true"):  # fmt: skip
+        assert text in card, text
+    assert stamps(place / "run") == before
+    done = run(*TOY[:-2], "--model", "run", "--max_steps", 0, "--output_dir", "next")
+    assert done.code == 0, done
+    assert journal(place / "next")[0]["base"]["fingerprint"] == state(best_run)["fingerprint"]
+
+
+def test_the_card_is_written_after_a_kill_before_it(run, place, best_run):
+    shutil.copytree(best_run, place / "run")
+    (place / "run" / "README.md").unlink()
+    assert run(*BEST, "--resume").code == 0
+    assert_same_tree(tree(place / "run"), tree(best_run))
+
+
+@pytest.mark.parametrize("every", [1, 4, full(6)])
+def test_the_best_step_is_rebuilt_from_the_nearest_checkpoint(run, place, best_run, every):
+    done = run(*BEST, "--save_steps", every)
+    assert done.code == 0, done
+    assert weights(place / "run") == weights(best_run)
+    assert state(place / "run") == state(best_run)
+
+
+def test_a_resume_of_a_finished_run_may_choose_another_model(run, place, best_run, last_run):
+    """The last step, the best one, that of another metric, and the last one again; each model once."""
+    shutil.copytree(last_run, place / "run")
+    done = run("train", "--resume", "--output_dir", "run", "--load_best_model_at_end")
+    assert done.code == 0 and "step 6 of 8" in done.out, done
+    assert_same_tree(tree(place / "run"), tree(best_run))
+    done = run("train", "--resume", "--output_dir", "run", "--metric_for_best_model", "reward")
+    assert done.code == 0 and "the best by eval_reward" in done.out, done
+    rewards = {step: record["eval_reward"] for step, record in evaluated(place / "run").items()}
+    assert rewards[state(place / "run")["step"]] == max(rewards.values())
+    assert run("train", "--resume", "--output_dir", "run", "--load_best_model_at_end", "false").code == 0
+    assert_same_tree(tree(place / "run", without=("base/",)), tree(last_run))
+
+
+def test_a_longer_run_chooses_again(run, place, best_run):
+    """The first choice is replaced by that of all steps."""
+    assert run(*BEST, "--max_steps", 3).code == 0
+    assert state(place / "run")["step"] == 1
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 8)
+    assert done.code == 0, done
+    assert state(place / "run") == state(best_run) and weights(place / "run") == weights(best_run)
+
+
+def test_a_damaged_model_of_the_best_step_is_written_again(run, place, best_run):
+    for damage in ("model.safetensors", "es_state.json"):
+        shutil.rmtree(place / "run", ignore_errors=True)
+        shutil.copytree(best_run, place / "run")
+        path = place / "run" / damage
+        path.write_bytes(path.read_bytes().replace(b'"step": 6', b'"step": 5')[:-9])
+        assert run(*BEST, "--resume").code == 0
+        assert_same_tree(tree(place / "run"), tree(best_run))
+
+
+def test_the_base_model_is_the_best_step_if_no_step_is_better(run, place):
+    words = ("--metric_for_best_model", "eval_reward", "--learning_rate", 0.4, "--max_steps", 3)
+    done = run(*BEST, *words)
+    assert done.code == 0 and "no step is better than the base model by eval_reward" in done.err, done
+    assert state(place / "run")["step"] == 0
+    assert state(place / "run")["fingerprint"] == journal(place / "run")[0]["base"]["fingerprint"]
+    before = stamps(place / "run")
+    assert run(*BEST, *words, "--resume").code == 0 and stamps(place / "run") == before
+
+
+def test_early_stopping(run, place, best_run):
+    """The run ends as if max_steps were reached, and more patience continues it."""
+    done = run(*BEST, "--early_stopping_patience", 2)
+    assert done.code == 0 and "stopped early after 3 steps: 2 evaluations without a better eval_accuracy" in done.out
+    assert len(steps(place / "run")) == 3 and state(place / "run")["step"] == 1
+    before = stamps(place / "run")
+    done = run("train", "--resume", "--output_dir", "run")
+    assert done.code == 0 and "is finished (3 steps, stopped early" in done.out, done
+    assert stamps(place / "run") == before
+    done = run("train", "--resume", "--output_dir", "run", "--early_stopping_patience", 5)
+    assert done.code == 0 and "stopped early" not in done.out, done
+    assert weights(place / "run") == weights(best_run) and steps(place / "run") == steps(best_run)
+
+
+def test_early_stopping_without_the_best_step(run, place):
+    done = run(*UNEVEN, "--early_stopping_patience", 1, "--early_stopping_threshold", 0.5)
+    assert done.code == 0 and "stopped early after 1 step:" in done.out, done
+    assert state(place / "run")["step"] == len(steps(place / "run")) == 1 and "best" not in state(place / "run")
+
+
+def test_what_cannot_choose_is_refused_before_anything_is_written(call, place):
+    rows = "".join(json.dumps({"prompt": f"x[{i}]", "wanted": i / 10}) + "\n" for i in range(4))
+    (place / "data").mkdir()
+    for split in ("train", "test", "validation"):
+        (place / "data" / f"{split}.jsonl").write_text(rows)
+    refused = call(*BEST, "--metric_for_best_model", "eval_acuracy")
+    assert_refused(refused, "eval_acuracy", "eval_accuracy, eval_reward", "eval_clipped_ratio", "did you mean")
+    for words in (("--load_best_model_at_end",), ("--early_stopping_patience", 2)):
+        assert_refused(call(*UNEVEN, *words, "--dataset_name", "data"), "'test'", "final measurement", "validation")
+    assert not (place / "run").exists()
+    done = call(*BEST, "--max_steps", 1, "--dataset_name", "data", "--dataset_test_split", "validation")
+    assert done.code == 0, done
+
+
+def test_a_resume_cannot_change_the_rows_that_choose(run, place, best_run):
+    shutil.copytree(best_run, place / "run")
+    before = stamps(place / "run")
+    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 9, "--eval_rows", 5)
+    assert_refused(done, "held-out rows", "load_best_model_at_end")
+    assert stamps(place / "run") == before
+
+
+def test_an_engine_that_cannot_return_to_the_best_step_is_refused(run, place):
+    (place / "fixed.py").write_text(
+        "from estune.engines.toy import ToyEngine\n\n\n"
+        "class Fixed:\n"
+        "    name = 'fixed'\n\n"
+        "    def __init__(self):\n"
+        "        self.engine = ToyEngine()\n\n"
+        "    @classmethod\n"
+        "    def open(cls, options):\n"
+        "        return cls()\n\n"
+        "    def __getattr__(self, name):\n"
+        "        if name == 'load_anchor':\n"
+        "            raise AttributeError(name)\n"
+        "        return getattr(self.engine, name)\n"
+    )
+    (place / "data").mkdir()
+    for number, split in enumerate(("train", "validation")):
+        (place / "data" / f"{split}.jsonl").write_text(f'{{"prompt": "x[{number}]", "wanted": 0.5}}\n' * 4)
+    done = run("train", "--engine", "fixed.py:Fixed", "--dataset_name", "data", "--dataset_test_split", "validation",
+               "--reward_funcs", "rewards.py:logged", *BEST[5:])  # fmt: skip
+    assert_refused(done, "load_anchor", "best step")
+    assert not (place / "run" / "journal.jsonl").exists()
