@@ -22,6 +22,7 @@ from command_line import (
     steps,
     tree,
     weights,
+    write_rewards,
 )
 from tiers import few, full
 
@@ -883,3 +884,126 @@ def test_an_engine_that_cannot_return_to_the_best_step_is_refused(run, place):
                "--reward_funcs", "rewards.py:logged", *BEST[5:])  # fmt: skip
     assert_refused(done, "load_anchor", "best step")
     assert not (place / "run" / "journal.jsonl").exists()
+
+
+# --- schedules over time ----------------------------------------------------------------------------------------------
+
+# Runs `estune` with a false clock: each update takes three seconds, and everything else no time.
+CLOCKED = """
+import sys
+from types import SimpleNamespace
+
+from estune.cli import main
+from estune.train import session
+
+now, plain = [0.0], session.Session.apply
+
+
+def apply(self, update):
+    now[0] += 3.0
+    return plain(self, update)
+
+
+session.Session.apply = apply
+session.time = SimpleNamespace(perf_counter=lambda: now[0])
+sys.exit(main(sys.argv[1:]))
+"""
+TIMED = (*SMALL, "--num_threads", 1, "--lr_scheduler_type", "linear", "--sigma_scheduler_type", "linear",
+         "--max_steps", 100, "--max_time_s", 15)  # fmt: skip
+
+
+@pytest.fixture
+def timed(zygote, place):
+    """``timed(*words, **options)``: run a command with the false clock."""
+    script = place / "clocked.py"
+    script.write_text(CLOCKED)
+
+    def start(*words, **options):
+        return zygote.run(words, place, script=script, **options)
+
+    return start
+
+
+def test_schedules_over_time(run, timed, place):
+    """Five steps of three seconds, of which each takes a fifth of the time."""
+    done = timed(*TIMED)
+    assert done.code == 0, done
+    lines = steps(place / "run")
+    assert len(lines) == 5
+    for index, line in enumerate(lines):
+        assert line["schedules"] == pytest.approx({"learning_rate": 1 - index / 5, "sigma": 1 - index / 5})
+        assert float.fromhex(line["s"]) == pytest.approx(0.1 * (1 - index / 5) / 8**0.5, rel=2e-5)
+    assert [record["es/sigma"] for record in metrics(place / "run")] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+    rates = [record["learning_rate"] for record in metrics(place / "run")]
+    assert rates == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01])
+    assert run("replay", "--run", "run", "--output_dir", "out").code == 0
+    assert weights(place / "out") == weights(place / "run")
+    card = (place / "run" / "README.md").read_text()
+    assert "--max_time_s 15" in card and "--max_steps 100" in card
+
+
+def test_a_limit_of_time_that_is_far_away_changes_no_bit(run, timed, place):
+    words = ("--max_steps", 4, "--warmup_steps", 2)
+    assert timed(*TIMED, *words, "--max_time_s", 1e6).code == 0
+    (place / "run").rename(place / "timed")
+    assert run(*TIMED, *words, "--max_time_s", 0).code == 0
+    assert "schedules" not in steps(place / "run")[0]
+    assert steps(place / "timed", without=("hash", "schedules")) == steps(place / "run")
+    assert weights(place / "timed") == weights(place / "run")
+
+
+def cut_off(zygote, place, options, members, **environment):
+    """Kill a run of the false clock in its third step, when ``members`` members of that step are on disk."""
+    (place / "clocked.py").write_text(CLOCKED)
+    for kill_at in range(30, 200):
+        shutil.rmtree(place / "run", ignore_errors=True)
+        done = zygote.run(options, place, script=place / "clocked.py", kill_at=kill_at, **environment)
+        assert done.code == -signal.SIGKILL, done
+        text = (place / "run" / "journal.jsonl").read_text()
+        pending = place / "run" / "pending.jsonl"
+        lines = pending.read_text().splitlines() if pending.exists() else []
+        if text.count('"kind":"step"') == 2 and sum('"group"' in line for line in lines) == members:
+            return
+    raise AssertionError("no kill left a part of the third step")
+
+
+@pytest.fixture(scope="module")
+def cut_off_run(zygote, tmp_path_factory):
+    """A run of the false clock that was killed after two members of its third step, and its whole journal."""
+    place = tmp_path_factory.mktemp("timed")
+    (place / "clocked.py").write_text(CLOCKED)
+    assert zygote.run(TIMED, place, script=place / "clocked.py").code == 0
+    whole = journal(place / "run")
+    cut_off(zygote, place, TIMED, 2)
+    return place / "run", whole
+
+
+@pytest.mark.parametrize("words", [(), ("--max_time_s", 1000), ("--max_time_s", 0), ("--max_steps", 7)], ids=str)
+def test_a_step_that_was_cut_off_keeps_its_factors(run, timed, place, cut_off_run, words):
+    """Although the resume believes that more time has passed, or has another limit."""
+    killed, whole = cut_off_run
+    shutil.copytree(killed, place / "run")
+    path = place / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**record, "train_time_s": 8.0}) + "\n" for record in records))
+    done = timed("train", "--resume", "--output_dir", "run", "--max_steps", 4 if words else 100, *words)
+    assert done.code == 0, done
+    found = journal(place / "run")
+    assert [line["kind"] for line in found[:5]] == ["header", "step", "step", "checkpoint", "step"]
+    assert found[:5] == whole[:5]
+    if not words:  # the next step follows the time that the resume knows
+        assert found[5]["schedules"]["sigma"] == pytest.approx(1 - 11 / 15, abs=1e-2)
+    assert run("replay", "--run", "run", "--output_dir", "out").code == 0
+    assert weights(place / "out") == weights(place / "run")
+
+
+def test_members_whose_sigma_is_not_known_are_evaluated_again(zygote, timed, place):
+    """They were made before the run had a limit of time."""
+    write_rewards(place)
+    words = (*TIMED, "--max_steps", 4, "--reward_funcs", "rewards.py:logged", "--max_time_s", 0)
+    cut_off(zygote, place, words, 3)
+    done = timed("train", "--resume", "--output_dir", "run", "--max_time_s", 8, env={"CALLS": "second"})
+    assert done.code == 0 and len(steps(place / "run")) == 3, done
+    line = steps(place / "run")[2]
+    assert line["schedules"]["sigma"] == pytest.approx(1 - 6 / 8, abs=1e-2)
+    assert len((place / "second").read_text().splitlines()) == 4  # all members of the third step
