@@ -404,10 +404,12 @@ class Session(OpenRun):
     def _log_step(self, record: dict[str, Any]) -> None:
         """Pass the last step's metrics to the monitors every ``logging_steps`` steps.
 
-        The last step of a run is always logged, and the first if its metrics hold theta_0's fitness.
+        The last step of a run is always logged, and the first if its metrics hold theta_0's fitness. The evaluation
+        that follows may stop the run early, so a step before an evaluation is then logged, too.
         """
-        done = self.run.steps_done
-        if done % self.args.logging_steps == 0 or self.ended or (done == 1 and self.first_step_scored_theta):
+        args, done = self.args, self.run.steps_done
+        may_be_last = self.ended or bool(args.early_stopping_patience and done % args.eval_steps == 0)
+        if done % args.logging_steps == 0 or may_be_last or (done == 1 and self.first_step_scored_theta):
             self.monitors.log({"step": done} | record)
 
     def evaluate_and_save(self) -> None:
