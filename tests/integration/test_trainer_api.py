@@ -412,6 +412,20 @@ def test_rows_of_a_test_split_choose_no_step(llama, place):
     assert not (place / "run").exists()
 
 
+def test_a_resume_cannot_decode_otherwise_where_evaluations_choose(llama, place):
+    given = {**SMALL, "temperature": 1.0, "eval_steps": 1, "load_best_model_at_end": True, "output_dir": "run"}
+
+    def trainer(**changes):
+        args = ESConfig(**{**given, **changes})
+        return ESTrainer(model=str(llama), reward_funcs=vowels, train_dataset=ROWS, eval_dataset=ROWS[:2], args=args)
+
+    trainer(max_steps=1).train()
+    with pytest.raises(UserError, match="cannot change eval_greedy from False to True, because evaluations choose"):
+        trainer(resume=True, eval_greedy=True).train()
+    trainer(resume=True).train()
+    assert len(steps(place / "run")) == 2
+
+
 def test_user_errors_come_before_anything_is_written(llama, place):
     for arguments, words in (
         (dict(reward_funcs=None), "reward_funcs"),

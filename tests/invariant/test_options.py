@@ -139,7 +139,7 @@ TOY_EFFECTS = {
     "metric_for_best_model": (
         (*BEST, "--load_best_model_at_end"),
         ("--metric_for_best_model", "mean_length_tokens"),
-        theta,
+        contents("es_state.json"),
     ),
     "greater_is_better": ((*BEST, "--load_best_model_at_end"), ("--greater_is_better", "false"), theta),
     "early_stopping_patience": (BEST, ("--early_stopping_patience", 1), of_steps("step")),

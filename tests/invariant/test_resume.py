@@ -845,12 +845,6 @@ def test_the_last_step_of_a_run_that_stops_early_is_logged(run, place):
     assert [record["step"] for record in metrics(place / "run") if "reward" in record][-1] == 3
 
 
-def test_a_resume_cannot_decode_otherwise_where_evaluations_choose(run, place):
-    assert run(*BEST, "--max_steps", 1, "--temperature", 1).code == 0
-    done = run("train", "--resume", "--output_dir", "run", "--max_steps", 2, "--eval_greedy")
-    assert_refused(done, "cannot change eval_greedy", "evaluations choose")
-
-
 def test_what_cannot_choose_is_refused_before_anything_is_written(call, place):
     rows = "".join(json.dumps({"prompt": f"x[{i}]", "wanted": i / 10}) + "\n" for i in range(4))
     (place / "data").mkdir()

@@ -67,7 +67,6 @@ def evaluate_command(
     split = _split_of(args, task, split)
     if n_samples and rewards.accuracy is None:
         raise UserError("pass@k needs a task with an accuracy; your own rewards have none")
-    _warn_of_chosen_rows(args, split)
     data = setup.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
     args = setup.resolve_config(args, len(data))
     with ExitStack() as stack:
@@ -150,7 +149,11 @@ def _check_before_work(args: ESConfig, reference: str | None, rows: str | None) 
 
 
 def _split_of(args: ESConfig, task: Task | None, split: str | None) -> str:
-    """Return the split to evaluate, ``test`` by default; raise UserError if the task does not have it."""
+    """Return the split to evaluate, ``test`` by default; warn if its rows chose the model.
+
+    Raises:
+        UserError: the task does not have the split.
+    """
     if split is not None and args.dataset_name is not None:
         raise UserError("split is for built-in tasks; for a dataset give dataset_test_split")
     split = split or "test"
@@ -158,6 +161,7 @@ def _split_of(args: ESConfig, task: Task | None, split: str | None) -> str:
         raise UserError(
             f"task {task.name} has no split {split!r}{nearest(split, task.splits)}; it has {', '.join(task.splits)}"
         )
+    _warn_of_chosen_rows(args, split)
     return split
 
 
