@@ -273,7 +273,7 @@ def _add_replay(add: AddCommand) -> None:
         "replay", _replay, "Rebuild a run's weights from base model and journal, verify, save.", "RUN --output_dir DIR"
     )
     replay.add_argument("run", metavar="RUN", help="Run directory; --run RUN is the same.")
-    replay.add_argument("--step", type=int, help="Steps to apply. Default: all.")
+    replay.add_argument("--step", type=int, help="Steps to apply. Default: all, or the best step if the run saved it.")
     replay.add_argument("--model", help="The base model, if it has moved. Default: where the run found it.")
     replay.add_argument(
         "--engine",

@@ -212,6 +212,8 @@ REFUSED = [
     ("grpo", {"seed": 1 << 32}, "seeds below 2^32"),
     ("grpo", {"log_completions": True}, "log_completions"),
     ("grpo", {"max_time_s": 1, "lr_scheduler_type": "linear"}, "constant schedules"),
+    ("grpo", {"load_best_model_at_end": True, "eval_steps": 1}, "does not use load_best_model_at_end"),
+    ("grpo", {"method_kwargs": {"load_best_model_at_end": True}}, "cannot hold load_best_model_at_end"),
     ("sft_rejection", {"method_kwargs": {"min_reward": "much"}}, "min_reward must be a number"),
     ("sft_rejection", {"method_kwargs": {"max_samples": 0}}, "max_samples must be an integer of 1 or more"),
     ("sft_rejection", {"method_kwargs": {"max_samples": 1.5}}, "max_samples must be an integer of 1 or more"),

@@ -349,6 +349,8 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
         ({"seeds": [0, 0]}, ("seeds",)),
         ({"seeds": [1000]}, ("tuning", "seed")),
         ({"settings": {"seed": 3}}, ("seed", "comparison sets")),
+        ({"settings": {"load_best_model_at_end": True}}, ("load_best_model_at_end", "comparison sets")),
+        ({"methods": {"a": {"method": "es", "trials": [{"early_stopping_patience": 2}]}}}, ("early_stopping",)),
         ({"settings": {"max_completion_lenght": 3}}, ("max_completion_length",)),
         ({"methods": {"a": {"method": "es"}, "b": {"method": "grpo", "trials": [{}, {}]}}}, ("a 1, b 2",)),
         ({"methods": {"a": {"method": "gpro"}}}, ("gpro", "grpo")),

@@ -352,6 +352,41 @@ def test_a_start_that_is_gone_is_told(workers: Any, tmp_path: Path) -> None:
         engine.apply(update(1))
 
 
+def test_workers_return_to_theta_0(workers: Any, tmp_path: Path) -> None:
+    """A worker that starts afterwards begins with theta_0, too."""
+    engine, alone, base = workers(count=2), ToyEngine(), ToyEngine()
+    alone.save(tmp_path / "base", float32=True)
+    assert not engine.open_anchor([tmp_path / "nothing"])
+    assert engine.open_anchor([tmp_path / "nothing", tmp_path / "base"])
+    engine.apply(update(0))
+    engine.load_anchor()
+    assert engine.checksum() == alone.checksum() and engine.fingerprint() == base.fingerprint()
+    os.kill(process_of(engine._pool.ready[0]), signal.SIGKILL)
+    assert engine.apply(update(1)).checksum == alone.apply(update(1)).checksum
+    engine._pool.wait_for_all()
+    assert len(engine._pool.ready) == 2 and engine.checksum() == alone.checksum()
+
+
+def test_the_best_step_of_a_run_with_workers(cluster: str, tmp_path: Path) -> None:
+    """Workers change neither the best step nor the step at which the run stops early."""
+    options = {**TOY, "sigma": 0.1, "learning_rate": 0.2, "batch_size": 4, "population_size": 4, "eval_steps": 1,
+               "save_steps": 0, "max_steps": 9, "load_best_model_at_end": True}  # fmt: skip
+    for patience in (0, 2):
+        for count in (0, 2):
+            run = tmp_path / f"{patience}-{count}"
+            more = dict(num_workers=count, worker_resources=SHARE) if count else {}
+            args = ESConfig(**options, output_dir=str(run), early_stopping_patience=patience, **more)
+            trainer = ESTrainer(args=args)
+            trainer.train()
+            trainer.engine.stop()
+        alone, together = tmp_path / f"{patience}-0", tmp_path / f"{patience}-2"
+        names = ("journal.jsonl", "model.safetensors", "es_state.json", "trainer_state.json")
+        assert [(together / name).read_bytes() for name in names] == [(alone / name).read_bytes() for name in names]
+        state = json.loads((alone / "es_state.json").read_text())
+        assert state["step"] == state["best"]["step"] < state["best"]["global_step"]
+        assert (state["best"]["global_step"] < 9) == bool(patience)
+
+
 def test_an_error_of_the_engine_is_shown(workers: Any) -> None:
     engine = workers(FaultyToy)
     with pytest.raises(UserError, match=r"worker \d .* failed: .*ZeroDivisionError"):

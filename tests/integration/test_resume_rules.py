@@ -218,7 +218,8 @@ SPECIAL = {
     "trainable_parameters": ["x"], "chat_template_kwargs": {"a": 1}, "stop_strings": ["x"],
     "method": "grpo", "method_kwargs": {"beta": 1},
     "report_to": ["none"], "revision": "main", "population_size": 8, "learning_rate": 0.5, "num_generations": 3,
-    "temperature": 0.5, "top_p": 0.5, "reward_timeout_s": 1.0, "seed": 3, "worker_resources": {"CPU": 1},
+    "greater_is_better": False, "temperature": 0.5,
+    "top_p": 0.5, "reward_timeout_s": 1.0, "seed": 3, "worker_resources": {"CPU": 1},
 }  # fmt: skip
 
 

@@ -246,6 +246,46 @@ def test_a_model_in_memory(llama, place, run_model):
         assert done.code == 0 and json.loads(done.out)["n"] == 6, done
 
 
+def best_first(records):
+    """Return the options by which a run's last step is not its best."""
+    values = [record["eval_reward"] for record in records]
+    greater = max(values[:-1]) > values[-1]
+    best = max(values) if greater else min(values)
+    assert values.index(best) < len(values) - 1
+    return values.index(best), best, {"metric_for_best_model": "reward", "greater_is_better": greater}
+
+
+@pytest.mark.parametrize("noise", ["full", "lowrank"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_best_step_is_in_the_users_model_and_on_disk(llama, place, noise, in_memory):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+
+    def trained(output_dir, **changes):
+        model = transformers.AutoModelForCausalLM.from_pretrained(llama) if in_memory else str(llama)
+        given = {**SMALL, "max_steps": 4, "learning_rate": 0.1, "eval_steps": 1, "noise": noise, **changes}
+        trainer = ESTrainer(model=model, processing_class=tokenizer, reward_funcs=vowels, train_dataset=ROWS,
+                            eval_dataset=ROWS[:3], args=ESConfig(output_dir=output_dir, **given))  # fmt: skip
+        trainer.train()
+        return trainer, model
+
+    trained("last", save_steps=1)
+    step, value, options = best_first([record for record in metrics(place / "last") if "eval_reward" in record])
+    trainer, model = trained("run", load_best_model_at_end=True, **options)
+    wanted = place / "last" / f"checkpoint-{step}" if step else llama
+    assert weights(place / "run") != weights(place / "last")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(place / "run")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(wanted)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameter, saved.get_parameter(name))
+        assert not in_memory or torch.equal(parameter, model.get_parameter(name))
+    trainer.save_model(place / "copy")
+    assert weights(place / "copy") == weights(place / "run")
+    assert (place / "run" / "base").exists() == in_memory  # the files of a base on disk are read again
+    state = transformers.TrainerState.load_from_json(place / "run" / "trainer_state.json")
+    assert (state.best_global_step, state.best_metric, state.global_step) == (step, value, 4)
+    assert json.loads((place / "run" / "es_state.json").read_text())["step"] == step
+
+
 @pytest.fixture
 def three_threads():
     before = torch.get_num_threads()
@@ -360,6 +400,30 @@ def test_theta_survives_any_number_of_evaluations(llama):
         trainer.engine.generate(Perturbation(member, Noise(0.3)), prompts, sampling_of(trainer.args, 0))
     assert trainer.engine.generate(None, prompts, sampling_of(trainer.args, 0)) == first
     assert all(np.array_equal(before[name], array) for name, array in host_theta.arrays.items())
+
+
+def test_rows_of_a_test_split_choose_no_step(llama, place):
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS, split="test")
+    args = ESConfig(output_dir="run", eval_steps=1, load_best_model_at_end=True, **SMALL)
+    with pytest.raises(UserError, match="'test' is for the final measurement"):
+        ESTrainer(model=str(llama), reward_funcs=vowels, train_dataset=ROWS, eval_dataset=rows, args=args)
+    assert not (place / "run").exists()
+
+
+def test_a_resume_cannot_decode_otherwise_where_evaluations_choose(llama, place):
+    given = {**SMALL, "temperature": 1.0, "eval_steps": 1, "load_best_model_at_end": True, "output_dir": "run"}
+
+    def trainer(**changes):
+        args = ESConfig(**{**given, **changes})
+        return ESTrainer(model=str(llama), reward_funcs=vowels, train_dataset=ROWS, eval_dataset=ROWS[:2], args=args)
+
+    trainer(max_steps=1).train()
+    with pytest.raises(UserError, match="cannot change eval_greedy from False to True, because evaluations choose"):
+        trainer(resume=True, eval_greedy=True).train()
+    trainer(resume=True).train()
+    assert len(steps(place / "run")) == 2
 
 
 def test_user_errors_come_before_anything_is_written(llama, place):

@@ -85,6 +85,32 @@ def test_dying_at_every_write_to_the_file_system(zygote, place, every):
         assert_same_tree(tree(at / "run"), wanted)
 
 
+BEST = (*TOY, "--max_steps", 4, "--population_size", 4, "--batch_size", 4, "--sigma", 0.1, "--learning_rate", 0.2,
+        "--num_threads", 1, "--reward_isolation", "inline", "--eval_steps", 1,
+        "--load_best_model_at_end")  # fmt: skip
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.e2e)])
+@pytest.mark.parametrize(("more", "steps"), [((), 4), (("--save_steps", 1, "--early_stopping_patience", 2), 3)])
+def test_dying_at_every_write_of_a_run_that_returns_to_its_best_step(zygote, place, every, more, steps):
+    """From a copy of theta_0 in the run, and from a checkpoint; the run of the second case stops early."""
+    options, whole = (*BEST, *more), place / "whole"
+    whole.mkdir()
+    done = zygote.run(options, whole, kill_at=NEVER)
+    assert done.code == 0 and f"step 1 of {steps}" in done.out, done
+    n_writes = int(re.search(r"writes (\d+)", done.out)[1])
+    wanted = tree(whole / "run")
+    assert json.loads(wanted["es_state.json"])["step"] == 1
+    for kill_at in sorted({*range(1, n_writes + 1, every), *range(n_writes - 16, n_writes + 1, 2 if every > 1 else 1)}):
+        at = place / f"at_{kill_at}"
+        at.mkdir()
+        assert zygote.run(options, at, kill_at=kill_at).code == -signal.SIGKILL, kill_at
+        done = zygote.run([*options, "--resume"], at)
+        assert done.code == 0, (kill_at, done)
+        assert_whole(at / "run", steps)
+        assert_same_tree(tree(at / "run"), wanted)
+
+
 @pytest.mark.parametrize("every", [10, pytest.param(2, marks=pytest.mark.e2e)])
 @pytest.mark.parametrize("again", ["--overwrite", "--resume"])
 def test_dying_while_another_run_is_overwritten(zygote, place, again, every):

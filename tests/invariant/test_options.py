@@ -83,6 +83,7 @@ def n_workers(place):
 LOGGED = ("--reward_funcs", "rewards.py:logged")
 SLOW = ("--reward_funcs", "rewards.py:slow", "--reward_isolation", "process")
 DATA = ("--dataset_name", "data")
+BEST = ("--eval_steps", 1, "--max_steps", 4, "--batch_size", 4, "--learning_rate", 0.2)
 # field: (options of both runs, options of the changed run, what differs)
 TOY_EFFECTS = {
     "model": ((), ("--model", "base"), header("base")),
@@ -134,6 +135,19 @@ TOY_EFFECTS = {
     "log_completions": ((), ("--log_completions",), names("completions/")),
     "eval_steps": ((), ("--eval_steps", 1), names("eval/")),
     "eval_rows": (("--eval_steps", 1), ("--eval_rows", 3), logged("eval_rows")),
+    "load_best_model_at_end": (BEST, ("--load_best_model_at_end",), theta),
+    "metric_for_best_model": (
+        (*BEST, "--load_best_model_at_end"),
+        ("--metric_for_best_model", "mean_length_tokens"),
+        contents("es_state.json"),
+    ),
+    "greater_is_better": ((*BEST, "--load_best_model_at_end"), ("--greater_is_better", "false"), theta),
+    "early_stopping_patience": (BEST, ("--early_stopping_patience", 1), of_steps("step")),
+    "early_stopping_threshold": (
+        (*BEST, "--early_stopping_patience", 1),
+        ("--early_stopping_threshold", 1),
+        of_steps("step"),
+    ),
     "save_steps": ((), ("--save_steps", 1), names("checkpoint-")),
     "save_total_limit": (("--save_steps", 1), ("--save_total_limit", 1), names("checkpoint-")),
     "report_to": ((), ("--report_to", "plot", "report"), names("plots/")),

@@ -14,8 +14,12 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 from estune.commands.evaluate import reward_differences
 from estune.commands.results import print_evaluation
+from estune.config import ESConfig
+from estune.errors import UserError
+from estune.run import best
 from estune.run.records import is_right
 from estune.tasks import TASKS, get_task
+from estune.train import metrics
 from estune.train.evaluation import (
     EvaluatedRow,
     Evaluation,
@@ -293,3 +297,115 @@ def test_k3_agrees_with_the_exact_divergence_within_its_error(moved: float) -> N
     error = math.sqrt(terms.var(1).mean() / terms.size)  # tokens are drawn at each position apart
     assert abs(kl_k3(*logprobs) - exact.mean()) < 4 * error
     assert error < 0.05 * exact.mean()  # so the agreement means something
+
+
+# --- the best step ----------------------------------------------------------------------------------------------------
+
+
+def records(values: list[float | None], name: str = "eval_accuracy", every: int = 1) -> list[dict[str, Any]]:
+    return [{"step": index * every, "eval_rows": 8, name: value} for index, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "greater", "threshold", "step", "waited"),
+    [
+        ([0.1, 0.3, 0.2], True, 0.0, 1, 1),
+        ([0.1, 0.3, 0.3, 0.3], True, 0.0, 1, 2),  # ties keep the earlier step
+        ([0.5, 0.4, 0.4, 0.2], True, 0.0, 0, 3),  # no step is better than the base model
+        ([0.5, 0.4, 0.45], False, 0.0, 1, 1),
+        ([0.1, 0.15, 0.2], True, 0.1, 2, 2),  # better, but by no more than the threshold
+        ([0.1, 0.3, 0.35], True, 0.1, 2, 1),
+        ([None, None, 0.1, None], True, 0.0, 2, 1),
+        ([None, None], True, 0.0, None, 1),
+        ([0.2], True, 0.0, 0, 0),
+    ],
+)
+def test_the_best_step_of_a_sequence(
+    values: list[float | None], greater: bool, threshold: float, step: int | None, waited: int
+) -> None:
+    found = best.rank(records(values), "eval_accuracy", greater, threshold)
+    assert (found.step, found.waited) == (step, waited)
+    assert step is None or found.value == values[step]
+
+
+@pytest.mark.parametrize("greater", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 0.11])
+def test_the_best_step_and_patience_are_those_of_transformers(greater: bool, threshold: float) -> None:
+    """Its own callback counts; its trainer keeps the best value, before which the callback is called."""
+    from transformers import EarlyStoppingCallback, Trainer, TrainerState
+    from transformers.trainer_utils import SaveStrategy
+
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        values = rng.choice([0.0, 0.1, 0.2, 0.3, 0.5, math.nan], 9).tolist()
+        callback = EarlyStoppingCallback(3, threshold)
+        trainer: Any = object.__new__(Trainer)
+        trainer.state = TrainerState()
+        trainer.args = type("Args", (), {"metric_for_best_model": "accuracy", "greater_is_better": greater,
+                                         "save_strategy": SaveStrategy.STEPS})()  # fmt: skip
+        for index, value in enumerate(values):
+            trainer.state.global_step = index
+            callback.check_metric_value(trainer.args, trainer.state, None, value)
+            trainer._determine_best_metric({"eval_accuracy": value}, None)
+            given = [None if math.isnan(each) else each for each in values[: index + 1]]
+            found = best.rank(records(given), "eval_accuracy", greater, threshold)
+            assert found.step == trainer.state.best_global_step, (values, index)
+            assert found.value == trainer.state.best_metric
+            assert found.waited == callback.early_stopping_patience_counter, (values, index)
+
+
+def test_defaults_of_the_metric_are_those_of_transformers() -> None:
+    from transformers import TrainingArguments
+
+    for name in ("eval_accuracy", "reward", "eval_loss", "clipped_ratio", "loss"):
+        theirs = TrainingArguments(output_dir="x", metric_for_best_model=name, report_to=[])
+        args = ESConfig(load_best_model_at_end=True, eval_steps=1, metric_for_best_model=name)
+        assert best.is_greater_better(args, best.metric_of(args, [])) == theirs.greater_is_better
+        assert best.metric_of(args, []) == f"eval_{name.removeprefix('eval_')}"
+    args = ESConfig(load_best_model_at_end=True, eval_steps=1)
+    assert best.metric_of(args, records([0.1])) == "eval_accuracy"
+    assert best.metric_of(args, records([0.1], "eval_reward")) == "eval_reward"
+
+
+@pytest.mark.parametrize("accuracy", [[1.0], None])
+def test_every_number_of_an_evaluation_can_be_named(accuracy: list[float] | None) -> None:
+    broken = row(0, accuracy, [1.0], [3])
+    broken.non_finite = 1
+    record = metrics.evaluation_record(Evaluation([broken]))
+    numbers = {name for name, value in record.items() if isinstance(value, (int, float))} - {"eval_rows"}
+    for name in numbers:
+        args = ESConfig(load_best_model_at_end=True, eval_steps=1, metric_for_best_model=name)
+        best.check_metric(args, accuracy is not None)
+    wrong = ESConfig(load_best_model_at_end=True, eval_steps=1, metric_for_best_model="eval_acuracy")
+    with pytest.raises(UserError) as refused:
+        best.check_metric(wrong, accuracy is not None)
+    assert all(name in str(refused.value) for name in numbers)
+    assert ("did you mean" in str(refused.value)) == (accuracy is not None)
+
+
+def test_an_evaluation_of_other_rows_is_left_out() -> None:
+    args = ESConfig(load_best_model_at_end=True, eval_steps=1)
+    made = [{**each, "eval_rows": 4} for each in records([0.9, 0.8])] + records([0.0, 0.0, 0.3, 0.2])[2:]
+    found = best.choose(args, made, 3)
+    assert found is not None and (found["step"], found["value"], found["global_step"]) == (2, 0.3, 3)
+    assert best.choose(args, [], 3) is None and best.choose(ESConfig(), made, 3) is None
+
+
+def test_early_stopping_happens_at_an_evaluation() -> None:
+    args = ESConfig(early_stopping_patience=2, eval_steps=2)
+    made = records([0.3, 0.2, 0.1], every=2)
+    assert [best.stops_early(args, made[: count + 1], 2 * count) for count in range(3)] == [False, False, True]
+    assert not best.stops_early(args, made, 5)  # between two evaluations
+    assert not best.stops_early(ESConfig(early_stopping_patience=3, eval_steps=2), made, 4)
+    assert not best.stops_early(args, [], 0)
+
+
+@pytest.mark.parametrize("split", ["test", "Test", "test[:50%]", "test_hard", "tests"])
+def test_test_rows_do_not_choose(split: str) -> None:
+    with pytest.raises(UserError, match="final measurement"):
+        best.refuse_test_rows(split)
+
+
+@pytest.mark.parametrize("split", [None, "validation", "val", "dev", "testimony", "latest"])
+def test_other_rows_may_choose(split: str | None) -> None:
+    best.refuse_test_rows(split)

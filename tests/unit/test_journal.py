@@ -17,7 +17,7 @@ from estune.errors import UserError
 from estune.es.noise import lowrank_scale, perturbation_scale
 from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
-from estune.es.update import make_update
+from estune.es.update import Factors, make_update
 from estune.run.journal import Journal, Pending, canonical_json, recorded_update, step_record
 from estune.run.replay import check_parameters
 
@@ -399,3 +399,25 @@ def test_a_damaged_pending_line_costs_that_group_alone(tmp_path: Path) -> None:
     for bad in (b"\0" * 20, b"{}", b"[]", b"3", b'{"after":"aa"}', b"\xff"):
         pending.path.write_bytes(b"\n".join([lines[0], bad, lines[2], b""]))
         assert pending.read("aa") == {0: {"x": 0}, 2: {"x": 2}}
+
+
+def test_the_factors_of_a_step_that_was_cut_off(tmp_path: Path) -> None:
+    pending = Pending(tmp_path / "pending.jsonl")
+    factors = Factors(learning_rate=0.1, sigma=1 / 3)
+    pending.store_factors("aa", factors)
+    pending.append("aa", 0, {"x": 1})
+    assert pending.read_factors("aa") == factors and pending.read_factors("bb") is None
+    assert pending.read("aa") == {0: {"x": 1}}
+    lines = pending.path.read_bytes().split(b"\n")
+    pending.path.write_bytes(b"\n".join([lines[0].replace(b"0.1", b"0.2"), *lines[1:]]))
+    assert pending.read_factors("aa") is None and pending.read("aa") == {0: {"x": 1}}
+
+
+def test_the_journal_holds_the_schedules_factors_if_they_depend_on_time(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append_step(record_of(0))
+    journal.append_step(record_of(1, schedules=Factors(learning_rate=0.1, sigma=1 / 3)))
+    opened = Journal.open(path)
+    assert opened is not None and "schedules" not in opened.steps[0]
+    assert opened.steps[1]["schedules"] == {"learning_rate": 0.1, "sigma": 1 / 3}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from estune.config import ESConfig
 from estune.es.noise.reference import noise_deviation
 from estune.es.population import members_for_step
 from estune.es.types import Member
 from estune.es.update import SCHEDULES, SIGMA_SCHEDULES, integer_utilities, make_update, scheduled
+from estune.train.step import follows_time, schedule_factors
 
 INT32_BOUND = 2**31
 
@@ -229,3 +232,30 @@ def test_schedules_are_positive_on_every_step_and_bounded(schedule: str, warmup:
     assert all(0 < factor <= 1 for factor in factors)
     assert all(scheduled(schedule, step, 10, warmup) >= 0 for step in range(10, 40))
     assert set(SIGMA_SCHEDULES) <= set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedules_over_time(schedule: str, warmup: int) -> None:
+    """A run of 20 steps at most that time ends after 10 of them has the schedule of a run of 10 steps."""
+    options: dict[str, Any] = {"lr_scheduler_type": schedule, "sigma_scheduler_type": "linear", "warmup_steps": warmup}
+    timed = ESConfig(max_steps=20, max_time_s=100.0, **options)
+    for index in range(10):
+        found = schedule_factors(timed, index, 10.0 * index)
+        assert found.sigma == pytest.approx(scheduled("linear", index, 10), abs=1e-12)
+        if 2 * index >= warmup:
+            expected = scheduled(schedule, index, 10, warmup // 2)
+        else:
+            expected = min(1.0, (2 * index + 1) / warmup)
+        assert found.learning_rate == pytest.approx(expected, abs=1e-12)
+        assert 0 < found.learning_rate <= 1 and 0 < found.sigma <= 1
+    # where steps run faster, the bits are those of a run without a limit of time
+    steps = ESConfig(max_steps=20, **options)
+    for index in range(20):
+        assert schedule_factors(timed, index, 4.0 * index) == schedule_factors(steps, index)
+
+
+def test_constant_schedules_do_not_follow_time() -> None:
+    args = ESConfig(max_steps=20, max_time_s=100.0, warmup_steps=4)
+    assert not follows_time(args)
+    assert [schedule_factors(args, index, 99.0).learning_rate for index in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]

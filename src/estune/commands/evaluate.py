@@ -20,7 +20,10 @@ from estune.engines.base import Engine
 from estune.errors import UserError, nearest
 from estune.es.types import Prompt, Sampling
 from estune.rewards.pool import RewardPool
+from estune.run.best import described
+from estune.run.checkpoint import read_state
 from estune.run.records import is_right, write_lines
+from estune.run.saved_config import CONFIG_FILE, read_stored, run_of
 from estune.tasks import Task
 from estune.train import setup
 from estune.train.evaluation import (
@@ -436,7 +439,11 @@ def _check_before_work(args: ESConfig, reference: str | None, rows: str | None) 
 
 
 def _split_of(args: ESConfig, task: Task | None, split: str | None) -> str:
-    """Return the split to evaluate, ``test`` by default; raise UserError if the task does not have it."""
+    """Return the split to evaluate, ``test`` by default; warn if its rows chose the model.
+
+    Raises:
+        UserError: the task does not have the split.
+    """
     if split is not None and args.dataset_name is not None:
         raise UserError("split is for built-in tasks; for a dataset give dataset_test_split")
     split = split or "test"
@@ -444,7 +451,25 @@ def _split_of(args: ESConfig, task: Task | None, split: str | None) -> str:
         raise UserError(
             f"task {task.name} has no split {split!r}{nearest(split, task.splits)}; it has {', '.join(task.splits)}"
         )
+    _warn_of_chosen_rows(args, split)
     return split
+
+
+def _warn_of_chosen_rows(args: ESConfig, split: str) -> None:
+    """Warn if the model is a run whose step was chosen on the rows that are evaluated now."""
+    state, run_dir = read_state(Path(args.model)), run_of(args.model)
+    if state is None or "best" not in state or run_dir is None:
+        return
+    stored = read_stored(run_dir / CONFIG_FILE) or {}
+    if stored.get("dataset_name") is not None:
+        is_same = args.dataset_name is not None and args.dataset_test_split == stored.get("dataset_test_split")
+    else:
+        is_same = args.dataset_name is None and args.task == stored.get("task") and split == "validation"
+    if is_same:
+        warn(
+            f"{args.model} was chosen on these rows ({described(state['best'])}), so the result is too high: evaluate "
+            "another split"
+        )
 
 
 def _heading(args: ESConfig, split: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from estune.es.population import members_for_step
 from estune.es.types import ParameterSpec
 from estune.files import replace_file
 from estune.models.names import local_directory, public_name
+from estune.run.best import chosen_state
 from estune.run.journal import JOURNAL_FILE, Base, Coefficients, Journal, StepRecord, canonical_json, recorded_update
 from estune.run.origin import located
 from estune.train import setup
@@ -74,7 +75,7 @@ class Patch(TypedDict):
 
 
 def make_patch(run: Path) -> bytes:
-    """Return the patch of a finished run.
+    """Return the patch of a finished run's model.
 
     Raises:
         UserError: there is no journal, or it holds no fingerprint of the last step's weights.
@@ -83,6 +84,7 @@ def make_patch(run: Path) -> bytes:
     if journal is None:
         raise UserError(f"{run} holds no journal to make a patch of")
     done = len(journal.steps)
+    chosen = chosen_state(run, journal)
     if done not in journal.checkpoints:
         raise UserError(
             f"{run} was interrupted after {counted(done, 'step')}: continue it with --resume to its end, then export it"
@@ -97,8 +99,8 @@ def make_patch(run: Path) -> bytes:
         },
         "config": config,
         "parameters": parameters_digest(header["parameters"]),
-        "steps": [_step(record, config) for record in journal.steps],
-        "fingerprint": journal.checkpoints[done],
+        "steps": [_step(record, config) for record in journal.steps[: chosen["step"] if chosen else done]],
+        "fingerprint": chosen["fingerprint"] if chosen else journal.checkpoints[done],
     }
     packed = zlib.compress(canonical_json(content).encode("ascii"), 9)
     return MAGIC + blake2b(packed, digest_size=DIGEST_BYTES).digest() + packed

@@ -9,6 +9,7 @@ from estune.console import counted, say
 from estune.errors import UserError
 from estune.models.names import local_directory
 from estune.rewards.loading import look_for_modules_in
+from estune.run.best import chosen_state
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.origin import is_foreign_engine, located, module_directories, refuse_foreign_engine, refuse_lost
@@ -20,11 +21,11 @@ from estune.train import setup
 def replay_command(
     run: Path, step: int | None, output_dir: Path, model: str | None, engine_name: str | None = None
 ) -> int:
-    """Rebuild the weights after ``step`` steps (None: all) from base model and journal, verify them, save them.
+    """Rebuild the weights after ``step`` steps from base model and journal, verify them, save them.
 
     Args:
         run: the run's directory.
-        step: number of steps; None: all.
+        step: number of steps; None: that of the run's model, else all.
         output_dir: a new or empty directory.
         model: the base model; None: where the run found it.
         engine_name: the engine; needed if the run's engine is outside estune.
@@ -36,7 +37,9 @@ def replay_command(
     journal = Journal.open(run / JOURNAL_FILE, repair=False)
     if journal is None:
         raise UserError(f"{run} holds no journal to replay")
-    step = len(journal.steps) if step is None else step
+    if step is None:
+        chosen = chosen_state(run, journal)
+        step = chosen["step"] if chosen else len(journal.steps)
     if not 0 <= step <= len(journal.steps):
         raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):

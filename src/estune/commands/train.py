@@ -85,11 +85,23 @@ def train_config(values: dict[str, Any]) -> ESConfig:
         preset, base = DEMO_PRESET, read_config_file(DEMO_PRESET)
     if "num_workers" in options and not coerce("num_workers", options["num_workers"]):
         base = {name: value for name, value in base.items() if name not in OF_WORKERS}  # they need workers
+    base = _without_idle(base, options)
     args = ESConfig.from_mapping({**base, **options})
     args.validate_training()
     if preset is not None:
         say(f"estune: preset {preset} (give --task or --dataset_name for a run of your own)")
     return args
+
+
+def _without_idle(base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the run's own options without those that the given ``options`` have left without effect."""
+    merged = {**base, **options}
+    idle: tuple[str, ...] = ()
+    if not coerce("early_stopping_patience", merged.get("early_stopping_patience", 0)):
+        idle = ("early_stopping_threshold",)
+        if not coerce("load_best_model_at_end", merged.get("load_best_model_at_end", False)):
+            idle += ("metric_for_best_model", "greater_is_better")
+    return {name: value for name, value in base.items() if name not in idle}
 
 
 def _check_engine(engine: str, run_dir: Path) -> None:

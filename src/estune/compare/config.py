@@ -41,7 +41,8 @@ YAML_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 SET_BY_COMPARISON = frozenset(
     "model task seed output_dir run_name resume overwrite dry_run max_time_s eval_steps eval_rows eval_greedy "
     "save_steps save_total_limit report_to console logging_steps log_completions push_to_hub hub_model_id "
-    "hub_private_repo method".split()
+    "hub_private_repo method load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience "
+    "early_stopping_threshold".split()
 )
 
 # Options that must be equal for every method; they can stand only in the common settings.

@@ -137,7 +137,7 @@ def configuration(comparison: Comparison, model: str, method: str, trial: dict[s
         raise UserError(f"method {method}: {error}") from None
     if "dataset_name" in comparison.settings:  # curves are measured on validation rows; the report is of test rows
         args = dataclasses.replace(args, dataset_test_split=comparison.tuning.split)
-    if args.lr_scheduler_type in ("linear", "cosine") or args.sigma_scheduler_type != "constant":
+    if args.has_falling_schedule:
         raise UserError(f"method {method}: a run continues from one budget to the other, so schedules must be constant")
     resolved = setup.resolve_config(args, len(rows_of(comparison, "train")))
     # Options that depend on the machine stay `auto`, so that a run can be resumed on another machine.

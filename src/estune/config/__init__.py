@@ -1,6 +1,7 @@
 """The options of a run: meaning, allowed values, and reading them from files."""
 
 from estune.config.options import (
+    BEST_STEP,
     ELSEWHERE,
     EVALUATE_FIELDS,
     FIELD_TYPES,
@@ -26,6 +27,7 @@ from estune.config.options import (
 from estune.config.yaml_file import read_config_file
 
 __all__ = [
+    "BEST_STEP",
     "ELSEWHERE",
     "EVALUATE_FIELDS",
     "FIELDS",

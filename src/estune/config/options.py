@@ -20,6 +20,9 @@ from estune.engines import ENGINES
 from estune.errors import UserError, nearest
 from estune.es.update import SCHEDULES, SIGMA_SCHEDULES, STEP_CONTROLS
 
+# Options by which held-out evaluations choose the run's model or its end; named as in transformers.
+BEST_STEP = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
+             "early_stopping_threshold")  # fmt: skip
 RAY = "ray"  # a value of `engine`
 REPORTS = ("plot", "report", "tensorboard", "trackio", "wandb", "mlflow", "none")
 
@@ -31,7 +34,7 @@ SAMPLING_METHODS = ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection")  # train 
 OF_METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution",
                      "members_per_batch", "sigma_scheduler_type"), ("es", *SEARCHES)),
-    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor", "step_control"), ("es",)),
+    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor", "step_control", *BEST_STEP), ("es",)),
     **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
                     tuple(method for method in METHODS if method not in SEARCHES)),
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
@@ -77,10 +80,10 @@ RESUMABLE = frozenset(
     "max_steps max_time_s save_steps save_total_limit eval_steps eval_rows eval_greedy logging_steps report_to "
     "console log_completions output_dir run_name resume overwrite dry_run push_to_hub hub_model_id "
     "hub_private_repo tensor_parallel_size".split()
-) | frozenset(OF_WORKERS)
+) | frozenset((*OF_WORKERS, *BEST_STEP))
 
 # Options that runs of older versions lack; they had the default's meaning.
-LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS))
+LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS, *BEST_STEP))
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.
@@ -262,13 +265,17 @@ class ESConfig:
         "most what loses a twentieth of the step's gain to its random part (theta answers every step, too).",
         STEP_CONTROLS,
     )
-    lr_scheduler_type: str = _option("constant", "Schedule of the learning rate over max_steps.", SCHEDULES)
+    lr_scheduler_type: str = _option(
+        "constant", "Schedule of the learning rate over max_steps, or over max_time_s if time runs faster.", SCHEDULES
+    )
     warmup_steps: int = _option(
         0,
         "Steps over which the learning rate rises to its full value, with every schedule (transformers: not with "
-        "constant).",
+        "constant). Where schedules run over max_time_s, so does the rise: warmup_steps of max_steps.",
     )
-    sigma_scheduler_type: str = _option("constant", "Schedule of sigma over max_steps.", SIGMA_SCHEDULES)
+    sigma_scheduler_type: str = _option(
+        "constant", "Schedule of sigma over max_steps, or over max_time_s if time runs faster.", SIGMA_SCHEDULES
+    )
     weight_decay: float = _option(
         0.0,
         "Lambda of theta -= learning_rate * lambda * (theta - anchor), before the step's own change. With es, a step "
@@ -323,6 +330,23 @@ class ESConfig:
     eval_greedy: bool = _option(
         False, "Evaluate greedily within a run whose training samples; methods other than es always do."
     )
+    load_best_model_at_end: bool = _option(
+        False,
+        "Save the step with the best held-out evaluation (the base model, at step 0, included), not the last step. "
+        "Needs eval_steps, and no checkpoints.",
+    )
+    metric_for_best_model: str | None = _option(
+        None,
+        "Field of the evaluations in metrics.jsonl that decides, with or without eval_. Default: eval_accuracy if the "
+        "task has one, else eval_reward.",
+    )
+    greater_is_better: bool | None = _option(
+        None, "Whether higher values of metric_for_best_model are better. Default: unless its name ends with loss."
+    )
+    early_stopping_patience: int = _option(
+        0, "End the run after so many evaluations in a row without improvement; 0: never. Needs eval_steps."
+    )
+    early_stopping_threshold: float = _option(0.0, "Smaller improvements do not count for early_stopping_patience.")
     save_steps: int = _option(0, "Steps between checkpoints; 0: only the final model.")
     save_total_limit: int = _option(0, "Checkpoints to keep, newest first; 0: all.")
     push_to_hub: bool = _option(False, "Upload the finished model, with the hub client's token (HF_TOKEN).")
@@ -406,6 +430,8 @@ class ESConfig:
             "top_k",
             "eval_steps",
             "eval_rows",
+            "early_stopping_patience",
+            "early_stopping_threshold",
             "save_steps",
             "save_total_limit",
         ):
@@ -450,6 +476,7 @@ class ESConfig:
             raise UserError("eval_rows has no effect without eval_steps")
         if self.eval_greedy and not (self.eval_steps and self.temperature and self.method == "es"):
             raise UserError("eval_greedy needs eval_steps, method es and temperature above 0: else it has no effect")
+        self._validate_best_step()
         if self.save_total_limit and not self.save_steps:
             raise UserError("save_total_limit has no effect without save_steps")
         if self.reward_isolation == "inline" and (self.reward_workers != "auto" or self.reward_timeout_s != 60.0):
@@ -498,6 +525,18 @@ class ESConfig:
         if "none" in self.report_to and len(self.report_to) > 1:
             raise UserError("report_to none stands alone")
 
+    def _validate_best_step(self) -> None:
+        """Refuse options of the best step and of early stopping that have no effect."""
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and not self.eval_steps:
+                raise UserError(f"{name} needs eval_steps: evaluations decide")
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise UserError("early_stopping_threshold needs early_stopping_patience")
+        if not (self.load_best_model_at_end or self.early_stopping_patience):
+            for name in ("metric_for_best_model", "greater_is_better"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name} needs load_best_model_at_end or early_stopping_patience")
+
     def _validate_workers(self) -> None:
         """Refuse options of Ray's workers that have no effect or are no amounts."""
         if self.worker_engine is not None:
@@ -521,11 +560,12 @@ class ESConfig:
         for name, methods in OF_METHODS.items():
             if self.method not in methods and getattr(self, name) != default_of(name, self.method):
                 raise UserError(f"method {self.method} does not use {name}")
-        if self.max_time_s and (self.lr_scheduler_type in ("linear", "cosine") or
-                                self.sigma_scheduler_type != "constant"):  # fmt: skip
-            raise UserError("max_time_s needs constant schedules: others depend on the number of steps")
         if self.method == "es":
             return
+        if self.max_time_s and self.has_falling_schedule:
+            raise UserError(
+                f"max_time_s of method {self.method} needs constant schedules: its others depend on the number of steps"
+            )
         if self.engine != "hf":
             raise UserError(f"method {self.method} trains the model of transformers itself: it needs engine hf")
         if self.num_workers:
@@ -570,6 +610,11 @@ class ESConfig:
     def step_rate(self) -> float:
         """The learning rate of the first update, before any schedule; 0 for a method that makes no updates."""
         return self.effective_learning_rate if self.method in OF_METHODS["learning_rate"] else 0.0
+
+    @property
+    def has_falling_schedule(self) -> bool:
+        """Whether the learning rate or sigma falls towards the end of the run."""
+        return self.lr_scheduler_type in ("linear", "cosine") or self.sigma_scheduler_type != "constant"
 
     def trajectory(self) -> dict[str, Any]:
         """Return the fields that define the trajectory, for the journal's header."""

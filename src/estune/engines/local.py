@@ -179,6 +179,19 @@ class LocalBase:
                 return True
         return False
 
+    def load_anchor(self) -> None:
+        """Overwrite theta with theta_0, part by part; see `Replica.load_anchor`."""
+        anchor = self._anchor
+        if anchor is None:
+            raise ValueError("no anchor is open")
+
+        def read_into(name: str, flat: np.ndarray) -> None:
+            for start, count, _ in pieces(flat.size):
+                flat[start : start + count] = anchor(name, start, count)
+
+        self.theta.load(read_into)
+        self.forget()
+
     def apply(self, update: Update) -> Moved:
         """Move theta by one step; see `Replica.apply`."""
         moved = self.theta.apply(update, self._anchor)

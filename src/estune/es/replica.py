@@ -30,6 +30,13 @@ class Replica(Protocol):
             Whether one of the directories holds the current theta.
         """
 
+    def load_anchor(self) -> None:
+        """Overwrite theta with theta_0 from the files that `open_anchor` found.
+
+        Raises:
+            ValueError: no anchor is open.
+        """
+
     def apply(self, update: Update) -> Moved:
         """Move theta by one step.
 

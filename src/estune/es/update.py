@@ -107,8 +107,18 @@ def make_update(
     return Update(tuple(members), tuple(q), e, a, decay, anchored, distribution, rank, a_lowrank)
 
 
-def scheduled(schedule: str, step: int, max_steps: int, warmup_steps: int = 0) -> float:
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors in [0, 1] by which the schedules multiply a step's configured values."""
+
+    learning_rate: float = 1.0
+    sigma: float = 1.0
+
+
+def scheduled(schedule: str, step: float, max_steps: int, warmup_steps: int = 0) -> float:
     """Return the factor in [0, 1] by which ``step`` (0-based, of ``max_steps``) multiplies the configured value.
+
+    ``step`` lies between two steps where time, not steps, says how far the run is.
 
     During warm-up the factor is ``(step + 1) / warmup_steps``, so that the first step moves theta. After warm-up,
     ``constant`` and ``constant_with_warmup`` stay at 1. The two are the same here; transformers ignores warm-up for
@@ -119,7 +129,7 @@ def scheduled(schedule: str, step: int, max_steps: int, warmup_steps: int = 0) -
         ValueError: the schedule is unknown.
     """
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return min(1.0, (step + 1) / warmup_steps)
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     if schedule == "linear":
         return max(0.0, 1.0 - progress)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from estune.config import FIELDS, RESUMABLE, default_of
+from estune.config import BEST_STEP, FIELDS, RESUMABLE, default_of
+from estune.console import counted
 from estune.environment import VERSION
 from estune.files import replace_file
 from estune.models.names import fetched_name, origin, public_name
+from estune.run.best import chosen_state, described
 from estune.run.checkpoint import read_state
 from estune.run.journal import Journal
 from estune.run.origin import located
@@ -21,7 +23,7 @@ from estune.run.saved_config import CONFIG_FILE, METHOD_FILE
 
 CARD_FILE = "README.md"
 # Options that a card's command omits, such as paths that exist on one machine only.
-NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows"} | {"model"}
+NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows", *BEST_STEP} | {"model"}
 PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
 
 
@@ -33,7 +35,8 @@ def command_of(config: Mapping[str, Any]) -> str:
     for name in FIELDS:
         value = config.get(name)
         default = default_of(name, config.get("method", "es"))
-        if name in NOT_IN_COMMAND or value is None or value == default:
+        is_left_out = name in NOT_IN_COMMAND and not (name == "max_time_s" and _follows_time(config))
+        if is_left_out or value is None or value == default:
             continue
         words.append(f"--{name}")
         if isinstance(value, dict):
@@ -64,22 +67,15 @@ def card(run_dir: Path) -> str:
     if journal is None:
         header, config = json.loads((run_dir / METHOD_FILE).read_text(encoding="utf-8")), stored
         state = read_state(run_dir)
-        steps, fingerprint = (state["step"], state["fingerprint"]) if state else (0, None)
-        how, rebuilding = _by_baseline(header, steps), []
+        steps = state["step"] if state else 0
+        how, rebuilding = _by_baseline(header, steps), list[str]()
     else:
-        header, config = journal.header, journal.header["config"]
-        steps, fingerprint = len(journal.steps), journal.checkpoints.get(len(journal.steps), "none")
-        how = (f"{steps} {'step' if steps == 1 else 'steps'} of {config['population_size']} members, no gradients "
-               f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {VERSION})")  # fmt: skip
-        how = f"evolution strategies: {how}"
-        rebuilding = [
-            "## Rebuilding the weights", "",
-            "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",
-            "```", "estune replay --run RUN --output_dir REBUILT", "```", "",
-            f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
-        ]  # fmt: skip
+        header, config, steps = journal.header, journal.header["config"], len(journal.steps)
+        how, rebuilding = _by_es(run_dir, journal)
     base, data = located({**header["base"]}, run_dir), header["data"]  # the base model's present path
-    whole = located({**stored, **config, "max_steps": steps}, run_dir)
+    whole = located({**stored, **config}, run_dir)
+    if not (whole.get("early_stopping_patience") or _follows_time(whole)):
+        whole["max_steps"] = steps
     source = config["task"] or config["dataset_name"] or "data given from Python"
     from_python = source == "data given from Python" or not (config["task"] or config["reward_funcs"])
     command = ["* Started from Python, with data or rewards that no command line names", ""] if from_python else [
@@ -99,10 +95,34 @@ def card(run_dir: Path) -> str:
         f"* Data: `{_bare(source)}`, {data['rows']} training rows (fingerprint `{data['fingerprint']}`)",
         f"* Rewards: {', '.join(f'`{name}`' for name in header['reward_funcs'])}",
         *command,
-        *_gain(read_metrics(run_dir)),
+        *_gain(run_dir, journal),
         *rebuilding,
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _by_es(run_dir: Path, journal: Journal) -> tuple[str, list[str]]:
+    """Return how evolution strategies made a run's model, as text, and the lines on rebuilding its weights."""
+    config, trained = journal.header["config"], len(journal.steps)
+    chosen = chosen_state(run_dir, journal)
+    step = chosen["step"] if chosen else trained
+    fingerprint = chosen["fingerprint"] if chosen else journal.checkpoints.get(trained, "none")
+    how = (f"evolution strategies: {counted(step, 'step')} of {config['population_size']} members, no gradients "
+           f"([arXiv 2509.24372](https://arxiv.org/abs/2509.24372), estune {VERSION})")  # fmt: skip
+    if chosen:
+        how += f"; {described(chosen['best'])}"
+    return how, [
+        "## Rebuilding the weights", "",
+        "The run's `journal.jsonl` holds every step's seeds and utilities. With the same base model,", "",
+        "```", f"estune replay --run RUN{f' --step {step}' if chosen else ''} --output_dir REBUILT", "```", "",
+        f"gives the same weights, bit for bit: fingerprint `{fingerprint}` over their float32 values.", "",
+    ]  # fmt: skip
+
+
+def _follows_time(config: Mapping[str, Any]) -> bool:
+    """Return whether a run's schedules depend on ``max_time_s``."""
+    falls = config["lr_scheduler_type"] in ("linear", "cosine") or config["sigma_scheduler_type"] != "constant"
+    return bool(config.get("max_time_s")) and falls
 
 
 def _share_trained(header: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -119,9 +139,12 @@ def _by_baseline(header: Mapping[str, Any], steps: int) -> str:
     return f"`{header['method']}` ({trainer}, run by estune {VERSION} as a baseline): {steps} steps"
 
 
-def _gain(records: list[dict[str, Any]]) -> list[str]:
-    """Return the table of the first and the last held-out evaluation."""
-    found = [record for record in records if "eval_reward" in record]
+def _gain(run_dir: Path, journal: Journal | None) -> list[str]:
+    """Return the table of two held-out evaluations: the first, and that of the run's model, by default the last."""
+    found = [record for record in read_metrics(run_dir) if "eval_reward" in record]
+    chosen = chosen_state(run_dir, journal) if journal is not None else None
+    if chosen:
+        found = [record for record in found if record["step"] <= chosen["step"]]
     if not found:
         return ["No held-out evaluation was made within the run (`--eval_steps`).", ""]
     rows = [("before", found[0]), ("after", found[-1])]

@@ -19,6 +19,7 @@ from estune.es.types import ParameterSpec
 from estune.files import (
     file_digest,
     is_count,
+    is_number,
     read_json_object,
     remove_path,
     sync_directory,
@@ -33,6 +34,16 @@ BASE_DIRECTORY = "base"  # a copy of theta_0, for bases that no file holds
 _PARTIAL = ".partial-"
 
 
+class Best(TypedDict):
+    """The choice of a run's model by its held-out evaluations (`estune.run.best`)."""
+
+    step: int  # steps done at the best evaluation
+    metric: str
+    value: float
+    greater_is_better: bool
+    global_step: int  # steps of the run when the choice was made
+
+
 class State(TypedDict):
     """The content of `es_state.json`."""
 
@@ -40,14 +51,17 @@ class State(TypedDict):
     fingerprint: str  # of theta
     checksum: str  # of theta
     files: NotRequired[dict[str, str]]  # path -> digest of every other file; older versions list fewer files, or none
+    best: NotRequired[Best]  # of a finished model that the evaluations chose; ``step`` is its step
 
 
 class TrainerState(TypedDict):
     """The content of `trainer_state.json`, by the names of transformers."""
 
-    global_step: int  # steps done
+    global_step: int  # steps of the run
     max_steps: int
     log_history: list[dict[str, float]]
+    best_metric: NotRequired[float]
+    best_global_step: NotRequired[int]  # the model's step
 
 
 def checkpoint_path(run_dir: Path, steps_done: int) -> Path:
@@ -152,12 +166,20 @@ def save_checkpoint(run_dir: Path, replica: Replica, steps_done: int, max_steps:
     return target
 
 
-def save_final(run_dir: Path, replica: Replica, steps_done: int, max_steps: int) -> None:
-    """Write the finished model to the run directory's root, theta cast once to the compute dtype."""
+def save_final(run_dir: Path, replica: Replica, steps_done: int, max_steps: int, best: Best | None = None) -> None:
+    """Write the finished model to the run directory's root, theta cast once to the compute dtype.
+
+    Args:
+        run_dir: the run's directory.
+        replica: holds the model's theta.
+        steps_done: the model's step.
+        max_steps: of the run.
+        best: the choice of that step; None: it is the run's last.
+    """
     partial = run_dir / f"{_PARTIAL}final"
     remove_path(partial)
     try:
-        _write_whole(partial, replica, steps_done, max_steps, float32=False)
+        _write_whole(partial, replica, steps_done, max_steps, float32=False, best=best)
         (run_dir / ES_STATE).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: (path.name == ES_STATE, path.name)):
             destination = run_dir / path.name
@@ -169,9 +191,15 @@ def save_final(run_dir: Path, replica: Replica, steps_done: int, max_steps: int)
         remove_path(partial)
 
 
-def _write_whole(directory: Path, replica: Replica, steps_done: int, max_steps: int, *, float32: bool) -> None:
+def _write_whole(
+    directory: Path, replica: Replica, steps_done: int, max_steps: int, *, float32: bool, best: Best | None = None
+) -> None:
     state: State = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
     trainer_state: TrainerState = {"global_step": steps_done, "max_steps": max_steps, "log_history": []}
+    if best is not None:
+        state["best"] = best
+        trainer_state["global_step"] = best["global_step"]
+        trainer_state |= {"best_metric": best["value"], "best_global_step": best["step"]}
     replica.save(directory, float32=float32)
     write_json(directory / TRAINER_STATE, trainer_state)
     names = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
@@ -192,8 +220,22 @@ def read_state(directory: Path) -> State | None:
         and all(isinstance(state.get(name), str) for name in ("fingerprint", "checksum"))
         and isinstance(files, dict)
         and all(isinstance(digest, str) for digest in files.values())
+        and ("best" not in state or _is_best(state["best"], state["step"]))
     )
     return cast("State", state) if is_sound else None
+
+
+def _is_best(value: Any, step: int) -> bool:
+    """Return whether a value read from a file is a sound choice of this step."""
+    return (
+        isinstance(value, dict)
+        and value.get("step") == step
+        and is_count(value.get("global_step"))
+        and step <= value["global_step"]
+        and isinstance(value.get("metric"), str)
+        and is_number(value.get("value"))
+        and isinstance(value.get("greater_is_better"), bool)
+    )
 
 
 def remove_partial(run_dir: Path) -> None:

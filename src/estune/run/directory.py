@@ -30,10 +30,11 @@ from estune.es.theta import Moved
 from estune.files import try_lock, write_json
 from estune.models.names import local_directory
 from estune.run import checkpoint
+from estune.run.best import choose, chooses, evaluations_of, stops_early
 from estune.run.checkpoint import BASE_DIRECTORY, State
 from estune.run.journal import JOURNAL_FILE, PENDING_FILE, HeaderFacts, Journal, Pending
 from estune.run.origin import ORIGIN_FILE, is_engine_name, keep_origin, located, same_names
-from estune.run.records import METRICS_FILE, cut_back, read_metrics, train_time_s
+from estune.run.records import METRICS_FILE, cut_back, evaluation_path, read_metrics, train_time_s
 from estune.run.replay import check_base, check_parameters, replay_steps
 from estune.run.resume import (
     Facts,
@@ -154,12 +155,13 @@ class Run:
         else:
             check_base(self.found, fingerprint, self.args.model)
             check_parameters(self.found, replica.specs)
-            check_facts(self.found.header, facts)
+            rows_choose = chooses(self.args)
+            check_facts(self.found.header, facts, rows_choose=rows_choose)
             warn_of_other_engine(self.found.header["engine"], engine)
             warn_of_versions(self.found.header["versions"], versions())
             warn_of_processor(_processor_of(self.path), processor())
             if self.found.header.get("identity", {}).get("held_out") is None:
-                warn_of_held_out(self.path, facts)
+                warn_of_held_out(self.path, facts, rows_choose=rows_choose)
             keep_origin(self.path, values, self.found.header["config"], facts.identity["held_out"])
             write_json(self.path / CONFIG_FILE, values)
 
@@ -195,14 +197,20 @@ class Run:
                 f"theta diverged in step {self.steps_done}: lower learning_rate; earlier checkpoints are whole"
             )
 
-    def _newest_whole(self, replica: Replica) -> tuple[int, list[tuple[int, str]]]:
+    def _newest_whole(self, replica: Replica, last: int | None = None) -> tuple[int, list[tuple[int, str]]]:
         """Load the newest undamaged checkpoint, if there is one. Damaged checkpoints leave theta untouched.
+
+        Args:
+            replica: holds theta.
+            last: checkpoints of later steps are left out.
 
         Returns:
             The loaded checkpoint's steps (0: none was loaded), and newer damaged checkpoints as (steps, reason).
         """
         damaged: list[tuple[int, str]] = []
         for steps_done, directory in reversed(checkpoint.directories(self.path)):
+            if last is not None and steps_done > last:
+                continue
             if steps_done > self.steps_done:
                 warn(
                     f"{directory.name} is later than step {self.steps_done}, the journal's last: the journal lost "
@@ -237,13 +245,37 @@ class Run:
             return True
         return bool(self.journal.steps[steps_done]["checksum"] == state.get("checksum"))
 
-    def save(self, replica: Replica, final: bool, steps_done: int | None = None) -> None:
-        """Write the checkpoint after ``steps_done`` steps (default: all steps), or the finished model to the root."""
+    def save(
+        self, replica: Replica, final: bool, steps_done: int | None = None, best: checkpoint.Best | None = None
+    ) -> None:
+        """Write the checkpoint after ``steps_done`` steps (default: all steps), or the finished model to the root.
+
+        ``best`` is the choice of the finished model, if it was chosen; theta is then that of its step.
+        """
         steps_done = self.steps_done if steps_done is None else steps_done
-        save = checkpoint.save_final if final else checkpoint.save_checkpoint
-        save(self.path, replica, steps_done, self.args.max_steps)
-        if not final:
-            replica.saved(checkpoint.checkpoint_path(self.path, steps_done))
+        if final:
+            step = steps_done if best is None else best["step"]
+            checkpoint.save_final(self.path, replica, step, self.args.max_steps, best)
+            return
+        checkpoint.save_checkpoint(self.path, replica, steps_done, self.args.max_steps)
+        replica.saved(checkpoint.checkpoint_path(self.path, steps_done))
+
+    def rebuild(self, replica: Replica, step: int) -> None:
+        """Move theta back to an earlier step: from the nearest checkpoint or theta_0, by a replay of the journal.
+
+        Args:
+            replica: holds theta; its anchor is open (`Replica.open_anchor`).
+            step: number of steps, fewer than the journal has.
+
+        Raises:
+            UserError: theta does not have the journal's checksum.
+        """
+        start, _ = self._newest_whole(replica, step)
+        if not start:
+            replica.load_anchor()
+        replay_steps(self.journal, replica, start, step)
+        if replica.checksum() != self.journal.steps[step]["checksum"]:
+            raise UserError(f"theta after {counted(step, 'step')} is not what the journal says it was")
 
     def record_checkpoint(self, replica: Replica) -> None:
         """Write the checkpoint line of ``steps_done``, once."""
@@ -309,6 +341,7 @@ def open_run(args: SizedConfig, given: ESConfig) -> Run:
             raise ExternalError(
                 f"{path} already has {counted(len(journal.steps), 'step')}, more than max_steps {args.max_steps}"
             )
+        _refuse_other_decoding(path, args)
         return Run(path, args, lock, journal)
     except BaseException:
         os.close(lock)
@@ -321,6 +354,15 @@ def _refuse_other_method(path: Path, args: ESConfig) -> None:
         method = read_config(path).get("method", "es")
         if method != args.method:
             raise ExternalError(f"a resume cannot change method from {method!r} to {args.method!r}")
+
+
+def _refuse_other_decoding(path: Path, args: ESConfig) -> None:
+    """Raise ExternalError if evaluations choose a step and would no longer be decoded as those already made."""
+    then = (read_stored(path / CONFIG_FILE) or {}).get("eval_greedy", args.eval_greedy)
+    if chooses(args) and then != args.eval_greedy and evaluations_of(path):
+        raise ExternalError(
+            f"a resume cannot change eval_greedy from {then} to {args.eval_greedy}, because evaluations choose a step"
+        )
 
 
 def _refuse_lost_journal(path: Path) -> None:
@@ -360,23 +402,30 @@ def is_ours(path: Path) -> bool:
 
 
 def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
-    """Return whether a run directory holds a finished run of ``args.max_steps`` steps. Nothing is written.
+    """Return whether a run directory holds a finished run and the model that ``args`` want of it. Nothing is written.
+
+    A run is finished after ``max_steps`` or ``max_time_s``, or when ``early_stopping_patience`` is used up.
 
     Raises:
         UserError: the run is finished, but its configuration is not ``args``.
     """
-    max_steps = args.max_steps
     state = checkpoint.read_state(path)
     if state is None or checkpoint.leftovers(path):
         return False
-    if args.max_time_s and train_time_s(path) >= args.max_time_s:
-        max_steps = state["step"]
     journal = Journal.open(path / JOURNAL_FILE, repair=False)
-    if journal is None or not state["step"] == len(journal.steps) == max_steps:
+    if journal is None or not _is_at_its_end(path, args, len(journal.steps)):
         return False
-    if max_steps not in journal.checkpoints:
+    steps_done = len(journal.steps)
+    if steps_done not in journal.checkpoints:
         return False
-    if state["fingerprint"] != journal.checkpoints[max_steps]:
+    best = choose(args, evaluations_of(path), steps_done)
+    if best != state.get("best") or state["step"] != (steps_done if best is None else best["step"]):
+        return False
+    if state["step"] == steps_done:
+        is_of_journal = state["fingerprint"] == journal.checkpoints[steps_done]
+    else:
+        is_of_journal = state["checksum"] == journal.steps[state["step"]]["checksum"]
+    if not is_of_journal:
         warn(f"{checkpoint.ES_STATE} in {path} is damaged: the finished model is written again")
         return False
     adopt(args, journal.header["config"], given, has_sources(journal.header))
@@ -386,6 +435,16 @@ def is_finished(path: Path, args: ESConfig, given: ESConfig) -> bool:
         warn(f"the finished model in {path} is damaged or lacks a file; the model is written again")
         return False
     return True
+
+
+def _is_at_its_end(path: Path, args: ESConfig, steps_done: int) -> bool:
+    """Return whether a run of ``steps_done`` steps takes no further step, and has the evaluation of its end."""
+    if args.load_best_model_at_end and not evaluation_path(path, steps_done).exists():
+        return False
+    used_up = bool(args.max_time_s and train_time_s(path) >= args.max_time_s)
+    if steps_done == args.max_steps or used_up:
+        return True
+    return steps_done < args.max_steps and stops_early(args, evaluations_of(path), steps_done)
 
 
 def lock_directory(path: Path) -> int:

@@ -15,14 +15,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from estune.errors import UserError
 from estune.es.types import Member
-from estune.es.update import Update
+from estune.es.update import Factors, Update
 from estune.files import append_line, is_count, is_number, parse_json
 from estune.run.resume import StoredFacts
 
@@ -87,6 +87,7 @@ class StepRecord(UpdateRecord):
     checksum: str
     s_lowrank: NotRequired[str]
     signal: NotRequired[dict[str, float]]  # with step control: the means after the step
+    schedules: NotRequired[dict[str, float]]  # the schedules' factors, if they depend on time
 
 
 def canonical_json(value: Any) -> str:
@@ -217,6 +218,7 @@ def step_record(
     tokens: int,
     lowrank_scale: float = 0.0,
     signal: dict[str, float] | None = None,
+    schedules: Factors | None = None,
 ) -> StepRecord:
     """Return the step line: the rows and members evaluated, their fitness, and the exact update to be applied.
 
@@ -231,6 +233,7 @@ def step_record(
         tokens: prompt and completion tokens of the step.
         lowrank_scale: the rounded scale of low-rank noise, if the update has a rank.
         signal: with step control, the fields of `estune.es.step_control.Signal` after the step.
+        schedules: the schedules' factors, if they depend on time.
     """
     record: StepRecord = {
         "step": step,
@@ -250,6 +253,8 @@ def step_record(
         record |= {"s_lowrank": lowrank_scale.hex(), "a_lowrank": update.a_lowrank.hex()}
     if signal is not None:
         record["signal"] = signal
+    if schedules is not None:
+        record["schedules"] = asdict(schedules)
     return record
 
 
@@ -292,6 +297,7 @@ def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
 class Pending:
     """Finished groups of the running step, so that a resume does not evaluate them again.
 
+    If the schedules depend on time, the first line of a step holds their factors, with which its members are made.
     Each line holds the journal's head and a hash of itself. Lines of another step, damaged lines and a torn last line
     are ignored. Lines of an older estune have no hash.
     """
@@ -311,6 +317,14 @@ class Pending:
         """Return the metrics of the step that follows ``head``; None if the step did not reach its update."""
         notes = [record["metrics"] for record in self._records(head) if _is_note(record.get("metrics"))]
         return notes[-1] if notes else None
+
+    def read_factors(self, head: str) -> Factors | None:
+        """Return the schedules' factors of the step that follows ``head``; None if they were not stored."""
+        for record in self._records(head):
+            values = record.get("schedules")
+            if isinstance(values, dict) and values.keys() == {"learning_rate", "sigma"}:
+                return Factors(**values)
+        return None
 
     def _records(self, head: str) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -336,6 +350,10 @@ class Pending:
     def note(self, head: str, metrics: Mapping[str, Any]) -> None:
         """Write the step's metrics to disk, for a resume after a crash during the update."""
         self._append(head, {"metrics": metrics})
+
+    def store_factors(self, head: str, factors: Factors) -> None:
+        """Write the schedules' factors of the step to disk, so that all its members have one sigma."""
+        self._append(head, {"schedules": asdict(factors)})
 
     def _append(self, head: str, content: Mapping[str, Any]) -> None:
         body = json.dumps({"after": head, **content}, separators=(",", ":")).encode("ascii")

@@ -66,6 +66,12 @@ HELD_OUT = (
 )
 
 
+HELD_OUT_CHOOSE = (
+    f"{RULES['held_out'].what} are not those that the run began with: load_best_model_at_end and "
+    "early_stopping_patience cannot compare evaluations of different rows"
+)
+
+
 class StoredFacts(TypedDict):
     """The facts of a run beside its options, in a journal's header or a baseline's `method.json`."""
 
@@ -106,8 +112,13 @@ def are_facts(then: Any) -> bool:
     return isinstance(sources, dict) and all(isinstance(parts, dict) for parts in sources.values())
 
 
-def check_facts(then: StoredFacts, now: Facts) -> None:
+def check_facts(then: StoredFacts, now: Facts, *, rows_choose: bool = False) -> None:
     """Compare a run's stored facts, from its header or `method.json`, with the present facts.
+
+    Args:
+        then: the stored facts.
+        now: the present facts.
+        rows_choose: whether the held-out rows choose the run's model or its end; then a resume cannot change them.
 
     Raises:
         ExternalError: a fact differs that a resume cannot change; the message names it.
@@ -120,7 +131,7 @@ def check_facts(then: StoredFacts, now: Facts) -> None:
     known = then.get("identity", {})
     for name, value in now.identity.items():
         if name in known and known[name] != value:
-            _differs(RULES[name], known[name], value)
+            _differs(RULES[name], known[name], value, rows_choose=rows_choose)
 
 
 def _check_data(then: DataIdentity, now: Facts) -> None:
@@ -145,10 +156,10 @@ def _check_data(then: DataIdentity, now: Facts) -> None:
         )
 
 
-def _differs(rule: Rule, then: Any, now: Any) -> None:
+def _differs(rule: Rule, then: Any, now: Any, *, rows_choose: bool = False) -> None:
     if rule.outcome == "warned":
         if then is not None and now is not None:
-            warn(HELD_OUT)
+            _report_held_out(rows_choose)
         return
     if rule.name == "end_tokens":
         raise ExternalError(f"a resume cannot change {rule.what} from {then} to {now}")
@@ -158,6 +169,13 @@ def _differs(rule: Rule, then: Any, now: Any) -> None:
             "or start a new run from the run's weights with --model"
         )
     raise ExternalError(f"a resume cannot change {rule.what}: it has changed since the run began")
+
+
+def _report_held_out(rows_choose: bool) -> None:
+    """Warn that the held-out rows have changed; raise ExternalError if they choose a step."""
+    if rows_choose:
+        raise ExternalError(HELD_OUT_CHOOSE)
+    warn(HELD_OUT)
 
 
 def check_engine_files(then: Mapping[str, Any], name: str, now: Mapping[str, str]) -> bool:
@@ -205,11 +223,15 @@ def _changed_parts(name: str, then: Mapping[str, str], now: Mapping[str, str]) -
     return f"{', '.join(changed[:3])}{more} of {name} changed"
 
 
-def warn_of_held_out(run_dir: Path, now: Facts) -> None:
-    """Warn if the held-out rows differ from the run's first evaluation; for runs that began without one."""
+def warn_of_held_out(run_dir: Path, now: Facts, *, rows_choose: bool = False) -> None:
+    """Warn if the held-out rows differ from the run's first evaluation; for runs that began without one.
+
+    Raises:
+        ExternalError: they differ, and with ``rows_choose`` they choose the run's model or its end.
+    """
     origin, held_out = read_origin(run_dir), now.identity.get("held_out")
     if origin and origin["held_out"] and held_out and origin["held_out"] != held_out:
-        warn(HELD_OUT)
+        _report_held_out(rows_choose)
 
 
 def has_sources(header: StoredFacts) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from estune.config import ESConfig, ResolvedConfig
 from estune.console import is_terminal, note, say, warn
@@ -39,7 +40,7 @@ from estune.train.rollouts import Evaluator
 from estune.train.session import Session, restored_fields
 from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
-from estune.train.soundness import refuse_broken_theta, refuse_moved_theta
+from estune.train.soundness import refuse_broken_theta, refuse_fixed_theta, refuse_moved_theta
 from estune.train.step import plan_step, sampling_of
 
 
@@ -133,6 +134,7 @@ def _begin(
     trackers = {} if run.is_new else read_trackers(run.path)
     monitors, panel, started = start_monitors(args, run, trackers, run.steps_done)
     stack.push(lambda kind, *_: monitors.close(failed=kind is not None))
+    refuse_fixed_theta(args, engine)
     if run.is_new:
         run.clear(old_files)  # all inputs have been checked by now
     _keep_base(request, run)
@@ -142,6 +144,7 @@ def _begin(
         reproducible = check_reproducible(args, engine, batches, loaded.train_prompts)
         refuse_moved_theta(args, engine, checksum)
     run.begin(engine, engine.facts.header, reproducible, facts)
+    _open_base(request, run)
     write_trackers(run.path, {**trackers, **started})
     return monitors, panel
 
@@ -201,6 +204,36 @@ def _keep_base(request: TrainingRequest, run: Run) -> None:
             engine.save(base, float32=True)
         if anchored:
             engine.open_anchor([base])
+
+
+def _open_base(request: TrainingRequest, run: Run) -> None:
+    """Open theta_0 for `Run.rebuild`: the files of the base model, or else a copy of theta_0 in the run's directory.
+
+    Theta is still theta_0, which has been compared with the journal's base.
+
+    Raises:
+        UserError: the engine does not find theta_0 in its own files.
+    """
+    engine, args, base = request.engine, run.args, run.path / BASE_DIRECTORY
+    if not args.load_best_model_at_end:
+        return
+    sources = [base] if request.module is not None else [*_files_of(args), base]
+    if not engine.open_anchor(sources):
+        engine.save(base, float32=True)
+        if not engine.open_anchor([base]):
+            raise UserError(f"engine {engine.facts.name} does not find its theta in {base}: load_best_model_at_end "
+                            "cannot return to an earlier step")  # fmt: skip
+
+
+def _files_of(args: ESConfig) -> list[Path]:
+    """Return the directory of the base model's files, a local one or the hub cache's; none for other models."""
+    directory = local_directory(args.model)
+    if directory is None and args.engine in ("hf", "vllm"):
+        from estune.engines.hf.loading import files_of
+
+        with suppress(UserError):
+            directory = files_of(args.model, args.revision)
+    return [] if directory is None else [directory]
 
 
 def start_monitors(

@@ -15,6 +15,7 @@ from estune.console import warn
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt
+from estune.run.best import check_metric, chooses, refuse_test_rows
 from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.saved_config import refuse_rows_from_python
 from estune.tasks import Task
@@ -68,6 +69,10 @@ class TrainingRequest:
         task = setup.task_of(args)
         rewards = setup.resolve_rewards(args, reward_funcs, task)
         train_rows = setup.resolve_rows(args, train_dataset, task, "train", rewards)
+        if chooses(args):
+            check_metric(args, rewards.accuracy is not None)
+            if args.eval_steps:
+                refuse_test_rows(_held_out_split(args, eval_dataset))
         eval_rows: Rows = []
         if eval_dataset is not None and not args.eval_steps:
             warn("eval_dataset has no effect, because eval_steps is 0: set eval_steps to evaluate")
@@ -118,6 +123,14 @@ class TrainingRequest:
                 path.mkdir(parents=True)
                 return path
         raise AssertionError("counting does not end")
+
+
+def _held_out_split(args: ESConfig, eval_dataset: Any) -> str | None:
+    """Return the name of the split of a run's held-out rows; None if they have none, as rows of a task's validation."""
+    if eval_dataset is not None:
+        split = getattr(eval_dataset, "split", None)  # of a `datasets.Dataset`
+        return None if split is None else str(split)
+    return args.dataset_test_split if args.dataset_name is not None else None
 
 
 class BaseTrainer:

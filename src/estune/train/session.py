@@ -29,8 +29,9 @@ from estune.monitor.monitors import Monitors
 from estune.monitor.panel import Excerpt, PanelMonitor
 from estune.rewards.pool import RewardPool
 from estune.run import records
+from estune.run.best import choose, described, evaluations_of, metric_of, ranking_of, stops_early
 from estune.run.card import write_card
-from estune.run.checkpoint import checkpoint_path, prune
+from estune.run.checkpoint import Best, checkpoint_path, prune
 from estune.run.directory import Run
 from estune.run.journal import step_record
 from estune.train import metrics
@@ -46,7 +47,7 @@ from estune.train.soundness import (
     theta_is_finite,
     warn_of_inputs,
 )
-from estune.train.step import Step, evaluation_sampling, plan_step, sampling_of
+from estune.train.step import Step, evaluation_sampling, follows_time, plan_step, sampling_of, schedule_factors
 
 Rows = list[dict[str, Any]]
 
@@ -127,6 +128,7 @@ def restored_fields(args: ResolvedConfig, run: Run) -> dict[str, Any]:
         "signal": Signal(**steps[-1]["signal"]) if steps and "signal" in steps[-1] else Signal(),
         "watch": SigmaWatch.of_run(args.population_size, args.batch_size, fitness, logged),
         "first_step_scored_theta": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
+        "evaluations": evaluations_of(run.path),
     }
 
 
@@ -145,15 +147,29 @@ class Session(OpenRun):
     panel: PanelMonitor | None = None
     repository: str | None = None  # hub repository to which the finished model is uploaded
     first_step_scored_theta: bool = False  # whether theta answered the first step's rows and was scored
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # records of the run's held-out evaluations
 
     @property
     def ended(self) -> bool:
-        """Whether the run has reached ``max_steps`` or ``max_time_s``."""
+        """Whether the run has reached its end: ``max_steps``, ``max_time_s``, or early stopping."""
         return self.ends_after(self.run.steps_done)
 
+    def ends_after(self, steps_done: int) -> bool:
+        """Return whether the run ends after ``steps_done`` steps: at a limit, or by early stopping."""
+        return super().ends_after(steps_done) or stops_early(self.args, self.evaluations, steps_done)
+
     def plan(self) -> Step:
-        """Return the next step."""
-        return plan_step(self.args, self.batches, self.run.steps_done)
+        """Return the next step.
+
+        If schedules depend on time, their factors are written to `pending.jsonl` before the step's members are made.
+        """
+        index, head, pending = self.run.steps_done, self.run.journal.head, self.run.pending
+        factors = pending.read_factors(head)  # of a step that was cut off
+        if factors is None and follows_time(self.args):
+            pending.clear()  # members of an unknown sigma, if there are any
+            factors = schedule_factors(self.args, index, self.train_time_s)
+            pending.store_factors(head, factors)
+        return plan_step(self.args, self.batches, index, factors)
 
     def announce(self, replayed: int) -> None:
         """Print the run's model, data and options; ``replayed`` is the number of steps replayed from the journal."""
@@ -357,6 +373,7 @@ class Session(OpenRun):
             tokens=rollouts.tokens,
             lowrank_scale=step.noise.lowrank_scale,
             signal=asdict(self.signal) if self.args.step_control != "none" else None,
+            schedules=step.factors,
         )
         self.run.pending.note(self.run.journal.head, measured.metrics)
         if self._keeps_completions(step):
@@ -402,20 +419,23 @@ class Session(OpenRun):
     def _log_step(self, record: dict[str, Any]) -> None:
         """Pass the last step's metrics to the monitors every ``logging_steps`` steps.
 
-        The last step of a run is always logged, and the first if its metrics hold theta_0's fitness.
+        The last step of a run is always logged, and the first if its metrics hold theta_0's fitness. The evaluation
+        that follows may stop the run early, so a step before an evaluation is then logged, too.
         """
-        done = self.run.steps_done
-        if done % self.args.logging_steps == 0 or self.ended or (done == 1 and self.first_step_scored_theta):
+        args, done = self.args, self.run.steps_done
+        may_be_last = self.ended or bool(args.early_stopping_patience and done % args.eval_steps == 0)
+        if done % args.logging_steps == 0 or may_be_last or (done == 1 and self.first_step_scored_theta):
             self.monitors.log({"step": done} | record)
 
     def evaluate_and_save(self) -> None:
         """Evaluate theta and save a checkpoint if they are due after the steps done and do not exist.
 
         With several workers the evaluation is left to the next step, in which workers that have no member's job answer
-        the held-out rows (`evaluate_population`).
+        the held-out rows (`evaluate_population`), unless it can end the run.
         """
         args, done = self.args, self.run.steps_done
-        if self.is_evaluation_due(done) and (args.num_workers < 2 or self.ended):
+        is_left = args.num_workers > 1 and not args.early_stopping_patience
+        if self.is_evaluation_due(done) and not (is_left and not self.ended):
             self._write_evaluation(self.answer_held_out(done))
         if args.save_steps and done and done % args.save_steps == 0:
             if not self.run.has_checkpoint():
@@ -429,9 +449,12 @@ class Session(OpenRun):
         self.watch.evaluation(record)
         self.monitors.log({"step": done, **record})
         records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
+        self.evaluations.append({"step": done, **record})
 
     def finish(self) -> None:
         """Write the finished model to the run directory, with its card; upload it if asked to.
+
+        With ``load_best_model_at_end`` theta first returns to the best step.
 
         Raises:
             UserError: theta's logits are NaN or infinite, or an engine outside estune has changed theta by itself;
@@ -439,9 +462,13 @@ class Session(OpenRun):
         """
         refuse_broken_theta(self.args, self.engine, self.train_prompts, self.run.steps_done)
         refuse_moved_theta(self.args, self.engine, self.checksum)
-        self.engine.load_theta()  # a model that the user passed in then holds theta instead of a member
-        self.run.save(self.engine, final=True)
         self.run.record_checkpoint(self.engine)
+        best = choose(self.args, self.evaluations, self.run.steps_done)
+        if best is not None and best["step"] < self.run.steps_done:
+            self.run.rebuild(self.engine, best["step"])
+            refuse_broken_theta(self.args, self.engine, self.train_prompts, best["step"])
+        self.engine.load_theta()  # a model that the user passed in then holds theta instead of a member
+        self.run.save(self.engine, final=True, best=best)
         write_card(self.run.path)  # `complete_finished_run` writes the card if the process is killed before this line
         self.run.pending.clear()
         prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
@@ -449,9 +476,25 @@ class Session(OpenRun):
             warn("theta never moved: in every step all members tied, or every reward failed")
         if self.panel is not None:
             self.panel.close()  # the lines below then stand under the panel
+        self._say_end(best)
         say(f"estune: done; the model is in {self.run.path}")
         if self.repository is not None:
             say(f"estune: {push(self.run.path, self.repository)}")
+
+    def _say_end(self, best: Best | None) -> None:
+        """Print why the run ended early, if it did, and which step its model is; warn if no step gained anything."""
+        args, done = self.args, self.run.steps_done
+        if stops_early(args, self.evaluations, done):
+            waited = counted(ranking_of(args, self.evaluations).waited, "evaluation")
+            metric = metric_of(args, self.evaluations)
+            say(f"estune: stopped early after {counted(done, 'step')}: {waited} without a better {metric}")
+        if best is None:
+            if args.load_best_model_at_end:
+                warn(f"no evaluation has {metric_of(args, self.evaluations)}: the model is that of the last step")
+            return
+        say(f"estune: {described(best, self.evaluations)}")
+        if best["step"] == 0 and done:
+            warn(f"no step is better than the base model by {best['metric']}: the model saved is the base model")
 
     def save_interrupted(self) -> None:
         """Save a checkpoint of a run that was asked to stop, and print how to continue it."""

@@ -88,6 +88,16 @@ def refuse_moved_theta(args: ESConfig, engine: Engine, checksum: str) -> None:
     )
 
 
+def refuse_fixed_theta(args: ESConfig, engine: Engine) -> None:
+    """Raise UserError if the best step is to be saved and the engine cannot return to an earlier theta."""
+    kind = getattr(engine, "engine_class", type(engine))  # of an engine in workers
+    if args.load_best_model_at_end and not hasattr(kind, "load_anchor"):
+        raise UserError(
+            f"engine {engine.facts.name} has no method load_anchor, so it cannot return to the best step: leave "
+            "load_best_model_at_end out (see Replica in estune.es.replica)"
+        )
+
+
 def broken_model(model: str, dtype: str) -> str:
     """Return the error message for a model whose logits are not finite in its compute dtype."""
     advice = f"try {WIDER[dtype]}" if dtype in WIDER else "a weight is too large or the files are damaged"

@@ -1,4 +1,4 @@
-"""The plan of one training step: rows, members and noise, a pure function of the configuration and the step's index."""
+"""The plan of one training step: rows, members and noise, a pure function of configuration, index and schedules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from estune.data.batches import Batches
 from estune.es.population import members_for_step, noise_of
 from estune.es.step_control import UNKNOWN, Evidence, Forecast
 from estune.es.types import Member, Noise, Perturbation, Sampling
-from estune.es.update import Update, make_update, scheduled
+from estune.es.update import Factors, Update, make_update, scheduled
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Step:
     weight_decay: float = 0.0
     anchored: bool = False  # True: weight decay pulls towards theta_0; False: towards 0
     factor: float = 1.0  # of the learning rate, by step control
+    factors: Factors | None = None  # of the schedules, if they depend on time; the journal stores them
     evidence: Evidence = UNKNOWN  # what the step's rewards say about the ranking of its members
     expected: Forecast = Forecast(math.nan, math.nan)  # by this step's evidence alone
 
@@ -49,18 +50,47 @@ class Step:
         )
 
 
-def plan_step(args: SizedConfig, batches: Batches, index: int) -> Step:
-    """Return the step with this index; the schedules scale sigma and the learning rate."""
-    sigma = args.sigma * scheduled(args.sigma_scheduler_type, index, args.max_steps)
+def follows_time(args: ESConfig) -> bool:
+    """Return whether the run's schedules depend on time: they fall, and ``max_time_s`` may end the run."""
+    return bool(args.max_time_s) and args.has_falling_schedule
+
+
+def schedule_factors(args: ESConfig, index: int, train_time_s: float = 0.0) -> Factors:
+    """Return the factors of the schedules for a step.
+
+    With ``max_time_s`` the schedules are read at the larger share of the run: of ``max_steps`` or of ``max_time_s``.
+
+    Args:
+        args: the configuration.
+        index: of the step.
+        train_time_s: seconds that the steps before it took.
+    """
+    at: float = index
+    if follows_time(args):
+        at = max(index, args.max_steps * train_time_s / args.max_time_s)
+    return Factors(
+        learning_rate=scheduled(args.lr_scheduler_type, at, args.max_steps, args.warmup_steps),
+        sigma=scheduled(args.sigma_scheduler_type, at, args.max_steps),
+    )
+
+
+def plan_step(args: SizedConfig, batches: Batches, index: int, factors: Factors | None = None) -> Step:
+    """Return the step with this index; the schedules scale sigma and the learning rate.
+
+    ``factors`` are those of the schedules; by default they depend on the index alone.
+    """
+    given, factors = factors, factors or schedule_factors(args, index)
+    sigma = args.sigma * factors.sigma
     return Step(
         index=index,
         rows=batches.rows_for_step(index),
         members=members_for_step(args.seed, index, args.population_size, args.antithetic),
         sigma=sigma,
         noise=noise_of(sigma, args.noise_distribution, args.rank if args.noise == "lowrank" else 0),
-        learning_rate=args.step_rate * scheduled(args.lr_scheduler_type, index, args.max_steps, args.warmup_steps),
+        learning_rate=args.step_rate * factors.learning_rate,
         weight_decay=args.weight_decay,
         anchored=args.weight_decay_anchor == "base",
+        factors=given,
     )
 
 

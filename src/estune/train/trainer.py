@@ -15,7 +15,9 @@ from estune.console import counted, say
 from estune.es.fitness import fill_failures, shape_fitness, weigh
 from estune.es.types import Interrupted
 from estune.models.hub import push
+from estune.run.best import described, evaluations_of, stops_early
 from estune.run.card import CARD_FILE, write_card
+from estune.run.checkpoint import read_state
 from estune.run.directory import is_finished
 from estune.train.opening import hub_repository, open_session
 from estune.train.request import BaseTrainer
@@ -81,9 +83,19 @@ def complete_finished_run(run_dir: Path, args: ESConfig) -> Path:
     Returns:
         The run directory.
     """
-    say(f"estune: {run_dir} is finished ({counted(args.max_steps, 'step')}); nothing to do")
+    state = read_state(run_dir)
+    best = state.get("best") if state is not None else None
+    steps = best["global_step"] if best is not None else state["step"] if state is not None else args.max_steps
+    early = ", stopped early: a larger early_stopping_patience continues it" if _is_early(run_dir, args, steps) else ""
+    model = f"; {described(best)}" if best is not None else ""
+    say(f"estune: {run_dir} is finished ({counted(steps, 'step')}{early}){model}; nothing to do")
     if not (run_dir / CARD_FILE).exists():  # the run was killed between the last checkpoint and the card
         write_card(run_dir)
     if args.push_to_hub:
         say(f"estune: {push(run_dir, hub_repository(args))}")
     return run_dir
+
+
+def _is_early(run_dir: Path, args: ESConfig, steps_done: int) -> bool:
+    """Return whether a finished run was ended by early stopping."""
+    return steps_done < args.max_steps and stops_early(args, evaluations_of(run_dir), steps_done)

@@ -24,7 +24,7 @@ from estune.engines.base import EngineClass, EngineFacts, EngineOptions, ModelAs
 from estune.engines.local import TextAssets
 from estune.engines.ray import cluster, messages
 from estune.engines.ray.cluster import Limits
-from estune.engines.ray.pool import WAIT_S, Handle, Pool, reason_of, value_of
+from estune.engines.ray.pool import WAIT_S, Handle, History, Pool, reason_of, value_of
 from estune.errors import UserError
 from estune.es.theta import Moved
 from estune.es.types import (
@@ -235,6 +235,14 @@ class RayEngine:
             self._pool.history.anchors = paths
         return is_open
 
+    def load_anchor(self) -> None:
+        """Let every worker return to theta_0; see `Replica.load_anchor`.
+
+        Raises:
+            UserError: workers have read different weights.
+        """
+        self._read_in_all("load_anchor", None)
+
     def apply(self, update: Update) -> Moved:
         """Move theta in every worker, and compare their checksums; see `Replica.apply`.
 
@@ -293,14 +301,27 @@ class RayEngine:
 
     def load_weights(self, directory: Path) -> None:
         """Let every worker read float32 weights; see `Replica.load_weights`."""
-        path = directory.absolute()
-        self._pool.on_all("do", "load_weights", [path])
+        self._read_in_all("load_weights", directory.absolute())
+
+    def _read_in_all(self, method: str, directory: Path | None) -> None:
+        """Let every worker read another theta, at which new workers start, too.
+
+        Args:
+            method: of the workers' engines; it reads that theta.
+            directory: holds that theta; None: that theta is the base model.
+
+        Raises:
+            UserError: workers have read different weights.
+        """
+        saved = {} if directory is None else {0: directory}
+        history = History(checksums=[None], saved=saved, is_based=directory is None, anchors=self._pool.history.anchors)
+        self._pool.history = history  # a worker that is starting meanwhile begins again
+        self._pool.on_all("do", method, [] if directory is None else [directory])
         found = set(self._pool.on_all("do", "checksum", []).values())
         if len(found) > 1:
-            raise UserError(f"workers have read different weights from {path}")
+            raise UserError(f"workers have read different weights from {directory or 'the base model'}")
         self._checksum = str(found.pop())
-        history = self._pool.history
-        history.updates, history.checksums, history.saved, history.is_based = [], [self._checksum], {0: path}, False
+        history.checksums = [self._checksum]
 
     def saved(self, directory: Path) -> None:
         """Take note of a directory that holds theta, from which a new worker can start; see `Replica.saved`."""

@@ -309,7 +309,7 @@ class Pool:
         if history.anchors is not None:
             reply = yield actor.do.remote("open_anchor", [list(history.anchors)])
             if not value_of(reply):
-                raise UserError("it does not find theta_0, towards which weight decay pulls")
+                raise UserError("it does not find theta_0, which weight decay or load_best_model_at_end needs")
         at, directory = history.start()
         done = 0 if directory is None else -1
         while done < len(history.updates):
@@ -329,6 +329,8 @@ class Pool:
                     f"{handle}: theta has checksum {checksum} after the updates of the journal, and "
                     f"{history.checksums[at]} in the other workers; the journal is right, so resume the run"
                 )
+        if history is not self.history:
+            raise UserError("theta was replaced while it started")
         handle.is_ready = True
         self._failures = self._mismatches = 0
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from estune.config import OF_METHODS
 from estune.errors import UserError
+from estune.run.best import chosen_state
 from estune.run.checkpoint import read_state
 from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.records import is_right, read_metrics
@@ -44,6 +45,9 @@ def read_run(directory: Path) -> dict[str, Any]:
     records = read_metrics(directory)
     header = dict(journal.header) if journal else {}
     checkpoints = journal.checkpoints if journal else {}
+    chosen = chosen_state(directory, journal) if journal else None
+    if chosen:
+        checkpoints = {chosen["step"]: chosen["fingerprint"]}
     if journal is None and (directory / METHOD_FILE).is_file():  # a baseline's run
         header = _json(directory / METHOD_FILE)
         state = read_state(directory)
@@ -63,7 +67,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         "steps": [_step(record) for record in records if "eval_reward" not in record],
         "evaluations": [_evaluation(record) for record in records if "eval_reward" in record],
         "fitness": [[_finite(value) for value in line["fitness"]] for line in journal.steps] if journal else [],
-        "completions": before_and_after(directory),
+        "completions": before_and_after(directory, chosen["step"] if chosen else None),
     }
 
 
@@ -101,9 +105,14 @@ def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def before_and_after(directory: Path) -> dict[str, Any]:
-    """Return the held-out completions of the first and the last evaluation, with their differences marked."""
-    files = sorted((directory / "eval").glob("step_*.jsonl"))
+def before_and_after(directory: Path, last_step: int | None = None) -> dict[str, Any]:
+    """Return the held-out completions of the first and the last evaluation, with their differences marked.
+
+    Evaluations after ``last_step``, the step of the run's model, are left out.
+    """
+    files = sorted((directory / "eval").glob("step_*.jsonl"), key=_number_of)
+    if last_step is not None:
+        files = [file for file in files if _number_of(file) <= last_step]
     if len(files) < 2:
         return {"first_step": None, "last_step": None, "rows": []}
     first, last = (_rows(file) for file in (files[0], files[-1]))
