@@ -40,7 +40,7 @@ PATTERNS = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compi
 # Long tests that belong to no group; they begin after the groups, so that no worker waits for one of them at the end.
 LONG = (
     "test_every_block_of_the_readme", "test_lm_eval_runs", "test_a_few_cases", "test_triton.py::test_bits",
-    "test_a_killed_run_ends_in_the_same_bits", "test_the_notebook_runs", "test_every_block_runs[choosing]",
+    "test_a_killed_run_ends_in_the_same_bits", "test_the_notebook_runs",
 )  # fmt: skip
 
 

@@ -218,7 +218,8 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(call, compared:
     (tmp_path / "held.py").write_text(HELD.format(first=str(first), gate=str(tmp_path / "gate")), encoding="utf-8")
     settings = {**MINIATURE["settings"], "reward_funcs": [f"{tmp_path / 'held.py'}:held"], "reward_timeout_s": 3600}
     file = write(tmp_path, methods=methods, seeds=[0], budget={"evaluations": 72, "time_s": 0.001}, retention={},
-                 settings=settings, measuring={**BRIEF, "reward_bounds": [0.0, 1.1]})  # fmt: skip
+                 tuning={"evaluations": 16, "rows": 4}, skill_prefix="", settings=settings,
+                 measuring={**BRIEF, "reward_bounds": [0.0, 1.1]})  # fmt: skip
     command = [sys.executable, "-m", "estune", "compare", str(file)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
