@@ -91,7 +91,7 @@ def _main() -> None:
     import estune.commands.replay
     import estune.commands.score
     import estune.engines.hf.engine
-    import estune.train.trainer  # noqa: F401
+    import estune.train.trainer
 
     for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
