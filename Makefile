@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip compiles bytecode on one core; `COMPILE` does so on all. Some packages contain files that are no valid Python.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 $(abspath $(VENV)/lib) || true
 # Stamps make a second call need neither network nor time.
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -38,18 +40,24 @@ help:
 
 install: $(DEV)
 
+define venv
+@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "estune needs Python 3.11 or newer; set PYTHON=python3.11")'
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+endef
+
 $(RUNTIME): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "estune needs Python 3.11 or newer; set PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(venv)
 	$(PIP) -e .
+	$(COMPILE)
 	touch $(RUNTIME)
 
-$(PPO): | $(RUNTIME)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ trl==1.12.0
-
-$(DEV): $(RUNTIME) | $(PPO)
+# One call of pip for all packages; the runtime is among them.
+$(DEV): pyproject.toml constraints.txt
+	$(venv)
 	$(PIP) -e ".[dev]"
-	touch $(DEV)
+	test -d $(PPO) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target $(PPO) trl==1.12.0
+	$(COMPILE)
+	touch $(RUNTIME) $(DEV)
 
 demo: $(RUNTIME)
 	$(BIN)/python scripts/demo.py

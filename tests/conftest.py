@@ -37,8 +37,11 @@ if importlib.util.find_spec("hypothesis"):  # GPU machines run tests without it
 
 # tier -> pattern in the files that hold its tests
 PATTERNS = {"e2e": re.compile(r"mark\.e2e\b|\bfew\(|\bfull\("), "real": re.compile(r"mark\.real\b")}
-# Tests that take a minute or more and belong to no group; they begin first, so that no worker waits for one at the end.
-LONG = ("test_the_commands_on_a_real_model_run", "test_every_block_of_the_readme")
+# Long tests that belong to no group; they begin after the groups, so that no worker waits for one of them at the end.
+LONG = (
+    "test_every_block_of_the_readme", "test_lm_eval_runs", "test_a_few_cases", "test_triton.py::test_bits",
+    "test_a_killed_run_ends_in_the_same_bits", "test_the_notebook_runs",
+)  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):

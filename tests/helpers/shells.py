@@ -90,14 +90,16 @@ def _main() -> None:
     import estune.baselines.policy_gradient
     import estune.baselines.rejection
     import estune.commands.evaluate
+    import estune.commands.plan
     import estune.commands.replay
     import estune.commands.score
     import estune.engines.hf.engine
-    import estune.train.trainer  # noqa: F401
+    import estune.train.trainer
 
     for name in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
     load_kernels()
+    estune.commands.plan.CALIBRATION_S = 1.0  # seconds; enough to show that a page's command works
     sys.path[:] = [path for path in sys.path if path != HELPERS]
     directory = tempfile.mkdtemp(prefix="estune-shell-")
     address = os.path.join(directory, SOCKET)

@@ -161,8 +161,8 @@ def test_a_reward_that_fails_does_not_pay(kind, batches, place):
     """It gets the lowest reward of its prompt's group, is counted, and the run goes on."""
     (place / "bad.py").write_text(BAD)
     write_few(place, 2)
-    limit_s = 3 if kind == "hanging" else PATIENCE_S
-    changes = {"reward_isolation": "process", "reward_timeout_s": limit_s, "reward_workers": 1}
+    limit_s, workers = (3, 8) if kind == "hanging" else (PATIENCE_S, 1)  # calls that hang, hang at the same time
+    changes = {"reward_isolation": "process", "reward_timeout_s": limit_s, "reward_workers": workers}
     run = train(
         "grpo",
         dataset_name="rows.jsonl",

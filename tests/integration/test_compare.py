@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing.forkserver
 import os
 import re
 import shutil
@@ -54,6 +55,21 @@ MINIATURE = {
 }  # fmt: skip
 
 
+# Small measurements, for comparisons in which another part is looked at.
+BRIEF = {"rows": 8, "samples": 2, "sample_rows": 4, "discovery_samples": 4, "kl_rows": 2, "curve_rows": 8,
+         "curve_points": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> None:
+    """Stop a fork server that other tests have started in this process: it may not have imported torch and TRL.
+
+    Comparisons that run in this process (`call`) then share one that has. `compared` is a command in an interpreter of
+    its own.
+    """
+    multiprocessing.forkserver._forkserver._stop()
+
+
 def write(directory: Path, **changes: object) -> Path:
     file = directory / "comparison.yaml"
     file.write_text(yaml.safe_dump({**MINIATURE, **changes}), encoding="utf-8")
@@ -98,7 +114,7 @@ def test_every_row_is_there(compared: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_results_name_their_runs_and_hold_the_measurements(compared: Path) -> None:
+def test_results_name_their_runs_and_hold_the_measurements(call, compared: Path) -> None:
     for method, seed in (("es", 0), ("grpo", 1)):
         found = result(compared, f"{method}/seed-{seed}-evaluations.json")
         run, measured = compared / "out" / found["run"], compared / "out" / found["measured"]
@@ -116,8 +132,7 @@ def test_results_name_their_runs_and_hold_the_measurements(compared: Path) -> No
         assert walk == (pytest.approx(1.0, abs=0.1) if method == "es" else None)
         assert found["retention"]["at once"]["n"] == 8
     # The model that is kept is the one that was measured.
-    done = estune("evaluate", "--model", measured, "--task", "countdown", "--limit", 24,
-                  "--json", cwd=compared)  # fmt: skip
+    done = call("evaluate", "--model", measured, "--task", "countdown", "--limit", 24, "--json", cwd=compared)
     assert json.loads(done.out)["accuracy"] == pytest.approx(found["accuracy"])
 
 
@@ -149,10 +164,10 @@ def test_the_report_is_self_contained(compared: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, tmp_path: Path) -> None:
+def test_the_packed_file_alone_gives_the_page_and_is_continued(call, compared: Path, tmp_path: Path) -> None:
     """All but the links to the pages of runs; and no measurement is repeated."""
     shutil.copy(compared / "out" / "comparison_results.json", tmp_path / "kept.json")
-    done = estune("compare", "--report_only", "kept.json", cwd=tmp_path)
+    done = call("compare", "--report_only", "kept.json", cwd=tmp_path)
     assert done.code == 0, done.err
     pages = [(place / "report.html").read_text(encoding="utf-8") for place in (compared / "out", tmp_path / "kept")]
     assert 'class="run"' in pages[0] and re.sub(r'<a class="run"[^>]*>.</a>', "", pages[0]) == pages[1]
@@ -160,7 +175,7 @@ def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, t
     assert kept[0] == kept[1]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "results" / "tiny").rglob("*.json")}
     assert len(before) > 20
-    done = estune("compare", write(tmp_path), "--output_dir", "kept", cwd=tmp_path)
+    done = call("compare", write(tmp_path), "--output_dir", "kept", cwd=tmp_path)
     assert done.code == 0, done.err
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "results" / "tiny").rglob("*.json")}
     assert not (tmp_path / "kept" / "runs").exists()
@@ -171,7 +186,7 @@ def test_the_packed_file_alone_gives_the_page_and_is_continued(compared: Path, t
 
 
 @pytest.mark.e2e
-def test_existing_results_are_not_made_again(compared: Path, tmp_path: Path) -> None:
+def test_existing_results_are_not_made_again(call, compared: Path, tmp_path: Path) -> None:
     shutil.copytree(compared, tmp_path / "copy")
     directory = tmp_path / "copy"
     before = {path: path.stat().st_mtime_ns for path in (directory / "out" / "results").rglob("seed-*.json")}
@@ -179,7 +194,7 @@ def test_existing_results_are_not_made_again(compared: Path, tmp_path: Path) -> 
     gone, cut = results / "es" / "seed-1-evaluations.json", results / "grpo" / "seed-0-time.json"
     gone.unlink()
     cut.unlink()  # as if it had been killed on its way to the second budget
-    done = estune("compare", write(directory), cwd=directory)
+    done = call("compare", write(directory), cwd=directory)
     assert done.code == 0, done.err
     assert all(json.loads(path.read_text(encoding="utf-8"))["status"] == "done" for path in (gone, cut))
     assert json.loads(gone.read_text(encoding="utf-8"))["evaluations"] == 72
@@ -210,7 +225,7 @@ def held(**given):
 
 
 @pytest.mark.e2e
-def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path, tmp_path: Path) -> None:
+def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(call, compared: Path, tmp_path: Path) -> None:
     """The budget of time is reached first; the resumed run ends in the same model as an uninterrupted one."""
     methods = {"grpo": MINIATURE["methods"]["grpo"]}
     first = tmp_path / "out" / "results" / "tiny" / "grpo" / "seed-0-time.json"
@@ -218,7 +233,8 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
     (tmp_path / "held.py").write_text(HELD.format(first=str(first), gate=str(tmp_path / "gate")), encoding="utf-8")
     settings = {**MINIATURE["settings"], "reward_funcs": [f"{tmp_path / 'held.py'}:held"], "reward_timeout_s": 3600}
     file = write(tmp_path, methods=methods, seeds=[0], budget={"evaluations": 72, "time_s": 0.001}, retention={},
-                 settings=settings, measuring={**MINIATURE["measuring"], "reward_bounds": [0.0, 1.1]})  # fmt: skip
+                 tuning={"evaluations": 16, "rows": 4}, skill_prefix="", settings=settings,
+                 measuring={**BRIEF, "reward_bounds": [0.0, 1.1]})  # fmt: skip
     command = [sys.executable, "-m", "estune", "compare", str(file)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
@@ -230,7 +246,7 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
         assert process.wait() == 130
     assert "stopped; the same command continues" in (tmp_path / "log").read_text()
     assert not second.exists()
-    done = estune("compare", file, cwd=tmp_path)
+    done = call("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads(second.read_text(encoding="utf-8"))
     whole = result(compared, "grpo/seed-0-evaluations.json")
@@ -241,15 +257,15 @@ def test_ctrl_c_on_the_way_to_the_second_budget_leaves_no_result(compared: Path,
 
 
 @pytest.mark.e2e
-def test_at_equal_time_alone(tmp_path: Path) -> None:
+def test_at_equal_time_alone(call, tmp_path: Path) -> None:
     """One run a seed, one table, curves over both budgets, and no repeated work."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"},
                       "trials": [{"sigma": 0.02, "learning_rate": 0.01}]}}  # fmt: skip
     file = write(tmp_path, seeds=[0], methods=methods, budget={"evaluations": 0, "time_s": 2.0}, retention={},
                  tuning={"time_s": 1.0, "rows": 8},
-                 measuring={**MINIATURE["measuring"], "curve_points": 6})  # fmt: skip
-    assert "2 runs of 2 s, after 2 trials of 1 s;" in estune("compare", file, "--dry_run", cwd=tmp_path).out
-    done = estune("compare", file, cwd=tmp_path)
+                 measuring={**BRIEF, "curve_points": 6})  # fmt: skip
+    assert "2 runs of 2 s, after 2 trials of 1 s;" in call("compare", file, "--dry_run", cwd=tmp_path).out
+    done = call("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -272,7 +288,7 @@ def test_at_equal_time_alone(tmp_path: Path) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "budget 2 s of training" in page and "Equal evaluations" not in page and "How parameters moved" in page
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
-    assert estune("compare", file, cwd=tmp_path).code == 0
+    assert call("compare", file, cwd=tmp_path).code == 0
     assert before == {path: path.stat().st_mtime_ns for path in results.rglob("*-time.json")}
 
 
@@ -322,13 +338,14 @@ def test_a_vote_of_the_members_of_a_search_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
+def test_the_best_constant_is_a_row(call, tmp_path: Path) -> None:
     """For a task whose answers repeat. An older comparison without this row gets it."""
     methods = {"es": {"method": "es", "settings": {"population_size": 4, "batch_size": 4, "noise": "lowrank"}}}
     retention = {"two steps": {"task": "chain:2", "split": "validation", "rows": 3}}
     file = write(tmp_path, seeds=[0], task="chain:1", methods=methods, budget={"evaluations": 20, "time_s": 0},
-                 retention=retention, tuning={"evaluations": 16, "rows": 4}, skill_prefix="")  # fmt: skip
-    done = estune("compare", file, cwd=tmp_path)
+                 retention=retention, tuning={"evaluations": 16, "rows": 4}, skill_prefix="",
+                 measuring={**BRIEF, "rows": 24})  # fmt: skip
+    done = call("compare", file, cwd=tmp_path)
     assert done.code == 0, done.err
     [model] = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["models"].values()
     constant = result(tmp_path, "constant.json")
@@ -337,7 +354,7 @@ def test_the_best_constant_is_a_row(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"always &lt;answer&gt;{constant['says'][8]}" in page and "kept: two steps, n 3" in page
     (tmp_path / "out" / "results" / "tiny" / "constant.json").unlink()
-    assert estune("compare", file, cwd=tmp_path).code == 0
+    assert call("compare", file, cwd=tmp_path).code == 0
     assert result(tmp_path, "constant.json") == constant
 
 

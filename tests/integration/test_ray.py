@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Done
 from script_loading import loaded
 
 from estune import ESConfig, ESTrainer
@@ -127,12 +128,11 @@ def files_of(run: Path) -> dict[str, bytes]:
     ("options", "counts"),
     [
         (TOY, (1, 2, 3)),
-        ({**TINY, "noise": "lowrank", "members_per_batch": 2}, (1, 3)),
-        (TINY, (2,)),
+        ({**TINY, "noise": "lowrank", "members_per_batch": 2}, (3,)),
         ({**TINY, "temperature": 1.0, "num_generations": 2, "antithetic": True, "weight_decay": 0.1,
           "weight_decay_anchor": "base"}, (2,)),
     ],
-    ids=["toy", "low rank", "full rank", "sampled, anchored"],
+    ids=["toy", "low rank", "full rank, sampled, anchored"],
 )  # fmt: skip
 def test_the_number_of_workers_changes_no_bit(
     cluster: str, tmp_path: Path, options: dict[str, Any], counts: tuple[int, ...]
@@ -198,23 +198,24 @@ def test_a_resume_may_change_the_number_of_workers(cluster: str, tmp_path: Path)
     assert files_of(tmp_path / "parts")["model.safetensors"] == files_of(tmp_path / "whole")["model.safetensors"]
 
 
-def test_evaluate_and_probe_use_workers(cluster: str, tmp_path: Path) -> None:
-    commands = (
-        ["evaluate", "--model", "tiny", "--task", "countdown", "--limit", "24", "--json", "--batch_check", "always",
-         "--n_samples", "2", "--reference", "tiny"],
-        ["probe", "--model", "tiny", "--task", "countdown", "--batch_size", "4", "--sigmas", "0.01",
-         "--json"],
-    )  # fmt: skip
-    for command in commands:
-        found = []
-        for more in ([], ["--num_workers", "2", "--worker_resources", '{"CPU": 0.1}']):
-            done = subprocess.run(
-                [sys.executable, "-m", "estune", *command, "--num_threads", "1", *more],
-                capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": cluster}, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            found.append(json.loads(done.stdout))
-        assert found[0] == found[1]
+@pytest.mark.parametrize(
+    ("command", "workers"),
+    [
+        (("evaluate", "--model", "tiny", "--task", "countdown", "--limit", 24, "--batch_check", "always",
+          "--n_samples", 2, "--reference", "tiny"), 2),
+        (("probe", "--model", "tiny", "--task", "countdown", "--batch_size", 4, "--sigmas", 0.01), 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_evaluate_and_probe_use_workers(
+    cluster: str, call: Callable[..., Done], command: tuple[Any, ...], workers: int
+) -> None:
+    found = []
+    for more in ((), ("--num_workers", workers, "--worker_resources", '{"CPU": 0.1}')):
+        done = call(*command, "--json", "--num_threads", 1, *more)
+        assert done.code == 0, done.err
+        found.append(json.loads(done.out))
+    assert found[0] == found[1]
 
 
 def test_a_comparison_measures_with_workers(cluster: str, tmp_path: Path) -> None:
@@ -225,28 +226,40 @@ def test_a_comparison_measures_with_workers(cluster: str, tmp_path: Path) -> Non
              "methods": {name: {"method": name} for name in ("es", "grpo")}}  # fmt: skip
     settings = {"max_completion_length": 16, "num_threads": 1}
     measured = {}
-    for count in (0, 2):
+    for count in (0, 1):
         more = {"num_workers": count, "worker_resources": SHARE} if count else {}
         comparison = from_mapping({**given, "settings": {**settings, **more}})
         assert [configuration(comparison, "tiny", name, {}, 0).num_workers for name in ("es", "grpo")] == [count, 0]
         measure_trial(comparison, "tiny", tmp_path / f"{count}.json", {})
         measured[count] = json.loads((tmp_path / f"{count}.json").read_text())
-    assert measured[0] == measured[2]
+    assert measured[0] == measured[1]
 
 
-def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(tmp_path: Path) -> None:
-    """A short form of `benchmarks/chaos.py`, with a cluster of the run's own."""
-    quiet, temporary = tmp_path / "quiet", Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path
-    with loaded("benchmarks/chaos.py") as chaos:
-        chaos.SILENCE_S, chaos.PAUSE_S = 8.0, (2.0, 4.0)
-        chaos.OPTIONS.update(population_size=8, batch_size=16, max_completion_length=32, save_steps=3)
-        subprocess.run(chaos.command(quiet, 8, 0), check=True, capture_output=True)
-        disturbed = chaos.disturbed(tmp_path / "a", 8, temporary) | chaos.judge(tmp_path / "a", quiet, temporary)
-        killed = chaos.driver_killed(tmp_path / "b", 8, temporary, counts=(2, 1))
-        killed |= chaos.judge(tmp_path / "b", quiet, temporary)
-    for row in (disturbed, killed):
-        assert row["same_bytes"] and not row["left_behind"], row
+@pytest.fixture
+def chaos() -> Iterator[Any]:
+    """`benchmarks/chaos.py`, with shorter times, and a directory with a short path for clusters of the runs' own."""
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    with loaded("benchmarks/chaos.py") as program:
+        program.SILENCE_S, program.PAUSE_S, program.temporary = 8.0, (2.0, 4.0), temporary
+        yield program
     shutil.rmtree(temporary)
+
+
+def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(chaos: Any, tmp_path: Path) -> None:
+    chaos.OPTIONS.update(population_size=8, batch_size=16, max_completion_length=32, save_steps=2)
+    subprocess.run(chaos.command(tmp_path / "quiet", 6, 0), check=True, capture_output=True)
+    row = chaos.disturbed(tmp_path / "run", 6, chaos.temporary)
+    row |= chaos.judge(tmp_path / "run", tmp_path / "quiet", chaos.temporary)
+    assert row["same_bytes"] and not row["left_behind"], row
+
+
+def test_a_killed_run_leaves_nothing_and_is_resumed_with_other_workers(chaos: Any, tmp_path: Path) -> None:
+    chaos.OPTIONS.clear()
+    chaos.OPTIONS.update(TOY, save_steps=40, eval_steps=0, report_to="none", console="lines")
+    subprocess.run(chaos.command(tmp_path / "quiet", 200, 0), check=True, capture_output=True)
+    row = chaos.driver_killed(tmp_path / "run", 200, chaos.temporary, counts=(2, 1))
+    row |= chaos.judge(tmp_path / "run", tmp_path / "quiet", chaos.temporary)
+    assert row["same_bytes"] and not row["left_behind"], row
 
 
 def command(place: Path, *options: str) -> list[str]:

@@ -44,7 +44,7 @@ def test_every_block_of_the_readme_runs(tmp_path: Path, shell: Shell) -> None:
 
 
 def test_commands_that_need_a_download_are_those_of_the_quickstart() -> None:
-    """`test_docs` runs them there."""
+    """`test_fetch_registry` runs them."""
     quickstart = (PAGES / "index.md").read_text(encoding="utf-8")
     for block in re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL):
         assert f"```console\n{block}```" in quickstart

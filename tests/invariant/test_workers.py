@@ -212,6 +212,8 @@ def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker
         8,
         "--reward_timeout_s",
         3 if reward == "hanging" else PATIENCE_S,  # the other rows' calls have all this time, on a busy machine too
+        "--reward_workers",
+        6 if reward == "hanging" else "auto",  # calls that hang, hang at the same time
     )
     assert run(*words, "--reward_funcs", "rewards.py:logged").code == 0
     fitness = steps(place / "run")[0]["fitness"]
