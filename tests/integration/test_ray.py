@@ -201,8 +201,24 @@ def test_a_resume_may_change_the_number_of_workers(cluster: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("command", "workers"),
     [
-        (("evaluate", "--model", "tiny", "--task", "countdown", "--limit", 24, "--batch_check", "always",
-          "--n_samples", 2, "--reference", "tiny"), 2),
+        (
+            (
+                "evaluate",
+                "--model",
+                "tiny",
+                "--task",
+                "countdown",
+                "--limit",
+                24,
+                "--batch_check",
+                "always",
+                "--n_samples",
+                2,
+                "--reference",
+                "tiny",
+            ),
+            2,
+        ),
         (("probe", "--model", "tiny", "--task", "countdown", "--batch_size", 4, "--sigmas", 0.01), 1),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
