@@ -9,12 +9,12 @@ from estune.console import print_json, print_result, rounded
 from estune.environment import environment
 
 POINTS = ("accuracy", "mean_at_k", "pass_at_k")  # measures that are printed in per cent
-# The measures of a model and of its reference that are printed side by side, and the singular of their unit.
+# The measures of a model and of its reference that are printed side by side.
 SIDE_BY_SIDE = (
     "accuracy mean_at_k pass_at_k reward sample_reward answer_entropy token_entropy mean_length_tokens "
     "sample_mean_length_tokens clipped_ratio sample_clipped_ratio"
 ).split()
-NAME_WIDTH, VALUE_WIDTH = 26, 12  # characters of the columns
+NAME_WIDTH, VALUE_WIDTH = 25, 12  # characters of the columns
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
@@ -22,9 +22,10 @@ def print_values(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(rounded(result))
         return
+    width = NAME_WIDTH if "n_samples" in result else 20  # names of samples are longer
     for name, value in result.items():
-        if not name.endswith("_ci95"):
-            print_result(f"{name:20} {_value_text(name, value, result)}")
+        if not name.endswith("_ci95") and name != "answer_entropy_of":
+            print_result(f"{name:{width}} {_value_text(name, value, result)}")
 
 
 def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
@@ -39,13 +40,13 @@ def _value_text(name: str, value: Any, result: dict[str, Any]) -> str:
     """Return the text of one value of a result."""
     if name in ("accuracy", "mean_at_k"):
         low, high = result[f"{name}_ci95"]
-        how = f"  for k = {result['n_samples']}" if name == "mean_at_k" else "  greedily" * ("n_samples" in result)
-        return f"{value:.1%}{how}  (95 % interval {low:.1%} to {high:.1%})"
+        how = f"; k = {result['n_samples']}" if name == "mean_at_k" else "; greedy answers" * ("n_samples" in result)
+        return f"{value:.1%}  (95 % interval {low:.1%} to {high:.1%}{how})"
     if name == "pass_at_k":
         return ", ".join(f"{share:.1%} for k = {k}" for k, share in value.items())
     if name == "answer_entropy":
         most = math.log(result["n_samples"])
-        return f"{value:.4g} nats, of at most {most:.3g}"
+        return f"{value:.4g} nats, at most {most:.3g}  (of {result['answer_entropy_of']})"
     if name == "batch_check":
         size, other = value["prompts_per_batch"]
         return (
@@ -58,28 +59,31 @@ def _value_text(name: str, value: Any, result: dict[str, Any]) -> str:
 def _print_reference(result: dict[str, Any], reference: dict[str, Any], against: dict[str, Any]) -> None:
     """Print the model and the reference side by side, and the rows won and lost."""
     print_result(f"\nagainst {reference['model']}, on the same rows:\n")
-    print_result(f"{'':{NAME_WIDTH}}{'model':>{VALUE_WIDTH}}{'reference':>{VALUE_WIDTH}}  difference (95 % interval)")
+    print_result(f"{'':{NAME_WIDTH}} {'model':>{VALUE_WIDTH}}{'reference':>{VALUE_WIDTH}}  difference (95 % interval)")
     for name in SIDE_BY_SIDE:
         if name in result and name in reference:
             both = zip(*(_cells(name, values[name]) for values in (result, reference)), strict=True)
             for (label, here), (_, there) in both:
                 print_result(
-                    f"{label:{NAME_WIDTH}}{here:>{VALUE_WIDTH}}{there:>{VALUE_WIDTH}}"
+                    f"{label:{NAME_WIDTH}} {here:>{VALUE_WIDTH}}{there:>{VALUE_WIDTH}}"
                     f"{_difference(name, against.get(name))}".rstrip()
                 )
     print_result("")
     for name, found in against.items():
         if "progressions" in found:
-            print_result(
-                f"{name:20} {found['progressions']} won (wrong to right), {found['regressions']} lost (right to "
-                f"wrong), {found['both_right']} right in both, {found['both_wrong']} wrong in both; "
+            text = (
+                f"{found['progressions']} won (wrong to right), {found['regressions']} lost (right to wrong), "
+                f"{found['both_right']} right in both, {found['both_wrong']} wrong in both; "
                 f"p = {found['p_value']:.2g} (McNemar, exact)"
             )
         elif "wins" in found:
-            print_result(
-                f"{name:20} higher in {found['wins']} rows, lower in {found['losses']}, equal in {found['ties']}; "
+            text = (
+                f"higher in {found['wins']} rows, lower in {found['losses']}, equal in {found['ties']}; "
                 f"p = {found['p_value']:.2g} (sign test, exact)"
             )
+        else:
+            continue
+        print_result(f"{name:{NAME_WIDTH}} {text}")
 
 
 def _cells(name: str, value: Any) -> list[tuple[str, str]]:
