@@ -26,6 +26,8 @@ from command_line import (
 )
 from tiers import few, full
 
+from estune.monitor.report.data import read_run
+
 WORKERS = (*TOY, "--population_size", 4, "--sigma", 0.1, "--save_steps", 2)
 SMALL = (*WORKERS, "--reward_isolation", "inline")
 HELD = ("--reward_funcs", "rewards.py:slow", "--reward_timeout_s", 3600)  # a test holds the calls as long as it likes
@@ -756,6 +758,9 @@ def test_the_best_step_is_the_model_for_every_command(run, place, best_run, last
     for text in ("6 steps of 4 members", "--step 6", state(best_run)["fingerprint"], "| after | 6 |",
                  "--max_steps 8", "--load_best_model_at_end true"):  # fmt: skip
         assert text in card, text
+    page = read_run(best_run)
+    assert page["fingerprint"] == state(best_run)["fingerprint"] and page["steps_done"] == 8
+    assert (page["completions"]["first_step"], page["completions"]["last_step"]) == (0, 6)
     assert stamps(place / "run") == before
     done = run(*TOY[:-2], "--model", "run", "--max_steps", 0, "--output_dir", "next")
     assert done.code == 0, done
