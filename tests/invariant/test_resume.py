@@ -842,6 +842,7 @@ def test_early_stopping(run, place, best_run):
 def test_early_stopping_without_the_best_step(run, place):
     done = run(*UNEVEN, "--early_stopping_patience", 1, "--early_stopping_threshold", 0.5)
     assert done.code == 0 and "stopped early after 1 step:" in done.out, done
+    assert "the run's model will be that of its last step" in done.err
     assert state(place / "run")["step"] == len(steps(place / "run")) == 1 and "best" not in state(place / "run")
 
 
