@@ -1008,6 +1008,15 @@ def test_a_step_that_was_cut_off_keeps_its_factors(run, timed, place, cut_off_ru
     assert weights(place / "out") == weights(place / "run")
 
 
+def test_a_resume_knows_the_time_that_metrics_lack(zygote, timed, place):
+    """With rare logging a step that was cut off holds the time of those before."""
+    words = (*TIMED, "--logging_steps", 100)
+    cut_off(zygote, place, words, 2)
+    assert timed("train", "--resume", "--output_dir", "run").code == 0
+    sigmas = [line["schedules"]["sigma"] for line in steps(place / "run")]
+    assert sigmas == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], abs=1e-2)
+
+
 def test_members_whose_sigma_is_not_known_are_evaluated_again(zygote, timed, place):
     """They were made before the run had a limit of time."""
     write_rewards(place)
