@@ -26,6 +26,8 @@ from command_line import (
 )
 from tiers import few, full
 
+from estune.monitor.report.data import read_run
+
 WORKERS = (*TOY, "--population_size", 4, "--sigma", 0.1, "--save_steps", 2)
 SMALL = (*WORKERS, "--reward_isolation", "inline")
 HELD = ("--reward_funcs", "rewards.py:slow", "--reward_timeout_s", 3600)  # a test holds the calls as long as it likes
@@ -756,6 +758,9 @@ def test_the_best_step_is_the_model_for_every_command(run, place, best_run, last
     for text in ("6 steps of 4 members", "--step 6", state(best_run)["fingerprint"], "| after | 6 |",
                  "--max_steps 8", "--load_best_model_at_end true"):  # fmt: skip
         assert text in card, text
+    page = read_run(best_run)
+    assert page["fingerprint"] == state(best_run)["fingerprint"] and page["steps_done"] == 8
+    assert (page["completions"]["first_step"], page["completions"]["last_step"]) == (0, 6)
     assert stamps(place / "run") == before
     done = run(*TOY[:-2], "--model", "run", "--max_steps", 0, "--output_dir", "next")
     assert done.code == 0, done
@@ -837,6 +842,7 @@ def test_early_stopping(run, place, best_run):
 def test_early_stopping_without_the_best_step(run, place):
     done = run(*UNEVEN, "--early_stopping_patience", 1, "--early_stopping_threshold", 0.5)
     assert done.code == 0 and "stopped early after 1 step:" in done.out, done
+    assert "the run's model will be that of its last step" in done.err
     assert state(place / "run")["step"] == len(steps(place / "run")) == 1 and "best" not in state(place / "run")
 
 
@@ -1000,6 +1006,15 @@ def test_a_step_that_was_cut_off_keeps_its_factors(run, timed, place, cut_off_ru
         assert found[5]["schedules"]["sigma"] == pytest.approx(1 - 11 / 15, abs=1e-2)
     assert run("replay", "--run", "run", "--output_dir", "out").code == 0
     assert weights(place / "out") == weights(place / "run")
+
+
+def test_a_resume_knows_the_time_that_metrics_lack(zygote, timed, place):
+    """With rare logging a step that was cut off holds the time of those before."""
+    words = (*TIMED, "--logging_steps", 100)
+    cut_off(zygote, place, words, 2)
+    assert timed("train", "--resume", "--output_dir", "run").code == 0
+    sigmas = [line["schedules"]["sigma"] for line in steps(place / "run")]
+    assert sigmas == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2], abs=1e-2)
 
 
 def test_members_whose_sigma_is_not_known_are_evaluated_again(zygote, timed, place):

@@ -404,9 +404,9 @@ def test_a_damaged_pending_line_costs_that_group_alone(tmp_path: Path) -> None:
 def test_the_factors_of_a_step_that_was_cut_off(tmp_path: Path) -> None:
     pending = Pending(tmp_path / "pending.jsonl")
     factors = Factors(learning_rate=0.1, sigma=1 / 3)
-    pending.store_factors("aa", factors)
+    pending.store_factors("aa", factors, 2.5)
     pending.append("aa", 0, {"x": 1})
-    assert pending.read_factors("aa") == factors and pending.read_factors("bb") is None
+    assert pending.read_factors("aa") == (factors, 2.5) and pending.read_factors("bb") is None
     assert pending.read("aa") == {0: {"x": 1}}
     lines = pending.path.read_bytes().split(b"\n")
     pending.path.write_bytes(b"\n".join([lines[0].replace(b"0.1", b"0.2"), *lines[1:]]))

@@ -318,12 +318,12 @@ class Pending:
         notes = [record["metrics"] for record in self._records(head) if _is_note(record.get("metrics"))]
         return notes[-1] if notes else None
 
-    def read_factors(self, head: str) -> Factors | None:
-        """Return the schedules' factors of the step that follows ``head``; None if they were not stored."""
+    def read_factors(self, head: str) -> tuple[Factors, float] | None:
+        """Return what `store_factors` wrote for the step that follows ``head``; None if it wrote nothing."""
         for record in self._records(head):
             values = record.get("schedules")
             if isinstance(values, dict) and values.keys() == {"learning_rate", "sigma"}:
-                return Factors(**values)
+                return Factors(**values), float(record["train_time_s"])
         return None
 
     def _records(self, head: str) -> list[dict[str, Any]]:
@@ -351,9 +351,12 @@ class Pending:
         """Write the step's metrics to disk, for a resume after a crash during the update."""
         self._append(head, {"metrics": metrics})
 
-    def store_factors(self, head: str, factors: Factors) -> None:
-        """Write the schedules' factors of the step to disk, so that all its members have one sigma."""
-        self._append(head, {"schedules": asdict(factors)})
+    def store_factors(self, head: str, factors: Factors, train_time_s: float) -> None:
+        """Write the schedules' factors of the step to disk, so that all its members have one sigma.
+
+        ``train_time_s`` is the time of all steps before, in seconds, which metrics lack if they are logged rarely.
+        """
+        self._append(head, {"schedules": asdict(factors), "train_time_s": train_time_s})
 
     def _append(self, head: str, content: Mapping[str, Any]) -> None:
         body = json.dumps({"after": head, **content}, separators=(",", ":")).encode("ascii")

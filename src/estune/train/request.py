@@ -71,8 +71,9 @@ class TrainingRequest:
         train_rows = setup.resolve_rows(args, train_dataset, task, "train", rewards)
         if chooses(args):
             check_metric(args, rewards.accuracy is not None)
-            if args.eval_steps:
-                refuse_test_rows(_held_out_split(args, eval_dataset))
+            refuse_test_rows(_held_out_split(args, eval_dataset))
+            if not args.load_best_model_at_end:
+                warn("early stopping without load_best_model_at_end: the run's model will be that of its last step")
         eval_rows: Rows = []
         if eval_dataset is not None and not args.eval_steps:
             warn("eval_dataset has no effect, because eval_steps is 0: set eval_steps to evaluate")

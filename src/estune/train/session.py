@@ -164,11 +164,14 @@ class Session(OpenRun):
         If schedules depend on time, their factors are written to `pending.jsonl` before the step's members are made.
         """
         index, head, pending = self.run.steps_done, self.run.journal.head, self.run.pending
-        factors = pending.read_factors(head)  # of a step that was cut off
-        if factors is None and follows_time(self.args):
+        factors = None
+        if stored := pending.read_factors(head):  # of a step that was cut off
+            factors, seconds = stored
+            self.train_time_s = max(self.train_time_s, seconds)
+        elif follows_time(self.args):
             pending.clear()  # members of an unknown sigma, if there are any
             factors = schedule_factors(self.args, index, self.train_time_s)
-            pending.store_factors(head, factors)
+            pending.store_factors(head, factors, self.train_time_s)
         return plan_step(self.args, self.batches, index, factors)
 
     def announce(self, replayed: int) -> None:
