@@ -436,6 +436,19 @@ def test_a_reference_with_another_vocabulary_has_no_kl(torch_zygote, tiny_run, t
     assert sum(found["against_reference"]["accuracy"][name] for name in TRANSITIONS) == 3
 
 
+def test_a_reference_that_cannot_answer_ends_the_command_after_the_models_result(torch_zygote, tiny_run, tmp_path):
+    tiny_run, _ = tiny_run
+    small = tmp_path / "small"
+    shutil.copytree(tiny_run / "run", small, ignore=shutil.ignore_patterns("checkpoint-*", "*.jsonl", "es_*"))
+    config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 20}
+    (small / "config.json").write_text(json.dumps(config))
+    words = ("evaluate", "--model", "run", "--task", "countdown", "--limit", 2, "--json", *LENGTH, "--temperature", 0)
+    done = torch_zygote.run((*words, "--reference", small, "--rows", "kept.jsonl"), tiny_run)
+    assert done.code == 2 and "20" in done.err and "Traceback" not in done.err
+    alone = one_object(torch_zygote.run(words, tiny_run))
+    assert json.loads(done.out) == alone and len(rows_of(tiny_run / "kept.jsonl")) == 2
+
+
 # --- train without arguments ------------------------------------------------------------------------------------------
 
 
