@@ -253,7 +253,13 @@ def _add_probe(add: AddCommand) -> None:
     )
     probe.add_argument("--sigmas", type=float, nargs="+", help="Sigmas to try. Default: six from 3e-4 to 1e-1.")
     _add_json(probe)
-    _add_fields(probe, PROBE_FIELDS)
+    probe.add_argument(
+        "--learning_rate",
+        default=argparse.SUPPRESS,
+        metavar="RATE",
+        help="Learning rate to predict for. Default: for each sigma what drift allows, at most sigma.",
+    )
+    _add_fields(probe, [name for name in PROBE_FIELDS if name != "learning_rate"])
 
 
 def _add_plan(add: AddCommand) -> None:
