@@ -989,6 +989,31 @@ def cut_off_run(zygote, tmp_path_factory):
     return place / "run", whole
 
 
+def test_a_step_that_was_cut_off_keeps_its_sigma_if_the_run_gets_longer(zygote, run, place):
+    """Sigma falls over the steps. Three members of the second step were made for four steps; the resume has eight."""
+    write_rewards(place)
+    options = (*SMALL, "--num_threads", 1, "--sigma_scheduler_type", "linear", "--max_steps", 4)
+    assert run(*options).code == 0
+    whole = journal(place / "run")
+    shutil.rmtree(place / "run")
+    for kill_at in range(10, 200):
+        shutil.rmtree(place / "run", ignore_errors=True)
+        assert zygote.run(options, place, kill_at=kill_at).code == -signal.SIGKILL
+        pending = place / "run" / "pending.jsonl"
+        groups = pending.read_text().count('"group"') if pending.exists() else 0
+        if (place / "run" / "journal.jsonl").read_text().count('"kind":"step"') == 1 and groups == 3:
+            break
+    else:
+        raise AssertionError("no kill left three members of the second step")
+    assert run("train", "--resume", "--output_dir", "run", "--max_steps", 8).code == 0
+    first, second, third = steps(place / "run")[:3]
+    assert second["s"] == [line for line in whole if line["kind"] == "step"][1]["s"]
+    assert second["schedules"]["sigma"] == 0.75 and "schedules" not in first and "schedules" not in third
+    assert float.fromhex(third["s"]) == pytest.approx(0.75 * float.fromhex(first["s"]), rel=2e-5)
+    assert run("replay", "--run", "run", "--output_dir", "out").code == 0
+    assert weights(place / "out") == weights(place / "run")
+
+
 @pytest.mark.parametrize("words", [(), ("--max_time_s", 1000), ("--max_time_s", 0), ("--max_steps", 7)], ids=str)
 def test_a_step_that_was_cut_off_keeps_its_factors(run, timed, place, cut_off_run, words):
     """Although the resume believes that more time has passed, or has another limit."""

@@ -297,7 +297,8 @@ def _is_as_written(line: bytes, record: Mapping[str, Any], head: str) -> bool:
 class Pending:
     """Finished groups of the running step, so that a resume does not evaluate them again.
 
-    If the schedules depend on time, the first line of a step holds their factors, with which its members are made.
+    If schedules depend on time or change sigma, the first line of a step holds their factors, with which its members
+    are made.
     Each line holds the journal's head and a hash of itself. Lines of another step, damaged lines and a torn last line
     are ignored. Lines of an older estune have no hash.
     """

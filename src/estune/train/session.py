@@ -161,14 +161,15 @@ class Session(OpenRun):
     def plan(self) -> Step:
         """Return the next step.
 
-        If schedules depend on time, their factors are written to `pending.jsonl` before the step's members are made.
+        If schedules depend on time or change sigma, their factors are written to `pending.jsonl` before the step's
+        members are made. So all members of a step have one sigma, even if a resume has another ``max_steps``.
         """
         index, head, pending = self.run.steps_done, self.run.journal.head, self.run.pending
         factors = None
         if stored := pending.read_factors(head):  # of a step that was cut off
             factors, seconds = stored
             self.train_time_s = max(self.train_time_s, seconds)
-        elif follows_time(self.args):
+        elif follows_time(self.args) or self.args.sigma_scheduler_type != "constant":
             pending.clear()  # members of an unknown sigma, if there are any
             factors = schedule_factors(self.args, index, self.train_time_s)
             pending.store_factors(head, factors, self.train_time_s)

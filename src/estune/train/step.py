@@ -28,7 +28,7 @@ class Step:
     weight_decay: float = 0.0
     anchored: bool = False  # True: weight decay pulls towards theta_0; False: towards 0
     factor: float = 1.0  # of the learning rate, by step control
-    factors: Factors | None = None  # of the schedules, if they depend on time; the journal stores them
+    factors: Factors | None = None  # of the schedules, if not of the index alone; the journal stores them
     evidence: Evidence = UNKNOWN  # what the step's rewards say about the ranking of its members
     expected: Forecast = Forecast(math.nan, math.nan)  # by this step's evidence alone
 
@@ -79,7 +79,8 @@ def plan_step(args: SizedConfig, batches: Batches, index: int, factors: Factors 
 
     ``factors`` are those of the schedules; by default they depend on the index alone.
     """
-    given, factors = factors, factors or schedule_factors(args, index)
+    by_steps = schedule_factors(args, index)
+    factors = by_steps if factors is None else factors
     sigma = args.sigma * factors.sigma
     return Step(
         index=index,
@@ -90,7 +91,7 @@ def plan_step(args: SizedConfig, batches: Batches, index: int, factors: Factors 
         learning_rate=args.step_rate * factors.learning_rate,
         weight_decay=args.weight_decay,
         anchored=args.weight_decay_anchor == "base",
-        factors=given,
+        factors=factors if follows_time(args) or factors != by_steps else None,
     )
 
 
