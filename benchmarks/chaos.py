@@ -32,6 +32,8 @@ from record import write_result
 ESTUNE = [sys.executable, "-m", "estune"]
 SILENCE_S = 15.0  # seconds after which a stopped worker is replaced
 PAUSE_S = (4.0, 9.0)  # seconds between two kills
+KILLS_BEFORE_STOP = 2  # workers killed before one is stopped
+MOST = 10_000  # workers killed or stopped in a run, at most
 COUNTS = (2, 3, 1, 0, 2, 3)  # workers of the last run at first, and after each death of the process that trains
 LIMIT_S = 1800.0  # seconds after which a run has hung
 OPTIONS = dict(
@@ -95,11 +97,11 @@ def disturbed(run: Path, steps: int, temporary: Path, seed: int = 0) -> dict[str
         while process.poll() is None:
             time.sleep(rng.uniform(*PAUSE_S))
             workers = workers_below(temporary)
-            if steps_of(run) and len(workers) > 1 and process.poll() is None:
-                victim = rng.choice(workers)
+            if steps_of(run) and len(workers) > 1 and killed + stopped < MOST and process.poll() is None:
+                stops = killed == KILLS_BEFORE_STOP and not stopped
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGSTOP if killed == 2 and not stopped else signal.SIGKILL)
-                stopped, killed = stopped + (killed == 2 and not stopped), killed + (killed != 2 or bool(stopped))
+                    os.kill(rng.choice(workers), signal.SIGSTOP if stops else signal.SIGKILL)
+                stopped, killed = stopped + stops, killed + (not stops)
             if time.monotonic() > until:
                 process.kill()
                 raise RuntimeError(f"run {run} hangs; see {log.name}")

@@ -256,12 +256,13 @@ def chaos() -> Iterator[Any]:
     """`benchmarks/chaos.py`, with shorter times, and a directory with a short path for clusters of the runs' own."""
     temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     with loaded("benchmarks/chaos.py") as program:
-        program.SILENCE_S, program.PAUSE_S, program.temporary = 8.0, (2.0, 4.0), temporary
+        program.SILENCE_S, program.PAUSE_S, program.temporary = 20.0, (2.0, 4.0), temporary
         yield program
     shutil.rmtree(temporary)
 
 
 def test_killed_and_stopped_workers_change_no_bit_and_leave_nothing(chaos: Any, tmp_path: Path) -> None:
+    chaos.KILLS_BEFORE_STOP, chaos.MOST = 1, 2  # a job that three workers die of ends the run, on a slow machine too
     chaos.OPTIONS.update(population_size=8, batch_size=16, max_completion_length=32, save_steps=2)
     subprocess.run(chaos.command(tmp_path / "quiet", 6, 0), check=True, capture_output=True)
     row = chaos.disturbed(tmp_path / "run", 6, chaos.temporary)
