@@ -461,6 +461,19 @@ def test_members_of_the_call_win_over_the_configuration() -> None:
     judged(alone)
 
 
+def test_prompts_about_different_coordinates_share_no_direction() -> None:
+    """The toy engine's rows ask for one coordinate each: rewards of real members, without a signal for other rows."""
+    found = []
+    for seed in range(100):
+        args = ESConfig(
+            engine="toy", task="quadratic", batch_size=8, reward_isolation="inline", seed=seed, num_threads=1
+        )
+        found.append(probe(args, [0.1]).trials[0.1].outlook)
+    assert sum(outlook.p_value <= LEVEL for outlook in found) <= 11
+    assert abs(np.mean([outlook.agreement.correlation for outlook in found])) < 0.015
+    assert np.mean([outlook.drop / outlook.drop_error for outlook in found]) > 2
+
+
 def test_several_completions_of_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("probe --model tiny --task countdown --batch_size 2 --population_size 4 --sigmas 0.02 --noise lowrank "
              "--num_generations 2 --temperature 1 --max_completion_length 8 --num_threads 1 --reward_isolation inline "

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from estune.config import ESConfig, ResolvedConfig
-from estune.console import note, print_json, print_result, rounded
+from estune.console import counted, note, print_json, print_result, rounded
 from estune.data.batches import Batches
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, share_of_tied_prompts, weigh
@@ -401,7 +401,7 @@ def _yes(found: Probe, proposal: Proposal) -> Verdict:
     """Return the verdict of a significant sigma, with the price of the first steps."""
     sigma, (low, high) = proposal.sigma or math.nan, proposal.gain_ci95 or (math.nan, math.nan)
     outlook = found.trials[sigma].outlook
-    agreement, tried = outlook.agreement, f"{len(found.trials)} sigma{'s' * (len(found.trials) != 1)}"
+    agreement, tried = outlook.agreement, counted(len(found.trials), "sigma")
     return Verdict(
         "yes",
         f"At sigma {sigma:g} the effects on two prompts correlate by {agreement.correlation:.2g} "
@@ -501,7 +501,7 @@ def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
         outlook_table(found),
         "",
         "correlation: of members' effects on two prompts, with its 95 % interval. p: that prompts which share nothing",
-        f"agree as much at any of {len(found.trials)} sigmas. reliable: share of the ranking that is no chance.",
+        f"agree as much at any of {counted(len(found.trials), 'sigma')}. reliable: share of the ranking that is no chance.",
         f"drop: how far members lie below theta. rate: {given}.",
         "gain: of theta's reward, for the rate and this N and B; linear, up to the highest reward seen.",
         f"N: members with which drift loses {DRIFT_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",
