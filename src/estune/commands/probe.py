@@ -501,7 +501,7 @@ def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
         outlook_table(found),
         "",
         "correlation: of members' effects on two prompts, with its 95 % interval. p: that prompts which share nothing",
-        f"agree as much at any of {counted(len(found.trials), 'sigma')}. reliable: share of the ranking that is no chance.",
+        f"agree as much at any of {counted(len(found.trials), 'sigma')}. reliable: share of the ranking beyond chance.",
         f"drop: how far members lie below theta. rate: {given}.",
         "gain: of theta's reward, for the rate and this N and B; linear, up to the highest reward seen.",
         f"N: members with which drift loses {DRIFT_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",

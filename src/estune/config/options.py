@@ -261,7 +261,7 @@ class ESConfig:
     )
     step_control: str = _option(
         "none",
-        "Bound on each step's learning rate. reliability: times the share of the ranking that is no chance; drift: at "
+        "Bound on each step's learning rate. reliability: times the share of the ranking beyond chance; drift: at "
         "most what loses a twentieth of the step's gain to its random part (theta answers every step, too).",
         STEP_CONTROLS,
     )
