@@ -382,8 +382,8 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
             return _yes(found, proposal)
         return Verdict(
             "cannot tell",
-            f"Members agree between prompts at sigma {_listed(sure)}, but they lie so far below theta that drift leaves "
-            f"a gain of {proposal.gain:.2g} in {STEPS} steps.",
+            f"Members agree between prompts at sigma {_listed(sure)}, but they lie so far below theta that drift "
+            f"leaves a gain of {proposal.gain:.2g} in {STEPS} steps.",
             f"Probe again with --sigmas below {min(sure):g}.",
         )
     bounds = [0.0 if trial.outlook.is_flat else trial.outlook.agreement.upper for trial in trials.values()]
