@@ -42,6 +42,7 @@ LEAST_CHANGED = 0.1  # share of completions: if fewer differ from theta's, a lar
 LOW_CORRELATION = 0.05  # correlation between prompts: a task that is surely below has no signal worth its price
 FEWEST_MEMBERS, FEWEST_PROMPTS = 16, 4  # least N and B of a proposal
 LARGEST_RATE = 1.0  # sigmas: the largest learning rate of a proposal, as theta should stay where the probe has looked
+LEAST_GAIN = 0.1  # standard deviations of the members' fitness: what ten steps gain at least for a yes
 CERTAIN = 3.5  # standard errors between a correlation and the bound that a second probe should tell it from
 
 
@@ -301,22 +302,24 @@ class Proposal:
 
 
 def propose(found: Probe) -> Proposal:
-    """Return the settings with the largest predicted gain, among the sigmas without harm.
+    """Return the settings with the largest predicted gain.
 
-    Sigmas with significant agreement come first.
+    Sigmas with significant agreement come first. Other sigmas must not harm the members. Significant ones may: the
+    drift that harm causes is part of the prediction.
     """
-    every = [
-        _settings(found, sigma)
-        for sigma, trial in found.trials.items()
-        if found.is_harmless(sigma) and trial.outlook.gain(found.n_prompts) > 0
-    ]
+    every = [_settings(found, s) for s, trial in found.trials.items() if trial.outlook.gain(found.n_prompts) > 0]
     sure = [given for given in every if found.trials[given.sigma or 0.0].outlook.p_value <= LEVEL]
-    best = max(sure or every, key=lambda given: given.gain or 0.0, default=None)
-    if best is not None:
-        return best if sure else dataclasses.replace(best, reason=f"{best.reason}, not significant")
-    if all(trial.outlook.is_flat for trial in found.trials.values()):
-        return Proposal("no member changed any reward")
-    return Proposal("no sigma predicts a gain without harm")
+    others = [given for given in every if found.is_harmless(given.sigma or 0.0)]
+    best = max(sure or others, key=lambda given: given.gain or 0.0, default=None)
+    if best is None:
+        if all(trial.outlook.is_flat for trial in found.trials.values()):
+            return Proposal("no member changed any reward")
+        return Proposal("no sigma predicts a gain without harm")
+    notes = ["the largest gain", *["not significant"] * (not sure)]
+    notes += ["members are broken or far worse there: watch the first steps"] * (
+        not found.is_harmless(best.sigma or 0.0)
+    )
+    return dataclasses.replace(best, reason="; ".join(notes))
 
 
 def _settings(found: Probe, sigma: float) -> Proposal:
@@ -339,8 +342,7 @@ def _settings(found: Probe, sigma: float) -> Proposal:
         for correlation in (None, outlook.agreement.low, outlook.agreement.high)
     )
     completions = STEPS * members * batch * found.args.num_generations
-    reason = "the largest gain without harm"
-    return Proposal(reason, sigma, rate, members, batch, middle, (low, high), completions)
+    return Proposal("", sigma, rate, members, batch, middle, (low, high), completions)
 
 
 @dataclass(frozen=True)
@@ -358,9 +360,9 @@ class Verdict:
 def judge(found: Probe, proposal: Proposal) -> Verdict:
     """Return the verdict.
 
-    ``yes`` needs agreement between prompts that chance explains with probability `LEVEL` at most, at a sigma without
-    harm. ``unlikely`` needs, at every sigma, rewards that no member changed, or a correlation whose one-sided bound
-    lies below `LOW_CORRELATION`.
+    ``yes`` needs agreement between prompts that chance explains with probability `LEVEL` at most, and a predicted gain
+    of `LEAST_GAIN`. ``unlikely`` needs, at every sigma, rewards that no member changed, or a correlation whose
+    one-sided bound lies below `LOW_CORRELATION`.
     """
     trials = found.trials
     if all(value != value for trial in trials.values() for value in trial.answers.fitness):
@@ -375,8 +377,15 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
         return Verdict("cannot tell", "Agreement between prompts needs two or more prompts with rewards.",
                        f"Probe again with --batch_size {_prompts_to_tell(found)}.")  # fmt: skip
     sure = [s for s, trial in trials.items() if trial.outlook.p_value <= LEVEL]
-    if proposal.sigma in sure:
-        return _yes(found, proposal)
+    if sure and proposal.sigma is not None:
+        if (proposal.gain or 0.0) >= LEAST_GAIN * trials[proposal.sigma].answers.spread:
+            return _yes(found, proposal)
+        return Verdict(
+            "cannot tell",
+            f"Members agree between prompts at sigma {_listed(sure)}, but they lie so far below theta that drift "
+            f"leaves a gain of {proposal.gain:.2g} in {STEPS} steps.",
+            f"Probe again with --sigmas below {min(sure):g}.",
+        )
     bounds = [0.0 if trial.outlook.is_flat else trial.outlook.agreement.upper for trial in trials.values()]
     if max(bounds) < LOW_CORRELATION:
         return Verdict(
@@ -385,9 +394,6 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
             "one prompt says nothing about others.",
             "Use a reward or prompts that share a direction.",
         )
-    if sure:
-        return Verdict("cannot tell", f"Members agree between prompts at sigma {_listed(sure)}, but they are far worse "
-                       "than theta there.", f"Probe again with --sigmas below {min(sure):g}.")  # fmt: skip
     prompts = _prompts_to_tell(found)
     advice = f"Probe again with --batch_size {prompts}."
     if prompts > found.n_rows:
