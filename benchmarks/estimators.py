@@ -8,8 +8,8 @@ number of completions in training, theta's included. Countdown: accuracy on 500 
 on 100 validation problems on the way. Conciseness: distance in characters on the task's 8 held-out prompts (lower is
 better) on the way, and on the test split and correctness on 200 questions after the last step.
 
-Some rules are variants of the method that estune does not have: steps by kind of parameter, and members that perturb a
-random half of the tensors. `patch` makes them, for the run's process alone.
+Some rules are variants of the method that estune does not have: other bounds of drift, steps by kind of parameter, and
+members that perturb a random half of the tensors. `patch` makes them, for the run's process alone.
 
 Finished runs are kept in `benchmarks/results/estimators.json`, one line each, and are not repeated. Means and Student's
 intervals over seeds are printed.
@@ -37,6 +37,7 @@ from record import RESULTS, stamp, write_result
 from estune.cli import main as estune_main
 from estune.compare.statistics import over_seeds
 from estune.engines.lowrank import members as lowrank_members
+from estune.es import step_control
 from estune.es.noise.reference import round_to_bits
 from estune.es.theta import AnchorReader, HostTheta
 from estune.es.types import ParameterSpec, Perturbation
@@ -70,6 +71,9 @@ RULES: dict[str, dict[str, Any]] = {
     "anchored decay": {"weight_decay": 1.0, "weight_decay_anchor": "base"},
     "half the rate": {"learning_rate": 0.5},  # times the case's
     "twice N, half the steps": {"population_size": 2, "max_steps": 0.5},  # times the case's
+    "drift, 2 %": {"step_control": "drift", "variant": "share-0.02"},
+    "drift, 1 %": {"step_control": "drift", "variant": "share-0.01"},
+    "drift, 2 %, pairs": {"step_control": "drift", "variant": "share-0.02", **PAIRS},
     "drift, twice the rate": {"step_control": "drift", "learning_rate": 2},
     "drift, four times the rate": {"step_control": "drift", "learning_rate": 4},
     "drift, cosine": {"step_control": "drift", "lr_scheduler_type": "cosine"},
@@ -116,6 +120,9 @@ def perturbs(seed: int, name: str) -> bool:
 
 def patch(variant: str) -> None:
     """Change estune in this process into a variant, for `estune train` on CPUs."""
+    if variant.startswith("share-"):  # of a step's gain that drift may lose
+        step_control.DRIFT_SHARE = float(variant.removeprefix("share-"))
+        return
     update_jobs = HostTheta._update_jobs
 
     def scaled_jobs(self: HostTheta, spec: ParameterSpec, update: Update, anchor: AnchorReader | None) -> Any:
@@ -163,7 +170,6 @@ def run(case: str, rule: str, seed: int, threads: int) -> dict[str, Any]:
         row["curve"] = {str(record["step"]): record[which] for record in records if which in record}
         steps = [record for record in records if "reward" in record]
         row["evaluations"] = steps[-1]["num_evaluations"]
-        row["train_time_s"] = round(steps[-1]["train_time_s"], 1)
         row["rate"] = [round(record["learning_rate"] / options["learning_rate"], 3) for record in steps]
         row["reliability"] = [round(record["es/reliability"], 3) for record in steps]
         for split, limit in (("test", 500),) if which == "eval_accuracy" else (("test", 0), ("knowledge", 0)):
@@ -217,7 +223,7 @@ def main() -> None:
             rows.append(row)
             rows.sort(key=lambda r: (list(CASES).index(r["case"]), list(RULES).index(r["rule"]), r["seed"]))
             write_result("estimators", {}, listed={"rows": rows})
-            print(json.dumps({k: row[k] for k in ("case", "rule", "seed", "test", "train_time_s")}), flush=True)
+            print(json.dumps({k: row[k] for k in ("case", "rule", "seed", "test")}), flush=True)
 
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(one, wanted))
