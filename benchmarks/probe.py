@@ -3,9 +3,11 @@
     python benchmarks/probe.py                   # about 1 minute a run; finished parts are not repeated
 
 Two tasks have equal prompts. `countdown` has its own reward. `liked_length` has a reward that prompts do not share: a
-hash of the prompt decides whether long or short completions are liked. A probe of N 30 and B 32 predicts, for each base
-and sigma, the gain of ten steps with N 30, B 8 and a learning rate of sigma. A run then takes these steps. Its gain is
-the difference of theta's mean reward on the 200 problems of the validation split.
+hash of the prompt decides whether long or short completions are liked. `mini_sudoku` has another base, and `brief` is
+the task `conciseness` on 60 questions, with SmolLM2-135M in `models/smollm2-135m`. A probe of N 30 and B 32 predicts,
+for each base and sigma, the gain of ten steps with N 30, B 8 and a learning rate of sigma. A run then takes these
+steps. Its gain is the difference of theta's mean reward on held-out problems: 200 of the validation split, 40 for
+`brief`. `brief` costs about 40 minutes.
 
 Results are kept in `benchmarks/results/probe.json`; `scripts/evidence.py` draws them.
 """
@@ -29,7 +31,16 @@ BASES = ("llama", "qwen2", "gpt2")
 CASES: dict[str, dict[str, Any]] = {
     "countdown": COUNTDOWN,
     "liked_length": {**COUNTDOWN, "reward_funcs": [f"{HERE / 'probe.py'}:liked_length"]},
+    "mini_sudoku": {**COUNTDOWN, "task": "mini_sudoku", "max_completion_length": 40},
+    "brief": {
+        "task": "conciseness",
+        "noise": "lowrank",
+        "max_completion_length": 40,
+        "dataset_test_split": "validation",
+    },
 }
+MODELS: dict[str, tuple[str, ...]] = {"mini_sudoku": ("sudoku",), "brief": ("smollm2-135m",)}  # other cases: BASES
+TRAINED_QUESTIONS = 60  # of the 100 questions of `brief`; the others are held out
 MEMBERS, PROMPTS, PROBED_PROMPTS = 30, 8, 32  # N, B of the runs, B of the probes
 
 
@@ -40,19 +51,28 @@ def liked_length(prompts: list[str], completions: list[str], **_: Any) -> list[f
     return [length if liked else 1 - length for length, liked in zip(lengths, longer, strict=True)]
 
 
+def options_of(case: str, model: str, place: str) -> dict[str, Any]:
+    """Return the options of a probe and a run; the rows of `brief` are written to the directory ``place``."""
+    from estune.tasks import get_task
+
+    options = {"model": str(HERE / "bases" / model), "num_threads": 1, **CASES[case], "population_size": MEMBERS}
+    if case == "brief":
+        options |= {"model": "models/smollm2-135m", "num_threads": "auto", "dataset_name": f"{place}/rows"}
+        Path(place, "rows").mkdir()
+        rows = get_task("conciseness").load("knowledge_validation")
+        for split, part in (("train", rows[:TRAINED_QUESTIONS]), ("validation", rows[TRAINED_QUESTIONS:])):
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            Path(place, "rows", f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return options
+
+
 def predict(case: str, model: str) -> list[dict[str, Any]]:
     """Probe a model at all sigmas of a case; return one row a sigma."""
     from estune.commands.probe import judge, probe, propose
     from estune.config import ESConfig
 
-    args = ESConfig(
-        model=str(HERE / "bases" / model),
-        **CASES[case],
-        population_size=MEMBERS,
-        batch_size=PROBED_PROMPTS,
-        num_threads=1,
-    )
-    found = probe(args, SIGMAS)
+    with tempfile.TemporaryDirectory() as place:
+        found = probe(ESConfig(**options_of(case, model, place), batch_size=PROBED_PROMPTS), SIGMAS)
     proposal = propose(found)
     return [
         {
@@ -72,9 +92,8 @@ def train(case: str, model: str, sigma: float) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as place:
         args = ESConfig(
-            model=str(HERE / "bases" / model), **CASES[case], sigma=sigma, learning_rate=sigma, population_size=MEMBERS,
-            batch_size=PROMPTS, max_steps=STEPS, eval_steps=STEPS, num_threads=1, report_to=["none"],
-            output_dir=f"{place}/run",
+            **options_of(case, model, place), sigma=sigma, learning_rate=sigma, batch_size=PROMPTS, max_steps=STEPS,
+            eval_steps=STEPS, report_to=["none"], output_dir=f"{place}/run",
         )  # fmt: skip
         ESTrainer(args=args).train()
         lines = Path(place, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -106,8 +125,8 @@ def main() -> None:
             )
 
     done = {(row["kind"], row["case"], row["model"], row["sigma"]) for row in rows}
-    for model in BASES:  # cases take turns, so that a part of the measurement shows both
-        for case in chosen:
+    for case in chosen:
+        for model in MODELS.get(case, BASES):
             if ("probe", case, model, SIGMAS[0]) not in done:
                 add(predict(case, model))
             for sigma in SIGMAS:

@@ -69,12 +69,13 @@ def conciseness_curves(name: str) -> Figure:
 
 def predicted_and_measured(name: str) -> Figure:
     """Return a plot of the gains that a probe predicted against those that runs then had."""
-    found = tables.predictions(name)
+    found = [row for row in tables.predictions(name) if row["case"] not in tables.IN_CHARACTERS]
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     panel = figure.subplots()
     ends = [min(0.0, *(row["predicted"] for row in found)), max(row["predicted"] for row in found)]
     panel.plot(ends, ends, color="0.7", linewidth=1, label="as predicted")
-    for case, colour, marker in (("countdown", "tab:blue", "o"), ("liked_length", "tab:orange", "s")):
+    looks = {"countdown": ("tab:blue", "o"), "liked_length": ("tab:orange", "s"), "mini_sudoku": ("tab:green", "^")}
+    for case, (colour, marker) in looks.items():
         for sure in (True, False):
             rows = [r for r in found if r["case"] == case and (r["probe"]["outlook"]["p_value"] <= 0.05) == sure]
             if not rows:

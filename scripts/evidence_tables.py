@@ -450,7 +450,13 @@ def everything(name: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-TASKS_OF_PROBE = {"countdown": "Countdown", "liked_length": "liked length"}
+TASKS_OF_PROBE = {
+    "countdown": "Countdown",
+    "liked_length": "liked length",
+    "mini_sudoku": "4x4 Sudoku",
+    "brief": "brief answers",
+}
+IN_CHARACTERS = ("brief",)  # tasks of the probe whose reward is in characters; the others' rewards go from 0 to 1
 
 
 def predictions(name: str) -> list[dict[str, Any]]:
@@ -481,7 +487,8 @@ def rank_correlation(found: Sequence[dict[str, Any]]) -> float:
     """Return Spearman's rank correlation of predicted and measured gains."""
     from scipy import stats
 
-    return float(stats.spearmanr([row["predicted"] for row in found], [row["gain"] for row in found]).statistic)
+    alike = [row for row in found if row["case"] not in IN_CHARACTERS]
+    return float(stats.spearmanr([row["predicted"] for row in alike], [row["gain"] for row in alike]).statistic)
 
 
 def probed(name: str) -> str:
@@ -501,14 +508,17 @@ def probed(name: str) -> str:
         ])  # fmt: skip
     head = ["task", "base", "verdict", "sigma", "correlation", "p", "predicted", "measured", "measured, each sigma"]
     sigmas = ", ".join(f"{sigma:g}" for sigma in sorted({row["sigma"] for row in found}))
-    sure = [row["gain"] for row in found if row["probe"]["outlook"]["p_value"] <= LEVEL]
-    rest = [row["gain"] for row in found if row["probe"]["outlook"]["p_value"] > LEVEL]
+    alike = [row for row in found if row["case"] not in IN_CHARACTERS]
+    sure = [row["gain"] for row in alike if row["probe"]["outlook"]["p_value"] <= LEVEL]
+    rest = [row["gain"] for row in alike if row["probe"]["outlook"]["p_value"] > LEVEL]
     told = (
         f"{len(found)} runs of {PROBED_STEPS} steps, at sigma {sigmas}. In the {len(sure)} settings where the probe "
         f"found agreement, theta gained {min(sure):.2f} to {max(sure):.2f}; in the {len(rest)} others "
         f"{min(rest):.2f} to {max(rest):.2f}. Spearman's rank correlation of predicted and measured gain: "
         f"{rank_correlation(found):.2f}."
     )
+    if len(alike) < len(found):
+        told += " These figures leave out brief answers, whose reward is in characters."
     return f"{table(lines, head)}\n{told}\n"
 
 
