@@ -42,7 +42,7 @@ LEAST_CHANGED = 0.1  # share of completions: if fewer differ from theta's, a lar
 LOW_CORRELATION = 0.05  # correlation between prompts: a task that is surely below has no signal worth its price
 FEWEST_MEMBERS, FEWEST_PROMPTS = 16, 4  # least N and B of a proposal
 LARGEST_RATE = 1.0  # sigmas: the largest learning rate of a proposal, as theta should stay where the probe has looked
-LEAST_GAIN = 0.1  # standard deviations of the members' fitness: what ten steps gain at least for a yes
+LEAST_GAIN = 0.5  # standard deviations of the members' fitness: what ten steps gain at least for a yes
 CERTAIN = 3.5  # standard errors between a correlation and the bound that a second probe should tell it from
 
 
