@@ -59,19 +59,20 @@ def quickstart(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.mark.timeout(1800)
 def test_the_commands_on_a_real_model_run(quickstart: tuple[Path, list[str]], shell: Shell) -> None:
-    """The commands of the quickstart run; training stops after a quarter of the steps, the last evaluation is short."""
+    """The commands of the quickstart run; training stops after a quarter of the steps, the last evaluation is short.
+
+    They have one thread, because two on a core that another test uses wait for each other.
+    """
     place, commands = quickstart
     (place / "configs").symlink_to(ROOT / "configs")
-    train, evaluate, evaluate_knowledge = commands
+    train, evaluate, evaluate_knowledge = (f"{command} --num_threads 1" for command in commands)
     check(shell, f"{train} --max_steps 2", place)
     records = [json.loads(line) for line in (place / "runs/concise/metrics.jsonl").read_text().splitlines()]
     held_out = [record["eval_reward"] for record in records if "eval_reward" in record]
     assert held_out[-1] > held_out[0]  # minus the distance in characters
     assert "accuracy" in check(shell, evaluate, place)
     shown = check(shell, f"{evaluate_knowledge} --limit 50", place)
-    assert (
-        float(re.search(r"^accuracy +([\d.]+)%", shown, flags=re.MULTILINE)[1]) > 40
-    )  # of all rows the base answers 60 %
+    assert float(re.search(r"^accuracy +([\d.]+)%", shown, flags=re.MULTILINE)[1]) > 60  # these rows are easy: 76 %
 
 
 def asked(shell: Shell, model: Path, question: str, place: Path) -> Sequence[str]:
