@@ -193,10 +193,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             countdown = CASES[case][1]["task"] == "countdown"
             values = [100 * row["test"]["accuracy"] if countdown else -row["test"]["reward"] for row in mine]
             found = over_seeds(values)
-            low, high = found.interval or (math.nan, math.nan)  # unknown for one seed
+            interval = "" if found.interval is None else "[{:.1f}, {:.1f}]".format(*found.interval)  # None: one seed
             curve = {step: [row["curve"].get(step) for row in mine] for step in mine[0]["curve"]}
             middle = "  ".join(f"{step}: {sum(v) / len(v):.3g}" for step, v in curve.items() if None not in v)
-            lines.append(f"{case:8} {rule:24} {found.mean:6.1f} [{low:.1f}, {high:.1f}] n {len(mine)}   {middle}")
+            lines.append(f"{case:8} {rule:24} {found.mean:6.1f} {interval:12} n {len(mine)}   {middle}")
     return "\n".join(lines)
 
 
