@@ -1043,10 +1043,14 @@ def test_a_resume_knows_the_time_that_metrics_lack(zygote, timed, place):
 
 
 def test_members_whose_sigma_is_not_known_are_evaluated_again(zygote, timed, place):
-    """They were made before the run had a limit of time."""
+    """An older estune made them, before the run had a limit of time, and did not store the factor of sigma."""
     write_rewards(place)
     words = (*TIMED, "--max_steps", 4, "--reward_funcs", "rewards.py:logged", "--max_time_s", 0)
     cut_off(zygote, place, words, 3)
+    pending = place / "run" / "pending.jsonl"
+    lines = pending.read_text().splitlines(keepends=True)
+    assert ["schedules" in line for line in lines] == [True, False, False, False]
+    pending.write_text("".join(lines[1:]))
     done = timed("train", "--resume", "--output_dir", "run", "--max_time_s", 8, env={"CALLS": "second"})
     assert done.code == 0 and len(steps(place / "run")) == 3, done
     line = steps(place / "run")[2]

@@ -156,7 +156,9 @@ class Session(OpenRun):
 
     def ends_after(self, steps_done: int) -> bool:
         """Return whether the run ends after ``steps_done`` steps: at a limit, or by early stopping."""
-        return super().ends_after(steps_done) or stops_early(self.args, self.evaluations, steps_done)
+        if super().ends_after(steps_done):
+            return True
+        return self.args.early_stopping_patience > 0 and stops_early(self.args, self.evaluations, steps_done)
 
     def plan(self) -> Step:
         """Return the next step.
