@@ -385,6 +385,24 @@ def test_harm_is_paid_by_the_rate_and_named() -> None:
     assert answer != "yes" and proposal.sigma is None
 
 
+def test_a_small_gain_has_its_own_reason() -> None:
+    found = found_of({1e-2: 0.1 * effects(np.random.default_rng(8), "cells", 15, 16, 0.4)})
+    for changes, reason in (
+        ({"learning_rate": 1e-6}, "the learning rate 1e-06 promises a gain of"),
+        ({"highest": 10.001}, "theta is so near the highest reward seen"),
+    ):
+        _, answer, told = judged(dataclasses.replace(found, **changes))
+        assert answer == "cannot tell" and reason in told and "--sigmas" not in told
+
+
+def test_members_that_are_better_than_theta_add_no_gain() -> None:
+    outlook = (
+        found_of({1e-2: 0.1 * effects(np.random.default_rng(8), "cells", 15, 16, 0.4)}, drop=-1.0).trials[1e-2].outlook
+    )
+    assert outlook.drop < 0 and outlook.drift(30, 16) == 0.0
+    assert outlook.net(1e-2, 30, 16, 10) == pytest.approx(10 * 1e-2 * outlook.gain(16))
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 REWARDS = """

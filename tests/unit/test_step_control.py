@@ -13,7 +13,7 @@ import pytest
 from estune import ESConfig, ESTrainer
 from estune.errors import UserError
 from estune.es.fitness import z_score
-from estune.es.step_control import DRIFT_SHARE, Evidence, Signal, evidence_of, moves_of, rate_factor
+from estune.es.step_control import DRIFT_SHARE, Evidence, Signal, drop_of, evidence_of, moves_of, rate_factor
 from estune.es.types import GroupJob, Member, Noise, Perturbation, Sampling
 from estune.train.rollouts import missing_jobs
 from estune.train.setup import resolve_config
@@ -74,6 +74,15 @@ def test_rows_and_members_without_rewards_are_left_out() -> None:
         unknown = evidence_of(nothing, False)
         assert math.isnan(unknown.reliability) and math.isnan(unknown.residual)
         assert Signal().after(unknown) == Signal()
+
+
+def test_the_drop_is_on_prompts_with_rewards_for_all() -> None:
+    """Theta alone has a reward on the last prompt, and one member has none at all."""
+    members = np.array([[0.0, 1.0, math.nan], [2.0, 3.0, math.nan], [math.nan] * 3])[..., None]
+    assert drop_of(members, np.array([[4.0], [2.0], [100.0]])) == 3.0 - 1.5
+    assert drop_of(members, np.array([[4.0], [math.nan], [100.0]])) == 4.0 - 1.0
+    assert math.isnan(drop_of(members, np.full((3, 1), math.nan)))
+    assert math.isnan(drop_of(np.full((2, 3, 1), math.nan), np.ones((3, 1))))
 
 
 def test_completions_of_a_prompt_count_together() -> None:

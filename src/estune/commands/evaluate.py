@@ -22,6 +22,7 @@ from estune.es.types import Prompt, Sampling
 from estune.rewards.pool import RewardPool
 from estune.run.best import described
 from estune.run.checkpoint import read_state
+from estune.run.origin import located
 from estune.run.records import is_right, write_lines
 from estune.run.saved_config import CONFIG_FILE, read_stored, run_of
 from estune.tasks import Task
@@ -462,7 +463,9 @@ def _warn_of_chosen_rows(args: ESConfig, split: str) -> None:
         return
     stored = read_stored(run_dir / CONFIG_FILE) or {}
     if stored.get("dataset_name") is not None:
-        is_same = args.dataset_name is not None and args.dataset_test_split == stored.get("dataset_test_split")
+        names = (stored["dataset_name"], located(stored, run_dir)["dataset_name"])
+        others = ("dataset_config", "dataset_test_split")
+        is_same = args.dataset_name in names and all(getattr(args, name) == stored.get(name) for name in others)
     else:
         is_same = args.dataset_name is None and args.task == stored.get("task") and split == "validation"
     if is_same:

@@ -380,12 +380,7 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
     if sure and proposal.sigma is not None:
         if (proposal.gain or 0.0) >= LEAST_GAIN * trials[proposal.sigma].answers.spread:
             return _yes(found, proposal)
-        return Verdict(
-            "cannot tell",
-            f"Members agree between prompts at sigma {_listed(sure)}, but they lie so far below theta that drift "
-            f"leaves a gain of {proposal.gain:.2g} in {STEPS} steps.",
-            f"Probe again with --sigmas below {min(sure):g}.",
-        )
+        return _too_little(found, proposal, sure)
     bounds = [0.0 if trial.outlook.is_flat else trial.outlook.agreement.upper for trial in trials.values()]
     if max(bounds) < LOW_CORRELATION:
         return Verdict(
@@ -398,9 +393,26 @@ def judge(found: Probe, proposal: Proposal) -> Verdict:
     advice = f"Probe again with --batch_size {prompts}."
     if prompts > found.n_rows:
         members = math.ceil(found.n_members * (prompts / found.n_rows) ** 2 / 2) * 2
-        advice = f"Probe again with more than the {found.n_rows} rows ({prompts}), or --population_size {members}."
+        advice = (
+            f"Probe again with more than the {found.n_rows} rows ({prompts}), or with --batch_size {found.n_rows} "
+            f"--population_size {members}."
+        )
     return Verdict("cannot tell", f"The effects on two prompts may correlate by up to {max(bounds):.2g}, and no sigma "
                    "shows agreement that chance does not explain.", advice)  # fmt: skip
+
+
+def _too_little(found: Probe, proposal: Proposal, sure: Sequence[float]) -> Verdict:
+    """Return the verdict of significant sigmas that promise little gain, with the reason."""
+    agreed = f"Members agree between prompts at sigma {_listed(sure)}, but"
+    gained = f"a gain of {proposal.gain or 0.0:.2g} in {STEPS} steps"
+    if (proposal.gain or 0.0) >= 0.9 * (found.highest - found.theta.mean):
+        reason = f"theta is so near the highest reward seen that this leaves {gained}."
+        return Verdict("cannot tell", f"{agreed} {reason}", "Use harder prompts or a finer reward.")
+    if found.learning_rate is not None:
+        reason = f"the learning rate {found.learning_rate:g} promises {gained}."
+        return Verdict("cannot tell", f"{agreed} {reason}", "Probe again without --learning_rate.")
+    reason = f"they lie so far below theta that drift leaves {gained}."
+    return Verdict("cannot tell", f"{agreed} {reason}", f"Probe again with --sigmas below {min(sure):g}.")
 
 
 def _yes(found: Probe, proposal: Proposal) -> Verdict:
@@ -509,7 +521,7 @@ def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
         "correlation: of members' effects on two prompts, with its 95 % interval. p: that prompts which share nothing",
         f"agree as much at any of {counted(len(found.trials), 'sigma')}. reliable: share of the ranking beyond chance.",
         f"drop: how far members lie below theta. rate: {given}.",
-        "gain: of theta's reward, for the rate and this N and B; linear, up to the highest reward seen.",
+        "gain: of theta's reward, for this rate, N, B, and the correlation's interval; up to the highest reward seen.",
         f"N: members with which drift loses {DRIFT_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",
         "",
     ]

@@ -260,8 +260,8 @@ class Outlook:
         return 2 / n_members * odd / (odd + even) if odd else 0.0
 
     def drift(self, n_members: int, n_prompts: float) -> float:
-        """Return a step's expected loss by its random part, per square of the learning rate."""
-        return self.drop / self.sigma / self.sigma * self.randomness(n_members, n_prompts)
+        """Return a step's expected loss by its random part, per square of the learning rate; 0 without a drop."""
+        return max(0.0, self.drop) / self.sigma / self.sigma * self.randomness(n_members, n_prompts)
 
     def net(
         self, rate: float, n_members: int, n_prompts: float, steps: int = 1, correlation: float | None = None

@@ -106,8 +106,7 @@ def evidence_of(rows: np.ndarray, antithetic: bool, drop: float = math.nan) -> E
             alone; the mean of a pair holds the curvature's, which is reliable and tells no direction.
         drop: theta's fitness minus the members' mean fitness, on the same prompts.
     """
-    means = np.clip(rows, -LARGEST, LARGEST).mean(axis=2)
-    table = _complete(means, 2 if antithetic else 1)  # (N, B)
+    table = _complete(_means_of_prompts(rows), 2 if antithetic else 1)  # (N, B)
     drop = _clipped(drop)
     if table.shape[1] < 2 or table.shape[0] < (4 if antithetic else 2):
         return Evidence(drop=drop)
@@ -119,6 +118,25 @@ def evidence_of(rows: np.ndarray, antithetic: bool, drop: float = math.nan) -> E
     middle = (plus + minus) / 2
     even = _share(*_mean_squares(middle - _columns(middle), len(plus) - 1))
     return Evidence(members, residual, even, drop)
+
+
+def drop_of(rows: np.ndarray, theta: np.ndarray) -> float:
+    """Return theta's fitness minus the members' mean fitness, on the prompts for which all have a reward; else NaN.
+
+    Args:
+        rows: weighted rewards (N, B, G); members without any reward are left out.
+        theta: theta's weighted rewards (B, G) on the same prompts.
+    """
+    means, own = _means_of_prompts(rows), _means_of_prompts(theta[None])[0]  # (N, B), (B,)
+    means = means[~np.isnan(means).all(axis=1)]
+    known = ~np.isnan(means).any(axis=0) & ~np.isnan(own)
+    return _mean(own[known]) - _mean(means[:, known]) if known.any() and len(means) else math.nan
+
+
+def _means_of_prompts(rows: np.ndarray) -> np.ndarray:
+    """Return the mean over completions of clipped rewards, (N, B, G) -> (N, B)."""
+    clipped = np.clip(rows, -LARGEST, LARGEST)
+    return np.array([[_mean(cell) for cell in member] for member in clipped])
 
 
 def _mean_squares(values: np.ndarray, freedom: int) -> tuple[float, float]:

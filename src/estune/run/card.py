@@ -23,7 +23,7 @@ from estune.run.saved_config import CONFIG_FILE, METHOD_FILE
 
 CARD_FILE = "README.md"
 # Options that a card's command omits, such as paths that exist on one machine only.
-NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows", *BEST_STEP} | {"model"}
+NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows", "eval_greedy", *BEST_STEP} | {"model"}
 PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
 
 

@@ -87,7 +87,7 @@ class StepRecord(UpdateRecord):
     checksum: str
     s_lowrank: NotRequired[str]
     signal: NotRequired[dict[str, float]]  # with step control: the means after the step
-    schedules: NotRequired[dict[str, float]]  # the schedules' factors, if they depend on time
+    schedules: NotRequired[dict[str, float]]  # the schedules' factors, if the step's index alone does not give them
 
 
 def canonical_json(value: Any) -> str:
@@ -233,7 +233,7 @@ def step_record(
         tokens: prompt and completion tokens of the step.
         lowrank_scale: the rounded scale of low-rank noise, if the update has a rank.
         signal: with step control, the fields of `estune.es.step_control.Signal` after the step.
-        schedules: the schedules' factors, if they depend on time.
+        schedules: the schedules' factors, if the step's index alone does not give them.
     """
     record: StepRecord = {
         "step": step,

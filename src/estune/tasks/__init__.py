@@ -42,10 +42,10 @@ class Task:
     answers_hold_words: bool = True
     """Whether right completions hold words, if `right_answer` gives none; expressions and grids hold none."""
     final_answer: Callable[[Row, str], str | None] | None = None
-    """The answer in a completion of a row as text, the same for all its spellings; None if scoring cannot read one.
+    """The answer in a completion of a row as text, without differences of layout; None if scoring cannot read one.
 
-    None instead of a function: the task has no answers that can be counted. The entropy of answers then counts whole
-    completions.
+    None instead of a function: the task has no answers that can be counted. The entropy of answers counts texts, and
+    then whole completions.
     """
     equal_answers: Callable[[Row, str, str], bool] | None = None
     """Whether two final answers to a row are equal; needed only if equal answers can have different texts."""

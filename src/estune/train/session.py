@@ -19,8 +19,8 @@ from estune.console import counted, say, warn
 from estune.data.batches import Batches
 from estune.engines import ENGINES
 from estune.errors import UserError
-from estune.es.fitness import fill_failures, mean, population_fitness, weigh
-from estune.es.step_control import Signal, evidence_of, forecast, rate_factor
+from estune.es.fitness import fill_failures, population_fitness, weigh
+from estune.es.step_control import Signal, drop_of, evidence_of, forecast, rate_factor
 from estune.es.theta import Moved, checked_moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
@@ -172,7 +172,8 @@ class Session(OpenRun):
             factors, seconds = stored
             self.train_time_s = max(self.train_time_s, seconds)
         elif follows_time(self.args) or self.args.sigma_scheduler_type != "constant":
-            pending.clear()  # members of an unknown sigma, if there are any
+            if self.args.sigma_scheduler_type != "constant":
+                pending.clear()  # members of an unknown sigma, if there are any
             factors = schedule_factors(self.args, index, self.train_time_s)
             pending.store_factors(head, factors, self.train_time_s)
         return plan_step(self.args, self.batches, index, factors)
@@ -273,10 +274,12 @@ class Session(OpenRun):
         rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, theta.failed])
         weights = self.rewards.weights
-        fitness = population_fitness(weigh(fill_failures(rewards, failed, weights), weights))  # (N + 1,)
+        weighed = weigh(fill_failures(rewards, failed, weights), weights)  # (N + 1, B, G)
+        fitness = population_fitness(weighed)  # (N + 1,)
         return ThetaAnswers(
             equal=float(np.mean(digests == np.array(theta.groups[0].digests))),
             fitness=float(fitness[-1]),
+            rewards=weighed[-1],
             rank=1 + int((fitness[:-1] > fitness[-1]).sum()) if is_evaluation_step else None,
             is_scored=True,
         )
@@ -294,7 +297,8 @@ class Session(OpenRun):
             theta: the result of `evaluate_theta`.
         """
         args = self.args
-        evidence = evidence_of(weighed, args.antithetic, theta.fitness - mean(fitness))
+        drop = math.nan if theta.rewards is None else drop_of(weighed, theta.rewards)
+        evidence = evidence_of(weighed, args.antithetic, drop)
         self.signal = self.signal.after(evidence)
         factor = rate_factor(
             args.step_control,
@@ -490,7 +494,7 @@ class Session(OpenRun):
     def _say_end(self, best: Best | None) -> None:
         """Print why the run ended early, if it did, and which step its model is; warn if no step gained anything."""
         args, done = self.args, self.run.steps_done
-        if stops_early(args, self.evaluations, done):
+        if not super().ends_after(done) and stops_early(args, self.evaluations, done):
             waited = counted(ranking_of(args, self.evaluations).waited, "evaluation")
             metric = metric_of(args, self.evaluations)
             say(f"estune: stopped early after {counted(done, 'step')}: {waited} without a better {metric}")

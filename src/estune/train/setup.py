@@ -294,7 +294,8 @@ def resolve_with_engine(args: SizedConfig, engine: Engine, prompts: Sequence[Pro
         wanted = min(args.batch_size, args.prompts_per_batch) * args.num_generations  # sequences per member
         longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_completion_length
         sampled = args.temperature > 0
-        most = engine.members_that_fit(args.population_size, wanted, longest, args.rank, sampled)
+        models = args.population_size + (args.step_control == "drift")  # theta answers with the members
+        most = engine.members_that_fit(models, wanted, longest, args.rank, sampled)
     members = args.members_per_batch
     if members == "auto" and args.method in OF_METHODS["members_per_batch"]:
         batches = -(-args.population_size // most)

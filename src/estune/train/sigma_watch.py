@@ -29,6 +29,7 @@ class ThetaAnswers:
 
     equal: float = math.nan  # share of the members' completions that equal theta's
     fitness: float = math.nan  # theta's fitness on the step's rows
+    rewards: np.ndarray | None = None  # theta's weighted rewards, (B, G)
     rank: int | None = None  # among theta and the N members; 1 is the best
     is_scored: bool = False  # whether theta's completions were scored; they then count as evaluations
 

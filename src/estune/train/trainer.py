@@ -97,5 +97,7 @@ def complete_finished_run(run_dir: Path, args: ESConfig) -> Path:
 
 
 def _is_early(run_dir: Path, args: ESConfig, steps_done: int) -> bool:
-    """Return whether a finished run was ended by early stopping."""
-    return steps_done < args.max_steps and stops_early(args, evaluations_of(run_dir), steps_done)
+    """Return whether early stopping ended a finished run, and more patience continues it."""
+    return (
+        steps_done < args.max_steps and not args.max_time_s and stops_early(args, evaluations_of(run_dir), steps_done)
+    )
