@@ -255,9 +255,11 @@ def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
     assert len(journal(place / "run")[1]["fitness"]) == 8
 
 
-@pytest.mark.parametrize(("batch", "answered_again"), [(1, 1 + 3), (4, 4 + 1)])
-def test_theta_that_answers_with_the_members_is_stored_with_them(zygote, place, batch, answered_again):
-    """With batches of 4 of 8 members, theta belongs to the second batch; otherwise theta answers after all members."""
+@pytest.mark.parametrize(
+    ("batch", "batches"), [(1, [{each} for each in range(9)]), (4, [{0, 1, 2, 3}, {4, 5, 6, 7, 8}])]
+)
+def test_theta_that_answers_with_the_members_is_stored_with_them(zygote, place, batch, batches):
+    """With batches of 4 of 8 members, theta (8) belongs to the second batch; otherwise it is a batch of its own."""
     write_rewards(place)
     options = (*TOY, *HELD, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--step_control", "drift",
                "--noise", "lowrank", "--members_per_batch", batch)  # fmt: skip
@@ -268,8 +270,9 @@ def test_theta_that_answers_with_the_members_is_stored_with_them(zygote, place, 
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     assert zygote.wait().code == -signal.SIGKILL
+    stored = {json.loads(line)["group"] for line in pending.read_text().splitlines()}
     assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
-    assert len(second.read_text().splitlines()) == answered_again
+    assert len(second.read_text().splitlines()) == sum(len(each) for each in batches if not each <= stored)
     [record] = metrics(place / "run")
     assert record["es/theta_fitness"] is not None and record["num_evaluations"] == 3 * 9
 
