@@ -4,8 +4,8 @@
     python benchmarks/bench.py --peers ~/.cache/estune-peers      # also other packages: 40 minutes and 5 GB more
     python benchmarks/bench.py --check                     # `make bench-check`: only the fast ratios, 5 minutes
 
-The sections are `kernels.py` (a), `step.py` on SmolLM2 (b), `peers.py` (c), `growth.py` (d) and the time of `--help`
-(e). A run of all sections (peers aside) writes its result to `benchmarks/results/bench.json`. A run with the sections
+There are five sections: `kernels.py`, `step.py` on SmolLM2, `peers.py`, `growth.py`, and the time of `--help`. A run of
+all sections (peers aside) writes its result to `benchmarks/results/bench.json`. A run with the sections
 kernels and step writes the ratios that ``--check`` compares to `benchmarks/ratios.json`, one entry a processor.
 ``--check`` measures these ratios again with fewer repetitions. A ratio that is more than a fifth worse than in the
 entry of this processor is an error.
@@ -211,7 +211,7 @@ def find_model(given: Path | None) -> Path | None:
 
 
 def measure_kernels(quick: bool) -> dict[str, Any]:
-    """Measure section (a)."""
+    """Measure the section kernels."""
     import kernels
 
     result = kernels.measure(3 if quick else 7)
@@ -220,7 +220,7 @@ def measure_kernels(quick: bool) -> dict[str, Any]:
 
 
 def measure_step(model: Path, quick: bool) -> dict[str, Any]:
-    """Measure section (b); quick: only the first case, with three repetitions."""
+    """Measure the section step; quick: only the first case, with three repetitions."""
     import step
 
     cases = step.CASES
@@ -250,7 +250,7 @@ def measure_peers(model: Path, cache_dir: Path, quick: bool) -> dict[str, Any]:
 
 
 def measure_growth(quick: bool) -> dict[str, Any]:
-    """Measure section (d); quick: at most 20 M parameters and 64 members."""
+    """Measure the section growth; quick: at most 20 M parameters and 64 members."""
     import growth
 
     small: dict[str, Any] = {"models": ("0.6M", "4M", "20M"), "repetitions": 1, "most_members": 64} if quick else {}
@@ -311,7 +311,7 @@ def help_table(result: dict[str, Any]) -> str:
 
 
 def measure_help(quick: bool) -> dict[str, Any]:
-    """Measure section (e)."""
+    """Measure the section help."""
     result = time_help(5 if quick else 15)
     print(help_table(result))
     return result

@@ -45,7 +45,11 @@ MEMBERS, PROMPTS, PROBED_PROMPTS = 30, 8, 32  # N, B of the runs, B of the probe
 
 
 def liked_length(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Return 0 to 1 per completion: its length in hundreds of characters, or 1 minus that by the prompt's hash."""
+    """Return a reward from 0 to 1 for each completion.
+
+    A hash of the prompt decides whether the reward is the completion's length, in hundreds of characters, or 1 minus
+    that.
+    """
     lengths = [min(LONGEST, len(text)) / LONGEST for text in completions]
     longer = [hashlib.sha256(prompt.encode()).digest()[0] % 2 == 0 for prompt in prompts]
     return [length if liked else 1 - length for length, liked in zip(lengths, longer, strict=True)]
@@ -68,7 +72,8 @@ def options_of(case: str, model: str, place: str) -> dict[str, Any]:
 
 def predict(case: str, model: str) -> list[dict[str, Any]]:
     """Probe a model at all sigmas of a case; return one row a sigma."""
-    from estune.commands.probe import judge, probe, propose
+    from estune.commands.probe import judge, propose
+    from estune.commands.probing import probe
     from estune.config import ESConfig
 
     with tempfile.TemporaryDirectory() as place:

@@ -32,7 +32,7 @@ from estune.tasks.sudoku import SEED, SIZES, Grid, units
 
 # --- sudoku -----------------------------------------------------------------------------------------------------------
 
-BLANKS = (20, 50)  # empty cells of a puzzle, fewest and most
+BLANKS = (20, 50)  # cells: a puzzle has 20 to 50 empty ones
 PEERS = [frozenset(c for unit in units(9) if cell in unit for c in unit) - {cell} for cell in range(81)]
 
 

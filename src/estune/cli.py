@@ -437,7 +437,8 @@ def _probe(values: dict[str, Any]) -> int:
     options = {**{name: value for name, value in from_file.items() if name in PROBE_FIELDS}, **values}
     inherited = _engine_of_run(options)
     args = ESConfig.from_mapping({"task": _default_task(options), **inherited, **options})
-    from estune.commands.probe import SIGMAS, probe_command
+    from estune.commands.probe import probe_command
+    from estune.commands.probing import SIGMAS
 
     return probe_command(args, sigmas or SIGMAS, as_json)
 

@@ -175,6 +175,12 @@ async def length(completions, **_):
 # --- files and processes of a run -------------------------------------------------------------------------------------
 
 
+def stamps(directory):
+    """Return every path below a directory, and itself, with its time of change and content."""
+    paths = [directory, *sorted(directory.rglob("*"))]
+    return [(str(p), p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None) for p in paths]
+
+
 def tree(directory, without=()):
     """Return every file below a directory as relative path -> bytes; metrics without their times.
 

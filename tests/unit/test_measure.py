@@ -146,7 +146,7 @@ def test_the_base_is_sampled_once_more_with_the_random_numbers_of_tuned_models(
 def test_answer_entropy_is_of_the_rows_that_every_model_is_sampled_on(
     answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base is sampled on all rows to find unsolved ones; its entropy is that of the first five rows."""
+    """The base answers samples of all rows, because that finds the unsolved ones. Its entropy counts the first five."""
     told = {"yes": 0}
 
     def final_answer(row: dict[str, Any], completion: str) -> str:

@@ -15,20 +15,8 @@ from script_loading import loaded
 
 from estune.cli import main
 from estune.commands import plan
-from estune.commands.probe import (
-    LOW_CORRELATION,
-    STEPS,
-    Answers,
-    Probe,
-    Proposal,
-    Trial,
-    fault,
-    judge,
-    outlooks,
-    probe,
-    propose,
-    report,
-)
+from estune.commands.probe import LOW_CORRELATION, STEPS, Proposal, judge, propose, report
+from estune.commands.probing import Answers, Probe, Trial, fault, outlooks, probe
 from estune.config import ESConfig, ResolvedConfig
 from estune.errors import UserError
 from estune.es.fitness import population_fitness, z_score
@@ -42,7 +30,7 @@ from estune.es.forecast import (
     split_pairs,
     student,
 )
-from estune.es.step_control import DRIFT_SHARE, Signal, evidence_of, moves_of, rate_factor
+from estune.es.step_control import DRIFT_SHARE, Signal, evidence_of, moves_of, rate_factor, unit_step
 from estune.es.types import Completion
 from estune.tasks import get_task
 
@@ -176,8 +164,8 @@ def test_gain_and_rate_are_those_of_step_control() -> None:
     moves = moves_of(fitness.tolist(), utilities, True)
     assert outlook.gain(8) == pytest.approx(evidence.reliability / sigma * sum(c * e for c, e in moves))
     assert outlook.randomness(30, 8) == pytest.approx(sum(c**2 for c, _ in moves))
-    factor = rate_factor("drift", Signal().after(evidence), fitness.tolist(), utilities, antithetic=True, sigma=sigma,
-                         learning_rate=1.0)  # fmt: skip
+    step = unit_step(fitness.tolist(), utilities, antithetic=True, sigma=sigma)
+    factor = rate_factor("drift", Signal().after(evidence), step, 1.0)
     assert outlook.allowed_rate(30, 8) == pytest.approx(factor)
     one_sided = dataclasses.replace(outlook, antithetic=False)
     assert one_sided.randomness(30, 8) == pytest.approx(sum((u / 30) ** 2 for u in utilities))

@@ -13,7 +13,7 @@ import pytest
 from estune import ESConfig, ESTrainer
 from estune.errors import UserError
 from estune.es.fitness import z_score
-from estune.es.step_control import DRIFT_SHARE, Evidence, Signal, drop_of, evidence_of, moves_of, rate_factor
+from estune.es.step_control import DRIFT_SHARE, Evidence, Signal, drop_of, evidence_of, moves_of, rate_factor, unit_step
 from estune.es.types import GroupJob, Member, Noise, Perturbation, Sampling
 from estune.train.rollouts import missing_jobs
 from estune.train.setup import resolve_config
@@ -100,8 +100,9 @@ def test_values_do_not_depend_on_the_order_of_sums_and_do_not_overflow() -> None
 
 
 def factor(control: str, signal: Signal, fitness: list[float], utilities: list[float], **changes: Any) -> float:
-    options = {"antithetic": False, "sigma": 0.1, "learning_rate": 0.1, **changes}
-    return rate_factor(control, signal, fitness, utilities, **options)
+    options = {"antithetic": False, "sigma": 0.1, **changes}
+    rate = options.pop("learning_rate", 0.1)
+    return rate_factor(control, signal, unit_step(fitness, utilities, **options), rate)
 
 
 def test_factors() -> None:

@@ -142,7 +142,7 @@ def student(probability: float, degrees: int) -> float:
 
 
 def p_values(tables: Sequence[np.ndarray]) -> list[float]:
-    """Return for each table of effects (P, B) the probability that prompts without a shared direction agree as much.
+    """Return one p-value for each table of effects (P, B): how likely prompts without a shared direction agree as much.
 
     Without a shared direction, the effects on a prompt could as well have the opposite sign. So the agreement is
     compared with that of the same table after a coin's sign for every prompt: all patterns of signs for few prompts,

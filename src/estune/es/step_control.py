@@ -179,42 +179,38 @@ class Forecast:
     drift: float
 
 
-def forecast(
-    reliability: float,
-    drop: float,
-    fitness: Sequence[float],
-    utilities: Sequence[float],
-    *,
-    antithetic: bool,
-    sigma: float,
-) -> Forecast:
-    """Return what a step is expected to gain and to lose.
+@dataclass(frozen=True, slots=True)
+class UnitStep:
+    """An update of learning rate 1: its effect on the members' fitness, and its length."""
 
-    Args:
-        reliability: of the ranking.
-        drop: theta's fitness minus the members' mean fitness.
-        fitness: (N,).
-        utilities: (N,), before quantisation.
-        antithetic: whether members are pairs.
-        sigma: standard deviation of the perturbations.
+    effect: float  # sum over noise vectors of the coefficient times the effect on the fitness
+    squares: float  # sum of the squared coefficients
+    sigma: float  # standard deviation of the perturbations
+
+    def forecast(self, reliability: float, drop: float) -> Forecast:
+        """Return what a step is expected to gain and to lose.
+
+        Args:
+            reliability: of the ranking.
+            drop: theta's fitness minus the members' mean fitness.
+        """
+        return Forecast(reliability / self.sigma * self.effect, drop / self.sigma**2 * self.squares)
+
+
+def unit_step(fitness: Sequence[float], utilities: Sequence[float], *, antithetic: bool, sigma: float) -> UnitStep:
+    """Return the update that utilities (N,), before quantisation, make of fitness (N,).
+
+    ``antithetic``: whether members are pairs. ``sigma``: the standard deviation of the perturbations.
     """
     moves = moves_of(fitness, utilities, antithetic)
-    return Forecast(
-        gain=reliability / sigma * math.fsum(move * effect for move, effect in moves),
-        drift=drop / sigma**2 * math.fsum(move**2 for move, _ in moves),
+    return UnitStep(
+        effect=math.fsum(move * effect for move, effect in moves),
+        squares=math.fsum(move**2 for move, _ in moves),
+        sigma=sigma,
     )
 
 
-def rate_factor(
-    control: str,
-    signal: Signal,
-    fitness: Sequence[float],
-    utilities: Sequence[float],
-    *,
-    antithetic: bool,
-    sigma: float,
-    learning_rate: float,
-) -> float:
+def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: float) -> float:
     """Return the factor in [0, 1] by which a step's learning rate is multiplied.
 
     ``reliability`` multiplies by the reliability. ``drift`` bounds the rate, so that a step's expected loss by drift is
@@ -223,10 +219,7 @@ def rate_factor(
     Args:
         control: ``none``, ``reliability`` or ``drift``.
         signal: with this step's evidence.
-        fitness: (N,).
-        utilities: (N,), before quantisation.
-        antithetic: whether members are pairs.
-        sigma: standard deviation of the perturbations.
+        step: the step at learning rate 1.
         learning_rate: after the schedule.
     """
     if control == "none":
@@ -239,7 +232,7 @@ def rate_factor(
     drop = signal.mean_drop
     if not drop > 0:  # the members are as good as theta: a step loses nothing by drift
         return 1.0 if reliability > 0 else 0.0
-    expected = forecast(reliability, drop, fitness, utilities, antithetic=antithetic, sigma=sigma)
+    expected = step.forecast(reliability, drop)
     if expected.gain <= 0 or expected.drift <= 0:
         return 0.0
     return min(1.0, DRIFT_SHARE * expected.gain / expected.drift / learning_rate)

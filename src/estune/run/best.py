@@ -22,7 +22,7 @@ from estune.run.journal import Journal
 from estune.run.records import evaluation_path, read_metrics
 
 PREFIX = "eval_"
-# Metrics of an evaluation that a run can name beside `eval_accuracy`, which needs a task with an accuracy.
+# Metrics that every evaluation has. `metric_for_best_model` names one of them, or the accuracy if the task has one.
 METRICS = ("reward", "reward_failures", "mean_length_tokens", "clipped_ratio", "non_finite_ratio")
 IF_ABSENT = {f"{PREFIX}non_finite_ratio": 0.0}  # values of metrics that an evaluation omits
 _TEST_SPLIT = re.compile(r"tests?(?![a-z])", re.IGNORECASE)

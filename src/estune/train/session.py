@@ -20,7 +20,7 @@ from estune.data.batches import Batches
 from estune.engines import ENGINES
 from estune.errors import UserError
 from estune.es.fitness import fill_failures, population_fitness, weigh
-from estune.es.step_control import Signal, drop_of, evidence_of, forecast, rate_factor
+from estune.es.step_control import Signal, drop_of, evidence_of, rate_factor, unit_step
 from estune.es.theta import Moved, checked_moved
 from estune.es.types import Prompt, num_parameters
 from estune.es.update import Update
@@ -300,23 +300,9 @@ class Session(OpenRun):
         drop = math.nan if theta.rewards is None else drop_of(weighed, theta.rewards)
         evidence = evidence_of(weighed, args.antithetic, drop)
         self.signal = self.signal.after(evidence)
-        factor = rate_factor(
-            args.step_control,
-            self.signal,
-            fitness.tolist(),
-            utilities,
-            antithetic=args.antithetic,
-            sigma=step.sigma,
-            learning_rate=step.learning_rate,
-        )
-        expected = forecast(
-            evidence.reliability,
-            evidence.drop,
-            fitness.tolist(),
-            utilities,
-            antithetic=args.antithetic,
-            sigma=step.sigma,
-        )
+        unit = unit_step(fitness.tolist(), utilities, antithetic=args.antithetic, sigma=step.sigma)
+        factor = rate_factor(args.step_control, self.signal, unit, step.learning_rate)
+        expected = unit.forecast(evidence.reliability, evidence.drop)
         return replace(step, factor=factor, evidence=evidence, expected=expected)
 
     def measure(
