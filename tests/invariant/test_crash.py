@@ -236,22 +236,34 @@ def test_finished_members_of_an_unfinished_step_are_not_evaluated_again(zygote, 
     assert len(first.read_text().splitlines()) >= finished
 
 
-def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
-    """A row's answer may depend on its neighbours by rounding, so members that share a forward pass stay together."""
-    write_rewards(place)
-    batch = 4
-    options = (*TOY, *HELD, "--max_steps", 1, "--population_size", 8, "--batch_size", 3,
-               "--noise", "lowrank", "--members_per_batch", batch)  # fmt: skip
-    first, second = place / "first", place / "second"
-    pid = zygote.start(options, place, env={"CALLS": str(first), "HOLD_AFTER": "6"})
+def cut_off(zygote, place, options, lines):
+    """Kill a step when as many groups are on disk as the rewards may score; return the stored groups."""
+    pid = zygote.start(options, place, env={"CALLS": str(place / "first"), "HOLD_AFTER": str(lines)})
     pending = place / "run" / "pending.jsonl"
-    while lines_of(pending) < 6:
+    while lines_of(pending) < lines:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     assert zygote.wait().code == -signal.SIGKILL
-    assert lines_of(pending) == 6
-    assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
-    assert len(second.read_text().splitlines()) == batch + 1  # theta beside the members
+    assert lines_of(pending) == lines
+    return {json.loads(line)["group"] for line in pending.read_text().splitlines()}
+
+
+def calls_of_a_resume(zygote, place, options):
+    """Resume a run; return the number of groups that its rewards score."""
+    environment = {"CALLS": str(place / "second"), "REWARD_S": "0"}
+    assert zygote.run([*options, "--resume"], place, env=environment).code == 0
+    return len((place / "second").read_text().splitlines())
+
+
+BATCHED = (*TOY, *HELD, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--noise", "lowrank")
+
+
+def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
+    """A row's answer may depend on its neighbours by rounding, so members that share a forward pass stay together."""
+    write_rewards(place)
+    options = (*BATCHED, "--members_per_batch", 4)
+    cut_off(zygote, place, options, 6)
+    assert calls_of_a_resume(zygote, place, options) == 4 + 1  # theta beside the members
     assert len(journal(place / "run")[1]["fitness"]) == 8
 
 
@@ -261,18 +273,10 @@ def test_a_batch_of_members_is_evaluated_as_a_whole(zygote, place):
 def test_theta_that_answers_with_the_members_is_stored_with_them(zygote, place, batch, batches):
     """With batches of 4 of 8 members, theta (8) belongs to the second batch; otherwise it is a batch of its own."""
     write_rewards(place)
-    options = (*TOY, *HELD, "--max_steps", 1, "--population_size", 8, "--batch_size", 3, "--step_control", "drift",
-               "--noise", "lowrank", "--members_per_batch", batch)  # fmt: skip
-    first, second = place / "first", place / "second"
-    pid = zygote.start(options, place, env={"CALLS": str(first), "HOLD_AFTER": "5"})
-    pending = place / "run" / "pending.jsonl"
-    while lines_of(pending) < 5:
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    assert zygote.wait().code == -signal.SIGKILL
-    stored = {json.loads(line)["group"] for line in pending.read_text().splitlines()}
-    assert zygote.run([*options, "--resume"], place, env={"CALLS": str(second), "REWARD_S": "0"}).code == 0
-    assert len(second.read_text().splitlines()) == sum(len(each) for each in batches if not each <= stored)
+    options = (*BATCHED, "--members_per_batch", batch, "--step_control", "drift")
+    stored = cut_off(zygote, place, options, 5)
+    again = calls_of_a_resume(zygote, place, options)
+    assert again == sum(len(each) for each in batches if not each <= stored)
     [record] = metrics(place / "run")
     assert record["es/theta_fitness"] is not None and record["num_evaluations"] == 3 * 9
 
