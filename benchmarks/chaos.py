@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from record import write_result
+from record import stamp, write_result
 
 ESTUNE = [sys.executable, "-m", "estune"]
 SILENCE_S = 15.0  # seconds after which a stopped worker is replaced
@@ -169,7 +169,7 @@ def main() -> None:
             row = disturbed(run, values.steps, temporary, seed)
         else:
             row = driver_killed(run, values.steps, temporary)
-        rows.append(row | judge(run, quiet, temporary))
+        rows.append(row | judge(run, quiet, temporary) | {"commit": stamp()["commit"]})
         with finished.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
