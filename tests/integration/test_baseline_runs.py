@@ -28,6 +28,7 @@ from tiers import few, full
 from tiny_models import process_state
 
 from estune import ESConfig, ESTrainer
+from estune.baselines import BaselineTrainer
 from estune.baselines.session import BaselineSession
 from estune.cli import main
 from estune.errors import UserError
@@ -159,6 +160,44 @@ def test_a_run_whose_rewards_all_failed_says_so(capsys):
 
 def never_paid(completions, **_):
     raise ValueError("no")
+
+
+class Stopping(transformers.TrainerCallback):
+    """Notes the events of a run; asks for an evaluation and a checkpoint at step 1, and for the end at step 2."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_step_begin(self, args, state, control, **_):
+        self.events.append(("begin", state.global_step))
+
+    def on_step_end(self, args, state, control, **_):
+        self.events.append(("end", state.global_step))
+        control.should_evaluate = control.should_save = state.global_step == 1
+        control.should_training_stop = state.global_step == 2
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.events.append(("evaluate", metrics["eval_rows"]))
+
+    def on_save(self, args, state, control, **_):
+        self.events.append(("save", state.global_step))
+
+
+@pytest.mark.parametrize("method", ["grpo", "random_search"])
+def test_callbacks_of_a_baseline(method):
+    search = dict.fromkeys(("learning_rate", "num_generations")) if method == "random_search" else {}
+    settings = {name: value for name, value in {**SMALL, "method": method}.items() if name not in search}
+    args = ESConfig(**settings, eval_steps=3, eval_rows=2)
+    callback = Stopping()
+    output = BaselineTrainer(args=args, callbacks=[callback]).train()
+    assert callback.events == [
+        ("evaluate", 2), ("begin", 0), ("end", 1), ("evaluate", 2), ("save", 1), ("begin", 1), ("end", 2),
+        ("evaluate", 2), ("save", 2),
+    ]  # fmt: skip
+    assert output.global_step == 2
+    assert (output / "checkpoint-1" / "model.safetensors").exists()
+    whole = BaselineTrainer(args=ESConfig(**settings, eval_steps=3, eval_rows=2, resume=True)).train()
+    assert whole.global_step == 3
 
 
 def test_a_run_of_no_steps_is_the_base():

@@ -131,6 +131,15 @@ class BaselineSession(OpenRun):
         """Return whether the run has reached ``max_steps`` or ``max_time_s``."""
         return self.ends_after(self.steps_done)
 
+    def begin(self) -> None:
+        """Tell the callbacks that training begins; make the evaluation that is due."""
+        self.begin_callbacks(self.steps_done)
+        # Random search stores its state only after the evaluation and the checkpoint of a step.
+        if self.module is not None or not self.steps_done:
+            self.after_step()
+        if not self.ended:
+            self.callbacks.call("on_step_begin")
+
     def step_started(self) -> None:
         """Start the clock of a step."""
         self.clock = time.perf_counter()
@@ -263,33 +272,39 @@ class BaselineSession(OpenRun):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record.get(name, 0.0)):
                 raise Diverged(self.args.method, step, f"its {name} is {record[name]}")
+        self.callbacks.at(step, self.trainer_state(step)["epoch"])
+        self.callbacks.call("on_step_end")
         measured, self.measured = combine(self.measured), []
-        if step % self.args.logging_steps == 0 or self.ended:
+        if step % self.args.logging_steps == 0 or self.ended or self.callbacks.wants("log"):
             cost = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
-            self.monitors.log({"step": step, **record, **measured, **cost})
+            self.log_record({"step": step, **record, **measured, **cost})
         tokens = record.get("num_tokens", 0.0)
         self.progress = Progress(step, self.evaluations, self.train_time_s, self.batches, epochs, tokens)
         self.after_step()
+        if not self.ended:
+            self.callbacks.call("on_step_begin")
         self.clock = time.perf_counter()
 
     def after_step(self) -> None:
         """Evaluate theta on held-out rows and save a checkpoint if they are due and not written yet."""
         args, done = self.args, self.steps_done
-        if self.is_evaluation_due(done):
+        if self.is_evaluation_due(done) or self.is_evaluation_wanted(done):
             self.copy_weights()
             evaluation = self.answer_held_out(done)
             cost = {"num_evaluations": self.evaluations, "train_time_s": self.train_time_s}
-            self.monitors.log({"step": done, **metrics.evaluation_record(evaluation), **cost})
+            record = {"step": done, **metrics.evaluation_record(evaluation), **cost}
+            self.monitors.log(record)
             records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
-        if (
-            args.save_steps
-            and done
-            and done % args.save_steps == 0
-            and not checkpoint_path(self.run.path, done).exists()
-        ):
+            self.callbacks.logged(record)
+        is_scheduled = bool(args.save_steps and done) and done % args.save_steps == 0
+        is_wanted = done > 0 and self.callbacks.wants("save")
+        if (is_scheduled or is_wanted) and not checkpoint_path(self.run.path, done).exists():
+            if not is_scheduled:
+                self.callbacks.kept.add(done)
             self.save(final=False)
-            saved = range(0, done + 1, args.save_steps)
-            prune(self.run.path, args.save_total_limit, saved)
+            scheduled = range(0, done + 1, args.save_steps) if args.save_steps else ()
+            prune(self.run.path, args.save_total_limit, {*scheduled, *self.callbacks.kept})
+            self.callbacks.saved()
 
     def save(self, final: bool) -> None:
         """Write ``checkpoint-<step>``, or with ``final`` the finished model at the run's root.

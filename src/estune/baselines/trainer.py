@@ -36,8 +36,10 @@ from estune.run.records import cut_back, read_metrics, train_time_s
 from estune.run.resume import Facts, adopt, are_facts, check_facts
 from estune.run.saved_config import CONFIG_FILE, METHOD_FILE, BaselineFacts, Method, read_config, stored_config
 from estune.train import setup
+from estune.train.base_trainer import BaseTrainer
 from estune.train.opening import hub_repository, load_inputs, start_monitors, start_workers
-from estune.train.request import BaseTrainer, TrainingRequest
+from estune.train.output import TrainOutput
+from estune.train.request import TrainingRequest
 from estune.train.rollouts import Evaluator
 from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
@@ -82,26 +84,28 @@ class BaselineTrainer(BaseTrainer):
             raise UserError(f"method {self.args.method} needs the model's name or directory, not a model in memory")
         check_method(self.args, self.request.rewards.accuracy is not None)
 
-    def train(self) -> Path:
-        """Train (or resume) until ``max_steps``, write the model, and return the run directory."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Train (or resume) until ``max_steps``, write the model, and return the run; see `ESTrainer.train`."""
         request, self.stopped = self.request, False
+        request.resume(resume_from_checkpoint)
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
-            return complete_finished_run(run_dir, self.args)
+            complete_finished_run(run_dir, self.args)
+            return self.output()
         self._refuse_to_restart(run_dir)
         repository = hub_repository(self.args) if self.args.push_to_hub else None
         with open_baseline(request) as session:
             try:
-                # Random search stores its state only after the evaluation and the checkpoint of a step.
-                if session.module is not None or not session.steps_done:
-                    session.after_step()
+                session.begin()
                 with quiet(), random_states_kept():
                     METHODS[self.args.method](session)
                 session.save(final=True)
+                session.callbacks.saved()
                 rewards = [record["reward"] for record in read_metrics(run_dir) if "reward" in record]
                 if rewards and all(reward is None for reward in rewards):
                     warn("every reward was None or failed, so the model learned nothing")
                 say(f"estune: done; the model is in {run_dir}")
+                session.callbacks.call("on_train_end")
                 if repository is not None:
                     say(f"estune: {push(run_dir, repository)}")
             except Interrupted:
@@ -111,7 +115,8 @@ class BaselineTrainer(BaseTrainer):
                     f"estune: stopped after {counted(session.steps_done, 'step')}; "
                     f"{action} with: estune train --resume --output_dir {run_dir}"
                 )
-        return run_dir
+                session.callbacks.call("on_train_end")
+        return self.output()
 
     def _refuse_to_restart(self, run_dir: Path) -> None:
         """Raise UserError if a resume would restart a finished run because its length has changed."""
@@ -311,6 +316,7 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
             evaluator=Evaluator(loaded.engine, pool, args.response_prefix, stop.requested),
             accuracy_pool=accuracy_pool,
             monitors=monitors,
+            callbacks=request.callbacks,
             facts=facts,
             should_stop=stop.requested,
             steps_done=progress.steps_done,

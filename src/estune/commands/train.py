@@ -25,7 +25,7 @@ def train_command(values: dict[str, Any]) -> int:
     args = train_config(values)
     from estune.es.types import num_parameters
     from estune.train import setup
-    from estune.train.request import BaseTrainer
+    from estune.train.base_trainer import BaseTrainer
     from estune.train.trainer import ESTrainer
 
     trainer: BaseTrainer

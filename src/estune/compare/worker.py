@@ -112,7 +112,7 @@ def train(values: dict[str, Any]) -> None:
     """
     from estune.config import ESConfig
     from estune.es.types import Interrupted
-    from estune.train.request import BaseTrainer
+    from estune.train.base_trainer import BaseTrainer
     from estune.train.trainer import ESTrainer
 
     args = ESConfig(**values)

@@ -51,7 +51,7 @@ def open_repository(repo_id: str, private: bool) -> str:
         raise UserError(f"push_to_hub cannot open {repo_id}: {' '.join(str(error).split())[:300]}") from error
 
 
-def push(run_dir: Path, repo_id: str) -> str:
+def push(run_dir: Path, repo_id: str, commit_message: str = "Model tuned by estune") -> str:
     """Upload a finished run's model in one commit; return the commit's URL.
 
     Raises:
@@ -65,7 +65,7 @@ def push(run_dir: Path, repo_id: str) -> str:
             folder_path=run_dir,
             allow_patterns=FILES,
             ignore_patterns=FOLDERS,
-            commit_message="Model tuned by estune",
+            commit_message=commit_message,
         )
     except client_errors() as error:
         reason = " ".join(str(error).split())[:300]

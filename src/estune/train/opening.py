@@ -86,6 +86,7 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
             accuracy_pool=accuracy_pool,
             batches=batches,
             monitors=monitors,
+            callbacks=request.callbacks,
             checksum=engine.checksum(),
             tokens=run.tokens_before(),
             train_time_s=run.train_time_s(),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from estune.errors import UserError
 from estune.es.types import Prompt
 from estune.run.best import check_metric, chooses, refuse_test_rows
 from estune.run.checkpoint import BASE_DIRECTORY
-from estune.run.saved_config import refuse_rows_from_python
+from estune.run.saved_config import CONFIG_FILE, refuse_rows_from_python
 from estune.tasks import Task
 from estune.train import setup
+from estune.train.callbacks import Callbacks, early_stopping_of
 from estune.train.setup import Rewards
 
 Rows = list[dict[str, Any]]
@@ -37,6 +39,8 @@ class TrainingRequest:
     eval_rows: Rows
     module: Any = None  # a model in memory; None if ``args.model`` names the model
     tokenizer: Any = None  # replaces the model's own tokenizer
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    eval_dataset: Any = None  # as the user gave it, for `BaseTrainer.evaluate`
     _engine: Engine | None = field(default=None, repr=False)
 
     @classmethod
@@ -48,6 +52,7 @@ class TrainingRequest:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        callbacks: Sequence[Any] | None = None,
     ) -> TrainingRequest:
         """Check a trainer's arguments (`estune.train.trainer.ESTrainer`) and return them as a request.
 
@@ -59,6 +64,9 @@ class TrainingRequest:
             raise UserError(
                 f"args must be an ESConfig, not {type(args).__name__}; most options have the same names in ESConfig"
             )
+        if callbacks:
+            callbacks, stopping = early_stopping_of(callbacks)
+            args = dataclasses.replace(args, **stopping)
         module = None if model is None or isinstance(model, (str, Path)) else model
         if isinstance(model, (str, Path)):
             args = dataclasses.replace(args, model=str(model))
@@ -76,7 +84,7 @@ class TrainingRequest:
                 warn("early stopping without load_best_model_at_end: the run's model will be that of its last step")
         eval_rows: Rows = []
         if eval_dataset is not None and not args.eval_steps:
-            warn("eval_dataset has no effect, because eval_steps is 0: set eval_steps to evaluate")
+            warn("eval_steps is 0, so the run does not use eval_dataset; trainer.evaluate() does")
         if args.eval_steps:
             if train_dataset is not None and eval_dataset is None:
                 raise UserError("eval_steps needs an eval_dataset beside train_dataset")
@@ -86,7 +94,18 @@ class TrainingRequest:
         given_args = args if module is None else dataclasses.replace(args, model="auto")
         resolved = setup.resolve_config(args, len(train_rows), module)
         setup.batches_of(resolved, len(train_rows))  # raises UserError if the batch is larger than the number of rows
-        return cls(given_args, resolved, task, rewards, train_rows, eval_rows, module, processing_class)
+        return cls(
+            given_args,
+            resolved,
+            task,
+            rewards,
+            train_rows,
+            eval_rows,
+            module,
+            processing_class,
+            Callbacks(callbacks or ()),
+            eval_dataset,
+        )
 
     @property
     def engine(self) -> Engine:
@@ -98,6 +117,46 @@ class TrainingRequest:
     def prompts(self, rows: Rows) -> list[Prompt]:
         """Return the prompts of rows, (rows,); this loads the engine."""
         return setup.build_prompts(self.args, self.engine, rows, self.task is not None)
+
+    def resume(self, checkpoint: str | Path | bool | None) -> None:
+        """Make the run continue the one in ``output_dir``, as transformers' ``resume_from_checkpoint`` does.
+
+        Args:
+            checkpoint: True, ``output_dir``, or a checkpoint in it; the run continues from the last step of its
+                journal. None or False: the configuration decides.
+
+        Raises:
+            UserError: there is no such run, or the checkpoint is elsewhere.
+        """
+        if checkpoint is None or checkpoint is False:
+            return
+        if self.args.output_dir is None:
+            raise UserError("resume_from_checkpoint needs output_dir in ESConfig: the directory of the run to continue")
+        run_dir = Path(self.args.output_dir)
+        place = run_dir if checkpoint is True else Path(checkpoint)
+        if run_dir.resolve() not in (place.resolve(), *place.resolve().parents):
+            raise UserError(
+                f"resume_from_checkpoint {checkpoint} is not in output_dir {run_dir}: a run continues in its directory"
+            )
+        if not (run_dir / CONFIG_FILE).exists():
+            raise UserError(f"resume_from_checkpoint: {run_dir} holds no run to continue")
+        self.args = dataclasses.replace(self.args, resume=True, overwrite=False)
+        self.given_args = dataclasses.replace(self.given_args, resume=True, overwrite=False)
+
+    def held_out(self, eval_dataset: Any = None) -> Rows:
+        """Return rows for an evaluation: ``eval_dataset``, or the trainer's, or those that the configuration names.
+
+        Raises:
+            UserError: there are no such rows, or they are invalid.
+        """
+        args = self.args
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None and self.eval_rows:
+            return self.eval_rows
+        if given is None and args.task is None and args.dataset_name is None:
+            raise UserError("evaluate needs an eval_dataset: rows that are not trained on")
+        rows = setup.resolve_rows(args, given, self.task, "validation", self.rewards)
+        return rows[: args.eval_rows or None] if eval_dataset is None else rows
 
     def make_run_directory(self) -> Path:
         """Return the run directory; choose and create one if ``output_dir`` is None.
@@ -132,55 +191,3 @@ def _held_out_split(args: ESConfig, eval_dataset: Any) -> str | None:
         split = getattr(eval_dataset, "split", None)  # of a `datasets.Dataset`
         return None if split is None else str(split)
     return args.dataset_test_split if args.dataset_name is not None else None
-
-
-class BaseTrainer:
-    """The constructor and properties that the trainers of all methods share; see `estune.train.trainer.ESTrainer`."""
-
-    def __init__(
-        self,
-        model: Any = None,
-        reward_funcs: Any = None,
-        args: ESConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-    ) -> None:
-        self.request = TrainingRequest.of(args, model, reward_funcs, train_dataset, eval_dataset, processing_class)
-        self.stopped = False  # whether a signal stopped the last `train` early
-
-    def train(self) -> Path:
-        """Train (or resume) until ``max_steps``, write the model, and return the run directory."""
-        raise NotImplementedError
-
-    @property
-    def args(self) -> SizedConfig:
-        """The configuration; a `ResolvedConfig` once a run has been opened."""
-        return self.request.args
-
-    @property
-    def engine(self) -> Engine:
-        """The engine; it is loaded on first use."""
-        return self.request.engine
-
-    @property
-    def train_rows(self) -> list[dict[str, Any]]:
-        """The training rows."""
-        return self.request.train_rows
-
-    @property
-    def eval_rows(self) -> list[dict[str, Any]]:
-        """The held-out rows; empty without ``eval_steps``."""
-        return self.request.eval_rows
-
-    def save_model(self, output_dir: str | Path) -> None:
-        """Write theta to a directory as a Hugging Face model in the compute dtype."""
-        self.engine.save(Path(output_dir), float32=False)
-
-    def prepare(self) -> list[Prompt]:
-        """Load the engine and return the training rows' prompts, without writing a run.
-
-        Raises:
-            UserError: the model does not load, or a prompt does not fit its context.
-        """
-        return self.request.prompts(self.request.train_rows)

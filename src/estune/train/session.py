@@ -35,6 +35,7 @@ from estune.run.checkpoint import Best, checkpoint_path, prune
 from estune.run.directory import Run
 from estune.run.journal import step_record
 from estune.train import metrics
+from estune.train.callbacks import Callbacks
 from estune.train.evaluation import Evaluation, HeldOut, evaluate
 from estune.train.groups import Rollouts, stack, tokens_digest
 from estune.train.rollouts import Evaluator, answers_of_theta
@@ -63,18 +64,40 @@ class OpenRun(Loaded):
     evaluator: Evaluator
     accuracy_pool: RewardPool | None
     monitors: Monitors
+    callbacks: Callbacks
     train_time_s: float  # seconds spent in the steps done; evaluations and saving are not counted
 
     def ends_after(self, steps_done: int) -> bool:
-        """Return whether the run ends after ``steps_done`` steps: it has reached ``max_steps`` or ``max_time_s``."""
+        """Return whether the run ends after ``steps_done`` steps: at a limit, or because a callback asks for it."""
         args = self.args
-        return steps_done >= args.max_steps or bool(args.max_time_s and self.train_time_s >= args.max_time_s)
+        is_over_time = bool(args.max_time_s and self.train_time_s >= args.max_time_s)
+        return steps_done >= args.max_steps or is_over_time or self.callbacks.stops
 
     def is_evaluation_due(self, steps_done: int) -> bool:
         """Return whether an evaluation is due after ``steps_done`` steps and its file does not exist."""
         every = self.args.eval_steps
         due = bool(every) and (steps_done % every == 0 or self.ends_after(steps_done))
         return due and not records.evaluation_path(self.run.path, steps_done).exists()
+
+    def is_evaluation_wanted(self, steps_done: int) -> bool:
+        """Return whether a callback has asked for an evaluation after ``steps_done`` steps that does not exist."""
+        if not self.callbacks.wants("evaluate"):
+            return False
+        if not self.eval_rows:
+            self.callbacks.refuse_evaluation()
+            return False
+        return not records.evaluation_path(self.run.path, steps_done).exists()
+
+    def log_record(self, record: dict[str, Any]) -> None:
+        """Pass a record of `metrics.jsonl` to the monitors, and then to the callbacks."""
+        self.monitors.log(record)
+        self.callbacks.logged(record)
+
+    def begin_callbacks(self, steps_done: int) -> None:
+        """Tell the callbacks that training begins, after ``steps_done`` steps."""
+        self.callbacks.begin(self.args, self.engine, records.read_metrics(self.run.path))
+        self.callbacks.at(steps_done, self.trainer_state(steps_done)["epoch"])
+        self.callbacks.call("on_train_begin")
 
     def answer_held_out(self, steps_done: int) -> Evaluation:
         """Evaluate theta on the held-out rows."""
@@ -151,11 +174,11 @@ class Session(OpenRun):
 
     @property
     def ended(self) -> bool:
-        """Whether the run has reached its end: ``max_steps``, ``max_time_s``, or early stopping."""
+        """Whether the run has reached its end: a limit, early stopping, or a callback's wish."""
         return self.ends_after(self.run.steps_done)
 
     def ends_after(self, steps_done: int) -> bool:
-        """Return whether the run ends after ``steps_done`` steps: at a limit, or by early stopping."""
+        """Return whether the run ends after ``steps_done`` steps: at a limit, by a callback, or by early stopping."""
         if super().ends_after(steps_done):
             return True
         return self.args.early_stopping_patience > 0 and stops_early(self.args, self.evaluations, steps_done)
@@ -167,6 +190,7 @@ class Session(OpenRun):
         members are made. So all members of a step have one sigma, even if a resume has another ``max_steps``.
         """
         index, head, pending = self.run.steps_done, self.run.journal.head, self.run.pending
+        self.callbacks.call("on_step_begin")
         factors = None
         if stored := pending.read_factors(head):  # of a step that was cut off
             factors, seconds = stored
@@ -357,7 +381,7 @@ class Session(OpenRun):
             UserError: an engine outside estune has changed theta by itself.
         """
         if self.args.engine not in ENGINES:
-            refuse_moved_theta(self.args, self.engine, self.checksum)
+            self._refuse_moved_theta()
         record = step_record(
             step.index,
             step.rows,
@@ -393,6 +417,8 @@ class Session(OpenRun):
         """Pass the step's metrics to the monitors; then write the evaluation and the checkpoint that are due."""
         timing = metrics.Timing(measured.started, applied.started, applied.ended)
         self.train_time_s += timing.ended - timing.started
+        self.callbacks.at(self.run.steps_done, self.trainer_state(self.run.steps_done)["epoch"])
+        self.callbacks.call("on_step_end")
         moves = metrics.update_metrics(measured.metrics, applied.moved, timing)
         self._log_step(measured.metrics | moves | {"train_time_s": self.train_time_s})
         self.run.pending.clear()
@@ -413,39 +439,50 @@ class Session(OpenRun):
         self._log_step(measured | moves | {"train_time_s": self.train_time_s})
 
     def _log_step(self, record: dict[str, Any]) -> None:
-        """Pass the last step's metrics to the monitors every ``logging_steps`` steps.
+        """Log the last step's metrics every ``logging_steps`` steps, and when a callback asks for them.
 
-        The last step of a run is always logged, and the first if its metrics hold theta_0's fitness. The evaluation
-        that follows may stop the run early, so a step before an evaluation is then logged, too.
+        The last step of a run is always logged, and the first if its metrics hold theta_0's fitness. What follows a
+        step may end the run, by early stopping or by a callback, so such a step is logged, too.
         """
         args, done = self.args, self.run.steps_done
-        may_be_last = self.ended or bool(args.early_stopping_patience and done % args.eval_steps == 0)
-        if done % args.logging_steps == 0 or may_be_last or (done == 1 and self.first_step_scored_theta):
-            self.monitors.log({"step": done} | record)
+        is_evaluated = bool(args.eval_steps) and done % args.eval_steps == 0
+        is_saved = bool(args.save_steps) and done % args.save_steps == 0
+        may_be_last = self.ended or bool(args.early_stopping_patience and is_evaluated)
+        may_be_last = may_be_last or (len(self.callbacks) > 0 and (is_evaluated or is_saved))
+        is_due = done % args.logging_steps == 0 or self.callbacks.wants("log")
+        if is_due or may_be_last or (done == 1 and self.first_step_scored_theta):
+            self.log_record({"step": done} | record)
 
     def evaluate_and_save(self) -> None:
         """Evaluate theta and save a checkpoint if they are due after the steps done and do not exist.
 
-        With several workers the evaluation is left to the next step, in which workers that have no member's job answer
-        the held-out rows (`evaluate_population`), unless it can end the run.
+        A callback may also ask for them. With several workers the evaluation is left to the next step, in which workers
+        that have no member's job answer the held-out rows (`evaluate_population`), unless it can end the run.
         """
         args, done = self.args, self.run.steps_done
-        is_left = args.num_workers > 1 and not args.early_stopping_patience
-        if self.is_evaluation_due(done) and not (is_left and not self.ended):
+        is_left = args.num_workers > 1 and not args.early_stopping_patience and not len(self.callbacks)
+        is_due = self.is_evaluation_due(done) and not (is_left and not self.ended)
+        if is_due or self.is_evaluation_wanted(done):
             self._write_evaluation(self.answer_held_out(done))
-        if args.save_steps and done and done % args.save_steps == 0:
-            if not self.run.has_checkpoint():
-                self.run.save(self.engine, final=False)
+        is_scheduled = bool(args.save_steps and done) and done % args.save_steps == 0
+        if (is_scheduled or (done and self.callbacks.wants("save"))) and not self.run.has_checkpoint():
+            self.run.save(self.engine, final=False)
+            if is_scheduled:
                 self.run.record_checkpoint(self.engine)
-            prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
+            else:
+                self.callbacks.kept.add(done)
+            self.callbacks.saved()
+        if is_scheduled:
+            prune(self.run.path, args.save_total_limit, {*self.run.journal.checkpoints, *self.callbacks.kept})
 
     def _write_evaluation(self, evaluation: Evaluation) -> None:
-        """Pass an evaluation of the present theta to the monitors, and write its rows."""
+        """Pass an evaluation of the present theta to the monitors, write its rows, and tell the callbacks."""
         done, record = self.run.steps_done, metrics.evaluation_record(evaluation)
         self.watch.evaluation(record)
         self.monitors.log({"step": done, **record})
         records.write_lines(records.evaluation_path(self.run.path, done), evaluation.records())
         self.evaluations.append({"step": done, **record})
+        self.callbacks.logged({"step": done, **record})
 
     def finish(self) -> None:
         """Write the finished model to the run directory, with its card; upload it if asked to.
@@ -467,20 +504,26 @@ class Session(OpenRun):
         self.run.save(self.engine, final=True, best=best)
         write_card(self.run.path)  # `complete_finished_run` writes the card if the process is killed before this line
         self.run.pending.clear()
-        prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
+        prune(self.run.path, self.args.save_total_limit, {*self.run.journal.checkpoints, *self.callbacks.kept})
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
             warn("theta never moved: in every step all members tied, or every reward failed")
         if self.panel is not None:
             self.panel.close()  # the lines below then stand under the panel
         self._say_end(best)
         say(f"estune: done; the model is in {self.run.path}")
+        if best is not None:
+            self.callbacks.chosen(best["step"], best["value"])
+        self.callbacks.saved()
+        self.callbacks.call("on_train_end")
         if self.repository is not None:
             say(f"estune: {push(self.run.path, self.repository)}")
 
     def _say_end(self, best: Best | None) -> None:
         """Print why the run ended early, if it did, and which step its model is; warn if no step gained anything."""
         args, done = self.args, self.run.steps_done
-        if not super().ends_after(done) and stops_early(args, self.evaluations, done):
+        if self.callbacks.stops and done < args.max_steps:
+            say(f"estune: a callback ended the run after {counted(done, 'step')}")
+        elif not super().ends_after(done) and stops_early(args, self.evaluations, done):
             waited = counted(ranking_of(args, self.evaluations).waited, "evaluation")
             metric = metric_of(args, self.evaluations)
             say(f"estune: stopped early after {counted(done, 'step')}: {waited} without a better {metric}")
@@ -502,6 +545,7 @@ class Session(OpenRun):
             f"estune: stopped after {counted(run.steps_done, 'step')}{self._kept()}; "
             f"continue with: estune train --resume --output_dir {run.path}"
         )
+        self.callbacks.call("on_train_end")
 
     def _kept(self) -> str:
         """Return how many members of the step in hand are stored, as text; an empty string if none is."""
@@ -510,6 +554,14 @@ class Session(OpenRun):
         if not kept:
             return ""
         return f", {kept} of {self.args.population_size} members of step {self.run.steps_done + 1} kept"
+
+    def _refuse_moved_theta(self) -> None:
+        """Raise UserError if an engine outside estune has changed theta; its members' answers are then deleted."""
+        try:
+            refuse_moved_theta(self.args, self.engine, self.checksum)
+        except UserError:
+            self.run.pending.clear()
+            raise
 
     def _measure_rounding(self, step: Step) -> None:
         """Measure how much of a perturbation the compute dtype rounds away.

@@ -19,8 +19,9 @@ from estune.run.best import described, evaluations_of, stops_early
 from estune.run.card import CARD_FILE, write_card
 from estune.run.checkpoint import read_state
 from estune.run.directory import is_finished
+from estune.train.base_trainer import BaseTrainer
 from estune.train.opening import hub_repository, open_session
-from estune.train.request import BaseTrainer
+from estune.train.output import TrainOutput
 
 
 class ESTrainer(BaseTrainer):
@@ -34,28 +35,40 @@ class ESTrainer(BaseTrainer):
         reward_funcs: one TRL reward function or a list of them; a string names ``package.module:function``.
         args: the configuration.
         train_dataset: rows with a ``prompt`` column: a list of dicts or a ``datasets.Dataset``.
-        eval_dataset: held-out rows for ``eval_steps``.
+        eval_dataset: held-out rows for ``eval_steps`` and `evaluate`.
         processing_class: the tokenizer of a ``model`` in memory.
+        callbacks: `transformers.TrainerCallback` objects or classes; see `estune.train.callbacks`.
 
     Raises:
         UserError: the input is invalid; the message gives the reason in one sentence.
     """
 
-    def train(self, *, theta_joins_first_step: bool = True) -> Path:
-        """Train (or resume) until ``max_steps``, write the model, and return the run directory.
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *, theta_joins_first_step: bool = True
+    ) -> TrainOutput:
+        """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics.
 
-        ``theta_joins_first_step``: whether theta also answers the first step's rows, so that warnings can compare the
-        members with theta.
+        SIGINT, SIGTERM or SIGHUP stops the run early: it saves a checkpoint and returns.
 
-        SIGINT, SIGTERM or SIGHUP stops the run early: it saves a checkpoint and returns the run directory.
+        Args:
+            resume_from_checkpoint: True or the path of a checkpoint in ``output_dir``: continue the run there, from
+                the last step of its journal, as the option ``resume`` does.
+            theta_joins_first_step: whether theta also answers the first step's rows, so that warnings can compare the
+                members with theta.
+
+        Raises:
+            UserError: the input is invalid, or there is no run to continue.
         """
         request, self.stopped = self.request, False
+        request.resume(resume_from_checkpoint)
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
-            return complete_finished_run(run_dir, self.args)
+            complete_finished_run(run_dir, self.args)
+            return self.output()
         with open_session(request, theta_joins_first_step=theta_joins_first_step) as session:
             args, weights = session.args, request.rewards.weights
             try:
+                session.begin_callbacks(session.run.steps_done)
                 session.evaluate_and_save()  # what is due: before the first step, or after a crash
                 while not session.ended:
                     step = session.plan()  # rows (B,), members (N,), noise, learning rate
@@ -74,15 +87,11 @@ class ESTrainer(BaseTrainer):
             except Interrupted:
                 self.stopped = True
                 session.save_interrupted()
-        return run_dir
+        return self.output()
 
 
-def complete_finished_run(run_dir: Path, args: ESConfig) -> Path:
-    """Write a finished run's model card if a kill prevented it, and upload the model with ``push_to_hub``.
-
-    Returns:
-        The run directory.
-    """
+def complete_finished_run(run_dir: Path, args: ESConfig) -> None:
+    """Write a finished run's model card if a kill prevented it, and upload the model with ``push_to_hub``."""
     state = read_state(run_dir)
     best = state.get("best") if state is not None else None
     steps = best["global_step"] if best is not None else state["step"] if state is not None else args.max_steps
@@ -93,7 +102,6 @@ def complete_finished_run(run_dir: Path, args: ESConfig) -> Path:
         write_card(run_dir)
     if args.push_to_hub:
         say(f"estune: {push(run_dir, hub_repository(args))}")
-    return run_dir
 
 
 def _is_early(run_dir: Path, args: ESConfig, steps_done: int) -> bool:

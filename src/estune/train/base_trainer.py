@@ -1,0 +1,214 @@
+"""The part of the trainers that all methods share: the constructor of TRL's trainers, and transformers' methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from estune.config import ESConfig, SizedConfig
+from estune.engines.base import Engine
+from estune.errors import UserError
+from estune.es.types import Prompt
+from estune.models.hub import open_repository, push, repository_of
+from estune.run.checkpoint import read_state
+from estune.run.records import read_metrics
+from estune.train import setup
+from estune.train.callbacks import model_of, state_of
+from estune.train.evaluation import HeldOut, evaluate
+from estune.train.metrics import evaluation_record
+from estune.train.output import TrainOutput, train_output
+from estune.train.request import TrainingRequest
+from estune.train.rollouts import Evaluator
+from estune.train.step import evaluation_sampling
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+
+class BaseTrainer:
+    """The constructor and methods that the trainers of all methods share; see `estune.train.trainer.ESTrainer`."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        reward_funcs: Any = None,
+        args: ESConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        callbacks: Sequence[Any] | None = None,
+    ) -> None:
+        self.request = TrainingRequest.of(
+            args, model, reward_funcs, train_dataset, eval_dataset, processing_class, callbacks
+        )
+        self.stopped = False  # whether a signal stopped the last `train` early
+        self._evaluations: list[dict[str, Any]] = []  # records of `evaluate`
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics."""
+        raise NotImplementedError
+
+    def output(self) -> TrainOutput:
+        """Return the run directory with the run's metrics."""
+        return train_output(Path(str(self.args.output_dir)), self.args, len(self.train_rows))
+
+    @property
+    def args(self) -> SizedConfig:
+        """The configuration; a `ResolvedConfig` once a run has been opened."""
+        return self.request.args
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; it is loaded on first use."""
+        return self.request.engine
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers, with theta in it; it is loaded on first use.
+
+        Raises:
+            UserError: no such model is in this process, as with engine vllm and with workers.
+        """
+        model = model_of(self.engine)
+        if model is None:
+            raise UserError(
+                f"engine {self.engine.facts.name} holds no model of transformers in this process: save_model(path) "
+                "writes one"
+            )
+        return model
+
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer."""
+        return self.engine.assets.tokenizer
+
+    @property
+    def state(self) -> TrainerState:
+        """Progress as transformers' `TrainerState`; ``log_history`` holds `metrics.jsonl` and the `evaluate` calls."""
+        run_dir = self.args.output_dir
+        records = read_metrics(Path(run_dir)) if run_dir is not None else []
+        state = state_of(self.args, records)
+        state.epoch = state.global_step * self.args.batch_size / len(self.train_rows)
+        saved = read_state(Path(run_dir)) if run_dir is not None else None
+        if saved is not None and "best" in saved:
+            state.best_global_step, state.best_metric = saved["best"]["step"], saved["best"]["value"]
+        state.log_history += self._evaluations
+        return state
+
+    @property
+    def train_rows(self) -> list[dict[str, Any]]:
+        """The training rows."""
+        return self.request.train_rows
+
+    @property
+    def eval_rows(self) -> list[dict[str, Any]]:
+        """The held-out rows; empty without ``eval_steps``."""
+        return self.request.eval_rows
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a `transformers.TrainerCallback`, an instance or a class."""
+        self.request.callbacks.add(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, or the first of a class, and return it; None if there is none."""
+        return self.request.callbacks.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, or the first of a class."""
+        self.request.callbacks.pop(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """Return True: one process trains."""
+        return True
+
+    def evaluate(self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> dict[str, Any]:
+        """Evaluate theta on held-out rows as the run's own evaluations do; nothing is written.
+
+        Args:
+            eval_dataset: rows; None: the trainer's ``eval_dataset``, or those that the configuration names.
+            metric_key_prefix: prefix of the names, before an underscore.
+
+        Returns:
+            The numbers of `metrics.jsonl`'s evaluations, such as ``eval_reward``, ``eval_accuracy`` and ``eval_rows``.
+
+        Raises:
+            UserError: there are no held-out rows, or they are invalid.
+        """
+        request, args = self.request, self.args
+        rows = request.held_out(eval_dataset)
+        prompts = request.prompts(rows)
+        with ExitStack() as stack:
+            pool = stack.enter_context(setup.reward_pool(args, request.rewards.funcs, request.rewards.names))
+            grader = None
+            if request.rewards.accuracy is not None:
+                grader = stack.enter_context(setup.reward_pool(args, [request.rewards.accuracy], ["accuracy"]))
+            state = self.state
+            evaluation = evaluate(
+                HeldOut(
+                    Evaluator(self.engine, pool, args.response_prefix),
+                    rows,
+                    prompts,
+                    evaluation_sampling(args),
+                    request.rewards.weights,
+                    grader,
+                    batch=args.prompts_per_batch,
+                    trainer_state={"global_step": state.global_step, "max_steps": args.max_steps, "epoch": state.epoch},
+                )
+            )
+        self.engine.load_theta()
+        record = {"step": state.global_step, "epoch": state.epoch, **evaluation_record(evaluation)}
+        self._evaluations.append(record)
+        return {
+            name.replace("eval_", f"{metric_key_prefix}_", 1): value for name, value in record.items() if name != "step"
+        }
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write theta to a directory as a Hugging Face model in the compute dtype.
+
+        Args:
+            output_dir: the directory; None: the run directory, where `train` has already written the model.
+
+        Raises:
+            UserError: there is no directory, because nothing has been trained.
+        """
+        if output_dir is None:
+            self._finished_run("save_model")
+            return
+        self.engine.save(Path(output_dir), float32=False)
+
+    def push_to_hub(self, commit_message: str = "Model tuned by estune") -> str:
+        """Upload the finished run's model, card and journal to ``hub_model_id``; return the URL of the commit.
+
+        The repository's name is the run directory's without ``hub_model_id``.
+
+        Raises:
+            UserError: the run is not finished, or the hub refuses.
+        """
+        run_dir = self._finished_run("push_to_hub")
+        args = self.args
+        repository = open_repository(repository_of(args.hub_model_id, run_dir), args.hub_private_repo)
+        return push(run_dir, repository, commit_message)
+
+    def _finished_run(self, method: str) -> Path:
+        """Return the run directory, if it holds a finished model.
+
+        Raises:
+            UserError: it does not.
+        """
+        run_dir = self.args.output_dir
+        if run_dir is None or read_state(Path(run_dir)) is None:
+            place = "output_dir" if run_dir is None else str(run_dir)
+            instead = "; save_model(path) writes the present model" if method == "save_model" else ""
+            raise UserError(f"{method} without a path needs a finished run in {place}: call train() first{instead}")
+        return Path(run_dir)
+
+    def prepare(self) -> list[Prompt]:
+        """Load the engine and return the training rows' prompts, without writing a run.
+
+        Raises:
+            UserError: the model does not load, or a prompt does not fit its context.
+        """
+        return self.request.prompts(self.request.train_rows)

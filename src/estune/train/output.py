@@ -1,0 +1,74 @@
+"""What a trainer's `train` returns: the run directory, with the run's results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from estune.config import SizedConfig
+from estune.run.records import read_metrics
+
+Record = dict[str, Any]
+
+
+class TrainOutput(type(Path())):  # type: ignore[misc]
+    """The run directory, a `pathlib.Path`, with the fields of transformers' `TrainOutput`.
+
+    Attributes:
+        global_step: number of steps done.
+        training_loss: the last step's loss; NaN for methods that have none, such as es.
+        metrics: numbers of the whole run, see `run_metrics`.
+    """
+
+    global_step: int = 0
+    training_loss: float = math.nan
+    metrics: Mapping[str, Any] = MappingProxyType({})
+
+
+def train_output(run_dir: Path, args: SizedConfig, n_rows: int) -> TrainOutput:
+    """Return the result of a run from the records in its directory.
+
+    Args:
+        run_dir: the run directory.
+        args: the run's configuration.
+        n_rows: number of training rows.
+    """
+    records = read_metrics(run_dir)
+    output = TrainOutput(run_dir)
+    output.global_step = records[-1]["step"] if records else 0
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    output.training_loss = losses[-1] if losses else math.nan
+    output.metrics = run_metrics(records, output.global_step * args.batch_size / n_rows)
+    return output
+
+
+def run_metrics(records: list[Record], epoch: float) -> Record:
+    """Return the metrics of a run.
+
+    Args:
+        records: the lines of `metrics.jsonl`.
+        epoch: passes over the training rows.
+
+    Returns:
+        ``train_runtime``, seconds of training without evaluations and saving; ``train_samples_per_second``, scored
+        completions a second; ``train_steps_per_second``; ``epoch``; the last step's numbers by their own names, and the
+        last evaluation's with the prefix ``eval_``.
+    """
+    steps = [record for record in records if "step_time" in record]
+    evaluations = [record for record in records if "eval_reward" in record]
+    metrics: Record = {"epoch": epoch}
+    if steps:
+        last = steps[-1]
+        seconds = last.get("train_time_s") or 0.0
+        metrics |= {
+            "train_runtime": seconds,
+            "train_samples_per_second": last.get("num_evaluations", 0) / seconds if seconds else math.nan,
+            "train_steps_per_second": last["step"] / seconds if seconds else math.nan,
+            **{name: value for name, value in last.items() if name not in ("step", "train_time_s")},
+        }
+    if evaluations:
+        metrics |= {name: value for name, value in evaluations[-1].items() if name.startswith("eval_")}
+    return metrics
