@@ -86,8 +86,7 @@ class BaselineTrainer(BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run; see `ESTrainer.train`."""
-        request, self.stopped = self.request, False
-        request.resume(resume_from_checkpoint)
+        request = self.begin(resume_from_checkpoint)
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             complete_finished_run(run_dir, self.args)

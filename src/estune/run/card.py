@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,28 @@ CARD_FILE = "README.md"
 # Options that a card's command omits, such as paths that exist on one machine only.
 NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows", "eval_greedy", *BEST_STEP} | {"model"}
 PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # a repository of the hub
+FRAMEWORKS = ("estune", "transformers", "torch", "datasets", "tokenizers")
+QUICK_START = [
+    "## Quick start", "",
+    "```python", "from transformers import pipeline", "",
+    'generator = pipeline("text-generation", model="RUN")  # this directory, or its repository on the hub',
+    'question = "What is 17 + 25?"',
+    "print(generator(question, max_new_tokens=64, return_full_text=False)[0][\"generated_text\"])", "```", "",
+    "A chat model takes messages, as in training: `[{\"role\": \"user\", \"content\": question}]`. "
+    "`estune evaluate --model RUN` asks exactly as the run did.", "",
+]  # fmt: skip
+CITATION = [
+    "## Citation", "",
+    "```bibtex",
+    "@article{qiu2025evolution,",
+    "  title   = {Evolution Strategies at Scale: {LLM} Fine-Tuning Beyond Reinforcement Learning},",
+    "  author  = {Qiu, Xin and Gan, Yulu and Hayes, Conor F. and others},",
+    "  journal = {arXiv preprint arXiv:2509.24372},",
+    "  year    = {2025}",
+    "}",
+    "```", "",
+]  # fmt: skip
 
 
 def command_of(config: Mapping[str, Any]) -> str:
@@ -82,23 +105,51 @@ def card(run_dir: Path) -> str:
         "* Command:", "", "```", *fetching(base["model"]), command_of(whole), "```", "",
     ]  # fmt: skip
     share = _share_trained(header, config)
-    tag = "evolution-strategies" if journal else config["method"].replace("_", "-")
-    front = ["---", "library_name: transformers", f"tags: [estune, {tag}]"]
-    if ":" in config["engine"]:
-        front.remove("library_name: transformers")  # only the engine can load the model
     model = public_name(base["model"])
-    if "/" in model:
-        front.append(f"base_model: {model}")
+    is_loadable = ":" not in config["engine"]  # by transformers; an engine outside estune has models of its own
     lines = [
-        *front, "---", "", f"# {model.rpartition('/')[2]}, tuned on {Path(source).name}", "",
+        *_front(model, config, is_es=journal is not None, is_loadable=is_loadable), "",
+        f"# {model.rpartition('/')[2]}, tuned on {Path(source).name}", "",
         f"{share} of `{model}`{origin(base['model'])} (fingerprint `{base['fingerprint']}`) were tuned by {how}.", "",
         f"* Data: `{_bare(source)}`, {data['rows']} training rows (fingerprint `{data['fingerprint']}`)",
         f"* Rewards: {', '.join(f'`{name}`' for name in header['reward_funcs'])}",
         *command,
         *_gain(run_dir, journal),
+        *(QUICK_START if is_loadable else ()),
         *rebuilding,
+        *_versions(run_dir),
+        *(CITATION if journal is not None else ()),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _front(model: str, config: Mapping[str, Any], *, is_es: bool, is_loadable: bool) -> list[str]:
+    """Return the card's metadata, as the hub reads it.
+
+    Args:
+        model: public name of the base model.
+        config: the run's configuration.
+        is_es: whether evolution strategies made the model.
+        is_loadable: whether transformers loads the model.
+    """
+    tag = "evolution-strategies" if is_es else config["method"].replace("_", "-")
+    front = ["---", f"tags: [estune, {tag}, generated_from_trainer]"]
+    if is_loadable:
+        front[1:1] = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in model:
+        front.append(f"base_model: {model}")
+    data = config["dataset_name"]
+    if data is not None and HUB_ID.fullmatch(data) and Path(data).suffix not in (".jsonl", ".json", ".parquet"):
+        front.append(f"datasets: [{data}]")
+    return [*front, "---"]
+
+
+def _versions(run_dir: Path) -> list[str]:
+    """Return the versions of the packages that made the model."""
+    path = run_dir / "env.json"
+    versions = json.loads(path.read_text(encoding="utf-8")).get("versions", {}) if path.exists() else {}
+    shown = [f"* {name} {versions[name]}" for name in FRAMEWORKS if versions.get(name)]
+    return ["### Framework versions", "", *shown, ""] if shown else []
 
 
 def _by_es(run_dir: Path, journal: Journal) -> tuple[str, list[str]]:

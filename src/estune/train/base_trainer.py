@@ -45,11 +45,17 @@ class BaseTrainer:
             args, model, reward_funcs, train_dataset, eval_dataset, processing_class, callbacks
         )
         self.stopped = False  # whether a signal stopped the last `train` early
-        self._evaluations: list[dict[str, Any]] = []  # records of `evaluate`
+        self._evaluations: list[dict[str, Any]] = []  # records of `evaluate` since the last `train`
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics."""
         raise NotImplementedError
+
+    def begin(self, resume_from_checkpoint: str | Path | bool | None) -> TrainingRequest:
+        """Prepare for `train`: return the request, which continues a run if it was asked to."""
+        self.stopped, self._evaluations = False, []
+        self.request.resume(resume_from_checkpoint)
+        return self.request
 
     def output(self) -> TrainOutput:
         """Return the run directory with the run's metrics."""

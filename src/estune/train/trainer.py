@@ -59,8 +59,7 @@ class ESTrainer(BaseTrainer):
         Raises:
             UserError: the input is invalid, or there is no run to continue.
         """
-        request, self.stopped = self.request, False
-        request.resume(resume_from_checkpoint)
+        request = self.begin(resume_from_checkpoint)
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             complete_finished_run(run_dir, self.args)
