@@ -209,7 +209,7 @@ def test_the_calls_of_a_transformers_script(llama, place, monkeypatch):
     trainer.save_model()
     evaluated = trainer.evaluate(ROWS[:2], metric_key_prefix="test")
     assert (evaluated["test_rows"], evaluated["epoch"]) == (2, 1.0)
-    assert [record.get("eval_rows") for record in trainer.state.log_history][-2:] == [6, 2]
+    assert [record.get("eval_rows") for record in trainer.state.log_history] == [None, None, 2]
     assert command_line.tree(Path("run")) == after
     saved = transformers.AutoModelForCausalLM.from_pretrained("run")
     for name, parameter in trainer.model.named_parameters():

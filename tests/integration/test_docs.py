@@ -64,6 +64,29 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
+@pytest.mark.e2e
+def test_both_columns_of_the_page_for_trl_run(tmp_path: Path, shell: Shell) -> None:
+    """Both scripts run unchanged but for the model, the number of steps, and the options of a machine without a GPU."""
+    pytest.importorskip("trl", reason="one of the scripts is TRL's")
+    rows = [{"prompt": f"What is {n} + {n}? ", "answer": str(2 * n)} for n in range(40)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    blocks = re.findall(r"```py title=.*?\n(.*?)```", (ROOT / "docs" / "trl.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    here = {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL",
+        "max_steps=100": "max_steps=2",
+        "_steps=20": "_steps=1",
+        "max_completion_length=64": "max_completion_length=8",
+        "GRPOConfig(\n": "GRPOConfig(\n    bf16=False, use_cpu=True, report_to=[], per_device_eval_batch_size=8,\n",
+    }
+    for text in blocks:
+        for old, new in here.items():
+            text = text.replace(old, new)
+        text = f"from estune.models.names import local_directory\nMODEL = str(local_directory('tiny'))\n{text}"
+        shell.check(text, tmp_path, "python")
+        assert (tmp_path / "tuned" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("page", ["cli", "resuming"])
 def test_a_generated_page_equals_the_programs_output(page: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "reference.py"), page]
