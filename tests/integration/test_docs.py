@@ -64,7 +64,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-@pytest.mark.parametrize("page", ["cli", "resuming"])
+@pytest.mark.parametrize("page", ["cli", "resuming", "trl"])
 def test_a_generated_page_equals_the_programs_output(page: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "reference.py"), page]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,10 +7,12 @@ import dataclasses
 import itertools
 import time
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from estune.config import ESConfig, SizedConfig
+from estune.config import FIELDS, ESConfig, SizedConfig
+from estune.config.hints import foreign_args, no_attribute, unknown_arguments
 from estune.console import warn
 from estune.engines.base import Engine
 from estune.errors import UserError
@@ -56,10 +58,13 @@ class TrainingRequest:
         """
         args = args if args is not None else ESConfig()
         if not isinstance(args, ESConfig):
-            raise UserError(
-                f"args must be an ESConfig, not {type(args).__name__}; most options have the same names in ESConfig"
-            )
+            raise foreign_args(args, FIELDS)
         module = None if model is None or isinstance(model, (str, Path)) else model
+        if module is not None and not callable(getattr(module, "named_parameters", None)):
+            raise UserError(
+                f"model must be a name, a directory or a model in memory, not {type(module).__name__}; give options as "
+                "args=ESConfig(...)"
+            )
         if isinstance(model, (str, Path)):
             args = dataclasses.replace(args, model=str(model))
         if args.task is None and args.dataset_name is None and train_dataset is None:
@@ -145,7 +150,11 @@ class BaseTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            known = signature(BaseTrainer).parameters.keys() - {"unknown"}
+            raise unknown_arguments(type(self).__name__, unknown, known, FIELDS)
         self.request = TrainingRequest.of(args, model, reward_funcs, train_dataset, eval_dataset, processing_class)
         self.stopped = False  # whether a signal stopped the last `train` early
 
@@ -162,6 +171,14 @@ class BaseTrainer:
     def engine(self) -> Engine:
         """The engine; it is loaded on first use."""
         return self.request.engine
+
+    if not TYPE_CHECKING:  # a type checker then still finds misspelt attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise AttributeError; for a name of TRL or transformers the message says what to use instead."""
+            if hasattr(type(self), name):  # a property raised AttributeError: raise that error again
+                return object.__getattribute__(self, name)
+            raise no_attribute(type(self).__name__, name, dir(type(self)), FIELDS)
 
     @property
     def train_rows(self) -> list[dict[str, Any]]:
