@@ -1,7 +1,7 @@
 """The `estune` command: parse first, import torch later.
 
-Flags are the field names of `ESConfig` (`-` and `_` alike). Flags override the config file. An unknown flag is
-an error that names the nearest known flag. Every user error is one sentence and exit status 2.
+Flags are the field names of `ESConfig` (`-` and `_` alike). Flags override the config file. Unknown flags are an error
+with a hint for each (`estune.config.hints`). Every user error is one sentence and exit status 2.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
          "use --batch_size, the prompts of a step on all devices together"),
         ("gradient_accumulation_steps generation_batch_size data.gen_batch_size",
          "use --batch_size, the prompts of a whole step"),
+        ("num_iterations", "es updates once from a step's prompts; for grpo and rloo give it in --method_kwargs"),
         ("steps_per_generation", "a step generates once, for --batch_size prompts; for grpo and rloo give it in "
          "--method_kwargs"),
         ("mini_batch_size ppo_mini_batch_size actor_rollout_ref.actor.ppo_mini_batch_size", "a step makes one update "
@@ -122,7 +123,8 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
          "enable_lora max_lora_rank actor_rollout_ref.model.lora_* actor_rollout_ref.model.target_modules",
          f"{_NO_ADAPTERS}; --trainable_parameters limits them; --noise lowrank makes perturbations cheap"),
         ("load_in_4bit load_in_8bit bnb_* use_bnb_nested_quant quantization quantization_config",
-         "a quantized model cannot be trained: theta is in float32; --dtype bfloat16 halves the working model"),
+         "a quantized model cannot be trained: theta is in float32; --dtype bfloat16 halves the memory of the working "
+         "model"),
     ),
     "Optimizer and gradients": (
         ("lr alpha actor_lr actor_rollout_ref.actor.optim.lr", "did you mean --learning_rate?"),
@@ -147,7 +149,7 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("scale_rewards", "es shapes fitness, see --fitness_shaping; for grpo give it in --method_kwargs"),
         ("normalize_advantages reward_clip_range", "es shapes fitness, see --fitness_shaping; for rloo give it in "
          "--method_kwargs"),
-        ("loss_type epsilon epsilon_high delta num_iterations importance_sampling_level top_entropy_quantile "
+        ("loss_type epsilon epsilon_high delta importance_sampling_level top_entropy_quantile "
          "off_policy_mask_threshold sapo_* vespo_* entropy_coef entropy_coef_min entropy_coef_max "
          "entropy_coef_delta entropy_target use_adaptive_entropy", _NO_LOSS),
         ("clip_ratio clip_range actor_rollout_ref.actor.clip_ratio",

@@ -1,7 +1,7 @@
 """ESConfig: one dataclass with all options of a run. The command line's flags are its field names.
 
 Three checks catch mistakes before a run starts: every value is converted to its field's type (YAML reads `1e-3` as a
-string), an unknown name is an error that names the nearest known one, and `validate` refuses values that cannot work.
+string), unknown names are an error with a hint for each (`hints`), and `validate` refuses values that cannot work.
 """
 
 from __future__ import annotations
@@ -596,7 +596,7 @@ class ESConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
-        """Build a configuration from names and values; an unknown name raises UserError with the nearest field."""
+        """Build a configuration from names and values; unknown names raise UserError with a hint for each."""
         return cls(**canonical(values, source))
 
 
