@@ -103,6 +103,7 @@ check: $(DEV)
 docs: $(DEV)
 	$(BIN)/python scripts/reference.py cli | cmp - docs/cli.md
 	$(BIN)/python scripts/reference.py resuming | cmp - docs/resuming.md
+	$(BIN)/python scripts/reference.py trl | cmp - docs/trl.md
 	$(BIN)/python scripts/architecture.py --check
 	$(BIN)/python scripts/evidence.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

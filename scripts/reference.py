@@ -1,12 +1,29 @@
-"""Prints a generated page of the docs: python scripts/reference.py PAGE > docs/PAGE.md (PAGE: cli or resuming)"""
+"""Prints a generated page of the docs: python scripts/reference.py PAGE > docs/PAGE.md (PAGE: cli or resuming)
+
+    python scripts/reference.py trl --write    # after a change of `estune.config.hints`
+
+Of the page `trl` only the part between `<!-- generated names -->` and `<!-- end of generated names -->` is generated.
+`--write` replaces the page; the shell would empty it before this program reads it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from estune.cli import build_parsers
+from estune.config.hints import ARGUMENTS, ATTRIBUTES, OPTIONS, Entry
 from estune.run.resume import table
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+GENERATED = re.compile(r"(<!-- generated names -->\n).*(<!-- end of generated names -->)", re.DOTALL)
+# What an answer shows as code: flags, some with a value, and names of Python and of files.
+CODE = re.compile(
+    r"--\w+(?: (?:auto|base|bfloat16|cpu|cuda|float16|float32|lines|ppo|vllm|0)\b)?(?: --\w+)*"
+    r"|(?:args=)?ESConfig\([^()]*\)|[\w/]+\.(?:py:function|jsonl?|md)|\b[a-z_]+\(\w*\)"
+)
 CLI = """# Command line
 
 Written by `scripts/reference.py` from the parser. `_` and `-` are the same in an option's name. `train` and `probe`
@@ -71,14 +88,48 @@ def resuming() -> str:
     return RESUMING + table() + AFTER_TABLE
 
 
-PAGES = {"cli": cli, "resuming": resuming}
+def answers(entries: Iterable[Entry]) -> str:
+    """Return a table of names and their answers."""
+    rows = ["| there | in estune |", "|---|---|"]
+    for names, answer in entries:
+        listed = ", ".join(f"`{name}`" for name in names.split())
+        rows.append(f"| {listed} | {CODE.sub(lambda match: f'`{match[0]}`', answer)} |")
+    return "\n".join(rows) + "\n"
+
+
+def trl() -> str:
+    """Return the page of names from TRL and other programs: the present page with a new generated part.
+
+    Raises:
+        SystemExit: the page has no generated part.
+    """
+    parts = [f"### {title}\n\n{answers(entries)}" for title, entries in OPTIONS.items()]
+    parts += [
+        f"## Arguments of trainers\n\n{answers(ARGUMENTS)}",
+        f"## Attributes and methods of trainers\n\n{answers(ATTRIBUTES)}",
+    ]
+    page, found = GENERATED.subn(
+        lambda match: "\n".join([match[1], *parts, match[2]]), (DOCS / "trl.md").read_text(encoding="utf-8")
+    )
+    if not found:
+        raise SystemExit("reference: docs/trl.md has no generated part")
+    return page
+
+
+PAGES = {"cli": cli, "resuming": resuming, "trl": trl}
 
 
 def main() -> None:
-    """Print the page."""
+    """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", choices=PAGES)
-    print(PAGES[parser.parse_args().page](), end="")
+    parser.add_argument("--write", action="store_true", help="write docs/PAGE.md instead of printing it")
+    asked = parser.parse_args()
+    text = PAGES[asked.page]()
+    if asked.write:
+        (DOCS / f"{asked.page}.md").write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":

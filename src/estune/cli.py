@@ -1,7 +1,7 @@
 """The `estune` command: parse first, import torch later.
 
-Flags are the field names of `ESConfig` (`-` and `_` alike). Flags override the config file. An unknown flag is
-an error that names the nearest known flag. Every user error is one sentence and exit status 2.
+Flags are the field names of `ESConfig` (`-` and `_` alike). Flags override the config file. Unknown flags are an error
+with a hint for each (`estune.config.hints`). Every user error is one sentence and exit status 2.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from estune.config import (
-    ELSEWHERE,
     EVALUATE_FIELDS,
     FIELD_TYPES,
     FIELDS,
@@ -27,6 +26,7 @@ from estune.config import (
     default_of,
     read_config_file,
 )
+from estune.config.hints import OPTION_ANSWERS, option_hint, unknown
 from estune.console import keep_stdout_for_json, note, take_over_process, warn
 from estune.environment import VERSION
 from estune.errors import UserError, nearest
@@ -35,6 +35,7 @@ from estune.models.fetch import MODELS
 from estune.tasks import TASKS
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
+SETTING = re.compile(r"[+~]*([A-Za-z_]\w*(?:\.\w+)*)=")  # how verl's command line begins an option: data.seed=1
 TAKING_RUNS = ("replay", "export", "report", "watch")  # commands that take RUN as a word or as --run RUN
 Handler = Callable[[dict[str, Any]], int]  # option values -> exit status
 AddCommand = Callable[..., argparse.ArgumentParser]  # (name, handler, help, operand) -> the command's parser
@@ -102,10 +103,12 @@ def parse_and_run(words: list[str], owns_process: bool) -> int:
         if wrong and "are required" in str(error):
             raise _unknown_options(wrong, command) from error
         raise
-    if wrong := [word for word in unknown if word.startswith("-") and not NEGATIVE_NUMBER.match(word)]:
+    if wrong := list(_options_among(unknown)):
         raise _unknown_options(wrong, command)
     if unknown:
         hint = f": give the model as --model {unknown[0]}" if words[0] in ("evaluate", "probe") else ""
+        if (setting := SETTING.match(unknown[0])) and f"--{setting[1]}" in known:
+            hint = f": write --{unknown[0].lstrip('+~')}"
         raise UserError(f"unexpected word {unknown[0]!r}{hint}")
     if options.command is None:
         parser.print_help()
@@ -134,27 +137,34 @@ def _without_run_flag(words: Sequence[str]) -> list[str]:
     return [word.removeprefix("--run=") for word in words if word != "--run"]
 
 
+def _options_among(words: Sequence[str]) -> Iterator[str]:
+    """Yield the unknown options among words that the parser did not use.
+
+    A word as verl writes an option (``trainer.nnodes=1``) counts if it has a dot or a hint, and is not the value of an
+    unknown option before it.
+    """
+    takes_value = False
+    for word in words:
+        setting = SETTING.match(word)
+        if word.startswith("-") and not NEGATIVE_NUMBER.match(word):
+            yield word
+            takes_value = "=" not in word
+        elif setting and not takes_value and ("." in setting[1] or setting[1] in OPTION_ANSWERS):
+            yield word.lstrip("+~")
+        else:
+            takes_value = False
+
+
 def _unknown_options(words: Iterable[str], command: argparse.ArgumentParser) -> UserError:
     """Return the error that names all unknown options, each with its replacement if one is known."""
     shown = shown_flags(command)
-    hints = {flag: hint_for(flag, shown) for flag in (word.partition("=")[0] for word in words)}
-    if len(hints) == 1:
-        return UserError("unknown option " + "".join(f"{flag}{hint}" for flag, hint in hints.items()))
-    named = [f"{flag} ({hint.removeprefix('; ')})" if hint else flag for flag, hint in hints.items()]
-    return UserError(f"unknown options {', '.join(named)}")
+    names = (word.partition("=")[0] for word in words)
+    return UserError(unknown("option", {name: option_hint(name, shown) for name in names}))
 
 
 def _flags(command: argparse.ArgumentParser) -> set[str]:
     """Return all flags of a command."""
     return {flag for action in command._actions for flag in action.option_strings}
-
-
-def hint_for(flag: str, known: Collection[str]) -> str:
-    """Return the replacement of an unknown flag, or the nearest known flag; an empty string if there is neither."""
-    elsewhere = ELSEWHERE.get(flag.lstrip("-").replace("-", "_"))
-    if elsewhere is None:
-        return nearest(flag, known)
-    return elsewhere if all(named in known for named in re.findall(r"--\w+", elsewhere)) else ""
 
 
 def shown_flags(command: argparse.ArgumentParser) -> list[str]:

@@ -87,7 +87,7 @@ def test_both_columns_of_the_page_for_trl_run(tmp_path: Path, shell: Shell) -> N
         assert (tmp_path / "tuned" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["cli", "resuming"])
+@pytest.mark.parametrize("page", ["cli", "resuming", "trl"])
 def test_a_generated_page_equals_the_programs_output(page: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "reference.py"), page]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -20,9 +20,9 @@ from estune.config import (
     ESConfig,
     ResolvedConfig,
     SizedConfig,
-    canonical_name,
     coerce,
     default_of,
+    field_of,
     read_config_file,
 )
 from estune.errors import UserError
@@ -223,7 +223,8 @@ def test_an_unknown_name_like_no_other_is_still_named() -> None:
 def test_dashes_and_aliases() -> None:
     config = ESConfig.from_mapping({"learning-rate": "1e-4", "model_name_or_path": "some/model", "max-steps": 3})
     assert (config.learning_rate, config.model, config.max_steps) == (1e-4, "some/model", 3)
-    assert canonical_name("model-name-or-path", "x") == "model"
+    assert field_of("model-name-or-path") == "model" and field_of("model_revision") == "revision"
+    assert field_of("lr") is None
 
 
 @pytest.mark.parametrize("twice", [{"model": "a", "model_name_or_path": "b"}, {"max-steps": 1, "max_steps": 2}])
@@ -253,6 +254,10 @@ def test_yaml_files(tmp_path: Path) -> None:
         ("sigma: [1", "is not YAML"), ("- sigma\n", "must be a mapping"), ("just text", "must be a mapping"),
         ("sigam: 1\n", "unknown option 'sigam'; did you mean 'sigma'"), ("1: 2\n", "unknown option '1'"),
         ("model: a\nmodel_name_or_path: b\n", "gives model twice"),
+        (
+            "sigam: 1\nbf16: true\nqqqqqqqq: 2\n",
+            "unknown options 'sigam' \\(did you mean 'sigma'\\?\\), 'bf16' \\(use dtype bfloat16\\), 'qqqqqqqq'$",
+        ),
     ],
 )  # fmt: skip
 def test_bad_yaml_is_refused_in_one_sentence(tmp_path: Path, text: str, says: str) -> None:
@@ -377,18 +382,20 @@ def test_the_core_is_free_of_torch_and_transformers() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("use_vllm", "use engine vllm"),
-        ("num_train_epochs", "use max_steps"),
-        ("sigam", "did you mean 'sigma'"),
-        ("model_name_or_path", "use model"),
-    ],
-)
-def test_an_unknown_option_from_python_has_the_command_lines_hint(name: str, hint: str) -> None:
-    with pytest.raises(UserError, match=f"ESConfig has an unknown option '{name}'; .*{hint}"):
-        ESConfig(**{name: 1})
+def test_unknown_options_from_python_have_the_command_lines_hints() -> None:
+    hints = {
+        "use_vllm": "use engine vllm",
+        "num_train_epochs": "use max_steps, counted in steps of batch_size prompts",
+        "sigam": "did you mean 'sigma'?",
+        "model_name_or_path": "use model",
+    }
+    for name, hint in hints.items():
+        with pytest.raises(UserError, match=re.escape(f"ESConfig has an unknown option '{name}'; {hint}") + "$"):
+            ESConfig(**{name: 1})
+    with pytest.raises(UserError) as caught:
+        ESConfig(**dict.fromkeys([*hints, "qqqqqqqq"], 1), max_steps=2)
+    named = ", ".join(f"'{name}' ({hint})" for name, hint in hints.items())
+    assert str(caught.value) == f"ESConfig has unknown options {named}, 'qqqqqqqq'"
 
 
 def test_a_resolved_configuration_has_numbers_and_does_not_change() -> None:

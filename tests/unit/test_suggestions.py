@@ -1,15 +1,28 @@
-"""Suggestions for unknown words and names of tasks: typos find their word, foreign words find none."""
+"""Unknown words: typos find their word, names of TRL and other programs their answer, and others no suggestion."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 from collections import Counter
+from typing import Any
 
 import cloudpickle
 import pytest
 
-from estune import ESConfig, cli
+from estune import ESConfig, ESTrainer, cli
+from estune.baselines.arguments import PPO_FREE, config_class, is_decided
+from estune.baselines.trainer import BaselineTrainer
+from estune.config import field_of
+from estune.config.hints import (
+    ARGUMENT_ANSWERS,
+    ATTRIBUTE_ANSWERS,
+    OF_A_RUN,
+    OPTION_ANSWERS,
+    flags_in,
+    option_hint,
+)
 from estune.errors import UserError, nearest
 from estune.tasks import TASKS, get_task, mixture
 from estune.tasks.other_names import OTHER_NAMES
@@ -55,7 +68,7 @@ TYPOS = {  # of the options of `estune train`
     "max_time_s": "max_time",
     "model_name_or_path": "model_name",
 }
-# Options of TRL, transformers, verl and vLLM for which no option of any command stands.
+# Options of TRL, transformers, verl and vLLM that are near to no option of any command.
 FOREIGN = """
     fsdp_config adam_beta1 adam_beta2 adam_epsilon beta1 kl_coef init_kl_coef kl_loss_coef use_kl_loss kl_ctrl gamma lam
     tau eps delta epsilon_high gpu_memory_utilization pipeline_parallel_size max_model_len
@@ -83,20 +96,152 @@ def test_a_typo_or_an_abbreviation_finds_its_option(option: str, typos: str) -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_foreign_word_finds_nothing(command: str) -> None:
+def test_a_foreign_word_is_no_typo(command: str) -> None:
     known = cli.shown_flags(COMMANDS[command])
-    found = {word: hint for word in FOREIGN if (hint := cli.hint_for(f"--{word}", known))}
-    assert found == {}
+    assert {word: hint for word in FOREIGN if (hint := nearest(f"--{word}", known))} == {}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_hint_names_only_flags_of_the_command(command: str) -> None:
-    """`ELSEWHERE` gives a hint only if the command has every flag that the hint names; `train` has them all."""
+def test_an_answer_names_only_flags_of_the_command(command: str) -> None:
+    """A clause with another flag is left out; commands without options of a run give no reasons; `train` has all."""
     known = cli.shown_flags(COMMANDS[command])
-    for word in cli.ELSEWHERE:
-        hint = cli.hint_for(f"--{word}", known)
-        assert hint in ("", cli.ELSEWHERE[word]), (word, hint)
-        assert hint == cli.ELSEWHERE[word] or command != "train", word
+    others = {flag for parser in COMMANDS.values() for flag in cli.shown_flags(parser)}
+    for name, answer in OPTION_ANSWERS.items():
+        hint = option_hint(f"--{name.replace('*', 'x')}", known)
+        clauses = hint.split("; ")[1:]
+        assert set(flags_in(hint)) <= set(known) and set(flags_in(answer)) <= others, (name, hint)
+        assert all(clause in answer.split("; ") for clause in clauses), (name, hint)
+        assert OF_A_RUN in known or all(map(flags_in, clauses)), (name, hint)
+        assert clauses or command != "train", name
+        assert f"--{name}" not in known and "\n" not in answer, name
+
+
+# --- names of TRL, transformers, vLLM, PEFT and verl ------------------------------------------------------------------
+
+
+def names_of(*classes: Any) -> set[str]:
+    return {spec.name for each in classes for spec in dataclasses.fields(each)}
+
+
+def test_every_option_of_trl_and_transformers_is_an_option_or_has_an_answer() -> None:
+    trl = pytest.importorskip("trl", reason="an optional neighbour")
+    import transformers
+
+    names = names_of(
+        trl.GRPOConfig, trl.RLOOConfig, trl.ModelConfig, trl.ScriptArguments, transformers.TrainingArguments
+    )
+    names |= {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    known = cli.shown_flags(COMMANDS["train"])
+    hints = {name: option_hint(name, known) for name in names if field_of(name) is None}
+    assert len(hints) > 200 and len(OPTION_ANSWERS) > len(hints)
+    # An answer is from the table, and not the nearest option, which would stand in quotes.
+    assert [name for name, hint in hints.items() if not hint or "did you mean '" in hint] == []
+
+
+def test_an_argument_of_trl_goes_where_its_answer_says() -> None:
+    pytest.importorskip("trl", reason="an optional neighbour")
+    taken = names_of(*(config_class(method) for method in ("grpo", "rloo", "sft_rejection")))
+    taken = {name for name in taken if not is_decided(name)} | PPO_FREE
+    of_trl = names_of(config_class("grpo"), config_class("rloo")) | PPO_FREE
+    given = {name for name, answer in OPTION_ANSWERS.items() if "give it in --method_kwargs" in answer}
+    assert len(given & of_trl) > 30 and given & of_trl <= taken
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data.train_files=a.parquet"], r"option data.train_files; use --dataset_name: .*"),
+        (["actor_rollout_ref.rollout.n=8", "+critic.model.path=x", "--lr", "3"],
+         r"options actor_rollout_ref.rollout.n \(use --num_generations\), critic.model.path \(es has no critic; .*\), "
+         r"--lr \(did you mean --learning_rate\?\)"),
+        (["--adam_beta1=0.9", "--use_peft", "--adam-beta2", "0.99"],
+         r"options --adam_beta1 and --adam-beta2 \(es has no optimizer; .*\), --use_peft \(there are no adapters.*\)"),
+        (["--data.shuffle", "false"], r"option --data.shuffle; rows are always shuffled, by --seed"),
+        (["--hub_model_i", "x"], r"option --hub_model_i; did you mean '--hub_model_id'\?"),
+        (["--vllm_new_option", "x"], r"option --vllm_new_option; estune starts vLLM itself, .*"),
+        (["--qqqqqqqq", "a.b=1"], r"option --qqqqqqqq"),
+    ],
+)  # fmt: skip
+def test_all_unknown_options_have_their_answers(words: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=f"^unknown {says}$"):
+        cli.parse_and_run(["train", *words], owns_process=False)
+
+
+def test_a_setting_of_an_option_is_written_as_an_option() -> None:
+    with pytest.raises(UserError, match=r"unexpected word '\+max_steps=5': write --max_steps=5$"):
+        cli.parse_and_run(["train", "+max_steps=5"], owns_process=False)
+
+
+@pytest.mark.parametrize("trainer", [ESTrainer, BaselineTrainer])
+def test_every_argument_and_attribute_of_their_trainers_has_an_answer(trainer: Any) -> None:
+    trl = pytest.importorskip("trl", reason="an optional neighbour")
+    import transformers
+
+    theirs = (transformers.Trainer, trl.GRPOTrainer, trl.RLOOTrainer, trl.SFTTrainer)
+    given = {name for each in theirs for name in inspect.signature(each).parameters}
+    ours = set(inspect.signature(ESTrainer).parameters) | {"callbacks"}
+    for name in given - ours:
+        with pytest.raises(UserError, match=f"^{trainer.__name__} has an unknown argument '{name}'; ") as caught:
+            trainer("tiny", **{name: None})
+        assert ARGUMENT_ANSWERS[name] in str(caught.value)
+    # What `Trainer` has under the same name belongs to no answer.
+    same = set("evaluate push_to_hub add_callback is_world_process_zero".split()) | set(dir(ESTrainer))
+    public = {name for each in theirs for name in dir(each) if not name.startswith("_")} - same
+    assert public <= ATTRIBUTE_ANSWERS.keys() and not {"model", "state", "callbacks"} & ATTRIBUTE_ANSWERS.keys()
+
+
+def test_unknown_arguments_of_a_trainer() -> None:
+    with pytest.raises(UserError) as caught:
+        ESTrainer("tiny", tokenizer=1, seed=1, lr=1, dataset_streaming=True, reward_fun=1, qqqqqqqq=1)
+    assert str(caught.value) == (
+        "ESTrainer has unknown arguments 'tokenizer' (use processing_class), "
+        "'seed' (give it as args=ESConfig(seed=...)), "
+        "'lr' (options belong in args=ESConfig(...): did you mean learning_rate?), "
+        "'dataset_streaming' (a run shuffles all rows, so it cannot read a stream), "
+        "'reward_fun' (did you mean 'reward_funcs'?), 'qqqqqqqq'"
+    )
+    with pytest.raises(UserError, match="model must be a name, a directory or a model in memory, not ESConfig; give"):
+        ESTrainer(ESConfig())
+
+
+def test_a_missing_attribute_of_a_trainer_is_an_attribute_error_with_an_answer() -> None:
+    class Broken(ESTrainer):
+        @property
+        def broken(self) -> None:
+            raise AttributeError("a reason of its own")
+
+    trainer = Broken("tiny", args=ESConfig(task="countdown"))
+    says = {"train_dataset": "; train_rows holds the rows", "learning_rate": "; use args.learning_rate",
+            "trian": "; did you mean 'train'?", "qqqqqqqq": "", "_request": ""}  # fmt: skip
+    for name, answer in says.items():
+        with pytest.raises(AttributeError) as caught:
+            getattr(trainer, name)
+        assert str(caught.value) == f"'Broken' object has no attribute {name!r}{answer}"
+    assert not hasattr(trainer, "optimizer") and hasattr(trainer, "train_rows")
+    with pytest.raises(AttributeError, match="a reason of its own"):
+        trainer.broken  # noqa: B018
+
+
+def test_arguments_of_another_program_are_translated() -> None:
+    trl = pytest.importorskip("trl", reason="an optional neighbour")
+    import transformers
+
+    def answer(args: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            ESTrainer("tiny", args=args)
+        return str(caught.value).removeprefix("args must be an ESConfig, not ")
+
+    grpo = trl.GRPOConfig(use_cpu=True, learning_rate=1e-4, max_steps=3, num_train_epochs=2, beta=0.1)
+    assert answer(grpo) == (
+        "GRPOConfig; of its changed fields ESConfig has max_steps, learning_rate, but not num_train_epochs (use "
+        "max_steps, counted in steps of batch_size prompts), use_cpu (use device cpu), beta (es has no KL term, see "
+        "weight_decay_anchor base; for other methods method_kwargs)"
+    )
+    unchanged = answer(transformers.TrainingArguments(use_cpu=True))
+    assert unchanged == "TrainingArguments; of its changed fields ESConfig does not have use_cpu (use device cpu)"
+    assert answer({"max_steps": 1}) == "dict: write ESConfig(max_steps=...), where most options have the same names"
+    assert answer({"bf16": 1}) == "dict; of its changed fields ESConfig does not have bf16 (use dtype bfloat16)"
+    assert answer(7) == "int: write ESConfig(...), where most options have the same names"
 
 
 def test_hidden_flags_are_never_suggested() -> None:
@@ -108,7 +253,7 @@ def test_hidden_flags_are_never_suggested() -> None:
         shown = cli.shown_flags(parser)
         assert not hidden & set(shown), command
         for word in ("n", "no", "no_", "no_antithetc", "no_resum", "no_log_completion", "no_allow_unsandboxed"):
-            assert "--no_" not in cli.hint_for(f"--{word}", shown), (command, word)
+            assert "--no_" not in option_hint(f"--{word}", shown), (command, word)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +261,8 @@ def test_hidden_flags_are_never_suggested() -> None:
     [
         (["train", "--n", "4"], r"unknown option --n; completions per prompt are --num_generations$"),
         (["train", "--deepspeed", "x.json"], "unknown option --deepspeed; ES has no optimizer to shard: use"),
+        (["evaluate", "--use_peft"], "unknown option --use_peft; there are no adapters: all parameters are trained$"),
+        (["report", "run", "--max_prompt_length", "9"], "unknown option --max_prompt_length$"),
         (["fetch", "smollm2-135m", "--lr", "1"], "unknown option --lr$"),
         (["evaluate", "--max-new-tokens=9"], "unknown option --max-new-tokens; use --max_completion_length$"),
         (["report", "run", "--max_tokens", "9"], "unknown option --max_tokens$"),

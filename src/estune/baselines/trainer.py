@@ -78,8 +78,8 @@ RESTARTED = ("ppo",)  # methods whose trainers store no state: a resume starts a
 class BaselineTrainer(BaseTrainer):
     """Trains a model with a baseline of ES; takes the arguments of `ESTrainer` and writes the same results."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
         if self.request.module is not None:
             raise UserError(f"method {self.args.method} needs the model's name or directory, not a model in memory")
         check_method(self.args, self.request.rewards.accuracy is not None)

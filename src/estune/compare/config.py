@@ -25,6 +25,7 @@ from typing import Any
 
 from estune.compare.hacking import task_bounds
 from estune.config import METHODS, canonical
+from estune.config.hints import unknown_in
 from estune.errors import UserError, nearest
 
 RANDOM_SEARCH = "random_search"
@@ -336,6 +337,5 @@ def _check_types(given: dict[str, Any], part: type[Any], where: str) -> None:
 
 def _refuse_unknown_names(given: dict[str, Any], part: type[Any], where: str) -> None:
     names = {spec.name for spec in dataclasses.fields(part)}
-    for name in given:
-        if name not in names:
-            raise UserError(f"{where} has an unknown name {name!r}{nearest(str(name), names)}")
+    if wrong := {name: nearest(str(name), names) for name in given if name not in names}:
+        raise unknown_in(where, "name", wrong)

@@ -2,7 +2,6 @@
 
 from estune.config.options import (
     BEST_STEP,
-    ELSEWHERE,
     EVALUATE_FIELDS,
     FIELD_TYPES,
     FIELDS,
@@ -20,15 +19,14 @@ from estune.config.options import (
     ResolvedConfig,
     SizedConfig,
     canonical,
-    canonical_name,
     coerce,
     default_of,
+    field_of,
 )
 from estune.config.yaml_file import read_config_file
 
 __all__ = [
     "BEST_STEP",
-    "ELSEWHERE",
     "EVALUATE_FIELDS",
     "FIELDS",
     "FIELD_TYPES",
@@ -46,8 +44,8 @@ __all__ = [
     "ResolvedConfig",
     "SizedConfig",
     "canonical",
-    "canonical_name",
     "coerce",
     "default_of",
+    "field_of",
     "read_config_file",
 ]

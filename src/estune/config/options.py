@@ -1,7 +1,7 @@
 """ESConfig: one dataclass with all options of a run. The command line's flags are its field names.
 
 Three checks catch mistakes before a run starts: every value is converted to its field's type (YAML reads `1e-3` as a
-string), an unknown name is an error that names the nearest known one, and `validate` refuses values that cannot work.
+string), unknown names are an error with a hint for each (`hints`), and `validate` refuses values that cannot work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from estune.config.coercion import convert, is_text
+from estune.config.hints import in_python, option_hint, unknown_in
 from estune.engines import ENGINES
 from estune.errors import UserError, nearest
 from estune.es.update import SCHEDULES, SIGMA_SCHEDULES, STEP_CONTROLS
@@ -39,38 +40,6 @@ OF_METHODS: dict[str, tuple[str, ...]] = {
                     tuple(method for method in METHODS if method not in SEARCHES)),
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
 }  # fmt: skip
-
-# Flag of TRL, transformers, verl or vLLM -> what to use here instead. An entry applies to a command only if that
-# command has every flag that the entry names.
-ELSEWHERE = {
-    "bf16": "; use --dtype bfloat16",
-    "fp16": "; use --dtype float16",
-    "torch_dtype": "; use --dtype",
-    "lr": "; did you mean --learning_rate?",
-    "beta": "; es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs",
-    "loss_type": "; give it in --method_kwargs",
-    "epsilon": "; give it in --method_kwargs",
-    "num_iterations": "; give it in --method_kwargs",
-    "scale_rewards": "; give it in --method_kwargs",
-    "gradient_checkpointing": "; es computes no gradients; for other methods give it in --method_kwargs",
-    "num_train_epochs": "; use --max_steps",
-    "gradient_accumulation_steps": "; use --batch_size",
-    "per_device_train_batch_size": "; use --batch_size",
-    "resume_from_checkpoint": "; use --resume with --output_dir",
-    "overwrite_output_dir": "; use --overwrite",
-    "dataset": "; use --dataset_name",
-    "chat_template": "; the tokenizer's is used, see --apply_chat_template",
-    "max_prompt_length": "; prompts are never cut",
-    "max_new_tokens": "; use --max_completion_length",
-    "max_tokens": "; use --max_completion_length",
-    "n": "; completions per prompt are --num_generations",
-    "num_return_sequences": "; use --num_generations",
-    "stop": "; use --stop_strings",
-    "temp": "; use --temperature",
-    "use_vllm": "; use --engine vllm",
-    "deepspeed": "; ES has no optimizer to shard: use --num_workers, or --engine vllm --tensor_parallel_size",
-    "fsdp": "; ES has no optimizer to shard: use --num_workers, or --engine vllm --tensor_parallel_size",
-}
 
 # Options that say where an engine runs.
 OF_WORKERS = ("num_workers", "worker_engine", "worker_resources", "worker_timeout_s", "reward_placement")
@@ -140,21 +109,22 @@ class ESConfig:
     """The configuration of a run. Defaults are those of arXiv 2509.24372."""
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse an unknown option with a hint, where a dataclass would raise TypeError.
+        """Refuse unknown options with hints, where a dataclass would raise TypeError.
 
         Raises:
-            UserError: an option is unknown, or given by an alias.
+            UserError: options are unknown, or given by an alias.
         """
-        for name in options:
-            if (field_name := canonical_name(name, "ESConfig")) != name:
-                raise UserError(f"ESConfig has an unknown option {name!r}; use {field_name}")
+        wrong = {name: field_of(name) for name in options if name not in FIELDS}
+        if wrong:
+            hints = {name: f"; use {known}" if known else hint_of(name) for name, known in wrong.items()}
+            raise unknown_in("ESConfig", "option", hints)
         return super().__new__(cls)
 
     # Model
     model: str = _option(
         "tiny", "Model id on the hub, a local directory, or the embedded `tiny`.", aliases=("model_name_or_path",)
     )
-    revision: str | None = _option(None, "Revision of the model on the hub.")
+    revision: str | None = _option(None, "Revision of the model on the hub.", aliases=("model_revision",))
     trust_remote_code: bool = _option(False, "Run the Python code that comes with the model.")
     dtype: str = _option(
         "auto",
@@ -626,7 +596,7 @@ class ESConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
-        """Build a configuration from names and values; an unknown name raises UserError with the nearest field."""
+        """Build a configuration from names and values; unknown names raise UserError with a hint for each."""
         return cls(**canonical(values, source))
 
 
@@ -697,22 +667,27 @@ def default_of(name: str, method: str = "es") -> Any:
     return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
-def canonical_name(name: str, source: str) -> str:
-    """Return the field of a name (`-` reads as `_`, aliases resolved); raise UserError if there is none."""
+def field_of(name: str) -> str | None:
+    """Return the field of a name (`-` reads as `_`, aliases resolved), or None."""
     wanted = name.replace("-", "_")
-    for spec in FIELDS.values():
-        if wanted == spec.name or wanted in spec.metadata["aliases"]:
-            return spec.name
-    known = [word for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
-    hint = ELSEWHERE.get(wanted, "").replace("--", "") or nearest(wanted, known)
-    raise UserError(f"{source} has an unknown option {name!r}{hint}")
+    return next((spec.name for spec in FIELDS.values() if wanted in (spec.name, *spec.metadata["aliases"])), None)
+
+
+def hint_of(name: str) -> str:
+    """Return ``; HINT`` for an unknown option of a file or of Python, or an empty string."""
+    known = [f"--{word}" for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
+    return in_python(option_hint(name, known))
 
 
 def canonical(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return values by field name; raise UserError for an unknown name, or a field given twice."""
+    """Return values by field name; raise UserError for unknown names, all together, or a field given twice."""
+    fields = {str(name): field_of(str(name)) for name in values}
+    if wrong := [name for name, field_name in fields.items() if field_name is None]:
+        raise unknown_in(source, "option", {name: hint_of(name) for name in wrong})
     named: dict[str, Any] = {}
     for name, value in values.items():
-        key = canonical_name(str(name), source)
+        key = fields[str(name)]
+        assert key is not None
         if key in named:
             raise UserError(f"{source} gives {key} twice, once as {name!r}")
         named[key] = value

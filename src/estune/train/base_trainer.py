@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from estune.config import ESConfig, SizedConfig
+from estune.config import FIELDS, ESConfig, SizedConfig
+from estune.config.hints import no_attribute, unknown_arguments
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt
@@ -40,7 +42,11 @@ class BaseTrainer:
         processing_class: Any = None,
         *,
         callbacks: Sequence[Any] | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            known = signature(BaseTrainer).parameters.keys() - {"unknown"}
+            raise unknown_arguments(type(self).__name__, unknown, known, FIELDS)
         self.request = TrainingRequest.of(
             args, model, reward_funcs, train_dataset, eval_dataset, processing_class, callbacks
         )
@@ -70,6 +76,14 @@ class BaseTrainer:
     def engine(self) -> Engine:
         """The engine; it is loaded on first use."""
         return self.request.engine
+
+    if not TYPE_CHECKING:  # a type checker then still finds misspelt attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise AttributeError; for a name of TRL or transformers the message says what to use instead."""
+            if hasattr(type(self), name):  # a property raised AttributeError: raise that error again
+                return object.__getattribute__(self, name)
+            raise no_attribute(type(self).__name__, name, dir(type(self)), FIELDS)
 
     @property
     def model(self) -> Any:

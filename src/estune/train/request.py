@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from estune.config import ESConfig, SizedConfig
+from estune.config import FIELDS, ESConfig, SizedConfig
+from estune.config.hints import foreign_args
 from estune.console import warn
 from estune.engines.base import Engine
 from estune.errors import UserError
@@ -61,13 +62,16 @@ class TrainingRequest:
         """
         args = args if args is not None else ESConfig()
         if not isinstance(args, ESConfig):
-            raise UserError(
-                f"args must be an ESConfig, not {type(args).__name__}; most options have the same names in ESConfig"
-            )
+            raise foreign_args(args, FIELDS)
         if callbacks:
             callbacks, stopping = early_stopping_of(callbacks)
             args = dataclasses.replace(args, **stopping)
         module = None if model is None or isinstance(model, (str, Path)) else model
+        if module is not None and not callable(getattr(module, "named_parameters", None)):
+            raise UserError(
+                f"model must be a name, a directory or a model in memory, not {type(module).__name__}; give options as "
+                "args=ESConfig(...)"
+            )
         if isinstance(model, (str, Path)):
             args = dataclasses.replace(args, model=str(model))
         if args.task is None and args.dataset_name is None and train_dataset is None:
