@@ -47,6 +47,7 @@ OPTIONS = """
 
 # Calls that work as in TRL. `trainer` has trained one step, and `rows` are rows of its task.
 WORKING = """
+    trainer.train(resume_from_checkpoint=True).metrics
     trainer.args.learning_rate
     trainer.save_model('saved')
     trainer.save_model()
@@ -59,14 +60,14 @@ WORKING = """
     trainer.processing_class
     trainer.is_world_process_zero()
     trainer.add_callback(transformers.TrainerCallback())
-    trainer.callbacks
+    trainer.pop_callback(transformers.TrainerCallback)
+    trainer.remove_callback(transformers.TrainerCallback)
     ESTrainer(model='tiny', args=small, callbacks=[transformers.TrainerCallback()])
     ESTrainer('tiny', countdown.reward, small, rows, rows)
 """.strip().splitlines()
 
 # Other calls.
 CALLS = """
-    trainer.train(resume_from_checkpoint=True)
     trainer.predict(rows)
     trainer.get_train_dataloader()
     trainer.get_eval_dataloader()
@@ -83,7 +84,6 @@ CALLS = """
     trainer.save_state()
     trainer.create_model_card()
     trainer.hyperparameter_search()
-    trainer.remove_callback(transformers.TrainerCallback)
     trainer.compute_loss(None, None)
     trainer.ref_model
     trainer.num_generations

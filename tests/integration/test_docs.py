@@ -87,6 +87,11 @@ def test_both_columns_of_the_page_for_trl_run(tmp_path: Path, shell: Shell) -> N
         assert (tmp_path / "tuned" / "model.safetensors").is_file()
 
 
+@pytest.mark.e2e
+def test_every_name_of_other_programs_gets_an_answer(tmp_path: Path, shell: Shell) -> None:
+    shell.check(f"python '{ROOT / 'scripts' / 'answers.py'}'", tmp_path)
+
+
 @pytest.mark.parametrize("page", ["cli", "resuming", "trl"])
 def test_a_generated_page_equals_the_programs_output(page: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "reference.py"), page]

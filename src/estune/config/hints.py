@@ -350,7 +350,6 @@ ATTRIBUTES: tuple[Entry, ...] = (
     ("load_checkpoint resume_from_checkpoint", "ESConfig(resume=True, output_dir=...) continues a run"),
     ("reward_funcs reward_processing_classes", "request.rewards holds the reward functions, their names and weights"),
     ("ref_model", "there is no reference model"),
-    ("pop_callback remove_callback", "leave it out of the callbacks that you give to the trainer"),
     ("model_wrapped", "use model"),
     ("model_init call_model_init", "the model is loaded once, by engine"),
     ("generate generate_completions vllm_generation llm", "estune evaluate --rows FILE writes a model's answers"),
