@@ -2,6 +2,7 @@
 
     python benchmarks/estimators.py --cases llama qwen2 gpt2     # about 1 minute a run, two runs at a time
     python benchmarks/estimators.py --cases smollm2              # about 6 minutes a run
+    python benchmarks/estimators.py --cases demo mini_sudoku     # the settings of the demo and of 4x4 Sudoku
 
 Each run is `estune train` with the settings of its case and the options of its rule; all runs of a case score the same
 number of completions in training, theta's included. Countdown: accuracy on 500 test problems after the last step, and
@@ -53,9 +54,19 @@ CONCISENESS: dict[str, Any] = dict(
     task="conciseness", population_size=60, batch_size=2, noise="lowrank", sigma=0.01, learning_rate=0.01, max_steps=16,
     max_completion_length=40, eval_steps=4,
 )  # fmt: skip
+DEMO: dict[str, Any] = dict(
+    task="countdown", population_size=30, batch_size=16, sigma=0.01, learning_rate=0.005, max_steps=25,
+    max_completion_length=48, eval_steps=5, eval_rows=100,
+)  # fmt: skip
+MINI_SUDOKU: dict[str, Any] = dict(
+    task="mini_sudoku", population_size=30, batch_size=16, noise="lowrank", sigma=0.02, learning_rate=0.01,
+    max_steps=40, max_completion_length=40, eval_steps=10, eval_rows=100,
+)  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (str(BASES / name), COUNTDOWN) for name in ("llama", "qwen2", "gpt2")},
     "smollm2": ("models/smollm2-135m", CONCISENESS),
+    "demo": ("tiny", DEMO),
+    "mini_sudoku": (str(BASES / "sudoku"), MINI_SUDOKU),
 }
 PAIRS = {"antithetic": "true"}
 # rule -> options
@@ -166,7 +177,7 @@ def run(case: str, rule: str, seed: int, threads: int) -> dict[str, Any]:
         subprocess.run(train, check=True, capture_output=True, env=environment)
         records = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         row: dict[str, Any] = {"case": case, "rule": rule, "seed": seed, "steps": options["max_steps"]}
-        which = "eval_accuracy" if options["task"] == "countdown" else "eval_reward"
+        which = "eval_accuracy" if options["task"] != "conciseness" else "eval_reward"
         row["curve"] = {str(record["step"]): record[which] for record in records if which in record}
         steps = [record for record in records if "reward" in record]
         row["evaluations"] = steps[-1]["num_evaluations"]
@@ -190,8 +201,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             mine = [row for row in rows if (row["case"], row["rule"]) == (case, rule)]
             if not mine:
                 continue
-            countdown = CASES[case][1]["task"] == "countdown"
-            values = [100 * row["test"]["accuracy"] if countdown else -row["test"]["reward"] for row in mine]
+            has_accuracy = CASES[case][1]["task"] != "conciseness"
+            values = [100 * row["test"]["accuracy"] if has_accuracy else -row["test"]["reward"] for row in mine]
             found = over_seeds(values)
             interval = "" if found.interval is None else "[{:.1f}, {:.1f}]".format(*found.interval)  # None: one seed
             curve = {step: [row["curve"].get(step) for row in mine] for step in mine[0]["curve"]}
