@@ -9,8 +9,9 @@ number of completions in training, theta's included. Countdown: accuracy on 500 
 on 100 validation problems on the way. Conciseness: distance in characters on the task's 8 held-out prompts (lower is
 better) on the way, and on the test split and correctness on 200 questions after the last step.
 
-Some rules are variants of the method that estune does not have: other bounds of drift, steps by kind of parameter, and
-members that perturb a random half of the tensors. `patch` makes them, for the run's process alone.
+Some rules are variants of the method that estune does not have: other bounds of drift, a bound that is lifted while the
+fitness rises, steps by kind of parameter, and members that perturb a random half of the tensors. `patch` makes them,
+for the run's process alone.
 
 Finished runs are kept in `benchmarks/results/estimators.json`, one line each, and are not repeated. Means and Student's
 intervals over seeds are printed.
@@ -43,6 +44,7 @@ from estune.es.noise.reference import round_to_bits
 from estune.es.theta import AnchorReader, HostTheta
 from estune.es.types import ParameterSpec, Perturbation
 from estune.es.update import SCALE_BITS, Update
+from estune.train.session import Session
 
 ESTUNE = [sys.executable, "-m", "estune"]
 BASES = Path(__file__).resolve().parent / "bases"
@@ -85,6 +87,9 @@ RULES: dict[str, dict[str, Any]] = {
     "drift, 2 %": {"step_control": "drift", "variant": "share-0.02"},
     "drift, 1 %": {"step_control": "drift", "variant": "share-0.01"},
     "drift, 2 %, pairs": {"step_control": "drift", "variant": "share-0.02", **PAIRS},
+    "drift unless it advances": {"step_control": "drift", "variant": "advance-0.05"},
+    "drift, 2 %, unless it advances": {"step_control": "drift", "variant": "advance-0.02"},
+    "drift, pairs, unless it advances": {"step_control": "drift", "variant": "advance-0.05", **PAIRS},
     "drift, twice the rate": {"step_control": "drift", "learning_rate": 2},
     "drift, four times the rate": {"step_control": "drift", "learning_rate": 4},
     "drift, cosine": {"step_control": "drift", "lr_scheduler_type": "cosine"},
@@ -129,10 +134,49 @@ def perturbs(seed: int, name: str) -> bool:
     return bool(blake2b(f"{seed} {name}".encode(), digest_size=1).digest()[0] & 1)
 
 
+class Advance:
+    """Whether the members' mean fitness rises over the steps: a fast mean of it lies above a slow one.
+
+    The difference of the two means is compared with twice its standard deviation if steps were independent.
+    """
+
+    FAST, SLOW, DEVIATION = 0.6, 0.85, 0.29  # weights of the earlier steps; standard deviations of one step's mean
+
+    def __init__(self) -> None:
+        self.fast = self.slow = self.last = self.square = self.weight = math.nan
+
+    def after(self, value: float) -> bool:
+        """Return whether the fitness rises, after one more step with the mean ``value``."""
+        if math.isnan(self.last):
+            self.fast = self.slow = self.last = value
+            self.square = self.weight = 0.0
+            return False
+        self.square = 0.9 * self.square + 0.1 * (value - self.last) ** 2 / 2
+        self.weight = 0.9 * self.weight + 0.1
+        self.last = value
+        self.fast += (1 - self.FAST) * (value - self.fast)
+        self.slow += (1 - self.SLOW) * (value - self.slow)
+        return self.fast - self.slow > 2 * self.DEVIATION * math.sqrt(self.square / self.weight)
+
+
+def lift_the_bound_of_a_run_that_advances() -> None:
+    """Change `Session.control` in this process: the bound of ``drift`` holds only while the fitness does not rise."""
+    control, advance = Session.control, Advance()
+
+    def lifted(self: Session, step: Any, weighed: Any, fitness: Any, *rest: Any) -> Any:
+        controlled = control(self, step, weighed, fitness, *rest)
+        return replace(controlled, factor=1.0) if advance.after(float(fitness.mean())) else controlled
+
+    Session.control = lifted  # type: ignore[method-assign]
+
+
 def patch(variant: str) -> None:
     """Change estune in this process into a variant, for `estune train` on CPUs."""
-    if variant.startswith("share-"):  # of a step's gain that drift may lose
-        step_control.DRIFT_SHARE = float(variant.removeprefix("share-"))
+    kind, _, share = variant.partition("-")
+    if share:  # of a step's gain that drift may lose
+        step_control.DRIFT_SHARE = float(share)
+        if kind == "advance":
+            lift_the_bound_of_a_run_that_advances()
         return
     update_jobs = HostTheta._update_jobs
 
