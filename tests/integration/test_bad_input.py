@@ -250,7 +250,6 @@ def test_datasets_that_are_not_there(refused, place, name, parts):
     refused((*RUN, "--dataset_name", name), *parts)
 
 
-ASKED = '[{"role": "user", "content": "a"}]'
 PICTURE = '[{"role": "user", "content": [{"type": "image"}]}]'
 OWN_ROWS = {
     "a column that may be the prompt": (
@@ -269,7 +268,6 @@ OWN_ROWS = {
     "an image": (
         f'{{"prompt": {PICTURE}}}\n', (), "row 0", "'image'", "only text parts",
     ),
-    "messages for a model without a template": (f'{{"messages": {ASKED}}}\n', (), "row 0", "template"),
     "a mapping to a missing column": (
         '{"text": "a"}\n', ("--column_mapping", '{"prompt": "txet"}'), "'txet'", "no such column", "'text'",
     ),

@@ -171,7 +171,7 @@ def test_score_with_other_names_of_columns(run, place):
     words = ("score", "--completions", "c.tsv", "--reward_funcs", "rewards.py:logged", "--json")
     mapping = ("--column_mapping", '{"completion": "response", "wanted": "aim"}')
     assert_refused(run(*words, *mapping), "its completion is 0.5, not a string")
-    (place / "c.tsv").write_text('response\taim\n 0.5 \t0.5\n"1.5."\t0.5\n')
+    (place / "c.tsv").write_text("response\taim\n0.5\t0.5\n0.5x\t0.5\n")
     found = one_object(run(*words, *mapping))
     assert found["rewards"] == [0.0, None] and found["errors"] == 1
     assert_refused(run(*words), "no column 'completion'")
@@ -487,7 +487,8 @@ def test_evaluate_without_a_reward(torch_zygote, tiny_run):
     assert 'row 3: "3 + 1?"' in text.out and text.out.count("\n  reference  ") == 3
     few = ("--limit", 1, "--n_samples", 2, "--json")
     assert one_object(torch_zygote.run((*words, *few), tiny_run))["sample_reward"] is None
-    assert_refused(torch_zygote.run((*words, "--reward_timeout_s", 5), tiny_run), "reward_timeout_s has no effect")
+    done = torch_zygote.run((*words, "--reward_timeout_s", 5), tiny_run)
+    assert done.code == 2 and "reward_timeout_s has no effect without a reward" in done.err, done
 
 
 # --- train without arguments ------------------------------------------------------------------------------------------

@@ -369,8 +369,8 @@ PARTS = {"role": "user", "content": [{"type": "text", "text": "hello"}, {"type":
          "the prompt is problem, the reference answer is solution"),
         ({"problem": "p", "messages": None}, "problem", "p", None),
         ({"messages": [USER, BOT, USER, BOT]}, "messages", [USER, BOT, USER],
-         "the prompt is messages up to the last answer, which rewards get as answer"),
-        ({"messages": [USER]}, "messages", [USER], None),
+         "the prompt is messages without the last answer, and the reference answer is answer"),
+        ({"messages": [USER]}, "messages", [USER], "the prompt is messages"),
         ({"text": "t"}, None, None, None),
     ],
 )  # fmt: skip

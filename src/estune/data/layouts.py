@@ -111,8 +111,8 @@ def layout_of(rows: Sequence[Row], mapping: Mapping[str, str]) -> str | None:
 
 def described(layout: str, columns: Collection[str]) -> str:
     """Return what a layout makes of columns, as one clause."""
-    if layout == MESSAGES:
-        return f"the prompt is {MESSAGES} up to the last answer, which rewards get as {MESSAGES_ANSWER}"
+    if layout == MESSAGES and MESSAGES_ANSWER in columns:
+        return f"the prompt is {MESSAGES} without the last answer, and the reference answer is {MESSAGES_ANSWER}"
     reference = LAYOUTS[layout]
     with_input = " with its input" if layout == INSTRUCTION and "input" in columns else ""
     answered = f", the reference answer is {reference}" if reference in columns else ""
