@@ -437,7 +437,8 @@ def _evaluate(values: dict[str, Any]) -> int:
         warn(f"{own_data} has no splits, and the run trained on all its rows: give --dataset_name for other rows")
     if inherited and not extras["json"]:
         note(f"prompt and sampling settings are those of the run {values['model']}; options on the command line win")
-        note(f"reward is {_reward_of({**inherited, **values})}")
+        if reward := _reward_of({**inherited, **values}):
+            note(f"reward is {reward}")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 
@@ -464,11 +465,11 @@ def _plan(values: dict[str, Any]) -> int:
 
 
 def _reward_of(values: dict[str, Any]) -> str:
-    """Return the rewards of an evaluation as text: the reward functions, else the task's reward."""
+    """Return the rewards of an evaluation as text: the reward functions, else the task's reward, else empty text."""
     funcs = values.get("reward_funcs")
     if funcs:
         return ", ".join([funcs] if isinstance(funcs, str) else funcs)
-    return f"that of task {values['task']}" if values.get("task") else "not known: give --task or --reward_funcs"
+    return f"that of task {values['task']}" if values.get("task") else ""
 
 
 def _engine_of_run(values: dict[str, Any]) -> dict[str, Any]:

@@ -208,7 +208,7 @@ DATASETS = {
     "empty": ("", "no rows"),
     "not JSON": ('{"prompt": "a"}\n{"prompt"\n', "line 2", "JSON"),
     "not objects": ("[1, 2]\n", "line 1", "object"),
-    "without prompts": ('{"question": "a", "wanted": 1}\n', "prompt"),
+    "without prompts": ('{"sum": "a", "wanted": 1}\n', "prompt"),
     "without the column that the reward needs": ('{"prompt": "x[0]"}\n', "wanted"),
     "a null prompt": (
         '{"prompt": "x[0]", "wanted": 1}\n{"prompt": null, "wanted": 1}\n',
@@ -250,15 +250,45 @@ def test_datasets_that_are_not_there(refused, place, name, parts):
     refused((*RUN, "--dataset_name", name), *parts)
 
 
-@pytest.mark.parametrize("name", ["question", "problem", "instruction", "messages"])
-def test_a_pointer_to_where_the_prompt_may_be(refused, place, name):
-    words = ("train", "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.py:always_raising")
-    (place / "rows.jsonl").write_text(json.dumps({name: "1 + 1?", "answer": "2", "id": 3}) + "\n")
-    refused(words, f"rename '{name}' to 'prompt'", "--task math", "--task gsm_symbolic", f"it has {name}, answer, id")
-    (place / "rows.jsonl").write_text(json.dumps({name: "1 + 1?"}) + "\n")
-    assert "--task" not in refused(words, f"rename '{name}' to 'prompt'")
-    (place / "rows.jsonl").write_text(json.dumps({"id": 3}) + "\n")
-    assert "rename" not in refused(words, "no column 'prompt'", "it has id")
+PICTURE = '[{"role": "user", "content": [{"type": "image"}]}]'
+OWN_ROWS = {
+    "a column that may be the prompt": (
+        '{"text": "1 + 1?", "id": 3}\n', (), "no column 'prompt' or 'question'", "it has text, id",
+        """--column_mapping '{"prompt": "text"}'""",
+    ),
+    "no column that may be the prompt": ('{"id": 3}\n', (), "no column 'prompt'", "it has id"),
+    "several layouts": (
+        '{"question": "a", "problem": "b"}\n', (), "question or problem",
+        """--column_mapping '{"question": "question"}' or '{"problem": "problem"}'""",
+    ),
+    "a question that is null": ('{"question": "a"}\n{"question": null}\n', (), "row 1 of the train split", "null"),
+    "a conversation without a question": (
+        '{"messages": [{"role": "assistant", "content": "a"}]}\n', (), "row 0", "no user turn",
+    ),
+    "an image": (
+        f'{{"prompt": {PICTURE}}}\n', (), "row 0", "'image'", "only text parts",
+    ),
+    "a mapping to a missing column": (
+        '{"text": "a"}\n', ("--column_mapping", '{"prompt": "txet"}'), "'txet'", "no such column", "'text'",
+    ),
+    "a mapping onto a column": (
+        '{"prompt": "a", "text": "b"}\n', ("--column_mapping", '{"prompt": "text"}'), "has a column 'prompt'",
+    ),
+    "a mapping that is no object": ('{"text": "a"}\n', ("--column_mapping", "prompt=text"), "column_mapping", "JSON"),
+    "a mapping to a number": (
+        '{"text": "a"}\n', ("--column_mapping", '{"prompt": 3}'), "maps 'prompt' to 3", "name of a column",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words", "parts"), [(t, w, p) for t, w, *p in OWN_ROWS.values()], ids=list(OWN_ROWS))
+def test_own_rows(refused, run_model, place, text, words, parts):
+    (place / "rows.jsonl").write_text(text)
+    refused(("train", *DATA, *words, "--max_steps", 1, "--output_dir", "run"), *parts, run=run_model)
+
+
+def test_a_mapping_is_for_rows_of_ones_own(refused):
+    refused((*RUN, "--column_mapping", '{"prompt": "text"}'), "column_mapping needs dataset_name")
 
 
 @pytest.mark.parametrize("option", ["--system_prompt", "--response_prefix", "--stop_strings", "--dataset_name"])

@@ -165,6 +165,18 @@ def test_score_with_a_users_rewards(run, place):
     assert result["reward"] == pytest.approx((0 + 3 * -0.0625) / 2)
 
 
+def test_score_with_other_names_of_columns(run, place):
+    write_rewards(place)
+    (place / "c.tsv").write_text("response\taim\n0.5\t0.5\n1.5\t0.5\n")
+    words = ("score", "--completions", "c.tsv", "--reward_funcs", "rewards.py:logged", "--json")
+    mapping = ("--column_mapping", '{"completion": "response", "wanted": "aim"}')
+    assert_refused(run(*words, *mapping), "its completion is 0.5, not a string")
+    (place / "c.tsv").write_text("response\taim\n0.5\t0.5\n0.5x\t0.5\n")
+    found = one_object(run(*words, *mapping))
+    assert found["rewards"] == [0.0, None] and found["errors"] == 1
+    assert_refused(run(*words), "no column 'completion'")
+
+
 def test_score_needs_to_know_what(run, place):
     (place / "c.jsonl").write_text('{"completion": "1"}\n')
     assert_refused(run("score", "--completions", "c.jsonl"), "reward_funcs")
@@ -447,6 +459,36 @@ def test_a_reference_that_cannot_answer_ends_the_command_after_the_models_result
     assert done.code == 2 and "20" in done.err and "Traceback" not in done.err
     alone = one_object(torch_zygote.run(words, tiny_run))
     assert json.loads(done.out) == alone and len(rows_of(tiny_run / "kept.jsonl")) == 2
+
+
+def test_evaluate_without_a_reward(torch_zygote, tiny_run):
+    tiny_run, _ = tiny_run
+    (tiny_run / "own.csv").write_text("question,answer\n" + "".join(f"{i} + 1?,{i + 1}\n" for i in range(7)))
+    words = ("evaluate", "--model", "run", "--dataset_name", "own.csv", *LENGTH)
+    more = ("--reference", "tiny", "--rows", "rows.jsonl")
+    done = torch_zygote.run((*words, "--json", *more), tiny_run)
+    found = one_object(done)
+    assert done.err.count("there is no reward") == 1 and "the prompt is question" in done.err
+    assert found["accuracy"] is None and found["reward"] is None and found["n"] == 7
+    rows = rows_of(tiny_run / "rows.jsonl")
+    lengths = sorted(length for row in rows for length in row["lengths"])
+    assert (found["mean_length_tokens"], found["max_length_tokens"]) == (
+        pytest.approx(sum(lengths) / len(lengths)), lengths[-1]
+    )  # fmt: skip
+    assert found["clipped_ratio"] + found["finished_ratio"] == 1 and found["empty_ratio"] == 0
+    assert [(row["row_id"], row["completion"]) for row in found["completions"]] == (
+        [(i, rows[i]["completions"][0]) for i in (0, 3, 6)]
+    )
+    changed = sum(row["completions"] != row["reference"]["completions"] for row in rows)
+    assert found["against_reference"] == {"answers": {"n": 7, "changed": changed}} and changed
+    assert found["kl"] > 0 and found["reference"]["reward"] is None
+    text = torch_zygote.run((*words, *more), tiny_run)
+    assert text.code == 0 and f"{changed} of 7 rows have other completions" in text.out and "reward" not in text.out
+    assert 'row 3: "3 + 1?"' in text.out and text.out.count("\n  reference  ") == 3
+    few = ("--limit", 1, "--n_samples", 2, "--json")
+    assert one_object(torch_zygote.run((*words, *few), tiny_run))["sample_reward"] is None
+    done = torch_zygote.run((*words, "--reward_timeout_s", 5), tiny_run)
+    assert done.code == 2 and "reward_timeout_s has no effect without a reward" in done.err, done
 
 
 # --- train without arguments ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tiers import full
 from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
 from estune.errors import ExternalError
 from estune.models.names import EMBEDDED_MODELS
-from estune.run.origin import LOCATED
+from estune.run.origin import IN_ROWS, LOCATED
 from estune.run.resume import RULES, Facts, adopt, check_facts
 
 pytestmark = pytest.mark.miniature
@@ -219,7 +219,7 @@ SPECIAL = {
     "method": "grpo", "method_kwargs": {"beta": 1},
     "report_to": ["none"], "revision": "main", "population_size": 8, "learning_rate": 0.5, "num_generations": 3,
     "greater_is_better": False, "temperature": 0.5,
-    "top_p": 0.5, "reward_timeout_s": 1.0, "seed": 3, "worker_resources": {"CPU": 1},
+    "column_mapping": {"prompt": "b"}, "top_p": 0.5, "reward_timeout_s": 1.0, "seed": 3, "worker_resources": {"CPU": 1},
 }  # fmt: skip
 
 
@@ -237,18 +237,52 @@ def another(name, value):
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_is_free_or_refused_as_the_table_says(name, monkeypatch):
     monkeypatch.setattr(ESConfig, "validate", lambda self: None)  # options that do not go together are not the matter
-    began = ESConfig(model="a", dataset_name="d.jsonl", reward_funcs=["m:f"], noise="lowrank")
+    mapping = {"prompt": "a"}
+    began = ESConfig(
+        model="a", dataset_name="d.jsonl", reward_funcs=["m:f"], noise="lowrank", column_mapping=mapping
+    )  # fmt: skip
     stored = began.trajectory()
     assert (name in stored) == (name not in RESUMABLE)
     now = dataclasses.replace(began, **{name: another(name, getattr(began, name))})
     assert getattr(now, name) != getattr(began, name)
     if name in RESUMABLE:
         assert getattr(adopt(now, stored, now), name) == getattr(now, name)
-    elif name in LOCATED and name not in ("reward_funcs", "engine"):
+    elif name in (*LOCATED, *IN_ROWS) and name not in ("reward_funcs", "engine"):
         assert getattr(adopt(now, stored, now), name) == getattr(now, name)  # compared when it is loaded
     else:
         with pytest.raises(ExternalError, match=f"a resume cannot change {name}"):
             adopt(now, stored, now)
+
+
+def test_a_mapping_of_columns_is_compared_by_its_rows(run_model, tmp_path):
+    """It is in the header, so that it survives the loss of `es_config.json`, and an evaluation inherits it."""
+    lay_out(tmp_path)
+    for file in (tmp_path / "data").iterdir():
+        file.write_text(file.read_text().replace('"prompt"', '"text"').replace('"value"', '"bonus"'))
+    mapping = ("--column_mapping", '{"prompt": "text", "value": "bonus"}')
+    done = run_model("train", *OPTIONS, *mapping, "--max_steps", 1, "--output_dir", "run", cwd=tmp_path)
+    assert done.code == 0, done
+    assert journal(tmp_path / "run")[0]["config"]["column_mapping"] == {"prompt": "text", "value": "bonus"}
+    found = json.loads(run_model("evaluate", "--model", "run", "--json", cwd=tmp_path).out)
+    assert found["n"] == 1 and found["reward"] is not None
+    for other in ("{}", '{"prompt": "text"}'):
+        done = run_model("evaluate", "--model", "run", "--column_mapping", other, cwd=tmp_path)
+        assert done.code == 2 and ("no column 'prompt'" in done.err or "lacks the column value" in done.err), done
+    words = ("train", "--resume", "--output_dir", "run")
+    (tmp_path / "run" / "es_config.json").unlink()
+    other = '{"prompt": "text", "value": "bonus", "more": "text"}'
+    for steps_done, more, said in (
+        (2, mapping, None),
+        (2, ("--column_mapping", other), "the column 'text' two names"),
+        (2, ("--column_mapping", other.replace('"more": "text"', '"question": "question"')), "no such column"),
+        (3, (), None),
+    ):
+        done = run_model(*words, "--max_steps", steps_done, *more, "--report_to", "none", cwd=tmp_path)
+        assert (done.code == 0) == (said is None) and (said or "") in done.err, done
+    for file in (tmp_path / "data").iterdir():
+        file.write_text(file.read_text().replace('"bonus"', '"value"'))
+    done = run_model(*words, "--max_steps", 3, "--column_mapping", '{"prompt": "text"}', cwd=tmp_path)
+    assert_refused(Done(done.code, "", errors(done)), "training data")  # a finished run is compared, too
 
 
 # --- runs that are resumed from elsewhere ----------------------------------------------------------------------------

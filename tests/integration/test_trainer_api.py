@@ -209,6 +209,88 @@ def test_a_datasets_dataset_and_held_out_rows(llama, place):
         ESTrainer(model=str(llama), reward_funcs=vowels, train_dataset=rows, args=ESConfig(eval_steps=1, **SMALL))
 
 
+def splits_of(kind):
+    """Return the rows as a dict of splits whose values are of a kind of dataset."""
+    import datasets
+    import pandas
+
+    rows = {"train": ROWS, "validation": ROWS[:2]}
+    if kind == "lists":
+        return rows
+    if kind == "frames":
+        return {name: pandas.DataFrame(listed) for name, listed in rows.items()}
+    whole = datasets.DatasetDict({name: datasets.Dataset.from_list(listed) for name, listed in rows.items()})
+    if kind == "DatasetDict":
+        return whole
+    return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in whole.items()})
+
+
+def test_a_dict_of_datasets_gives_both_splits(llama, place, capsys):
+    def run(output_dir, train_dataset, eval_dataset=None, **changes):
+        args = ESConfig(output_dir=output_dir, **{**SMALL, "max_steps": 1, "eval_steps": 1, **changes})
+        trainer = ESTrainer(
+            model=str(llama), reward_funcs=vowels, train_dataset=train_dataset, eval_dataset=eval_dataset, args=args
+        )  # fmt: skip
+        trainer.train()
+        return tree(place / output_dir, ("es_config", "README"))
+
+    plain = run("plain", ROWS, ROWS[:2])
+    for kind in ("lists", "frames", "DatasetDict", "IterableDatasetDict"):
+        capsys.readouterr()
+        assert run(kind, splits_of(kind)) == plain, kind
+        said = capsys.readouterr().err
+        assert "the held-out rows are the split validation" in said
+        assert ("the train rows are the 6 rows of a IterableDataset, read to its end" in said) == ("Iter" in kind)
+    named = {"learn": ROWS, "test": ROWS[:2]}
+    renamed = run("renamed", named, dataset_train_split="learn")
+    assert renamed.pop("journal.jsonl") != plain["journal.jsonl"]  # its header has the name of the split
+    assert renamed == {name: value for name, value in plain.items() if name != "journal.jsonl"}
+    for source, changes, words in (
+        (named, {}, r"no split 'train' \(it has learn, test\): set dataset_train_split"),
+        ({"train": ROWS}, {}, r"no split 'test' or 'validation' \(it has train\): set dataset_test_split"),
+        ({"train": ROWS, "test": ROWS}, {"dataset_test_split": "train"}, "both trained on and held out"),
+        ({"train": ROWS, "test": ROWS}, {"load_best_model_at_end": True}, "the split 'test' is for the final"),
+        ({"train": {"a": ROWS}, "test": ROWS}, {}, "dict holds several datasets"),
+        (ROWS, {"dataset_train_split": "learn"}, "dataset_train_split needs dataset_name, or a dict of datasets"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run("refused", source, **changes)
+    assert not (place / "refused").exists()
+
+
+def test_rewards_get_every_column_of_a_layout(llama, place):
+    """Conversations of text parts, whose last answer is the reference, and a column with a second name."""
+    import shutil
+
+    shutil.copytree(llama, place / "chat")
+    (place / "chat" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    seen = place / "seen.jsonl"
+
+    def reward(prompts, completions, answer, messages, hint, note, **others):
+        import json
+
+        with open(seen, "a") as file:
+            file.write(json.dumps([prompts, completions, answer, messages, hint, note, sorted(others)]) + "\n")
+        return [len(completion[0]["content"]) for completion in completions]
+
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Count"}, {"type": "text", "text": "to 3."}]}]
+    rows = [{"messages": [*asked, {"role": "assistant", "content": "1 2 3"}], "note": None} for _ in range(3)]
+    trainer = ESTrainer(
+        model=str(place / "chat"), reward_funcs=reward, train_dataset=rows,
+        args=ESConfig(output_dir="run", column_mapping={"hint": "note"}, **{**SMALL, "max_steps": 1}),
+    )  # fmt: skip
+    assert [prompt.text for prompt in trainer.prepare()] == ["<user>Count to 3."] * 3
+    trainer.train()
+    for line in seen.read_text().splitlines():
+        prompts, completions, answer, messages, hint, note, others = json.loads(line)
+        assert prompts == [asked] * 3 and answer == ["1 2 3"] * 3 and messages == [row["messages"] for row in rows]
+        assert [completion[0]["role"] for completion in completions] == ["assistant"] * 3
+        assert hint == note == [None] * 3
+        assert others == ["completion_ids", "log_extra", "log_metric", "trainer_state"]
+
+
 def test_a_model_in_memory(llama, place, run_model):
     """Its weights at the start go into the run, so that the run can be resumed, replayed and evaluated without it."""
     given = transformers.AutoModelForCausalLM.from_pretrained(llama)

@@ -197,6 +197,7 @@ OTHERWISE = {  # field -> the test below that shows its effect
     "hub_model_id": "test_push_to_hub",
     "hub_private_repo": "test_push_to_hub",
     **dict.fromkeys(OF_WORKERS, "test_options_of_workers"),  # their effect: tests/integration/test_ray.py
+    "column_mapping": "test_column_mapping",
     "tensor_parallel_size": "test_ranks_belong_to_vllm",  # the effect: tests/integration/test_vllm.py
 }
 
@@ -581,6 +582,19 @@ def test_options_of_workers(run):
 
 def test_ranks_belong_to_vllm(run):
     assert_refused(run(*RUN, "--tensor_parallel_size", 2), "engine toy does not use tensor_parallel_size")
+
+
+def test_column_mapping(run, place):
+    named = [json.loads(line) for line in rows(0).splitlines()]
+    others = [{"text": row["prompt"], "aim": row["wanted"], "far": row["wanted"] + 9} for row in named]
+    (place / "named.jsonl").write_text(rows(0))
+    (place / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    found = {}
+    for name, aim in (("named", None), ("others", "aim"), ("others", "far")):
+        words = ("--column_mapping", json.dumps({"prompt": "text", "wanted": aim})) if aim else ()
+        assert run(*RUN, "--dataset_name", f"{name}.jsonl", *words, "--overwrite").code == 0
+        found[aim] = of_steps("fitness", "checksum")(place)
+    assert found[None] == found["aim"] != found["far"]
 
 
 def test_push_to_hub(run, place):

@@ -1,5 +1,6 @@
 """Rows, batches, prompts and reward inputs: real files, a real tokenizer, no network."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import pytest
 
 from estune.data.batches import Batches
 from estune.data.datasets import check_columns, has_splits, load_rows
+from estune.data.layouts import described, hidden_columns, layout_of, with_mapped_columns, with_prompts
+from estune.data.memory import STREAM_ROWS, split_of
 from estune.data.prompts import PromptBuilder
 from estune.errors import UserError
 from estune.rewards.contract import reward_inputs
@@ -89,31 +92,71 @@ def test_a_sequence_is_read_to_its_length_and_no_further():
     assert load_rows(tuple(ROWS)) == ROWS
 
 
-def streams():
-    import itertools
+def forever():
+    yield from ({"prompt": str(number)} for number in itertools.count())
 
+
+def test_a_stream_is_read_to_its_end():
     import datasets
 
-    def forever():
-        yield from ({"prompt": str(number)} for number in itertools.count())
+    stream = datasets.IterableDataset.from_generator(forever)
+    for source in (
+        iter(ROWS),
+        map(dict, ROWS),
+        (row for row in ROWS),
+        datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    ):
+        assert load_rows(source) == ROWS
+    assert load_rows(stream.take(3)) == [{"prompt": "0"}, {"prompt": "1"}, {"prompt": "2"}]
+    assert len(load_rows(itertools.islice(forever(), STREAM_ROWS))) == STREAM_ROWS
+    for source, first in ((forever(), r"itertools.islice\(stream, 100000\)"), (stream, r"\.take\(100000\)")):
+        with pytest.raises(UserError, match=rf"no length and more than 100,000 rows: .*with {first}$"):
+            load_rows(source)
+    for source, words in (
+        (itertools.count(), "must yield dicts, one per row, and a count yielded a int"),
+        (iter([]), "has no rows"),
+        (7, "type int holds no rows"),
+        (None, "type NoneType holds no rows"),
+        ((1 / 0 for _ in range(2)), "cannot be read: ZeroDivisionError: division by zero"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_rows(source)
 
-    return {
-        "generator": forever(),
-        "iterator": iter(ROWS),
-        "map": map(dict, ROWS),
-        "count": itertools.count(),
-        "IterableDataset": datasets.IterableDataset.from_generator(forever),
-        "IterableDataset taken": datasets.IterableDataset.from_generator(forever).take(3),
-        "IterableDataset of a file": datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
-        "a number": 7,
-    }
 
+def test_data_frames_are_read_as_datasets_reads_them():
+    import datasets
+    import pandas
+    import pyarrow
 
-@pytest.mark.parametrize("name", streams())
-def test_a_stream_is_refused_at_once(name):
-    source = streams()[name]
-    with pytest.raises(UserError, match=rf"a dataset of type {type(source).__name__} has no length"):
-        load_rows(source)
+    dates = pandas.to_datetime(["2020-01-01", None, "2021-01-01"])
+    frame = pandas.DataFrame({
+        "prompt": ["a", None, "c"], "n": [1, 2, 3], "x": [1.5, float("nan"), 2], "whole": [1, None, 3],
+        "m": [[{"role": "user", "content": "x"}], None, []], "d": dates,
+    })  # fmt: skip
+    rows = load_rows(frame)
+    assert rows == datasets.Dataset.from_pandas(frame).to_list()
+    assert rows[1] == {"prompt": None, "n": 2, "x": None, "whole": None, "m": None, "d": None}
+    assert load_rows(frame[frame.n > 1]) == rows[1:]  # an index without a name is no column
+    assert load_rows(frame.set_index("n"))[0]["n"] == 1
+    assert load_rows(pyarrow.Table.from_pylist(ROWS)) == ROWS
+
+    class Polars:  # its frames have a length and this method
+        def __len__(self):
+            return 2
+
+        def to_dicts(self):
+            return ROWS[:2]
+
+    assert load_rows(Polars()) == ROWS[:2]
+    for bad, words in (
+        (pandas.DataFrame({5: ["a"]}), "a column named 5"),
+        (pandas.DataFrame({"a": [1, "x"]}), "cannot be read: ArrowInvalid"),
+        (pandas.concat([frame, frame], axis=1), "Duplicate column names"),
+        (pandas.DataFrame(), "no rows"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load_rows(bad)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_dict_of_datasets_is_no_dataset():
@@ -122,6 +165,32 @@ def test_a_dict_of_datasets_is_no_dataset():
     for source in (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), {"train": ROWS}):
         with pytest.raises(UserError, match=rf"a {type(source).__name__} holds several datasets \(train\)"):
             load_rows(source)
+
+
+TABLES = {
+    "a.csv": 'prompt,n,f,s,b,e\nhi,1,1.5,007,True,\n"two\nlines, here",2,3,NA,False,\n',
+    "bom.csv": "\ufeffprompt,n\nx,1\n",
+    "one.tsv": "prompt\tn\nx, y\t3\n",
+    "mixed.csv": "a\n1\nx\n2.5\n",
+    "short.csv": "a,b\n1\n",
+    "index.csv": ",a\n0,x\n1,y\n",
+    "blank.csv": "\n\na,b\n\n1,2\n\n",
+}
+
+
+def test_tables_have_the_values_that_datasets_gives_them(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name, text in TABLES.items():
+        (tmp_path / name).write_text(text, "utf-8")
+        options = {"sep": "\t"} if name.endswith("tsv") else {}
+        theirs = datasets.load_dataset("csv", data_files=str(tmp_path / name), cache_dir=str(tmp_path / "c"), **options)
+        assert repr(load_rows(tmp_path / name)) == repr(theirs["train"].to_list()), name
+        assert not has_splits(tmp_path / name)
+    assert load_rows(tmp_path / "a.csv")[1] == (
+        {"prompt": "two\nlines, here", "n": 2, "f": 3.0, "s": None, "b": False, "e": None}
+    )
 
 
 def test_names_of_columns_are_strings():
@@ -232,11 +301,18 @@ def test_a_bad_dataset_card_is_refused_in_one_sentence(tmp_path):
         ("a.json", "[1, 2]", "list of objects"),
         ("a.json", "[{]", "not JSON"),
         ("a.parquet", "not parquet", "not a readable parquet"),
-        ("a.csv", "a,b", "should end in"),
+        ("a.txt", "a,b", "should end in"),
+        ("a.csv", "", "no rows"),
+        ("a.csv", "a,b\n", "no rows"),
+        ("a.csv", "a,a\n1,2\n", "two columns named 'a'"),
+        ("a.csv", "a,b\n1,2,3\n", "more cells than its first line"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "not a readable table: .*line 3"),
+        ("a.csv", 'a,b\n"x,1\n', "not a readable table"),
+        ("a.tsv", "a\tb\n\udcff\t1\n", "cannot be read: 'utf-8' codec"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, words):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=words) as caught:
         load_rows(tmp_path / name)
     assert "\n" not in str(caught.value)
@@ -261,6 +337,142 @@ def test_hub_dataset_without_network():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "nobody/nothing-here" in done.stdout and "cannot be loaded" in done.stdout, done.stderr
+
+
+def test_a_split_of_a_dict_of_datasets():
+    splits = {"train": ROWS, "validation": ROWS[:2]}
+    assert split_of(splits, ["test", "validation"], "dataset_test_split") == ("validation", ROWS[:2])
+    with pytest.raises(
+        UserError, match=r"dict has no split 'learn' \(it has train, validation\): set dataset_train_split"
+    ):
+        split_of(splits, ["learn"], "dataset_train_split")
+
+
+# --- layouts
+
+USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": "ok", "image": None}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "prompt", "says"),
+    [
+        ({"prompt": "a", "question": "b"}, "prompt", "a", None),
+        ({"question": "q", "answer": "#### 4"}, "question", "q",
+         "the prompt is question, the reference answer is answer"),
+        ({"question": [USER]}, "question", [USER], "the prompt is question"),
+        ({"instruction": "i", "input": "x", "output": "o"}, "instruction", "i\n\nx",
+         "the prompt is instruction with its input, the reference answer is output"),
+        ({"instruction": "i", "input": "", "output": "o"}, "instruction", "i", None),
+        ({"instruction": "i", "input": None}, "instruction", "i", None),
+        ({"problem": "p", "solution": "s", "answer": 4}, "problem", "p",
+         "the prompt is problem, the reference answer is solution"),
+        ({"problem": "p", "messages": None}, "problem", "p", None),
+        ({"messages": [USER, BOT, USER, BOT]}, "messages", [USER, BOT, USER],
+         "the prompt is messages without the last answer, and the reference answer is answer"),
+        ({"messages": [USER]}, "messages", [USER], "the prompt is messages"),
+        ({"text": "t"}, None, None, None),
+    ],
+)  # fmt: skip
+def test_a_layout_is_recognised_by_its_columns(row, layout, prompt, says):
+    assert layout_of([row], {}) == layout
+    if layout is None:
+        return
+    [laid_out] = with_prompts([row], layout, "train")
+    assert {name: laid_out[name] for name in row} == row and laid_out["prompt"] == prompt
+    assert set(laid_out) - set(row) <= {"prompt", "answer"}
+    if says is not None:
+        assert described(layout, laid_out) == says
+
+
+def test_the_reference_answer_of_a_conversation_is_a_column():
+    rows = [{"messages": [USER, {**BOT, "content": PARTS["content"]}]}, {"messages": [USER]}]
+    assert [row["answer"] for row in with_prompts(rows, "messages", "train")] == ["hello ok", None]
+    assert "answer" not in with_prompts(rows[1:], "messages", "train")[0]
+    own = [{**row, "answer": 7} for row in rows]
+    assert [row["answer"] for row in with_prompts(own, "messages", "train")] == [7, 7]
+
+
+def test_several_layouts_need_a_choice():
+    rows = [{"problem": "p", "solution": "s", "messages": [USER, BOT]}]
+    with pytest.raises(
+        UserError, match=r"messages or problem: choose with --column_mapping '\{\"messages\": \"messages\"\}' or"
+    ):
+        layout_of(rows, {})
+    for mapping, layout in (
+        ({"messages": "messages"}, "messages"), ({"problem": "problem"}, "problem"), ({"prompt": "problem"}, "prompt")
+    ):  # fmt: skip
+        assert layout_of(with_mapped_columns(rows, mapping), mapping) == layout
+    chosen = {"question": "problem"}
+    assert with_prompts(with_mapped_columns(rows, chosen), "question", "train")[0]["prompt"] == "p"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": None, "answer": "a"}, "its question is null"),
+        ({"question": 4}, "its question is a int, not text"),
+        ({"problem": {"en": "p"}}, "its problem is a dict, not text"),
+        ({"instruction": [USER]}, "its instruction is a list, not text"),
+        ({"instruction": "i", "input": 3}, "its input is a int, not text"),
+        ({"messages": None}, "its messages are null"),
+        ({"messages": "hello"}, "should be a list of objects with 'role' and 'content'"),
+        ({"messages": ["hello"]}, "should be a list of objects"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "should be a list of objects"),
+        ({"messages": []}, "no user turn"),
+        ({"messages": [BOT]}, "no user turn"),
+        ({"messages": [{"role": "system", "content": "s"}, BOT]}, "no user turn"),
+        ({"messages": [USER, BOT, BOT]}, "end with two answers in a row"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "has the role 'human'; roles are system"),
+        ({"messages": [USER, {"role": ["assistant"], "content": "x"}]}, "has the role"),
+        ({"messages": [USER, {**BOT, "tool_calls": [{"name": "f"}]}]}, "calls a tool"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "its last answer should have a 'content'"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "part of type 'image'"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": 3}]}]}, "whose text is a int"),
+    ],
+)
+def test_a_row_that_does_not_fit_its_layout_is_refused(row, words):
+    layout = next(iter(row))
+    for rows, index in (([row], 0), ([{**row, layout: row[layout]}] * 2, 0)):
+        with pytest.raises(UserError, match=rf"^row {index} of the test split: .*{words}") as caught:
+            with_prompts(rows, layout, "test")
+        assert "\n" not in str(caught.value)
+
+
+# --- the user's names of columns
+
+MAPPED = [{"question": "q", "final": 4, "info": {"answer": 5}, "completion": "c", "completions": ["d"]}]
+
+
+def test_a_column_keeps_its_name_and_gets_another():
+    rows = with_mapped_columns(MAPPED, {"prompt": "question", "answer": "final", "reference": "completion"})
+    assert rows == [{**MAPPED[0], "prompt": "q", "answer": 4, "reference": "c"}]
+    assert with_mapped_columns(MAPPED, {}) == MAPPED
+    assert hidden_columns(MAPPED, {}) == ["completions"] and hidden_columns(MAPPED, {"theirs": "completions"}) == []
+    scored = [{"response": "r", "answer": 1}]
+    assert with_mapped_columns(scored, {"completion": "response"}, completions=True)[0]["completion"] == "r"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"prompt": "queston"}, "prompt to 'queston', and the dataset has no such column: it has .*mean 'question'"),
+        ({"question": "prompt"}, r'second: {"prompt": "question"}'),
+        ({"answer": "info.answer"}, "a value inside the column info has no name"),
+        ({"answer": 'info["answer"]'}, "a value inside the column info has no name"),
+        ({"prompt": "question", "problem": "question"}, "two names, prompt and problem"),
+        ({"question": "final"}, "the dataset has a column 'question'"),
+        ({"final": "final"}, "maps final to itself"),
+        ({"prompts": "question"}, "cannot name a column 'prompts'"),
+        ({"completions": "final"}, "cannot name a column 'completions'"),
+        ({"completion": "final"}, "cannot name a column 'completion'"),
+        ({"": ""}, "no such column"),
+    ],
+)
+def test_a_name_that_cannot_stand_for_a_column_is_refused(mapping, words):
+    with pytest.raises(UserError, match=words) as caught:
+        with_mapped_columns(MAPPED, mapping)
+    assert "\n" not in str(caught.value)
 
 
 # --- batches
@@ -336,10 +548,47 @@ def test_context_limit_names_row_and_lengths(tokenizer):
         builder(tokenizer, max_context=28).build(long, 2)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, [], ["hello"], [{"role": "user"}], [{"role": "user", "content": [1]}]])
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 3, [], ["hello"], [{"role": "user"}], [{"role": "user", "content": [1]}], [{"role": "user", "content": []}]],
+)
 def test_bad_prompts(tokenizer, prompt):
     with pytest.raises(UserError, match="row 7"):
         builder(tokenizer).build({"prompt": prompt}, 7)
+
+
+def test_parts_are_joined_as_the_chat_template_joins_them(tokenizer):
+    """The template of `tokenizer` writes a list as Python does; the second one reads parts, the third also images."""
+    from transformers import PreTrainedTokenizerFast
+
+    text = "<s><user> hello ok <assistant> "
+    assert builder(tokenizer).build({"prompt": [PARTS]}, 0).text == text
+    assert builder(tokenizer).build({"prompt": [PARTS]}, 0).question == "hello ok"
+    one = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    assert builder(tokenizer).build({"prompt": [one]}, 0) == builder(tokenizer).build(
+        {"prompt": [{**one, "content": "hello"}]}, 0
+    )
+    reads = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{% if 'image' in part %}IMAGE{% else %}{{ part.text }};{% endif %}{% endfor %}"
+        "{% endif %}{% endfor %}"
+    )
+    for template, expected in ((reads.replace(";", ""), "<user>hellook"), (reads, "<user>hello ok")):
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+        assert builder(other).build({"prompt": [PARTS]}, 0).text == expected  # a separator that is text: not read
+    system = {"role": "system", "content": PARTS["content"]}
+    assert (
+        "<system> be\n\nhello ok <user>"
+        in builder(tokenizer, system_prompt="be").build({"prompt": [system, PARTS]}, 0).text
+    )
+    for part, words in (
+        ({"type": "image", "url": "x"}, "a part of type 'image': only text parts"),
+        ({"type": "input_audio", "input_audio": {}}, "a part of type 'input_audio'"),
+        ({"type": "text", "text": None}, "whose text is a NoneType"),
+        ({"text": "hello"}, "a part of type None"),
+    ):
+        with pytest.raises(UserError, match=f"row 5: a message of the prompt has .*{words}"):
+            builder(tokenizer).build({"prompt": [{"role": "user", "content": [part]}]}, 5)
 
 
 def test_refusals(tokenizer):
@@ -376,6 +625,8 @@ def test_missing_columns_are_named():
     check_columns([{**rows[0], "tests": 1}], [needs], ["needs"])
     with pytest.raises(UserError, match=r"lacks the column tests that reward needs needs .it has target."):
         check_columns(rows, [needs], ["needs"])
+    with pytest.raises(UserError, match="reward length needs the column completion, which rewards never get"):
+        check_columns([{"prompt": "a", "completion": "b"}], [lambda completion: [0.0]], ["length"])
 
 
 def test_importing_data_and_rewards_imports_no_heavy_library():

@@ -1,10 +1,14 @@
-"""`estune evaluate`: the accuracy and the rewards of a model on held-out rows, alone or against a reference."""
+"""`estune evaluate`: the accuracy and the rewards of a model on held-out rows, alone or against a reference.
+
+Without a task and without reward functions, the result is about lengths and completions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,6 +49,7 @@ from estune.train.step import sampling_of
 
 NARROW = ("bfloat16", "float16")  # dtypes: a token can change with the size of the batch, by rounding
 SAMPLE_TEMPERATURE = 1.0  # temperature of `n_samples` samples if the configured temperature is 0
+N_SHOWN = 3  # completions in the result of an evaluation without rewards
 PAIRED_FIELDS = "completions rewards accuracy lengths finished failures non_finite".split()  # of a second evaluation
 
 
@@ -128,7 +133,7 @@ def evaluate_command(
         raise UserError(f"limit must not be negative, not {limit}")
     _check_before_work(args, reference, rows)
     task = setup.task_of(args)
-    rewards = setup.resolve_rewards(args, None, task)
+    rewards = _rewards_of(args, task)
     split = _split_of(args, task, split)
     data = setup.resolve_rows(args, None, task, split, rewards, for_training=False)[: limit or None]
     sized = setup.resolve_config(args, len(data))
@@ -143,7 +148,7 @@ def evaluate_command(
             try:
                 other, kl = _ask_reference(asked, reference, model)
                 result |= {"kl": kl, "reference": {"model": reference, **_values(asked, other)}}
-                result["against_reference"] = _against(model, other)
+                result["against_reference"] = _against(model, other, scored=bool(asked.weights))
             except UserError as error:  # raised below: the model's own result is complete
                 failure = error
         if rows:
@@ -152,6 +157,14 @@ def evaluate_command(
     if failure is not None:
         raise failure
     return 0
+
+
+def _rewards_of(args: ESConfig, task: Task | None) -> Rewards:
+    """Return the rewards of an evaluation; none, with a note, for rows of the user's own without a reward."""
+    if task is not None or args.reward_funcs is not None or args.dataset_name is None:
+        return setup.resolve_rewards(args, None, task)
+    note("there is no reward, so the result is about lengths and completions; --task or --reward_funcs scores them")
+    return setup.no_rewards(args)
 
 
 def _with_samples(args: ESConfig, n_samples: int) -> ESConfig:
@@ -184,7 +197,7 @@ def _questions(
     grader = None
     if rewards.accuracy:
         grader = stack.enter_context(setup.reward_pool(args, [rewards.accuracy], ["accuracy"]))
-    elif n_samples:
+    elif n_samples and rewards.funcs:
         note("no task measures accuracy here, so there is no mean@k and no pass@k: the samples have rewards alone")
     first, samples = sampling_of(args, 0), None
     if n_samples:
@@ -348,6 +361,8 @@ def _divergence(engine: Engine, reference: str, model: _Answers) -> float | None
 def _values(asked: _Questions, answers: _Answers) -> dict[str, Any]:
     """Return a model's part of the result."""
     values: dict[str, Any] = {**answers.first.summary()}
+    if not asked.weights:
+        values = _unscored(answers)
     if answers.samples is None or asked.samples is None:
         return values
     sampled: dict[str, Any] = {**answers.samples.summary()}
@@ -369,9 +384,42 @@ def _values(asked: _Questions, answers: _Answers) -> dict[str, Any]:
     return values
 
 
-def _against(model: _Answers, other: _Answers) -> dict[str, Any]:
-    """Return the paired differences of the model and the reference, model minus reference, for each measure."""
+def _unscored(answers: _Answers) -> dict[str, Any]:
+    """Return the part of the result that needs no reward, with a few completions; reward and accuracy are None."""
+    rows, summary = answers.first.rows, answers.first.summary()
+    lengths = [length for row in rows for length in row.lengths]
+    broken = {"non_finite_ratio": summary["non_finite_ratio"]} if "non_finite_ratio" in summary else {}
+    shown = sorted({round(i * (len(rows) - 1) / (N_SHOWN - 1)) for i in range(N_SHOWN)})
+    return {
+        "n": summary["n"],
+        "accuracy": None,
+        "reward": None,
+        "mean_length_tokens": summary["mean_length_tokens"],
+        "median_length_tokens": float(statistics.median(lengths)),
+        "max_length_tokens": max(lengths),
+        "empty_ratio": lengths.count(0) / len(lengths),
+        "finished_ratio": 1 - summary["clipped_ratio"],
+        "clipped_ratio": summary["clipped_ratio"],
+        **broken,
+        "completions": [_shown(rows[i]) for i in shown],
+    }
+
+
+def _shown(row: EvaluatedRow) -> dict[str, Any]:
+    """Return a row's question and its first completion."""
+    completion = {"completion": row.completions[0], "length_tokens": row.lengths[0], "finished": row.finished[0]}
+    return {"row_id": row.row_id, "question": row.question, **completion}
+
+
+def _against(model: _Answers, other: _Answers, *, scored: bool) -> dict[str, Any]:
+    """Return the paired differences of the model and the reference, model minus reference, for each measure.
+
+    If the completions are not ``scored``, it is the number of rows whose completions differ.
+    """
     found: dict[str, Any] = {}
+    if not scored:
+        both = zip(model.first.rows, other.first.rows, strict=True)
+        found["answers"] = {"n": len(model.prompts), "changed": sum(a.completions != b.completions for a, b in both)}
     pairs = [("accuracy", "reward", model.first, other.first)]
     if model.samples is not None and other.samples is not None:
         pairs.append(("mean_at_k", "sample_reward", model.samples, other.samples))

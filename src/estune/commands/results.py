@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,9 +13,13 @@ POINTS = ("accuracy", "mean_at_k", "pass_at_k")  # measures that are printed in 
 # The measures of a model and of its reference that are printed side by side.
 SIDE_BY_SIDE = (
     "accuracy mean_at_k pass_at_k reward sample_reward answer_entropy token_entropy mean_length_tokens "
-    "sample_mean_length_tokens clipped_ratio sample_clipped_ratio"
+    "median_length_tokens max_length_tokens sample_mean_length_tokens empty_ratio finished_ratio clipped_ratio "
+    "sample_clipped_ratio"
 ).split()
+NESTED = ("reference", "against_reference", "completions")  # parts of a result that are printed by themselves
+OF_REWARDS = ("accuracy", "reward", "sample_reward", "sample_reward_failures")  # empty in a result without rewards
 NAME_WIDTH, VALUE_WIDTH = 25, 12  # characters of the columns
+SHOWN_LENGTH = 400  # characters of a question or completion on the terminal
 
 
 def print_values(result: dict[str, Any], as_json: bool) -> None:
@@ -29,11 +34,22 @@ def print_values(result: dict[str, Any], as_json: bool) -> None:
 
 
 def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
-    """Print the result of an evaluation, as lines and a table of model and reference, or as JSON."""
-    nested = ("reference", "against_reference")
-    print_values(result if as_json else {name: value for name, value in result.items() if name not in nested}, as_json)
-    if "reference" in result and not as_json:
-        _print_reference(result, result["reference"], result["against_reference"])
+    """Print the result of an evaluation, as lines and a table of model and reference, or as JSON.
+
+    Without rewards, the lines end with the completions of a few rows.
+    """
+    if as_json:
+        print_values(result, True)
+        return
+    is_scored = "completions" not in result
+    values = {name: value for name, value in result.items() if name not in NESTED}
+    if not is_scored:
+        values = {name: value for name, value in values.items() if name not in OF_REWARDS}
+    print_values(values, False)
+    if "reference" in result:
+        _print_reference(values, result["reference"], result["against_reference"])
+    if not is_scored:
+        _print_completions(result["completions"], result.get("reference", {}).get("completions"))
 
 
 def _value_text(name: str, value: Any, result: dict[str, Any]) -> str:
@@ -81,9 +97,28 @@ def _print_reference(result: dict[str, Any], reference: dict[str, Any], against:
                 f"higher in {found['wins']} rows, lower in {found['losses']}, equal in {found['ties']}; "
                 f"p = {found['p_value']:.2g} (sign test, exact)"
             )
+        elif "changed" in found:
+            text = f"{found['changed']} of {found['n']} rows have other completions than the reference's"
         else:
             continue
         print_result(f"{name:{NAME_WIDTH}} {text}")
+
+
+def _print_completions(of_model: list[dict[str, Any]], of_reference: list[dict[str, Any]] | None) -> None:
+    """Print a few rows with the model's completion, and the reference's if there is one, each on one line."""
+    for number, row in enumerate(of_model):
+        print_result(f"\nrow {row['row_id']}: {_on_one_line(row['question'])}")
+        for label, rows in (("model", of_model), ("reference", of_reference)):
+            if rows is not None:
+                its = rows[number]
+                end = "finished" if its["finished"] else "cut off"
+                text = f"{_on_one_line(its['completion'])} ({its['length_tokens']} tokens, {end})"
+                print_result(f"  {label if of_reference is not None else 'completion':10} {text}")
+
+
+def _on_one_line(text: str) -> str:
+    """Return a text as a JSON string of at most about `SHOWN_LENGTH` characters."""
+    return json.dumps(text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}...", ensure_ascii=False)
 
 
 def _cells(name: str, value: Any) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from estune.commands.results import or_none, print_values
 from estune.config import ESConfig
 from estune.console import note, print_json
 from estune.data.datasets import check_columns, load_rows
+from estune.data.layouts import with_mapped_columns
 from estune.errors import UserError
 from estune.es.fitness import mean, weigh
 from estune.rewards.contract import reward_inputs
@@ -28,7 +29,7 @@ def score_command(args: ESConfig, completions: Path, as_json: bool) -> int:
     """
     task = setup.task_of(args)
     rewards = setup.resolve_rewards(args, None, task)
-    rows = load_rows(str(completions))
+    rows = with_mapped_columns(load_rows(str(completions)), args.column_mapping, completions=True)
     for index, row in enumerate(rows):
         if "completion" not in row:
             raise UserError(f"row {index} of {completions} has no column 'completion'")

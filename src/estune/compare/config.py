@@ -48,9 +48,9 @@ SET_BY_COMPARISON = frozenset(
 
 # Options that must be equal for every method; they can stand only in the common settings.
 SHARED = frozenset(
-    "dataset_name dataset_config dataset_train_split dataset_test_split reward_funcs reward_weights reward_timeout_s "
-    "reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
-    "max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code num_threads "
+    "dataset_name dataset_config dataset_train_split dataset_test_split column_mapping reward_funcs reward_weights "
+    "reward_timeout_s reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix "
+    "stop_strings max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code num_threads "
     "prompts_per_batch reward_workers trainable_parameters".split()
 )
 
@@ -260,8 +260,12 @@ def _validate(comparison: Comparison) -> None:
     for text in (*comparison.models, *comparison.methods):
         if not text or any(letter in text for letter in "/\\: "):
             raise UserError(f"the name {text!r} must be usable as a file name: letters, digits, - _ . +")
-    if "dataset_name" not in comparison.settings and comparison.tuning.split != Tuning.split:
-        raise UserError("split of tuning needs dataset_name: a task has its own validation split")
+    if "dataset_name" not in comparison.settings:
+        if comparison.tuning.split != Tuning.split:
+            raise UserError("split of tuning needs dataset_name: a task has its own validation split")
+        for name in ("dataset_train_split", "dataset_test_split", "column_mapping"):
+            if name in comparison.settings:
+                raise UserError(f"{name} needs dataset_name")
     if "dataset_name" in comparison.settings:
         splits = [
             comparison.settings.get("dataset_train_split", "train"),

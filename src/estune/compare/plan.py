@@ -108,7 +108,7 @@ def rows_of(comparison: Comparison, split: str) -> list[dict[str, Any]]:
         UserError: the data set has no such split, or its rows lack what the task needs.
     """
     task = get_task(comparison.task, bool(comparison.settings.get("allow_unsandboxed_code")))
-    names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
+    names = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "column_mapping")
     dataset = {name: comparison.settings[name] for name in names if name in comparison.settings}
     if "dataset_name" not in dataset:
         return task.load(split)

@@ -51,22 +51,25 @@ RESUMABLE = frozenset(
     "hub_private_repo tensor_parallel_size".split()
 ) | frozenset((*OF_WORKERS, *BEST_STEP))
 
+# Options that the journal's header holds only if they are set; so all other runs have the header of older versions.
+IN_HEADER_IF_SET = frozenset(("column_mapping",))
+
 # Options that runs of older versions lack; they had the default's meaning.
-LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS, *BEST_STEP))
+LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS, *BEST_STEP, *IN_HEADER_IF_SET))
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.
 EVALUATE_FIELDS = (
     "model revision trust_remote_code dtype device engine task dataset_name dataset_config dataset_test_split "
-    "reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code "
-    "apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
+    "column_mapping reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
+    "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings seed "
     "max_completion_length num_generations temperature top_p top_k prompts_per_batch num_threads tensor_parallel_size "
     "num_workers worker_engine worker_resources worker_timeout_s reward_placement"
 ).split()
 # `estune probe` and `estune plan`: the options that decide the members' completions and their rewards.
 _MEMBER_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
-    "dataset_train_split reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
+    "dataset_train_split column_mapping reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
     "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
     "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
     "prompts_per_batch members_per_batch num_threads tensor_parallel_size num_workers worker_engine worker_resources "
@@ -81,7 +84,8 @@ PLAN_FIELDS = (
 )
 # `estune score`: the options that decide the rewards of given completions.
 SCORE_FIELDS = (
-    "task reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation allow_unsandboxed_code"
+    "task column_mapping reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
+    "allow_unsandboxed_code"
 ).split()
 
 
@@ -161,10 +165,17 @@ class ESConfig:
 
     # Task, data, reward
     task: str | None = _option(None, "Built-in task. Without one: --dataset_name, --reward_funcs.")
-    dataset_name: str | None = _option(None, "Rows: a JSONL or parquet file, a directory, or a dataset id on the hub.")
+    dataset_name: str | None = _option(
+        None, "Rows: a JSONL, CSV, TSV or parquet file, a directory, or a dataset id on the hub."
+    )
     dataset_config: str | None = _option(None, "Configuration name of the dataset.")
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on, for your own dataset.")
+    column_mapping: dict[str, Any] = _option(
+        {},
+        "JSON object of further names for columns: the name that estune or a reward uses, then the dataset's column, "
+        'such as {"prompt": "question"}.',
+    )
     reward_funcs: list[str] | None = _option(
         None, "Rewards as package.module:function or path/file.py:function. Default: the task's."
     )
@@ -453,10 +464,11 @@ class ESConfig:
             raise UserError("reward_isolation inline has no workers and no time limit: leave both at their defaults")
         if self.chat_template_kwargs and self.apply_chat_template == "false":
             raise UserError("chat_template_kwargs have no effect with apply_chat_template false")
-        if self.dataset_name is None:
-            for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
-                if getattr(self, name) != FIELDS[name].default:
-                    raise UserError(f"{name} needs dataset_name")
+        if self.dataset_name is None and self.dataset_config is not None:
+            raise UserError("dataset_config needs dataset_name")
+        for name, column in self.column_mapping.items():
+            if not isinstance(column, str):
+                raise UserError(f"column_mapping maps {name!r} to {column!r}, which is not the name of a column")
         if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private_repo):
             raise UserError("hub_model_id and hub_private_repo need push_to_hub")
         if self.resume and self.overwrite:
@@ -588,7 +600,8 @@ class ESConfig:
 
     def trajectory(self) -> dict[str, Any]:
         """Return the fields that define the trajectory, for the journal's header."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in RESUMABLE}
+        unset = RESUMABLE.union(name for name in IN_HEADER_IF_SET if getattr(self, name) == default_of(name))
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unset}
 
     def to_json(self) -> str:
         """Return the whole configuration as JSON."""

@@ -5,13 +5,12 @@ A row is a dict with a ``prompt``.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from estune.data.memory import one_sentence, rows_in_memory, rows_of_frame
 from estune.errors import UserError
 from estune.identity import NoIdentityError, encode
 from estune.rewards.contract import TRL_KEYWORDS, column_names, required_keywords
@@ -25,10 +24,10 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
     Args:
         source: one of
 
-            * a JSONL, JSON or parquet file;
+            * a JSONL, JSON, CSV, TSV or parquet file;
             * a directory: saved by ``datasets``, with files named after splits, or readable by ``load_dataset``;
             * a dataset id on the hub;
-            * rows in memory: a list of dicts, a ``datasets.Dataset``, or another sequence of dicts with a length.
+            * rows in memory, see `rows_in_memory`.
         config: the dataset's configuration.
         split: the split; ignored if the source has no splits (`has_splits`), so the caller checks the name.
 
@@ -39,7 +38,7 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
         UserError: the source does not exist, cannot be read, has no rows, or has no configurations.
     """
     if not isinstance(source, (str, Path)):
-        rows = _rows_in_memory(source)
+        rows = rows_in_memory(source)
         source = "the dataset"
     else:
         path = Path(source).expanduser()
@@ -59,31 +58,6 @@ def load_rows(source: Any, config: str | None = None, split: str = "train") -> l
         if not isinstance(name, str):
             raise UserError(f"{source} has a column named {name!r}: the name of a column must be a string")
     return [row if len(row) == len(names) else {name: row.get(name) for name in names} for row in rows]
-
-
-def _rows_in_memory(source: Any) -> list[Row]:
-    """Return rows from a Python object.
-
-    Raises:
-        UserError: the object is a mapping or a stream, or its elements are not dicts.
-    """
-    if isinstance(source, Mapping):
-        raise UserError(
-            f"a {type(source).__name__} holds several datasets ({', '.join(map(str, source.keys()))}): pass one of them"
-        )
-    try:
-        count = len(source)
-    except TypeError:
-        raise UserError(
-            f"a dataset of type {type(source).__name__} has no length: a run shuffles all rows, so it cannot read a "
-            "stream; pass a list of rows, such as list(itertools.islice(stream, 10_000))"
-        ) from None
-    # A sequence such as torch's map-style dataset may accept any index, so iterating over it may never end.
-    with _one_sentence("the dataset cannot be read"):
-        rows = source.to_list() if hasattr(source, "to_list") else list(itertools.islice(source, count))
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError("a dataset must be a sequence of dicts, one per row")
-    return rows
 
 
 def has_splits(source: Any) -> bool:
@@ -152,6 +126,32 @@ def _read_json(path: Path) -> list[Row]:
     return rows
 
 
+def _read_csv(path: Path, separator: str = ",") -> list[Row]:
+    """Return the rows of a CSV file with the types that ``datasets.load_dataset("csv")`` gives them.
+
+    Numbers are int or float, and empty cells and words such as `NA` are None.
+    """
+    import pandas
+    import pyarrow
+
+    try:
+        names = pandas.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+        given = names.iloc[0].tolist()
+        for name in given:
+            if name and given.count(name) > 1:
+                raise UserError(f"{path} has two columns named {name!r}")
+        frame = pandas.read_csv(path, sep=separator, low_memory=False)
+        if not isinstance(frame.index, pandas.RangeIndex):
+            raise UserError(f"{path} has rows with more cells than its first line, which names the columns")
+        return rows_of_frame(frame)
+    except pandas.errors.EmptyDataError:
+        raise UserError(f"{path} has no rows") from None
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise UserError(f"{path} is not a readable table: {' '.join(str(error).split())[:300]}") from error
+
+
 def _read_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -171,11 +171,14 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _read_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": lambda path: _read_csv(path, "\t"),
 }
+SPLIT_FILES = (".jsonl", ".json", ".parquet")  # files named after a split; `datasets` reads directories of other files
 
 
 def _read_directory(path: Path, config: str | None, split: str) -> list[Row]:
-    for suffix in READERS:
+    for suffix in SPLIT_FILES:
         if config is None and (path / f"{split}{suffix}").is_file():
             return _read_file(path / f"{split}{suffix}")
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
@@ -183,7 +186,7 @@ def _read_directory(path: Path, config: str | None, split: str) -> list[Row]:
     _refuse_config(path, config, "was saved by save_to_disk")
     import datasets
 
-    with _one_sentence(f"dataset {path} cannot be loaded"):
+    with one_sentence(f"dataset {path} cannot be loaded"):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
@@ -201,24 +204,9 @@ def _refuse_config(path: Path, config: str | None, why: str) -> None:
 def _from_hub(name: str, config: str | None, split: str) -> list[Row]:
     import datasets
 
-    with _one_sentence(f"dataset {name} (split {split}) cannot be loaded"):
+    with one_sentence(f"dataset {name} (split {split}) cannot be loaded"):
         rows: list[Row] = datasets.load_dataset(name, config, split=split).to_list()
     return rows
-
-
-@contextlib.contextmanager
-def _one_sentence(sentence: str) -> Iterator[None]:
-    """Turn any error of the package `datasets` into a UserError of one sentence.
-
-    These errors have no common class: a bad card raises TypeError or AttributeError, a damaged state KeyError, and
-    other causes OSError, ValueError, RuntimeError, YAMLError, ArrowException, or DatasetsError.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{sentence}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def shared_prompts(trained: Sequence[Row], held_out: Sequence[Row]) -> int:
@@ -242,6 +230,11 @@ def check_columns(rows: Sequence[Row], reward_funcs: Sequence[Callable[..., Any]
     """
     columns = column_names(rows)
     for function, name in zip(reward_funcs, names, strict=True):
+        if "completion" in required_keywords(function) and any("completion" in row for row in rows):
+            raise UserError(
+                f"reward {name} needs the column completion, which rewards never get, as in TRL: give the column "
+                "another name with column_mapping"
+            )
         missing = [word for word in required_keywords(function) if word not in (*TRL_KEYWORDS, *columns)]
         if missing:
             raise UserError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from estune.data.datasets import Row
+from estune.data.layouts import text_of
 from estune.errors import UserError
 from estune.es.types import Prompt
 
@@ -21,6 +22,9 @@ class PromptBuilder:
       templated, as in TRL.
     * ``true``: message lists and strings; a string becomes one user message.
     * ``false``: none.
+
+    A message's content is text, or a list of text parts. The chat template joins the parts if it reads them; otherwise
+    they are joined by a space, as in transformers' server.
 
     Without a tokenizer (toy engine) each UTF-8 byte is one token. Token ids must be below ``vocab_size`` (None: any
     id).
@@ -48,6 +52,7 @@ class PromptBuilder:
         self._max_context, self._max_completion_length = max_context, max_completion_length
         self._vocab_size = vocab_size
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._template_reads_parts: bool | None = None  # None: no message with parts was seen yet
         self._template_messages = apply_chat_template != "false"
         self._template_strings = apply_chat_template == "true" or (
             apply_chat_template == "auto" and is_builtin_task and self._has_template
@@ -71,7 +76,7 @@ class PromptBuilder:
             templated = self._template_strings
             messages = [{"role": "user", "content": prompt}]
         elif _are_messages(prompt):
-            templated, messages = True, prompt
+            templated, messages = True, self._with_text(prompt, row_id)
             if not self._template_messages or not self._has_template:
                 why = "apply_chat_template is false" if self._has_template else "the tokenizer has no chat template"
                 raise UserError(f"row {row_id}: the prompt is a list of messages, but {why}")
@@ -91,12 +96,46 @@ class PromptBuilder:
                 f"row {row_id}: prompt ({len(token_ids)} tokens) and completion (up to {self._max_completion_length}) "
                 f"are longer than the model's context of {self._max_context} tokens"
             )
-        asked = [message["content"] for message in messages if message["role"] == "user"] or [messages[-1]["content"]]
-        return Prompt(row_id, text, token_ids, asked[-1])
+        asked = [message for message in messages if message["role"] == "user"] or messages
+        return Prompt(row_id, text, token_ids, text_of(asked[-1]["content"], f"row {row_id}"))
+
+    def _with_text(self, messages: list[dict[str, Any]], row_id: int) -> list[dict[str, Any]]:
+        """Return messages whose text parts are joined, unless the chat template reads parts itself.
+
+        Raises:
+            UserError: a part is an image or another thing that is no text.
+        """
+        if all(isinstance(message["content"], str) for message in messages):
+            return messages
+        where = f"row {row_id}: a message of the prompt"
+        texts = [text_of(message["content"], where) for message in messages]
+        if self._template_reads_parts is None:
+            self._template_reads_parts = self._has_template and self._joins_parts()
+        if not self._template_reads_parts:
+            return [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        # `datasets` fills the keys of other parts with None, and templates ask whether a part has the key `image`.
+        return [
+            message if isinstance(message["content"], str)
+            else {**message, "content": [{"type": "text", "text": part["text"]} for part in message["content"]]}
+            for message in messages
+        ]  # fmt: skip
+
+    def _joins_parts(self) -> bool:
+        """Return whether the chat template writes two text parts one after the other, and not as a Python list."""
+        marks = ("FIRSTPART", "SECONDPART")
+        parts = [{"type": "text", "text": mark} for mark in marks]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": parts}], tokenize=False, **self._chat_template_kwargs
+            )
+        except Exception:  # a template is a program that comes with the model and may raise anything
+            return False
+        between, second, _ = text.partition(marks[0])[2].partition(marks[1])
+        return bool(second) and not between.strip()
 
     def _templated(self, messages: list[dict[str, Any]], row_id: int) -> str:
         if self._system_prompt and messages[0]["role"] == "system":  # many templates allow one system message only
-            merged = f"{self._system_prompt}\n\n{messages[0]['content']}"
+            merged = f"{self._system_prompt}\n\n{text_of(messages[0]['content'], f'row {row_id}')}"
             messages = [{**messages[0], "content": merged}, *messages[1:]]
         elif self._system_prompt:
             messages = [{"role": "system", "content": self._system_prompt}, *messages]
@@ -154,5 +193,11 @@ def _are_messages(prompt: Any) -> bool:
     return (
         isinstance(prompt, list)
         and bool(prompt)
-        and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in prompt)
+        and all(isinstance(m, dict) and "role" in m and _is_content(m.get("content")) for m in prompt)
     )
+
+
+def _is_content(content: Any) -> bool:
+    """Return whether a message's content is text or a list of parts."""
+    are_parts = isinstance(content, list) and bool(content) and all(isinstance(part, dict) for part in content)
+    return isinstance(content, str) or are_parts

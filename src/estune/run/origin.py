@@ -18,6 +18,7 @@ from estune.models.names import EMBEDDED_MODELS, local_directory
 ORIGIN_FILE = "origin.json"
 TOY = "toy"  # the model name of the toy engine, never a directory
 LOCATED = ("model", "dataset_name", "engine", "reward_funcs")  # options that can name a file, directory or repository
+IN_ROWS = ("column_mapping",)  # options whose whole effect is in the rows, whose values a resume compares
 
 
 class DataIdentity(TypedDict):
@@ -203,8 +204,13 @@ def _path_of(name: str) -> str | None:
 
 
 def same_names(stored: Mapping[str, Any], args: Any, names: Sequence[str] = LOCATED) -> bool:
-    """Return whether the options in ``names`` have the stored values, or lead to the same paths."""
+    """Return whether the options in ``names`` have the stored values or lead to the same paths; also compare `IN_ROWS`.
+
+    An option of `IN_ROWS` that is not stored has its default, which is empty.
+    """
     now = dataclasses.asdict(args)
+    if any((stored.get(name) or None) != (now[name] or None) for name in IN_ROWS):
+        return False
     return all(stored.get(name) == now.get(name) or _paths(stored, name) == _paths(now, name) for name in names)
 
 
@@ -215,11 +221,13 @@ def _paths(values: Mapping[str, Any], option: str) -> list[Any]:
 
 
 def may_lead_to_the_same(option: str, then: Any, now: Any, then_has_sources: bool) -> bool:
-    """Return whether an option may hold another name, because the content behind the name is compared after loading.
+    """Return whether an option may hold another value, because the content behind the value is compared after loading.
 
     Reward functions and an engine's class must keep their names. Without a stored hash of their source, their file must
     keep its name too.
     """
+    if option in IN_ROWS:
+        return True
     if option not in LOCATED or then is None or now is None:
         return False
     if option not in ("reward_funcs", "engine"):

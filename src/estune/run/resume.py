@@ -18,7 +18,7 @@ from estune.config import FIELDS, RESUMABLE, ESConfig
 from estune.console import warn
 from estune.errors import ExternalError
 from estune.files import is_count
-from estune.run.origin import LOCATED, DataIdentity, may_lead_to_the_same, read_origin
+from estune.run.origin import IN_ROWS, LOCATED, DataIdentity, may_lead_to_the_same, read_origin
 
 Config = TypeVar("Config", bound=ESConfig)
 
@@ -305,6 +305,8 @@ def table() -> str:
             outcome = "may change it"
         elif name in LOCATED:
             outcome = "may change the name: the content is compared"
+        elif name in IN_ROWS:
+            outcome = "may change it: the rows are compared"
         else:
             outcome = "refuses to change it"
         lines.append(f"| `{name}` | {outcome} |")

@@ -99,7 +99,12 @@ def inherited_settings(directory: Path, given: Collection[str]) -> dict[str, Any
         names += ["reward_funcs", "reward_weights"]
     if not {"task", "dataset_name"} & set(given):
         names += ["dataset_name", "dataset_config", "dataset_test_split"]
-    return {name: stored[name] for name in names if name in stored and name not in given}
+    if "task" not in given:  # other rows have the run's columns, which its rewards read
+        names.append("column_mapping")
+    values = {name: stored[name] for name in names if name in stored and name not in given}
+    if values.get("reward_funcs") is None and not values.get("task"):
+        values.pop("reward_weights", None)  # of rewards from Python
+    return values
 
 
 def stored_config(args: ESConfig) -> ESConfig:

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from estune.config import FIELDS, ESConfig, SizedConfig
 from estune.config.hints import foreign_args
-from estune.console import warn
+from estune.console import note, warn
+from estune.data.memory import split_of
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt
@@ -80,10 +81,11 @@ class TrainingRequest:
         args.validate_training()
         task = setup.task_of(args)
         rewards = setup.resolve_rewards(args, reward_funcs, task)
+        train_dataset, eval_dataset, held_out_split = _chosen_splits(args, train_dataset, eval_dataset)
         train_rows = setup.resolve_rows(args, train_dataset, task, "train", rewards)
         if chooses(args):
             check_metric(args, rewards.accuracy is not None)
-            refuse_test_rows(_held_out_split(args, eval_dataset))
+            refuse_test_rows(held_out_split)
             if not args.load_best_model_at_end:
                 warn("early stopping without load_best_model_at_end: the run's model will be that of its last step")
         eval_rows: Rows = []
@@ -159,6 +161,8 @@ class TrainingRequest:
             return self.eval_rows
         if given is None and args.task is None and args.dataset_name is None:
             raise UserError("evaluate needs an eval_dataset: rows that are not trained on")
+        if isinstance(given, Mapping):
+            _, given = split_of(given, _held_out_names(args), "dataset_test_split")
         rows = setup.resolve_rows(args, given, self.task, "validation", self.rewards)
         return rows[: args.eval_rows or None] if eval_dataset is None else rows
 
@@ -187,6 +191,40 @@ class TrainingRequest:
                 path.mkdir(parents=True)
                 return path
         raise AssertionError("counting does not end")
+
+
+def _chosen_splits(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any, str | None]:
+    """Return a run's two datasets from Python, and the name of the held-out split or None.
+
+    Of a dict of datasets these are the split ``dataset_train_split``, and ``dataset_test_split`` or else
+    ``validation``. If the run evaluates and has no ``eval_dataset``, a dict of training splits gives both.
+
+    Raises:
+        UserError: a dict lacks the split, one split would be both trained on and held out, or an option has no effect.
+    """
+    has_splits = isinstance(train_dataset, Mapping)
+    for option, dataset in (("dataset_train_split", train_dataset), ("dataset_test_split", eval_dataset)):
+        is_idle = args.dataset_name is None and not isinstance(dataset, Mapping) and not has_splits and not args.resume
+        if dataset is not None and is_idle and getattr(args, option) != setup.SPLIT_OPTIONS[option]:
+            raise UserError(f"{option} needs dataset_name, or a dict of datasets")
+    names = _held_out_names(args)
+    if has_splits:
+        if args.eval_steps and eval_dataset is None:
+            if args.dataset_test_split == args.dataset_train_split:
+                raise UserError(f"the split {args.dataset_train_split} would be both trained on and held out")
+            eval_dataset, names = train_dataset, [name for name in names if name != args.dataset_train_split]
+        _, train_dataset = split_of(train_dataset, [args.dataset_train_split], "dataset_train_split")
+    if not isinstance(eval_dataset, Mapping) or not args.eval_steps:
+        return train_dataset, eval_dataset, _held_out_split(args, eval_dataset)
+    name, eval_dataset = split_of(eval_dataset, names, "dataset_test_split")
+    note(f"the held-out rows are the split {name}")
+    return train_dataset, eval_dataset, name
+
+
+def _held_out_names(args: ESConfig) -> list[str]:
+    """Return the names by which the held-out split of a dict of datasets is looked for, the first one first."""
+    is_default = args.dataset_test_split == setup.SPLIT_OPTIONS["dataset_test_split"]
+    return [args.dataset_test_split, *(["validation"] if is_default else [])]
 
 
 def _held_out_split(args: ESConfig, eval_dataset: Any) -> str | None:

@@ -109,7 +109,7 @@ class Evaluator:
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
-        shape = (-1, num_generations, result.rewards.shape[1])
+        shape = (len(group.lengths), num_generations, result.rewards.shape[1])
         rewards, failed = result.rewards.reshape(shape), result.failed.reshape(shape)  # (B, G, F)
         failed = failed | ~np.array(group.finite, dtype=bool)[..., None]
         values = rewards.astype(object)

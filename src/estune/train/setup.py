@@ -27,9 +27,11 @@ from estune.config import (
     SizedConfig,
     default_of,
 )
-from estune.console import warn
+from estune.console import note, warn
+from estune.data import layouts
 from estune.data.batches import Batches
 from estune.data.datasets import check_columns, has_splits, load_rows
+from estune.data.memory import is_stream
 from estune.data.prompts import PromptBuilder
 from estune.engines import ENGINES
 from estune.engines.base import Engine, EngineClass, EngineOptions
@@ -56,7 +58,7 @@ Rows = Sequence[dict[str, Any]]
 DATA_VERSION = 2  # version of the data's fingerprint; version 1 compares only the types of values that JSON lacks
 LARGE_BYTES = 64 << 20  # bytes of weights above which several threads are faster than one
 DEFAULT_BATCH = 32  # prompts a step
-PROBLEM_COLUMNS = ("question", "problem", "instruction", "input", "text", "query", "messages")  # likely prompt columns
+SPLIT_OPTIONS = {"dataset_train_split": "train", "dataset_test_split": "test"}  # with their defaults
 DEFAULT_GROUPS = 8  # prompts a step, for methods that sample several completions of each prompt
 DEFAULT_PROMPTS_PER_BATCH = 64  # prompts a forward pass
 
@@ -123,12 +125,28 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
     return Rewards(funcs, names, weights, task.accuracy if task else None)
 
 
+def no_rewards(args: ESConfig) -> Rewards:
+    """Return the rewards of an evaluation without reward functions.
+
+    Raises:
+        UserError: an option of reward functions is set.
+    """
+    for name in ("reward_weights", "reward_timeout_s", "reward_workers", "reward_isolation", "reward_placement"):
+        if getattr(args, name) != default_of(name):
+            raise UserError(f"{name} has no effect without a reward: give --task or --reward_funcs")
+    return Rewards([], [], [], None)
+
+
 def reward_pool(args: ESConfig, funcs: list[RewardFunc], names: list[str], workers: int | None = None) -> RewardPool:
     """Start a pool for reward functions; ``workers`` defaults to the configuration's number.
+
+    A pool without functions has no workers.
 
     Raises:
         UserError: a function cannot be sent to another process, or Ray's cluster cannot be used.
     """
+    if not funcs:
+        return RewardPool([], [], timeout_s=args.reward_timeout_s, workers=1, isolation="inline")
     if workers is None:
         workers = args.reward_workers if isinstance(args.reward_workers, int) else 1
     if args.reward_placement == "workers":
@@ -157,30 +175,18 @@ def resolve_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of ``split`` (``train``, ``validation`` or ``test``), checked for prompts and rewards.
 
-    The rows come from ``dataset`` (from Python), else from ``args.dataset_name``, else from the task.
+    The rows come from ``dataset`` (from Python), else from ``args.dataset_name``, else from the task. A note says which
+    columns make the prompts, unless the column is ``prompt``.
 
     Raises:
         UserError: there are no rows, or a row lacks a prompt or a column that a reward needs.
     """
     if dataset is not None or args.dataset_name is not None:
-        source = dataset if dataset is not None else args.dataset_name
-        one_set = dataset is None and not has_splits(source)
-        named = (args.dataset_config, args.dataset_train_split, args.dataset_test_split)
-        if one_set and named != (None, "train", "test"):
-            raise UserError(f"dataset {source} is one set of rows: it has no configurations and no splits")
-        same_split = dataset is None and args.dataset_train_split == args.dataset_test_split
-        if split != "train" and for_training and same_split:
-            raise UserError(f"the split {args.dataset_train_split} would be both trained on and held out")
-        if split != "train" and for_training and one_set:
-            raise UserError(
-                f"{source} is one set of rows, which cannot be both trained on and held out: give a directory with "
-                "train.jsonl and test.jsonl, or an eval_dataset from Python"
-            )
-        name = args.dataset_train_split if split == "train" else args.dataset_test_split
-        rows = load_rows(source, args.dataset_config, name)
-        if task is not None:
-            rows = [task.prepare_row(row) for row in rows]
+        rows = _with_prompts(args, _own_rows(args, dataset, split, for_training), task, split)
     elif task is not None:
+        for name in (*SPLIT_OPTIONS, "column_mapping"):
+            if getattr(args, name) != default_of(name):
+                raise UserError(f"{name} needs dataset_name: it is for rows of your own")
         if split not in task.splits:
             raise UserError(f"task {args.task} has no split {split!r}; it has {', '.join(task.splits)}")
         rows = task.load(split)
@@ -195,20 +201,78 @@ def resolve_rows(
     return rows
 
 
+def _own_rows(args: ESConfig, dataset: Any, split: str, for_training: bool) -> list[dict[str, Any]]:
+    """Return the rows of the user's own dataset, given from Python or named by ``args.dataset_name``.
+
+    Raises:
+        UserError: the dataset cannot be read, or its splits do not fit.
+    """
+    source = dataset if dataset is not None else args.dataset_name
+    one_set = dataset is None and not has_splits(source)
+    named = (args.dataset_config, args.dataset_train_split, args.dataset_test_split)
+    if one_set and named != (None, *SPLIT_OPTIONS.values()):
+        raise UserError(f"dataset {source} is one set of rows: it has no configurations and no splits")
+    same_split = dataset is None and args.dataset_train_split == args.dataset_test_split
+    if split != "train" and for_training and same_split:
+        raise UserError(f"the split {args.dataset_train_split} would be both trained on and held out")
+    if split != "train" and for_training and one_set:
+        raise UserError(
+            f"{source} is one set of rows, which cannot be both trained on and held out: give a directory with "
+            "train.jsonl and test.jsonl, or an eval_dataset from Python"
+        )
+    rows = load_rows(
+        source, args.dataset_config, args.dataset_train_split if split == "train" else args.dataset_test_split
+    )
+    if dataset is not None and is_stream(dataset):
+        note(f"the {split} rows are the {len(rows):,} rows of a {type(dataset).__name__}, read to its end")
+    return rows
+
+
+def _with_prompts(args: ESConfig, rows: list[dict[str, Any]], task: Task | None, split: str) -> list[dict[str, Any]]:
+    """Return the user's rows with the names of ``column_mapping``, the task's columns, and prompts if they have any.
+
+    The task makes the prompts if it can. Otherwise the layout of the rows does.
+
+    Raises:
+        UserError: the mapping does not fit the columns, several layouts fit, or a row does not fit its layout or task.
+    """
+    rows = layouts.with_mapped_columns(rows, args.column_mapping)
+    hidden = layouts.hidden_columns(rows, args.column_mapping)
+    if hidden and split != "validation":  # the warning of the training rows is enough
+        warn(
+            f"reward functions do not get the dataset's {', '.join(hidden)}, because they get the run's own under "
+            "the same name: give the column another name with column_mapping"
+        )
+    made_by_task = task is not None and any(name in rows[0] for name in ("prompt", *task.problem_columns))
+    if task is None or (task.problem_columns and not made_by_task):
+        rows = _laid_out(args, rows, split)
+    if task is None:
+        return rows
+    rows = [task.prepare_row(row) for row in rows]
+    return rows if any("prompt" in row for row in rows) else _laid_out(args, rows, split)
+
+
+def _laid_out(args: ESConfig, rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """Return rows with the prompts that their layout makes, if it makes any, and say so."""
+    layout = layouts.layout_of(rows, args.column_mapping)
+    if layout is None:
+        return rows
+    laid_out = layouts.with_prompts(rows, layout, split)
+    if layout != "prompt":
+        note(f"{split} rows: {layouts.described(layout, laid_out[0])}")
+    return laid_out
+
+
 def _no_prompt(row: Mapping[str, Any], index: int, split: str, task: Task | None) -> str:
     """Return the error message for a row without a prompt, with a suggestion where its prompt could be."""
     if "prompt" in row:
         return f"row {index} of the {split} split: its prompt is null"
-    makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else ()))
+    makes = "".join(f" or '{name}'" for name in (task.problem_columns if task else layouts.LAYOUTS))
     problem = f"row {index} of the {split} split has no column 'prompt'{makes} (it has {', '.join(map(str, row))})"
-    asked = next((name for name in PROBLEM_COLUMNS if row.get(name) is not None), None)
-    if task is None and asked is not None:
-        problem += f"; rename {asked!r} to 'prompt'"
-        if row.get("answer") is not None:
-            problem += (
-                ", or let a task make the prompts and score the answers: --task math, or --task gsm_symbolic for "
-                "answers that are one number"
-            )
+    asked = next((name for name in layouts.LIKELY_PROMPTS if row.get(name) is not None), None)
+    if asked is not None:
+        name = task.problem_columns[0] if task and task.problem_columns else "prompt"
+        problem += f"; name it with --column_mapping '{json.dumps({name: asked})}'"
     return problem
 
 
