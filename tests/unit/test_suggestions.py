@@ -197,7 +197,7 @@ def test_unknown_arguments_of_a_trainer() -> None:
         "ESTrainer has unknown arguments 'tokenizer' (use processing_class), "
         "'seed' (give it as args=ESConfig(seed=...)), "
         "'lr' (options belong in args=ESConfig(...): did you mean learning_rate?), "
-        "'dataset_streaming' (a run shuffles all rows, so it cannot read a stream), "
+        "'dataset_streaming' (a run shuffles all rows, so a stream is read to its end), "
         "'reward_fun' (did you mean 'reward_funcs'?), 'qqqqqqqq'"
     )
     with pytest.raises(UserError, match="model must be a name, a directory or a model in memory, not ESConfig; give"):

@@ -71,8 +71,7 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("dataset_config_name dataset_subset", "use --dataset_config"),
         ("dataset_split train_split", "use --dataset_train_split"),
         ("eval_split test_split", "use --dataset_test_split"),
-        ("dataset_streaming streaming", "a run shuffles all rows, so it reads all of them; ESTrainer also takes a stream "
-         "that ends"),
+        ("dataset_streaming streaming", "a run shuffles all rows, so a stream is read to its end"),
         ("max_train_samples data.train_max_samples", "all rows of a dataset are trained on: give a smaller one"),
         ("max_eval_samples data.val_max_samples",
          "--eval_rows limits the evaluations of a run; --limit limits estune evaluate"),
@@ -314,7 +313,7 @@ ARGUMENTS: tuple[Entry, ...] = (
     ("rollout_func", "the engine makes all completions: ESConfig(engine='file.py:Class') names one of your own"),
     ("tools environment_factory", _NO_TOOLS),
     ("model_init model_init_kwargs", "give model: a name, a directory or a model in memory"),
-    ("formatting_func dataset_text_field", "ESConfig(column_mapping={...}) names the columns; rows have a prompt, a question or messages"),
+    ("formatting_func dataset_text_field", "ESConfig(column_mapping={...}) names the columns"),
 )  # fmt: skip
 
 _NO_OPTIMIZER_HERE = "there is no optimizer: metrics.jsonl holds the learning rate of every logged step"
