@@ -117,7 +117,7 @@ def card(run_dir: Path) -> str:
         *_gain(run_dir, journal),
         *(QUICK_START if is_loadable else ()),
         *rebuilding,
-        *_versions(run_dir),
+        *(_versions(run_dir) if is_loadable else ()),
         *(CITATION if journal is not None else ()),
     ]  # fmt: skip
     return "\n".join(lines)
