@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -25,7 +26,8 @@ from estune.monitor import trackers
 from estune.monitor.monitors import Monitors
 from estune.monitor.report.data import read_runs
 from estune.monitor.report.page import page, serve
-from estune.monitor.trackers import LOGGERS, Apart, numbers, start_logger
+from estune.monitor.trackers import LOGGERS, TRL_NAMES, Apart, charts, kind, numbers, start_logger
+from estune.train.metrics import NOT_FINITE, OTHER_MESSAGES
 
 pytestmark = pytest.mark.miniature
 
@@ -58,8 +60,8 @@ def test_tensorboard(place):
     started(place, "tensorboard")
     events = EventAccumulator(str(place / "run" / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("reward")] == [1, 2]
-    assert [event.step for event in events.Scalars("eval_reward")] == [0, 1, 2]
+    assert [event.step for event in events.Scalars("train/reward")] == [1, 2]
+    assert [event.step for event in events.Scalars("eval/reward")] == [0, 1, 2]
 
 
 @pytest.mark.real
@@ -273,6 +275,96 @@ def test_a_tracker_that_never_starts_stops_the_run(place, monkeypatch):
 def test_numbers_alone_are_drawn() -> None:
     record = {"step": 3, "reward": 1, "text": "x", "none": None, "flag": True, "pair": [1, 2], "x": 0.5}
     assert numbers(record) == {"reward": 1.0, "x": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("ValueError: no number (rewards.py:3)", "ValueError"),
+        ("KeyError (rewards.py:3)", "KeyError"),
+        ("Bare", "Bare"),
+        ("took longer than 5 s and was killed", "timeout"),
+        ("worker process died (signal 9)", "worker"),
+        ("returned 3 rewards for 4 completions", "value"),
+        (NOT_FINITE, "logits"),
+        (OTHER_MESSAGES, "other"),
+    ],
+)
+def test_failed_calls_are_sent_by_kind(message: str, told: str) -> None:
+    assert kind(message) == told
+    calls = {message: 2, f"{message} again" if told not in ("Bare", "other") else message: 3}
+    assert numbers({"rewards/f/failed_calls": calls}) == {f"rewards/f/failed_calls/{told}": float(sum(calls.values()))}
+
+
+# --- the names --------------------------------------------------------------------------------------------------------
+# The table of docs/monitoring.md, the records of a run, and the source of the installed TRL and transformers agree.
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"
+FUNCTIONS = ("rewards.py:raising", "rewards.py:inapplicable")
+
+
+def source_of(module: str) -> str:
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    path = Path(next(iter(spec.submodule_search_locations)), *rest.split("."))
+    return path.with_suffix(".py").read_text(encoding="utf-8")
+
+
+def names_that_trl_logs() -> set[str]:
+    """Return the keys that GRPOTrainer writes to its metrics and transformers' trainer to its logs."""
+    names = set(re.findall(r'\blogs\["(\w+)"\]', source_of("transformers.trainer")))
+    for node in ast.walk(ast.parse(source_of("trl.trainer.grpo_trainer"))):
+        if not isinstance(node, ast.Subscript) or not ast.unparse(node.value).startswith("self._metrics["):
+            continue
+        if isinstance(node.slice, ast.Constant):
+            names.add(str(node.slice.value))
+        elif isinstance(node.slice, ast.JoinedStr):
+            names.add("".join(p.value if isinstance(p, ast.Constant) else "<function>" for p in node.slice.values))
+    return names
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading of docs/monitoring.md, without its first two lines."""
+    text = DOCS.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    rows = re.search(r"(?m)^\|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    assert rows is not None, heading
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows[1].splitlines()]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@needs("trl")
+def test_the_table_of_names_is_that_of_a_run_and_of_trl(run, place) -> None:
+    words = (*WATCHED, "--antithetic", "--step_control", "drift", "--log_completions")
+    assert run(*words, "--reward_funcs", *FUNCTIONS).code == 0
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = {re.sub(r"^rewards/\w+/", "rewards/<function>/", re.sub(r"es/perturb_cos/\w+", "es/perturb_cos/<kind>", name))
+            for line in lines for name in line}  # fmt: skip
+    ours = {name: row[2] for row in table("Names") for name in names(row[0])}
+    assert kept - set(ours) == set()
+    rare = {"eval_non_finite_ratio"}  # of models whose logits overflow
+    assert set(ours) - kept == rare
+    trl = names_that_trl_logs() | {"step"}
+    for name, shared in ours.items():
+        renamed = TRL_NAMES.get(name, name)
+        assert (renamed.removeprefix("eval_") in trl) == (shared == "yes"), name
+    absent = {name for row in table("Names of TRL that estune has no value for") for name in names(row[0])}
+    patterns = [re.escape(name).replace(r"\*", ".*") for name in absent]
+    others = {name for name in trl - set(ours) if not any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert others == set()
+
+
+@needs("transformers")
+def test_charts_have_the_names_of_transformers() -> None:
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    record = {"step": 3, "reward": 1.0, "rewards/f/mean": 0.5, "eval_reward": 2.0, "eval_mean_length_tokens": 7.0}
+    assert charts(record) == rewrite_logs(numbers(record))
+    assert charts(record)["eval/completions/mean_length"] == 7.0
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------
