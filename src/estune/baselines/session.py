@@ -226,8 +226,7 @@ class BaselineSession(OpenRun):
                 {
                     "reward": mean(weighed),
                     "reward_std": metrics.spread(weighed),
-                    **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
-                    **{f"rewards/{name}/std": metrics.spread(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
+                    **metrics.of_functions(self.rewards.names, rewards),
                     "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
                     "completions/mean_length": float(lengths.mean()),
                     "completions/clipped_ratio": clipped_ratio,

@@ -50,8 +50,7 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
     record: dict[str, Any] = {
         "reward": number(mean(weighed)),
         "reward_std": number(spread(weighed)),
-        **{f"rewards/{name}/mean": number(mean(rewards[..., f])) for f, name in enumerate(spec.names)},
-        **{f"rewards/{name}/std": number(spread(rewards[..., f])) for f, name in enumerate(spec.names)},
+        **{name: number(value) for name, value in of_functions(spec.names, rewards).items()},
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
         **_lengths(lengths, np.array([group.finished for group in rollouts.groups])),
         "completions/clipped_ratio": rollouts.clipped_ratio,
@@ -79,6 +78,13 @@ def spread(values: np.ndarray) -> float:
     """Return the population standard deviation of the values that are not NaN, or NaN if all are NaN."""
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.nanstd(values)) if np.isfinite(values).any() else math.nan
+
+
+def of_functions(names: Sequence[str], rewards: np.ndarray) -> dict[str, float]:
+    """Return mean and standard deviation of each reward function's rewards (..., F); NaN if it never applies."""
+    columns = {name: rewards[..., f] for f, name in enumerate(names)}
+    means = {f"rewards/{name}/mean": mean(column) for name, column in columns.items()}
+    return means | {f"rewards/{name}/std": spread(column) for name, column in columns.items()}
 
 
 def _lengths(lengths: np.ndarray, finished: np.ndarray) -> dict[str, float]:

@@ -21,7 +21,9 @@ PAGE_BYTES, STEP_BYTES = 1_000_000, 250_000  # of the JSON of all answers in a p
 MOST_STEPS, MOST_PROMPTS, MOST_MEMBERS, MOST_COMPLETIONS = 12, 8, 64, 4  # completions: of one member and prompt
 PLACED_CHARACTERS, OTHER_CHARACTERS = 2000, 300  # of a text of the best, median, worst or theta, and of other members
 SHARES = (1, 4, 16)  # texts are cut to such a part of those characters if a step's first prompt exceeds the limit
-FIELDS = {"member": (int, type(None)), "prompt": str, "completion": str, "rewards": list}  # of a record, and their types
+FIELDS: dict[str, tuple[type, ...]] = {  # of a record, and their types
+    "member": (int, type(None)), "prompt": (str,), "completion": (str,), "rewards": (list,)
+}  # fmt: skip
 
 Fitness = Mapping[int | None, float | None]  # of a step: member, or None for theta -> fitness; None: unknown
 Models = dict[int | None, list[dict[str, Any]]]  # of a prompt: member, or None for theta -> its records, (G,)
@@ -49,7 +51,7 @@ class Answers:
         return sorted(step for step in found if 1 <= step <= len(self.steps))
 
     def of_page(self, limit: int) -> dict[str, Any]:
-        """Return the ``steps`` with completions, and the answers of those ``shown``: as many as ``limit`` bytes hold."""
+        """Return the ``steps`` with completions, and the answers of those ``shown``, at most ``limit`` bytes."""
         steps, shown, size = self.kept(), [], 0
         for step in spread(steps)[:MOST_STEPS] if limit else []:
             answers = self.of_step(step, min(STEP_BYTES, limit))
