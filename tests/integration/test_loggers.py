@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -14,8 +15,10 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command_line import PATIENCE_S, TOY, estune
@@ -23,9 +26,12 @@ from command_line import PATIENCE_S, TOY, estune
 from estune.errors import UserError
 from estune.monitor import trackers
 from estune.monitor.monitors import Monitors
-from estune.monitor.report.data import read_runs
-from estune.monitor.report.page import page, serve
-from estune.monitor.trackers import LOGGERS, Apart, numbers, start_logger
+from estune.monitor.report import page as report_page
+from estune.monitor.report.answers import MOST_MEMBERS, PAGE_BYTES, STEP_BYTES, spread
+from estune.monitor.report.data import MOST_CHARACTERS, MOST_ROWS, read_answers, read_run
+from estune.monitor.report.page import serve
+from estune.monitor.trackers import LOGGERS, TRL_NAMES, Apart, charts, kind, numbers, start_logger
+from estune.train.metrics import NOT_FINITE, OTHER_MESSAGES
 
 pytestmark = pytest.mark.miniature
 
@@ -58,8 +64,8 @@ def test_tensorboard(place):
     started(place, "tensorboard")
     events = EventAccumulator(str(place / "run" / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("reward")] == [1, 2]
-    assert [event.step for event in events.Scalars("eval_reward")] == [0, 1, 2]
+    assert [event.step for event in events.Scalars("train/reward")] == [1, 2]
+    assert [event.step for event in events.Scalars("eval/reward")] == [0, 1, 2]
 
 
 @pytest.mark.real
@@ -275,6 +281,96 @@ def test_numbers_alone_are_drawn() -> None:
     assert numbers(record) == {"reward": 1.0, "x": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("ValueError: no number (rewards.py:3)", "ValueError"),
+        ("KeyError (rewards.py:3)", "KeyError"),
+        ("Bare", "Bare"),
+        ("took longer than 5 s and was killed", "timeout"),
+        ("worker process died (signal 9)", "worker"),
+        ("returned 3 rewards for 4 completions", "value"),
+        (NOT_FINITE, "logits"),
+        (OTHER_MESSAGES, "other"),
+    ],
+)
+def test_failed_calls_are_sent_by_kind(message: str, told: str) -> None:
+    assert kind(message) == told
+    calls = {message: 2, f"{message} again" if told not in ("Bare", "other") else message: 3}
+    assert numbers({"rewards/f/failed_calls": calls}) == {f"rewards/f/failed_calls/{told}": float(sum(calls.values()))}
+
+
+# --- the names --------------------------------------------------------------------------------------------------------
+# The table of docs/monitoring.md, the records of a run, and the source of the installed TRL and transformers agree.
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"
+FUNCTIONS = ("rewards.py:raising", "rewards.py:inapplicable")
+
+
+def source_of(module: str) -> str:
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    path = Path(next(iter(spec.submodule_search_locations)), *rest.split("."))
+    return path.with_suffix(".py").read_text(encoding="utf-8")
+
+
+def names_that_trl_logs() -> set[str]:
+    """Return the keys that GRPOTrainer writes to its metrics and transformers' trainer to its logs."""
+    names = set(re.findall(r'\blogs\["(\w+)"\]', source_of("transformers.trainer")))
+    for node in ast.walk(ast.parse(source_of("trl.trainer.grpo_trainer"))):
+        if not isinstance(node, ast.Subscript) or not ast.unparse(node.value).startswith("self._metrics["):
+            continue
+        if isinstance(node.slice, ast.Constant):
+            names.add(str(node.slice.value))
+        elif isinstance(node.slice, ast.JoinedStr):
+            names.add("".join(p.value if isinstance(p, ast.Constant) else "<function>" for p in node.slice.values))
+    return names
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading of docs/monitoring.md, without its first two lines."""
+    text = DOCS.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    rows = re.search(r"(?m)^\|.*\n\|[-|]+\n((?:\|.*\n)+)", text)
+    assert rows is not None, heading
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows[1].splitlines()]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@needs("trl")
+def test_the_table_of_names_is_that_of_a_run_and_of_trl(run, place) -> None:
+    words = (*WATCHED, "--antithetic", "--step_control", "drift", "--log_completions")
+    assert run(*words, "--reward_funcs", *FUNCTIONS).code == 0
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = {re.sub(r"^rewards/\w+/", "rewards/<function>/", name) for line in lines for name in line}
+    kept = {re.sub(r"^es/perturb_cos/\w+", "es/perturb_cos/<kind>", name) for name in kept}
+    ours = {name: row[2] for row in table("Names") for name in names(row[0])}
+    assert kept - set(ours) == set()
+    of_workers = {"es/workers", "es/idle_share", "es/bytes_sent", "es/bytes_received"}
+    assert set(ours) - kept == {"eval_non_finite_ratio"} | of_workers
+    trl = names_that_trl_logs() | {"step"}
+    for name, shared in ours.items():
+        renamed = TRL_NAMES.get(name, name)
+        assert (renamed.removeprefix("eval_") in trl) == (shared == "yes"), name
+    absent = {name for row in table("Names of TRL that estune has no value for") for name in names(row[0])}
+    patterns = [re.escape(name).replace(r"\*", ".*") for name in absent]
+    others = {name for name in trl - set(ours) if not any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert others == set()
+
+
+@needs("transformers")
+def test_charts_have_the_names_of_transformers() -> None:
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    record = {"step": 3, "reward": 1.0, "rewards/f/mean": 0.5, "eval_reward": 2.0, "eval_mean_length_tokens": 7.0}
+    assert charts(record) == rewrite_logs(numbers(record))
+    assert charts(record)["eval/completions/mean_length"] == 7.0
+
+
 # --- the page in a browser --------------------------------------------------------------------------------------------
 # The file without a network, and the live page: no errors in the browser's console.
 
@@ -298,18 +394,25 @@ def look(address: str, place: Path) -> tuple[str, str]:
 
 @pytest.fixture
 def finished(run, place) -> Path:
-    assert run(*WATCHED).code == 0
+    assert run(*WATCHED, "--log_completions", "--reward_funcs", *FUNCTIONS).code == 0
     return place / "run"
 
 
-@pytest.fixture
-def address(finished: Path) -> Iterator[str]:
-    with serve([finished], "127.0.0.1", 0) as server:
+@contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """Serve the page of a run, and yield its address."""
+    with serve([directory], "127.0.0.1", 0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def address(finished: Path) -> Iterator[str]:
+    with served(finished) as found:
+        yield found
 
 
 @pytest.mark.real
@@ -319,10 +422,12 @@ def test_the_file_opens_without_network_and_without_errors(finished: Path, run, 
     html, console = look((place / "page" / "report.html").as_uri(), place)
     assert console == ""
     assert 'data-ready="true"' in html
-    for heading in ("Training reward", "Held-out", "Fitness of the members", "Time by part of a step",
-                    "Before and after", "Configuration", "Fingerprint"):  # fmt: skip
+    for heading in ("Training reward", "Held-out", "Reward functions", "Fitness of the members",
+                    "Time by part of a step", "Answers of the members", "Before and after", "Configuration",
+                    "Fingerprint"):  # fmt: skip
         assert f"<h2>{heading}" in html, heading
     assert html.count("<svg") >= 4
+    assert "ValueError: this row is too much for me" in html and html.count('class="member"') == 4
     assert re.search(r"[0-9a-f]{32}", html)
 
 
@@ -336,30 +441,72 @@ def test_the_live_page_is_the_same_and_says_so(address: str, place: Path) -> Non
 
 
 DRIVE = """<script>
-const before = [...document.querySelectorAll("section")], details = document.querySelector("details");
-details.open = !details.open;
-const wanted = details.open;
-data = {...data, runs: data.runs.map(run => ({...run, config: {...run.config, seed: 5}}))};
-render();
-const after = [...document.querySelectorAll("section")];
-const changed = after.filter((one, i) => one !== before[i]);
-document.body.dataset.changed = changed.map(one => one.querySelector("h2").textContent);
-document.body.dataset.order = after.map(one => one.querySelector("h2").textContent) + "" ===
-  before.map(one => one.querySelector("h2").textContent) + "";
-document.body.dataset.stays = document.querySelector("details").open === wanted;
+const part = title => document.querySelector(`[data-key="${title}"]`);
+const [answers, fitness, options] = ["Answers of the members", "Fitness of the members", "Configuration"];
+function choose(title, kind, value) {
+  const control = part(title).querySelector(kind);
+  control.value = value;
+  control.dispatchEvent(new Event(kind === "select" ? "change" : "input"));
+}
+const step = () => part(answers).querySelector(".controls span").textContent;
+const state = () => [part(fitness).querySelector("input").value, step(), part(answers).querySelector("select").value,
+  document.querySelector("[data-key=all]").open, part(options).querySelector("details").open,
+  document.activeElement.closest("section").dataset.key, getSelection().toString(),
+  scrollY > 0 && Math.round(part(answers).getBoundingClientRect().top / 4)].join("; ");
+async function until(condition) { while (!condition()) await new Promise(done => setTimeout(done, 20)); }
+(async () => {
+  await until(() => document.querySelector("[data-key=all]"));
+  choose(answers, "input", 0);
+  choose(answers, "select", 1);
+  choose(fitness, "input", 1);
+  await until(() => step() === "step 1");
+  document.querySelector("[data-key=all]").open = true;
+  part(options).querySelector("details").open = false;
+  part(fitness).querySelector("input").focus();
+  getSelection().selectAllChildren(part(answers).querySelector(".card h3"));
+  scrollTo(0, part(answers).getBoundingClientRect().top + scrollY - 100);
+  const before = state(), kept = [...document.querySelectorAll("section, details, input, select, option, .card")];
+  const steps = data.runs[0].steps_done, chart = part("Training reward").querySelector("svg");
+  await until(() => data.runs[0].steps_done > steps);
+  document.body.dataset.before = before;
+  document.body.dataset.same = state() === before;
+  document.body.dataset.gone = kept.filter(element => !element.isConnected).length;
+  document.body.dataset.redrawn = part("Training reward").querySelector("svg") !== chart;
+  choose(answers, "input", 99);
+  await until(() => step() === `step ${data.runs[0].steps_done}`);
+  document.body.dataset.open = document.querySelector("[data-key=all]").open;
+})();
 </script></body>"""
 
 
 @pytest.mark.real
 @needs_browser
-def test_what_did_not_change_is_not_drawn_again_and_what_was_opened_stays_open(finished: Path, place: Path) -> None:
-    driven = place / "driven.html"
-    driven.write_text(page(read_runs([finished])).replace("</body>", DRIVE), encoding="utf-8")
-    html, console = look(driven.as_uri(), place)
+def test_an_update_of_the_live_page_keeps_what_a_reader_opened(finished: Path, place: Path, monkeypatch) -> None:
+    """The run has two steps until the page has asked for its data a second time, and then a third one."""
+    for name, last in (("metrics.jsonl", 2), ("journal.jsonl", 1)):  # the journal counts from 0
+        whole = (finished / name).read_text(encoding="utf-8")
+        (finished / f"whole-{name}").write_text(whole, encoding="utf-8")
+        kept = [line for line in whole.splitlines(keepends=True) if json.loads(line).get("step", 0) <= last]
+        (finished / name).write_text("".join(kept), encoding="utf-8")
+    template = report_page.TEMPLATE.read_text(encoding="utf-8")
+    (place / "driven.html").write_text(template.replace("</body>", DRIVE), encoding="utf-8")
+    read, asked = report_page.read_runs, []
+
+    def growing(directories, answers_bytes=0):
+        asked.append(None)
+        if len(asked) == 4:  # after `serve`, the page itself, and its first request for data
+            for name in ("metrics.jsonl", "journal.jsonl"):
+                (finished / f"whole-{name}").rename(finished / name)
+        return read(directories, answers_bytes)
+
+    monkeypatch.setattr(report_page, "TEMPLATE", place / "driven.html")
+    monkeypatch.setattr(report_page, "read_runs", growing)
+    with served(finished) as address:
+        html, console = look(address, place)
     assert console == ""
-    assert 'data-changed="Configuration"' in html
-    assert 'data-stays="true"' in html
-    assert 'data-order="true"' in html
+    assert 'data-before="1; step 1; 1; true; false; Fitness of the members; best' in html
+    for name, value in {"same": "true", "gone": "0", "redrawn": "true", "open": "true"}.items():
+        assert f'data-{name}="{value}"' in html, name
 
 
 def test_what_the_server_answers(address: str) -> None:
@@ -368,6 +515,12 @@ def test_what_the_server_answers(address: str) -> None:
     assert data["runs"][0]["steps_done"] == 3
     assert len(data["runs"][0]["fitness"]) == 3
     assert [e["step"] for e in data["runs"][0]["evaluations"]] == [0, 1, 2, 3]
+    assert data["runs"][0]["answers"] == {"steps": [1, 2, 3], "shown": []}
+    with urllib.request.urlopen(f"{address}answers.json?run=0&step=2") as answer:
+        assert json.loads(answer.read())["step"] == 2
+    for query in ("", "?run=1&step=2", "?run=0&step=4", "?run=0&step=0", "?run=0&step=-1", "?run=x&step=2", "?step=2"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}answers.json{query}")
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{address}../journal.jsonl")
 
@@ -389,3 +542,83 @@ def test_other_names_and_a_run_that_is_gone(address: str, finished: Path) -> Non
     (finished / "elsewhere.json").rename(finished / "es_config.json")
     with pytest.raises(UserError, match="port must be between"):
         serve([finished], "127.0.0.1", 99999)
+
+
+# --- the members' answers ---------------------------------------------------------------------------------------------
+
+
+def completions(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    text = (run_dir / "completions" / f"step_{step:05d}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_answers_of_a_step_are_ranked_by_fitness(finished: Path) -> None:
+    found = read_answers(finished, 1)
+    assert found is not None
+    line = json.loads((finished / "journal.jsonl").read_text().splitlines()[1])
+    records = completions(finished, 1)
+    assert found["n_prompts"] == len(line["rows"]) > len(found["prompts"]) > 1
+    best = sorted(range(4), key=lambda member: (-line["fitness"][member], member))
+    for b, prompt in enumerate(found["prompts"]):
+        models = prompt["models"]
+        assert [model["member"] for model in models] == [*best, None] and prompt["n_members"] == 4
+        assert [model["place"] for model in models] == ["best", None, "median", "worst", "theta"]
+        for model in models:
+            [record] = [r for r in records if r["member"] == model["member"]][b : b + 1]
+            [[text, rewards, failed]] = model["answers"]
+            beginning, length, said = prompt["texts"][text]
+            assert (beginning, length) == (record["completion"], len(record["completion"]))
+            givers = {r["member"] for r in records if (r["row"], r["completion"]) == (record["row"], beginning)}
+            assert said == len(givers - {None})
+            assert rewards == [None if r is None else pytest.approx(r, rel=1e-5) for r in record["rewards"]]
+            assert failed == record.get("failed", [])
+            assert ([0] if rewards[0] is None else []) == failed  # `raising` failed, `inapplicable` returned None
+
+
+def test_the_answers_in_a_page_are_bounded(finished: Path) -> None:
+    """Long texts are cut, then prompts and steps left out; a damaged file is passed over."""
+    for step in (1, 2, 3):
+        long = [{**r, "completion": f"<{i} é{r['completion']}>" * 9999, "prompt": "?" * 9999}
+                for i, r in enumerate(completions(finished, step))]  # fmt: skip
+        path = finished / "completions" / f"step_{step:05d}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in long), encoding="utf-8")
+
+    def shown(limit: int) -> dict[int, int]:
+        answers = read_run(finished, limit)["answers"]
+        size = len(json.dumps(answers["shown"], ensure_ascii=False).replace("<", "\\u003c").encode())
+        assert answers["steps"] == [1, 2, 3] and size <= limit
+        texts = [text for a in answers["shown"] for prompt in a["prompts"] for text in prompt["texts"]]
+        assert all(len(beginning) <= 2000 < length for beginning, length, _ in texts)
+        return {a["step"]: len(a["prompts"]) for a in answers["shown"]}
+
+    assert shown(PAGE_BYTES) == {1: 8, 2: 8, 3: 8}
+    few = shown(60_000)
+    assert list(few) == [3] and 1 <= few[3] < 8  # the last step comes first
+    assert 1 <= shown(4_000)[3] < 8 and shown(500) == {}
+    for damage in (b"{", b'{"member": 0}\n', b"\xff\n" * 12):
+        (finished / "completions" / "step_00003.jsonl").write_bytes(damage)
+        assert list(shown(PAGE_BYTES)) == [1, 2]
+
+
+def test_the_page_of_a_long_run_stays_under_three_megabytes(finished: Path) -> None:
+    """With 500 steps of 30 members, held-out texts and answers as long as the page allows."""
+    data = read_run(finished)
+    data |= {"steps": data["steps"][-1:] * 500, "fitness": [[-0.123456] * 30] * 500}
+    sides = {name: [["<word> " * (MOST_CHARACTERS // 7), True]] for name in ("before", "after")}
+    data["completions"]["rows"] = [
+        {**data["completions"]["rows"][0], **sides, "prompt": "?" * MOST_CHARACTERS}
+    ] * MOST_ROWS
+    assert len(report_page.page({"runs": [data]}).encode()) + PAGE_BYTES < 3_000_000
+
+
+def test_a_large_population_is_thinned_and_steps_are_spread(run, place: Path) -> None:
+    words = [200 if word == 4 else word for word in WATCHED]
+    assert run(*words, "--log_completions", "--max_steps", 1).code == 0
+    found = read_answers(place / "run", 1)
+    assert found is not None and len(json.dumps(found)) < STEP_BYTES
+    for prompt in found["prompts"]:
+        ranks = [model["rank"] for model in prompt["models"]]
+        assert len(ranks) == MOST_MEMBERS + 2 and ranks == sorted(ranks)  # the median and theta beside them
+        places = {model["place"]: model["rank"] for model in prompt["models"] if model["place"]}
+        assert places == {"best": 1, "median": 101, "worst": 200, "theta": 201}
+    assert spread(range(1, 10)) == [9, 1, 5, 3, 7, 2, 4, 6, 8] and spread([4]) == [4] and spread([]) == []

@@ -24,6 +24,7 @@ from estune.engines.toy import ToyEngine
 from estune.es.population import members_for_step
 from estune.es.types import Member
 from estune.es.update import make_update
+from estune.monitor.trackers import numbers
 from estune.tasks.quadratic import wanted
 
 OPTIONS = (
@@ -188,12 +189,12 @@ def test_the_journal_stays_small(run, place, antithetic):
 # --- rewards that misbehave never end a run, and never pay ------------------------------------------------------------
 
 # reward -> what the user is told of it
-MISBEHAVIOUR = {
-    "raising": "this row is too much for me",
-    "hanging": "took longer than",
-    "dying": "worker process died",
-    "nan": "nan",
-    "infinite": "inf",
+MISBEHAVIOUR = {  # reward -> a part of its message, and the kind of its failure for trackers
+    "raising": ("this row is too much for me", "ValueError"),
+    "hanging": ("took longer than", "timeout"),
+    "dying": ("worker process died", "worker"),
+    "nan": ("nan", "value"),
+    "infinite": ("inf", "value"),
 }
 
 
@@ -225,7 +226,11 @@ def test_a_misbehaving_reward_is_counted_and_does_not_pay(run, place, one_worker
     (line,), (record,) = steps(place / "run"), metrics(place / "run")
     assert line["failures"] == record["es/reward_errors"] == 3 * n_guilty
     assert f"failed {3 * n_guilty}" in done.out
-    assert MISBEHAVIOUR[reward] in done.out + done.err
+    part, name = MISBEHAVIOUR[reward]
+    assert part in done.out + done.err
+    [(message, members)] = record[f"rewards/{reward}/failed_calls"].items()
+    assert part in message and members == 3
+    assert numbers(record)[f"rewards/{reward}/failed_calls/{name}"] == 3.0
     # nobody got a reward for those rows, so they are left out for all members
     assert line["fitness"] != fitness and any(line["q"])
     assert_no_process(mark)
@@ -244,6 +249,9 @@ def test_failures_are_counted_for_each_function(run, place):
         assert line["failures"] == record["es/reward_errors"] == sum(failed.values())
         told = ", ".join(f"{name} {count}" for name, count in failed.items() if count)
         assert f"failed {sum(failed.values())} ({told})" in done.out
+        assert {name: sum(record.get(f"rewards/{name}/failed_calls", {}).values()) for name in failed} == {
+            name: 3 if count else 0 for name, count in failed.items()
+        }
     done = run(*words, "--reward_funcs", "rewards.py:always_raising", "--console", "lines", "--overwrite")
     assert metrics(place / "run")[0]["rewards/always_raising/errors"] == 24
     assert "failed 24  " in done.out  # there is one function alone
@@ -252,7 +260,11 @@ def test_failures_are_counted_for_each_function(run, place):
 def test_a_reward_that_does_not_apply_is_no_failure(run, place):
     words = (*TOY, "--max_steps", 1, "--population_size", 3, "--sigma", 0.1)
     assert run(*words, "--reward_funcs", "rewards.py:inapplicable").code == 0
-    assert steps(place / "run")[0]["failures"] == 0 and any(steps(place / "run")[0]["q"])
+    [line], [record] = steps(place / "run"), metrics(place / "run")
+    assert line["failures"] == 0 and any(line["q"])
+    n_skipped = sum(wanted(row) == -0.5 for row in line["rows"])
+    assert record["rewards/inapplicable/none"] == 3 * n_skipped > 0 == record["rewards/inapplicable/errors"]
+    assert record["rewards/inapplicable/std"] == record["reward_std"] > 0
 
 
 def test_a_reward_that_always_fails_moves_nothing(run, place):
@@ -275,7 +287,8 @@ def test_what_a_reward_logs_is_kept(run, place):
     assert run(*words, "--reward_funcs", "rewards.py:extra").code == 0
     assert metrics(place / "run")[0]["mine"] == 0.25
     lines = [json.loads(line) for line in (place / "run" / "completions" / "step_00001.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and all(line["twice"] == 2 * wanted(line["row"]) for line in lines)
+    assert [line["member"] for line in lines] == [0, 0, 0, 1, 1, 1, None, None, None]  # theta answers the first step
+    assert all(line["twice"] == 2 * wanted(line["row"]) for line in lines)
 
 
 def test_nothing_runs_what_a_model_wrote(run, place):

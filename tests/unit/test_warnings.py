@@ -14,7 +14,7 @@ from rich.console import Console
 
 from estune.baselines.session import combine
 from estune.monitor.monitors import ConsoleMonitor, MemberLines, failures
-from estune.monitor.panel import BLOCKS, PanelMonitor, sparkline, spread
+from estune.monitor.panel import BLOCKS, PanelMonitor, by_function, ranking, sparkline, spread
 from estune.monitor.report.data import mark
 from estune.monitor.report.page import page
 from estune.train.sigma_watch import SigmaWatch, ThetaAnswers
@@ -239,6 +239,33 @@ def test_the_line_and_the_panel_name_the_functions(capsys: pytest.CaptureFixture
     panel.log(STEP)
     panel.close()
     assert "3 rewards failed (accuracy 2, format 1)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("reliable", "gains", "losses", "told"),
+    [
+        ([], [], [], ""),
+        ([None, None], [None, None], [0.1, None], ""),  # one prompt a step
+        ([0.3, None], [0.02, None], [None, None], "30% reliable in the last 1 step; a step should gain 0.02"),
+        ([0.1] * 4, [], [], "10% reliable in the last 4 steps"),  # too few to tell
+        ([0.1] * 5, [], [], "10% reliable in the last 5 steps: mostly noise, raise N or the batch"),
+        ([0.0] * 5, [0.0] * 5, [0.03] + [0.01] * 4,
+         "0% reliable in the last 5 steps: mostly noise, raise N or the batch; a step should gain 0 and lose 0.014"),
+        ([0.8] * 6, [0.5] * 6, [-0.2] * 6, "80% reliable in the last 6 steps; a step should gain 0.5"),
+    ],
+)  # fmt: skip
+def test_the_panel_says_what_the_ranking_is_worth(
+    reliable: list[float | None], gains: list[float | None], losses: list[float | None], told: str
+) -> None:
+    columns = {"es/reliability": reliable, "es/expected_gain": gains, "es/expected_loss": losses}
+    records = [{name: values[k] for name, values in columns.items() if values} for k in range(len(reliable))]
+    assert ranking(records) == told
+
+
+def test_the_panel_names_several_functions() -> None:
+    several = {"rewards/a/b/mean": 0.5, "rewards/a/b/std": 0.25, "rewards/c/mean": None, "rewards/c/errors": 4}
+    assert by_function(several) == "a/b 0.500 ± 0.250, c n/a"
+    assert by_function({"rewards/a/mean": 0.5}) == ""
 
 
 def test_batches_of_a_step_add_up_their_failures_and_average_the_rest() -> None:

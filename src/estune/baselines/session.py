@@ -234,8 +234,8 @@ class BaselineSession(OpenRun):
                 weighed.size,
                 {
                     "reward": mean(weighed),
-                    "reward_std": float(np.nanstd(weighed)) if np.isfinite(weighed).any() else math.nan,
-                    **{f"rewards/{name}/mean": mean(rewards[..., f]) for f, name in enumerate(self.rewards.names)},
+                    "reward_std": metrics.spread(weighed),
+                    **metrics.of_functions(self.rewards.names, rewards),
                     "frac_reward_zero_std": float((spread <= 1e-9).mean()) if spread.size else math.nan,
                     "completions/mean_length": float(lengths.mean()),
                     "completions/clipped_ratio": clipped_ratio,

@@ -1,6 +1,7 @@
 """The terminal panel of a run, redrawn in place.
 
-The panel shows the reward over the steps, a histogram of the members' fitness, the progress of the current step, speed,
+The panel shows the reward over the steps, the mean of each reward function if there are several, a histogram of the
+members' fitness, how reliable their ranking is and what a step should gain, the progress of the current step, speed,
 time left, and completions of the best, the median and the worst member of the last step. Other output is printed above
 the panel. If standard output is not a terminal, `estune.monitor.monitors.ConsoleMonitor` prints lines instead.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import sys
 import time
 import unicodedata
@@ -99,7 +101,7 @@ class PanelMonitor:
         self.done = 0  # members of the current step that have answered
         self.tokens = 0  # tokens per completion generated in the current batch
         self._times: list[float] = []
-        self._reliable: list[float] = []  # reliability of the last steps' rankings
+        self._last: list[dict[str, Any]] = []  # the records of the last steps
         self._drawn_at = 0.0
         self._broken = False
         self._closed = False
@@ -122,8 +124,7 @@ class PanelMonitor:
             self.steps_done = record["step"]
             self.rewards.append(record["reward"])
             self._times = [*self._times[-9:], record["step_time"]]
-            if record.get("es/reliability") is not None:
-                self._reliable = [*self._reliable[-9:], record["es/reliability"]]
+            self._last = [*self._last[-9:], record]
             self.done = self.tokens = 0
         self.draw()
 
@@ -191,12 +192,14 @@ class PanelMonitor:
                 f"{_number(last['es/fitness_best'])}"
             )
             rows.append(("reward", Text.assemble((sparkline(self.rewards), "cyan"), "  ", number)))
+            if of_functions := by_function(last):
+                rows.append(("by function", Text(of_functions)))
         if self.fitness:
             low, high = min(self.fitness), max(self.fitness)
             strip = Text.assemble(f"{_number(low)} ", (spread(self.fitness), "blue"), f" {_number(high)}")
             rows.append(("members' fitness", strip))
-        if self._reliable:
-            rows.append(("ranking", Text(ranking(self._reliable))))
+        if ranks := ranking(self._last):
+            rows.append(("ranking", Text(ranks)))
         if self.held_out:
             rows.append(("held-out", self._held_out()))
         if self.steps_done < self.max_steps:
@@ -234,11 +237,36 @@ class PanelMonitor:
         return Text.assemble((line, "green"), f"  {value} ({last['eval_rows']} rows, step {last['step']})")
 
 
-def ranking(reliable: Sequence[float]) -> str:
-    """Return what the reliability of the last steps says, as text; chance alone gives about a tenth."""
+def by_function(record: dict[str, Any]) -> str:
+    """Return mean and standard deviation of each reward function of a step, as text; empty for a single function."""
+    names = [name.split("/", 1)[1].removesuffix("/mean") for name in record if re.fullmatch(r"rewards/.*/mean", name)]
+    means = [f"{name} {_number(record[f'rewards/{name}/mean'])}" for name in names]
+    stds = [record.get(f"rewards/{name}/std") for name in names]
+    parts = [mean if std is None else f"{mean} ± {_number(std)}" for mean, std in zip(means, stds, strict=True)]
+    return plain(", ".join(parts)) if len(parts) > 1 else ""
+
+
+def ranking(last: Sequence[dict[str, Any]]) -> str:
+    """Return what the last steps' records say about the ranking of the members, as text; empty if they say nothing.
+
+    Chance alone gives a reliability of about a tenth.
+    """
+    reliable = _known(last, "es/reliability")
+    if not reliable:
+        return ""
     mean = sum(reliable) / len(reliable)
     advice = ": mostly noise, raise N or the batch" if len(reliable) >= ENOUGH_STEPS and mean < NOISE else ""
-    return f"{mean:.0%} reliable in the last {counted(len(reliable), 'step')}{advice}"
+    text = f"{mean:.0%} reliable in the last {counted(len(reliable), 'step')}{advice}"
+    gains, losses = _known(last, "es/expected_gain"), _known(last, "es/expected_loss")
+    if not gains:
+        return text
+    loss = sum(losses) / len(losses) if losses else 0.0
+    return f"{text}; a step should gain {sum(gains) / len(gains):.2g}{f' and lose {loss:.2g}' if loss > 0 else ''}"
+
+
+def _known(last: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Return the values of a metric in the records that have it."""
+    return [record[name] for record in last if record.get(name) is not None]
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,9 @@ run continues the tracker's run: `trackers.json` in the run directory holds its 
 
 The environment variables that transformers reads name the project: ``WANDB_PROJECT``, ``TRACKIO_PROJECT``,
 ``MLFLOW_EXPERIMENT_NAME``. The default project is ``estune``.
+
+Numbers have the names under which transformers' trainers send them: ``train/reward`` and ``eval/reward``, or
+``reward`` and ``eval_reward`` to mlflow. So runs of TRL and of estune share their charts.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import time
 from collections import deque
@@ -28,6 +32,7 @@ from estune.files import write_json
 from estune.monitor.monitors import Monitor
 
 PROJECT = "estune"
+STEP = "train/global_step"  # transformers' name of the number of steps done
 TRACKERS_FILE = "trackers.json"
 START_S, BEHIND_S, CLOSE_S = 120.0, 60.0, 60.0  # seconds that a tracker may take to start, to take a record, to finish
 
@@ -38,12 +43,50 @@ class Tracker(Monitor, Protocol):
     identity: str | None  # the tracker's name for the run, by which a resume continues it
 
 
+TRL_NAMES = {  # of evaluations: estune's names and TRL's
+    "eval_mean_length_tokens": "eval_completions/mean_length",
+    "eval_clipped_ratio": "eval_completions/clipped_ratio",
+}
+KINDS = {  # how messages of failed calls that name no exception begin, and their kind
+    "took longer than": "timeout",
+    "worker process": "worker",
+    "could not be restarted": "worker",
+    "returned": "value",
+    "the completion's logits": "logits",
+}
+EXCEPTION = re.compile(r"(\w{1,60})(?=: | \(|$)")  # begins the message of a call that raised
+
+
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record, without the step; trackers draw only numbers."""
+    """Return the numbers of a record by TRL's names, without the step; trackers draw only numbers.
+
+    The failed calls of a reward function, which a record counts by message, are counted by `kind`.
+    """
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            for message, count in value.items():
+                part = f"{name}/{kind(message)}"
+                found[part] = found.get(part, 0.0) + float(count)
+        elif name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[TRL_NAMES.get(name, name)] = float(value)
+    return found
+
+
+def kind(message: str) -> str:
+    """Return the kind of a failed call's message: the type of its exception, a value of `KINDS`, or ``other``."""
+    for beginning, name in KINDS.items():
+        if message.startswith(beginning):
+            return name
+    exception = EXCEPTION.match(message)
+    return exception[1] if exception else "other"
+
+
+def charts(record: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record by the names that transformers gives its charts: ``train/...``, ``eval/...``."""
     return {
-        name: float(value)
-        for name, value in record.items()
-        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+        for name, value in numbers(record).items()
     }
 
 
@@ -60,7 +103,7 @@ class TensorboardMonitor:
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record's numbers."""
-        for name, value in numbers(record).items():
+        for name, value in charts(record).items():
             self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
@@ -83,7 +126,7 @@ class TrackioMonitor:
 
     def log(self, record: dict[str, Any]) -> None:
         """Log a record's numbers."""
-        self._trackio.log(numbers(record), step=record["step"])
+        self._trackio.log(charts(record) | {STEP: record["step"]}, step=record["step"])
 
     def close(self, failed: bool = False) -> None:
         """Finish the run."""
@@ -101,12 +144,12 @@ class WandbMonitor:
         self._run: Any = wandb.init(project=project, name=name, dir=str(run_dir), config=config, **again)
         self.identity: str | None = self._run.id
         # wandb's step counter accepts no step twice, but an evaluation repeats its step: so the step is a metric.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP, step_sync=True)
 
     def log(self, record: dict[str, Any]) -> None:
         """Log a record's numbers."""
-        self._run.log(numbers(record) | {"step": record["step"]})
+        self._run.log(charts(record) | {STEP: record["step"]})
 
     def close(self, failed: bool = False) -> None:
         """Finish the run."""
@@ -130,7 +173,8 @@ class MlflowMonitor:
 
     def log(self, record: dict[str, Any]) -> None:
         """Log a record's numbers."""
-        self._mlflow.log_metrics(numbers(record), step=record["step"])
+        accepted = {re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII): value for name, value in numbers(record).items()}
+        self._mlflow.log_metrics(accepted, step=record["step"])
 
     def close(self, failed: bool = False) -> None:
         """Finish the run."""

@@ -43,13 +43,21 @@ class Rollouts:
     earlier_s: float = 0.0  # seconds spent on groups restored from pending.jsonl
     beside_s: float = 0.0  # seconds after the last member's answer that an evaluation of theta took
     started: float = 0.0  # clock reading, in seconds: the step's start, moved so that only the step's own work counts
-    theta: Group | None = None  # theta's completions of the same prompts, if theta answered with the members
+    theta: Group | None = None  # theta's completions of the same prompts, if theta answered them and was scored
 
     def completion_records(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-        """Yield one record a completion: member, row, prompt, completion, rewards, and the log_extra columns."""
-        for member, group in enumerate(self.groups):
+        """Yield one record a completion: member, row, prompt, completion, rewards, and the log_extra columns.
+
+        The completions of theta, if theta answered and its text was kept, come last, with None as their member.
+        ``failed`` is present where reward functions failed: their indices. Other rewards without a value were None.
+        """
+        models: list[tuple[int | None, Group]] = list(enumerate(self.groups))
+        for member, group in models if self.theta is None else [*models, (None, self.theta)]:
             if group.completions is None:
                 continue
+            failed: dict[tuple[int, int], list[int]] = {}
+            for b, g, f in group.failed:
+                failed.setdefault((b, g), []).append(f)
             for b, (prompt, answers) in enumerate(zip(prompts, group.completions, strict=True)):
                 for g, text in enumerate(answers):
                     extra = {name: values[b * len(answers) + g] for name, values in (group.extra or {}).items()}
@@ -59,6 +67,7 @@ class Rollouts:
                         "prompt": prompt.text,
                         "completion": text,
                         "rewards": group.rewards[b][g],
+                        **({"failed": failed[b, g]} if (b, g) in failed else {}),
                     }
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from estune.train.setup import Rewards
 
 COARSE_COSINE = 0.9  # cosine; below it, rounding has changed a perturbation too much
+MOST_MESSAGES, MESSAGE_LENGTH = 5, 200  # messages of a function's failures in a step's record; characters of each
+OTHER_MESSAGES, NOT_FINITE = "other messages", "the completion's logits were not finite"
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
     known = fitness[~np.isnan(fitness)]
     record: dict[str, Any] = {
         "reward": number(mean(weighed)),
-        "reward_std": number(float(np.nanstd(weighed)) if np.isfinite(weighed).any() else np.nan),
-        **{f"rewards/{name}/mean": number(mean(rewards[..., f])) for f, name in enumerate(spec.names)},
+        "reward_std": number(spread(weighed)),
+        **{name: number(value) for name, value in of_functions(spec.names, rewards).items()},
         "frac_reward_zero_std": share_of_tied_prompts(weighed),
-        "completions/mean_length": float(lengths.mean()),
+        **_lengths(lengths, np.array([group.finished for group in rollouts.groups])),
         "completions/clipped_ratio": rollouts.clipped_ratio,
         "completions/non_finite_ratio": rollouts.non_finite_ratio,
         "es/frac_modal": rollouts.modal_ratio,
@@ -58,6 +62,7 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
         "es/fitness_error": number(_error_over_prompts(weighed)),
         "es/reward_errors": int(rollouts.failed.sum()),
         **{f"rewards/{name}/errors": int(rollouts.failed[..., f].sum()) for f, name in enumerate(spec.names)},
+        **_without_reward(spec.names, rollouts),
         "es/perturb_s": perturb_s,
         "es/generate_s": generate_s,
         "es/score_s": rollouts.score_wait_s,
@@ -67,6 +72,64 @@ def step_metrics(rewards: np.ndarray, spec: Rewards, fitness: np.ndarray, rollou
         values = [group.metrics[name] for group in rollouts.groups if name in group.metrics]
         record[_free_name(name, record)] = mean(np.array(values))
     return record
+
+
+def spread(values: np.ndarray) -> float:
+    """Return the population standard deviation of the values that are not NaN, or NaN if all are NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.nanstd(values)) if np.isfinite(values).any() else math.nan
+
+
+def of_functions(names: Sequence[str], rewards: np.ndarray) -> dict[str, float]:
+    """Return mean and standard deviation of each reward function's rewards (..., F); NaN if it never applies."""
+    columns = {name: rewards[..., f] for f, name in enumerate(names)}
+    means = {f"rewards/{name}/mean": mean(column) for name, column in columns.items()}
+    return means | {f"rewards/{name}/std": spread(column) for name, column in columns.items()}
+
+
+def _lengths(lengths: np.ndarray, finished: np.ndarray) -> dict[str, float]:
+    """Return TRL's metrics of lengths: of all completions, and of those that ended before the length limit.
+
+    Args:
+        lengths: (N, B, G), in tokens.
+        finished: (N, B, G).
+    """
+    ended = lengths[finished] if finished.any() else np.zeros(1)  # 0 if no completion ended, as in TRL
+    return {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/mean_terminated_length": float(ended.mean()),
+        "completions/min_terminated_length": float(ended.min()),
+        "completions/max_terminated_length": float(ended.max()),
+    }
+
+
+def _without_reward(names: Sequence[str], rollouts: Rollouts) -> dict[str, Any]:
+    """Return for each reward function how often it returned None, and the messages of its failed calls.
+
+    ``rewards/<name>/none`` counts completions. ``rewards/<name>/failed_calls`` counts members by the first failure
+    in their completions: message -> members. It is absent if no call failed.
+    """
+    found: dict[str, Any] = {}
+    for f, name in enumerate(names):
+        failed = rollouts.failed[..., f]  # (N, B, G)
+        found[f"rewards/{name}/none"] = int((np.isnan(rollouts.rewards[..., f]) & ~failed).sum())
+        members = np.flatnonzero(failed.any(axis=(1, 2)))
+        messages = Counter(_message(rollouts.groups[m].errors, name) for m in members)
+        if messages:
+            kept = messages.most_common(MOST_MESSAGES)
+            rest = messages.total() - sum(count for _, count in kept)
+            found[f"rewards/{name}/failed_calls"] = dict(kept) | ({OTHER_MESSAGES: rest} if rest else {})
+    return found
+
+
+def _message(errors: Sequence[str], name: str) -> str:
+    """Return the message of a function's failure, as one line, from a member's errors, which begin with names."""
+    for error in errors:
+        if error.startswith(f"{name}: "):
+            return " ".join(error.removeprefix(f"{name}: ").split())[:MESSAGE_LENGTH]
+    return NOT_FINITE  # the function was not at fault
 
 
 def _free_name(name: str, record: dict[str, Any]) -> str:

@@ -164,14 +164,17 @@ class Evaluator:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         trainer_state: dict[str, Any],
+        keep_text: bool = False,
     ) -> Rollouts:
         """Generate and score theta's completions of a step's prompts: (1, B, G) rollouts.
+
+        ``keep_text``: whether to keep completions as text.
 
         Raises:
             Interrupted: the run was asked to stop.
         """
         job = GroupJob((0,), (None,), self.engine.theta_checksum, tuple(prompts), sampling)
-        [(_, group, _, future)] = self.submit([job], lambda _: rows, trainer_state, False)
+        [(_, group, _, future)] = self.submit([job], lambda _: rows, trainer_state, keep_text)
         return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
 
     def evaluate_population(

@@ -294,7 +294,9 @@ class Session(OpenRun):
         if rollouts.theta is not None:
             theta = stack([rollouts.theta])
         else:
-            theta = self.evaluator.evaluate_theta(rows, prompts, sampling, self.trainer_state(step.index))
+            state, keep_text = self.trainer_state(step.index), self._keeps_completions(step)
+            theta = self.evaluator.evaluate_theta(rows, prompts, sampling, state, keep_text)
+            rollouts.theta = theta.groups[0]
         rewards = np.concatenate([rollouts.rewards, theta.rewards])  # (N + 1, B, G, F)
         failed = np.concatenate([rollouts.failed, theta.failed])
         weights = self.rewards.weights

@@ -10,19 +10,24 @@ from collections.abc import Collection, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from estune.console import say
 from estune.errors import UserError
 from estune.files import replace_file
-from estune.monitor.report.data import read_runs
+from estune.monitor.report.answers import PAGE_BYTES
+from estune.monitor.report.data import read_answers, read_runs
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "/*DATA*/"  # replaced by the data in the template
+MOST_DIGITS = 10  # of a number in a query
 
 
 def page(data: dict[str, Any], *, live: bool = False) -> str:
-    """Return the page for the result of `read_runs`; with ``live`` the page keeps polling ``data.json``."""
+    """Return the page for the result of `read_runs`.
+
+    With ``live`` the page keeps polling ``data.json``, and asks for the members' answers in the step that is shown.
+    """
     text = json.dumps({**data, "live": live}, ensure_ascii=False, allow_nan=False)
     # Only these characters could end the script element or its string; JSON decodes the escapes.
     text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -35,12 +40,15 @@ def write_page(directories: Sequence[Path], path: Path) -> None:
     Raises:
         UserError: a directory holds no run.
     """
-    html = page(read_runs(directories)).encode("utf-8", errors="replace")
+    html = page(read_runs(directories, PAGE_BYTES)).encode("utf-8", errors="replace")
     replace_file(path, lambda file: file.write(html))
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers ``/`` with the page and ``/data.json`` with its data, which are read from disk at every request."""
+    """Answers ``/`` with the page, ``/data.json`` with its data, and ``/answers.json`` with the answers in one step.
+
+    All are read from disk at every request. ``answers.json?run=0&step=1`` names a run by its place in ``directories``.
+    """
 
     directories: Sequence[Path] = ()
     hosts: Collection[str] = ()  # accepted Host headers; any other name may come from a DNS rebinding attack
@@ -50,19 +58,28 @@ class Handler(BaseHTTPRequestHandler):
         if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in self.hosts:
             self.send_error(403)
             return
-        name = self.path.partition("?")[0]
-        if name not in ("/", "/data.json"):
-            self.send_error(404)
-            return
+        name, _, query = self.path.partition("?")
         try:
-            data = read_runs(self.directories)
+            text = self._text(name, parse_qs(query))
         except (UserError, OSError, ValueError):  # the run's files are being replaced
             self.send_error(503)
             return
-        if name == "/":
-            self._answer("text/html", page(data, live=True))
+        if text is None:
+            self.send_error(404)
         else:
-            self._answer("application/json", json.dumps(data, ensure_ascii=False, allow_nan=False))
+            self._answer("text/html" if name == "/" else "application/json", text)
+
+    def _text(self, name: str, query: dict[str, list[str]]) -> str | None:
+        """Return what a path and its query name; None if they name nothing."""
+        if name == "/":
+            return page(read_runs(self.directories), live=True)
+        if name == "/data.json":
+            return _json(read_runs(self.directories))
+        run, step = (query.get(key, [""])[0] for key in ("run", "step"))
+        if name != "/answers.json" or not (_is_number(run) and _is_number(step) and int(run) < len(self.directories)):
+            return None
+        answers = read_answers(self.directories[int(run)], int(step))
+        return None if answers is None else _json(answers)
 
     def _answer(self, kind: str, text: str) -> None:
         body = text.encode("utf-8", errors="replace")
@@ -75,6 +92,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Print nothing."""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < MOST_DIGITS
 
 
 def serve(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
