@@ -226,6 +226,15 @@ def test_the_calls_of_a_transformers_script(llama, place, monkeypatch):
     assert (uploaded["repo_id"], uploaded["commit_message"]) == ("me/run", "done")
 
 
+def test_a_run_that_will_be_overwritten_is_not_this_trainers(llama):
+    trainer_of(llama, max_steps=1, eval_steps=1).train()
+    trainer = trainer_of(llama, max_steps=1, eval_steps=1, overwrite=True)
+    assert (trainer.state.global_step, trainer.state.log_history) == (0, [])
+    assert trainer.evaluate()["epoch"] == 0
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_resume_from_checkpoint(llama, place):
     trainer_of(llama, "whole", eval_dataset=None).train()
     with pytest.raises(UserError, match="run holds no run to continue"):

@@ -52,6 +52,7 @@ class BaseTrainer:
         )
         self.stopped = False  # whether a signal stopped the last `train` early
         self._evaluations: list[dict[str, Any]] = []  # records of `evaluate` since the last `train`
+        self._has_begun = False  # whether `train` was called: `output_dir` may hold another run before
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics."""
@@ -59,7 +60,7 @@ class BaseTrainer:
 
     def begin(self, resume_from_checkpoint: str | Path | bool | None) -> TrainingRequest:
         """Prepare for `train`: return the request, which continues a run if it was asked to."""
-        self.stopped, self._evaluations = False, []
+        self.stopped, self._evaluations, self._has_begun = False, [], True
         self.request.resume(resume_from_checkpoint)
         return self.request
 
@@ -108,11 +109,13 @@ class BaseTrainer:
     @property
     def state(self) -> TrainerState:
         """Progress as transformers' `TrainerState`; ``log_history`` holds `metrics.jsonl` and the `evaluate` calls."""
-        run_dir = self.args.output_dir
-        records = read_metrics(Path(run_dir)) if run_dir is not None else []
+        run_dir = Path(self.args.output_dir) if self.args.output_dir is not None else None
+        if not (self._has_begun or self.args.resume):
+            run_dir = None
+        records = read_metrics(run_dir) if run_dir is not None else []
         state = state_of(self.args, records)
         state.epoch = state.global_step * self.args.batch_size / len(self.train_rows)
-        saved = read_state(Path(run_dir)) if run_dir is not None else None
+        saved = read_state(run_dir) if run_dir is not None else None
         if saved is not None and "best" in saved:
             state.best_global_step, state.best_metric = saved["best"]["step"], saved["best"]["value"]
         state.log_history += self._evaluations
@@ -219,7 +222,8 @@ class BaseTrainer:
             UserError: it does not.
         """
         run_dir = self.args.output_dir
-        if run_dir is None or read_state(Path(run_dir)) is None:
+        will_be_overwritten = self.args.overwrite and not self._has_begun
+        if run_dir is None or will_be_overwritten or read_state(Path(run_dir)) is None:
             place = "output_dir" if run_dir is None else str(run_dir)
             instead = "; save_model(path) writes the present model" if method == "save_model" else ""
             raise UserError(f"{method} without a path needs a finished run in {place}: call train() first{instead}")
