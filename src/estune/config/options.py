@@ -59,6 +59,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "; use --resume with --output_dir",
     "overwrite_output_dir": "; use --overwrite",
     "dataset": "; use --dataset_name",
+    "dataset_text_field": "; use --column_mapping",
     "chat_template": "; the tokenizer's is used, see --apply_chat_template",
     "max_prompt_length": "; prompts are never cut",
     "max_new_tokens": "; use --max_completion_length",
