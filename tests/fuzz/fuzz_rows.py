@@ -1,4 +1,4 @@
-"""Domain A: datasets of every format with columns of every type.
+"""Domain A: datasets of every format with columns of every type, and prompts in columns of every layout.
 
 A run on such a dataset succeeds or is refused in one sentence, and its rewards receive the values of the dataset.
 Resumed on equal values, it ends in the bytes of an uninterrupted run. Resumed on a dataset with one changed value, it
@@ -58,10 +58,16 @@ QUIRKS = {
 NAMES = ("answer", "a b", "", "class", "1", "caf\u00e9", "prompts", "completions", "completion", "completion_ids",
          "trainer_state", "log_extra", "log_metric", "self", "args", "tools", "images", "row_id", "\U0001f600",
          "numbers", "__class__", "a.b", "None")  # fmt: skip
+# Name of the column that makes the prompt -> the run's column_mapping.
+LAYOUTS = {"prompt": {}, "question": {}, "problem": {}, "instruction": {}, "messages": {}, "text": {"prompt": "text"},
+           "input": {"problem": "input"}}  # fmt: skip
 RESERVED = ("prompts", "completions", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric")
 MESSAGES = ("[{'role': 'user', 'content': 'a'}]", "[{'role': 'user'}]", "[]", "[{'role': 'user', 'content': None}]",
             "[{'role': 'system', 'content': 's'}, {'role': 'user', 'content': ''}]", "[1]",
-            "{'role': 'user'}")  # fmt: skip
+            "[{'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]}]",
+            "[{'role': 'user', 'content': [{'type': 'image'}]}]", "[{'role': 'user', 'content': [[]]}]",
+            "[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]",
+            "[{'role': [], 'content': 'a'}]", "{'role': 'user'}")  # fmt: skip
 
 any_text = st.text(st.characters(codec=None), max_size=12).map(ascii)  # of every plane, with lone surrogates
 plain_text = st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=5).map(ascii)
@@ -106,7 +112,8 @@ def drawn(draw: st.DrawFn) -> Case:
         odd = st.sampled_from(["''", "' '", "'\\x00'", "None", "'\\u202e'"])
         prompts = st.lists(plain_text | odd, min_size=n_rows, max_size=n_rows)
     kind = "text" if "text" in kinds else "string"
-    first = {"name": "prompt", "kind": kind, "values": draw(prompts)}
+    layout = "prompt" if draw(st.integers(0, 2)) else draw(st.sampled_from(sorted(LAYOUTS)))
+    first = {"name": layout, "kind": kind, "values": draw(prompts)}
     usual = st.sampled_from(["answer", "target", "numbers", "other"])
     name = usual if draw(st.integers(0, 3)) else st.sampled_from(NAMES) | any_text.map(value)
     others = draw(st.lists(column_of(kinds, n_rows, name), max_size=3, unique_by=lambda column: column["name"]))
@@ -182,13 +189,16 @@ def train(case: Case, place: Path, forks: Forks, directory: str, max_steps: int)
     resume = (place / directory / "journal.jsonl").exists()
     options = dict(model="tiny", reward_funcs=["rewards.py:" + case["reward"]], reward_isolation=case["isolation"],
                    batch_size=case["batch_size"], population_size=2, sigma=0.05, max_completion_length=2,
-                   report_to=["none"], num_threads=1, reward_workers="auto")  # fmt: skip
+                   report_to=["none"], num_threads=1, reward_workers="auto",
+                   column_mapping=LAYOUTS[case["columns"][0]["name"]])  # fmt: skip
     what = f"the {'resume' if resume else 'run'} on {case['source']} {case['quirks']}"
     if is_python(case):
         (place / "case.json").write_text(json.dumps(case | {"options": options}))
         words = ["train", directory, max_steps, *(["resume"] if resume else [])]
         return refusal(forks.run(words, place, script=PROGRAMS), what)
-    words = [word for name, v in options.items() for word in (f"--{name}", *(v if isinstance(v, list) else [v]))]
+    words = [word for name, v in options.items() if not isinstance(v, dict)
+             for word in (f"--{name}", *(v if isinstance(v, list) else [v]))]  # fmt: skip
+    words += ["--column_mapping", json.dumps(options["column_mapping"])]
     words += ["--dataset_name", path_of(case), "--max_steps", max_steps, "--output_dir", directory]
     return refusal(forks.run(["train", *words, *(["--resume"] if resume else [])], place), what)
 

@@ -258,7 +258,7 @@ def test_a_dict_of_datasets_gives_both_splits(llama, place, capsys):
     assert not (place / "refused").exists()
 
 
-def test_rewards_get_every_column_of_a_layout(llama, place):
+def test_rewards_get_every_column_of_a_layout(llama, place, capsys):
     """Conversations of text parts, whose last answer is the reference, and a column with a second name."""
     import shutil
 
@@ -276,11 +276,13 @@ def test_rewards_get_every_column_of_a_layout(llama, place):
         return [len(completion[0]["content"]) for completion in completions]
 
     asked = [{"role": "user", "content": [{"type": "text", "text": "Count"}, {"type": "text", "text": "to 3."}]}]
-    rows = [{"messages": [*asked, {"role": "assistant", "content": "1 2 3"}], "note": None} for _ in range(3)]
+    row = {"messages": [*asked, {"role": "assistant", "content": "1 2 3"}], "note": None, "completions": ["theirs"]}
+    rows = [row] * 3
     trainer = ESTrainer(
         model=str(place / "chat"), reward_funcs=reward, train_dataset=rows,
         args=ESConfig(output_dir="run", column_mapping={"hint": "note"}, **{**SMALL, "max_steps": 1}),
     )  # fmt: skip
+    assert "reward functions do not get the dataset's completions" in capsys.readouterr().err
     assert [prompt.text for prompt in trainer.prepare()] == ["<user>Count to 3."] * 3
     trainer.train()
     for line in seen.read_text().splitlines():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
+from estune.config import ESConfig
 from estune.errors import UserError
-from estune.tasks import TASKS, chain, get_task
+from estune.tasks import TASKS, chain, get_task, gsm_symbolic
 from estune.tasks import countdown as cd
 from estune.tasks.expressions import MAX_NESTING, evaluate, tokenize
+from estune.train.setup import Rewards, resolve_rewards, resolve_rows
 
 
 def solved(answer: str, numbers=(3, 5, 9), target=24) -> float:
@@ -367,3 +370,27 @@ def test_names() -> None:
 def test_steps_are_read_in_linear_time() -> None:
     """On so long a text, a search that restarts at every blank line would take an hour."""
     assert chain.STEP.findall("\n" * 1_000_000 + "step 1: 3") == [("1", "3")]
+
+
+def test_a_task_scores_conversations_and_columns_of_other_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """A task makes the prompt if it can; otherwise the rows' layout does, before the task reads the answer."""
+    task = get_task("gsm_symbolic")
+    asked, said = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "So it is 2.\n#### 2"}
+
+    def row_of(row: dict[str, Any], **options: Any) -> dict[str, Any]:
+        args = ESConfig(task=task.name, **options)
+        [prepared] = resolve_rows(args, [row], task, "train", resolve_rewards(args, None, task))
+        return prepared
+
+    conversation = row_of({"messages": [asked, said]})
+    assert (conversation["prompt"], conversation["answer"]) == ([asked], "2")
+    assert "the reference answer is answer" in capsys.readouterr().err
+    mapped = row_of({"text": "1 + 1?", "gold": 2}, column_mapping={"question": "text", "answer": "gold"})
+    assert (mapped["prompt"], mapped["answer"]) == (gsm_symbolic.format_prompt("1 + 1?"), "2")
+    assert row_of({"prompt": "p", "messages": [asked, said], "answer": "#### 2"})["prompt"] == "p"
+    with pytest.raises(UserError, match=r"""no column 'prompt' or 'question' or .*'{"question": "text"}'"""):
+        row_of({"text": "1 + 1?", "answer": "2"})
+    with pytest.raises(UserError, match="column_mapping needs dataset_name"):
+        resolve_rows(
+            ESConfig(task=task.name, column_mapping={"a": "b"}), None, task, "train", Rewards([], [], [], None)
+        )

@@ -34,8 +34,9 @@ class ESTrainer(BaseTrainer):
         model: a directory, a hub id, ``tiny``, or an ``AutoModelForCausalLM`` in memory.
         reward_funcs: one TRL reward function or a list of them; a string names ``package.module:function``.
         args: the configuration.
-        train_dataset: rows with a ``prompt`` column: a list of dicts or a ``datasets.Dataset``.
-        eval_dataset: held-out rows for ``eval_steps`` and `evaluate`.
+        train_dataset: rows with a ``prompt`` or another layout (`estune.data.layouts`): a list of dicts, a
+            ``datasets.Dataset``, a data frame, a stream that ends, or a dict of these by split.
+        eval_dataset: held-out rows for ``eval_steps`` and `evaluate`. Default: a split of a dict ``train_dataset``.
         processing_class: the tokenizer of a ``model`` in memory.
         callbacks: `transformers.TrainerCallback` objects or classes; see `estune.train.callbacks`.
 
