@@ -108,26 +108,22 @@ def _read(path: Path, n_members: int, n_prompts: int, num_generations: int) -> l
 
     The list is empty if the file is absent or does not hold what its run writes.
     """
+    shown = min(n_prompts, MOST_PROMPTS)
+    found: list[Models] = [{} for _ in range(shown)]
+    n_lines = 0
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            for n_lines, line in enumerate(file, start=1):
+                row, completion = divmod(n_lines - 1, num_generations)  # row: of members by prompts
+                if row % n_prompts < shown and completion < MOST_COMPLETIONS:
+                    record = parse_json(line)
+                    if not _is_record(record):
+                        return []
+                    found[row % n_prompts].setdefault(record["member"], []).append(record)
+    except (FileNotFoundError, ValueError):
         return []
-    size = n_prompts * num_generations  # of one model
-    if len(lines) not in (n_members * size, (n_members + 1) * size):
-        return []
-    found: list[Models] = []
-    for b in range(min(n_prompts, MOST_PROMPTS)):
-        models: Models = {}
-        for start in range(b * num_generations, len(lines), size):
-            try:
-                records = [parse_json(line) for line in lines[start : start + min(num_generations, MOST_COMPLETIONS)]]
-            except ValueError:
-                return []
-            if not all(map(_is_record, records)):
-                return []
-            models[records[0]["member"]] = records
-        found.append(models)
-    return found
+    size = n_prompts * num_generations  # lines of one model
+    return found if n_lines in (n_members * size, (n_members + 1) * size) else []
 
 
 def _is_record(record: Any) -> bool:
