@@ -291,6 +291,12 @@ def test_rewards_get_every_column_of_a_layout(llama, place, capsys):
         assert [completion[0]["role"] for completion in completions] == ["assistant"] * 3
         assert hint == note == [None] * 3
         assert others == ["completion_ids", "log_extra", "log_metric", "trainer_state"]
+    hint = "--apply_chat_template true makes each a user message"
+    assert hint not in capsys.readouterr().err  # messages go through the template
+    for template, is_said in (("auto", True), ("true", False), ("false", False)):
+        options = {**SMALL, "max_steps": 0, "apply_chat_template": template}
+        ESTrainer(str(place / "chat"), vowels, ESConfig(output_dir=template, **options), ROWS).train()
+        assert (hint in capsys.readouterr().err) == is_said
 
 
 def test_a_model_in_memory(llama, place, run_model):

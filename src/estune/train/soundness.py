@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from estune.config import ESConfig, SizedConfig
-from estune.console import warn
+from estune.console import note, warn
 from estune.engines import ENGINES
 from estune.engines.base import Engine
 from estune.errors import UserError
@@ -119,7 +119,7 @@ def _or_wider(dtype: str) -> str:
 
 
 def warn_of_inputs(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) -> None:
-    """Warn if nothing can end a completion, or if all prompts are equal.
+    """Warn if nothing can end a completion, or if all prompts are equal; say if a chat model gets plain text.
 
     Args:
         args: the decoding options.
@@ -136,3 +136,23 @@ def warn_of_inputs(args: ESConfig, engine: Engine, prompts: Sequence[Prompt]) ->
             f"all {len(prompts)} prompts have the same tokens: check that the column `prompt` and the chat template "
             "include each row's question"
         )
+    if prompts and has_plain_questions(args, engine, prompts[0]):
+        note(
+            "the model has a chat template, and the prompts are plain text, as with TRL: --apply_chat_template true "
+            "makes each a user message"
+        )
+
+
+def has_plain_questions(args: ESConfig, engine: Engine, prompt: Prompt) -> bool:
+    """Return whether a model with a chat template gets the user's rows as plain text because no option says otherwise.
+
+    Args:
+        args: the run's configuration.
+        engine: its tokenizer may have a chat template.
+        prompt: one of the prompts.
+    """
+    if args.task is not None or args.apply_chat_template != "auto":
+        return False
+    before = f"{args.system_prompt}\n\n" if args.system_prompt else ""
+    is_plain = prompt.text == f"{before}{prompt.question}{args.response_prefix}"
+    return is_plain and bool(getattr(engine.assets.tokenizer, "chat_template", None))
