@@ -411,7 +411,7 @@ def test_a_run_from_python(torch_zygote, run_model, tmp_path):
         done = torch_zygote.run([max_steps, eval_steps, value], tmp_path, script=script)
         assert done.code == 0, done
         said.append(RULES["held_out"].what in done.err)
-        assert ("eval_dataset has no effect, because eval_steps is 0" in done.err) == (not eval_steps)
+        assert ("eval_steps is 0, so the run does not use eval_dataset" in done.err) == (not eval_steps)
     assert said == [False, False, False, True]
     done = run_model("train", "--resume", "--output_dir", "run", "--max_steps", 5, cwd=tmp_path)
     assert_refused(done, "given from Python", "ESConfig(resume=True")
