@@ -104,7 +104,8 @@ def test_the_run_directory_is_like_that_of_es(whole):
 
 def test_the_card_and_the_page_say_what_it_was(whole):
     card = (whole / "README.md").read_text()
-    assert "tags: [estune, grpo, generated_from_trainer]" in card and f"trl.GRPOTrainer of TRL {trl.__version__}" in card
+    assert "tags: [estune, grpo, generated_from_trainer]" in card
+    assert f"trl.GRPOTrainer of TRL {trl.__version__}" in card
     assert "--method grpo" in card and "estune replay" not in card and "| after | 3 |" in card
     assert '"name": "run"' in (whole / "report.html").read_text(encoding="utf-8")
     [shown] = read_runs([whole])["runs"]  # what `estune watch` serves

@@ -139,7 +139,7 @@ def test_callbacks_ask_for_records_evaluations_checkpoints_and_the_end(llama, ca
     output = trainer.train()
     records = metrics("run")
     assert [record["step"] for record in records if "eval_reward" in record] == [0, 1, 3]
-    assert [record["step"] for record in records if "reward" in record] == [1, 3]
+    assert [record["step"] for record in records if "reward" in record] == [1, 2, 3]
     assert (Path("run/checkpoint-2") / "model.safetensors").exists()
     assert "a callback ended the run after 3 steps" in capsys.readouterr().out
     assert (output.global_step, len(steps("run"))) == (3, 3)
@@ -180,6 +180,8 @@ def test_a_callback_cannot_move_theta_unnoticed(llama):
 def test_early_stopping_is_an_option_of_the_run_and_other_objects_are_refused(llama, capsys):
     trainer = trainer_of(llama, callbacks=[EarlyStoppingCallback(2, 0.5)], eval_steps=1, load_best_model_at_end=True)
     assert (trainer.args.early_stopping_patience, trainer.args.early_stopping_threshold) == (2, 0.5)
+    with pytest.raises(UserError, match="set early_stopping_patience in ESConfig"):
+        trainer.add_callback(EarlyStoppingCallback)
     with pytest.raises(UserError, match=r"a callback must be a transformers\.TrainerCallback, not str"):
         trainer_of(llama, callbacks=["print"])
 
@@ -195,7 +197,7 @@ def test_early_stopping_is_an_option_of_the_run_and_other_objects_are_refused(ll
 
 def test_the_calls_of_a_transformers_script(llama, place, monkeypatch):
     trainer = trainer_of(llama, "run", max_steps=2)  # eval_steps is 0
-    with pytest.raises(UserError, match="needs a finished run in run: call train"):
+    with pytest.raises(UserError, match="save_model needs a finished run in run: call train"):
         trainer.save_model()
     before = trainer.evaluate()
     assert set(before) >= {"eval_reward", "eval_rows", "eval_mean_length_tokens", "epoch"}
@@ -224,6 +226,51 @@ def test_the_calls_of_a_transformers_script(llama, place, monkeypatch):
     )
     assert trainer.push_to_hub("done") == "url"
     assert (uploaded["repo_id"], uploaded["commit_message"]) == ("me/run", "done")
+
+
+def test_a_finished_run_is_what_the_trainer_then_answers_for(llama):
+    first = trainer_of(llama, max_steps=2)
+    first.train()
+    tuned, files = first.evaluate()["eval_reward"], exact("run")
+    again = trainer_of(llama, max_steps=2, resume=True)
+    assert (again.state.global_step, again.evaluate()["epoch"]) == (0, 0)  # the base, until `train` is called
+    steps_done, loss, numbers = again.train()
+    assert (steps_done, numbers["epoch"], loss != loss) == (2, 1.0, True)
+    assert again.evaluate(None, None, "eval")["eval_reward"] == tuned
+    again.save_model("run")  # where the model is already
+    assert exact("run") == files
+
+
+def test_a_second_train_begins_at_the_base(llama):
+    trainer = trainer_of(llama, max_steps=2, overwrite=True)
+    trainer.train()
+    first = exact("run")
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data * 0.5
+    trainer.train()
+    assert exact("run") == first
+    stopping = trainer_of(
+        llama, "stopped", max_steps=4, callbacks=Recorder({("step_end", 2): ["should_training_stop"]})
+    )
+    assert stopping.train().global_step == 2
+    stopping.pop_callback(Recorder)
+    assert stopping.train(resume_from_checkpoint=True).global_step == 4
+    with pytest.raises(UserError, match="holds another run"):
+        trainer_of(llama, "stopped", max_steps=4, seed=1).train()
+    other = trainer_of(llama, "stopped", max_steps=4, seed=1)
+    with pytest.raises(UserError, match="push_to_hub needs a finished run"):
+        other.push_to_hub()
+
+
+class Replacing(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **_):
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 0.5
+
+
+def test_weights_in_other_memory_end_the_run(llama):
+    with pytest.raises(UserError, match="a callback changed the model's weights in on_step_end"):
+        trainer_of(llama, callbacks=Replacing()).train()
 
 
 def test_a_run_that_will_be_overwritten_is_not_this_trainers(llama):

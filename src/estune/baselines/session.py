@@ -133,12 +133,20 @@ class BaselineSession(OpenRun):
 
     def begin(self) -> None:
         """Tell the callbacks that training begins; make the evaluation that is due."""
+        if len(self.callbacks):
+            self.copy_weights()
         self.begin_callbacks(self.steps_done)
         # Random search stores its state only after the evaluation and the checkpoint of a step.
         if self.module is not None or not self.steps_done:
             self.after_step()
         if not self.ended:
             self.callbacks.call("on_step_begin")
+
+    def tell_callbacks(self, event: str) -> None:
+        """Call an event of the callbacks, whose ``model`` then has the module's present weights."""
+        if len(self.callbacks):
+            self.copy_weights()
+        self.callbacks.call(event)
 
     def step_started(self) -> None:
         """Start the clock of a step."""
@@ -273,9 +281,11 @@ class BaselineSession(OpenRun):
             if not math.isfinite(record.get(name, 0.0)):
                 raise Diverged(self.args.method, step, f"its {name} is {record[name]}")
         self.callbacks.at(step, self.trainer_state(step)["epoch"])
-        self.callbacks.call("on_step_end")
+        self.tell_callbacks("on_step_end")
         measured, self.measured = combine(self.measured), []
-        if step % self.args.logging_steps == 0 or self.ended or self.callbacks.wants("log"):
+        wanted = any(map(self.callbacks.wants, ("log", "evaluate", "save")))
+        may_be_last = len(self.callbacks) > 0 and self.is_evaluation_due(step)
+        if step % self.args.logging_steps == 0 or self.ended or wanted or may_be_last:
             cost = {"num_evaluations": self.evaluations, "step_time": step_time, "train_time_s": self.train_time_s}
             self.log_record({"step": step, **record, **measured, **cost})
         tokens = record.get("num_tokens", 0.0)

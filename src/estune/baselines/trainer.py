@@ -90,7 +90,7 @@ class BaselineTrainer(BaseTrainer):
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             complete_finished_run(run_dir, self.args)
-            return self.output()
+            return self.found_finished(run_dir)
         self._refuse_to_restart(run_dir)
         repository = hub_repository(self.args) if self.args.push_to_hub else None
         with open_baseline(request) as session:
@@ -114,7 +114,8 @@ class BaselineTrainer(BaseTrainer):
                     f"estune: stopped after {counted(session.steps_done, 'step')}; "
                     f"{action} with: estune train --resume --output_dir {run_dir}"
                 )
-                session.callbacks.call("on_train_end")
+                session.tell_callbacks("on_train_end")
+            self._steps_done = session.steps_done
         return self.output()
 
     def _refuse_to_restart(self, run_dir: Path) -> None:
@@ -326,6 +327,7 @@ def open_baseline(request: TrainingRequest) -> Iterator[BaselineSession]:
             copied=module is None or not progress.steps_done,
         )
         _announce(session)
+        request.is_opened = True
         yield session
 
 

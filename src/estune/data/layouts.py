@@ -98,7 +98,7 @@ def layout_of(rows: Sequence[Row], mapping: Mapping[str, str]) -> str | None:
     if PROMPT in mapping:
         return PROMPT
     chosen = [name for name in LAYOUTS if name in mapping]
-    if not chosen and any(PROMPT in row for row in rows):
+    if not chosen and any(row.get(PROMPT) is not None for row in rows):
         return PROMPT
     fitting = chosen or [name for name in LAYOUTS if any(row.get(name) is not None for row in rows)]
     if len(fitting) > 1:
@@ -106,7 +106,9 @@ def layout_of(rows: Sequence[Row], mapping: Mapping[str, str]) -> str | None:
             f"the prompt can be {' or '.join(fitting)}: choose with --column_mapping "
             + " or ".join(f"'{json.dumps({name: mapping.get(name, name)})}'" for name in fitting)
         )
-    return fitting[0] if fitting else None
+    if fitting:
+        return fitting[0]
+    return PROMPT if any(PROMPT in row for row in rows) else None
 
 
 def described(layout: str, columns: Collection[str]) -> str:
@@ -137,7 +139,7 @@ def with_prompts(rows: Sequence[Row], layout: str, split: str) -> list[Row]:
         return [{**row, PROMPT: _prompt(row, layout, f"row {i} of the {split} split")} for i, row in enumerate(rows)]
     pairs = [_conversation(row[MESSAGES], f"row {i} of the {split} split") for i, row in enumerate(rows)]
     asked: list[Row] = [{**row, PROMPT: prompt} for row, (prompt, _) in zip(rows, pairs, strict=True)]
-    if all(answer is None for _, answer in pairs) or any(MESSAGES_ANSWER in row for row in rows):
+    if all(answer is None for _, answer in pairs) or any(row.get(MESSAGES_ANSWER) is not None for row in rows):
         return asked
     return [{**row, MESSAGES_ANSWER: answer} for row, (_, answer) in zip(asked, pairs, strict=True)]
 

@@ -27,6 +27,7 @@ CARD_FILE = "README.md"
 NOT_IN_COMMAND = RESUMABLE - {"max_steps", "eval_steps", "eval_rows", "eval_greedy", *BEST_STEP} | {"model"}
 PATHS = {"dataset_name", "reward_funcs"}  # fields that may be paths
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # a repository of the hub
+FILE = re.compile(r"\.(jsonl|json|parquet|csv|tsv)$")  # how a dataset's file ends
 FRAMEWORKS = ("estune", "transformers", "torch", "datasets", "tokenizers")
 QUICK_START = [
     "## Quick start", "",
@@ -34,7 +35,7 @@ QUICK_START = [
     'generator = pipeline("text-generation", model="RUN")  # this directory, or its repository on the hub',
     'question = "What is 17 + 25?"',
     "print(generator(question, max_new_tokens=64, return_full_text=False)[0][\"generated_text\"])", "```", "",
-    "A chat model takes messages, as in training: `[{\"role\": \"user\", \"content\": question}]`. "
+    "A chat model takes messages: `[{\"role\": \"user\", \"content\": question}]`. "
     "`estune evaluate --model RUN` asks exactly as the run did.", "",
 ]  # fmt: skip
 CITATION = [
@@ -139,7 +140,7 @@ def _front(model: str, config: Mapping[str, Any], *, is_es: bool, is_loadable: b
     if "/" in model:
         front.append(f"base_model: {model}")
     data = config["dataset_name"]
-    if data is not None and HUB_ID.fullmatch(data) and Path(data).suffix not in (".jsonl", ".json", ".parquet"):
+    if data is not None and HUB_ID.fullmatch(data) and not Path(data).exists() and not FILE.search(data):
         front.append(f"datasets: [{data}]")
     return [*front, "---"]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from estune.config import FIELDS, ESConfig, SizedConfig
 from estune.config.hints import no_attribute, unknown_arguments
+from estune.console import note
 from estune.engines.base import Engine
 from estune.errors import UserError
 from estune.es.types import Prompt
@@ -52,7 +53,8 @@ class BaseTrainer:
         )
         self.stopped = False  # whether a signal stopped the last `train` early
         self._evaluations: list[dict[str, Any]] = []  # records of `evaluate` since the last `train`
-        self._has_begun = False  # whether `train` was called: `output_dir` may hold another run before
+        self._steps_done: int | None = None  # of the run that this trainer opened
+        self._gave_model = False  # whether `model` was read: a program may have changed it
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics."""
@@ -60,13 +62,24 @@ class BaseTrainer:
 
     def begin(self, resume_from_checkpoint: str | Path | bool | None) -> TrainingRequest:
         """Prepare for `train`: return the request, which continues a run if it was asked to."""
-        self.stopped, self._evaluations, self._has_begun = False, [], True
-        self.request.resume(resume_from_checkpoint)
-        return self.request
+        request = self.request
+        if request.is_opened or self._gave_model:  # theta may have moved, so a model with a name is loaded again
+            request.forget_engine()
+        self.stopped, self._evaluations, self._gave_model, self._steps_done = False, [], False, None
+        request.is_opened, request.finished = False, None
+        request.callbacks.reset()
+        request.resume(resume_from_checkpoint)
+        return request
+
+    def found_finished(self, run_dir: Path) -> TrainOutput:
+        """Return the finished run, to which `train` has nothing to add; the trainer's model is then the run's."""
+        self.request.forget_engine()
+        self.request.is_opened, self.request.finished = True, run_dir
+        return self.output()
 
     def output(self) -> TrainOutput:
         """Return the run directory with the run's metrics."""
-        return train_output(Path(str(self.args.output_dir)), self.args, len(self.train_rows))
+        return train_output(Path(str(self.args.output_dir)), self.args, len(self.train_rows), self._steps_done)
 
     @property
     def args(self) -> SizedConfig:
@@ -94,6 +107,7 @@ class BaseTrainer:
             UserError: no such model is in this process, as with engine vllm and with workers.
         """
         model = model_of(self.engine)
+        self._gave_model = True
         if model is None:
             raise UserError(
                 f"engine {self.engine.facts.name} holds no model of transformers in this process: save_model(path) "
@@ -109,11 +123,10 @@ class BaseTrainer:
     @property
     def state(self) -> TrainerState:
         """Progress as transformers' `TrainerState`; ``log_history`` holds `metrics.jsonl` and the `evaluate` calls."""
-        run_dir = Path(self.args.output_dir) if self.args.output_dir is not None else None
-        if not (self._has_begun or self.args.resume):
-            run_dir = None
+        run_dir = Path(str(self.args.output_dir)) if self.request.is_opened else None
         records = read_metrics(run_dir) if run_dir is not None else []
         state = state_of(self.args, records)
+        state.global_step = state.global_step if self._steps_done is None else self._steps_done
         state.epoch = state.global_step * self.args.batch_size / len(self.train_rows)
         saved = read_state(run_dir) if run_dir is not None else None
         if saved is not None and "best" in saved:
@@ -147,11 +160,14 @@ class BaseTrainer:
         """Return True: one process trains."""
         return True
 
-    def evaluate(self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> dict[str, Any]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
         """Evaluate theta on held-out rows as the run's own evaluations do; nothing is written.
 
         Args:
             eval_dataset: rows; None: the trainer's ``eval_dataset``, or those that the configuration names.
+            ignore_keys: has no effect; transformers has it.
             metric_key_prefix: prefix of the names, before an underscore.
 
         Returns:
@@ -192,25 +208,29 @@ class BaseTrainer:
         """Write theta to a directory as a Hugging Face model in the compute dtype.
 
         Args:
-            output_dir: the directory; None: the run directory, where `train` has already written the model.
+            output_dir: the directory; None or the run directory: `train` has already written the model there.
 
         Raises:
             UserError: there is no directory, because nothing has been trained.
         """
-        if output_dir is None:
+        run_dir = self.args.output_dir
+        if output_dir is None or (run_dir is not None and Path(output_dir).resolve() == Path(run_dir).resolve()):
             self._finished_run("save_model")
             return
         self.engine.save(Path(output_dir), float32=False)
 
-    def push_to_hub(self, commit_message: str = "Model tuned by estune") -> str:
+    def push_to_hub(self, commit_message: str = "Model tuned by estune", **unused: Any) -> str:
         """Upload the finished run's model, card and journal to ``hub_model_id``; return the URL of the commit.
 
-        The repository's name is the run directory's without ``hub_model_id``.
+        The repository's name is the run directory's without ``hub_model_id``. The card states what the run knows, so
+        transformers' arguments for the card, and other ones, are named in one line and have no effect.
 
         Raises:
             UserError: the run is not finished, or the hub refuses.
         """
         run_dir = self._finished_run("push_to_hub")
+        if unused:
+            note(f"push_to_hub uses no {', '.join(unused)}")
         args = self.args
         repository = open_repository(repository_of(args.hub_model_id, run_dir), args.hub_private_repo)
         return push(run_dir, repository, commit_message)
@@ -222,11 +242,10 @@ class BaseTrainer:
             UserError: it does not.
         """
         run_dir = self.args.output_dir
-        will_be_overwritten = self.args.overwrite and not self._has_begun
-        if run_dir is None or will_be_overwritten or read_state(Path(run_dir)) is None:
+        if run_dir is None or not self.request.is_opened or read_state(Path(run_dir)) is None:
             place = "output_dir" if run_dir is None else str(run_dir)
-            instead = "; save_model(path) writes the present model" if method == "save_model" else ""
-            raise UserError(f"{method} without a path needs a finished run in {place}: call train() first{instead}")
+            instead = "; save_model(path) writes the present model elsewhere" if method == "save_model" else ""
+            raise UserError(f"{method} needs a finished run in {place}: call train() first{instead}")
         return Path(run_dir)
 
     def prepare(self) -> list[Prompt]:

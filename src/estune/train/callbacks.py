@@ -18,7 +18,7 @@ from estune.errors import UserError
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
 
-EVENTS = ("on_init_end", "on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_evaluate", "on_save",
+EVENTS = ("on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_evaluate", "on_save",
           "on_train_end")  # fmt: skip
 WITH_MODEL = ("on_train_begin", "on_step_end", "on_evaluate", "on_save", "on_train_end")
 Record = dict[str, Any]
@@ -33,8 +33,9 @@ def early_stopping_of(callbacks: Sequence[Any]) -> tuple[list[Any], dict[str, An
 
     others: list[Any] = []
     options: dict[str, Any] = {}
-    for callback in callbacks:
-        if isinstance(callback, EarlyStoppingCallback):
+    for given in callbacks:
+        callback = given() if given is EarlyStoppingCallback else given
+        if type(callback) is EarlyStoppingCallback:  # a subclass has rules of its own
             options = {
                 "early_stopping_patience": callback.early_stopping_patience,
                 "early_stopping_threshold": float(callback.early_stopping_threshold or 0.0),
@@ -74,9 +75,14 @@ class Callbacks:
         Raises:
             UserError: the object is not a callback.
         """
-        from transformers import TrainerCallback
+        from transformers import EarlyStoppingCallback, TrainerCallback
 
         one = callback() if isinstance(callback, type) else callback
+        if type(one) is EarlyStoppingCallback:
+            raise UserError(
+                "early stopping is an option of the run: set early_stopping_patience in ESConfig, or give "
+                "EarlyStoppingCallback to the trainer's constructor"
+            )
         if not isinstance(one, TrainerCallback):
             raise UserError(f"a callback must be a transformers.TrainerCallback, not {type(one).__name__}")
         inherited = (name for name in vars(TrainerCallback) if name.startswith("on_") and name not in EVENTS)
@@ -94,6 +100,10 @@ class Callbacks:
                 self._callbacks.remove(one)
                 return one
         return None
+
+    def reset(self) -> None:
+        """Forget the progress and the wishes of an earlier run."""
+        self._control = self._state = None
 
     def begin(self, args: ESConfig, engine: Engine, records: Sequence[Record]) -> None:
         """Prepare for the events of a run.
@@ -149,15 +159,16 @@ class Callbacks:
         called = [callback for callback in self._callbacks if _overrides(callback, event)]
         given = {**values, "model": None, "processing_class": self._engine.assets.tokenizer}
         if called and event in WITH_MODEL:
-            before = self._engine.theta_checksum
+            checksum = self._engine.theta_checksum
             given["model"] = model_of(self._engine)
+        memory = _memory_of(given["model"])
         for callback in called:
             answer = getattr(callback, event)(self._args, self._state, self._control, **given)
             if answer is not None:
                 self._control = answer
         if given["model"] is not None:
             self._engine.forget()  # type: ignore[attr-defined]  # a callback may have written into the model's memory
-            if self._engine.checksum() != before:
+            if self._engine.checksum() != checksum or _memory_of(given["model"]) != memory:
                 raise UserError(
                     f"a callback changed the model's weights in {event}: theta moves by journalled updates alone. "
                     "Resume the run without that callback"
@@ -210,6 +221,14 @@ def state_of(args: ESConfig, records: Sequence[Record]) -> TrainerState:
         train_batch_size=args.batch_size if isinstance(args.batch_size, int) else None,
         log_history=[dict(record) for record in records],
     )
+
+
+def _memory_of(model: Any) -> list[tuple[Any, ...]]:
+    """Return where the parameters and buffers of a model lie, and their types; other memory is not theta's."""
+    if model is None:
+        return []
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, one.data_ptr(), one.dtype, one.device, one.shape) for name, one in tensors]
 
 
 def _overrides(callback: Any, event: str) -> bool:

@@ -97,6 +97,7 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
         unlogged = run.unlogged_step()
         if unlogged is not None and last_move is not None:
             session.log_recovered_step(unlogged, last_move)
+        request.is_opened = True
         yield session
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,18 +27,24 @@ class TrainOutput(type(Path())):  # type: ignore[misc]
     training_loss: float = math.nan
     metrics: Mapping[str, Any] = MappingProxyType({})
 
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the three fields, as transformers' named tuple does."""
+        return iter((self.global_step, self.training_loss, self.metrics))
 
-def train_output(run_dir: Path, args: SizedConfig, n_rows: int) -> TrainOutput:
+
+def train_output(run_dir: Path, args: SizedConfig, n_rows: int, steps_done: int | None = None) -> TrainOutput:
     """Return the result of a run from the records in its directory.
 
     Args:
         run_dir: the run directory.
         args: the run's configuration.
         n_rows: number of training rows.
+        steps_done: number of steps done; None: that of the last record.
     """
     records = read_metrics(run_dir)
     output = TrainOutput(run_dir)
-    output.global_step = records[-1]["step"] if records else 0
+    last = records[-1]["step"] if records else 0
+    output.global_step = last if steps_done is None else steps_done
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     output.training_loss = losses[-1] if losses else math.nan
     output.metrics = run_metrics(records, output.global_step * args.batch_size / n_rows)

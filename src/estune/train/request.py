@@ -43,6 +43,8 @@ class TrainingRequest:
     tokenizer: Any = None  # replaces the model's own tokenizer
     callbacks: Callbacks = field(default_factory=Callbacks)
     eval_dataset: Any = None  # as the user gave it, for `BaseTrainer.evaluate`
+    is_opened: bool = False  # whether `args.output_dir` holds this request's run
+    finished: Path | None = None  # the run, if it was finished before: its model replaces the base
     _engine: Engine | None = field(default=None, repr=False)
 
     @classmethod
@@ -64,6 +66,8 @@ class TrainingRequest:
         args = args if args is not None else ESConfig()
         if not isinstance(args, ESConfig):
             raise foreign_args(args, FIELDS)
+        if callbacks is not None and not isinstance(callbacks, Sequence):
+            callbacks = [callbacks]
         if callbacks:
             callbacks, stopping = early_stopping_of(callbacks)
             args = dataclasses.replace(args, **stopping)
@@ -116,9 +120,18 @@ class TrainingRequest:
     @property
     def engine(self) -> Engine:
         """The engine; it is loaded on first use."""
-        if self._engine is None:
+        if self._engine is None and self.finished is not None:
+            tuned = dataclasses.replace(self.args, model=str(self.finished), revision=None)
+            self._engine = setup.load_engine(tuned, None, self.tokenizer)
+        elif self._engine is None:
             self._engine = setup.load_engine(self.args, self.module, self.tokenizer)
         return self._engine
+
+    def forget_engine(self) -> None:
+        """Release the engine, so that it is loaded again; a model in memory stays, because it is the user's."""
+        if self._engine is not None and self.module is None:
+            self._engine.stop()
+            self._engine = None
 
     def prompts(self, rows: Rows) -> list[Prompt]:
         """Return the prompts of rows, (rows,); this loads the engine."""

@@ -451,7 +451,7 @@ class Session(OpenRun):
         is_saved = bool(args.save_steps) and done % args.save_steps == 0
         may_be_last = self.ended or bool(args.early_stopping_patience and is_evaluated)
         may_be_last = may_be_last or (len(self.callbacks) > 0 and (is_evaluated or is_saved))
-        is_due = done % args.logging_steps == 0 or self.callbacks.wants("log")
+        is_due = done % args.logging_steps == 0 or any(map(self.callbacks.wants, ("log", "evaluate", "save")))
         if is_due or may_be_last or (done == 1 and self.first_step_scored_theta):
             self.log_record({"step": done} | record)
 

@@ -64,7 +64,7 @@ class ESTrainer(BaseTrainer):
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             complete_finished_run(run_dir, self.args)
-            return self.output()
+            return self.found_finished(run_dir)
         with open_session(request, theta_joins_first_step=theta_joins_first_step) as session:
             args, weights = session.args, request.rewards.weights
             try:
@@ -87,6 +87,7 @@ class ESTrainer(BaseTrainer):
             except Interrupted:
                 self.stopped = True
                 session.save_interrupted()
+            self._steps_done = session.run.steps_done
         return self.output()
 
 
