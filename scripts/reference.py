@@ -90,7 +90,7 @@ def resuming() -> str:
 
 def answers(entries: Iterable[Entry]) -> str:
     """Return a table of names and their answers."""
-    rows = ["| there | in estune |", "|---|---|"]
+    rows = ["| name in TRL, transformers, PEFT, vLLM or verl | in estune |", "|---|---|"]
     for names, answer in entries:
         listed = ", ".join(f"`{name}`" for name in names.split())
         rows.append(f"| {listed} | {CODE.sub(lambda match: f'`{match[0]}`', answer)} |")

@@ -57,7 +57,7 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size val_batch_size data.val_batch_size "
          "micro_batch_size local_rollout_forward_batch_size",
          "use --prompts_per_batch, the prompts in one forward pass"),
-        ("auto_find_batch_size", "--members_per_batch auto fits the members of a forward pass into memory; "
+        ("auto_find_batch_size", "with --noise lowrank --members_per_batch auto fits the members into memory; "
          "--prompts_per_batch limits the prompts"),
         ("popsize npop num_members num_perturbations", "did you mean --population_size?"),
         ("noise_std noise_scale zo_eps", "did you mean --sigma?"),
@@ -111,7 +111,7 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("use_liger_kernel liger_kernel_config", _NO_GRADIENTS),
         ("torch_compile torch_compile_backend torch_compile_mode", "the model is not compiled; for a method with "
          "gradients give it in --method_kwargs"),
-        ("disable_dropout", "members run in evaluation mode, without dropout; for other methods give it in "
+        ("disable_dropout", "members run in evaluation mode, without dropout; for grpo and rloo give it in "
          "--method_kwargs"),
         ("router_aux_loss_coef", _NO_LOSS),
         ("actor_rollout_ref.model.enable_gradient_checkpointing actor_rollout_ref.model.enable_activation_offload",
@@ -132,18 +132,25 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("warmup_ratio actor_rollout_ref.actor.optim.lr_warmup_steps_ratio", "use --warmup_steps, a number of steps"),
         ("actor_rollout_ref.actor.optim.lr_warmup_steps num_warmup_steps", "use --warmup_steps"),
         ("actor_rollout_ref.actor.optim.weight_decay", "use --weight_decay"),
-        ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 optim optim_args optim_target_modules optimizer "
-         "lr_scheduler_kwargs", _NO_OPTIMIZER),
-        ("max_grad_norm grad_clip actor_rollout_ref.actor.grad_clip neftune_noise_alpha gradient_checkpointing "
+        ("adam_beta1 adam_beta2 adam_epsilon optim optim_args optim_target_modules lr_scheduler_kwargs", _NO_OPTIMIZER),
+        ("beta1 beta2", "es has no optimizer; for a method that has one, give adam_beta1 or adam_beta2 in "
+         "--method_kwargs"),
+        ("optimizer", "es has no optimizer; for a method that has one, give optim in --method_kwargs"),
+        ("grad_clip actor_rollout_ref.actor.grad_clip",
+         "es computes no gradients; for grpo and rloo give max_grad_norm in --method_kwargs"),
+        ("max_grad_norm neftune_noise_alpha gradient_checkpointing "
          "gradient_checkpointing_kwargs activation_offloading", _NO_GRADIENTS),
         ("label_smoothing_factor label_smoothing", "there are no labels: the reward scores completions"),
         ("actor_rollout_ref.actor.optim.*", "es has no optimizer: --learning_rate, --lr_scheduler_type, "
          "--warmup_steps and --weight_decay are what it has"),
     ),
     "Losses and advantages": (
-        ("beta kl_coef init_kl_coef kl_loss_coef use_kl_loss kl_penalty kl_ctrl kl_estimator use_bias_correction_kl "
-         "algorithm.kl_ctrl algorithm.kl_ctrl.* algorithm.use_kl_in_reward algorithm.kl_penalty "
-         "actor_rollout_ref.actor.use_kl_loss actor_rollout_ref.actor.kl_loss_*", _NO_KL),
+        ("beta kl_coef kl_estimator use_bias_correction_kl", _NO_KL),
+        ("init_kl_coef kl_loss_coef use_kl_loss kl_penalty kl_ctrl algorithm.kl_ctrl algorithm.kl_ctrl.* "
+         "algorithm.use_kl_in_reward algorithm.kl_penalty "
+         "actor_rollout_ref.actor.use_kl_loss actor_rollout_ref.actor.kl_loss_*",
+         "es has no KL term, see --weight_decay_anchor base; for grpo and rloo give beta in --method_kwargs, for ppo "
+         "kl_coef"),
         ("sync_ref_model ref_model ref_model_mixup_alpha ref_model_sync_steps actor_rollout_ref.ref.*",
          "es has no reference model, see --weight_decay_anchor base"),
         ("scale_rewards", "es shapes fitness, see --fitness_shaping; for grpo give it in --method_kwargs"),
@@ -156,7 +163,8 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
          "es has no loss function; for grpo give epsilon in --method_kwargs"),
         ("mask_truncated_completions", "es scores a cut completion like any other; for grpo and rloo give it in "
          "--method_kwargs"),
-        ("ppo_epochs num_ppo_epochs num_mini_batches vf_coef cliprange cliprange_value whiten_rewards "
+        ("ppo_epochs", "for --method ppo give num_ppo_epochs in --method_kwargs"),
+        ("num_ppo_epochs num_mini_batches vf_coef cliprange cliprange_value whiten_rewards "
          "missing_eos_penalty gamma lam", _PPO),
         ("adv_estimator algorithm.adv_estimator algorithm", "use --method: es, grpo, rloo or ppo"),
         ("algorithm.gamma algorithm.lam", _PPO),
@@ -302,8 +310,8 @@ ARGUMENTS: tuple[Entry, ...] = (
     ("optimizers optimizer optimizer_cls_and_kwargs lr_scheduler", "there is no optimizer: set learning_rate, "
      "lr_scheduler_type and warmup_steps in ESConfig"),
     ("data_collator", "rows are tokenized as they are: there are no batches to collate"),
-    ("compute_metrics preprocess_logits_for_metrics", "an evaluation reports accuracy and rewards; a reward function "
-     "of weight 0, or its log_metric, adds a number"),
+    ("compute_metrics preprocess_logits_for_metrics", "a step records the mean of each reward function, an "
+     "evaluation accuracy and the weighted reward"),
     ("compute_loss_func loss_func", "there is no loss function: training maximises reward_funcs"),
     ("reward_processing_classes", "a reward is a function: it tokenizes for its own model"),
     ("reward_model reward_models", "use reward_funcs: such a function can call a model"),
@@ -353,7 +361,7 @@ ATTRIBUTES: tuple[Entry, ...] = (
     ("model_wrapped", "use model"),
     ("model_init call_model_init", "the model is loaded once, by engine"),
     ("generate generate_completions vllm_generation llm", "estune evaluate --rows FILE writes a model's answers"),
-    ("compute_metrics", "an evaluation reports accuracy and rewards; a reward function of weight 0 adds a number"),
+    ("compute_metrics", "a step records the mean of each reward function, an evaluation the weighted reward"),
 )  # fmt: skip
 
 
