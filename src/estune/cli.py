@@ -439,6 +439,8 @@ def _evaluate(values: dict[str, Any]) -> int:
         note(f"prompt and sampling settings are those of the run {values['model']}; options on the command line win")
         if reward := _reward_of({**inherited, **values}):
             note(f"reward is {reward}")
+        if inherited.get("column_mapping"):
+            note("column_mapping is the run's; --column_mapping '{}' removes it")
     return evaluate_command(ESConfig.from_mapping({"task": _default_task(values), **inherited, **values}), **extras)
 
 

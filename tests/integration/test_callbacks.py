@@ -152,6 +152,14 @@ def test_callbacks_ask_for_records_evaluations_checkpoints_and_the_end(llama, ca
     assert exact("broken") == exact("quiet")
 
 
+def test_a_checkpoint_that_a_callback_asked_for_outlives_a_resume(llama):
+    settings = {"save_steps": 4, "save_total_limit": 1, "max_steps": 8, "eval_dataset": None}
+    wishes = {("step_end", 3): ["should_save"], ("step_end", 5): ["should_training_stop"]}
+    trainer_of(llama, callbacks=[Recorder(wishes)], **{**settings, "save_total_limit": 0}).train()
+    trainer_of(llama, resume=True, **{**settings, "save_total_limit": 0}).train()
+    assert sorted(path.name for path in Path("run").glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (3, 4, 8)]
+
+
 class Dividing(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 2:
@@ -217,6 +225,9 @@ def test_the_calls_of_a_transformers_script(llama, place, monkeypatch):
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, saved.get_parameter(name)), name
     assert trainer.is_world_process_zero()
+    assert trainer.args.to_dict()["max_steps"] == 2
+    with pytest.raises(AttributeError, match="ESConfig has no option 'num_train_epochs'; use max_steps"):
+        trainer.args.num_train_epochs  # noqa: B018
     uploaded = {}
     monkeypatch.setattr(
         "huggingface_hub.HfApi.create_repo", lambda self, name, **_: type("R", (), {"repo_id": f"me/{name}"})

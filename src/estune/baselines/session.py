@@ -309,15 +309,15 @@ class BaselineSession(OpenRun):
         is_scheduled = bool(args.save_steps and done) and done % args.save_steps == 0
         is_wanted = done > 0 and self.callbacks.wants("save")
         if (is_scheduled or is_wanted) and not checkpoint_path(self.run.path, done).exists():
-            if not is_scheduled:
-                self.callbacks.kept.add(done)
-            self.save(final=False)
+            self.save(final=False, asked=not is_scheduled)
             scheduled = range(0, done + 1, args.save_steps) if args.save_steps else ()
-            prune(self.run.path, args.save_total_limit, {*scheduled, *self.callbacks.kept})
+            prune(self.run.path, args.save_total_limit, scheduled)
             self.callbacks.saved()
 
-    def save(self, final: bool) -> None:
+    def save(self, final: bool, *, asked: bool = False) -> None:
         """Write ``checkpoint-<step>``, or with ``final`` the finished model at the run's root.
+
+        ``asked``: whether a callback has asked for the checkpoint.
 
         Raises:
             Diverged: a weight or, for the finished model, a logit is NaN or infinite.
@@ -331,7 +331,7 @@ class BaselineSession(OpenRun):
             save_final(self.run.path, self.engine, self.steps_done, self.args.max_steps)
             write_card(self.run.path)
         else:
-            save_checkpoint(self.run.path, self.engine, self.steps_done, self.args.max_steps)
+            save_checkpoint(self.run.path, self.engine, self.steps_done, self.args.max_steps, asked=asked)
 
 
 def combine(batches: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from estune.config.coercion import convert, is_text
 from estune.config.hints import in_python, option_hint, unknown_in
@@ -123,6 +123,13 @@ class ESConfig:
             hints = {name: f"; use {known}" if known else hint_of(name) for name, known in wrong.items()}
             raise unknown_in("ESConfig", "option", hints)
         return super().__new__(cls)
+
+    if not TYPE_CHECKING:  # a type checker then still finds misspelt options
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise AttributeError; for an option of TRL or transformers the message says what to use instead."""
+            hint = "" if name.startswith("_") else hint_of(name)
+            raise AttributeError(f"ESConfig has no option {name!r}{hint}")
 
     # Model
     model: str = _option(
@@ -602,6 +609,10 @@ class ESConfig:
         """Return the fields that define the trajectory, for the journal's header."""
         unset = RESUMABLE.union(name for name in IN_HEADER_IF_SET if getattr(self, name) == default_of(name))
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unset}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields by name."""
+        return dataclasses.asdict(self)
 
     def to_json(self) -> str:
         """Return the whole configuration as JSON."""

@@ -20,6 +20,7 @@ MESSAGES_ANSWER = "answer"  # the column that rewards get a conversation's refer
 # Layout, named after the column that makes the prompt -> the column of the reference answer.
 LAYOUTS = {"question": "answer", MESSAGES: MESSAGES_ANSWER, INSTRUCTION: "output", "problem": "solution"}
 LIKELY_PROMPTS = ("input", "text", "query", "prompts")  # columns of no layout that may hold prompts
+CONTEXTS = ("context", "passage", "choices", "options")  # columns that may belong to a question and are in no prompt
 ROLES = ("system", "developer", "user", "assistant", "tool")  # of a conversation; most chat templates skip other ones
 BETWEEN_PARTS = " "  # between text parts where no chat template joins them, as in transformers' server
 BEFORE_INPUT = "\n\n"  # between an instruction and its input
@@ -116,9 +117,11 @@ def described(layout: str, columns: Collection[str]) -> str:
     if layout == MESSAGES and MESSAGES_ANSWER in columns:
         return f"the prompt is {MESSAGES} without the last answer, and the reference answer is {MESSAGES_ANSWER}"
     reference = LAYOUTS[layout]
+    beside = [name for name in CONTEXTS if name in columns]
+    left_out = f"; it does not hold {' or '.join(beside)}" if beside else ""
     with_input = " with its input" if layout == INSTRUCTION and "input" in columns else ""
     answered = f", the reference answer is {reference}" if reference in columns else ""
-    return f"the prompt is {layout}{with_input}{answered}"
+    return f"the prompt is {layout}{with_input}{answered}{left_out}"
 
 
 # --- making prompts ---------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class State(TypedDict):
     checksum: str  # of theta
     files: NotRequired[dict[str, str]]  # path -> digest of every other file; older versions list fewer files, or none
     best: NotRequired[Best]  # of a finished model that the evaluations chose; ``step`` is its step
+    asked: NotRequired[bool]  # of a checkpoint that a callback has asked for, which `prune` keeps as a scheduled one
 
 
 class TrainerState(TypedDict):
@@ -147,8 +148,10 @@ def is_whole_model(directory: Path, state: State, parameters: Sequence[Sequence[
     return all(file.is_readable(spec.name) for spec in specs) and damaged_file(directory, state) is None
 
 
-def save_checkpoint(run_dir: Path, replica: Replica, steps_done: int, max_steps: int) -> Path:
+def save_checkpoint(run_dir: Path, replica: Replica, steps_done: int, max_steps: int, *, asked: bool = False) -> Path:
     """Write ``checkpoint-<steps_done>`` with theta in float32; the checkpoint is complete or absent.
+
+    ``asked``: whether a callback has asked for it.
 
     Raises:
         UserError: no space left; existing files are untouched.
@@ -157,7 +160,7 @@ def save_checkpoint(run_dir: Path, replica: Replica, steps_done: int, max_steps:
     partial = run_dir / f"{_PARTIAL}{target.name}"
     remove_path(partial)
     try:
-        _write_whole(partial, replica, steps_done, max_steps, float32=True)
+        _write_whole(partial, replica, steps_done, max_steps, float32=True, asked=asked)
         remove_path(target)
         partial.rename(target)
         sync_directory(run_dir)
@@ -192,9 +195,18 @@ def save_final(run_dir: Path, replica: Replica, steps_done: int, max_steps: int,
 
 
 def _write_whole(
-    directory: Path, replica: Replica, steps_done: int, max_steps: int, *, float32: bool, best: Best | None = None
+    directory: Path,
+    replica: Replica,
+    steps_done: int,
+    max_steps: int,
+    *,
+    float32: bool,
+    best: Best | None = None,
+    asked: bool = False,
 ) -> None:
     state: State = {"step": steps_done, "fingerprint": replica.fingerprint(), "checksum": replica.checksum()}
+    if asked:
+        state["asked"] = True
     trainer_state: TrainerState = {"global_step": steps_done, "max_steps": max_steps, "log_history": []}
     if best is not None:
         state["best"] = best
@@ -252,10 +264,17 @@ def leftovers(run_dir: Path) -> list[Path]:
 def prune(run_dir: Path, keep: int, scheduled: Collection[int]) -> None:
     """Delete all but the newest ``keep`` scheduled checkpoints (0: keep all of them).
 
-    Checkpoints at other steps, which an interrupt saved, are deleted too.
+    A checkpoint that a callback has asked for counts as scheduled. Those at other steps, which an interrupt saved, are
+    deleted too.
     """
-    ours = checkpoints(run_dir)
-    on_schedule = [step for step, _ in ours if step in scheduled]
-    doomed = [step for step, _ in ours if step not in scheduled] + (on_schedule[:-keep] if keep > 0 else [])
+    ours = [step for step, _ in checkpoints(run_dir)]
+    on_schedule = [step for step in ours if step in scheduled or _is_asked(checkpoint_path(run_dir, step))]
+    doomed = [step for step in ours if step not in on_schedule] + (on_schedule[:-keep] if keep > 0 else [])
     for step in doomed:
         remove(run_dir, step)
+
+
+def _is_asked(directory: Path) -> bool:
+    """Return whether a callback has asked for a checkpoint."""
+    state = read_state(directory)
+    return state is not None and bool(state.get("asked"))

@@ -246,18 +246,25 @@ class Run:
         return bool(self.journal.steps[steps_done]["checksum"] == state.get("checksum"))
 
     def save(
-        self, replica: Replica, final: bool, steps_done: int | None = None, best: checkpoint.Best | None = None
+        self,
+        replica: Replica,
+        final: bool,
+        steps_done: int | None = None,
+        best: checkpoint.Best | None = None,
+        *,
+        asked: bool = False,
     ) -> None:
         """Write the checkpoint after ``steps_done`` steps (default: all steps), or the finished model to the root.
 
-        ``best`` is the choice of the finished model, if it was chosen; theta is then that of its step.
+        ``best`` is the choice of the finished model, if it was chosen; theta is then that of its step. ``asked`` says
+        that a callback has asked for the checkpoint.
         """
         steps_done = self.steps_done if steps_done is None else steps_done
         if final:
             step = steps_done if best is None else best["step"]
             checkpoint.save_final(self.path, replica, step, self.args.max_steps, best)
             return
-        checkpoint.save_checkpoint(self.path, replica, steps_done, self.args.max_steps)
+        checkpoint.save_checkpoint(self.path, replica, steps_done, self.args.max_steps, asked=asked)
         replica.saved(checkpoint.checkpoint_path(self.path, steps_done))
 
     def rebuild(self, replica: Replica, step: int) -> None:

@@ -204,9 +204,9 @@ def _path_of(name: str) -> str | None:
 
 
 def same_names(stored: Mapping[str, Any], args: Any, names: Sequence[str] = LOCATED) -> bool:
-    """Return whether the options in ``names`` have the stored values or lead to the same paths; also compare `IN_ROWS`.
+    """Return whether options have their stored values, or values that lead to the same paths.
 
-    An option of `IN_ROWS` that is not stored has its default, which is empty.
+    The options are those in ``names``, and those of `IN_ROWS`, whose default is empty if they are not stored.
     """
     now = dataclasses.asdict(args)
     if any((stored.get(name) or None) != (now[name] or None) for name in IN_ROWS):

@@ -24,7 +24,7 @@ from estune.train.metrics import evaluation_record
 from estune.train.output import TrainOutput, train_output
 from estune.train.request import TrainingRequest
 from estune.train.rollouts import Evaluator
-from estune.train.step import evaluation_sampling
+from estune.train.step import evaluation_sampling, progress_of
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -127,12 +127,15 @@ class BaseTrainer:
         records = read_metrics(run_dir) if run_dir is not None else []
         state = state_of(self.args, records)
         state.global_step = state.global_step if self._steps_done is None else self._steps_done
-        state.epoch = state.global_step * self.args.batch_size / len(self.train_rows)
+        state.epoch = self._progress(state.global_step)["epoch"]
         saved = read_state(run_dir) if run_dir is not None else None
         if saved is not None and "best" in saved:
             state.best_global_step, state.best_metric = saved["best"]["step"], saved["best"]["value"]
         state.log_history += self._evaluations
         return state
+
+    def _progress(self, steps_done: int) -> dict[str, Any]:
+        return progress_of(self.args, steps_done, len(self.train_rows))
 
     @property
     def train_rows(self) -> list[dict[str, Any]]:
@@ -194,7 +197,7 @@ class BaseTrainer:
                     request.rewards.weights,
                     grader,
                     batch=args.prompts_per_batch,
-                    trainer_state={"global_step": state.global_step, "max_steps": args.max_steps, "epoch": state.epoch},
+                    trainer_state=self._progress(state.global_step),
                 )
             )
         self.engine.load_theta()

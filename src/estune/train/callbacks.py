@@ -62,7 +62,6 @@ class Callbacks:
         self._args: ESConfig | None = None
         self._engine: Engine | None = None
         self._refused_evaluation = False
-        self.kept: set[int] = set()  # steps whose checkpoint a callback has asked for
         for callback in callbacks:
             self.add(callback)
 

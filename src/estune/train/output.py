@@ -10,6 +10,7 @@ from typing import Any
 
 from estune.config import SizedConfig
 from estune.run.records import read_metrics
+from estune.train.step import progress_of
 
 Record = dict[str, Any]
 
@@ -47,7 +48,7 @@ def train_output(run_dir: Path, args: SizedConfig, n_rows: int, steps_done: int 
     output.global_step = last if steps_done is None else steps_done
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     output.training_loss = losses[-1] if losses else math.nan
-    output.metrics = run_metrics(records, output.global_step * args.batch_size / n_rows)
+    output.metrics = run_metrics(records, progress_of(args, output.global_step, n_rows)["epoch"])
     return output
 
 

@@ -71,12 +71,7 @@ class TrainingRequest:
         if callbacks:
             callbacks, stopping = early_stopping_of(callbacks)
             args = dataclasses.replace(args, **stopping)
-        module = None if model is None or isinstance(model, (str, Path)) else model
-        if module is not None and not callable(getattr(module, "named_parameters", None)):
-            raise UserError(
-                f"model must be a name, a directory or a model in memory, not {type(module).__name__}; give options as "
-                "args=ESConfig(...)"
-            )
+        module = _module_of(model)
         if isinstance(model, (str, Path)):
             args = dataclasses.replace(args, model=str(model))
         if args.task is None and args.dataset_name is None and train_dataset is None:
@@ -92,14 +87,13 @@ class TrainingRequest:
             refuse_test_rows(held_out_split)
             if not args.load_best_model_at_end:
                 warn("early stopping without load_best_model_at_end: the run's model will be that of its last step")
-        eval_rows: Rows = []
+        if args.eval_steps and train_dataset is not None and eval_dataset is None:
+            raise UserError("eval_steps needs an eval_dataset beside train_dataset")
         if eval_dataset is not None and not args.eval_steps:
             warn("eval_steps is 0, so the run does not use eval_dataset; trainer.evaluate() does")
+        eval_rows: Rows = []
         if args.eval_steps:
-            if train_dataset is not None and eval_dataset is None:
-                raise UserError("eval_steps needs an eval_dataset beside train_dataset")
-            held_out = setup.resolve_rows(args, eval_dataset, task, "validation", rewards)
-            eval_rows = held_out[: args.eval_rows or None]
+            eval_rows = setup.resolve_rows(args, eval_dataset, task, "validation", rewards)[: args.eval_rows or None]
         # A model in memory has no name yet: `make_run_directory` chooses it.
         given_args = args if module is None else dataclasses.replace(args, model="auto")
         resolved = setup.resolve_config(args, len(train_rows), module)
@@ -204,6 +198,22 @@ class TrainingRequest:
                 path.mkdir(parents=True)
                 return path
         raise AssertionError("counting does not end")
+
+
+def _module_of(model: Any) -> Any:
+    """Return a model in memory; None for a name or a directory.
+
+    Raises:
+        UserError: the model is something else.
+    """
+    if model is None or isinstance(model, (str, Path)):
+        return None
+    if not callable(getattr(model, "named_parameters", None)):
+        raise UserError(
+            f"model must be a name, a directory or a model in memory, not {type(model).__name__}; give options as "
+            "args=ESConfig(...)"
+        )
+    return model
 
 
 def _chosen_splits(args: ESConfig, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any, str | None]:

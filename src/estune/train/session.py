@@ -48,7 +48,15 @@ from estune.train.soundness import (
     theta_is_finite,
     warn_of_inputs,
 )
-from estune.train.step import Step, evaluation_sampling, follows_time, plan_step, sampling_of, schedule_factors
+from estune.train.step import (
+    Step,
+    evaluation_sampling,
+    follows_time,
+    plan_step,
+    progress_of,
+    sampling_of,
+    schedule_factors,
+)
 
 Rows = list[dict[str, Any]]
 
@@ -118,8 +126,7 @@ class OpenRun(Loaded):
 
     def trainer_state(self, steps_done: int) -> dict[str, Any]:
         """Return the ``trainer_state`` that reward functions receive after ``steps_done`` steps."""
-        epoch = steps_done * self.args.batch_size / len(self.train_rows)
-        return {"global_step": steps_done, "max_steps": self.args.max_steps, "epoch": epoch}
+        return progress_of(self.args, steps_done, len(self.train_rows))
 
 
 @dataclass(frozen=True)
@@ -468,14 +475,12 @@ class Session(OpenRun):
             self._write_evaluation(self.answer_held_out(done))
         is_scheduled = bool(args.save_steps and done) and done % args.save_steps == 0
         if (is_scheduled or (done and self.callbacks.wants("save"))) and not self.run.has_checkpoint():
-            self.run.save(self.engine, final=False)
+            self.run.save(self.engine, final=False, asked=not is_scheduled)
             if is_scheduled:
                 self.run.record_checkpoint(self.engine)
-            else:
-                self.callbacks.kept.add(done)
             self.callbacks.saved()
         if is_scheduled:
-            prune(self.run.path, args.save_total_limit, {*self.run.journal.checkpoints, *self.callbacks.kept})
+            prune(self.run.path, args.save_total_limit, self.run.journal.checkpoints)
 
     def _write_evaluation(self, evaluation: Evaluation) -> None:
         """Pass an evaluation of the present theta to the monitors, write its rows, and tell the callbacks."""
@@ -506,7 +511,7 @@ class Session(OpenRun):
         self.run.save(self.engine, final=True, best=best)
         write_card(self.run.path)  # `complete_finished_run` writes the card if the process is killed before this line
         self.run.pending.clear()
-        prune(self.run.path, self.args.save_total_limit, {*self.run.journal.checkpoints, *self.callbacks.kept})
+        prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
             warn("theta never moved: in every step all members tied, or every reward failed")
         if self.panel is not None:

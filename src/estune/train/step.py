@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from estune.config import ESConfig, SizedConfig
 from estune.data.batches import Batches
@@ -107,6 +108,12 @@ def sampling_of(args: ESConfig, step: int) -> Sampling:
         top_k=args.top_k,
         stop_strings=tuple(args.stop_strings),
     )
+
+
+def progress_of(args: SizedConfig, steps_done: int, n_rows: int) -> dict[str, Any]:
+    """Return the ``trainer_state`` that reward functions receive after ``steps_done`` steps on ``n_rows`` rows."""
+    epoch = steps_done * args.batch_size / n_rows
+    return {"global_step": steps_done, "max_steps": args.max_steps, "epoch": epoch}
 
 
 def evaluation_sampling(args: ESConfig) -> Sampling:

@@ -104,7 +104,7 @@ def spread(steps: Sequence[int]) -> list[int]:
 
 
 def _read(path: Path, n_members: int, n_prompts: int, num_generations: int) -> list[Models]:
-    """Return the records of a step's first prompts, of members and of theta, if theta answered.
+    """Return what the members said to each of a step's first prompts, and what theta said if it answered.
 
     The list is empty if the file is absent or does not hold what its run writes.
     """
