@@ -137,9 +137,9 @@ def _held_out_reward(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     known = [record for record in evaluations if record["eval_reward"] is not None]
     x, y = [record["step"] for record in known], [record["eval_reward"] for record in known]
     axes.plot(x, y, color=HELD_OUT, marker="o", markersize=4, label="theta")
-    rows = known[-1]["eval_rows"] if known else 0
-    axes.set(title=f"Held-out reward ({rows} rows)", xlabel="step", ylabel="reward")
-    _finish(axes, bool(x))
+    rows = f" ({known[-1]['eval_rows']} rows)" if known else ""
+    axes.set(title=f"Held-out reward{rows}", xlabel="step", ylabel="reward")
+    _finish(axes, bool(x), otherwise="no evaluation (--eval_steps)")
 
 
 def _held_out_accuracy(axes: Any, evaluations: list[dict[str, Any]]) -> None:
@@ -161,10 +161,10 @@ def _held_out_accuracy(axes: Any, evaluations: list[dict[str, Any]]) -> None:
     _finish(axes, bool(x))
 
 
-def _finish(axes: Any, has_data: bool, has_legend: bool = True) -> None:
+def _finish(axes: Any, has_data: bool, has_legend: bool = True, otherwise: str = "no data") -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if has_data and has_legend:
         axes.legend(frameon=False, fontsize=9)
     elif not has_data:
-        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="gray")
+        axes.text(0.5, 0.5, otherwise, ha="center", va="center", transform=axes.transAxes, color="gray")
