@@ -1,8 +1,8 @@
 """Callbacks of a run: objects with the events of `transformers.TrainerCallback`.
 
 A callback reads the configuration, the progress and the model. Through its `TrainerControl` it asks for a record, an
-evaluation, a checkpoint, or the end of the run. It has no part in the steps: it cannot change members, rewards, updates
-or the journal, and a run ends with an error if a callback has changed the weights.
+evaluation, a checkpoint, or the end of the run. It changes no step: members, rewards and updates do not depend on it. A
+run ends with an error if a callback has changed theta or moved the weights to other memory.
 """
 
 from __future__ import annotations
