@@ -22,6 +22,7 @@ from estune.errors import UserError
 from estune.es.fitness import population_fitness, z_score
 from estune.es.forecast import (
     LEVEL,
+    LOSS_SHARE,
     Outlook,
     agreement_of,
     drop_of,
@@ -166,7 +167,7 @@ def test_gain_and_rate_are_those_of_step_control() -> None:
     assert outlook.randomness(30, 8) == pytest.approx(sum(c**2 for c, _ in moves))
     step = unit_step(fitness.tolist(), utilities, antithetic=True, sigma=sigma)
     factor = rate_factor("drift", Signal().after(evidence), step, 1.0)
-    assert outlook.allowed_rate(30, 8) == pytest.approx(factor)
+    assert outlook.allowed_rate(30, 8) == pytest.approx(factor / DRIFT_SHARE * LOSS_SHARE)
     one_sided = dataclasses.replace(outlook, antithetic=False)
     assert one_sided.randomness(30, 8) == pytest.approx(sum((u / 30) ** 2 for u in utilities))
     better = dataclasses.replace(outlook, drop=-0.1)
@@ -235,7 +236,7 @@ def test_the_members_needed_lose_the_share_and_the_prompts_needed_rank_half_reli
         assert n == pytest.approx(2 * round(outlook.members_needed(rate / 2, prompts)), abs=2)
         steps = [land.step(sigma, rate, n, prompts, False) for _ in range(300)]
         gain, loss = np.mean(steps, axis=0)
-        assert loss / gain == pytest.approx(DRIFT_SHARE, rel=0.35)
+        assert loss / gain == pytest.approx(LOSS_SHARE, rel=0.35)
 
 
 def test_fewer_prompts_cost_more_steps_and_not_more_evaluations() -> None:

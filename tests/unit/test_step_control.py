@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,21 @@ import pytest
 from estune import ESConfig, ESTrainer
 from estune.errors import UserError
 from estune.es.fitness import z_score
-from estune.es.step_control import DRIFT_SHARE, Evidence, Signal, drop_of, evidence_of, moves_of, rate_factor, unit_step
+from estune.es.step_control import (
+    DRIFT_SHARE,
+    FAST,
+    SLOW,
+    TREND_DEVIATION,
+    Evidence,
+    Signal,
+    drop_of,
+    evidence_of,
+    moves_of,
+    rate_factor,
+    unit_step,
+)
 from estune.es.types import GroupJob, Member, Noise, Perturbation, Sampling
+from estune.train import session
 from estune.train.rollouts import missing_jobs
 from estune.train.setup import resolve_config
 
@@ -32,7 +46,7 @@ def test_mean_squares_are_those_of_a_two_way_analysis_of_variance() -> None:
     residual = table - rows[:, None] - columns + grand
     assert found.members == pytest.approx(3 * ((rows - grand) ** 2).sum() / 3)
     assert found.residual == pytest.approx((residual**2).sum() / (3 * 2))
-    assert found.drop == 0.25 and math.isnan(found.even)
+    assert found.drop == 0.25 and math.isnan(found.even) and found.mean == pytest.approx(grand)
     assert found.reliability == pytest.approx(max(0, 1 - found.residual / found.members))
 
 
@@ -116,6 +130,9 @@ def test_factors() -> None:
     std = float(np.std(fitness))
     assert factor("drift", signal, fitness, utilities) == pytest.approx(DRIFT_SHARE * 5 * std / 12.5 / 0.1)
     assert factor("drift", signal, fitness, utilities, learning_rate=1e-4) == 1.0
+    rising = replace(signal, fast=1.0, slow=0.0, change=0.1, change_weight=1.0)
+    assert factor("drift", rising, fitness, utilities) == 1.0
+    assert factor("reliability", rising, fitness, utilities) == 0.5
     better = Signal().after(Evidence(2.0, 1.0, drop=-0.5))
     assert factor("drift", better, fitness, utilities) == 1.0
     chance = Signal().after(Evidence(1.0, 2.0, drop=0.5))
@@ -123,10 +140,54 @@ def test_factors() -> None:
     assert factor("drift", chance, fitness, utilities, antithetic=True) == 0.0
 
 
+def means(values: list[float]) -> Signal:
+    """Return the signal after steps with these mean fitnesses."""
+    signal = Signal()
+    for value in values:
+        signal = signal.after(Evidence(1.0, 1.0, mean=value))
+    return signal
+
+
+def test_the_trend_is_the_difference_of_two_means() -> None:
+    assert not means([]).rises and not means([1.0]).rises and not means([1.0] * 9).rises
+    values = [3.0, 5.0, 4.0, 7.0]
+    fast = slow = values[0]
+    for value in values[1:]:
+        fast, slow = 0.6 * fast + 0.4 * value, 0.85 * slow + 0.15 * value
+    changes = [2.0**2 / 2, 1.0**2 / 2, 3.0**2 / 2]
+    weights = [0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    signal = means(values)
+    assert (signal.fast, signal.slow) == pytest.approx((fast, slow))
+    variance = sum(w * c for w, c in zip(weights, changes, strict=True)) / sum(weights)
+    assert signal.change / signal.change_weight == pytest.approx(variance)
+    assert signal.rises == (fast - slow > 2 * 0.29 * math.sqrt(variance))
+    assert signal.after(Evidence(drop=1.0)).latest == 7.0  # a step without evidence has no mean
+
+
+def test_the_trend_tells_a_rise_from_chance() -> None:
+    """A stationary fitness seems to rise in few steps, one that rises by a deviation in two steps in most."""
+    rng = np.random.default_rng(8)
+    for slope, low, high in ((0.0, 0.0, 0.06), (-0.5, 0.0, 0.001), (0.5, 0.9, 1.0)):
+        signal, found = Signal(), []
+        for index in range(2000):
+            signal = signal.after(Evidence(1.0, 1.0, mean=slope * index + rng.normal()))
+            found.append(signal.rises)
+        assert low <= np.mean(found[20:]) <= high
+    assert trend_deviation() == pytest.approx(TREND_DEVIATION, abs=0.005)
+
+
+def trend_deviation() -> float:
+    """Return the standard deviation of the difference of the two means of independent values with variance 1."""
+    fast, slow = ((1 - weight) * weight ** np.arange(200) for weight in (FAST, SLOW))
+    return float(np.sqrt(((fast - slow) ** 2).sum()))
+
+
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_factors_of_the_largest_numbers_are_numbers(antithetic: bool) -> None:
     fitness = [1e300, -1e300, 1e300, math.nan]
-    signal = Signal().after(Evidence(1e280, 0.0)).after(evidence_of(np.full((4, 2, 1), 1e300), antithetic, 2e300))
+    signal = Signal().after(Evidence(1e280, 0.0, mean=-1e140))
+    signal = signal.after(evidence_of(np.full((4, 2, 1), 1e300), antithetic, 2e300))
+    assert math.isfinite(signal.change) and not signal.rises
     for utilities in ([1e300, -1e300, 1e300, 0.0], [1e-300, -1e-300, 1e-300, 0.0]):
         assert 0 <= factor("drift", signal, fitness, utilities, antithetic=antithetic) <= 1
 
@@ -184,7 +245,7 @@ def test_a_resumed_run_takes_the_same_steps(control: str, antithetic: bool, shap
     whole = toy(tmp_path / "whole", 5, **options)
     toy(tmp_path / "parts", 2, **options)
     assert toy(tmp_path / "parts", 5, resume=True, **options) == whole
-    assert all(set(line["signal"]) == {"members", "residual", "weight", "drop", "drop_weight"} for line in whole)
+    assert all(set(line["signal"]) == {spec.name for spec in fields(Signal)} for line in whole)
 
 
 def test_the_expected_gain_is_logged_whatever_the_setting(tmp_path: Path) -> None:
@@ -198,6 +259,17 @@ def test_the_expected_gain_is_logged_whatever_the_setting(tmp_path: Path) -> Non
     drop = record["es/theta_fitness"] - record["es/fitness_mean"]
     lost = (record["learning_rate"] / record["es/sigma"]) ** 2 * drop * float(moves @ moves)
     assert record["es/expected_loss"] == pytest.approx(lost)
+
+
+def test_a_run_of_the_rule_without_a_trend_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = ("members", "residual", "weight", "drop", "drop_weight")
+    for control in ("drift", "reliability"):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "asdict", lambda signal: {name: getattr(signal, name) for name in old})
+            toy(tmp_path / control, 2, step_control=control)
+    toy(tmp_path / "reliability", 3, resume=True, step_control="reliability")
+    with pytest.raises(UserError, match="an earlier rule of step_control drift"):
+        toy(tmp_path / "drift", 3, resume=True, step_control="drift")
 
 
 def test_the_rate_of_the_journal_is_that_of_the_formula(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from estune.commands.probing import LARGEST_RATE, Probe, probe
 from estune.config import ESConfig
 from estune.console import counted, print_json, print_result, rounded
 from estune.errors import UserError
-from estune.es.forecast import LEVEL, spearman_brown
-from estune.es.step_control import DRIFT_SHARE
+from estune.es.forecast import LEVEL, LOSS_SHARE, spearman_brown
 
 STEPS = 10  # steps whose gain is predicted
 WALK_STEPS = 100  # steps whose random movement is predicted
@@ -266,7 +265,7 @@ def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
         f"agree as much at any of {counted(len(found.trials), 'sigma')}. reliable: share of the ranking beyond chance.",
         f"drop: how far members lie below theta. rate: {given}.",
         "gain: of theta's reward, for this rate, N, B, and the correlation's interval; up to the highest reward seen.",
-        f"N: members with which drift loses {DRIFT_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",
+        f"N: members with which drift loses {LOSS_SHARE:.0%} of the gain. B: prompts for a reliability of one half.",
         "",
     ]
     told = [f"proposed: nothing ({proposal.reason})", str(verdict)]

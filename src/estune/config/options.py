@@ -249,8 +249,9 @@ class ESConfig:
     )
     step_control: str = _option(
         "none",
-        "Bound on each step's learning rate. reliability: times the share of the ranking beyond chance; drift: at "
-        "most what loses a twentieth of the step's gain to its random part (theta answers every step, too).",
+        "Bound on each step's learning rate. reliability: times the share of the ranking beyond chance; drift: while "
+        "the fitness does not rise, at most what loses 2 % of the step's gain to its random part (theta answers every "
+        "step, too).",
         STEP_CONTROLS,
     )
     lr_scheduler_type: str = _option(

@@ -15,12 +15,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from estune.es.step_control import DRIFT_SHARE, LARGEST
+from estune.es.step_control import LARGEST
 
 LEVEL = 0.05  # probability of an error: of the test over all sigmas, of an interval, and of a one-sided bound
 EXACT_PROMPTS = 12  # prompts up to which all sign patterns are tried
 PATTERNS = 10_000  # random sign patterns for more prompts
 CHUNK = 500  # sign patterns computed at a time
+LOSS_SHARE = 0.05  # of a step's gain: what its random part may lose at the proposed rate
 RELIABLE = 0.5  # reliability that a run's prompts should reach
 
 
@@ -271,14 +272,14 @@ class Outlook:
         return steps * (rate * self.gain(n_prompts, correlation) - rate * rate * loss)
 
     def allowed_rate(self, n_members: int, n_prompts: float) -> float:
-        """Return the learning rate at which drift loses `DRIFT_SHARE` of a step's gain; infinite without a drop."""
+        """Return the learning rate at which drift loses `LOSS_SHARE` of a step's gain; infinite without a drop."""
         drift, gain = self.drift(n_members, n_prompts), self.gain(n_prompts)
         if gain <= 0:
             return 0.0
-        return DRIFT_SHARE * gain / drift if drift > 0 else math.inf
+        return LOSS_SHARE * gain / drift if drift > 0 else math.inf
 
     def members_needed(self, rate: float, n_prompts: float) -> float:
-        """Return the N at which drift loses `DRIFT_SHARE` of a step's gain."""
+        """Return the N at which drift loses `LOSS_SHARE` of a step's gain."""
         allowed = self.allowed_rate(1, n_prompts)
         return rate / allowed if allowed else math.inf
 

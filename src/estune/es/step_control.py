@@ -10,6 +10,9 @@ quantities and bounds the learning rate by them:
 * a step's drift, which is the loss that its random part causes per square of the learning rate. The population itself
   measures it: members lie below theta, and a step as long as a perturbation loses what a perturbation loses.
 
+A bound of drift slows a run that still advances. So the control ``drift`` bounds only steps in which the members' mean
+fitness does not rise.
+
 All sums are exact (`math.fsum`), so a step's values depend on its rewards alone.
 """
 
@@ -23,7 +26,10 @@ import numpy as np
 
 SMOOTHING = 0.8  # weight of the earlier steps in the running means
 LARGEST = 1e140  # rewards and utilities are clipped to this absolute value, so that sums of squares do not overflow
-DRIFT_SHARE = 0.05  # of a step's gain: how much the control ``drift`` lets its random part lose
+DRIFT_SHARE = 0.02  # of a step's gain: how much the control ``drift`` lets its random part lose
+FAST, SLOW = 0.6, 0.85  # weights of the earlier steps in the two means whose difference is the trend
+CHANGE_SMOOTHING = 0.9  # weight of the earlier steps in the mean square of the changes
+TREND_DEVIATION = 0.29  # standard deviation of the trend, in units of one step's mean, if steps are independent
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Evidence:
     residual: float = math.nan  # mean square of members by prompts
     even: float = math.nan  # reliability of the pairs' means, in which the gradient has no part
     drop: float = math.nan  # theta's fitness minus the members' mean fitness
+    mean: float = math.nan  # the members' mean fitness
 
     @property
     def reliability(self) -> float:
@@ -53,6 +60,11 @@ class Signal:
     weight: float = 0.0  # of the two means above
     drop: float = 0.0
     drop_weight: float = 0.0
+    latest: float | None = None  # mean fitness of the latest step; None before the first
+    fast: float = 0.0  # mean over the steps of the mean fitness, most weight on the latest
+    slow: float = 0.0
+    change: float = 0.0  # half the square of the mean fitness's change from step to step: a step's own variance
+    change_weight: float = 0.0
 
     def after(self, evidence: Evidence) -> Signal:
         """Return the means after one more step; unknown values change nothing."""
@@ -66,7 +78,19 @@ class Signal:
             )
         if not math.isnan(evidence.drop):
             signal = replace(signal, drop=_blend(self.drop, evidence.drop), drop_weight=_blend(self.drop_weight, 1.0))
-        return signal
+        mean = evidence.mean
+        if math.isnan(mean):
+            return signal
+        if self.latest is None:
+            return replace(signal, latest=mean, fast=mean, slow=mean)
+        return replace(
+            signal,
+            latest=mean,
+            fast=_blend(self.fast, mean, FAST),
+            slow=_blend(self.slow, mean, SLOW),
+            change=_blend(self.change, (mean - self.latest) ** 2 / 2, CHANGE_SMOOTHING),
+            change_weight=_blend(self.change_weight, 1.0, CHANGE_SMOOTHING),
+        )
 
     @property
     def reliability(self) -> float:
@@ -79,6 +103,13 @@ class Signal:
     def mean_drop(self) -> float:
         """How far the members' mean lies below theta's fitness; NaN if theta never answered."""
         return self.drop / self.drop_weight if self.drop_weight else math.nan
+
+    @property
+    def rises(self) -> bool:
+        """Whether the members' mean fitness rises, by more than two standard deviations of the trend."""
+        if not self.change_weight:
+            return False
+        return self.fast - self.slow > 2 * TREND_DEVIATION * math.sqrt(self.change / self.change_weight)
 
 
 def _share(members: float, residual: float) -> float:
@@ -93,8 +124,8 @@ def _clipped(value: float) -> float:
     return value if math.isnan(value) else max(-LARGEST, min(LARGEST, value))
 
 
-def _blend(mean: float, value: float) -> float:
-    return SMOOTHING * mean + (1.0 - SMOOTHING) * value
+def _blend(mean: float, value: float, weight: float = SMOOTHING) -> float:
+    return weight * mean + (1.0 - weight) * value
 
 
 def evidence_of(rows: np.ndarray, antithetic: bool, drop: float = math.nan) -> Evidence:
@@ -110,14 +141,15 @@ def evidence_of(rows: np.ndarray, antithetic: bool, drop: float = math.nan) -> E
     drop = _clipped(drop)
     if table.shape[1] < 2 or table.shape[0] < (4 if antithetic else 2):
         return Evidence(drop=drop)
+    mean = _mean(table)
     if not antithetic:
         members, residual = _mean_squares(table - _columns(table), len(table) - 1)
-        return Evidence(members, residual, drop=drop)
+        return Evidence(members, residual, drop=drop, mean=mean)
     plus, minus = table[0::2], table[1::2]  # (P, B)
     members, residual = _mean_squares((plus - minus) / 2, len(plus))
     middle = (plus + minus) / 2
     even = _share(*_mean_squares(middle - _columns(middle), len(plus) - 1))
-    return Evidence(members, residual, even, drop)
+    return Evidence(members, residual, even, drop, mean)
 
 
 def drop_of(rows: np.ndarray, theta: np.ndarray) -> float:
@@ -214,7 +246,7 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
     """Return the factor in [0, 1] by which a step's learning rate is multiplied.
 
     ``reliability`` multiplies by the reliability. ``drift`` bounds the rate, so that a step's expected loss by drift is
-    at most `DRIFT_SHARE` of its expected gain.
+    at most `DRIFT_SHARE` of its expected gain; while the fitness rises, the rate has no bound.
 
     Args:
         control: ``none``, ``reliability`` or ``drift``.
@@ -229,6 +261,8 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
         return 1.0
     if control == "reliability":
         return reliability
+    if signal.rises:
+        return 1.0
     drop = signal.mean_drop
     if not drop > 0:  # the members are as good as theta: a step loses nothing by drift
         return 1.0 if reliability > 0 else 0.0

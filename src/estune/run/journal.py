@@ -86,7 +86,7 @@ class StepRecord(UpdateRecord):
     s: str
     checksum: str
     s_lowrank: NotRequired[str]
-    signal: NotRequired[dict[str, float]]  # with step control: the means after the step
+    signal: NotRequired[dict[str, Any]]  # with step control: the means after the step
     schedules: NotRequired[dict[str, float]]  # the schedules' factors, if the step's index alone does not give them
 
 
@@ -217,7 +217,7 @@ def step_record(
     failures: int,
     tokens: int,
     lowrank_scale: float = 0.0,
-    signal: dict[str, float] | None = None,
+    signal: dict[str, Any] | None = None,
     schedules: Factors | None = None,
 ) -> StepRecord:
     """Return the step line: the rows and members evaluated, their fitness, and the exact update to be applied.

@@ -33,7 +33,7 @@ from estune.run.best import choose, described, evaluations_of, metric_of, rankin
 from estune.run.card import write_card
 from estune.run.checkpoint import Best, checkpoint_path, prune
 from estune.run.directory import Run
-from estune.run.journal import step_record
+from estune.run.journal import StepRecord, step_record
 from estune.train import metrics
 from estune.train.callbacks import Callbacks
 from estune.train.evaluation import Evaluation, HeldOut, evaluate
@@ -155,11 +155,23 @@ def restored_fields(args: ResolvedConfig, run: Run) -> dict[str, Any]:
     steps = run.journal.steps
     fitness = (record["fitness"] for record in steps)
     return {
-        "signal": Signal(**steps[-1]["signal"]) if steps and "signal" in steps[-1] else Signal(),
+        "signal": _restored_signal(args, steps),
         "watch": SigmaWatch.of_run(args.population_size, args.batch_size, fitness, logged),
         "first_step_scored_theta": any(record["step"] == 1 and "es/theta_fitness" in record for record in logged),
         "evaluations": evaluations_of(run.path),
     }
+
+
+def _restored_signal(args: ResolvedConfig, steps: Sequence[StepRecord]) -> Signal:
+    """Return the means after the journal's last step.
+
+    Raises:
+        UserError: the run began with an earlier rule of ``step_control drift``, which had no trend.
+    """
+    stored = steps[-1].get("signal") if steps else None
+    if stored is not None and args.step_control == "drift" and "latest" not in stored:
+        raise UserError("this run began with an earlier rule of step_control drift, which this estune does not have")
+    return Signal(**stored) if stored is not None else Signal()
 
 
 @dataclass
