@@ -9,9 +9,9 @@ number of completions in training, theta's included. Countdown: accuracy on 500 
 on 100 validation problems on the way. Conciseness: distance in characters on the task's 8 held-out prompts (lower is
 better) on the way, and on the test split and correctness on 200 questions after the last step.
 
-Some rules are variants of the method that estune does not have: other bounds of drift, a bound that is lifted while the
-fitness rises, steps by kind of parameter, and members that perturb a random half of the tensors. `patch` makes them,
-for the run's process alone.
+Some rules are variants of the method that estune does not have: other bounds of drift, a bound that also holds while
+the fitness rises, steps by kind of parameter, and members that perturb a random half of the tensors. `patch` makes
+them, for the run's process alone.
 
 Finished runs are kept in `benchmarks/results/estimators.json`, one line each, and are not repeated. Means and Student's
 intervals over seeds are printed.
@@ -44,7 +44,6 @@ from estune.es.noise.reference import round_to_bits
 from estune.es.theta import AnchorReader, HostTheta
 from estune.es.types import ParameterSpec, Perturbation
 from estune.es.update import SCALE_BITS, Update
-from estune.train.session import Session
 
 ESTUNE = [sys.executable, "-m", "estune"]
 BASES = Path(__file__).resolve().parent / "bases"
@@ -71,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mini_sudoku": (str(BASES / "sudoku"), MINI_SUDOKU),
 }
 PAIRS = {"antithetic": "true"}
+DRIFT = {"step_control": "drift"}
+ALWAYS_5 = {**DRIFT, "variant": "always-0.05"}
 # rule -> options
 RULES: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -79,35 +80,34 @@ RULES: dict[str, dict[str, Any]] = {
     "cosine, pairs": {"lr_scheduler_type": "cosine", **PAIRS},
     "reliability": {"step_control": "reliability"},
     "reliability, pairs": {"step_control": "reliability", **PAIRS},
-    "drift": {"step_control": "drift"},
-    "drift, pairs": {"step_control": "drift", **PAIRS},
+    "drift": DRIFT,
+    "drift, pairs": {**DRIFT, **PAIRS},
+    "drift, 5 %": {**DRIFT, "variant": "share-0.05"},
+    "drift, 5 %, pairs": {**DRIFT, "variant": "share-0.05", **PAIRS},
+    "drift, always": {**DRIFT, "variant": "always-0.02"},
+    "drift, always, pairs": {**DRIFT, "variant": "always-0.02", **PAIRS},
+    "drift, always 5 %": ALWAYS_5,
+    "drift, always 5 %, pairs": {**ALWAYS_5, **PAIRS},
+    "drift, always 1 %": {**DRIFT, "variant": "always-0.01"},
+    "drift, always 5 %, twice the rate": {**ALWAYS_5, "learning_rate": 2},  # times the case's, as all numbers below
+    "drift, always 5 %, four times the rate": {**ALWAYS_5, "learning_rate": 4},
+    "drift, always 5 %, cosine": {**ALWAYS_5, "lr_scheduler_type": "cosine"},
     "anchored decay": {"weight_decay": 1.0, "weight_decay_anchor": "base"},
-    "half the rate": {"learning_rate": 0.5},  # times the case's
-    "twice N, half the steps": {"population_size": 2, "max_steps": 0.5},  # times the case's
-    "drift, 2 %": {"step_control": "drift", "variant": "share-0.02"},
-    "drift, 1 %": {"step_control": "drift", "variant": "share-0.01"},
-    "drift, 2 %, pairs": {"step_control": "drift", "variant": "share-0.02", **PAIRS},
-    "drift unless it advances": {"step_control": "drift", "variant": "advance-0.05"},
-    "drift, 2 %, unless it advances": {"step_control": "drift", "variant": "advance-0.02"},
-    "drift, pairs, unless it advances": {"step_control": "drift", "variant": "advance-0.05", **PAIRS},
-    "drift, twice the rate": {"step_control": "drift", "learning_rate": 2},
-    "drift, four times the rate": {"step_control": "drift", "learning_rate": 4},
-    "drift, cosine": {"step_control": "drift", "lr_scheduler_type": "cosine"},
-    "drift, per-prompt z": {"step_control": "drift", "fitness_shaping": "per_prompt_z"},
-    "drift, vectors 3 times": {"step_control": "drift", "variant": "vectors"},
-    "drift, matrices by size": {"step_control": "drift", "variant": "matrices"},
-    "drift, embeddings a third": {"step_control": "drift", "variant": "embeddings"},
-    "drift, half the tensors": {
-        "step_control": "drift", "variant": "subspace", "sigma": 2**0.5, "learning_rate": 2**0.5,
-    },
-}  # fmt: skip
+    "half the rate": {"learning_rate": 0.5},
+    "twice N, half the steps": {"population_size": 2, "max_steps": 0.5},
+    "drift, per-prompt z": {**DRIFT, "fitness_shaping": "per_prompt_z"},
+    "drift, vectors 3 times": {**DRIFT, "variant": "vectors"},
+    "drift, matrices by size": {**DRIFT, "variant": "matrices"},
+    "drift, embeddings a third": {**DRIFT, "variant": "embeddings"},
+    "drift, half the tensors": {**DRIFT, "variant": "subspace", "sigma": 2**0.5, "learning_rate": 2**0.5},
+}
 SCALED = ("sigma", "learning_rate", "population_size", "max_steps")
 
 
 def options_of(case: str, rule: str) -> dict[str, Any]:
     """Return the options of a run; the number of steps pays for theta's completions with ``step_control drift``."""
     _, settings = CASES[case]
-    options = dict(settings)
+    options = {**settings, "step_control": "none"}
     for name, value in RULES[rule].items():
         scaled = settings.get(name, 0) * value if name in SCALED else value
         options[name] = type(settings[name])(scaled) if name in SCALED else value
@@ -134,49 +134,13 @@ def perturbs(seed: int, name: str) -> bool:
     return bool(blake2b(f"{seed} {name}".encode(), digest_size=1).digest()[0] & 1)
 
 
-class Advance:
-    """Whether the members' mean fitness rises over the steps: a fast mean of it lies above a slow one.
-
-    The difference of the two means is compared with twice its standard deviation if steps were independent.
-    """
-
-    FAST, SLOW, DEVIATION = 0.6, 0.85, 0.29  # weights of the earlier steps; standard deviations of one step's mean
-
-    def __init__(self) -> None:
-        self.fast = self.slow = self.last = self.square = self.weight = math.nan
-
-    def after(self, value: float) -> bool:
-        """Return whether the fitness rises, after one more step with the mean ``value``."""
-        if math.isnan(self.last):
-            self.fast = self.slow = self.last = value
-            self.square = self.weight = 0.0
-            return False
-        self.square = 0.9 * self.square + 0.1 * (value - self.last) ** 2 / 2
-        self.weight = 0.9 * self.weight + 0.1
-        self.last = value
-        self.fast += (1 - self.FAST) * (value - self.fast)
-        self.slow += (1 - self.SLOW) * (value - self.slow)
-        return self.fast - self.slow > 2 * self.DEVIATION * math.sqrt(self.square / self.weight)
-
-
-def lift_the_bound_of_a_run_that_advances() -> None:
-    """Change `Session.control` in this process: the bound of ``drift`` holds only while the fitness does not rise."""
-    control, advance = Session.control, Advance()
-
-    def lifted(self: Session, step: Any, weighed: Any, fitness: Any, *rest: Any) -> Any:
-        controlled = control(self, step, weighed, fitness, *rest)
-        return replace(controlled, factor=1.0) if advance.after(float(fitness.mean())) else controlled
-
-    Session.control = lifted  # type: ignore[method-assign]
-
-
 def patch(variant: str) -> None:
     """Change estune in this process into a variant, for `estune train` on CPUs."""
     kind, _, share = variant.partition("-")
     if share:  # of a step's gain that drift may lose
         step_control.DRIFT_SHARE = float(share)
-        if kind == "advance":
-            lift_the_bound_of_a_run_that_advances()
+        if kind == "always":
+            step_control.Signal.rises = property(lambda _: False)  # type: ignore[assignment, method-assign]
         return
     update_jobs = HostTheta._update_jobs
 

@@ -97,8 +97,8 @@ def train(case: str, model: str, sigma: float) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as place:
         args = ESConfig(
-            **options_of(case, model, place), sigma=sigma, learning_rate=sigma, batch_size=PROMPTS, max_steps=STEPS,
-            eval_steps=STEPS, report_to=["none"], output_dir=f"{place}/run",
+            **options_of(case, model, place), sigma=sigma, learning_rate=sigma, step_control="none",
+            batch_size=PROMPTS, max_steps=STEPS, eval_steps=STEPS, report_to=["none"], output_dir=f"{place}/run",
         )  # fmt: skip
         ESTrainer(args=args).train()
         lines = Path(place, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -116,6 +116,7 @@ def es_config(case: Case, noise: str, model: Path, run: Path, population_size: i
         population_size=population_size,
         sigma=0.01,
         learning_rate=LEARNING_RATE,
+        step_control="none",
         batch_size=case.prompts,
         max_completion_length=case.tokens,
         max_steps=MAX_STEPS,

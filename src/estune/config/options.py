@@ -54,8 +54,9 @@ RESUMABLE = frozenset(
 # Options that the journal's header holds only if they are set; so all other runs have the header of older versions.
 IN_HEADER_IF_SET = frozenset(("column_mapping",))
 
-# Options that runs of older versions lack; they had the default's meaning.
+# Options that runs of older versions lack. They had the default's meaning, or that of `OLDER_VALUES`.
 LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS, *BEST_STEP, *IN_HEADER_IF_SET))
+OLDER_VALUES = {"step_control": "none"}
 
 # The fields of `ESConfig` that each command takes; `train` takes all of them.
 # `estune evaluate`: the options that decide its result.
@@ -248,11 +249,12 @@ class ESConfig:
         "z_score", "How fitness becomes utilities.", ("z_score", "centered_rank", "per_prompt_z", "none")
     )
     step_control: str = _option(
-        "none",
+        "auto",
         "Bound on each step's learning rate. reliability: times the share of the ranking beyond chance; drift: while "
         "the fitness does not rise, at most what loses 2 % of the step's gain to its random part (theta answers every "
-        "step, too).",
-        STEP_CONTROLS,
+        "step, too). auto: drift with population_size 16 or more and batch_size 2 or more, else none.",
+        ("auto", *STEP_CONTROLS),
+        by_method=dict.fromkeys(METHODS[1:], "none"),
     )
     lr_scheduler_type: str = _option(
         "constant", "Schedule of the learning rate over max_steps, or over max_time_s if time runs faster.", SCHEDULES
@@ -434,7 +436,7 @@ class ESConfig:
             raise UserError(f"population_size must be at least 2, not {self.population_size}")
         if self.antithetic and self.population_size % 2:
             raise UserError(f"antithetic needs an even population_size, not {self.population_size}")
-        if self.step_control != "none" and self.population_size < (4 if self.antithetic else 2):
+        if self.step_control not in ("auto", "none") and self.population_size < (4 if self.antithetic else 2):
             raise UserError(f"step_control {self.step_control} needs two or more members, or two or more pairs")
         if self.population_size >= 1 << 26:
             raise UserError("population_size must be below 2^26, where integer utilities would lose all precision")
@@ -626,7 +628,9 @@ class ESConfig:
 
 
 class SizedConfig(ESConfig):
-    """A configuration whose batch sizes are numbers. It is immutable; its lists and dicts are shared with no other.
+    """A configuration with numbers as batch sizes and with its step control chosen.
+
+    It is immutable; its lists and dicts are shared with no other.
 
     `estune.train.setup.resolve_config` makes it from an `ESConfig` and the number of rows. The lists and dicts are
     plain ones, because `es_config.json` and the journal's header store them.
@@ -644,6 +648,8 @@ class SizedConfig(ESConfig):
         for name in self._numbers:
             if not isinstance(getattr(self, name), int):
                 raise UserError(f"{name} must be a number in a resolved configuration, not {getattr(self, name)!r}")
+        if self.step_control == "auto":
+            raise UserError("step_control must not be auto in a resolved configuration")
         object.__setattr__(self, "_is_frozen", True)
 
     def __setattr__(self, name: str, value: Any) -> None:

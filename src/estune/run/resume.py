@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
-from estune.config import FIELDS, RESUMABLE, ESConfig
+from estune.config import FIELDS, OLDER_VALUES, RESUMABLE, ESConfig
 from estune.console import warn
 from estune.errors import ExternalError
 from estune.files import is_count
@@ -248,7 +248,7 @@ def adopt(args: Config, stored: Mapping[str, Any], given: ESConfig, has_sources:
         ExternalError: a given value differs from the run's.
     """
     taken: dict[str, Any] = {}
-    for name, value in stored.items():
+    for name, value in {**OLDER_VALUES, **stored}.items():
         now = getattr(args, name)
         if now == value:
             continue

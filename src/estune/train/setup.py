@@ -59,6 +59,7 @@ DATA_VERSION = 2  # version of the data's fingerprint; version 1 compares only t
 LARGE_BYTES = 64 << 20  # bytes of weights above which several threads are faster than one
 DEFAULT_BATCH = 32  # prompts a step
 SPLIT_OPTIONS = {"dataset_train_split": "train", "dataset_test_split": "test"}  # with their defaults
+CONTROLLED_POPULATION = 16  # members from which step_control auto lets theta answer, too: 6 % more completions at most
 DEFAULT_GROUPS = 8  # prompts a step, for methods that sample several completions of each prompt
 DEFAULT_PROMPTS_PER_BATCH = 64  # prompts a forward pass
 
@@ -288,7 +289,10 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConf
     if args.batch_size == "auto":
         wanted = {**dict.fromkeys(("es", *SEARCHES), DEFAULT_BATCH), "ppo": 64}.get(args.method, DEFAULT_GROUPS)
         auto["batch_size"] = min(wanted, n_rows)
-    if args.step_control != "none" and auto.get("batch_size", args.batch_size) == 1:
+    batch_size = auto.get("batch_size", args.batch_size)
+    if args.step_control == "auto":
+        auto["step_control"] = "drift" if args.population_size >= CONTROLLED_POPULATION and batch_size > 1 else "none"
+    elif args.step_control != "none" and batch_size == 1:
         raise UserError(
             f"step_control {args.step_control} measures how the ranking of the members differs between prompts: it "
             "needs batch_size 2 or more"
