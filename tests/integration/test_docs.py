@@ -119,6 +119,24 @@ def test_named_files_exist(page: str) -> None:
             assert any((root / name).exists() for root in roots), f"{page}: {name}"
 
 
+def test_pages_import_public_names() -> None:
+    """Every name that an example or a page imports from estune has an entry on the page of the Python API."""
+    sources = [*PAGES, ROOT / "README.md", *(ROOT / "examples").iterdir()]
+    texts = [path.read_text(encoding="utf-8") for path in sources if path.is_file()]
+    imports = {
+        found for text in texts for found in re.findall(r"^ *\"?from (estune[\w.]*) import ([\w, ]+)", text, re.M)
+    }
+    names = {f"{module}.{name.strip()}" for module, listed in imports for name in listed.split(",")}
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = set()
+    for block in page.split("\n::: ")[1:]:
+        module = block.split()[0]
+        members = re.search(r"^      members: \[(.*)\]", block, re.M)
+        entries |= {module, *(f"{module}.{name}" for name in (members[1].split(", ") if members else ()))}
+    assert len(names) > 12
+    assert names - entries - {"estune.tasks.countdown"} == {"estune.errors.UserError"}  # the home of estune.UserError
+
+
 def test_a_task_takes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The task of `docs/extending.md` works like a built-in task."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -240,7 +240,7 @@ def test_the_members_needed_lose_the_share_and_the_prompts_needed_rank_half_reli
 
 
 def test_fewer_prompts_cost_more_steps_and_not_more_evaluations() -> None:
-    """With the rate that drift allows, gain per evaluation is the same for every N; B costs half of it at most."""
+    """With the allowed rate, gain per evaluation is the same for every N; B costs half of it at most."""
     outlook = Landscape(0.1, 0.2).outlook(0.1, 2000, 200, False)
 
     def gain(n: int, n_prompts: float) -> float:

@@ -253,7 +253,9 @@ def _count(value: float) -> str:
 
 def report(found: Probe, proposal: Proposal, verdict: Verdict) -> str:
     """Return the whole result as text."""
-    given = "as configured" if found.learning_rate is not None else f"what drift allows, at most {LARGEST_RATE:g} sigma"
+    given = "as configured"
+    if found.learning_rate is None:
+        given = f"that at which drift loses {LOSS_SHARE:.0%} of the gain, at most {LARGEST_RATE:g} sigma"
     lines = [
         f"{found.n_members} members ({found.n_members // 2} pairs) answered {found.n_prompts} prompts at each sigma.",
         "",

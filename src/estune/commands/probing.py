@@ -107,7 +107,7 @@ class Probe:
         return answers.broken_share <= theta.broken_share + MORE_BROKEN and not answers.mean < lowest
 
     def rate(self, sigma: float) -> float:
-        """Return the configured learning rate, or else the one that the drift allows, at most `LARGEST_RATE` sigmas."""
+        """Return the configured learning rate, or else that of `allowed_rate`, at most `LARGEST_RATE` sigmas."""
         if self.learning_rate is not None:
             return self.learning_rate
         return min(LARGEST_RATE * sigma, self.trials[sigma].outlook.allowed_rate(self.n_members, self.n_prompts))
