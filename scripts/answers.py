@@ -1,4 +1,8 @@
-"""Types options and calls of TRL and transformers at estune, and prints what each answers: python scripts/answers.py
+"""Types options and calls of TRL and transformers at estune, and prints what each answers.
+
+    python scripts/answers.py [--write | --check]
+
+`--write` puts the answers as a table into docs/trl.md, and `--check` compares the table there.
 
 Options are typed on the command line and in `ESConfig`. Calls are made on a trainer of the embedded model after one
 step. An answer is a value, a `UserError`, or an `AttributeError` whose message says what to use instead. The exit
@@ -8,6 +12,7 @@ transformers only provide arguments of calls.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -17,6 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -24,6 +30,9 @@ import transformers
 from estune import ESConfig, ESTrainer, UserError, cli
 from estune.baselines.trainer import BaselineTrainer
 from estune.tasks import countdown
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "trl.md"
+MARKS = ("<!-- answers -->\n", "<!-- end of answers -->\n")  # around the table in the page
 
 # Options with values, as a user of TRL, transformers, PEFT, vLLM or verl types them.
 OPTIONS = """
@@ -144,36 +153,70 @@ def trained(args: ESConfig) -> ESTrainer:
     return trainer
 
 
+def asked(place: str) -> list[tuple[str, str, str, bool]]:
+    """Return for each text that is typed: the text, the answer, its kind, and whether the answer helps a user.
+
+    ``place`` is an empty directory, the present one.
+    """
+    small = ESConfig(
+        output_dir=f"{place}/run", max_steps=1, population_size=2, batch_size=2, max_completion_length=8, num_threads=1,
+        eval_steps=1, report_to=["none"], console="lines", reward_isolation="inline",
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = trained(small)
+    names = dict(
+        trainer=trainer, rows=trainer.train_rows, small=small, countdown=countdown, trl=optional("trl"),
+        transformers=transformers, ESTrainer=ESTrainer, ESConfig=ESConfig,
+        BaselineTrainer=BaselineTrainer,
+    )  # fmt: skip
+    calls = {text: call for words in OPTIONS for text, call in options_typed(words).items()}
+    typed = [text.strip() for text in (*WORKING, *CALLS) if names["trl"] is not None or "trl." not in text]
+    calls |= {text: partial(eval, text, names) for text in typed}
+    works = {text.strip() for text in WORKING}
+    found = []
+    for text, call in calls.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            said, kind = answer(call)
+        found.append((text, said, kind, kind != "none" and (kind == "value" or text not in works)))
+    return found
+
+
+def table(found: list[tuple[str, str, str, bool]]) -> str:
+    """Return the answers as a table; of an option's two doors the command line is shown."""
+    lines = ["| typed | answer |", "|---|---|"]
+    texts = {text for text, *_ in found}
+    for text, said, kind, _ in found:
+        option = text.removeprefix("ESConfig(").removesuffix("')").replace("='", " ")
+        if f"estune train --{option}" in texts or f"estune train {option.replace(' ', '=')}" in texts:
+            continue
+        shown = "works" if kind == "value" else said.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| `{text}` | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
-    """Print all answers; return 1 if one of them does not help a user."""
+    """Print all answers; return 1 if one of them does not help a user, or if the page's table is another one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
     logging.getLogger("estune").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    failures = 0
+    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        small = ESConfig(
-            output_dir="run", max_steps=1, population_size=2, batch_size=2, max_completion_length=8, num_threads=1,
-            eval_steps=1, report_to=["none"], console="lines", reward_isolation="inline",
-        )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer = trained(small)
-        names = dict(
-            trainer=trainer, rows=trainer.train_rows, small=small, countdown=countdown, trl=optional("trl"),
-            transformers=transformers, ESTrainer=ESTrainer, ESConfig=ESConfig,
-            BaselineTrainer=BaselineTrainer,
-        )  # fmt: skip
-        calls = {text: call for words in OPTIONS for text, call in options_typed(words).items()}
-        typed = [text.strip() for text in (*WORKING, *CALLS) if names["trl"] is not None or "trl." not in text]
-        calls |= {text: partial(eval, text, names) for text in typed}
-        works = {text.strip() for text in WORKING}
-        for text, call in calls.items():
-            with contextlib.redirect_stdout(io.StringIO()):
-                said, kind = answer(call)
-            fails = kind == "none" or (kind == "sentence" and text in works)
-            failures += fails
-            print(f"{text}\n    {'FAILS: ' if fails else ''}{said}")
-    print(f"{len(OPTIONS)} options, {len(typed)} calls, {failures} failures")
-    return int(failures > 0)
+        found = asked(place)
+    for text, said, _, helps in found:
+        print(f"{text}\n    {'' if helps else 'FAILS: '}{said}")
+    failures = sum(not helps for *_, helps in found)
+    print(f"{len(OPTIONS)} options, {len(WORKING) + len(CALLS)} calls, {failures} failures")
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    page = before + MARKS[0] + table(found) + MARKS[1] + rest.split(MARKS[1])[1]
+    if options.write:
+        PAGE.write_text(page, encoding="utf-8")
+    is_other = options.check and PAGE.read_text(encoding="utf-8") != page
+    if is_other:
+        print("docs/trl.md has other answers: python scripts/answers.py --write")
+    return int(failures > 0 or is_other)
 
 
 if __name__ == "__main__":

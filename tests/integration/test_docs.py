@@ -89,7 +89,7 @@ def test_both_columns_of_the_page_for_trl_run(tmp_path: Path, shell: Shell) -> N
 
 @pytest.mark.e2e
 def test_every_name_of_other_programs_gets_an_answer(tmp_path: Path, shell: Shell) -> None:
-    shell.check(f"python '{ROOT / 'scripts' / 'answers.py'}'", tmp_path)
+    shell.check(f"python '{ROOT / 'scripts' / 'answers.py'}' --check", tmp_path)
 
 
 @pytest.mark.parametrize("page", ["cli", "resuming", "trl"])
