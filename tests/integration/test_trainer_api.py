@@ -128,11 +128,14 @@ def test_python_and_the_command_line_write_the_same(llama, place, run_model):
 
 
 def test_several_rewards_with_weights(llama, place):
-    train(
+    _, trainer = train(
         llama,
         reward_funcs=[vowels, length, lambda completions, **_: [0.5] * len(completions)],
         reward_weights=[1, 0.5, 2],
     )
+    held_out = trainer.evaluate(trainer.train_rows)
+    parts = [held_out[f"eval_rewards/{name}/mean"] for name in ("vowels", "length", "<lambda>")]
+    assert held_out["eval_reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2]) and parts[2] == 0.5
     record = metrics(place / "run")[0]
     parts = [record["rewards/vowels/mean"], record["rewards/length/mean"], record["rewards/<lambda>/mean"]]
     assert record["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2])

@@ -61,6 +61,7 @@ class _Questions:
     data: list[dict[str, Any]]
     task: Task | None
     weights: Sequence[float]  # (F,), of the reward functions
+    names: Sequence[str]  # (F,)
     pool: RewardPool
     grader: RewardPool | None  # computes accuracy
     first: Sampling  # of the accuracy: greedy if there are samples, else as configured
@@ -203,7 +204,9 @@ def _questions(
     if n_samples:
         samples = dataclasses.replace(first, num_generations=n_samples)
         first = dataclasses.replace(first, num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
-    return _Questions(args, data, task, rewards.weights, pool, grader, first, samples, set(), shows_progress)
+    return _Questions(
+        args, data, task, rewards.weights, rewards.names, pool, grader, first, samples, set(), shows_progress
+    )
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -296,6 +299,7 @@ def _evaluate(
         asked.grader,
         batch=asked.args.prompts_per_batch,
         trainer_state={"global_step": 0, "max_steps": 0},
+        names=asked.names,
     )
     return evaluate(held_out, progress)
 

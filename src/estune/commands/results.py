@@ -60,6 +60,8 @@ def _value_text(name: str, value: Any, result: dict[str, Any]) -> str:
         return f"{value:.1%}  (95 % interval {low:.1%} to {high:.1%}{how})"
     if name == "pass_at_k":
         return ", ".join(f"{share:.1%} for k = {k}" for k, share in value.items())
+    if name in ("rewards", "sample_rewards"):
+        return ", ".join(f"{function} {'none' if mean is None else f'{mean:.4g}'}" for function, mean in value.items())
     if name == "answer_entropy":
         most = math.log(result["n_samples"])
         return f"{value:.4g} nats, at most {most:.3g}  (of {result['answer_entropy_of']})"

@@ -198,6 +198,7 @@ class BaseTrainer:
                     grader,
                     batch=args.prompts_per_batch,
                     trainer_state=self._progress(state.global_step),
+                    names=request.rewards.names,
                 )
             )
         self.engine.load_theta()

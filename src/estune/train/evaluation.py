@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
@@ -50,6 +50,7 @@ class EvaluatedRow:
     failures: int = 0  # completions for which a reward function failed
     non_finite: int = 0  # completions whose logits were not finite: their rewards fail, their accuracy is 0
     question: str = ""  # the row's question, without chat template and system message
+    by_function: dict[str, list[float | None]] = field(default_factory=dict)  # name -> rewards (G,), if F > 1
 
 
 class Accuracy(TypedDict, total=False):
@@ -65,7 +66,13 @@ class Broken(TypedDict, total=False):
     non_finite_ratio: float
 
 
-class Summary(Accuracy, Broken):
+class ByFunction(TypedDict, total=False):
+    """The mean reward of each reward function; empty if there is only one."""
+
+    rewards: dict[str, float | None]  # None: the function never applied
+
+
+class Summary(Accuracy, Broken, ByFunction):
     """The summary of an evaluation."""
 
     n: int  # rows
@@ -85,7 +92,7 @@ class Evaluation:
         """Return n, accuracy with its 95 % interval, reward, mean length and the share of clipped completions.
 
         A failed reward counts as the lowest reward of the evaluation. ``non_finite_ratio``, the share of completions
-        whose logits were not finite, is present unless it is 0.
+        whose logits were not finite, is present unless it is 0. ``rewards`` is present with several reward functions.
         """
         known = [reward for row in self.rows for reward in row.rewards if reward is not None]
         lengths = [length for row in self.rows for length in row.lengths]
@@ -102,7 +109,16 @@ class Evaluation:
             "mean_length_tokens": sum(lengths) / len(lengths),
             "clipped_ratio": 1 - sum(finished) / len(finished),
             **broken,
+            **self._by_function(),
         }
+
+    def _by_function(self) -> ByFunction:
+        """Return the mean reward of each of several functions over the completions to which it gave a number."""
+        names = self.rows[0].by_function if self.rows else {}
+        known = {n: [value for row in self.rows for value in row.by_function[n] if value is not None] for n in names}
+        return (
+            {"rewards": {n: mean(np.array(values)) if values else None for n, values in known.items()}} if known else {}
+        )
 
     def _accuracy(self) -> Accuracy:
         means = self.accuracies()
@@ -173,7 +189,8 @@ class Evaluation:
     def records(self) -> list[dict[str, Any]]:
         """Return the rows as dictionaries for JSON lines, without token ids."""
         rows = map(dataclasses.asdict, self.rows)
-        return [{name: value for name, value in row.items() if name != "token_ids"} for row in rows]
+        kept = ("token_ids",) if self.rows and self.rows[0].by_function else ("token_ids", "by_function")
+        return [{name: value for name, value in row.items() if name not in kept} for row in rows]
 
     def right(self) -> list[int]:
         """Return the number of right completions of each row, (rows,)."""
@@ -244,6 +261,7 @@ class HeldOut:
         *,
         batch: int,
         trainer_state: dict[str, Any],
+        names: Sequence[str] = (),
         member: Perturbation | None = None,
     ) -> None:
         """Keep the parts of an evaluation.
@@ -257,9 +275,10 @@ class HeldOut:
             accuracy_pool: computes accuracy; None: no accuracy.
             batch: prompts per batch.
             trainer_state: for reward functions.
+            names: (F,), of the reward functions, for the mean reward of each.
             member: answers; None: theta.
         """
-        self.member = member
+        self.member, self.names = member, names
         self.evaluator, self.rows, self.prompts = evaluator, rows, prompts
         self.sampling, self.weights, self.batch = of_evaluations(sampling), weights, batch
         self.trainer_state = trainer_state
@@ -304,7 +323,7 @@ class HeldOut:
                 accuracy = np.where(result.failed | np.isnan(result.rewards), 0.0, result.rewards)
                 accuracy = accuracy.reshape(len(part_prompts), self.sampling.num_generations)  # (b, G)
                 accuracy = np.where(np.array(group.finite), accuracy, 0.0)
-            evaluated += _rows(part_prompts, completions, group, self.weights, accuracy)
+            evaluated += _rows(part_prompts, completions, group, self.weights, accuracy, self.names)
         return Evaluation(evaluated)
 
 
@@ -386,9 +405,11 @@ def _rows(
     group: Group,
     weights: Sequence[float],
     accuracy: np.ndarray | None,
+    names: Sequence[str],
 ) -> list[EvaluatedRow]:
     """Return the evaluated rows of one batch of b prompts; ``accuracy`` (b, G)."""
-    weighed = weigh(np.array(group.rewards, dtype=np.float64), weights)  # (b, G)
+    rewards = np.array(group.rewards, dtype=np.float64)  # (b, G, F)
+    weighed = weigh(rewards, weights)  # (b, G)
     for b, g, _ in group.failed:
         weighed[b, g] = np.nan
     assert group.completions is not None
@@ -398,16 +419,22 @@ def _rows(
             prompt=prompt.text,
             question=prompt.question,
             completions=group.completions[b],
-            rewards=[None if math.isnan(value) else value for value in weighed[b].tolist()],
+            rewards=_known(weighed[b]),
             accuracy=accuracy[b].tolist() if accuracy is not None else None,
             lengths=group.lengths[b],
             finished=group.finished[b],
             failures=len({g for row, g, _ in group.failed if row == b}),
             non_finite=group.finite[b].count(False),
             token_ids=[list(completion.token_ids) for completion in completions[b]],
+            by_function={name: _known(rewards[b, :, f]) for f, name in enumerate(names)} if len(names) > 1 else {},
         )
         for b, prompt in enumerate(prompts)
     ]
+
+
+def _known(values: np.ndarray) -> list[float | None]:
+    """Return the numbers of an array (G,), with None for NaN."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def token_entropy(logprobs: Sequence[Sequence[float]]) -> float:

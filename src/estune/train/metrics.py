@@ -156,7 +156,8 @@ def update_metrics(measured: dict[str, Any], moved: Moved, timing: Timing | None
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """Return an evaluation's metrics under their ``eval_`` names."""
     summary = evaluation.summary()
-    others = {f"eval_{name}": value for name, value in summary.items() if name not in ("n", "reward")}
+    others = {f"eval_{name}": value for name, value in summary.items() if name not in ("n", "reward", "rewards")}
+    others |= {f"eval_rewards/{name}/mean": value for name, value in summary.get("rewards", {}).items()}
     return {"eval_rows": summary["n"], "eval_reward": summary["reward"], **others}
 
 

@@ -122,6 +122,7 @@ class OpenRun(Loaded):
             self.accuracy_pool,
             batch=self.args.prompts_per_batch,
             trainer_state=self.trainer_state(steps_done),
+            names=self.rewards.names,
         )
 
     def trainer_state(self, steps_done: int) -> dict[str, Any]:
