@@ -267,8 +267,8 @@ def _add_probe(add: AddCommand) -> None:
         "--learning_rate",
         default=argparse.SUPPRESS,
         metavar="RATE",
-        help="Learning rate to predict for. Default: for each sigma the rate at which drift loses 5 % of the gain, "
-        "at most sigma.",
+        help="Learning rate to predict for. Default: for each sigma the rate at which drift loses a twentieth of the "
+        "gain, at most sigma.",
     )
     _add_fields(probe, [name for name in PROBE_FIELDS if name != "learning_rate"])
 

@@ -346,7 +346,7 @@ def test_the_table_of_names_is_that_of_a_run_and_of_trl(run, place) -> None:
     words = (*WATCHED, "--antithetic", "--step_control", "drift", "--log_completions")
     assert run(*words, "--reward_funcs", *FUNCTIONS).code == 0
     lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
-    kept = {re.sub(r"^rewards/\w+/", "rewards/<function>/", name) for line in lines for name in line}
+    kept = {re.sub(r"^(eval_)?rewards/\w+/", r"\1rewards/<function>/", name) for line in lines for name in line}
     kept = {re.sub(r"^es/perturb_cos/\w+", "es/perturb_cos/<kind>", name) for name in kept}
     ours = {name: row[2] for row in table("Names") for name in names(row[0])}
     assert kept - set(ours) == set()

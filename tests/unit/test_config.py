@@ -195,7 +195,8 @@ def test_what_can_work_is_accepted(options: dict[str, Any]) -> None:
 def test_help_names_the_defaults_of_methods() -> None:
     for name, spec in FIELDS.items():
         others = [value for value in spec.metadata.get("by_method", {}).values() if value != default_of(name)]
-        assert all(f": {value:g}." in spec.metadata["help"] for value in others), name
+        if name != "step_control":  # of other methods it is refused
+            assert all(f": {value:g}." in spec.metadata["help"] for value in others), name
     text = FIELDS["batch_size"].metadata["help"].partition("auto: ")[2]
     sizes = {name: size for names, size in re.findall(r"with (.+?) (\d+)", text) for name in re.findall(r"\w+", names)}
     for method in METHODS:
@@ -404,9 +405,11 @@ def test_a_resolved_configuration_has_numbers_and_does_not_change() -> None:
     sizes = {"batch_size": 4, "prompts_per_batch": 8, "num_threads": 1}
     with pytest.raises(UserError, match="batch_size must be a number in a resolved configuration, not 'auto'"):
         SizedConfig(prompts_per_batch=8)
+    with pytest.raises(UserError, match="step_control must not be auto"):
+        SizedConfig(**sizes)
     with pytest.raises(UserError, match="members_per_batch must be a number"):
-        ResolvedConfig(**sizes)
-    es = ResolvedConfig(**sizes, members_per_batch=1)
+        ResolvedConfig(**sizes, step_control="none")
+    es = ResolvedConfig(**sizes, members_per_batch=1, step_control="none")
     grpo = ResolvedConfig(**sizes, method="grpo", num_generations=4, temperature=1.0)
     search = ResolvedConfig(**sizes, method="random_search", members_per_batch=1)
     assert (es.group_size, es.step_rate) == (1, es.sigma / 2)
@@ -418,7 +421,7 @@ def test_a_resolved_configuration_has_numbers_and_does_not_change() -> None:
         del es.sigma
     copy = pickle.loads(pickle.dumps(es))
     assert copy == es and vars(copy) == dataclasses.asdict(es)
-    assert es.to_json() == ESConfig(**sizes, members_per_batch=1).to_json()
+    assert es.to_json() == ESConfig(**sizes, members_per_batch=1, step_control="none").to_json()
 
 
 @pytest.mark.parametrize(

@@ -514,7 +514,8 @@ MEASURED = plan.Calibration(
 
 
 def resolved(**options: object) -> ResolvedConfig:
-    given = {"batch_size": 8, "prompts_per_batch": 8, "num_threads": 1, "members_per_batch": 1, "reward_workers": 1}
+    given = {"batch_size": 8, "prompts_per_batch": 8, "num_threads": 1, "members_per_batch": 1, "reward_workers": 1,
+             "step_control": "none"}  # fmt: skip
     return ResolvedConfig(**given | options)  # type: ignore[arg-type]
 
 

@@ -251,8 +251,8 @@ class ESConfig:
     step_control: str = _option(
         "auto",
         "Bound on each step's learning rate. reliability: times the share of the ranking beyond chance; drift: while "
-        "the fitness does not rise, at most what loses 2 % of the step's gain to its random part (theta answers every "
-        "step, too). auto: drift with population_size 16 or more and batch_size 2 or more, else none.",
+        "the fitness does not rise, at most what loses a fiftieth of the step's gain to its random part (theta answers "
+        "every step, too). auto: drift with population_size 16 or more and batch_size 2 or more, else none.",
         ("auto", *STEP_CONTROLS),
         by_method=dict.fromkeys(METHODS[1:], "none"),
     )
