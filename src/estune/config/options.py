@@ -52,7 +52,7 @@ RESUMABLE = frozenset(
 ) | frozenset((*OF_WORKERS, *BEST_STEP))
 
 # Options that the journal's header holds only if they are set; so all other runs have the header of older versions.
-IN_HEADER_IF_SET = frozenset(("column_mapping",))
+IN_HEADER_IF_SET = frozenset(("column_mapping", "reward_wrappers"))
 
 # Options that runs of older versions lack. They had the default's meaning, or that of `OLDER_VALUES`.
 LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS, *BEST_STEP, *IN_HEADER_IF_SET))
@@ -70,7 +70,7 @@ EVALUATE_FIELDS = (
 # `estune probe` and `estune plan`: the options that decide the members' completions and their rewards.
 _MEMBER_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
-    "dataset_train_split column_mapping reward_funcs reward_weights reward_timeout_s reward_workers reward_isolation "
+    "dataset_train_split column_mapping reward_funcs reward_wrappers reward_weights reward_timeout_s reward_workers reward_isolation "
     "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
     "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
     "prompts_per_batch members_per_batch num_threads tensor_parallel_size num_workers worker_engine worker_resources "
@@ -186,6 +186,11 @@ class ESConfig:
     )
     reward_funcs: list[str] | None = _option(
         None, "Rewards as package.module:function or path/file.py:function. Default: the task's."
+    )
+    reward_wrappers: list[str] = _option(
+        [],
+        "Calls that make the reward unreliable in training, the first of them innermost: noisy(flip=0.2), "
+        "noisy(std=0.1, per=row), drop(share=0.1), hackable(exploit='sorry', bonus=1).",
     )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_timeout_s: float = _option(60.0, "Seconds one reward call may take before its worker is killed.")

@@ -281,7 +281,7 @@ class HeldOut:
         self.member, self.names = member, names
         self.evaluator, self.rows, self.prompts = evaluator, rows, prompts
         self.sampling, self.weights, self.batch = of_evaluations(sampling), weights, batch
-        self.trainer_state = trainer_state
+        self.trainer_state = {**trainer_state, "is_evaluation": True}
         pool = accuracy_pool
         self._grader = Evaluator(evaluator.engine, pool, evaluator.response_prefix) if pool is not None else None
         self._running: dict[int, tuple[Completions, Group, Future[RewardResult], Future[RewardResult] | None]] = {}
@@ -341,7 +341,7 @@ def evaluate(held_out: HeldOut, progress: Callable[[int], None] = lambda done: N
     def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
         return held_out.rows_of(job.indices[0])
 
-    submitted = held_out.evaluator.submit(held_out.jobs(), rows_of, held_out.trainer_state, True)
+    submitted = held_out.evaluator.submit(held_out.jobs(), rows_of, lambda _: held_out.trainer_state, True)
     for start, group, completions, future in submitted:
         held_out.take(start, group, completions, future)
         progress(held_out.done)

@@ -40,6 +40,8 @@ STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to
 class Beside(Protocol):
     """An evaluation of theta that shares the workers with a step's members; `estune.train.evaluation.HeldOut`."""
 
+    trainer_state: dict[str, Any]  # for reward functions
+
     def jobs(self, offset: int) -> Iterator[GroupJob]:
         """Yield the jobs; the index of a job is ``offset`` plus the number of its first row."""
 
@@ -71,7 +73,7 @@ class Evaluator:
         self,
         jobs: Iterable[GroupJob],
         rows_of: Callable[[GroupJob], Sequence[dict[str, Any]]],
-        trainer_state: dict[str, Any],
+        state_of: Callable[[GroupJob], dict[str, Any]],
         keep_text: bool,
     ) -> Iterator[tuple[int, Group, Completions, Future[RewardResult]]]:
         """Generate the completions of jobs, and submit the completions of each member to the reward pool.
@@ -79,7 +81,8 @@ class Evaluator:
         Args:
             jobs: any two jobs have different ``indices``.
             rows_of: returns the dataset rows (B,) of a job's prompts.
-            trainer_state: for reward functions.
+            state_of: returns the ``trainer_state`` of a job, for reward functions. They also see the member's index as
+                ``member``; None: theta.
             keep_text: whether to keep completions as text.
 
         Yields:
@@ -88,7 +91,11 @@ class Evaluator:
         """
         for job, answer in checked_answers(self.engine, jobs, self.should_stop):
             rows, n_members = rows_of(job), len(answer.indices)
-            for index, completions in zip(answer.indices, answer.completions, strict=True):
+            for index, perturbation, completions in zip(
+                answer.indices, job.perturbations, answer.completions, strict=True
+            ):
+                is_theta = perturbation is None or not perturbation.member.sign
+                state = {"member": None if is_theta else index, **state_of(job)}
                 group = Group(
                     rewards=[],
                     failed=[],
@@ -105,7 +112,7 @@ class Evaluator:
                         [self.response_prefix + self.text(prompt, c.token_ids) for c in row]
                         for prompt, row in zip(job.prompts, completions, strict=True)
                     ]
-                yield index, group, completions, self.score(rows, job.prompts, completions, trainer_state)
+                yield index, group, completions, self.score(rows, job.prompts, completions, state)
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
@@ -174,7 +181,7 @@ class Evaluator:
             Interrupted: the run was asked to stop.
         """
         job = GroupJob((0,), (None,), self.engine.theta_checksum, tuple(prompts), sampling)
-        [(_, group, _, future)] = self.submit([job], lambda _: rows, trainer_state, keep_text)
+        [(_, group, _, future)] = self.submit([job], lambda _: rows, lambda _: trainer_state, keep_text)
         return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
 
     def evaluate_population(
@@ -225,9 +232,12 @@ class Evaluator:
             first = job.indices[0]
             return rows if beside is None or first < n_models else beside.rows_of(first - n_models)
 
+        def state_of(job: GroupJob) -> dict[str, Any]:
+            return trainer_state if beside is None or job.indices[0] < n_models else beside.trainer_state
+
         every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_models))
         try:
-            for answer in self.submit(every, rows_of, trainer_state, keep_text or beside is not None):
+            for answer in self.submit(every, rows_of, state_of, keep_text or beside is not None):
                 scores.take(*answer)
         except Interrupted:
             with suppress(Interrupted):

@@ -42,6 +42,7 @@ from estune.models.names import local_directory
 from estune.rewards.loading import load_object
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
+from estune.rewards.wrappers import wrap
 from estune.run.directory import refuse_unfinished
 from estune.run.journal import JOURNAL_FILE, Journal
 from estune.run.origin import DataIdentity
@@ -120,6 +121,7 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
     for func in funcs:
         name = getattr(func, "__name__", type(func).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
+    funcs = [wrap(func, args.reward_wrappers, args.seed) for func in funcs]
     weights = args.reward_weights or [1.0] * len(funcs)
     if len(weights) != len(funcs):
         raise UserError(f"reward_weights has {len(weights)} numbers for {len(funcs)} reward functions")
