@@ -1,6 +1,7 @@
 """Reward functions in real processes: killed for real, with real (short) time limits."""
 
 import asyncio
+import functools
 import json
 import math
 import os
@@ -19,9 +20,11 @@ import pytest
 from command_line import PATIENCE_S
 
 from estune.errors import UserError
-from estune.rewards.contract import read_reply
+from estune.rewards.contract import read_reply, required_keywords
 from estune.rewards.loading import EXTRA_OF
 from estune.rewards.pool import RewardBatch, RewardPool, load_reward
+from estune.rewards.sources import source_parts
+from estune.rewards.wrappers import hackable, noisy, wrap
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -86,9 +89,83 @@ def length(completions, **kwargs):
     return [float(len(text)) for text in completions]
 
 
-# --- TRL's contract
-
 BOTH = pytest.mark.parametrize("isolation", ["process", "inline"])
+
+
+# --- wrappers that make a reward unreliable
+
+
+def wrapped_score(*wrappers, rows=2000, reward=length, isolation="inline", completions=None, **state):
+    """Return the rewards (rows,) of completions "a" within wrappers."""
+    given = batch(completions or ["a"] * rows)
+    given.trainer_state |= state
+    return score(wrap(reward, wrappers, 7), given=given, isolation=isolation)
+
+
+def test_noise_has_its_rates_and_is_a_function_of_what_is_scored():
+    flipped = wrapped_score("noisy(flip=0.2, high=3)").rewards[:, 0]
+    assert set(flipped) == {1.0, 2.0} and np.mean(flipped == 2.0) == pytest.approx(0.2, abs=0.03)
+    normal = wrapped_score("noisy(std=0.5)").rewards[:, 0]
+    assert normal.mean() == pytest.approx(1, abs=0.04) and normal.std() == pytest.approx(0.5, abs=0.03)
+    lost = wrapped_score("drop(share=0.3)")
+    assert np.isnan(lost.rewards).mean() == pytest.approx(0.3, abs=0.04) and not lost.failed.any()
+    for state in ({"global_step": 5}, {"member": 3}):  # step and member draw anew, unless a row has one draw
+        assert (wrapped_score("noisy(std=0.5)", **state).rewards[:, 0] != normal).all()
+        by_row = "noisy(std=0.5, per=row)"
+        assert (wrapped_score(by_row, **state).rewards == wrapped_score(by_row).rewards).all()
+    assert (wrapped_score("noisy(std=0.5)").rewards[:, 0] == normal).all()
+    assert (wrapped_score("noisy(std=0.5, seed=1)").rewards[:, 0] != normal).all()
+    assert (wrapped_score("noisy(std=0.5)", is_evaluation=True).rewards == 1.0).all()
+
+
+@BOTH
+def test_wrappers_of_all_kinds_of_functions(isolation):
+    async def slow(completions, width, log_metric, **kwargs):
+        log_metric("seen", len(completions))
+        return [None if text == "bb" else float(len(text)) for text in completions]
+
+    def taken(completions, width):
+        return [0.5 * (text == wide) for text, wide in zip(completions, width, strict=True)]
+
+    given = batch(width=["a", "x", "ccc"])
+    for exploit, bonuses in (("^[ac]+$", (2.0, 2.0)), (taken, (1.0, 1.0))):
+        function = noisy(hackable(slow, exploit=exploit, bonus=2.0), std=1e-6)
+        found = score(function, given=given, isolation=isolation)
+        assert found.rewards[[0, 2], 0] == pytest.approx([1 + bonuses[0], 3 + bonuses[1]], abs=1e-4)
+        assert np.isnan(found.rewards[1, 0]) and not found.failed.any() and not found.errors
+        assert found.metrics == {"seen": 3.0, "exploited": pytest.approx(2 / 3)}
+    assert function.__name__ == "slow" and required_keywords(function) == ["completions", "width", "log_metric"]
+    logged = score(wrap(length, ["hackable(exploit=b, bonus=5)"]), isolation=isolation)
+    assert logged.rewards[:, 0].tolist() == [1.0, 7.0, 3.0] and logged.metrics["true_reward/length"] == 2.0
+
+
+def test_a_wrapped_reward_is_identified_by_its_source_and_settings():
+    def parts(wrapper, reward=length):
+        return source_parts(wrap(reward, [wrapper]))
+
+    assert parts("noisy(flip=0.1)") == parts("noisy(flip=0.1)") != parts("noisy(flip=0.2)")
+    assert parts("noisy(flip=0.1)") != parts("noisy(flip=0.1)", functools.partial(length, scale=2.0))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "words"),
+    [
+        ("noisy", "no call such as noisy"), ("noisy(0.2)", "with named arguments"), ("noisy(flip=", "no call"),
+        ("loud(flip=1)", "no wrapper 'loud'; there are noisy, drop, hackable"),
+        ("noisy(share=1)", "noisy has no argument 'share'; it has flip, std, per, low, high, seed"),
+        ("noisy(flip=1+x)", "flip of noisy must be a number or text"), ("drop()", "drop needs share"),
+        ("noisy(flip=2)", "flip must be between 0 and 1, not 2"), ("noisy(flip=a)", "between 0 and 1, not 'a'"),
+        ("noisy(std=-1)", "std must not be negative"), ("noisy(per=all)", "it can be call, row"),
+        ("hackable(exploit='(')", "no regular expression"), ("hackable(exploit=3)", "expression or a function"),
+        ("hackable(exploit='gone.py:f')", "there is no file gone.py"), ("noisy(low=[1])", "must be a finite number"),
+    ],
+)  # fmt: skip
+def test_a_wrong_wrapper_is_one_sentence(wrapper, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        wrap(length, [wrapper])
+
+
+# --- TRL's contract
 
 
 @BOTH

@@ -215,7 +215,8 @@ class _Asker:
             GroupJob(group, tuple(perturbations[m] for m in group), checksum, tuple(self.prompts), sampling)
             for group in groups
         ]
-        started = sorted(evaluator.submit(jobs, lambda _: self.rows, lambda _: state, False), key=lambda answer: answer[0])
+        answers = evaluator.submit(jobs, lambda _: self.rows, lambda _: state, False)
+        started = sorted(answers, key=lambda answer: answer[0])
         done = [
             evaluator.complete(group, scored(future, evaluator.should_stop), sampling.num_generations)
             for _, group, _, future in started

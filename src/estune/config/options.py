@@ -70,11 +70,11 @@ EVALUATE_FIELDS = (
 # `estune probe` and `estune plan`: the options that decide the members' completions and their rewards.
 _MEMBER_FIELDS = (
     "model revision trust_remote_code dtype device engine trainable_parameters task dataset_name dataset_config "
-    "dataset_train_split column_mapping reward_funcs reward_wrappers reward_weights reward_timeout_s reward_workers reward_isolation "
-    "allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix stop_strings "
-    "batch_size noise rank noise_distribution seed max_completion_length num_generations temperature top_p top_k "
-    "prompts_per_batch members_per_batch num_threads tensor_parallel_size num_workers worker_engine worker_resources "
-    "worker_timeout_s reward_placement"
+    "dataset_train_split column_mapping reward_funcs reward_wrappers reward_weights reward_timeout_s reward_workers "
+    "reward_isolation allow_unsandboxed_code apply_chat_template chat_template_kwargs system_prompt response_prefix "
+    "stop_strings batch_size noise rank noise_distribution seed max_completion_length num_generations temperature "
+    "top_p top_k prompts_per_batch members_per_batch num_threads tensor_parallel_size num_workers worker_engine "
+    "worker_resources worker_timeout_s reward_placement"
 ).split()
 # `estune probe`: also those that decide a step's gain.
 PROBE_FIELDS = (*_MEMBER_FIELDS, "population_size", "antithetic", "learning_rate")

@@ -142,6 +142,8 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
 def wrap(reward: Reward, wrappers: Sequence[str], seed: int = 0) -> Reward:
     """Return a reward function within wrappers, the first of them innermost.
 
+    The mean of the reward before all wrappers is logged as ``true_reward/<name>``.
+
     Args:
         reward: a reward function.
         wrappers: calls for `parsed`.
@@ -150,6 +152,8 @@ def wrap(reward: Reward, wrappers: Sequence[str], seed: int = 0) -> Reward:
     Raises:
         UserError: a wrapper or its arguments are wrong.
     """
+    if wrappers:
+        reward = _wrapped(_logged, reward, {"name": getattr(reward, "__name__", type(reward).__name__)})
     for index, text in enumerate(wrappers):
         name, values = parsed(text)
         accepted = inspect.signature(WRAPPERS[name]).parameters
@@ -186,6 +190,16 @@ def _parameters(reward: Reward) -> list[inspect.Parameter]:
         return []
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind in named]
+
+
+def _logged(reward: Reward, settings: Mapping[str, Any], /, **columns: Any) -> Any:
+    def change(values: Values) -> Values:
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if known:
+            columns["log_metric"](f"true_reward/{settings['name']}", math.fsum(known) / len(known))
+        return values
+
+    return _changed(reward, columns, change)
 
 
 def _noisy(reward: Reward, settings: Mapping[str, Any], /, **columns: Any) -> Any:
