@@ -127,6 +127,53 @@ def test_python_and_the_command_line_write_the_same(llama, place, run_model):
     assert steps(place / "cli") == steps(place / "run")
 
 
+def save_classifier(directory: Path, num_labels: int = 1, seed: int = 0) -> None:
+    """Save a random classifier of sequences, with the tokenizer of the tiny models."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=num_labels, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("isolation", ["process", "inline"])
+def test_a_reward_model_scores_prompt_and_completion(llama, place, isolation):
+    save_classifier(place / "judge")
+    options = {"reward_isolation": isolation, "reward_workers": "auto", "log_completions": True, "max_steps": 1}
+    train(llama, reward_funcs=["judge"], **options)
+    [file] = (place / "run" / "completions").iterdir()
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained("judge")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("judge", pad_token_id=0)
+    for record in records:
+        inputs = tokenizer(record["prompt"] + record["completion"], return_tensors="pt", add_special_tokens=False)
+        assert record["rewards"][0] == pytest.approx(model(**inputs).logits.item(), abs=1e-4)
+    train(llama, reward_funcs=["judge"], **{**options, "max_steps": 2}, resume=True)
+    save_classifier(place / "judge", seed=1)
+    with pytest.raises(UserError, match="the source of the reward functions"):
+        train(llama, reward_funcs=["judge"], **{**options, "max_steps": 3}, resume=True)
+
+
+def test_what_is_no_reward_model(llama, place):
+    save_classifier(place / "three", num_labels=3)
+    save_classifier(place / "empty")
+    (place / "empty" / "model.safetensors").unlink()
+    (place / "bare").mkdir()
+    wrong = {
+        "three": "'three' has 3 labels; a reward needs one", str(llama): "is no sequence classifier: its config.json",
+        "empty": "has no weights in", "bare": "has no readable config.json",
+        "gone": "nor the directory of a reward model",
+        "gone.py": "is neither package.module:function nor path/file.py:function",
+    }  # fmt: skip
+    for spec, words in wrong.items():
+        with pytest.raises(UserError, match=words):
+            train(llama, reward_funcs=[spec])
+    assert not (place / "run").exists()
+
+
 def test_several_rewards_with_weights(llama, place):
     _, trainer = train(
         llama,

@@ -44,7 +44,7 @@ from estune.console import say
 from estune.environment import code_digest, environment, machine, versions
 from estune.errors import UserError
 from estune.files import try_lock, write_json
-from estune.rewards.loading import load_reward, source_digest
+from estune.rewards.loading import source_digest
 from estune.rewards.sources import source_parts
 from estune.tasks import get_task
 from estune.train import setup
@@ -313,8 +313,8 @@ class Runner:
             "comparison": json.loads(json.dumps(dataclasses.asdict(whole))),
             "environment": environment() | {"versions": versions("trl", "reasoning-gym")},
             "rows": {split: setup.rows_fingerprint(rows_of(self.comparison, split)) for split in SPLITS},
-            "rewards": {name: source_digest(name) for name in rewards},
-            "reward sources": {name: source_parts(load_reward(name)) for name in rewards},
+            "rewards": {name: source_digest(name) for name in rewards if ":" in name},
+            "reward sources": {name: source_parts(setup.named_reward(name)) for name in rewards},
         }
         if file.exists():
             pinned: Plan = read_json(file)

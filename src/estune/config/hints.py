@@ -34,7 +34,7 @@ _OWN_DECODING = "estune decodes with its own loop and cache; --prompts_per_batch
 _OWN_VLLM = "estune starts vLLM itself, in its own process: --engine vllm"
 _OWN_VLLM_OPTIONS = "with --engine vllm this option keeps vLLM's default"
 _PPO = "for --method ppo give it in --method_kwargs"
-_REWARD_MODEL = "rewards are functions, see --reward_funcs: such a function can call a model"
+_REWARD_MODEL = "use --reward_funcs with the directory or hub id of a sequence classifier with one label"
 _OF_THE_MODEL = "special tokens are those of generation_config and tokenizer; --stop_strings also end a completion"
 
 # Titles of the groups of options, and their entries. An answer is one or more clauses with "; " between them. A command
@@ -313,8 +313,9 @@ ARGUMENTS: tuple[Entry, ...] = (
     ("compute_metrics preprocess_logits_for_metrics", "a step records the mean of each reward function, an "
      "evaluation accuracy and the weighted reward"),
     ("compute_loss_func loss_func", "there is no loss function: training maximises reward_funcs"),
-    ("reward_processing_classes", "a reward is a function: it tokenizes for its own model"),
-    ("reward_model reward_models", "use reward_funcs: such a function can call a model"),
+    ("reward_processing_classes", "a reward model has its own tokenizer, and a reward function tokenizes for itself"),
+    ("reward_model reward_models",
+     "use reward_funcs with the directory or hub id of a sequence classifier with one label"),
     ("value_model critic_model", "es has no critic; ESConfig(method='ppo') makes its own"),
     ("ref_model", "es has no reference model: ESConfig(weight_decay=..., weight_decay_anchor='base') pulls towards the "
      "base model"),

@@ -185,7 +185,9 @@ class ESConfig:
         'such as {"prompt": "question"}.',
     )
     reward_funcs: list[str] | None = _option(
-        None, "Rewards as package.module:function or path/file.py:function. Default: the task's."
+        None,
+        "Rewards as package.module:function or path/file.py:function, or a reward model: a directory or a hub id of a "
+        "sequence classifier with one label. Default: the task's.",
     )
     reward_wrappers: list[str] = _option(
         [],

@@ -97,6 +97,10 @@ class _Sources:
             type,
             functools.partial,
         )
+        if hasattr(thing, "identity_parts") and not isinstance(thing, type):
+            for part, value in thing.identity_parts().items():
+                self._keep(f"{name} {part}", value)
+            return
         if not isinstance(thing, named) and not hasattr(thing, "__wrapped__"):
             self.add_value(thing, name)
             return

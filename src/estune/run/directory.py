@@ -392,7 +392,7 @@ def refuse_overwrite(path: Path, args: ESConfig) -> None:
     model = None if is_engine_name(args.engine, args.model) else args.model
     code = [("engine", args.engine), *(("reward_funcs", func) for func in args.reward_funcs or [])]
     given = [("model", model), ("dataset_name", args.dataset_name)]
-    given += [(option, name.rpartition(":")[0]) for option, name in code if ".py:" in name or "/" in name]
+    given += [(option, name.rpartition(":")[0] or name) for option, name in code if ".py:" in name or "/" in name]
     for option, value in given:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete {value}, which {option} names")

@@ -240,4 +240,6 @@ def may_lead_to_the_same(option: str, then: Any, now: Any, then_has_sources: boo
 
 def _comparable(spec: str, has_sources: bool) -> str:
     where, _, function = spec.rpartition(":")
+    if not where:  # a reward model
+        return Path(spec).name
     return function if has_sources else f"{Path(where).name}:{function}"

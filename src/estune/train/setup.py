@@ -39,6 +39,7 @@ from estune.errors import UserError, install_command
 from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
 from estune.models.names import local_directory
+from estune.models.reward_model import RewardModel
 from estune.rewards.loading import load_object
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
@@ -111,7 +112,7 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
             )
         reward_funcs = task.reward
     listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    funcs = [load_reward(item) if isinstance(item, str) else item for item in listed]
+    funcs = [named_reward(item) if isinstance(item, str) else item for item in listed]
     if not funcs:
         raise UserError("reward_funcs is empty: at least one reward function is needed")
     for func in funcs:
@@ -126,6 +127,17 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
     if len(weights) != len(funcs):
         raise UserError(f"reward_weights has {len(weights)} numbers for {len(funcs)} reward functions")
     return Rewards(funcs, names, weights, task.accuracy if task else None)
+
+
+def named_reward(spec: str) -> RewardFunc:
+    """Return the function that ``package.module:function`` or ``path/file.py:function`` names, or a reward model.
+
+    A name without a colon is the directory of a sequence classifier, or its name on the hub.
+
+    Raises:
+        UserError: there is no such function or model.
+    """
+    return load_reward(spec) if ":" in spec else RewardModel.open(spec)
 
 
 def no_rewards(args: ESConfig) -> Rewards:
@@ -306,7 +318,8 @@ def resolve_config(args: ESConfig, n_rows: int, module: Any = None) -> SizedConf
     if args.num_threads == "auto":
         auto["num_threads"] = default_threads(args, module)
     if args.reward_workers == "auto" and args.reward_isolation == "process":
-        auto["reward_workers"] = min(4, max(1, environment.cores() - 1))
+        has_model = any(":" not in name for name in args.reward_funcs or ())  # each worker would load its own
+        auto["reward_workers"] = 1 if has_model else min(4, max(1, environment.cores() - 1))
     auto["model"] = model_of(args)
     return SizedConfig(**{name: getattr(args, name) for name in FIELDS} | auto)
 
