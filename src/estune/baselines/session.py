@@ -209,7 +209,10 @@ class BaselineSession(OpenRun):
         """
         rows = [self.train_rows[row] for row in row_ids]
         prompts = [self.train_prompts[row] for row in row_ids]
-        future = self.evaluator.score(rows, prompts, [list(answers) for answers in completions], self.state())
+        answered = [list(answers) for answers in completions]
+        texts = [self.evaluator.texts([prompt], [each])[0] for prompt, each in zip(prompts, answered, strict=True)]
+        others = [[row[k:] + row[:k] for row in texts] for k in range(1, len(texts[0]))]  # of the same prompt
+        future = self.evaluator.score(rows, prompts, answered, self.state(), others or None)
         result = scored(future, self.should_stop)
         self.evaluator.warn_of_failures(result.errors)
         shape = (len(rows), -1, result.rewards.shape[1])

@@ -245,6 +245,8 @@ def probe(args: ESConfig, sigmas: Sequence[float] = SIGMAS, members: int | None 
     with ExitStack() as stack_:
         stop = stack_.enter_context(StopRequest())
         pool = stack_.enter_context(setup.reward_pool(sized, rewards.funcs, rewards.names))
+        if pool.wants_opponents:
+            raise UserError("estune probe scores single completions: it has no use for a reward that compares them")
         engine = setup.load_engine(sized)
         setup.warn_of_changed_engine(sized, engine)
         chosen = [rows[row] for row in batches.rows_for_step(0)]

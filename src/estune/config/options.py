@@ -35,7 +35,7 @@ SAMPLING_METHODS = ("grpo", "dr_grpo", "rloo", "ppo", "sft_rejection")  # train 
 OF_METHODS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("population_size", "sigma", "antithetic", "noise", "rank", "noise_distribution",
                      "members_per_batch", "sigma_scheduler_type"), ("es", *SEARCHES)),
-    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor", "step_control", *BEST_STEP), ("es",)),
+    **dict.fromkeys(("fitness_shaping", "weight_decay_anchor", "step_control", "opponents", *BEST_STEP), ("es",)),
     **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
                     tuple(method for method in METHODS if method not in SEARCHES)),
     "method_kwargs": tuple(method for method in METHODS if method not in ("es", "random_search")),
@@ -52,7 +52,7 @@ RESUMABLE = frozenset(
 ) | frozenset((*OF_WORKERS, *BEST_STEP))
 
 # Options that the journal's header holds only if they are set; so all other runs have the header of older versions.
-IN_HEADER_IF_SET = frozenset(("column_mapping", "reward_wrappers"))
+IN_HEADER_IF_SET = frozenset(("column_mapping", "reward_wrappers", "opponents"))
 
 # Options that runs of older versions lack. They had the default's meaning, or that of `OLDER_VALUES`.
 LATER_OPTIONS = frozenset(("tensor_parallel_size", "step_control", *OF_WORKERS, *BEST_STEP, *IN_HEADER_IF_SET))
@@ -193,6 +193,11 @@ class ESConfig:
         [],
         "Calls that make the reward unreliable in training, the first of them innermost: noisy(flip=0.2), "
         "noisy(std=0.1, per=row), drop(share=0.1), hackable(exploit='sorry', bonus=1).",
+    )
+    opponents: int | Literal["theta"] = _option(
+        "theta",
+        "Whose completions a reward function with the argument opponents gets, too: theta's, or those of this many "
+        "other members.",
     )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_timeout_s: float = _option(60.0, "Seconds one reward call may take before its worker is killed.")
@@ -445,6 +450,8 @@ class ESConfig:
             raise UserError(f"antithetic needs an even population_size, not {self.population_size}")
         if self.step_control not in ("auto", "none") and self.population_size < (4 if self.antithetic else 2):
             raise UserError(f"step_control {self.step_control} needs two or more members, or two or more pairs")
+        if isinstance(self.opponents, int) and not 1 <= self.opponents < self.population_size:
+            raise UserError(f"opponents must be theta, or from 1 to population_size - 1, not {self.opponents}")
         if self.population_size >= 1 << 26:
             raise UserError("population_size must be below 2^26, where integer utilities would lose all precision")
         if self.noise == "full":

@@ -71,7 +71,7 @@ class RewardModel:
         import torch
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         torch.set_num_threads(1)  # other workers and the trainer use the other cores
         self._load()
 

@@ -46,6 +46,28 @@ def reward_inputs(
     return prompts, completions, columns
 
 
+def opposed(prompts: Sequence[Any], opponents: Sequence[Sequence[Sequence[str]]]) -> list[list[Any]]:
+    """Return for each completion the opponents' completions, in the form of its prompt.
+
+    Args:
+        prompts: of the completions, (B * G,).
+        opponents: each opponent's texts (B, G), with the response prefix.
+    """
+    flat = [[text for row in texts for text in row] for texts in opponents]  # (K, B * G)
+    return [
+        [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for text in texts]
+        for prompt, *texts in zip(prompts, *flat, strict=True)
+    ]
+
+
+def wants_opponents(function: Callable[..., Any]) -> bool:
+    """Return whether a reward function names the argument ``opponents``."""
+    try:
+        return "opponents" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def column_names(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the columns that reward functions receive, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS))

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from estune.console import Unfailing, release_abandoned_descriptors
 from estune.errors import UserError
-from estune.rewards.contract import call_function, describe, read_reply, to_json
+from estune.rewards.contract import call_function, describe, read_reply, to_json, wants_opponents
 from estune.rewards.loading import INLINE_HINT, load_request, load_reward
 from estune.rewards.processes import ForkServer, Worker
 
@@ -98,6 +98,7 @@ class RewardPool:
             raise ValueError(f"{len(reward_funcs)} reward functions, {len(names)} names")
         self._functions, self._names = list(reward_funcs), list(names)
         self.n_functions = len(self._functions)
+        self.wants_opponents = any(map(wants_opponents, self._functions))
         self._owner = os.getpid()
         self._closed = False
         self._queue: queue.SimpleQueue[tuple[RewardBatch, Future[RewardResult]] | None] = queue.SimpleQueue()
@@ -137,6 +138,8 @@ class RewardPool:
     def submit(self, batch: RewardBatch) -> Future[RewardResult]:
         """Submit one member's completions for scoring; thread-safe. Inline, the future is done on return."""
         n_rows = len(batch.completions)
+        if self.wants_opponents:
+            batch.columns.setdefault("opponents", [None] * n_rows)
         for name, values in _keyword_columns(batch).items():
             if len(values) != n_rows:
                 raise ValueError(f"column {name!r} has {len(values)} values for {n_rows} completions")

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from estune.errors import UserError
+from estune.rewards.contract import wants_opponents
 from estune.rewards.loading import load_request
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 
@@ -69,6 +70,7 @@ class RemotePool(RewardPool):
             UserError: a function cannot be sent to another process.
         """
         self.n_functions = len(reward_funcs)
+        self.wants_opponents = any(map(wants_opponents, reward_funcs))
         self._connection = connection
         self._arguments = (load_request(reward_funcs, names), list(names), timeout_s, workers)
         self._n_processes = workers
@@ -81,6 +83,8 @@ class RemotePool(RewardPool):
 
     def submit(self, batch: RewardBatch) -> Future[RewardResult]:
         """Submit one member's completions for scoring; thread-safe."""
+        if self.wants_opponents:
+            batch.columns.setdefault("opponents", [None] * len(batch.completions))
         return self._executor.submit(self._score, batch)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Wrappers that make a reward unreliable on purpose: noise, an exploit that pays, rewards that are lost.
+"""Wrappers of rewards: noise, an exploit that pays, rewards that are lost, and preferences instead of numbers.
 
 They show what a training method does with such a reward (docs/rewards.md). Evaluations of a run are not affected: a
 wrapper returns the reward unchanged where ``trainer_state.is_evaluation`` is true.
@@ -105,7 +105,44 @@ def hackable(reward: Reward, *, exploit: str | Reward, bonus: float = 1.0) -> Re
     return _wrapped(_hackable, reward, dict(exploit=exploit, bonus=bonus))
 
 
-WRAPPERS: dict[str, Callable[..., Reward]] = {"noisy": noisy, "drop": drop, "hackable": hackable}
+def preference(reward: Reward, *, agree: float = 1.0, seed: int = 0) -> Reward:
+    """Return a reward function that only says how often a completion's reward beats those of its opponents.
+
+    Its value is the share of the opponents' completions of the same prompt that have a lower reward. Equal rewards
+    count one half. Opponents without a reward do not count; without any opponent the value is None.
+
+    Args:
+        reward: a reward function that needs no token ids.
+        agree: probability with which a comparison comes out right; otherwise it comes out the other way round.
+        seed: of what is drawn.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    _check_share("preference", "agree", agree)
+    return _wrapped(_preference, reward, dict(agree=agree, per="call", seed=seed), "opponents")
+
+
+def judged(judge: Any) -> Reward:
+    """Return a reward function from a judge of pairs: how often the judge prefers a completion to its opponents'.
+
+    Args:
+        judge: a function ``judge(prompts, first, second, **columns)`` that returns for each pair the probability that
+            the first completion is better, or None. Or an object with TRL's method ``judge(prompts, completions)``: it
+            gets pairs and returns the index of the better one, or -1.
+
+    Raises:
+        UserError: the judge is neither.
+    """
+    if not callable(judge) and not callable(getattr(judge, "judge", None)):
+        raise UserError(f"a judge is a function, or an object with a method judge, not {type(judge).__name__}")
+    has_method = hasattr(judge, "judge")
+    return _wrapped(_judged, judge.judge if has_method else judge, {"has_method": has_method}, "opponents")
+
+
+WRAPPERS: dict[str, Callable[..., Reward]] = {
+    "noisy": noisy, "drop": drop, "hackable": hackable, "preference": preference,
+}  # fmt: skip
 
 
 def parsed(text: str) -> tuple[str, dict[str, Any]]:
@@ -169,14 +206,16 @@ def wrap(reward: Reward, wrappers: Sequence[str], seed: int = 0) -> Reward:
     return reward
 
 
-def _wrapped(function: Callable[..., Any], reward: Reward, settings: dict[str, Any]) -> Reward:
-    """Return ``reward`` within ``function``, with the name and the required columns of ``reward``.
+def _wrapped(function: Callable[..., Any], reward: Reward, settings: dict[str, Any], also: str = "") -> Reward:
+    """Return ``reward`` within ``function``, with the name and the required columns of ``reward``, and one ``also``.
 
     The result is a `functools.partial`, so that the reward's source still identifies it (`estune.rewards.sources`).
     """
     wrapped: Any = functools.partial(function, reward, settings)
     wrapped.__name__ = getattr(reward, "__name__", type(reward).__name__)
-    parameters = [p for p in _parameters(reward) if p.kind is not p.VAR_KEYWORD]
+    parameters = [] if function is _judged else _parameters(reward)
+    if also and also not in (p.name for p in parameters):
+        parameters.append(inspect.Parameter(also, inspect.Parameter.KEYWORD_ONLY))
     every = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     wrapped.__signature__ = inspect.Signature([*parameters, every])
     return wrapped  # type: ignore[no-any-return]
@@ -237,6 +276,73 @@ def _hackable(reward: Reward, settings: Mapping[str, Any], /, **columns: Any) ->
         return [v if v is None or found is None else v + bonus * found for v, found in pairs]
 
     return _changed(reward, columns, change)
+
+
+def _preference(reward: Reward, settings: Mapping[str, Any], /, **columns: Any) -> Any:
+    opponents = columns.pop("opponents")
+    if getattr(columns["trainer_state"], "is_evaluation", False):
+        return _call(reward, columns)
+    rows, first, second, theirs = _pairs(columns, opponents)
+    theirs |= {
+        "completions": second,
+        "log_metric": _nothing,
+        "log_extra": _nothing,
+    }  # the opponents' are logged elsewhere
+    answers = _call(reward, columns), _call(reward, theirs) if rows else []
+    texts = [f"{_text(one)}\0{_text(other)}" for one, other in zip(first, second, strict=True)]
+    draws = [draw for draw, _ in _draws("preference", settings, {**theirs, "completions": texts})]
+
+    def win_rates(own: Sequence[Any], others: Sequence[Any]) -> Values:
+        won: Values = []
+        for row, value, draw in zip(rows, others, draws, strict=True):
+            mine = own[row]
+            is_known = mine is not None and value is not None
+            win = 0.5 if mine == value else float(mine > value) if is_known else 0.0
+            won.append((win if draw < settings["agree"] else 1 - win) if is_known else None)
+        return _means(rows, won, len(own))
+
+    if any(map(inspect.isawaitable, answers)):
+        return _both(answers, win_rates)
+    return win_rates(*map(list, answers))
+
+
+async def _both(answers: Sequence[Any], combine: Callable[..., Values]) -> Values:
+    return combine(*[list(await answer if inspect.isawaitable(answer) else answer) for answer in answers])
+
+
+def _judged(judge: Reward, settings: Mapping[str, Any], /, **columns: Any) -> Any:
+    rows, first, second, given = _pairs(columns, columns.pop("opponents"))
+    n_rows = len(columns["completions"])
+    if not rows:
+        return [None] * n_rows
+    if settings["has_method"]:
+        pairs = [list(pair) for pair in zip(first, second, strict=True)]
+        ranks = judge(prompts=given["prompts"], completions=pairs)
+        return _means(rows, [None if rank not in (0, 1) else 1.0 - rank for rank in ranks], n_rows)
+    found = _call(judge, {**given, "first": first, "second": second})
+    return _means(rows, [None if value is None else float(value) for value in found], n_rows)
+
+
+def _pairs(columns: Mapping[str, Any], opponents: Sequence[Any]) -> tuple[list[int], list[Any], list[Any], Any]:
+    """Return for each comparison the completion's row, the completion, the opponent's, and the other columns."""
+    rows = [row for row, others in enumerate(opponents) for _ in others or ()]
+    second = [other for others in opponents for other in others or ()]
+    others = {name: values for name, values in columns.items() if name not in ("completions", "completion_ids")}
+    given = {name: [vs[row] for row in rows] if isinstance(vs, list) else vs for name, vs in others.items()}
+    return rows, [columns["completions"][row] for row in rows], second, given
+
+
+def _nothing(name: str, value: Any) -> None:
+    """Log nothing."""
+
+
+def _means(rows: Sequence[int], values: Values, n_rows: int) -> Values:
+    """Return the mean of the values of each row, (n_rows,); None for a row without values."""
+    known: list[list[float]] = [[] for _ in range(n_rows)]
+    for row, value in zip(rows, values, strict=True):
+        if value is not None:
+            known[row].append(value)
+    return [math.fsum(found) / len(found) if found else None for found in known]
 
 
 def _call(reward: Reward, columns: Mapping[str, Any]) -> Any:

@@ -36,7 +36,7 @@ from estune.run.checkpoint import BASE_DIRECTORY
 from estune.run.directory import Run, open_run
 from estune.train import setup
 from estune.train.request import TrainingRequest
-from estune.train.rollouts import Evaluator
+from estune.train.rollouts import Evaluator, Opponents
 from estune.train.session import Session, restored_fields
 from estune.train.setup import Loaded
 from estune.train.signals import StopRequest
@@ -80,7 +80,14 @@ def open_session(request: TrainingRequest, *, theta_joins_first_step: bool = Tru
         session = Session(
             **vars(loaded),
             run=run,
-            evaluator=Evaluator(engine, pool, args.response_prefix, stop.requested, panel or lines),
+            evaluator=Evaluator(
+                engine,
+                pool,
+                args.response_prefix,
+                stop.requested,
+                panel or lines,
+                opponents=Opponents(args.opponents) if pool.wants_opponents else None,
+            ),
             panel=panel,
             repository=repository,
             accuracy_pool=accuracy_pool,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -26,12 +26,13 @@ from estune.errors import UserError
 from estune.es.types import Completion, GroupAnswer, GroupJob, Interrupted, Member, Perturbation, Prompt, Sampling
 from estune.monitor.monitors import MemberLines
 from estune.monitor.panel import PanelMonitor
-from estune.rewards.contract import reward_inputs
+from estune.rewards.contract import opposed, reward_inputs
 from estune.rewards.pool import RewardBatch, RewardPool, RewardResult
 from estune.run.journal import Pending
 from estune.train.groups import Group, Rollouts, known_groups, stack, tokens_digest
 
 Completions = list[list[Completion]]  # (B, G)
+Opposed = Sequence[list[list[str]]] | None  # texts (B, G) of each opponent; None: there are none
 
 MAX_TOKEN = 2**31  # token ids of an engine without a vocabulary size are smaller
 STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to stop
@@ -52,6 +53,17 @@ class Beside(Protocol):
         """Keep the answers of the job whose first row is ``start``."""
 
 
+@dataclass(frozen=True)
+class Opponents:
+    """Whose completions of the same prompt a reward function receives as ``opponents``."""
+
+    of: int | Literal["theta"]  # theta's, or those of K other members
+
+    def of_member(self, index: int, n_models: int) -> list[int]:
+        """Return the indices of a member's opponents among the models of a step, (K,)."""
+        return [(index + 1 + k) % n_models for k in range(int(self.of))]
+
+
 @dataclass
 class Evaluator:
     """Generates completions with an engine and scores them with a reward pool, for training and for evaluations."""
@@ -62,6 +74,7 @@ class Evaluator:
     stop_requested: Callable[[], bool] = lambda: False  # whether the run was asked to stop
     panel: PanelMonitor | MemberLines | None = None  # shows the progress within a step
     warned: set[str] = field(default_factory=set)  # reward functions whose first failure was shown
+    opponents: Opponents | None = None  # with whose completions a member's are compared, if a reward asks for them
 
     def should_stop(self) -> bool:
         """Update the panel, and return whether the run was asked to stop; engines call this after every token."""
@@ -75,6 +88,7 @@ class Evaluator:
         rows_of: Callable[[GroupJob], Sequence[dict[str, Any]]],
         state_of: Callable[[GroupJob], dict[str, Any]],
         keep_text: bool,
+        opponents_of: Callable[[GroupJob], Opposed] = lambda job: None,
     ) -> Iterator[tuple[int, Group, Completions, Future[RewardResult]]]:
         """Generate the completions of jobs, and submit the completions of each member to the reward pool.
 
@@ -84,13 +98,22 @@ class Evaluator:
             state_of: returns the ``trainer_state`` of a job, for reward functions. They also see the member's index as
                 ``member``; None: theta.
             keep_text: whether to keep completions as text.
+            opponents_of: returns the opponents' completions of a job's prompts.
 
         Yields:
             The member's index, its `Group` without rewards, its completions (B, G), and the future of its rewards.
             `complete` puts the rewards into the group. A job's times are divided evenly among its members.
         """
+        for index, group, completions, job, state in self.generate(jobs, state_of, keep_text):
+            future = self.score(rows_of(job), job.prompts, completions, state, opponents_of(job))
+            yield index, group, completions, future
+
+    def generate(
+        self, jobs: Iterable[GroupJob], state_of: Callable[[GroupJob], dict[str, Any]], keep_text: bool
+    ) -> Iterator[tuple[int, Group, Completions, GroupJob, dict[str, Any]]]:
+        """Generate the completions of jobs; yield each member with its job and its ``trainer_state``, see `submit`."""
         for job, answer in checked_answers(self.engine, jobs, self.should_stop):
-            rows, n_members = rows_of(job), len(answer.indices)
+            n_members = len(answer.indices)
             for index, perturbation, completions in zip(
                 answer.indices, job.perturbations, answer.completions, strict=True
             ):
@@ -108,11 +131,8 @@ class Evaluator:
                     perturb_s=answer.perturb_s / n_members,
                 )
                 if keep_text:
-                    group.completions = [
-                        [self.response_prefix + self.text(prompt, c.token_ids) for c in row]
-                        for prompt, row in zip(job.prompts, completions, strict=True)
-                    ]
-                yield index, group, completions, self.score(rows, job.prompts, completions, state)
+                    group.completions = self.texts(job.prompts, completions)
+                yield index, group, completions, job, state
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
@@ -138,6 +158,13 @@ class Evaluator:
                 error = " ".join(error.split())
                 warn(f"reward {error} (only the first failure is shown; all are counted)")
 
+    def texts(self, prompts: Sequence[Prompt], completions: Completions) -> list[list[str]]:
+        """Return completions (B, G) as text with the response prefix."""
+        return [
+            [self.response_prefix + self.text(prompt, c.token_ids) for c in row]
+            for prompt, row in zip(prompts, completions, strict=True)
+        ]
+
     def text(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         """Return a completion's text without the response prefix.
 
@@ -157,12 +184,18 @@ class Evaluator:
         prompts: Sequence[Prompt],
         completions: Completions,
         trainer_state: dict[str, Any],
+        opponents: Opposed = None,
     ) -> Future[RewardResult]:
-        """Submit completions (B, G) to the reward pool, in row order; return the future of their rewards."""
+        """Submit completions (B, G) to the reward pool, in row order; return the future of their rewards.
+
+        ``opponents``: each opponent's completions (B, G) of the same prompts, as text; None: there are none.
+        """
         flat_rows = [row for row, answers in zip(rows, completions, strict=True) for _ in answers]  # (B * G,)
         token_ids = [list(c.token_ids) for answers in completions for c in answers]  # (B * G,)
         texts = [self.text(p, c.token_ids) for p, answers in zip(prompts, completions, strict=True) for c in answers]
         reward_prompts, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
+        if opponents is not None and self.pool.wants_opponents:
+            columns["opponents"] = opposed(reward_prompts, opponents)
         return self.pool.submit(RewardBatch(reward_prompts, answers, token_ids, columns, trainer_state))
 
     def evaluate_theta(
@@ -181,7 +214,9 @@ class Evaluator:
             Interrupted: the run was asked to stop.
         """
         job = GroupJob((0,), (None,), self.engine.theta_checksum, tuple(prompts), sampling)
-        [(_, group, _, future)] = self.submit([job], lambda _: rows, lambda _: trainer_state, keep_text)
+        [(_, group, completions, _, state)] = self.generate([job], lambda _: trainer_state, keep_text)
+        opponents = [self.texts(prompts, completions)] if self.opponents == Opponents("theta") else None
+        future = self.score(rows, prompts, completions, state, opponents)
         return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
 
     def evaluate_population(
@@ -222,6 +257,8 @@ class Evaluator:
         n_members = len(perturbations)
         n_models = n_members + theta_joins
         shape = (len(prompts), sampling.num_generations, self.pool.n_functions)
+        among_members = self.opponents is not None and self.opponents.of != "theta"
+        keep_text = keep_text or among_members  # a resume compares with the texts of finished members
         known = known_groups(pending.read(head), n_models, shape, keep_text)
         scores = _Scores(
             self, sampling.num_generations, pending, head, n_members, n_models, keep_text, beside, dict(known)
@@ -236,9 +273,18 @@ class Evaluator:
             return trainer_state if beside is None or job.indices[0] < n_models else beside.trainer_state
 
         every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_models))
+        keeps = keep_text or beside is not None
         try:
-            for answer in self.submit(every, rows_of, state_of, keep_text or beside is not None):
-                scores.take(*answer)
+            if among_members:
+                self._score_among_members(scores, every, rows_of, state_of)
+            else:
+                of_theta = self._texts_of_theta(prompts, sampling) if self.opponents is not None else None
+
+                def opponents_of(job: GroupJob) -> Opposed:
+                    return None if of_theta is None or job.indices[0] >= n_models else [of_theta]
+
+                for answer in self.submit(every, rows_of, state_of, keeps, opponents_of):
+                    scores.take(*answer)
         except Interrupted:
             with suppress(Interrupted):
                 scores.collect(wait=True)
@@ -251,6 +297,32 @@ class Evaluator:
         rollouts.theta = groups.get(n_members)
         rollouts.earlier_s = sum(known[i].generate_s + known[i].perturb_s for i in known if groups[i] is known[i])
         return rollouts
+
+    def _texts_of_theta(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[str]]:
+        """Return theta's completions (B, G) of a step's prompts as text."""
+        return self.texts(prompts, answers_of_theta(self.engine, prompts, sampling, self.should_stop))
+
+    def _score_among_members(
+        self,
+        scores: _Scores,
+        jobs: Iterable[GroupJob],
+        rows_of: Callable[[GroupJob], Sequence[dict[str, Any]]],
+        state_of: Callable[[GroupJob], dict[str, Any]],
+    ) -> None:
+        """Generate the completions of all members, and then score each member's beside those of its opponents."""
+        assert self.opponents is not None
+        made = {}
+        for index, group, completions, job, state in self.generate(jobs, state_of, True):
+            if index < scores.n_models:
+                made[index] = group, completions, job, state
+            else:  # of the evaluation beside
+                future = self.score(rows_of(job), job.prompts, completions, state)
+                scores.take(index, group, completions, future)
+        texts = {index: group.completions for index, group in scores.groups.items()}
+        texts |= {index: group.completions for index, (group, *_) in made.items()}
+        for index, (group, completions, job, state) in sorted(made.items(), key=lambda item: item[0]):
+            others = [texts[other] or [] for other in self.opponents.of_member(index, scores.n_models)]
+            scores.take(index, group, completions, self.score(rows_of(job), job.prompts, completions, state, others))
 
 
 @dataclass

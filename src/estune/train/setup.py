@@ -40,6 +40,7 @@ from estune.es.types import Prompt
 from estune.identity import encode, rows_digest
 from estune.models.names import local_directory
 from estune.models.reward_model import RewardModel
+from estune.rewards.contract import wants_opponents
 from estune.rewards.loading import load_object
 from estune.rewards.pool import RewardPool, load_reward
 from estune.rewards.sources import source_parts
@@ -61,6 +62,7 @@ DATA_VERSION = 2  # version of the data's fingerprint; version 1 compares only t
 LARGE_BYTES = 64 << 20  # bytes of weights above which several threads are faster than one
 DEFAULT_BATCH = 32  # prompts a step
 SPLIT_OPTIONS = {"dataset_train_split": "train", "dataset_test_split": "test"}  # with their defaults
+COMPARING = ("es", "grpo", "dr_grpo", "rloo")  # methods with several completions of a prompt
 CONTROLLED_POPULATION = 16  # members from which step_control auto lets theta answer, too: 6 % more completions at most
 DEFAULT_GROUPS = 8  # prompts a step, for methods that sample several completions of each prompt
 DEFAULT_PROMPTS_PER_BATCH = 64  # prompts a forward pass
@@ -123,6 +125,11 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
         name = getattr(func, "__name__", type(func).__name__)
         names.append(name if name not in names else f"{name}_{len(names)}")
     funcs = [wrap(func, args.reward_wrappers, args.seed) for func in funcs]
+    if args.method not in COMPARING and any(map(wants_opponents, funcs)):
+        raise UserError(
+            f"a reward compares completions of the same prompt (opponents), and method {args.method} has none to compare: "
+            f"use {', '.join(COMPARING)}"
+        )
     weights = args.reward_weights or [1.0] * len(funcs)
     if len(weights) != len(funcs):
         raise UserError(f"reward_weights has {len(weights)} numbers for {len(funcs)} reward functions")
