@@ -157,6 +157,48 @@ def test_a_reward_model_scores_prompt_and_completion(llama, place, isolation):
         train(llama, reward_funcs=["judge"], **{**options, "max_steps": 3}, resume=True)
 
 
+def variety(texts):
+    return [len(set(text)) for text in texts]
+
+
+def beats(completions, opponents, **kwargs):
+    """Return the share of opponents with a lower reward, and note whom a completion met."""
+    own = variety(completions)
+    kwargs["log_extra"]("met", [others or [] for others in opponents])
+    return [
+        sum((mine > theirs) + 0.5 * (mine == theirs) for theirs in variety(others)) / len(others) if others else None
+        for mine, others in zip(own, opponents, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("opponents", ["theta", 2])
+@pytest.mark.parametrize("members_per_batch", [1, 2])
+def test_members_are_compared_with_theta_or_with_each_other(llama, place, opponents, members_per_batch):
+    options = dict(
+        reward_funcs=beats, opponents=opponents, log_completions=True, step_control="drift", noise="lowrank",
+        members_per_batch=members_per_batch, max_steps=3,
+    )  # fmt: skip
+    train(llama, **options)
+    for line in (line for line in journal(place / "run") if line["kind"] == "step"):
+        assert all(0 <= value <= 1 for value in line["fitness"])
+        if opponents == 2:  # of N members and theta each meets two others
+            assert sum(line["fitness"]) <= 4
+    file = place / "run" / "completions" / "step_00001.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    said = {(record["member"], record["row"]): record["completion"] for record in records}
+    for record in records:
+        model, row = 4 if record["member"] is None else record["member"], record["row"]
+        others = [None] if opponents == "theta" else [(model + 1) % 5, (model + 2) % 5]
+        assert record["met"] == [said[None if other in (None, 4) else other, row] for other in others]
+        mine, theirs = variety([record["completion"]])[0], variety(record["met"])
+        wanted = sum((mine > each) + 0.5 * (mine == each) for each in theirs) / len(theirs)
+        assert record["rewards"] == [pytest.approx(wanted)]
+    whole = steps(place / "run")
+    train(llama, output_dir="parts", **{**options, "max_steps": 1})
+    train(llama, output_dir="parts", resume=True, **options)
+    assert steps(place / "parts") == whole
+
+
 def test_what_is_no_reward_model(llama, place):
     save_classifier(place / "three", num_labels=3)
     save_classifier(place / "empty")

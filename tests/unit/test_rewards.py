@@ -24,7 +24,7 @@ from estune.rewards.contract import read_reply, required_keywords
 from estune.rewards.loading import EXTRA_OF
 from estune.rewards.pool import RewardBatch, RewardPool, load_reward
 from estune.rewards.sources import source_parts
-from estune.rewards.wrappers import hackable, noisy, wrap
+from estune.rewards.wrappers import hackable, judged, noisy, wrap
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -139,6 +139,40 @@ def test_wrappers_of_all_kinds_of_functions(isolation):
     assert logged.rewards[:, 0].tolist() == [1.0, 7.0, 3.0] and logged.metrics["true_reward/length"] == 2.0
 
 
+OPPOSED = [["bbbb", "b"], [], ["x"]]  # opponents of "a", "bb" and "ccc"
+
+
+@BOTH
+def test_a_preference_is_the_share_of_beaten_opponents(isolation):
+    given = batch(opponents=OPPOSED, width=[1, 2, 3])
+    found = score(wrap(length, ["preference()"]), given=given, isolation=isolation)
+    assert found.rewards[:, 0].tolist()[::2] == [0.25, 1.0] and np.isnan(found.rewards[1, 0]) and not found.failed.any()
+    assert found.metrics == {"true_reward/length": 2.0}  # of the completions, without the opponents
+
+    def judge(prompts, first, second, width):
+        assert prompts == ["p0", "p0", "p2"] and width == [1, 1, 3]
+        return [None if b == "b" else float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+    class Judge:
+        def judge(self, prompts, completions, shuffle_order=True):
+            return [-1 if b == "b" else int(len(a) < len(b)) for a, b in completions]
+
+    for kind in (judge, Judge()):
+        found = score(judged(kind), given=given, isolation=isolation)
+        assert found.rewards[:, 0].tolist()[::2] == [0.0, 1.0] and np.isnan(found.rewards[1, 0]), found.errors
+        assert np.isnan(score(judged(kind), isolation=isolation).rewards).all()  # nobody to compare with
+    with pytest.raises(UserError, match="a judge is a function, or an object with a method judge, not int"):
+        judged(3)
+
+
+def test_a_preference_is_wrong_at_its_rate():
+    given = batch(["aa"] * 2000, opponents=[["b"]] * 2000)
+    found = score(wrap(length, ["preference(agree=0.7)"]), given=given, isolation="inline").rewards
+    assert set(found[:, 0]) == {0.0, 1.0} and found.mean() == pytest.approx(0.7, abs=0.03)
+    given.trainer_state["is_evaluation"] = True
+    assert (score(wrap(length, ["preference(agree=0.7)"]), given=given, isolation="inline").rewards == 2.0).all()
+
+
 def test_a_wrapped_reward_is_identified_by_its_source_and_settings():
     def parts(wrapper, reward=length):
         return source_parts(wrap(reward, [wrapper]))
@@ -151,7 +185,7 @@ def test_a_wrapped_reward_is_identified_by_its_source_and_settings():
     ("wrapper", "words"),
     [
         ("noisy", "no call such as noisy"), ("noisy(0.2)", "with named arguments"), ("noisy(flip=", "no call"),
-        ("loud(flip=1)", "no wrapper 'loud'; there are noisy, drop, hackable"),
+        ("loud(flip=1)", "no wrapper 'loud'; there are noisy, drop, hackable, preference"),
         ("noisy(share=1)", "noisy has no argument 'share'; it has flip, std, per, low, high, seed"),
         ("noisy(flip=1+x)", "flip of noisy must be a number or text"), ("drop()", "drop needs share"),
         ("noisy(flip=2)", "flip must be between 0 and 1, not 2"), ("noisy(flip=a)", "between 0 and 1, not 'a'"),

@@ -13,7 +13,7 @@ from typing import Any
 from estune.data.memory import one_sentence, rows_in_memory, rows_of_frame
 from estune.errors import UserError
 from estune.identity import NoIdentityError, encode
-from estune.rewards.contract import TRL_KEYWORDS, column_names, required_keywords
+from estune.rewards.contract import OUR_KEYWORDS, TRL_KEYWORDS, column_names, required_keywords
 
 Row = dict[str, Any]
 
@@ -235,7 +235,7 @@ def check_columns(rows: Sequence[Row], reward_funcs: Sequence[Callable[..., Any]
                 f"reward {name} needs the column completion, which rewards never get, as in TRL: give the column "
                 "another name with column_mapping"
             )
-        missing = [word for word in required_keywords(function) if word not in (*TRL_KEYWORDS, *columns)]
+        missing = [word for word in required_keywords(function) if word not in (*TRL_KEYWORDS, *OUR_KEYWORDS, *columns)]
         if missing:
             raise UserError(
                 f"the dataset lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} that reward {name} "

@@ -17,6 +17,7 @@ from typing import Any
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL, reward functions receive every other column
 TRL_KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+OUR_KEYWORDS = ("opponents",)  # unless the data has a column of this name
 
 MAX_METRIC = 1e300  # a larger metric is dropped, so that sums of metrics do not overflow
 MAX_NAME_LENGTH = 200  # characters in the name of a metric or column

@@ -194,7 +194,7 @@ class Evaluator:
         token_ids = [list(c.token_ids) for answers in completions for c in answers]  # (B * G,)
         texts = [self.text(p, c.token_ids) for p, answers in zip(prompts, completions, strict=True) for c in answers]
         reward_prompts, answers, columns = reward_inputs(flat_rows, texts, self.response_prefix)
-        if opponents is not None and self.pool.wants_opponents:
+        if opponents is not None and self.pool.wants_opponents and "opponents" not in columns:
             columns["opponents"] = opposed(reward_prompts, opponents)
         return self.pool.submit(RewardBatch(reward_prompts, answers, token_ids, columns, trainer_state))
 

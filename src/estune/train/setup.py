@@ -127,8 +127,8 @@ def resolve_rewards(args: ESConfig, reward_funcs: Any, task: Task | None) -> Rew
     funcs = [wrap(func, args.reward_wrappers, args.seed) for func in funcs]
     if args.method not in COMPARING and any(map(wants_opponents, funcs)):
         raise UserError(
-            f"a reward compares completions of the same prompt (opponents), and method {args.method} has none to compare: "
-            f"use {', '.join(COMPARING)}"
+            f"a reward compares completions of the same prompt (opponents), and method {args.method} has one for each "
+            f"prompt: use {', '.join(COMPARING)}"
         )
     weights = args.reward_weights or [1.0] * len(funcs)
     if len(weights) != len(funcs):
