@@ -98,6 +98,7 @@ TOY_EFFECTS = {
         of_steps("q"),
     ),
     "reward_wrappers": ((), ("--reward_wrappers", "noisy(std=0.5)"), of_steps("fitness", "q")),
+    "opponents": (("--reward_wrappers", "preference()"), ("--opponents", 2), of_steps("fitness")),
     "reward_timeout_s": ((*SLOW, "--batch_size", 2), ("--reward_timeout_s", 0.005), of_steps("failures")),
     "reward_workers": (
         (*SLOW, "--reward_workers", 1),
