@@ -48,6 +48,18 @@ found = [R(text) for text in m.requires(sys.argv[1]) or []]
 print("\\n".join(str(r) for r in found if r.name not in sys.argv[2:] and (not r.marker or r.marker.evaluate())))
 """
 
+# program: answers the job argv[1] {model, prompts (chats), tokens} with vLLM; writes the texts to argv[2]
+ANSWERS = """
+import json, os, sys
+from pathlib import Path
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+from vllm import LLM, SamplingParams
+job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+llm = LLM(job["model"], dtype="float32", enforce_eager=True, max_model_len=1024)
+outputs = llm.chat(job["prompts"], SamplingParams(temperature=0.0, max_tokens=job["tokens"]))
+Path(sys.argv[2]).write_text(json.dumps([output.outputs[0].text for output in outputs]), encoding="utf-8")
+"""
+
 
 def vllm_environment(cache_dir: Path) -> Path:
     """Return the Python of an environment with vLLM for CPUs and its requirements except torch's CUDA builds."""
@@ -71,8 +83,7 @@ def with_vllm(run: Path, cache_dir: Path, place: Path) -> dict[str, Any]:
     prompts = [row["prompt"] for row in conciseness.load("test")]
     job, answers = place / "job.json", place / "answers.json"
     job.write_text(json.dumps({"model": str(run), "prompts": prompts, "tokens": tokens}), encoding="utf-8")
-    program = str(HERE / "leaving_vllm.py")  # -P: files beside the program are not importable
-    command = [str(vllm_environment(cache_dir)), "-P", program, str(job), str(answers)]
+    command = [str(vllm_environment(cache_dir)), "-P", "-c", ANSWERS, str(job), str(answers)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": " | ".join(done.stderr.splitlines()[-3:])}

@@ -361,7 +361,7 @@ def test_what_a_resume_may_change_is_not_part_of_the_trajectory() -> None:
     trajectory = ESConfig().trajectory()
     assert set(trajectory) == names - RESUMABLE - IN_HEADER_IF_SET
     assert (
-        set(ESConfig(column_mapping={"prompt": "text"}, reward_wrappers=["drop(share=1)"]).trajectory())
+        set(ESConfig(column_mapping={"prompt": "text"}, reward_wrappers=["drop(share=1)"], opponents=2).trajectory())
         == names - RESUMABLE
     )
     json.dumps(trajectory, allow_nan=False)
