@@ -479,6 +479,30 @@ def test_a_comparison_waits_for_an_orphaned_run(tmp_path: Path, monkeypatch: pyt
     os.close(held)
 
 
+def test_a_model_can_be_trained_with_another_reward(tmp_path: Path) -> None:
+    models = {"clean": "tiny", "noisy": "tiny"}
+    noise = {"reward_wrappers": ["noisy(flip=0.2)"]}
+    made = comparison(models=models, model_settings={"noisy": noise}, output_dir=str(tmp_path))
+    wrappers = {model: configuration(made, model, "es", {}, 0).reward_wrappers for model in models}
+    assert wrappers == {"clean": [], "noisy": noise["reward_wrappers"]}
+    assert from_mapping(json.loads(json.dumps(dataclasses.asdict(made)))) == made  # as it is kept
+    wrong = {
+        "model_settings of gone: there is no such model; there are clean, noisy": {"gone": noise},
+        "cannot hold temperature: they can hold reward_wrappers": {"noisy": {"temperature": 1}},
+        "model_settings of noisy must be a mapping": {"noisy": [1]},
+    }
+    for told, settings in wrong.items():
+        with pytest.raises(UserError, match=told):
+            comparison(models=models, model_settings=settings)
+    Runner(made).write_plan()
+    more = dict(models=models | {"worse": "tiny"}, output_dir=str(tmp_path))
+    both = {"noisy": noise, "worse": {"reward_wrappers": ["noisy(flip=0.4)"]}}
+    Runner(comparison(**more, model_settings=both)).check_plan()
+    write(tmp_path / "results" / "noisy" / "base.json", fingerprint="0")
+    with pytest.raises(UserError, match="holds results of another noisy"):
+        Runner(comparison(**more, model_settings={"worse": noise})).check_plan()
+
+
 def test_options_that_depend_on_the_machine_stay_auto() -> None:
     """Otherwise a resume on another machine would have other options."""
     args = planned(comparison(), "es")

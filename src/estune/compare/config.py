@@ -48,11 +48,15 @@ SET_BY_COMPARISON = frozenset(
 
 # Options that must be equal for every method; they can stand only in the common settings.
 SHARED = frozenset(
-    "dataset_name dataset_config dataset_train_split dataset_test_split column_mapping reward_funcs reward_weights "
-    "reward_timeout_s reward_isolation apply_chat_template chat_template_kwargs system_prompt response_prefix "
-    "stop_strings max_completion_length dtype device revision trust_remote_code allow_unsandboxed_code num_threads "
-    "prompts_per_batch reward_workers trainable_parameters".split()
+    "dataset_name dataset_config dataset_train_split dataset_test_split column_mapping reward_funcs reward_wrappers "
+    "reward_weights reward_timeout_s reward_isolation apply_chat_template chat_template_kwargs system_prompt "
+    "response_prefix stop_strings max_completion_length dtype device revision trust_remote_code "
+    "allow_unsandboxed_code num_threads prompts_per_batch reward_workers trainable_parameters".split()
 )
+
+# Options that can differ between models: of training alone, so that all models are measured alike. A base under two
+# names, such as llama and llama-noisy, is then compared under two rewards.
+MODEL_OPTIONS = frozenset(("reward_wrappers",))
 
 # Options that a retained task may have. The other options belong to the model or to the comparison, or do not change
 # a greedy answer.
@@ -134,6 +138,7 @@ class Comparison:
     tuning: Tuning = field(default_factory=Tuning)
     measuring: Measuring = field(default_factory=Measuring)
     settings: dict[str, Any] = field(default_factory=dict)
+    model_settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of some models: `MODEL_OPTIONS`
     retention: dict[str, Retained] = field(default_factory=dict)
     skill_prefix: str = ""
     established_points: float = 10.0  # points of accuracy that a baseline must gain on at least one base to count
@@ -194,6 +199,9 @@ def from_mapping(values: dict[str, Any]) -> Comparison:
     values["seeds"] = tuple(values.get("seeds", (0, 1, 2, 3, 4)))
     values["settings"] = _settings(values.get("settings", {}), "settings")
     values["methods"] = {name: _entry(name, given) for name, given in values["methods"].items()}
+    values["model_settings"] = {
+        name: _model_settings(name, given, models) for name, given in (values.get("model_settings") or {}).items()
+    }
     values["retention"] = {name: _retained(name, given) for name, given in (values.get("retention") or {}).items()}
     comparison = Comparison(**values)
     _validate(comparison)
@@ -208,6 +216,19 @@ def _entry(name: str, given: Any) -> Entry:
         )
     trials = tuple(_settings(trial, f"a trial of {name}") for trial in entry.trials)
     return Entry(entry.method, _settings(entry.settings, f"settings of {name}"), trials)
+
+
+def _model_settings(name: str, given: Any, models: dict[str, Any]) -> dict[str, Any]:
+    where = f"model_settings of {name}"
+    if name not in models:
+        raise UserError(f"{where}: there is no such model; there are {', '.join(models)}")
+    if not isinstance(given, dict):
+        raise UserError(f"{where} must be a mapping of options to values")
+    settings = canonical(given, where)
+    for option in settings:
+        if option not in MODEL_OPTIONS:
+            raise UserError(f"{where} cannot hold {option}: they can hold {', '.join(sorted(MODEL_OPTIONS))}")
+    return settings
 
 
 def _retained(name: str, given: Any) -> Retained:

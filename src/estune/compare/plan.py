@@ -129,7 +129,7 @@ def configuration(comparison: Comparison, model: str, method: str, trial: dict[s
     common = comparison.settings
     if entry.method != "es":  # the other methods train in their own process; workers still measure their models
         common = {name: value for name, value in common.items() if name not in OF_WORKERS}
-    values = {**common, **entry.settings, **trial}
+    values = {**common, **comparison.model_settings.get(model, {}), **entry.settings, **trial}
     values |= {"model": comparison.models[model], "task": comparison.task, "seed": seed, "method": entry.method}
     try:
         args = ESConfig.from_mapping(values, f"method {method}")

@@ -51,7 +51,8 @@ from estune.train import setup
 
 SPLITS = ("train", "validation", "test")
 COSTS = ("evaluations", "train_time_s")
-EXTENSIBLE = ("seeds", "output_dir", "notes", "methods", "models", "workers")  # options that may change between starts
+# options that may change between starts
+EXTENSIBLE = ("seeds", "output_dir", "notes", "methods", "models", "model_settings", "workers")
 
 
 class Runner:
@@ -349,7 +350,8 @@ class Runner:
                 )
         for kind in ("methods", "models"):
             for name, entry in before[kind].items():
-                if options[kind].get(name) == entry or not self._has_files(kind, name):
+                both = [given["model_settings"].get(name) if kind == "models" else None for given in (options, before)]
+                if (options[kind].get(name) == entry and both[0] == both[1]) or not self._has_files(kind, name):
                     continue
                 if name not in options[kind]:
                     raise UserError(
