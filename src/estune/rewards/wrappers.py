@@ -44,8 +44,9 @@ def noisy(
         reward: a reward function.
         flip: probability with which a reward r becomes ``low + high - r``.
         std: standard deviation of normal noise that is added.
-        per: ``call``: every completion of every member draws anew. ``row``: all completions of a prompt share one draw
-            in all steps, like a row with a wrong label.
+        per: ``call``: every completion of every member draws anew, but equal completions of one member to one prompt
+            share a draw. ``row``: all completions of a prompt share one draw in all steps, like a row with a wrong
+            label.
         low: of the rewards that are flipped.
         high: of the rewards that are flipped.
         seed: of what is drawn.
