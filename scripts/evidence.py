@@ -3,6 +3,7 @@
     python scripts/evidence.py                       # after a comparison
     python scripts/evidence.py --check               # exit status 1 if a page or a picture differs from the files
     python scripts/evidence.py --show compare_countdown    # all tables of a file, with every paired difference
+    python scripts/evidence.py --show stability      # how much the runs of a method differ, in all comparisons
 
 A generated table begins with `<!-- NAME -->` and ends with `<!-- end -->`, on a page of `docs` or in README. Its source
 is `benchmarks/results/NAME.json` (`scans` has two files; README's `results` is made from several). The curves of a

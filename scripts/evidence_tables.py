@@ -9,12 +9,14 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from estune.compare.archive import Row, read_archive, summary_of
 from estune.es.forecast import LEVEL, Agreement, Outlook, Parts
+from estune.train.evaluation import interval
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUDGETS = {"evaluations": "equal evaluations", "time": "equal time"}
@@ -23,6 +25,7 @@ SCANS = {"default": "tasks at their default level", "easy": "tasks at their lowe
 # comparison -> result file with its accuracies on the problems that were asked only once
 REPEATED = {"compare_smollm2_basic_arithmetic": "repeated_problems"}
 PROBED_STEPS, PROBED_PROMPTS = 10, 8  # steps and B of the runs in the file `probe`
+FALL = 0.05  # of accuracy: how far below its peak a run must end to count as fallen
 FEWEST_SEEDS = 3  # seeds a method; with fewer, no differences are counted
 
 
@@ -80,21 +83,28 @@ def seeds_note(rows: Sequence[dict[str, Any]], wanted: int) -> str:
 # --- all bases --------------------------------------------------------------------------------------------------------
 
 
-def half_way(summary: dict[str, Any], budget: str, method: str) -> str:
-    """Return the seconds of training until half of the gain that forcing the skill brings; the median over all runs.
+def crossings(model: dict[str, Any], budget: str, method: str) -> list[float]:
+    """Return the seconds of training until half of the gain that forcing the skill brings, of each run of a model.
 
     The validation accuracies measured during a run are interpolated linearly. A run that never reached half of the
-    gain, or that failed before its first evaluation, counts as infinite; an infinite median is shown as "never".
+    gain, or that failed before its first evaluation, counts as infinite. Empty if no skill was forced.
     """
+    if "prefix" not in model:
+        return []
     crossed = []
-    for model in summary["models"].values():
-        wanted = (model["base"]["accuracy"]["mean"] + model["prefix"]["accuracy"]["mean"]) / 2
-        for curve in model["curves"][budget].get(method, []):
-            points = [(seconds, accuracy) for _, seconds, accuracy in curve if accuracy is not None]
-            crossings = (
-                t + (u - t) * (wanted - a) / (b - a) for (t, a), (u, b) in itertools.pairwise(points) if a < wanted <= b
-            )
-            crossed.append(next(crossings, math.inf))
+    wanted = (model["base"]["accuracy"]["mean"] + model["prefix"]["accuracy"]["mean"]) / 2
+    for curve in model["curves"][budget].get(method, []):
+        points = [(seconds, accuracy) for _, seconds, accuracy in curve if accuracy is not None]
+        found = (
+            t + (u - t) * (wanted - a) / (b - a) for (t, a), (u, b) in itertools.pairwise(points) if a < wanted <= b
+        )
+        crossed.append(next(found, math.inf))
+    return crossed
+
+
+def half_way(summary: dict[str, Any], budget: str, method: str) -> str:
+    """Return the median of `crossings` over all runs as text; an infinite median is shown as "never"."""
+    crossed = [seconds for model in summary["models"].values() for seconds in crossings(model, budget, method)]
     median = statistics.median(crossed) if crossed else math.nan
     return "never" if median == math.inf else number(median, 0)
 
@@ -450,6 +460,72 @@ def everything(name: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
+@dataclass(frozen=True)
+class Steadiness:
+    """How much the runs of one method differ, and how many of them end below their own peak, in one comparison."""
+
+    comparison: str
+    budget: str
+    method: str
+    spread: tuple[float, float, float]  # points of accuracy: standard deviation over seeds, and its 95 % interval
+    crossings: list[float] | None  # seconds until half way, of the runs that came there; None: there is no such mark
+    runs: int
+    fallen: int  # runs whose last validation accuracy lies more than `FALL` below their highest one
+
+
+def steadiness(name: str) -> list[Steadiness]:
+    """Return the steadiness of every method of a comparison with several seeds, over all of its bases.
+
+    The standard deviation is pooled over bases; its interval is that of normal values. A run that failed is left out.
+    """
+    from scipy.stats import chi2
+
+    summary, found = read_summary(RESULTS / f"{name}.json"), []
+    for budget, method in itertools.product(BUDGETS, summary["comparison"]["methods"]):
+        squares, freedom, last_and_peak, times = 0.0, 0, [], []
+        for model in summary["models"].values():
+            row = next((row for row in model["rows"][budget] if row["name"] == method), None)
+            scores = [seed["accuracy"] for seed in row["seeds"] if seed["status"] == "done"] if row else []
+            if len(scores) > 1:
+                squares += statistics.variance(scores) * (len(scores) - 1)
+                freedom += len(scores) - 1
+            for curve in model["curves"][budget].get(method, []):
+                known = [accuracy for *_, accuracy in curve if accuracy is not None]
+                last_and_peak += [(known[-1], max(known))] if known else []
+            times += crossings(model, budget, method)
+        if freedom:
+            low, high = (squares / float(chi2.ppf(share, freedom)) for share in (0.975, 0.025))
+            spread = tuple(100 * math.sqrt(value) for value in (squares / freedom, low, high))
+            fallen = sum(peak - last > FALL + 1e-9 for last, peak in last_and_peak)
+            reached = [seconds for seconds in times if math.isfinite(seconds)] if times else None
+            found.append(Steadiness(name, budget, method, spread, reached, len(last_and_peak), fallen))  # type: ignore[arg-type]
+    return found
+
+
+def comparisons() -> list[str]:
+    """Return the names of the comparisons with a section on a page, which are complete."""
+    return ["compare_countdown", "compare_mini_sudoku", "compare_smollm2_chain_sum", "compare_smollm2_basic_arithmetic"]
+
+
+def stability(_: str) -> str:
+    """Return the table of the steadiness of every method in every comparison."""
+    body = []
+    for each in (each for name in comparisons() for each in steadiness(name)):
+        mean, low, high = each.spread
+        half = "" if each.crossings is None else "never"
+        if each.crossings:
+            spread = statistics.stdev(each.crossings) if len(each.crossings) > 1 else math.nan
+            half = f"{statistics.fmean(each.crossings):.0f} ± {spread:.0f} ({len(each.crossings)} of {each.runs})"
+        fallen = ""
+        if each.runs:
+            ends = [100 * end for end in interval([1.0] * each.fallen + [0.0] * (each.runs - each.fallen))]
+            fallen = f"{each.fallen} of {each.runs} [{ends[0]:.0f}, {ends[1]:.0f}]"
+        task = each.comparison.removeprefix("compare_").replace("_", " ")
+        body.append([task, BUDGETS[each.budget], each.method, f"{mean:.1f} [{low:.1f}, {high:.1f}]", half, fallen])
+    fell = f"end {100 * FALL:.0f} points below their peak"
+    return table(body, ["comparison", "", "method", "spread, points", "half way, s", fell])
+
+
 TASKS_OF_PROBE = {
     "countdown": "Countdown",
     "liked_length": "liked length",
@@ -523,7 +599,8 @@ def probed(name: str) -> str:
 
 
 # name -> function, for sections that are neither scans nor comparisons
-SECTIONS: dict[str, Callable[[str], str]] = {"paths": paths, "conciseness": conciseness, "probe": probed}
+SECTIONS: dict[str, Callable[[str], str]] = {"paths": paths, "conciseness": conciseness, "probe": probed,
+                                             "stability": stability}  # fmt: skip
 
 
 def section(name: str) -> str:

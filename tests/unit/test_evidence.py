@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,22 @@ def test_differences_are_counted_in_both_directions_but_not_for_one_or_two_seeds
         assert tables.differences(summary(seeds=2), "time") == ""
     assert "on each base: 4 pairs. ES is better in 2 (" in told and "1 against random_search" in told
     assert "and worse in 1, with p < 0.05" in told
+
+
+def test_steadiness_is_pooled_over_bases_and_counts_runs_below_their_peak() -> None:
+    with loaded("scripts/evidence_tables.py") as tables:
+        found = {(each.budget, each.method): each for each in tables.steadiness("compare_countdown")}
+        summary = tables.read_summary(tables.RESULTS / "compare_countdown.json")
+        told = tables.stability("")
+    lowrank, grpo = (found["time", method] for method in ("es-lowrank", "grpo"))
+    rows = [next(r for r in m["rows"]["time"] if r["name"] == "grpo") for m in summary["models"].values()]
+    variances = [statistics.variance(seed["accuracy"] for seed in row["seeds"]) for row in rows]
+    assert grpo.spread[0] == pytest.approx(100 * math.sqrt(statistics.mean(variances)))
+    assert grpo.spread[1] < grpo.spread[0] < grpo.spread[2] and grpo.runs == lowrank.runs == 15
+    curves = [curve for m in summary["models"].values() for curve in m["curves"]["time"]["es-lowrank"]]
+    ends = [[accuracy for *_, accuracy in curve if accuracy is not None] for curve in curves]
+    assert lowrank.fallen == sum(max(values) - values[-1] > 0.05 + 1e-9 for values in ends) > grpo.fallen
+    assert f"| {lowrank.fallen} of 15 [" in told
 
 
 def test_a_skill_that_cannot_be_forced_has_no_half_way_and_the_best_constant_has_a_line() -> None:
