@@ -166,7 +166,7 @@ def test_gain_and_rate_are_those_of_step_control() -> None:
     assert outlook.gain(8) == pytest.approx(evidence.reliability / sigma * sum(c * e for c, e in moves))
     assert outlook.randomness(30, 8) == pytest.approx(sum(c**2 for c, _ in moves))
     step = unit_step(fitness.tolist(), utilities, antithetic=True, sigma=sigma)
-    factor = rate_factor("drift", Signal().after(evidence), step, 1.0)
+    factor = rate_factor("drift", dataclasses.replace(Signal().after(evidence), change_weight=1.0), step, 1.0)
     assert outlook.allowed_rate(30, 8) == pytest.approx(factor / DRIFT_SHARE * LOSS_SHARE)
     one_sided = dataclasses.replace(outlook, antithetic=False)
     assert one_sided.randomness(30, 8) == pytest.approx(sum((u / 30) ** 2 for u in utilities))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import fields, replace
@@ -17,6 +18,7 @@ from estune.es.fitness import z_score
 from estune.es.step_control import (
     DRIFT_SHARE,
     FAST,
+    FIRST_CHANGES,
     SLOW,
     TREND_DEVIATION,
     Evidence,
@@ -122,7 +124,7 @@ def factor(control: str, signal: Signal, fitness: list[float], utilities: list[f
 def test_factors() -> None:
     fitness = [0.0, 1.0, 2.0, 3.0]
     utilities = z_score(fitness)
-    signal = Signal().after(Evidence(2.0, 1.0, drop=0.5))
+    signal = replace(Signal().after(Evidence(2.0, 1.0, drop=0.5)), change_weight=1.0)
     assert factor("none", signal, fitness, utilities) == 1.0
     assert factor("reliability", signal, fitness, utilities) == 0.5
     assert factor("reliability", Signal(), fitness, utilities) == 1.0  # nothing is known
@@ -131,11 +133,12 @@ def test_factors() -> None:
     assert factor("drift", signal, fitness, utilities) == pytest.approx(DRIFT_SHARE * 5 * std / 12.5 / 0.1)
     assert factor("drift", signal, fitness, utilities, learning_rate=1e-4) == 1.0
     rising = replace(signal, fast=1.0, slow=0.0, change=0.1, change_weight=1.0)
+    assert factor("drift", replace(signal, change_weight=0.5), fitness, utilities) == 1.0  # the first steps
     assert factor("drift", rising, fitness, utilities) == 1.0
     assert factor("reliability", rising, fitness, utilities) == 0.5
-    better = Signal().after(Evidence(2.0, 1.0, drop=-0.5))
+    better = replace(Signal().after(Evidence(2.0, 1.0, drop=-0.5)), change_weight=1.0)
     assert factor("drift", better, fitness, utilities) == 1.0
-    chance = Signal().after(Evidence(1.0, 2.0, drop=0.5))
+    chance = replace(Signal().after(Evidence(1.0, 2.0, drop=0.5)), change_weight=1.0)
     assert factor("drift", chance, fitness, utilities) == 0.0
     assert factor("drift", chance, fitness, utilities, antithetic=True) == 0.0
 
@@ -149,19 +152,19 @@ def means(values: list[float]) -> Signal:
 
 
 def test_the_trend_is_the_difference_of_two_means() -> None:
-    assert not means([]).rises and not means([1.0]).rises and not means([1.0] * 9).rises
-    values = [3.0, 5.0, 4.0, 7.0]
+    assert means([]).rises and means([1.0] * FIRST_CHANGES).rises and not means([1.0] * (FIRST_CHANGES + 1)).rises
+    values = [3.0, 5.0, 4.0, 7.0, 5.0, 6.0, 9.0, 8.0]
     fast = slow = values[0]
     for value in values[1:]:
         fast, slow = 0.6 * fast + 0.4 * value, 0.85 * slow + 0.15 * value
-    changes = [2.0**2 / 2, 1.0**2 / 2, 3.0**2 / 2]
-    weights = [0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    changes = [(b - a) ** 2 / 2 for a, b in itertools.pairwise(values)]
+    weights = [0.1 * 0.9**k for k in reversed(range(len(changes)))]
     signal = means(values)
     assert (signal.fast, signal.slow) == pytest.approx((fast, slow))
     variance = sum(w * c for w, c in zip(weights, changes, strict=True)) / sum(weights)
     assert signal.change / signal.change_weight == pytest.approx(variance)
     assert signal.rises == (fast - slow > 2 * 0.29 * math.sqrt(variance))
-    assert signal.after(Evidence(drop=1.0)).latest == 7.0  # a step without evidence has no mean
+    assert signal.after(Evidence(drop=1.0)).latest == 8.0  # a step without evidence has no mean
 
 
 def test_the_trend_tells_a_rise_from_chance() -> None:
@@ -187,7 +190,9 @@ def test_factors_of_the_largest_numbers_are_numbers(antithetic: bool) -> None:
     fitness = [1e300, -1e300, 1e300, math.nan]
     signal = Signal().after(Evidence(1e280, 0.0, mean=-1e140))
     signal = signal.after(evidence_of(np.full((4, 2, 1), 1e300), antithetic, 2e300))
-    assert math.isfinite(signal.change) and not signal.rises
+    assert math.isfinite(signal.change)
+    signal = replace(signal, change_weight=1.0, fast=signal.slow)
+    assert not signal.rises
     for utilities in ([1e300, -1e300, 1e300, 0.0], [1e-300, -1e-300, 1e-300, 0.0]):
         assert 0 <= factor("drift", signal, fitness, utilities, antithetic=antithetic) <= 1
 

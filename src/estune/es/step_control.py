@@ -11,7 +11,7 @@ quantities and bounds the learning rate by them:
   measures it: members lie below theta, and a step as long as a perturbation loses what a perturbation loses.
 
 A bound of drift slows a run that still advances. So the control ``drift`` bounds only steps in which the members' mean
-fitness does not rise.
+fitness does not rise, and none of the first `FIRST_CHANGES` steps.
 
 All sums are exact (`math.fsum`), so a step's values depend on its rewards alone.
 """
@@ -29,6 +29,7 @@ LARGEST = 1e140  # rewards and utilities are clipped to this absolute value, so 
 DRIFT_SHARE = 0.02  # of a step's gain: how much the control ``drift`` lets its random part lose
 FAST, SLOW = 0.6, 0.85  # weights of the earlier steps in the two means whose difference is the trend
 CHANGE_SMOOTHING = 0.9  # weight of the earlier steps in the mean square of the changes
+FIRST_CHANGES = 7  # changes of the fitness before a trend can be seen
 TREND_DEVIATION = 0.29  # standard deviation of the trend, in units of one step's mean, if steps are independent
 
 
@@ -106,9 +107,12 @@ class Signal:
 
     @property
     def rises(self) -> bool:
-        """Whether the members' mean fitness rises, by more than two standard deviations of the trend."""
-        if not self.change_weight:
-            return False
+        """Whether the members' mean fitness rises, by more than two standard deviations of the trend.
+
+        A run is taken to rise in its first steps, in which no trend can be seen.
+        """
+        if self.change_weight < 1.0 - CHANGE_SMOOTHING**FIRST_CHANGES - 1e-9:
+            return True
         return self.fast - self.slow > 2 * TREND_DEVIATION * math.sqrt(self.change / self.change_weight)
 
 
@@ -246,7 +250,8 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
     """Return the factor in [0, 1] by which a step's learning rate is multiplied.
 
     ``reliability`` multiplies by the reliability. ``drift`` bounds the rate, so that a step's expected loss by drift is
-    at most `DRIFT_SHARE` of its expected gain; while the fitness rises, the rate has no bound.
+    at most `DRIFT_SHARE` of its expected gain; while the fitness rises, and in a run's first steps, the rate has no
+    bound.
 
     Args:
         control: ``none``, ``reliability`` or ``drift``.
@@ -254,15 +259,13 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
         step: the step at learning rate 1.
         learning_rate: after the schedule.
     """
-    if control == "none":
+    if control == "none" or (control == "drift" and signal.rises):
         return 1.0
     reliability = signal.reliability
     if math.isnan(reliability):
         return 1.0
     if control == "reliability":
         return reliability
-    if signal.rises:
-        return 1.0
     drop = signal.mean_drop
     if not drop > 0:  # the members are as good as theta: a step loses nothing by drift
         return 1.0 if reliability > 0 else 0.0
