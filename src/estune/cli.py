@@ -87,7 +87,7 @@ def parse_and_run(words: list[str], owns_process: bool) -> int:
     """
     parser, commands = build_parsers()
     if words and not words[0].startswith("-") and words[0] not in commands:
-        hint = nearest(words[0], commands, least_prefix=3)
+        hint = command_hint(words[0]) or nearest(words[0], commands, least_prefix=3)
         raise UserError(f"unknown command {words[0]!r}{hint}; commands: {', '.join(commands)}")
     command = commands.get(words[0], parser) if words else parser
     known = _flags(command)
@@ -106,7 +106,9 @@ def parse_and_run(words: list[str], owns_process: bool) -> int:
     if wrong := list(_options_among(unknown)):
         raise _unknown_options(wrong, command)
     if unknown:
-        hint = f": give the model as --model {unknown[0]}" if words[0] in ("evaluate", "probe") else ""
+        hint = f": give the model as --model {unknown[0]}" if words[0] in TAKING_MODELS else ""
+        if unknown[0].endswith((".yaml", ".yml", ".json")):
+            hint = f": give the file as --config {unknown[0]}"
         if (setting := SETTING.match(unknown[0])) and f"--{setting[1]}" in known:
             hint = f": write --{unknown[0].lstrip('+~')}"
         raise UserError(f"unexpected word {unknown[0]!r}{hint}")

@@ -84,9 +84,15 @@ class BaselineTrainer(BaseTrainer):
             raise UserError(f"method {self.args.method} needs the model's name or directory, not a model in memory")
         check_method(self.args, self.request.rewards.accuracy is not None)
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+        **unknown: Any,
+    ) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run; see `ESTrainer.train`."""
-        request = self.begin(resume_from_checkpoint)
+        request = self.begin(resume_from_checkpoint, unknown)
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             complete_finished_run(run_dir, self.args)

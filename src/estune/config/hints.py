@@ -149,7 +149,7 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("init_kl_coef kl_loss_coef use_kl_loss kl_penalty kl_ctrl algorithm.kl_ctrl algorithm.kl_ctrl.* "
          "algorithm.use_kl_in_reward algorithm.kl_penalty "
          "actor_rollout_ref.actor.use_kl_loss actor_rollout_ref.actor.kl_loss_*",
-         "es has no KL term, see --weight_decay_anchor base; for grpo and rloo give beta in --method_kwargs, for ppo "
+         "es has no KL term, see --weight_decay with --weight_decay_anchor base; for grpo and rloo give beta in --method_kwargs, for ppo "
          "kl_coef"),
         ("sync_ref_model ref_model ref_model_mixup_alpha ref_model_sync_steps actor_rollout_ref.ref.*",
          "es has no reference model, see --weight_decay_anchor base"),
@@ -439,6 +439,18 @@ def unknown_in(source: str, kind: str, hints: Mapping[str, str]) -> UserError:
     """Return the error for unknown names in a source, such as ``config 'run.yaml'`` or ``ESConfig``."""
     quoted = {repr(name): hint for name, hint in hints.items()}
     return UserError(f"{source} has {'an ' if len(quoted) == 1 else ''}{unknown(kind, quoted)}")
+
+
+def command_hint(word: str) -> str:
+    """Return ``; HINT`` for a command of TRL or transformers, or an empty string."""
+    methods = {"grpo": "grpo", "rloo": "rloo", "ppo": "ppo", "raft": "sft_rejection"}
+    if word in methods:
+        return f"; use estune train: with es, or with --method {methods[word]}"
+    if word in ("sft", "dpo", "kto", "reward", "orpo", "cpo"):
+        return "; estune train maximises a reward: it learns from no demonstrations or preferences in data"
+    if word in ("chat", "generate", "serve", "vllm-serve"):
+        return "; a run is a directory that transformers and vLLM load; estune evaluate --rows FILE writes answers"
+    return ""
 
 
 def unknown_arguments(

@@ -56,12 +56,23 @@ class BaseTrainer:
         self._steps_done: int | None = None  # of the run that this trainer opened
         self._gave_model = False  # whether `model` was read: a program may have changed it
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+        **unknown: Any,
+    ) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics."""
         raise NotImplementedError
 
-    def begin(self, resume_from_checkpoint: str | Path | bool | None) -> TrainingRequest:
-        """Prepare for `train`: return the request, which continues a run if it was asked to."""
+    def begin(self, resume_from_checkpoint: str | Path | bool | None, unknown: Collection[str]) -> TrainingRequest:
+        """Prepare for `train`: return the request, which continues a run if it was asked to.
+
+        Raises:
+            UserError: ``train`` was given arguments that it does not have.
+        """
+        self._refuse_unknown("train", unknown)
         request = self.request
         if request.is_opened or self._gave_model:  # theta may have moved, so a model with a name is loaded again
             request.forget_engine()
@@ -70,6 +81,11 @@ class BaseTrainer:
         request.callbacks.reset()
         request.resume(resume_from_checkpoint)
         return request
+
+    def _refuse_unknown(self, method: str, unknown: Collection[str]) -> None:
+        if unknown:
+            known = signature(getattr(type(self), method)).parameters.keys() - {"self", "unknown"}
+            raise unknown_arguments(f"{type(self).__name__}.{method}", unknown, known, FIELDS)
 
     def found_finished(self, run_dir: Path) -> TrainOutput:
         """Return the finished run, to which `train` has nothing to add; the trainer's model is then the run's."""
@@ -164,7 +180,7 @@ class BaseTrainer:
         return True
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **unknown: Any
     ) -> dict[str, Any]:
         """Evaluate theta on held-out rows as the run's own evaluations do; nothing is written.
 
@@ -179,6 +195,7 @@ class BaseTrainer:
         Raises:
             UserError: there are no held-out rows, or they are invalid.
         """
+        self._refuse_unknown("evaluate", unknown)
         request, args = self.request, self.args
         rows = request.held_out(eval_dataset)
         prompts = request.prompts(rows)
@@ -208,15 +225,19 @@ class BaseTrainer:
             name.replace("eval_", f"{metric_key_prefix}_", 1): value for name, value in record.items() if name != "step"
         }
 
-    def save_model(self, output_dir: str | Path | None = None) -> None:
+    def save_model(
+        self, output_dir: str | Path | None = None, _internal_call: bool = False, **unknown: Any
+    ) -> None:
         """Write theta to a directory as a Hugging Face model in the compute dtype.
 
         Args:
             output_dir: the directory; None or the run directory: `train` has already written the model there.
+            _internal_call: has no effect; transformers has it.
 
         Raises:
             UserError: there is no directory, because nothing has been trained.
         """
+        self._refuse_unknown("save_model", unknown)
         run_dir = self.args.output_dir
         if output_dir is None or (run_dir is not None and Path(output_dir).resolve() == Path(run_dir).resolve()):
             self._finished_run("save_model")

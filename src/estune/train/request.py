@@ -46,6 +46,7 @@ class TrainingRequest:
     is_opened: bool = False  # whether `args.output_dir` holds this request's run
     finished: Path | None = None  # the run, if it was finished before: its model replaces the base
     _engine: Engine | None = field(default=None, repr=False)
+    _asked: tuple[bool, bool] | None = None  # resume and overwrite, as the configuration has them
 
     @classmethod
     def of(
@@ -76,6 +77,8 @@ class TrainingRequest:
             args = dataclasses.replace(args, model=str(model))
         if args.task is None and args.dataset_name is None and train_dataset is None:
             refuse_rows_from_python(args)
+            if reward_funcs is not None or args.reward_funcs is not None:
+                raise UserError("a reward without rows: give train_dataset, or dataset_name or task in ESConfig")
             args = dataclasses.replace(args, task="countdown")
         args.validate_training()
         task = setup.task_of(args)
@@ -141,7 +144,10 @@ class TrainingRequest:
         Raises:
             UserError: there is no such run, or the checkpoint is elsewhere.
         """
+        if self._asked is None:
+            self._asked = self.args.resume, self.args.overwrite
         if checkpoint is None or checkpoint is False:
+            self._set_start(*self._asked)
             return
         if self.args.output_dir is None:
             raise UserError("resume_from_checkpoint needs output_dir in ESConfig: the directory of the run to continue")
@@ -153,8 +159,13 @@ class TrainingRequest:
             )
         if not (run_dir / CONFIG_FILE).exists():
             raise UserError(f"resume_from_checkpoint: {run_dir} holds no run to continue")
-        self.args = dataclasses.replace(self.args, resume=True, overwrite=False)
-        self.given_args = dataclasses.replace(self.given_args, resume=True, overwrite=False)
+        self._set_start(resume=True, overwrite=False)
+
+    def _set_start(self, resume: bool, overwrite: bool) -> None:
+        """Set how the next `train` begins: it continues the run in ``output_dir``, or deletes it first."""
+        if (self.args.resume, self.args.overwrite) != (resume, overwrite):
+            self.args = dataclasses.replace(self.args, resume=resume, overwrite=overwrite)
+            self.given_args = dataclasses.replace(self.given_args, resume=resume, overwrite=overwrite)
 
     def held_out(self, eval_dataset: Any = None) -> Rows:
         """Return rows for an evaluation: ``eval_dataset``, or the trainer's, or those that the configuration names.

@@ -139,6 +139,9 @@ class Applied:
     ended: float
 
 
+SHORT_RATE = 50.0  # a learning rate this many times below the default is worth a warning
+
+
 @dataclass(frozen=True)
 class Measured:
     """The result of `Session.measure`: the step's metrics that are known before theta moves."""
@@ -232,10 +235,16 @@ class Session(OpenRun):
             f"estune: {args.model}, {share} {size:,} parameters; {data}: {len(self.train_rows)} "
             f"training rows, {len(self.eval_rows)} held out"
         )
+        control = "" if args.step_control == "none" else f"step_control {args.step_control}, "
         say(
-            f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, "
+            f"estune: N {args.population_size}, sigma {args.sigma:g}, learning_rate {args.learning_rate:g}, {control}"
             f"batch_size {args.batch_size}, seed {args.seed}, max_steps {args.max_steps}; run directory {run.path}"
         )
+        if 0 < args.step_rate < args.sigma / 2 / SHORT_RATE:
+            warn(
+                f"learning_rate {args.step_rate:g} is 1/{args.sigma / 2 / args.step_rate:.0f} of sigma / 2, es's default: "
+                "rates of optimizers such as AdamW do not carry over"
+            )
         if args.noise == "lowrank" and not any(spec.kind == "lowrank" for spec in self.engine.specs):
             warn(f"engine {self.engine.facts.name} has no parameter with low-rank noise: all noise is full")
         elif args.noise == "lowrank":
@@ -526,7 +535,7 @@ class Session(OpenRun):
         self.run.pending.clear()
         prune(self.run.path, self.args.save_total_limit, self.run.journal.checkpoints)
         if self.run.steps_done and self.checksum == self.run.journal.steps[0]["checksum"]:
-            warn("theta never moved: in every step all members tied, or every reward failed")
+            warn(f"theta never moved: {self._why_theta_stayed()}")
         if self.panel is not None:
             self.panel.close()  # the lines below then stand under the panel
         self._say_end(best)
@@ -537,6 +546,18 @@ class Session(OpenRun):
         self.callbacks.call("on_train_end")
         if self.repository is not None:
             say(f"estune: {push(self.run.path, self.repository)}")
+
+    def _why_theta_stayed(self) -> str:
+        """Return why no step of the run moved theta."""
+        known = [{value for value in step["fitness"] if value is not None} for step in self.run.journal.steps]
+        if not any(len(values) > 1 for values in known):
+            return "in every step all members tied, or every reward failed"
+        if self.args.step_control == "none":
+            return "its steps were too short to change a float32"
+        return (
+            f"step_control {self.args.step_control} found no order of the members that prompts agree on; raise "
+            "batch_size, population_size or sigma, or ask estune probe"
+        )
 
     def _say_end(self, best: Best | None) -> None:
         """Print why the run ended early, if it did, and which step its model is; warn if no step gained anything."""

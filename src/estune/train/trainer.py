@@ -45,7 +45,13 @@ class ESTrainer(BaseTrainer):
     """
 
     def train(
-        self, resume_from_checkpoint: str | Path | bool | None = None, *, theta_joins_first_step: bool = True
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+        *,
+        theta_joins_first_step: bool = True,
+        **unknown: Any,
     ) -> TrainOutput:
         """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics.
 
@@ -54,13 +60,15 @@ class ESTrainer(BaseTrainer):
         Args:
             resume_from_checkpoint: True or the path of a checkpoint in ``output_dir``: continue the run there, from
                 the last step of its journal, as the option ``resume`` does.
+            trial: has no effect; transformers has it.
+            ignore_keys_for_eval: has no effect; transformers has it.
             theta_joins_first_step: whether theta also answers the first step's rows, so that warnings can compare the
                 members with theta.
 
         Raises:
             UserError: the input is invalid, or there is no run to continue.
         """
-        request = self.begin(resume_from_checkpoint)
+        request = self.begin(resume_from_checkpoint, unknown)
         run_dir = request.make_run_directory()
         if self.args.resume and is_finished(run_dir, self.args, request.given_args):
             complete_finished_run(run_dir, self.args)
