@@ -23,7 +23,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'estune' has no attribute {name!r}")
+        hint = "; estune has ESTrainer and ESConfig" if name.endswith(("Trainer", "Config", "Arguments")) else ""
+        raise AttributeError(f"module 'estune' has no attribute {name!r}{hint}")
     from importlib import import_module
 
     module, attribute = _HOMES[name]

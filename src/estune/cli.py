@@ -26,7 +26,7 @@ from estune.config import (
     default_of,
     read_config_file,
 )
-from estune.config.hints import OPTION_ANSWERS, option_hint, unknown
+from estune.config.hints import OPTION_ANSWERS, command_hint, option_hint, unknown
 from estune.console import keep_stdout_for_json, note, take_over_process, warn
 from estune.environment import VERSION
 from estune.errors import UserError, nearest
@@ -36,6 +36,7 @@ from estune.tasks import TASKS
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 SETTING = re.compile(r"[+~]*([A-Za-z_]\w*(?:\.\w+)*)=")  # how verl's command line begins an option: data.seed=1
+TAKING_MODELS = ("train", "evaluate", "probe", "plan")  # commands with --model
 TAKING_RUNS = ("replay", "export", "report", "watch")  # commands that take RUN as a word or as --run RUN
 Handler = Callable[[dict[str, Any]], int]  # option values -> exit status
 AddCommand = Callable[..., argparse.ArgumentParser]  # (name, handler, help, operand) -> the command's parser
@@ -388,7 +389,7 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
     """Add one flag per field. Values stay text; `ESConfig` converts them."""
     for name in names:
         spec = FIELDS[name]
-        flags = [f"--{word}" for word in (name, *spec.metadata["aliases"])]
+        flags = [f"--{word}" for word in (name, *spec.metadata["other_names"])]
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         choices = spec.metadata["choices"]
         default = default_of(name)

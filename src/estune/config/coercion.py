@@ -7,7 +7,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         UserError: the value does not fit the type; the message names option, value and type.
     """
     options = _alternatives(hint)
+    if name in _OF_OTHERS and (found := _OF_OTHERS[name](value)) is not None:
+        return found
     if type(None) in options and value in (["none"], ["null"]):  # `--reward_funcs none` on the command line
         return None
     for kind in options:
@@ -33,7 +35,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if converted is not _MISFIT:
             return converted
     wanted = " or ".join(_describe(kind) for kind in options if kind is not type(None))
-    raise UserError(f"{name} must be {wanted}, not {value!r}{_quoting_hint(value, options)}")
+    advice = _quoting_hint(value, options) or _ratio_hint(value, options)
+    raise UserError(f"{name} must be {wanted}, not {value!r}{advice}")
 
 
 def is_text(value: Any) -> bool:
@@ -53,6 +56,18 @@ def _quoting_hint(value: Any, options: list[Any]) -> str:
     return ""
 
 
+def _ratio_hint(value: Any, options: list[Any]) -> str:
+    """Return advice for a share of the steps, which transformers takes for some numbers of steps."""
+    is_share = int in options and re.fullmatch(r"0?\.\d+", str(value)) is not None
+    return "; shares of max_steps are not read: give a number" if is_share else ""
+
+
+# Option -> our value for a value that other libraries read, or None.
+_OF_OTHERS: dict[str, Callable[[Any], Any]] = {
+    "top_k": lambda value: 0 if value is None or str(value) == "-1" else None,  # off in transformers and vLLM
+    "report_to": lambda value: ["none"] if value is None else None,
+    "dtype": lambda value: str(value).removeprefix("torch.") if str(value).startswith("torch.") else None,
+}
 _MISFIT = object()
 
 

@@ -23,7 +23,7 @@ _NO_ADAPTERS = "there are no adapters: all parameters are trained"
 _NO_BEAMS = "there is no beam search: --temperature 0 decodes greedily, and above 0 it samples"
 _NO_DATALOADER = "all rows are in memory: there is no dataloader"
 _NO_GRADIENTS = "es computes no gradients; for a method that does, give it in --method_kwargs"
-_NO_KL = "es has no KL term, see --weight_decay_anchor base; for other methods --method_kwargs"
+_NO_KL = "es has no KL term, see --weight_decay with --weight_decay_anchor base; for other methods --method_kwargs"
 _NO_LOSS = "es has no loss function; for grpo give it in --method_kwargs"
 _NO_OPTIMIZER = "es has no optimizer; for a method that has one, give it in --method_kwargs"
 _NO_PENALTIES = "the decoder changes no logits: score in a reward what you would forbid"
@@ -149,10 +149,10 @@ OPTIONS: dict[str, tuple[Entry, ...]] = {
         ("init_kl_coef kl_loss_coef use_kl_loss kl_penalty kl_ctrl algorithm.kl_ctrl algorithm.kl_ctrl.* "
          "algorithm.use_kl_in_reward algorithm.kl_penalty "
          "actor_rollout_ref.actor.use_kl_loss actor_rollout_ref.actor.kl_loss_*",
-         "es has no KL term, see --weight_decay with --weight_decay_anchor base; for grpo and rloo give beta in --method_kwargs, for ppo "
-         "kl_coef"),
+         "es has no KL term, see --weight_decay with --weight_decay_anchor base; for grpo and rloo give beta in "
+         "--method_kwargs, for ppo kl_coef"),
         ("sync_ref_model ref_model ref_model_mixup_alpha ref_model_sync_steps actor_rollout_ref.ref.*",
-         "es has no reference model, see --weight_decay_anchor base"),
+         "es has no reference model, see --weight_decay with --weight_decay_anchor base"),
         ("scale_rewards", "es shapes fitness, see --fitness_shaping; for grpo give it in --method_kwargs"),
         ("normalize_advantages reward_clip_range", "es shapes fitness, see --fitness_shaping; for rloo give it in "
          "--method_kwargs"),

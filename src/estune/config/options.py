@@ -101,7 +101,7 @@ def _option(
 
     ``by_method`` names defaults of methods other than `es`; the field is filled in when the configuration is made.
     """
-    metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases)}
+    metadata = {"help": help, "choices": tuple(choices), "other_names": tuple(aliases)}
     if by_method is not None:
         return field(default=None, metadata={**metadata, "by_method": {"es": default, **by_method}})
     if isinstance(default, (list, dict)):
@@ -119,6 +119,8 @@ class ESConfig:
         Raises:
             UserError: options are unknown, or given by an alias.
         """
+        if args:
+            raise UserError("ESConfig takes options by name, such as ESConfig(output_dir='runs/first')")
         wrong = {name: field_of(name) for name in options if name not in FIELDS}
         if wrong:
             hints = {name: f"; use {known}" if known else hint_of(name) for name, known in wrong.items()}
@@ -369,11 +371,17 @@ class ESConfig:
         if self.method not in METHODS:
             raise UserError(f"method is {self.method!r}; it can be {', '.join(METHODS)}"
                             f"{nearest(str(self.method), METHODS)}")  # fmt: skip
+        wrong = []
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if value is None and "by_method" in spec.metadata:
                 value = default_of(spec.name, self.method)
-            setattr(self, spec.name, coerce(spec.name, value))
+            try:
+                setattr(self, spec.name, coerce(spec.name, value))
+            except UserError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise UserError("; and ".join(wrong))
         if self.worker_engine == RAY:
             raise UserError("worker_engine is the engine that runs in the workers, such as hf or vllm")
         if self.engine == RAY:  # another spelling: the engine says what computes the answers, num_workers says where
@@ -395,10 +403,14 @@ class ESConfig:
                         f"{spec.name} cannot be encoded as UTF-8: {item!r} holds half of a surrogate pair, as "
                         "undecodable bytes on a command line do"
                     )
-        self._validate_numbers()
-        self._validate_method()
-        self._validate_population()
-        self._validate_run()
+        wrong = []
+        for check in (self._validate_numbers, self._validate_method, self._validate_population, self._validate_run):
+            try:
+                check()
+            except UserError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise UserError("; and ".join(wrong))
 
     def _validate_numbers(self) -> None:
         """Refuse numbers out of their range."""
@@ -715,12 +727,12 @@ def default_of(name: str, method: str = "es") -> Any:
 def field_of(name: str) -> str | None:
     """Return the field of a name (`-` reads as `_`, aliases resolved), or None."""
     wanted = name.replace("-", "_")
-    return next((spec.name for spec in FIELDS.values() if wanted in (spec.name, *spec.metadata["aliases"])), None)
+    return next((spec.name for spec in FIELDS.values() if wanted in (spec.name, *spec.metadata["other_names"])), None)
 
 
 def hint_of(name: str) -> str:
     """Return ``; HINT`` for an unknown option of a file or of Python, or an empty string."""
-    known = [f"--{word}" for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
+    known = [f"--{word}" for spec in FIELDS.values() for word in (spec.name, *spec.metadata["other_names"])]
     return in_python(option_hint(name, known))
 
 

@@ -17,6 +17,7 @@ from estune.models.hub import client_errors
 from estune.models.names import local_directory, public_name
 
 ROWS = 16  # texts in one forward pass
+OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # names in TRL's commands
 WEIGHTS = ("*.safetensors", "*.bin")  # patterns of the files that hold weights
 
 
@@ -119,9 +120,15 @@ def _text(prompt: Any, completion: Any, tokenizer: Any) -> str:
 def _downloaded(spec: str) -> Path:
     """Return the directory of a model in the hub's cache, where its files are downloaded if needed."""
     if spec.count("/") != 1 or spec.startswith((".", "/", "~")) or spec.endswith(".py"):
+        module, _, function = spec.rpartition(".")
+        hint = ""
+        if spec in OF_TRL:
+            hint = f"; TRL's is trl.rewards:{spec}"
+        elif module and function.isidentifier() and not spec.endswith(".py"):
+            hint = f"; did you mean {module}:{function}?"
         raise UserError(
             f"reward {spec!r} is neither package.module:function nor path/file.py:function, nor the directory of a "
-            "reward model"
+            f"reward model{hint}"
         )
     import huggingface_hub
 

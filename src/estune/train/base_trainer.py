@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
@@ -225,9 +225,7 @@ class BaseTrainer:
             name.replace("eval_", f"{metric_key_prefix}_", 1): value for name, value in record.items() if name != "step"
         }
 
-    def save_model(
-        self, output_dir: str | Path | None = None, _internal_call: bool = False, **unknown: Any
-    ) -> None:
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False, **unknown: Any) -> None:
         """Write theta to a directory as a Hugging Face model in the compute dtype.
 
         Args:

@@ -156,6 +156,8 @@ class Evaluator:
             if name not in self.warned:
                 self.warned.add(name)
                 error = " ".join(error.split())
+                if "'list' object has no attribute" in error:
+                    error += "; completions of conversational rows are lists of messages, see docs/rewards.md"
                 warn(f"reward {error} (only the first failure is shown; all are counted)")
 
     def texts(self, prompts: Sequence[Prompt], completions: Completions) -> list[list[str]]:

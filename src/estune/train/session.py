@@ -242,8 +242,8 @@ class Session(OpenRun):
         )
         if 0 < args.step_rate < args.sigma / 2 / SHORT_RATE:
             warn(
-                f"learning_rate {args.step_rate:g} is 1/{args.sigma / 2 / args.step_rate:.0f} of sigma / 2, es's default: "
-                "rates of optimizers such as AdamW do not carry over"
+                f"learning_rate {args.step_rate:g} is 1/{args.sigma / 2 / args.step_rate:.0f} of sigma / 2, which is "
+                "es's default: rates of optimizers such as AdamW do not carry over"
             )
         if args.noise == "lowrank" and not any(spec.kind == "lowrank" for spec in self.engine.specs):
             warn(f"engine {self.engine.facts.name} has no parameter with low-rank noise: all noise is full")

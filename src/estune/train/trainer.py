@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from estune.config import ESConfig
 from estune.console import counted, say
