@@ -389,7 +389,7 @@ def _add_fields(parser: argparse.ArgumentParser, names: Sequence[str] | dict[str
     """Add one flag per field. Values stay text; `ESConfig` converts them."""
     for name in names:
         spec = FIELDS[name]
-        flags = [f"--{word}" for word in (name, *spec.metadata["other_names"])]
+        flags = [f"--{word}" for word in (name, *spec.metadata["aliases"])]
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         choices = spec.metadata["choices"]
         default = default_of(name)

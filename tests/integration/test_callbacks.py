@@ -1,13 +1,14 @@
 """What a script for transformers' `Trainer` calls: callbacks, state, evaluate, save_model, resume_from_checkpoint."""
 
 import json
+import re
 from pathlib import Path
 
 import command_line
 import pytest
 import torch
 import transformers
-from command_line import vowels
+from command_line import length, vowels
 from tiny_models import save_tiny
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -291,6 +292,36 @@ def test_a_run_that_will_be_overwritten_is_not_this_trainers(llama):
     assert trainer.evaluate()["epoch"] == 0
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_resume_from_checkpoint_holds_for_one_call(llama, place):
+    trainer = trainer_of(llama, overwrite=True)
+    trainer.train()
+    before = (place / "run" / "journal.jsonl").stat().st_mtime_ns
+    trainer.train(resume_from_checkpoint=True)
+    assert (place / "run" / "journal.jsonl").stat().st_mtime_ns == before  # finished: nothing to do
+    trainer.train(resume_from_checkpoint=False)
+    assert (place / "run" / "journal.jsonl").stat().st_mtime_ns > before and trainer.args.overwrite
+
+
+def test_arguments_that_a_method_of_the_trainer_does_not_have(llama, place):
+    trainer = trainer_of(llama)
+    for call, told in (
+        (lambda: trainer.train(max_steps=3), "ESTrainer.train has an unknown argument 'max_steps'; give it as args="),
+        (lambda: trainer.train(num_train_epochs=3), "ESTrainer.train has an unknown argument 'num_train_epochs'; "),
+        (lambda: trainer.evaluate(max_new_tokens=3), "ESTrainer.evaluate has an unknown argument 'max_new_tokens'; "),
+        (lambda: trainer.save_model("x", safe=True), "ESTrainer.save_model has an unknown argument 'safe'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            call()
+    trainer.train(trial=None, ignore_keys_for_eval=[])
+    trainer.save_model("saved", _internal_call=True)
+    assert (place / "saved" / "config.json").exists()
+
+
+def test_a_reward_without_rows_is_refused(place):
+    with pytest.raises(UserError, match="a reward without rows: give train_dataset, or dataset_name or task"):
+        ESTrainer("tiny", length)
 
 
 def test_resume_from_checkpoint(llama, place):

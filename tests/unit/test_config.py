@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from estune.config import (
     FIELDS,
@@ -139,7 +140,7 @@ def test_what_does_not_fit_is_refused_by_name(name: str, value: Any, says: str) 
         ({"load_best_model_at_end": True, "eval_steps": 1, "method": "grpo"}, "grpo does not use load_best_model"),
         ({"early_stopping_patience": 2, "eval_steps": 1, "method": "random_search"}, "does not use early_stopping"),
         ({"weight_decay": -1}, "weight_decay must not"),
-        ({"temperature": -0.1}, "temperature must not be negative"), ({"top_k": -1}, "top_k must not"),
+        ({"temperature": -0.1}, "temperature must not be negative"), ({"top_k": -2}, "top_k must not"),
         ({"top_p": 0, "temperature": 1}, "top_p must be greater than 0"),
         ({"top_p": 1.5, "temperature": 1}, "top_p must be at most 1"),
         ({"top_p": 0.9}, "top_p and top_k need temperature above 0"),
@@ -169,6 +170,19 @@ def test_what_cannot_work_is_refused_in_one_sentence(options: dict[str, Any], sa
     with pytest.raises(UserError, match=says) as caught:
         ESConfig(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_values_of_other_libraries_are_read_and_shares_are_named() -> None:
+    args = ESConfig(top_k=None, report_to=None, dtype=torch.bfloat16)
+    assert (args.top_k, args.report_to, args.dtype) == (0, ["none"], "bfloat16") and ESConfig(top_k=-1).top_k == 0
+    with pytest.raises(UserError, match=r"eval_steps must be a whole number, not 0.1; shares of max_steps"):
+        ESConfig(eval_steps=0.1)
+    with pytest.raises(UserError, match=r"sigma must be a number, not 'x'; and eval_steps must be a whole number"):
+        ESConfig(sigma="x", eval_steps="y")
+    with pytest.raises(UserError, match=r"sigma must be .*; and antithetic needs an even population_size"):
+        ESConfig(sigma=-1, antithetic=True, population_size=5)
+    with pytest.raises(UserError, match="ESConfig takes options by name, such as"):
+        ESConfig("runs/first")
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_arguments_of_another_program_are_translated() -> None:
     assert answer(grpo) == (
         "GRPOConfig; of its changed fields ESConfig has max_steps, learning_rate, but not num_train_epochs (use "
         "max_steps, counted in steps of batch_size prompts), use_cpu (use device cpu), beta (es has no KL term, see "
-        "weight_decay_anchor base; for other methods method_kwargs)"
+        "weight_decay with weight_decay_anchor base; for other methods method_kwargs)"
     )
     unchanged = answer(transformers.TrainingArguments(use_cpu=True))
     assert unchanged == "TrainingArguments; of its changed fields ESConfig does not have use_cpu (use device cpu)"
@@ -282,7 +282,10 @@ def test_hidden_flags_are_never_suggested() -> None:
         (["report", "run", "--max_tokens", "9"], "unknown option --max_tokens$"),
         (["eval"], "unknown command 'eval'; did you mean 'evaluate'"),
         (["tran"], "unknown command 'tran'; did you mean 'train'"),
-        (["serve"], "unknown command 'serve'; commands: "),
+        (["serve"], "unknown command 'serve'; a run is a directory that transformers and vLLM load"),
+        (["grpo"], "unknown command 'grpo'; use estune train: with es, or with --method grpo"),
+        (["dance"], "unknown command 'dance'; commands: "),
+        (["train", "run.yaml"], "unexpected word 'run.yaml': give the file as --config run.yaml"),
         (["re"], "unknown command 're'; commands: "),
     ],
 )

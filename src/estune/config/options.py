@@ -101,7 +101,7 @@ def _option(
 
     ``by_method`` names defaults of methods other than `es`; the field is filled in when the configuration is made.
     """
-    metadata = {"help": help, "choices": tuple(choices), "other_names": tuple(aliases)}
+    metadata = {"help": help, "choices": tuple(choices), "aliases": tuple(aliases)}
     if by_method is not None:
         return field(default=None, metadata={**metadata, "by_method": {"es": default, **by_method}})
     if isinstance(default, (list, dict)):
@@ -727,12 +727,12 @@ def default_of(name: str, method: str = "es") -> Any:
 def field_of(name: str) -> str | None:
     """Return the field of a name (`-` reads as `_`, aliases resolved), or None."""
     wanted = name.replace("-", "_")
-    return next((spec.name for spec in FIELDS.values() if wanted in (spec.name, *spec.metadata["other_names"])), None)
+    return next((spec.name for spec in FIELDS.values() if wanted in (spec.name, *spec.metadata["aliases"])), None)
 
 
 def hint_of(name: str) -> str:
     """Return ``; HINT`` for an unknown option of a file or of Python, or an empty string."""
-    known = [f"--{word}" for spec in FIELDS.values() for word in (spec.name, *spec.metadata["other_names"])]
+    known = [f"--{word}" for spec in FIELDS.values() for word in (spec.name, *spec.metadata["aliases"])]
     return in_python(option_hint(name, known))
 
 
