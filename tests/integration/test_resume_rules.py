@@ -14,7 +14,7 @@ from command_line import Done, assert_refused, journal, steps
 from safetensors.numpy import load_file, save_file
 from tiers import full
 
-from estune.config import FIELD_TYPES, FIELDS, RESUMABLE, ESConfig
+from estune.config import FIELD_TYPES, FIELDS, IN_HEADER_IF_SET, RESUMABLE, ESConfig
 from estune.errors import ExternalError
 from estune.models.names import EMBEDDED_MODELS
 from estune.run.origin import IN_ROWS, LOCATED
@@ -239,7 +239,8 @@ def test_every_option_is_free_or_refused_as_the_table_says(name, monkeypatch):
     monkeypatch.setattr(ESConfig, "validate", lambda self: None)  # options that do not go together are not the matter
     mapping = {"prompt": "a"}
     began = ESConfig(
-        model="a", dataset_name="d.jsonl", reward_funcs=["m:f"], noise="lowrank", column_mapping=mapping
+        model="a", dataset_name="d.jsonl", reward_funcs=["m:f"], noise="lowrank", column_mapping=mapping,
+        reward_wrappers=["drop(share=1)"], opponents=2,
     )  # fmt: skip
     stored = began.trajectory()
     assert (name in stored) == (name not in RESUMABLE)
@@ -252,6 +253,9 @@ def test_every_option_is_free_or_refused_as_the_table_says(name, monkeypatch):
     else:
         with pytest.raises(ExternalError, match=f"a resume cannot change {name}"):
             adopt(now, stored, now)
+        if name in IN_HEADER_IF_SET:  # a run without the option
+            with pytest.raises(ExternalError, match=f"a resume cannot change {name}"):
+                adopt(now, {key: value for key, value in stored.items() if key != name}, now)
 
 
 def test_a_mapping_of_columns_is_compared_by_its_rows(run_model, tmp_path):
