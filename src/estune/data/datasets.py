@@ -239,5 +239,6 @@ def check_columns(rows: Sequence[Row], reward_funcs: Sequence[Callable[..., Any]
         if missing:
             raise UserError(
                 f"the dataset lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} that reward {name} "
-                f"needs (it has {', '.join(columns) or 'only prompts'})"
+                f"needs (it has {', '.join(columns) or 'only prompts'}); column_mapping can name another column: "
+                f"{{{missing[0]!r}: 'its name'}}"
             )

@@ -114,7 +114,7 @@ def split_of(source: Mapping[str, Any], names: Sequence[str], option: str) -> tu
     if found is None:
         raise UserError(
             f"the {type(source).__name__} has no split {' or '.join(map(repr, names))} (it has "
-            f"{', '.join(map(str, source)) or 'none'}): set {option}, or pass rows instead of a dict"
+            f"{', '.join(map(str, source)) or 'none'}): set {option}, or pass the rows of one split"
         )
     return found, source[found]
 

@@ -79,7 +79,8 @@ class PromptBuilder:
             templated, messages = True, self._with_text(prompt, row_id)
             if not self._template_messages or not self._has_template:
                 why = "apply_chat_template is false" if self._has_template else "the tokenizer has no chat template"
-                raise UserError(f"row {row_id}: the prompt is a list of messages, but {why}")
+                advice = "" if self._has_template else "; give prompts as text, or use a model with a chat template"
+                raise UserError(f"row {row_id}: the prompt is a list of messages, but {why}{advice}")
         else:
             raise UserError(f"row {row_id}: 'prompt' should be a string, or messages with 'role' and a text 'content'")
         if templated:

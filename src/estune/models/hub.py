@@ -48,7 +48,9 @@ def open_repository(repo_id: str, private: bool) -> str:
     try:
         return str(huggingface_hub.HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id)
     except client_errors() as error:
-        raise UserError(f"push_to_hub cannot open {repo_id}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"push_to_hub cannot open {repo_id} on the hub: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def push(run_dir: Path, repo_id: str, commit_message: str = "Model tuned by estune") -> str:
