@@ -82,8 +82,7 @@ RULES: dict[str, dict[str, Any]] = {
     "reliability, pairs": {"step_control": "reliability", **PAIRS},
     "drift": DRIFT,
     "drift, pairs": {**DRIFT, **PAIRS},
-    "drift, from the first step": {**DRIFT, "variant": "first"},
-    "drift, from the first step, pairs": {**DRIFT, "variant": "first", **PAIRS},
+    "drift, seven steps free": {**DRIFT, "variant": "free"},
     "drift, 5 %": {**DRIFT, "variant": "share-0.05"},
     "drift, 5 %, pairs": {**DRIFT, "variant": "share-0.05", **PAIRS},
     "drift, always": {**DRIFT, "variant": "always-0.02"},
@@ -139,8 +138,8 @@ def perturbs(seed: int, name: str) -> bool:
 def patch(variant: str) -> None:
     """Change estune in this process into a variant, for `estune train` on CPUs."""
     kind, _, share = variant.partition("-")
-    if variant == "first":
-        step_control.FIRST_CHANGES = 1
+    if variant == "free":
+        step_control.FIRST_FACTOR = 1.0
         return
     if share:  # of a step's gain that drift may lose
         step_control.DRIFT_SHARE = float(share)

@@ -19,6 +19,7 @@ from estune.es.step_control import (
     DRIFT_SHARE,
     FAST,
     FIRST_CHANGES,
+    FIRST_FACTOR,
     SLOW,
     TREND_DEVIATION,
     Evidence,
@@ -133,7 +134,6 @@ def test_factors() -> None:
     assert factor("drift", signal, fitness, utilities) == pytest.approx(DRIFT_SHARE * 5 * std / 12.5 / 0.1)
     assert factor("drift", signal, fitness, utilities, learning_rate=1e-4) == 1.0
     rising = replace(signal, fast=1.0, slow=0.0, change=0.1, change_weight=1.0)
-    assert factor("drift", replace(signal, change_weight=0.5), fitness, utilities) == 1.0  # the first steps
     assert factor("drift", rising, fitness, utilities) == 1.0
     assert factor("reliability", rising, fitness, utilities) == 0.5
     better = replace(Signal().after(Evidence(2.0, 1.0, drop=-0.5)), change_weight=1.0)
@@ -141,6 +141,8 @@ def test_factors() -> None:
     chance = replace(Signal().after(Evidence(1.0, 2.0, drop=0.5)), change_weight=1.0)
     assert factor("drift", chance, fitness, utilities) == 0.0
     assert factor("drift", chance, fitness, utilities, antithetic=True) == 0.0
+    for young in (replace(chance, change_weight=0.5), Signal().after(Evidence(1.0, 2.0, drop=0.5))):
+        assert factor("drift", young, fitness, utilities) == FIRST_FACTOR and young.is_first
 
 
 def means(values: list[float]) -> Signal:
@@ -152,7 +154,8 @@ def means(values: list[float]) -> Signal:
 
 
 def test_the_trend_is_the_difference_of_two_means() -> None:
-    assert means([]).rises and means([1.0] * FIRST_CHANGES).rises and not means([1.0] * (FIRST_CHANGES + 1)).rises
+    assert not means([]).rises and not means([1.0]).rises and not means([1.0] * 9).rises
+    assert means([1.0] * FIRST_CHANGES).is_first and not means([1.0] * (FIRST_CHANGES + 1)).is_first
     values = [3.0, 5.0, 4.0, 7.0, 5.0, 6.0, 9.0, 8.0]
     fast = slow = values[0]
     for value in values[1:]:

@@ -11,7 +11,7 @@ quantities and bounds the learning rate by them:
   measures it: members lie below theta, and a step as long as a perturbation loses what a perturbation loses.
 
 A bound of drift slows a run that still advances. So the control ``drift`` bounds only steps in which the members' mean
-fitness does not rise, and none of the first `FIRST_CHANGES` steps.
+fitness does not rise. In the first steps it leaves a tenth of the rate, so that a run without evidence yet moves.
 
 All sums are exact (`math.fsum`), so a step's values depend on its rewards alone.
 """
@@ -29,7 +29,7 @@ LARGEST = 1e140  # rewards and utilities are clipped to this absolute value, so 
 DRIFT_SHARE = 0.02  # of a step's gain: how much the control ``drift`` lets its random part lose
 FAST, SLOW = 0.6, 0.85  # weights of the earlier steps in the two means whose difference is the trend
 CHANGE_SMOOTHING = 0.9  # weight of the earlier steps in the mean square of the changes
-FIRST_CHANGES = 7  # changes of the fitness before a trend can be seen
+FIRST_CHANGES, FIRST_FACTOR = 7, 0.1  # in the first steps, drift leaves at least this share of the learning rate
 TREND_DEVIATION = 0.29  # standard deviation of the trend, in units of one step's mean, if steps are independent
 
 
@@ -106,13 +106,15 @@ class Signal:
         return self.drop / self.drop_weight if self.drop_weight else math.nan
 
     @property
-    def rises(self) -> bool:
-        """Whether the members' mean fitness rises, by more than two standard deviations of the trend.
+    def is_first(self) -> bool:
+        """Whether the step is one of the first, whose evidence is of few populations."""
+        return self.change_weight < 1.0 - CHANGE_SMOOTHING**FIRST_CHANGES - 1e-9
 
-        A run is taken to rise in its first steps, in which no trend can be seen.
-        """
-        if self.change_weight < 1.0 - CHANGE_SMOOTHING**FIRST_CHANGES - 1e-9:
-            return True
+    @property
+    def rises(self) -> bool:
+        """Whether the members' mean fitness rises, by more than two standard deviations of the trend."""
+        if not self.change_weight:
+            return False
         return self.fast - self.slow > 2 * TREND_DEVIATION * math.sqrt(self.change / self.change_weight)
 
 
@@ -250,8 +252,8 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
     """Return the factor in [0, 1] by which a step's learning rate is multiplied.
 
     ``reliability`` multiplies by the reliability. ``drift`` bounds the rate, so that a step's expected loss by drift is
-    at most `DRIFT_SHARE` of its expected gain; while the fitness rises, and in a run's first steps, the rate has no
-    bound.
+    at most `DRIFT_SHARE` of its expected gain; while the fitness rises, the rate has no bound, and in the first steps
+    `FIRST_FACTOR` of it stays.
 
     Args:
         control: ``none``, ``reliability`` or ``drift``.
@@ -266,7 +268,11 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
         return 1.0
     if control == "reliability":
         return reliability
-    drop = signal.mean_drop
+    return max(_drift_factor(reliability, signal.mean_drop, step, learning_rate), FIRST_FACTOR * signal.is_first)
+
+
+def _drift_factor(reliability: float, drop: float, step: UnitStep, learning_rate: float) -> float:
+    """Return the largest factor in [0, 1] with which a step's drift loses `DRIFT_SHARE` of its gain."""
     if not drop > 0:  # the members are as good as theta: a step loses nothing by drift
         return 1.0 if reliability > 0 else 0.0
     expected = step.forecast(reliability, drop)
