@@ -319,6 +319,51 @@ def test_arguments_that_a_method_of_the_trainer_does_not_have(llama, place):
     assert (place / "saved" / "config.json").exists()
 
 
+class Writing(TrainerCallback):
+    """Writes into what it can reach in the events that have no model."""
+
+    trainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.stop_strings.append("a")
+        assert json.loads(args.to_json_string()) and args.to_sanitized_dict()["stop_strings"] == "['a']"
+
+    def on_log(self, args, state, control, **kwargs):
+        for parameter in self.trainer.model.parameters():
+            parameter.data.mul_(1.5)
+
+    on_step_begin = on_log
+
+
+def test_what_a_callback_writes_between_the_events_of_the_model_is_undone_or_refused(llama, place):
+    settings = dict(load_best_model_at_end=True, eval_steps=1)
+    trainer_of(llama, "plain", **settings).train()
+    writing = Writing()
+    writing.trainer = trainer_of(llama, "written", callbacks=[writing], **settings)
+    writing.trainer.train()
+    assert exact("plain") == exact("written")
+    writing.trainer = trainer_of(llama, "lowrank", callbacks=[writing], noise="lowrank", **settings)
+    with pytest.raises(UserError, match="is not what the journal says"):  # theta is in the model's own memory
+        writing.trainer.train()
+
+
+def test_a_trainer_that_chose_its_directory_resumes_in_it(llama, place):
+    trainer = trainer_of(llama, None, max_steps=1)
+    first = trainer.train()
+    assert trainer.train(resume_from_checkpoint=True) == first
+
+
+def test_a_failing_reward_of_weight_0_is_logged_and_changes_no_evaluation(llama, place):
+    def broken(completions, **kwargs):
+        raise ValueError("no")
+
+    args = ESConfig(output_dir="run", reward_weights=[1, 0], max_completion_length=8, num_threads=1)
+    rows = [{"prompt": f"count to {i}: "} for i in range(4)]
+    found = ESTrainer(str(llama), [length, broken], args, rows).evaluate(rows)
+    assert found["eval_reward"] == found["eval_rewards/length/mean"] and found["eval_reward_failures"] == 0
+    assert found["eval_rewards/broken/mean"] is None
+
+
 def test_a_reward_without_rows_is_refused(place):
     with pytest.raises(UserError, match="a reward without rows: give train_dataset, or dataset_name or task"):
         ESTrainer("tiny", length)

@@ -643,6 +643,15 @@ class ESConfig:
         """Return all fields by name."""
         return dataclasses.asdict(self)
 
+    def to_json_string(self) -> str:
+        """Return `to_json`, under the name that callbacks of transformers call."""
+        return self.to_json()
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """Return `to_dict` with lists and dicts as text, as trackers' callbacks of transformers expect it."""
+        plain = (bool, int, float, str, type(None))
+        return {name: value if isinstance(value, plain) else str(value) for name, value in self.to_dict().items()}
+
     def to_json(self) -> str:
         """Return the whole configuration as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

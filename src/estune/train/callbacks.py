@@ -7,6 +7,7 @@ run ends with an error if a callback has changed theta or moved the weights to o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class Callbacks:
             return
         from transformers import TrainerControl
 
-        self._args, self._engine = args, engine
+        self._args, self._engine = copy.deepcopy(args), engine  # the lists in it are theirs, not the run's
         self._control, self._state = TrainerControl(), state_of(args, records)
 
     @property
@@ -165,13 +166,13 @@ class Callbacks:
             answer = getattr(callback, event)(self._args, self._state, self._control, **given)
             if answer is not None:
                 self._control = answer
-        if given["model"] is not None:
-            self._engine.forget()  # type: ignore[attr-defined]  # a callback may have written into the model's memory
-            if self._engine.checksum() != checksum or _memory_of(given["model"]) != memory:
-                raise UserError(
-                    f"a callback changed the model's weights in {event}: theta moves by journalled updates alone. "
-                    "Resume the run without that callback"
-                )
+        if called and hasattr(self._engine, "forget"):
+            self._engine.forget()  # a callback may have written into the model's memory
+        if given["model"] is not None and (self._engine.checksum() != checksum or _memory_of(given["model"]) != memory):
+            raise UserError(
+                f"a callback changed the model's weights in {event}: theta moves by journalled updates alone. "
+                "Resume the run without that callback"
+            )
 
     def logged(self, record: Record) -> None:
         """Call `on_log` with a record of `metrics.jsonl`, and `on_evaluate` if it is that of an evaluation."""

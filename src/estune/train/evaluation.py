@@ -410,7 +410,8 @@ def _rows(
     """Return the evaluated rows of one batch of b prompts; ``accuracy`` (b, G)."""
     rewards = np.array(group.rewards, dtype=np.float64)  # (b, G, F)
     weighed = weigh(rewards, weights)  # (b, G)
-    for b, g, _ in group.failed:
+    failed = {(b, g) for b, g, f in group.failed if weights[f]}  # a function of weight 0 is logged and moves nothing
+    for b, g in failed:
         weighed[b, g] = np.nan
     assert group.completions is not None
     return [
@@ -423,7 +424,7 @@ def _rows(
             accuracy=accuracy[b].tolist() if accuracy is not None else None,
             lengths=group.lengths[b],
             finished=group.finished[b],
-            failures=len({g for row, g, _ in group.failed if row == b}),
+            failures=sum(row == b for row, _ in failed),
             non_finite=group.finite[b].count(False),
             token_ids=[list(completion.token_ids) for completion in completions[b]],
             by_function={name: _known(rewards[b, :, f]) for f, name in enumerate(names)} if len(names) > 1 else {},

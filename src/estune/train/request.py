@@ -192,6 +192,7 @@ class TrainingRequest:
         if self.args.output_dir is None:
             path = Path("runs") / self.args.run_name if self.args.run_name is not None else self._new_directory()
             self.args = dataclasses.replace(self.args, output_dir=str(path), run_name=path.name)
+            self.given_args = dataclasses.replace(self.given_args, output_dir=str(path), run_name=path.name)
         if self.module is not None:
             self.args = dataclasses.replace(self.args, model=str(Path(str(self.args.output_dir)) / BASE_DIRECTORY))
         return Path(str(self.args.output_dir))
