@@ -232,7 +232,7 @@ class UnitStep:
             reliability: of the ranking.
             drop: theta's fitness minus the members' mean fitness.
         """
-        return Forecast(reliability / self.sigma * self.effect, drop / self.sigma**2 * self.squares)
+        return Forecast(reliability / self.sigma * self.effect, drop / self.sigma / self.sigma * self.squares)
 
 
 def unit_step(fitness: Sequence[float], utilities: Sequence[float], *, antithetic: bool, sigma: float) -> UnitStep:

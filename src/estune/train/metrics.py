@@ -183,5 +183,5 @@ def _error_over_prompts(weighed: np.ndarray) -> float:
 
 
 def number(value: float) -> float | None:
-    """Return a JSON number, or None for NaN."""
-    return None if value != value else value
+    """Return a JSON number, or None for NaN and infinity."""
+    return value if math.isfinite(value) else None

@@ -383,7 +383,7 @@ class Session(OpenRun):
             "num_tokens": self.tokens,
             "es/reliability": metrics.number(step.evidence.reliability),
             "es/expected_gain": metrics.number(rate * step.expected.gain),
-            "es/expected_loss": metrics.number(rate**2 * step.expected.drift),
+            "es/expected_loss": metrics.number(rate * (rate * step.expected.drift)),
         }
         if self.args.antithetic:
             record["es/reliability_even"] = metrics.number(step.evidence.even)

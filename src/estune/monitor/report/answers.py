@@ -47,7 +47,8 @@ class Answers:
 
     def kept(self) -> list[int]:
         """Return the finished steps whose completions are kept, in order."""
-        found = (int(file.stem.removeprefix("step_")) for file in (self.directory / "completions").glob("step_*.jsonl"))
+        names = (file.stem.removeprefix("step_") for file in (self.directory / "completions").glob("step_*.jsonl"))
+        found = (int(name) for name in names if name.isdecimal())
         return sorted(step for step in found if 1 <= step <= len(self.steps))
 
     def of_page(self, limit: int) -> dict[str, Any]:
