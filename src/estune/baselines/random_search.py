@@ -282,7 +282,7 @@ def members_fitness(
         for batch in _batches(members, session.args.group_size)
     )
     groups: dict[int, Group] = {}
-    for member, group, _, future in evaluator.submit(jobs, lambda _: rows, lambda _: session.state(), False):
+    for member, group, _, future in evaluator.submit(jobs, lambda _: (rows, session.state()), False):
         groups[member] = evaluator.complete(group, scored(future, session.should_stop), sampling.num_generations)
     rollouts, weights = stack([groups[member] for member in range(len(members))]), session.rewards.weights
     weighed = weigh(fill_failures(rollouts.rewards, rollouts.failed, weights), weights)  # (N, B, G)

@@ -210,9 +210,11 @@ class BaselineSession(OpenRun):
         rows = [self.train_rows[row] for row in row_ids]
         prompts = [self.train_prompts[row] for row in row_ids]
         answered = [list(answers) for answers in completions]
-        texts = [self.evaluator.texts([prompt], [each])[0] for prompt, each in zip(prompts, answered, strict=True)]
-        others = [[row[k:] + row[:k] for row in texts] for k in range(1, len(texts[0]))]  # of the same prompt
-        future = self.evaluator.score(rows, prompts, answered, self.state(), others or None)
+        others = None
+        if self.evaluator.pool.wants_opponents:  # the other completions of the same prompt
+            texts = self.evaluator.texts(prompts, answered)
+            others = [[row[k:] + row[:k] for row in texts] for k in range(1, len(texts[0]))]
+        future = self.evaluator.score(rows, prompts, answered, self.state(), others)
         result = scored(future, self.should_stop)
         self.evaluator.warn_of_failures(result.errors)
         shape = (len(rows), -1, result.rewards.shape[1])

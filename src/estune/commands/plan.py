@@ -125,7 +125,7 @@ def _answer(
         rows_of[indices] = [rows[row] for row in chosen]
     state = {"global_step": 0, "max_steps": args.max_steps}
     started = time.perf_counter()
-    submitted = list(evaluator.submit(jobs, lambda job: rows_of[job.indices], lambda _: state, False))
+    submitted = list(evaluator.submit(jobs, lambda job: (rows_of[job.indices], state), False))
     answered = time.perf_counter()
     for _, group, _, future in submitted:
         evaluator.complete(group, scored(future, evaluator.should_stop), args.num_generations)

@@ -215,7 +215,7 @@ class _Asker:
             GroupJob(group, tuple(perturbations[m] for m in group), checksum, tuple(self.prompts), sampling)
             for group in groups
         ]
-        answers = evaluator.submit(jobs, lambda _: self.rows, lambda _: state, False)
+        answers = evaluator.submit(jobs, lambda _: (self.rows, state), False)
         started = sorted(answers, key=lambda answer: answer[0])
         done = [
             evaluator.complete(group, scored(future, evaluator.should_stop), sampling.num_generations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from estune.config import OLDER_VALUES, SizedConfig
+from estune.config import SizedConfig, with_absent_options
 from estune.console import counted, say
 from estune.errors import UserError
 from estune.models.names import local_directory
@@ -44,7 +44,7 @@ def replay_command(
         raise UserError(f"step must lie between 0 and {len(journal.steps)}, the steps of the journal, not {step}")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {output_dir} is not an empty directory")
-    config = located({**OLDER_VALUES, **journal.header["config"], "device": "auto"}, run)  # same bits on every device
+    config = located({**with_absent_options(journal.header["config"]), "device": "auto"}, run)  # same bits on each
     given = {"model": model, "engine": _engine_of(run, config["engine"], engine_name)}
     given = {name: value for name, value in given.items() if value is not None}
     refuse_lost({name: config[name] for name in ("model", "engine")}, run, given)

@@ -54,8 +54,8 @@ SHARED = frozenset(
     "allow_unsandboxed_code num_threads prompts_per_batch reward_workers trainable_parameters".split()
 )
 
-# Options that can differ between models: of training alone, so that all models are measured alike. A base under two
-# names, such as llama and llama-noisy, is then compared under two rewards.
+# Options that can differ between models. They act in training alone, so all models are measured alike. A base with two
+# names, such as llama and llama-noisy, is compared under two rewards.
 MODEL_OPTIONS = frozenset(("reward_wrappers",))
 
 # Options that a retained task may have. The other options belong to the model or to the comparison, or do not change

@@ -10,7 +10,6 @@ from estune.config.options import (
     METHODS,
     OF_METHODS,
     OF_WORKERS,
-    OLDER_VALUES,
     PLAN_FIELDS,
     PROBE_FIELDS,
     RESUMABLE,
@@ -24,6 +23,7 @@ from estune.config.options import (
     coerce,
     default_of,
     field_of,
+    with_absent_options,
 )
 from estune.config.yaml_file import read_config_file
 
@@ -37,7 +37,6 @@ __all__ = [
     "METHODS",
     "OF_METHODS",
     "OF_WORKERS",
-    "OLDER_VALUES",
     "PLAN_FIELDS",
     "PROBE_FIELDS",
     "RESUMABLE",
@@ -52,4 +51,5 @@ __all__ = [
     "default_of",
     "field_of",
     "read_config_file",
+    "with_absent_options",
 ]

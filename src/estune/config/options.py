@@ -648,7 +648,7 @@ class ESConfig:
         return self.to_json()
 
     def to_sanitized_dict(self) -> dict[str, Any]:
-        """Return `to_dict` with lists and dicts as text, as trackers' callbacks of transformers expect it."""
+        """Return the options with lists and dicts as text, as transformers' callbacks for trackers expect them."""
         plain = (bool, int, float, str, type(None))
         return {name: value if isinstance(value, plain) else str(value) for name, value in self.to_dict().items()}
 
@@ -723,6 +723,11 @@ class ResolvedConfig(SizedConfig):
 
 FIELDS = {spec.name: spec for spec in dataclasses.fields(ESConfig)}
 FIELD_TYPES = typing.get_type_hints(ESConfig)
+
+
+def with_absent_options(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a journal's header with those that it lacks, because an older version wrote it."""
+    return {name: default_of(name) for name in IN_HEADER_IF_SET} | OLDER_VALUES | dict(stored)
 
 
 def default_of(name: str, method: str = "es") -> Any:

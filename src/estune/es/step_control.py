@@ -29,7 +29,8 @@ LARGEST = 1e140  # rewards and utilities are clipped to this absolute value, so 
 DRIFT_SHARE = 0.02  # of a step's gain: how much the control ``drift`` lets its random part lose
 FAST, SLOW = 0.6, 0.85  # weights of the earlier steps in the two means whose difference is the trend
 CHANGE_SMOOTHING = 0.9  # weight of the earlier steps in the mean square of the changes
-FIRST_CHANGES, FIRST_FACTOR = 7, 0.1  # in the first steps, drift leaves at least this share of the learning rate
+FIRST_CHANGES = 7  # changes of the fitness from step to step after which a run's first steps are over
+FIRST_FACTOR = 0.1  # of the learning rate: what drift leaves in the first steps at least
 TREND_DEVIATION = 0.29  # standard deviation of the trend, in units of one step's mean, if steps are independent
 
 
@@ -272,7 +273,7 @@ def rate_factor(control: str, signal: Signal, step: UnitStep, learning_rate: flo
 
 
 def _drift_factor(reliability: float, drop: float, step: UnitStep, learning_rate: float) -> float:
-    """Return the largest factor in [0, 1] with which a step's drift loses `DRIFT_SHARE` of its gain."""
+    """Return the largest factor in [0, 1] at which drift loses at most `DRIFT_SHARE` of the step's expected gain."""
     if not drop > 0:  # the members are as good as theta: a step loses nothing by drift
         return 1.0 if reliability > 0 else 0.0
     expected = step.forecast(reliability, drop)

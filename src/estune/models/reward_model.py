@@ -111,7 +111,7 @@ class RewardModel:
 
 
 def _text(prompt: Any, completion: Any, tokenizer: Any) -> str:
-    """Return prompt and completion as one text; messages by the tokenizer's chat template."""
+    """Return prompt and completion as one text; the tokenizer's chat template joins messages."""
     if isinstance(prompt, str):
         return prompt + str(completion)
     return str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))

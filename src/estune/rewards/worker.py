@@ -9,7 +9,6 @@ The file imports only the standard library, because the fork server loads it (`e
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import pickle
 import socket
@@ -107,17 +106,9 @@ def _load(path: list[str], files: dict[str, tuple[str, str]], functions: bytes) 
         module_from_source(name, file, source)
     loaded: list[Callable[..., Any]] = pickle.loads(functions)
     for function in loaded:
-        innermost = _innermost(function)
-        if hasattr(innermost, "prepare"):
-            innermost.prepare()
+        if hasattr(function, "prepare"):
+            function.prepare()
     return loaded
-
-
-def _innermost(function: Any) -> Any:
-    """Return the function within `estune.rewards.wrappers`."""
-    while isinstance(function, functools.partial) and function.args:
-        function = function.args[0]
-    return function
 
 
 def module_from_source(name: str, path: str, source: str) -> types.ModuleType:

@@ -121,7 +121,7 @@ def preference(reward: Reward, *, agree: float = 1.0, seed: int = 0) -> Reward:
         UserError: a value is out of its range.
     """
     _check_share("preference", "agree", agree)
-    return _wrapped(_preference, reward, dict(agree=agree, per="call", seed=seed), "opponents")
+    return _wrapped(_preference, reward, dict(agree=agree, per="call", seed=seed), adds=("opponents",))
 
 
 def judged(judge: Any) -> Reward:
@@ -138,7 +138,8 @@ def judged(judge: Any) -> Reward:
     if not callable(judge) and not callable(getattr(judge, "judge", None)):
         raise UserError(f"a judge is a function, or an object with a method judge, not {type(judge).__name__}")
     has_method = hasattr(judge, "judge")
-    return _wrapped(_judged, judge.judge if has_method else judge, {"has_method": has_method}, "opponents")
+    function = judge.judge if has_method else judge
+    return _wrapped(_judged, function, {"has_method": has_method}, adds=("opponents",), makes=("first", "second"))
 
 
 WRAPPERS: dict[str, Callable[..., Reward]] = {
@@ -207,16 +208,31 @@ def wrap(reward: Reward, wrappers: Sequence[str], seed: int = 0) -> Reward:
     return reward
 
 
-def _wrapped(function: Callable[..., Any], reward: Reward, settings: dict[str, Any], also: str = "") -> Reward:
-    """Return ``reward`` within ``function``, with the name and the required columns of ``reward``, and one ``also``.
+def _wrapped(
+    function: Callable[..., Any],
+    reward: Reward,
+    settings: dict[str, Any],
+    *,
+    adds: Sequence[str] = (),
+    makes: Sequence[str] = (),
+) -> Reward:
+    """Return ``reward`` within ``function``, with the name of ``reward``.
 
     The result is a `functools.partial`, so that the reward's source still identifies it (`estune.rewards.sources`).
+
+    Args:
+        function: calls the reward.
+        reward: a reward function.
+        settings: of ``function``.
+        adds: arguments that ``function`` needs beside those of the reward.
+        makes: arguments of the reward that ``function`` makes itself.
     """
     wrapped: Any = functools.partial(function, reward, settings)
     wrapped.__name__ = getattr(reward, "__name__", type(reward).__name__)
-    parameters = [] if function is _judged else _parameters(reward)
-    if also and also not in (p.name for p in parameters):
-        parameters.append(inspect.Parameter(also, inspect.Parameter.KEYWORD_ONLY))
+    if hasattr(reward, "prepare"):  # a reward model, which a worker loads before the first call
+        wrapped.prepare = reward.prepare
+    parameters = [p for p in _parameters(reward) if p.name not in (*adds, *makes)]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in adds]
     every = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     wrapped.__signature__ = inspect.Signature([*parameters, every])
     return wrapped  # type: ignore[no-any-return]
@@ -284,31 +300,24 @@ def _preference(reward: Reward, settings: Mapping[str, Any], /, **columns: Any) 
     if getattr(columns["trainer_state"], "is_evaluation", False):
         return _call(reward, columns)
     rows, first, second, theirs = _pairs(columns, opponents)
-    theirs |= {
-        "completions": second,
-        "log_metric": _nothing,
-        "log_extra": _nothing,
-    }  # the opponents' are logged elsewhere
+    # What the reward logs about an opponent is left out: it is no completion of this member.
+    theirs |= {"completions": second, "log_metric": _log_nothing, "log_extra": _log_nothing}
     answers = _call(reward, columns), _call(reward, theirs) if rows else []
     texts = [f"{_text(one)}\0{_text(other)}" for one, other in zip(first, second, strict=True)]
     draws = [draw for draw, _ in _draws("preference", settings, {**theirs, "completions": texts})]
 
-    def win_rates(own: Sequence[Any], others: Sequence[Any]) -> Values:
+    def win_rates(own: Values, others: Values) -> Values:
         won: Values = []
         for row, value, draw in zip(rows, others, draws, strict=True):
             mine = own[row]
-            is_known = mine is not None and value is not None
-            win = 0.5 if mine == value else float(mine > value) if is_known else 0.0
-            won.append((win if draw < settings["agree"] else 1 - win) if is_known else None)
+            if mine is None or value is None:
+                won.append(None)
+                continue
+            win = 0.5 if mine == value else float(mine > value)
+            won.append(win if draw < settings["agree"] else 1 - win)
         return _means(rows, won, len(own))
 
-    if any(map(inspect.isawaitable, answers)):
-        return _both(answers, win_rates)
-    return win_rates(*map(list, answers))
-
-
-async def _both(answers: Sequence[Any], combine: Callable[..., Values]) -> Values:
-    return combine(*[list(await answer if inspect.isawaitable(answer) else answer) for answer in answers])
+    return _then(win_rates, *answers)
 
 
 def _judged(judge: Reward, settings: Mapping[str, Any], /, **columns: Any) -> Any:
@@ -321,7 +330,7 @@ def _judged(judge: Reward, settings: Mapping[str, Any], /, **columns: Any) -> An
         ranks = judge(prompts=given["prompts"], completions=pairs)
         return _means(rows, [None if rank not in (0, 1) else 1.0 - rank for rank in ranks], n_rows)
     found = _call(judge, {**given, "first": first, "second": second})
-    return _means(rows, [None if value is None else float(value) for value in found], n_rows)
+    return _then(lambda values: _means(rows, values, n_rows), found)
 
 
 def _pairs(columns: Mapping[str, Any], opponents: Sequence[Any]) -> tuple[list[int], list[Any], list[Any], Any]:
@@ -333,7 +342,7 @@ def _pairs(columns: Mapping[str, Any], opponents: Sequence[Any]) -> tuple[list[i
     return rows, [columns["completions"][row] for row in rows], second, given
 
 
-def _nothing(name: str, value: Any) -> None:
+def _log_nothing(name: str, value: Any) -> None:
     """Log nothing."""
 
 
@@ -353,17 +362,21 @@ def _call(reward: Reward, columns: Mapping[str, Any]) -> Any:
 
 
 def _changed(reward: Reward, columns: Mapping[str, Any], change: Callable[[Values], Values]) -> Any:
-    """Return the changed rewards, or unchanged ones in an evaluation; a coroutine if the reward is one."""
+    """Return the changed rewards, or unchanged ones in an evaluation."""
     answer = _call(reward, columns)
-    if getattr(columns["trainer_state"], "is_evaluation", False):
-        return answer
-    if inspect.isawaitable(answer):
-        return _later(answer, change)
-    return change([None if value is None else float(value) for value in answer])
+    return answer if getattr(columns["trainer_state"], "is_evaluation", False) else _then(change, answer)
 
 
-async def _later(answer: Any, change: Callable[[Values], Values]) -> Values:
-    return change([None if value is None else float(value) for value in await answer])
+def _then(change: Callable[..., Values], *answers: Any) -> Any:
+    """Return what ``change`` makes of the answers of functions; a coroutine if one of the functions is async."""
+
+    def values(answer: Any) -> Values:
+        return [None if value is None else float(value) for value in answer]
+
+    async def later() -> Values:
+        return change(*[values(await answer if inspect.isawaitable(answer) else answer) for answer in answers])
+
+    return later() if any(map(inspect.isawaitable, answers)) else change(*map(values, answers))
 
 
 def _draws(purpose: str, settings: Mapping[str, Any], columns: Mapping[str, Any]) -> list[tuple[float, float]]:

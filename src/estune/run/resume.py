@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
-from estune.config import FIELDS, IN_HEADER_IF_SET, OLDER_VALUES, RESUMABLE, ESConfig, default_of
+from estune.config import FIELDS, RESUMABLE, ESConfig, with_absent_options
 from estune.console import warn
 from estune.errors import ExternalError
 from estune.files import is_count
@@ -248,8 +248,7 @@ def adopt(args: Config, stored: Mapping[str, Any], given: ESConfig, has_sources:
         ExternalError: a given value differs from the run's.
     """
     taken: dict[str, Any] = {}
-    absent = {name: default_of(name) for name in IN_HEADER_IF_SET} | OLDER_VALUES
-    for name, value in {**absent, **stored}.items():
+    for name, value in with_absent_options(stored).items():
         now = getattr(args, name)
         if now == value:
             continue

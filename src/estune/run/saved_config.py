@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from estune.config import FIELDS, LATER_OPTIONS, OLDER_VALUES, RESUMABLE, ESConfig, coerce, default_of
+from estune.config import FIELDS, LATER_OPTIONS, RESUMABLE, ESConfig, coerce, default_of, with_absent_options
 from estune.console import warn
 from estune.errors import ExternalError, UserError
 from estune.files import read_json_object
@@ -141,7 +141,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file} is missing or damaged: the options are the journal's, and those that a resume may change have "
             "their defaults"
         )
-        return {**OLDER_VALUES, **journal.header["config"]}
+        return with_absent_options(journal.header["config"])
     mended, wrong = _mended(values, journal.header)
     if wrong:
         warn(
@@ -179,13 +179,13 @@ def _checked(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     missing = {name: default_of(name, values["method"]) for name in FIELDS if name not in values}
     # An option whose default depends on the machine or on other options stays out: the resume resolves it.
     known = {name: value for name, value in missing.items() if value not in (None, "auto")}
-    return {**known, **OLDER_VALUES, **values}
+    return {**known, **with_absent_options(values)}
 
 
 def _mended(values: Mapping[str, Any], header: Header) -> tuple[dict[str, Any], list[str]]:
     """Return a run's repaired options, and the options missing, unknown or wrong in `es_config.json`."""
     truth = header["config"]
-    kept: dict[str, Any] = {**OLDER_VALUES, **truth}
+    kept = with_absent_options(truth)
     wrong = [name for name in values if name not in FIELDS]
     for name in FIELDS:
         value = values.get(name)

@@ -56,16 +56,6 @@ class BaseTrainer:
         self._steps_done: int | None = None  # of the run that this trainer opened
         self._gave_model = False  # whether `model` was read: a program may have changed it
 
-    def train(
-        self,
-        resume_from_checkpoint: str | Path | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: Any = None,
-        **unknown: Any,
-    ) -> TrainOutput:
-        """Train (or resume) until ``max_steps``, write the model, and return the run directory with its metrics."""
-        raise NotImplementedError
-
     def begin(self, resume_from_checkpoint: str | Path | bool | None, unknown: Collection[str]) -> TrainingRequest:
         """Prepare for `train`: return the request, which continues a run if it was asked to.
 

@@ -24,7 +24,7 @@ from estune.es.types import GroupJob, Perturbation, Prompt, Sampling
 from estune.rewards.pool import RewardPool, RewardResult
 from estune.run.records import is_right
 from estune.train.groups import Group
-from estune.train.rollouts import Completions, Evaluator, scored
+from estune.train.rollouts import Completions, Evaluator, RewardInputs, scored
 
 Z_95 = 1.959963984540054  # standard deviations: the normal distribution's 97.5 % quantile
 RESAMPLES = 2000  # resamples of the bootstrap
@@ -338,10 +338,10 @@ def evaluate(held_out: HeldOut, progress: Callable[[int], None] = lambda done: N
         Interrupted: the run was asked to stop.
     """
 
-    def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
-        return held_out.rows_of(job.indices[0])
+    def inputs_of(job: GroupJob) -> RewardInputs:
+        return held_out.rows_of(job.indices[0]), held_out.trainer_state
 
-    submitted = held_out.evaluator.submit(held_out.jobs(), rows_of, lambda _: held_out.trainer_state, True)
+    submitted = held_out.evaluator.submit(held_out.jobs(), inputs_of, True)
     for start, group, completions, future in submitted:
         held_out.take(start, group, completions, future)
         progress(held_out.done)

@@ -32,7 +32,8 @@ from estune.run.journal import Pending
 from estune.train.groups import Group, Rollouts, known_groups, stack, tokens_digest
 
 Completions = list[list[Completion]]  # (B, G)
-Opposed = Sequence[list[list[str]]] | None  # texts (B, G) of each opponent; None: there are none
+Opposed = Sequence[list[list[str]]] | None  # each opponent's completions (B, G) as text; None: no opponents
+RewardInputs = tuple[Sequence[dict[str, Any]], dict[str, Any]]  # dataset rows (B,), and the trainer's state
 
 MAX_TOKEN = 2**31  # token ids of an engine without a vocabulary size are smaller
 STOP_GRACE_S = 2.0  # seconds that a run waits for rewards after it was asked to stop
@@ -85,8 +86,7 @@ class Evaluator:
     def submit(
         self,
         jobs: Iterable[GroupJob],
-        rows_of: Callable[[GroupJob], Sequence[dict[str, Any]]],
-        state_of: Callable[[GroupJob], dict[str, Any]],
+        inputs_of: Callable[[GroupJob], RewardInputs],
         keep_text: bool,
         opponents_of: Callable[[GroupJob], Opposed] = lambda job: None,
     ) -> Iterator[tuple[int, Group, Completions, Future[RewardResult]]]:
@@ -94,9 +94,8 @@ class Evaluator:
 
         Args:
             jobs: any two jobs have different ``indices``.
-            rows_of: returns the dataset rows (B,) of a job's prompts.
-            state_of: returns the ``trainer_state`` of a job, for reward functions. They also see the member's index as
-                ``member``; None: theta.
+            inputs_of: returns the dataset rows (B,) of a job's prompts, and the ``trainer_state`` for reward functions.
+                They also see the member's index as ``member``; None: theta.
             keep_text: whether to keep completions as text.
             opponents_of: returns the opponents' completions of a job's prompts.
 
@@ -104,21 +103,15 @@ class Evaluator:
             The member's index, its `Group` without rewards, its completions (B, G), and the future of its rewards.
             `complete` puts the rewards into the group. A job's times are divided evenly among its members.
         """
-        for index, group, completions, job, state in self.generate(jobs, state_of, keep_text):
-            future = self.score(rows_of(job), job.prompts, completions, state, opponents_of(job))
+        for index, group, completions, job in self.generate(jobs, keep_text):
+            future = self._score_member(index, completions, job, inputs_of(job), opponents_of(job))
             yield index, group, completions, future
 
-    def generate(
-        self, jobs: Iterable[GroupJob], state_of: Callable[[GroupJob], dict[str, Any]], keep_text: bool
-    ) -> Iterator[tuple[int, Group, Completions, GroupJob, dict[str, Any]]]:
-        """Generate the completions of jobs; yield each member with its job and its ``trainer_state``, see `submit`."""
+    def generate(self, jobs: Iterable[GroupJob], keep_text: bool) -> Iterator[tuple[int, Group, Completions, GroupJob]]:
+        """Generate the completions of jobs; yield what `submit` yields, with the member's job instead of a future."""
         for job, answer in checked_answers(self.engine, jobs, self.should_stop):
             n_members = len(answer.indices)
-            for index, perturbation, completions in zip(
-                answer.indices, job.perturbations, answer.completions, strict=True
-            ):
-                is_theta = perturbation is None or not perturbation.member.sign
-                state = {"member": None if is_theta else index, **state_of(job)}
+            for index, completions in zip(answer.indices, answer.completions, strict=True):
                 group = Group(
                     rewards=[],
                     failed=[],
@@ -132,7 +125,16 @@ class Evaluator:
                 )
                 if keep_text:
                     group.completions = self.texts(job.prompts, completions)
-                yield index, group, completions, job, state
+                yield index, group, completions, job
+
+    def _score_member(
+        self, index: int, completions: Completions, job: GroupJob, inputs: RewardInputs, opponents: Opposed = None
+    ) -> Future[RewardResult]:
+        """Submit one member's completions of a job to the reward pool; see `submit`."""
+        perturbation = job.perturbations[job.indices.index(index)]
+        is_theta = perturbation is None or not perturbation.member.sign
+        rows, state = inputs
+        return self.score(rows, job.prompts, completions, {"member": None if is_theta else index, **state}, opponents)
 
     def complete(self, group: Group, result: RewardResult, num_generations: int) -> Group:
         """Put the rewards into a group and return it; every reward of a completion with non-finite logits fails."""
@@ -216,9 +218,9 @@ class Evaluator:
             Interrupted: the run was asked to stop.
         """
         job = GroupJob((0,), (None,), self.engine.theta_checksum, tuple(prompts), sampling)
-        [(_, group, completions, _, state)] = self.generate([job], lambda _: trainer_state, keep_text)
+        [(index, group, completions, _)] = self.generate([job], keep_text)
         opponents = [self.texts(prompts, completions)] if self.opponents == Opponents("theta") else None
-        future = self.score(rows, prompts, completions, state, opponents)
+        future = self._score_member(index, completions, job, (rows, trainer_state), opponents)
         return stack([self.complete(group, scored(future, self.should_stop), sampling.num_generations)])
 
     def evaluate_population(
@@ -267,25 +269,20 @@ class Evaluator:
         )
         jobs = missing_jobs(known, perturbations, theta_checksum, prompts, sampling, members_per_batch, theta_joins)
 
-        def rows_of(job: GroupJob) -> Sequence[dict[str, Any]]:
+        def inputs_of(job: GroupJob) -> RewardInputs:
             first = job.indices[0]
-            return rows if beside is None or first < n_models else beside.rows_of(first - n_models)
-
-        def state_of(job: GroupJob) -> dict[str, Any]:
-            return trainer_state if beside is None or job.indices[0] < n_models else beside.trainer_state
+            if beside is None or first < n_models:
+                return rows, trainer_state
+            return beside.rows_of(first - n_models), beside.trainer_state
 
         every = jobs if beside is None else itertools.chain(jobs, beside.jobs(n_models))
-        keeps = keep_text or beside is not None
         try:
             if among_members:
-                self._score_among_members(scores, every, rows_of, state_of)
+                self._score_among_members(scores, every, inputs_of)
             else:
-                of_theta = self._texts_of_theta(prompts, sampling) if self.opponents is not None else None
-
-                def opponents_of(job: GroupJob) -> Opposed:
-                    return None if of_theta is None or job.indices[0] >= n_models else [of_theta]
-
-                for answer in self.submit(every, rows_of, state_of, keeps, opponents_of):
+                opponents = [self._texts_of_theta(prompts, sampling)] if self.opponents is not None else None
+                keeps = keep_text or beside is not None
+                for answer in self.submit(every, inputs_of, keeps, lambda _: opponents):
                     scores.take(*answer)
         except Interrupted:
             with suppress(Interrupted):
@@ -308,23 +305,23 @@ class Evaluator:
         self,
         scores: _Scores,
         jobs: Iterable[GroupJob],
-        rows_of: Callable[[GroupJob], Sequence[dict[str, Any]]],
-        state_of: Callable[[GroupJob], dict[str, Any]],
+        inputs_of: Callable[[GroupJob], RewardInputs],
     ) -> None:
         """Generate the completions of all members, and then score each member's beside those of its opponents."""
         assert self.opponents is not None
         made = {}
-        for index, group, completions, job, state in self.generate(jobs, state_of, True):
+        for index, group, completions, job in self.generate(jobs, True):
             if index < scores.n_models:
-                made[index] = group, completions, job, state
+                made[index] = group, completions, job
             else:  # of the evaluation beside
-                future = self.score(rows_of(job), job.prompts, completions, state)
+                future = self._score_member(index, completions, job, inputs_of(job))
                 scores.take(index, group, completions, future)
         texts = {index: group.completions for index, group in scores.groups.items()}
         texts |= {index: group.completions for index, (group, *_) in made.items()}
-        for index, (group, completions, job, state) in sorted(made.items(), key=lambda item: item[0]):
+        for index, (group, completions, job) in sorted(made.items(), key=lambda item: item[0]):
             others = [texts[other] or [] for other in self.opponents.of_member(index, scores.n_models)]
-            scores.take(index, group, completions, self.score(rows_of(job), job.prompts, completions, state, others))
+            future = self._score_member(index, completions, job, inputs_of(job), others)
+            scores.take(index, group, completions, future)
 
 
 @dataclass

@@ -59,6 +59,7 @@ from estune.train.step import (
 )
 
 Rows = list[dict[str, Any]]
+SHORT_RATE = 50.0  # a learning rate this many times below the default is worth a warning
 
 
 @dataclass
@@ -137,9 +138,6 @@ class Applied:
     moved: Moved
     started: float
     ended: float
-
-
-SHORT_RATE = 50.0  # a learning rate this many times below the default is worth a warning
 
 
 @dataclass(frozen=True)
