@@ -91,6 +91,8 @@ def run_one(variant: str, seed: int, directory: Path) -> dict[str, Any]:
         str(seed),
         "--output_dir",
         str(output),
+        "--step_control",
+        "none",
         "--eval_steps",
         "0",
         "--report_to",

@@ -14,7 +14,7 @@ the fitness rises, steps by kind of parameter, and members that perturb a random
 them, for the run's process alone.
 
 Finished runs are kept in `benchmarks/results/estimators.json`, one line each, and are not repeated. Means and Student's
-intervals over seeds are printed.
+intervals over seeds are printed, and the difference of ``drift`` from every other rule, paired over models and seeds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -223,8 +224,36 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def score(row: dict[str, Any]) -> float:
+    """Return the result of a run: accuracy in per cent, or the distance on the 200 questions in characters."""
+    return -row["knowledge"]["reward"] if "knowledge" in row else 100 * row["test"]["accuracy"]
+
+
+def differences(rows: list[dict[str, Any]]) -> str:
+    """Return the mean difference of the rule ``drift`` from each other rule and its standard error, as text."""
+    found = {(row["case"], row["rule"], row["seed"]): score(row) for row in rows}
+    groups = {"Countdown": ("llama", "qwen2", "gpt2"), **{case: (case,) for case in ("smollm2", "demo", "mini_sudoku")}}
+    lines = []
+    for group, members in groups.items():
+        for rule in (rule for rule in RULES if rule != "drift"):
+            pairs = [
+                (found[case, "drift", seed], found[case, rule, seed])
+                for case, other, seed in found
+                if other == rule and case in members and (case, "drift", seed) in found
+            ]
+            if len(pairs) > 1:
+                values = [drift - other for drift, other in pairs]
+                drift, other = (statistics.fmean(side) for side in zip(*pairs, strict=True))
+                error = statistics.stdev(values) / math.sqrt(len(values))
+                lines.append(
+                    f"{group:12} drift {drift:5.1f}, {rule:40} {other:5.1f}: {drift - other:+5.1f} ({error:.1f})  "
+                    f"n {len(values)}"
+                )
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Run what is missing, and print the table."""
+    """Run what is missing, and print the table and the differences."""
     if sys.argv[1:2] == ["variant"]:  # `run` starts this program instead of `estune`
         patch(sys.argv[2])
         sys.exit(estune_main(sys.argv[3:]))
@@ -251,6 +280,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(one, wanted))
     print(table(rows))
+    print(differences(rows))
 
 
 if __name__ == "__main__":

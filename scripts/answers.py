@@ -183,7 +183,8 @@ def asked(place: str) -> list[tuple[str, str, str, bool]]:
 
 def table(found: list[tuple[str, str, str, bool]]) -> str:
     """Return the answers as a table; of an option's two doors the command line is shown."""
-    lines = ["| typed | answer |", "|---|---|"]
+    counts = f"{len(OPTIONS)} options and {len(WORKING) + len(CALLS)} calls"
+    lines = [f"A program types {counts} of TRL and transformers at estune:", "", "| typed | answer |", "|---|---|"]
     texts = {text for text, *_ in found}
     for text, said, kind, _ in found:
         option = text.removeprefix("ESConfig(").removesuffix("')").replace("='", " ")
