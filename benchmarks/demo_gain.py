@@ -7,8 +7,8 @@
 with thinking forced by a prefix, and the tuned models are evaluated on all 2000 test problems. The result is written to
 `benchmarks/results/demo_gain.json`, and the curves of the first seed to `docs/images/demo_curves.png`.
 
-`time`: the gain in 90 seconds, with full-rank and low-rank members and a constant rate. For each kind of noise and seed,
-`estune train --config demo --step_control none` runs with more steps than fit into the limit. SIGINT stops it 90
+`time`: the gain in 90 seconds, with full-rank and low-rank members and a constant rate. For each kind of noise and
+seed, `estune train --config demo --step_control none` runs with more steps than fit into the limit. SIGINT stops it 90
 seconds after the start of the process, so imports, loading and held-out evaluations are included. It then saves a
 checkpoint, which is evaluated on all 2000 test problems. The result is written to `benchmarks/results/demo_time.json`,
 and the curves (accuracy on the 200 validation rows against seconds of steps) to `docs/images/demo_time.png`.
